@@ -45,13 +45,13 @@ def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any)
     if lacking:
         raise InputError(f"browse needs {' and '.join(lacking)}: pip install 'refdet[browse]'")
 
-    from refdet.report.browse.collection import Collection, Inputs
+    from refdet.report.browse.collection import BrowseInputs, Collection
     from refdet.report.browse.guard import new_token
     from refdet.report.browse.server import listen, serve
 
     listener = listen(host, port)
     with listener:
-        collection = Collection(Inputs(stores, **given))
+        collection = Collection(BrowseInputs(stores, **given))
         if host not in LOOPBACK:
             note(
                 f"note: --host {host}: the network can reach this page, unencrypted, with only the token to protect it"

@@ -75,7 +75,7 @@ def command(
         picture = regions.draw(pixels, min_score=score_threshold, max_regions=max_regions)
     except ArgumentError as error:
         raise InputError(f"{image}: {error.problem}") from error
-    drawn = min(int(regions.reaching(score_threshold).sum()), max_regions)
+    drawn = min(int(regions.score_at_least(score_threshold).sum()), max_regions)
     with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
         picture.save(temporary, quality=92)
     found = {"out": str(out), "regions": len(regions), "drawn": drawn}

@@ -60,7 +60,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.renamed_metrics import with_old_names
     from refdet.evaluation.tables import tables, to_dataframe, write
-    from refdet.report.recall import write_recall_figure
+    from refdet.report.recall_charts import write_recall_figure
     from refdet.structures.provenance import Provenance
 
     if options["predictions"] is None and options["box_format"] != "xywh":

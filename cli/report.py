@@ -67,14 +67,14 @@ def command(
     _check(run, stores, dataset, given)
 
     from refdet.files.atomic import report_disk_full
-    from refdet.report.inputs import Inputs, ReferPart, read_steps
+    from refdet.report.inputs import ReferPart, ReportInputs, read_steps
     from refdet.report.page import TITLE, write
     from refdet.report.refer_parts import pair_up
 
     detection, refer = _read_metrics(metrics)
     name = f"{dataset}/{split_by}" if dataset else ""
     parts: list[ReferPart] = pair_up(stores, refer, given["predictions"], name)
-    inputs = Inputs(
+    inputs = ReportInputs(
         run=run,
         refer_root=given["refer_root"],
         images=given["images"] if given["pictures"] else None,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.image_lookup import coco_number
 
-NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
-IDS = ("image_id", "id", "img_id")
-COCO_IDS = ("coco_id", "cocoid")
+NAME_KEYS = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
+ID_KEYS = ("image_id", "id", "img_id")
+COCO_ID_KEYS = ("coco_id", "cocoid")
 # Keys of COCO ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id.
 _COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
@@ -84,7 +84,7 @@ class _Text(NamedTuple):
     listed: bool
 
 
-def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evidence:
+def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> Evidence:
     """Collect the evidence in an entry: a number, a name, or an object with names and ids at any depth.
 
     Args:
@@ -99,8 +99,8 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
         return Evidence(entry, frozenset(), _coco_range([entry]), frozenset(), False, False, False)
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
-    addresses = [text for text in texts if text.text and (text.key in NAMES or is_image_file(text.text))]
-    top_coco_ids = [top[name] for name in COCO_IDS if name in top]
+    addresses = [text for text in texts if text.text and (text.key in NAME_KEYS or is_image_file(text.text))]
+    top_coco_ids = [top[name] for name in COCO_ID_KEYS if name in top]
     coco_ids = _coco_range(_integers(entry, _COCO_ID_KEY))
     named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
     bare = frozenset(number for text in texts if text.text != key and (number := _bare(text)) is not None)
@@ -195,7 +195,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
     return image_id in numbers_in_name(name) or image_id == bare_number(name)
 
 
-def names_in(value: Any) -> frozenset[int]:
+def coco_numbers_in(value: Any) -> frozenset[int]:
     """COCO-style numbers in any string or key of a JSON value."""
     return frozenset().union(*(numbers_in_name(text.text) for text in _texts(value)))
 
@@ -233,12 +233,12 @@ def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
 
 def _bare(text: _Text) -> int | None:
     """The number that is an entire file name, or None; under keys that are not for image names it needs a suffix."""
-    return bare_number(text.text) if text.key in NAMES or text.key == "" or is_image_file(text.text) else None
+    return bare_number(text.text) if text.key in NAME_KEYS or text.key == "" or is_image_file(text.text) else None
 
 
 def _id_texts(texts: Collection[_Text]) -> list[_Text]:
     """Strings under id keys, and those without a key."""
-    return [text for text in texts if text.key in IDS or text.key == ""]
+    return [text for text in texts if text.key in ID_KEYS or text.key == ""]
 
 
 def _integer(value: Any) -> int | None:

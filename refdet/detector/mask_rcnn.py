@@ -101,7 +101,7 @@ class MaskRCNN(nn.Module):
             delattr(self.backbone, "layer4")
             self.head = C4Head(conv5, channels[3], model, classes)
         if model.norm == "frozen":  # and the first layers, as with FREEZE_AT=2 in detectron2
-            for part in self.backbone.first_layers():
+            for part in self.backbone.frozen_layers():
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:

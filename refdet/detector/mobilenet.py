@@ -72,7 +72,7 @@ class MobileNetV1(nn.Module):
         self.layer4 = nn.Sequential(*layers[-ON_ROIS:])
         self.channels = (*(widths[end] for end in ENDS), widths[-1])
 
-    def first_layers(self) -> list[nn.Module]:
+    def frozen_layers(self) -> list[nn.Module]:
         """The layers that stay as they are when pretrained weights are trained further."""
         return list(self.layers[:FROZEN])
 

@@ -196,7 +196,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self, zero_init_residual)
 
-    def first_layers(self) -> list[nn.Module]:
+    def frozen_layers(self) -> list[nn.Module]:
         """The layers that are frozen in fine-tuning with frozen norms, as with FREEZE_AT=2 in detectron2."""
         return [self.conv1, self.get_submodule("layer1")]
 

@@ -49,7 +49,7 @@ class VGG16(nn.Module):
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(convolution.bias)
 
-    def first_layers(self) -> list[nn.Module]:
+    def frozen_layers(self) -> list[nn.Module]:
         """The layers that stay as they are when pretrained weights are trained further: the first two stages."""
         return list(self.convs[: STAGES[0][1] + STAGES[1][1]])
 

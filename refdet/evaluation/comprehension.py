@@ -15,10 +15,10 @@ from refdet.evaluation.metrics import (
     Protocol,
     box_iou,
     box_overlap,
+    fraction_at_least,
     mask_overlap,
     mean,
     precisions,
-    rate,
     segmentation_scores,
 )
 from refdet.evaluation.predictions import Prediction
@@ -65,7 +65,7 @@ def comprehension(
         objects = targets.objects_of(refer, ref)
         image, box = index.images[ref["image_id"]], targets.boxes(refer, objects)
         truth = targets.mask(refer, objects, image) if with_masks else None
-        chance = rate(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
+        chance = fraction_at_least(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
         for sentence in ref["sentences"]:
             predicted = predictions.get(sentence["sent_id"])
             ious.append(0.0 if predicted is None else float(box_iou(predicted.boxes, box, protocol)[0, 0]))
@@ -77,13 +77,13 @@ def comprehension(
     ranked = any(p.ranked is not None for p in predictions.values())
     return {
         "comprehension": {
-            "accuracy@0.5": rate(top1, 0.5),
+            "accuracy@0.5": fraction_at_least(top1, 0.5),
             "missing": sum(p is None for p in all_predictions),
             "random_baseline@0.5": mean(baseline),
             **precisions(top1),
             "mean_iou": mean(ious),
             **(
-                {f"P@{k}": rate([overlaps[i] for overlaps in top_k], 0.5) for i, k in enumerate(RANKS)}
+                {f"P@{k}": fraction_at_least([overlaps[i] for overlaps in top_k], 0.5) for i, k in enumerate(RANKS)}
                 if ranked
                 else {}
             ),

@@ -100,7 +100,7 @@ def detection_ap(
     *,
     desc: str = "evaluate",
     leave: bool = True,
-    between: Callable[[], None] = lambda: None,
+    on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float | None] | None]:
     """`evaluate` of a loaded detector on checked data; returns the same.
 
@@ -111,7 +111,7 @@ def detection_ap(
         workers: threads that read images ahead, as of `evaluate`.
         desc: label of the progress bar.
         leave: whether the finished bar stays on the terminal.
-        between: called after each image; may raise to end early.
+        on_image: called after each image; may raise to end early.
     """
     results: list[dict[str, Any]] = []
     with (
@@ -121,7 +121,7 @@ def detection_ap(
         for regions in detect_regions(detector, data.source, data.records, batch_size, workers):
             results += coco_results([regions])
             bar.update()
-            between()
+            on_image()
     return _ap(data.index, results, detector.meta.recipe.model.masks)
 
 

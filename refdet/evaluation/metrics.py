@@ -71,7 +71,7 @@ def ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
 
 
-def rate(values: Sequence[float] | np.ndarray, threshold: float) -> float:
+def fraction_at_least(values: Sequence[float] | np.ndarray, threshold: float) -> float:
     """Share of the values that reach the threshold; 0 if there are none."""
     return float(np.mean(np.asarray(values) >= threshold)) if len(values) else 0.0
 
@@ -83,7 +83,7 @@ def mean(values: Sequence[float]) -> float:
 
 def precisions(ious: Sequence[float]) -> dict[str, float]:
     """Share of the IoUs that reach 0.5, 0.6, ..., 0.9."""
-    return {f"precision@{threshold}": rate(ious, threshold) for threshold in THRESHOLDS}
+    return {f"precision@{threshold}": fraction_at_least(ious, threshold) for threshold in THRESHOLDS}
 
 
 def segmentation_scores(overlaps: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refdet.evaluation.metrics import THRESHOLDS, Protocol, box_iou, mean, rate
+from refdet.evaluation.metrics import THRESHOLDS, Protocol, box_iou, fraction_at_least, mean
 from refdet.structures.regions import Regions
 
 TOP_K = (1, 2, 5, 10, 20, 50, 100)
@@ -56,9 +56,11 @@ def _best_at_k(ious: np.ndarray) -> np.ndarray:
 def referent_recall(coverages: Sequence[Coverage]) -> dict[str, float]:
     """Share of referred objects with a region of IoU 0.5 to 0.9, of any category and of the same category."""
     best, of_category = [c.best[-1] for c in coverages], [c.best_of_category[-1] for c in coverages]
-    recall = {str(threshold): rate(best, threshold) for threshold in THRESHOLDS}
+    recall = {str(threshold): fraction_at_least(best, threshold) for threshold in THRESHOLDS}
     recall["mean_best_iou"] = mean(best)
-    return recall | {f"with_category@{threshold}": rate(of_category, threshold) for threshold in THRESHOLDS}
+    return recall | {
+        f"with_category@{threshold}": fraction_at_least(of_category, threshold) for threshold in THRESHOLDS
+    }
 
 
 def recall_at_k(coverages: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
@@ -68,4 +70,6 @@ def recall_at_k(coverages: Sequence[Coverage], with_category: bool = False) -> d
     """
     best = [c.best_of_category if with_category else c.best for c in coverages]
     names = [*map(str, TOP_K), "all"]
-    return {name: rate([object_ious[index] for object_ious in best], 0.5) for index, name in enumerate(names)}
+    return {
+        name: fraction_at_least([object_ious[index] for object_ious in best], 0.5) for index, name in enumerate(names)
+    }

@@ -25,7 +25,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartSession, PartShards
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import find_readable, none_usable_message
+from refdet.extraction.repair import find_readable
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -40,7 +40,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
-from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock

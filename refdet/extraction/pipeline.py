@@ -28,10 +28,10 @@ from tqdm import tqdm
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, split_into_shards
-from refdet.extraction.repair import find_readable, none_usable_message, repair
+from refdet.extraction.repair import find_readable, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt

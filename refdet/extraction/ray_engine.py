@@ -22,7 +22,7 @@ from refdet.extraction.ray_messages import Failed, Finished, Work
 from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import STAGES, Session
-from refdet.extraction.workers import WORKERS, note_workers
+from refdet.extraction.workers_file import WORKERS, note_workers
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions

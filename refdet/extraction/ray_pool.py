@@ -59,7 +59,7 @@ class Worker:
         return self.finished / (self.updated - self.started_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
-        """How far it is, as `refdet.extraction.workers.who_computes` gives it."""
+        """How far it is, as `refdet.extraction.workers_file.who_computes` gives it."""
         assert self.started is not None
         now = time.monotonic()
         return {

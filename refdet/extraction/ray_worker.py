@@ -22,7 +22,7 @@ from refdet.extraction.pipeline import Background, load_ahead, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
-from refdet.extraction.workers import engine_token
+from refdet.extraction.workers_file import engine_token
 from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions

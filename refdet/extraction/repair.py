@@ -178,14 +178,6 @@ def find_readable(
     return readable
 
 
-def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
-    """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
-    return (
-        f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
-        "files or `images` and run it again with `resume=True`"
-    )
-
-
 def _read_repair(folder: Path) -> Any:
     """Contents of `_REPAIR`, None if it is missing or damaged."""
     try:

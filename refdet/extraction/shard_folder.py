@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import MARK, find_temporary_files
+from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -23,10 +23,10 @@ LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
 _MAX_BATCH_SIZE = 4096  # largest batch size accepted from a plan
 _JSON = r"(plan|merged|merging|parts|part-\d+|workers)"
-# File names of an extraction; older temporary files have eight hex digits without MARK.
+# File names of an extraction; older temporary files have eight hex digits without TEMPORARY_MARK.
 OWNED_FILES = re.compile(
     rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON}\.json"
-    rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
+    rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{TEMPORARY_MARK})?\.(shard|json)"
 )
 
 

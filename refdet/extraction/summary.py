@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from refdet import store
 from refdet.errors import RuntimeFailure
-from refdet.extraction.repair import none_usable_message
 from refdet.extraction.timing import STAGES, Session, shares
 
 
@@ -80,4 +79,12 @@ def summary_of_store(
         session.stages if session else dict.fromkeys(STAGES, 0.0),
         batch_size,
         compute_seconds(),
+    )
+
+
+def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
+    """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
+    return (
+        f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
+        "files or `images` and run it again with `resume=True`"
     )

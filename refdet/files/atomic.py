@@ -17,13 +17,13 @@ from typing import Any
 from refdet.errors import RuntimeFailure, is_disk_full
 
 # Part of every temporary file name, so that cleaning up removes only files of refdet.
-MARK = "refdet-tmp"
+TEMPORARY_MARK = "refdet-tmp"
 # Errors of os.link on file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 _RENAME_TIMEOUT = 5.0  # seconds to wait for the rename by another process
 _LONGEST_NAME = 255  # bytes that file systems allow
 _LONGEST_SUFFIX = 32  # characters; what is longer names no format
-_TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
+_TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{TEMPORARY_MARK}(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _temporary_file(path: Path) -> Iterator[Path]:
 def temporary_path(path: Path) -> Path:
     """A new path in the folder of ``path``, for a file that is to replace it."""
     stem, suffix = _temporary_stem_and_suffix(path)
-    return path.with_name(f".{stem}.{secrets.token_hex(4)}.{MARK}{suffix}")
+    return path.with_name(f".{stem}.{secrets.token_hex(4)}.{TEMPORARY_MARK}{suffix}")
 
 
 def _temporary_stem_and_suffix(path: Path) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def _temporary_stem_and_suffix(path: Path) -> tuple[str, str]:
     that writing fails at the start and not in the rename.
     """
     stem, suffix = (path.stem, path.suffix) if len(path.suffix) <= _LONGEST_SUFFIX else (path.name, "")
-    room = _LONGEST_NAME - len(os.fsencode(f"..01234567.{MARK}{suffix}"))
+    room = _LONGEST_NAME - len(os.fsencode(f"..01234567.{TEMPORARY_MARK}{suffix}"))
     if len(os.fsencode(stem)) > room and len(os.fsencode(path.name)) <= _LONGEST_NAME:
         digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
         stem = os.fsencode(stem)[: room - len(digest)].decode(errors="ignore") + digest
@@ -172,7 +172,7 @@ def write_json_once(path: Path, obj: Any) -> bool:
 def _rename_once(temporary: Path, path: Path) -> None:
     """Rename a temporary file to ``path`` without hard links; raises FileExistsError if another process did or does."""
     stem, suffix = _temporary_stem_and_suffix(path)
-    claim = path.with_name(f".{stem}.00000000.{MARK}{suffix}")
+    claim = path.with_name(f".{stem}.00000000.{TEMPORARY_MARK}{suffix}")
     try:
         claim.touch(exist_ok=False)
     except FileExistsError:

@@ -33,7 +33,7 @@ def count(tree: Any, key: str, where: str) -> int:
     return value
 
 
-def rate(tree: Any, key: str, where: str) -> float | None:
+def optional_number(tree: Any, key: str, where: str) -> float | None:
     """A finite number, or None if undefined; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
@@ -68,18 +68,18 @@ def _check_split(values: Any, where: str) -> None:
     for key in ("images", "refs", "sentences"):
         count(values, key, where)
     detection = field(values, "detection", where)
-    rate(field(detection, "bbox", where), "AP50", where)
+    optional_number(field(detection, "bbox", where), "AP50", where)
     if field(detection, "segm", where) is not None:
-        rate(detection["segm"], "AP50", where)
+        optional_number(detection["segm"], "AP50", where)
     recall = field(values, "referent_recall", where)
     for key in ("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"):
-        if rate(recall, key, where) is None:
+        if optional_number(recall, key, where) is None:
             raise InputError(f"{where}: {key!r} of referent_recall must be a number")
     kept = field(values, "recall@k", where)
     if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
         raise InputError(f"{where}: 'recall@k' must be an object of numbers, not {short_repr(kept)}")
     if "comprehension" in values:
         for key in ("random_baseline@0.5", "accuracy@0.5"):
-            rate(values["comprehension"], key, where)
+            optional_number(values["comprehension"], key, where)
         if field(values, "segmentation", where) is not None:
-            rate(values["segmentation"], "overall_iou", where)
+            optional_number(values["segmentation"], "overall_iou", where)

@@ -12,12 +12,12 @@ from refdet.detector.checkpoint import MAX_META_BYTES
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
 from refdet.files.small_files import strict_json
-from refdet.report.fields import count, field, rate, text
+from refdet.report.fields import count, field, optional_number, text
 from refdet.structures.provenance import Provenance
 from refdet.training.run_folder import MAX_LOG_BYTES
 
 # Names of the losses in metrics.jsonl, and their labels in the chart.
-LOSS_NAMES = (
+LOSS_LABELS = (
     ("loss", "total"),
     ("loss_classifier", "class: which category is it?"),
     ("loss_box_reg", "box: where exactly?"),
@@ -28,7 +28,7 @@ LOSS_NAMES = (
 
 
 @dataclass(frozen=True)
-class Step:
+class PipelineStep:
     """One command that was run.
 
     Attributes:
@@ -62,8 +62,8 @@ class ReferPart:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs of a report, any of which may be missing.
+class ReportInputs:
+    """The inputs of a report, any of which may be missing.
 
     Attributes:
         run: run directory of the detector.
@@ -86,7 +86,7 @@ class Inputs:
     instances: Path | None = None
     trained_on: Path | None = None
     made_from: Path | None = None
-    steps: Sequence[Step] = ()
+    steps: Sequence[PipelineStep] = ()
     pictures: int = 12
 
 
@@ -131,14 +131,14 @@ def read_log(path: Path) -> list[dict[str, float]]:
             if "loss" not in row and any(key.startswith("val_") for key in row):
                 continue  # a validation
             row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
-        for name in ("step", "loss", *(key for key, _ in LOSS_NAMES if isinstance(row, dict) and key in row)):
-            if rate(row, name, where) is None:
+        for name in ("step", "loss", *(key for key, _ in LOSS_LABELS if isinstance(row, dict) and key in row)):
+            if optional_number(row, name, where) is None:
                 raise InputError(f"{where}: {name!r} is not a number")
         rows.append(row)
     return rows
 
 
-def read_steps(path: Path) -> list[Step]:
+def read_steps(path: Path) -> list[PipelineStep]:
     """The steps in a JSON file, a list of {"name", "about", "commands", "seconds"}."""
     try:
         tree = strict_json(read_bytes(path, MAX_META_BYTES))
@@ -149,10 +149,12 @@ def read_steps(path: Path) -> list[Step]:
     steps = []
     for number, entry in enumerate(tree, 1):
         where = f"{path}, step {number}"
-        commands, seconds = field(entry, "commands", where), rate(entry, "seconds", where)
+        commands, seconds = field(entry, "commands", where), optional_number(entry, "seconds", where)
         if not isinstance(commands, list) or not all(isinstance(line, str) for line in commands):
             raise InputError(f"{where}: 'commands' is not a list of strings")
         steps.append(
-            Step(text(entry, "name", where), text(entry, "about", where), tuple(commands), max(seconds or 0.0, 0))
+            PipelineStep(
+                text(entry, "name", where), text(entry, "about", where), tuple(commands), max(seconds or 0.0, 0)
+            )
         )
     return steps

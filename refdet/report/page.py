@@ -17,8 +17,8 @@ from refdet.files.atomic import atomic_write
 from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.report import sections
-from refdet.report.fields import rate
-from refdet.report.inputs import Inputs, read_log, read_meta
+from refdet.report.fields import optional_number
+from refdet.report.inputs import ReportInputs, read_log, read_meta
 from refdet.report.pictures import Pictures, all_scenes, pictures_section, wrong_answers
 from refdet.report.refer_parts import OpenPart, open_part
 from refdet.report.samples import sample_evenly
@@ -30,7 +30,7 @@ MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotation
 TITLE = "refdet: regions for referring expressions"
 
 
-def write(out: Path, inputs: Inputs, title: str = TITLE) -> None:
+def write(out: Path, inputs: ReportInputs, title: str = TITLE) -> None:
     """Write the report to the file ``out``.
 
     Raises:
@@ -44,19 +44,19 @@ def write(out: Path, inputs: Inputs, title: str = TITLE) -> None:
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
-def render_page(inputs: Inputs, title: str) -> str:
+def render_page(inputs: ReportInputs, title: str) -> str:
     """The HTML text of the report."""
     with ExitStack() as stack:
         parts = [open_part(stack, part, inputs.refer_root) for part in inputs.parts]
         return _render(inputs, parts, title)
 
 
-def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
+def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
     recipe_name, steps, provenance = ("", 0, None) if inputs.run is None else read_meta(inputs.run / "model.json")
     metrics = [part.metrics for part in parts if part.metrics is not None]
     for kind, rates in (inputs.detection or {}).items():
         for name in sections.AP_NAMES if rates else ():
-            rate(rates, name, f"metrics of evaluate, {kind}")
+            optional_number(rates, name, f"metrics of evaluate, {kind}")
     audit, source_audit = _audits(inputs)
     if audit is not None and provenance is not None and audit["image_ids_sha256"] != provenance.image_ids_sha256:
         raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
@@ -97,7 +97,9 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
     )
 
 
-def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Mapping[str, Any]], add: Any) -> None:
+def _add_regions(
+    inputs: ReportInputs, parts: Sequence[OpenPart], metrics: Sequence[Mapping[str, Any]], add: Any
+) -> None:
     """The sections about the regions and the answers."""
     stores = [part.store for part in parts if part.store is not None]
     if stores:
@@ -122,7 +124,7 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
         add("pictures", "Example images", pictures_section(every, pictures, inputs.pictures))
 
 
-def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
+def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     """The section about the first store's detections, None without annotations of its images."""
     part = next(
         (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
@@ -183,7 +185,7 @@ def _highlights(
     return highlights
 
 
-def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _audits(inputs: ReportInputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     from refdet.splits.leak_audit import audit
 
     if inputs.trained_on is None:

@@ -38,30 +38,30 @@ class Pictures:
     Args:
         images: folder or zip of the images.
         exif: "ignore" or "apply" the EXIF orientation, as when the regions were extracted.
-        every: all images that may be drawn.
+        scenes: all images that may be drawn.
 
     Raises:
         InputError: ``images`` has none of them.
     """
 
-    def __init__(self, images: Path, exif: str, every: Sequence[Scene]) -> None:
+    def __init__(self, images: Path, exif: str, scenes: Sequence[Scene]) -> None:
         self._source = ImageSource.open(images, exif)
-        records = list({scene.image.id: scene.image for scene in every}.values())
+        records = list({scene.image.id: scene.image for scene in scenes}.values())
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
-        self._left, self._full = MAX_BYTES, 0
+        self._bytes_left, self._left_out = MAX_BYTES, 0
         self._missing, self._unreadable = len(missing), set[int]()  # number of images, and ids of others
-        self._first = missing[0] if missing else ""
+        self._first_problem = missing[0] if missing else ""
 
     @property
     def notes(self) -> list[str]:
         """What was left out, and why."""
         notes = []
         if skipped := self._missing + len(self._unreadable):
-            notes.append(f"{format_count(skipped, 'image')} could not be read, first: {self._first}")
-        if self._full:
-            notes.append(f"{format_count(self._full, 'picture')} left out, to keep the page under 5 MB")
+            notes.append(f"{format_count(skipped, 'image')} could not be read, first: {self._first_problem}")
+        if self._left_out:
+            notes.append(f"{format_count(self._left_out, 'picture')} left out, to keep the page under 5 MB")
         return notes
 
     def draw(self, scenes: Sequence[Scene]) -> list[Picture]:
@@ -79,27 +79,27 @@ class Pictures:
         try:
             drawn = picture(scene, self._source.read(record), answer)
         except ImageError as error:
-            self._first = self._first or str(error)
+            self._first_problem = self._first_problem or str(error)
             self._unreadable.add(record.id)  # which other scenes may show too
             return None
-        if len(drawn.jpeg) > self._left:
-            self._full += 1
+        if len(drawn.jpeg) > self._bytes_left:
+            self._left_out += 1
             return None
-        self._left -= len(drawn.jpeg)
+        self._bytes_left -= len(drawn.jpeg)
         return drawn
 
 
 def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
     """The images of REFER's splits with their refs; of a store without refs, ``count`` evenly spaced images."""
-    every: list[Scene] = []
+    found: list[Scene] = []
     for part in parts:
         if part.store is None:
             continue
         if part.has_scenes and part.refer is not None and part.splits:
-            every += scenes(part.store, part.refer, part.dataset, part.splits)
+            found += scenes(part.store, part.refer, part.dataset, part.splits)
         else:
-            every += _of_store(part.store, count)
-    return every
+            found += _of_store(part.store, count)
+    return found
 
 
 def _of_store(store: Store, count: int) -> list[Scene]:
@@ -118,18 +118,18 @@ def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: i
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
             all_answers += answers(part.store, part.refer, part.dataset, part.splits, part.predictions)
     wrong = [answer for answer in all_answers if answer.iou < FOUND]
-    hopeless = sum(not answer.scene.referred[0].found for answer in wrong)
+    unanswerable = sum(not answer.scene.referred[0].found for answer in wrong)
     drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
-    return {"answers": len(all_answers), "wrong": len(wrong), "hopeless": hopeless, "pictures": drawn}
+    return {"answers": len(all_answers), "wrong": len(wrong), "unanswerable": unanswerable, "pictures": drawn}
 
 
-def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
-    """Example images, and those whose objects are covered worst and best; ``count`` is as in `Inputs.pictures`."""
-    with_refs = [scene for scene in every if scene.referred]
+def pictures_section(scenes: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
+    """Example images, then those whose objects are covered worst and best; ``count``: see `ReportInputs.pictures`."""
+    with_refs = [scene for scene in scenes if scene.referred]
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
-    shown = pictures.draw(sample(every, count))
-    missed = sum(not obj.found for scene in every for obj in scene.referred)
+    shown = pictures.draw(sample(scenes, count))
+    missed = sum(not obj.found for scene in scenes for obj in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)

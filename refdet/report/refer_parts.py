@@ -15,7 +15,7 @@ from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.renamed_metrics import in_new_names
 from refdet.report.fields import check_metrics
 from refdet.report.inputs import ReferPart
-from refdet.report.recall import split_names
+from refdet.report.recall_charts import split_names
 from refdet.store import Store
 from refer import REFER
 

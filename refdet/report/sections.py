@@ -11,20 +11,20 @@ from refdet.evaluation.detection_errors import BINS, DetectionErrors
 from refdet.files.short_text import format_count
 from refdet.report.charts import Axes, Series, line_chart
 from refdet.report.confusions import confusion_map
-from refdet.report.inputs import LOSS_NAMES, Step
-from refdet.report.recall import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
+from refdet.report.inputs import LOSS_LABELS, PipelineStep
+from refdet.report.recall_charts import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
 from refdet.report.samples import Referred
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import validation_chart
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-FEW = 10  # rows of a log, whose points are marked
+MARK_POINTS_BELOW = 10  # rows of a log, whose points are marked
 ROWS = 25  # of a table of categories
 SIZES = (("small", 32**2), ("medium", 96**2), ("large", float("inf")))  # COCO's, by the area in pixels
 
 
-def steps_section(steps: Sequence[Step]) -> Markup:
+def steps_section(steps: Sequence[PipelineStep]) -> Markup:
     """The commands in order, with bars of their time."""
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
     shown = [
@@ -194,7 +194,7 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
 
     Args:
         metrics: those that have predictions.
-        answers: the template's values about wrong answers: pictures, answers, wrong, hopeless.
+        answers: the template's values about wrong answers: pictures, answers, wrong, unanswerable.
     """
     rows = []
     for part in metrics:
@@ -229,7 +229,7 @@ def loss_section(
         return render("loss.html", chart=None, **values)
     series = [
         Series(name, [(line["step"], line[key]) for line in log if key in line], style)
-        for style, (key, name) in enumerate(LOSS_NAMES)
+        for style, (key, name) in enumerate(LOSS_LABELS)
         if any(key in line for line in log)
     ]
     axes = Axes("training step", "loss (log scale)", log_y=True)
@@ -237,7 +237,7 @@ def loss_section(
     description = (
         f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
     )
-    chart = line_chart("Training loss by step", description, series, axes, dots=len(log) < FEW)
+    chart = line_chart("Training loss by step", description, series, axes, dots=len(log) < MARK_POINTS_BELOW)
     return render("loss.html", chart=chart, **values)
 
 

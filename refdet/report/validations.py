@@ -11,17 +11,17 @@ from refdet.files.json_files import read_bytes
 from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
-from refdet.report.fields import count, rate
-from refdet.training.metrics_rows import DATA
+from refdet.report.fields import count, optional_number
+from refdet.training.metrics_rows import DATA_HASH_KEY
 from refdet.training.run_folder import MAX_LOG_BYTES
 
-RATES = (
+AP_KEYS = (
     ("val_bbox_AP", "box AP"),
     ("val_bbox_AP50", "box AP50"),
     ("val_segm_AP", "mask AP"),
     ("val_segm_AP50", "mask AP50"),
 )
-FEW = 30  # validations below which each point of the curves is marked
+MARK_POINTS_BELOW = 30  # validations below which each point of the curves is marked
 
 
 def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -33,11 +33,11 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
         path: the file; if it does not exist, there are no rows.
 
     Returns:
-        Rows with "step" and rates in 0..1, in ascending order of the step; and the number of validations on other
-        data, whose rates are not comparable.
+        Rows with "step" and AP in 0..1, in ascending order of the step; and the number of validations on other
+        data, whose AP is not comparable.
 
     Raises:
-        InputError: a step or a rate is not a number.
+        InputError: a step or an AP is not a number.
     """
     if not path.exists():
         return [], 0
@@ -51,12 +51,12 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
         except InputError:
             continue
         where = f"{path}, line {number}"
-        if isinstance(row, dict) and any(name in row for name, _ in RATES):
-            for name, _ in RATES:
+        if isinstance(row, dict) and any(name in row for name, _ in AP_KEYS):
+            for name, _ in AP_KEYS:
                 if name in row:
-                    rate(row, name, where)
-            newest = str(row.get(DATA))
-            rows[newest, _weights(row), count(row, "step", where)] = row
+                    optional_number(row, name, where)
+            newest = str(row.get(DATA_HASH_KEY))
+            rows[newest, _weights_label(row), count(row, "step", where)] = row
     kept = [row for (data, *_), row in rows.items() if data == newest]
     return sorted(kept, key=lambda row: row["step"]), len(rows) - len(kept)
 
@@ -64,9 +64,9 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
 def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
     """AP and AP50 of boxes and masks by step, with separate curves for averaged weights."""
     series = []
-    for weights in dict.fromkeys(_weights(row) for row in rows):
-        rows_of_weights = [row for row in rows if _weights(row) == weights]
-        for style, (key, name) in enumerate(RATES, 1):
+    for weights in dict.fromkeys(_weights_label(row) for row in rows):
+        rows_of_weights = [row for row in rows if _weights_label(row) == weights]
+        for style, (key, name) in enumerate(AP_KEYS, 1):
             points = [(row["step"], row[key]) for row in rows_of_weights if row.get(key) is not None]
             if points:
                 series.append(Series(f"{name} ({weights})" if weights else name, points, style))
@@ -75,10 +75,10 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         f"{max(y for _, y in curve.points):.3f}" for curve in series
     )  # fmt: skip
     axes = Axes("training step", "average precision", y_range=(0.0, max(_highest(series), 0.05)))
-    return line_chart("Validation AP by step", description, series, axes, dots=len(rows) < FEW)
+    return line_chart("Validation AP by step", description, series, axes, dots=len(rows) < MARK_POINTS_BELOW)
 
 
-def _weights(row: Mapping[str, Any]) -> str:
+def _weights_label(row: Mapping[str, Any]) -> str:
     """Label of the weights that a row is of: "" for the trained weights, as they were at its step."""
     weights = row.get("weights")
     return "" if weights is None else "averaged weights" if weights == "ema" else shorten(str(weights), 20)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.data.image_evidence import COCO_IDS, IDS, NAMES, evidence_of
+from refdet.data.image_evidence import COCO_ID_KEYS, ID_KEYS, NAME_KEYS, evidence_of
 from refdet.data.parquet import is_parquet, read_rows
 from refdet.errors import InputError
 from refdet.splits.held_out import HeldOut
@@ -76,7 +76,7 @@ def _parquet_images(path: Path) -> list[ImageEntry]:
     def choose(schema: Any) -> list[str]:
         from pyarrow import types
 
-        keys = {*NAMES, *IDS[:1], *COCO_IDS, "image_path", "img_path"}
+        keys = {*NAME_KEYS, *ID_KEYS[:1], *COCO_ID_KEYS, "image_path", "img_path"}
         type_checks = (types.is_string, types.is_large_string, types.is_integer)
         columns = [f.name for f in schema if f.name in keys and any(is_type(f.type) for is_type in type_checks)]
         if not columns:

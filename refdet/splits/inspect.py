@@ -14,7 +14,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.extraction.shard_folder import progress, shards_folder
-from refdet.extraction.workers import who_computes
+from refdet.extraction.workers_file import who_computes
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.store import CORRUPTION_ERRORS

@@ -11,13 +11,13 @@ from typing import Any
 
 from refdet.data.coco_validation import json_type, parse_id
 from refdet.data.image_evidence import (
-    COCO_IDS,
-    IDS,
-    NAMES,
+    COCO_ID_KEYS,
+    ID_KEYS,
+    NAME_KEYS,
+    coco_numbers_in,
     evidence_of,
     evidence_of_image,
     id_matches_file_name,
-    names_in,
 )
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors
@@ -124,7 +124,7 @@ def _add(image_list: ImageList, ids: set[int], item: JsonValue) -> None:
             image_list.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
             raise InputError(f"{path}: {key!r} is a {json_type(value)}; it must be a list")
-        elif key not in _LISTS and (names := names_in(value)):
+        elif key not in _LISTS and (names := coco_numbers_in(value)):
             image_list.ids_in_other_keys[key] = names
         return
     if not isinstance(value, dict):
@@ -179,12 +179,14 @@ def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
 
 
 def _name(value: dict) -> str:
-    return next((value[key] for key in (*NAMES, *IDS) if isinstance(value.get(key), str)), "")
+    return next((value[key] for key in (*NAME_KEYS, *ID_KEYS) if isinstance(value.get(key), str)), "")
 
 
 def _is_named(value: dict) -> bool:
     """Whether an entry without an id can be identified otherwise, as in Karpathy's lists."""
-    return any(value.get(key) is not None for key in COCO_IDS) or any(isinstance(value.get(key), str) for key in NAMES)
+    return any(value.get(key) is not None for key in COCO_ID_KEYS) or any(
+        isinstance(value.get(key), str) for key in NAME_KEYS
+    )
 
 
 def _check_ids(path: Path, value: Any, what: str) -> None:
@@ -192,13 +194,13 @@ def _check_ids(path: Path, value: Any, what: str) -> None:
     if not isinstance(value, dict):
         return
     _check_coco_ids(path, value, what)
-    for key in IDS:
+    for key in ID_KEYS:
         if value.get(key) is not None and not isinstance(value[key], str | list | dict):
             parse_id(path, value, key, what)
 
 
 def _check_coco_ids(path: Path, value: dict, what: str) -> None:
-    for key in COCO_IDS:
+    for key in COCO_ID_KEYS:
         if value.get(key) is not None:
             parse_id(path, value, key, what)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refdet.data.image_evidence import names_in
+from refdet.data.image_evidence import coco_numbers_in
 from refdet.splits.json_stream import JsonValue, iter_values_at
 from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
 
@@ -105,7 +105,7 @@ def _may_hold_images(values: list[Any]) -> bool:
 
 def _is_entry(item: JsonValue) -> bool:
     if item.key in _NOT_IMAGES:
-        return bool(names_in(item.value))
+        return bool(coco_numbers_in(item.value))
     if _names_an_image(item.key) or isinstance(item.value, dict):
         return True
     if isinstance(item.value, list):

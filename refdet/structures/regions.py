@@ -103,7 +103,7 @@ class Regions:
         size = [self.height, self.width]
         return [{"size": size, "counts": counts} for counts in self.masks or ()]
 
-    def reaching(self, min_score: float) -> np.ndarray:
+    def score_at_least(self, min_score: float) -> np.ndarray:
         """Whether the score of each region is at least ``min_score``, (n,) bool.
 
         The threshold is rounded to float32, as scores are: a stored score of 0.7 reaches 0.7, although it is 0.69999999
@@ -178,7 +178,7 @@ class Regions:
             )
         category_names = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        shown = np.ones(len(self), bool) if min_score is None else self.reaching(min_score)
+        shown = np.ones(len(self), bool) if min_score is None else self.score_at_least(min_score)
         best_first = [row for row in np.argsort(-self.scores, kind="stable").tolist() if shown[row]]
         for row in best_first[:max_regions]:
             category = int(self.category_ids[row])

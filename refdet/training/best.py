@@ -12,14 +12,14 @@ from pathlib import Path
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasWeights
 from refdet.errors import InputError
-from refdet.files.atomic import MARK, find_temporary_files, fsync, write_json
+from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync, write_json
 from refdet.files.json_files import read_bytes
 from refdet.files.short_text import short_repr
 from refdet.files.small_files import strict_json
 from refdet.training.run_card import write_card
 
 _MAX_BYTES = 2**16  # bytes of a validation.json
-_PREVIOUS = f".{BEST}.00000000.{MARK}"  # the folder that is being replaced
+_PREVIOUS = f".{BEST}.00000000.{TEMPORARY_MARK}"  # the folder that is being replaced
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_best(
     out: Path, weights: HasWeights, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
 ) -> None:
     """Replace ``best/``; a process that is killed leaves the folder before or after, which `recover` finds."""
-    new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{MARK}", out / _PREVIOUS, out / BEST
+    new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{TEMPORARY_MARK}", out / _PREVIOUS, out / BEST
     try:
         checkpoint.save(new, weights, meta)
         write_json(new / VALIDATION, asdict(record))

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 from refdet.files.json_files import read_bytes
-from refdet.training.metrics_rows import METRICS, VALIDATED, row_of
+from refdet.training.metrics_rows import METRICS, VALIDATION_PREFIX, row_of
 from refdet.training.run_folder import MAX_LOG_BYTES
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class MetricsLog:
         self._file.flush()
         for name, value in row.items():
             if isinstance(value, float):
-                self._board.add_scalar(f"val/{name.removeprefix(VALIDATED)}", value, step)
+                self._board.add_scalar(f"val/{name.removeprefix(VALIDATION_PREFIX)}", value, step)
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -12,9 +12,9 @@ from refdet.files.json_files import read_bytes
 from refdet.training.run_folder import MAX_LOG_BYTES
 
 METRICS = "metrics.jsonl"
-VALIDATED = "val_"
+VALIDATION_PREFIX = "val_"
 """Prefix of the rates of a validation, such as val_bbox_AP50."""
-DATA = "data_sha256"
+DATA_HASH_KEY = "data_sha256"
 """Hash of the data of a validation; older rows do not have it."""
 
 
@@ -46,4 +46,4 @@ def number_of(row: Mapping[str, Any], name: str) -> float | None:
 
 def is_validation(row: Mapping[str, Any]) -> bool:
     """Whether a row has the rates of a validation."""
-    return number_of(row, f"{VALIDATED}bbox_AP") is not None
+    return number_of(row, f"{VALIDATION_PREFIX}bbox_AP") is not None

@@ -12,12 +12,12 @@ from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import escape_unprintable
 from refdet.structures.provenance import Selection
-from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, number_of
+from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, is_validation, number_of
 
 CARD = "README.md"
 _LINES = 12  # of the learning curve, at most
-_BOX_AP = f"{VALIDATED}bbox_AP"
-_RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_BOX_AP = f"{VALIDATION_PREFIX}bbox_AP"
+_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MARKER = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
@@ -98,7 +98,7 @@ def _weights(meta: CheckpointMetadata) -> str:
 def _validations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The validations on the data of the last one, as AP on other data is not comparable."""
     validations = [row for row in rows if is_validation(row)]
-    return [row for row in validations if row.get(DATA) == validations[-1].get(DATA)]
+    return [row for row in validations if row.get(DATA_HASH_KEY) == validations[-1].get(DATA_HASH_KEY)]
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
@@ -108,12 +108,12 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
         return ""
     last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
-    lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
+    lines = ["", heading, "", f"| | {' | '.join(_AP_NAMES)} |", "|---" * (1 + len(_AP_NAMES)) + "|"]
     for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
         for kind, noun in (("bbox", "boxes"), ("segm", "masks")):
-            rates = [number_of(row, f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
-            if any(rate is not None for rate in rates):
-                cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
+            values = [number_of(row, f"{VALIDATION_PREFIX}{kind}_{ap}") for ap in _AP_NAMES]
+            if any(value is not None for value in values):
+                cells = ["-" if value is None else f"{value:.3f}" for value in values]
                 lines.append(f"| {noun}, {name}step {row['step']} | {' | '.join(cells)} |")
     if best is not last:
         lines += ["", "The weights of the best are in `best/`."]

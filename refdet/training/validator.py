@@ -17,7 +17,7 @@ from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
 from refdet.structures.provenance import Selection
 from refdet.training.best import ValidationRecord, read_best, write_best
-from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, read_rows
+from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, is_validation, read_rows
 from refdet.training.validation import BEST_METRIC, ValidationData, is_due
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Validator:
         if self._best is None:  # nothing was validated on these data yet
             return True
         return not any(
-            row["step"] == meta.step and is_validation(row) and row.get(DATA) == self._validation.sha256
+            row["step"] == meta.step and is_validation(row) and row.get(DATA_HASH_KEY) == self._validation.sha256
             for row in read_rows(self._out)
         )
 
@@ -93,10 +93,10 @@ class Validator:
         check_stop()
         detector = loading.from_tensors(meta, weights.state_dict(), self._out, device, for_inference=True)
         results = detection_ap(
-            detector, self._validation.data, workers=self._workers, desc="validate", leave=False, between=check_stop
+            detector, self._validation.data, workers=self._workers, desc="validate", leave=False, on_image=check_stop
         )
         rates = {
-            f"{VALIDATED}{kind}_{name}": rate
+            f"{VALIDATION_PREFIX}{kind}_{name}": rate
             for kind, values in results.items()
             for name, rate in (values or {}).items()
             if rate is not None
@@ -113,11 +113,13 @@ class Validator:
         assert self._best is not None
         best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
-        extra = {DATA: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
+        extra = {DATA_HASH_KEY: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
         return {**rates, **extra}
 
 
 def format_ap(row: Mapping[str, Any]) -> str:
     """Box and mask AP of a row: "box AP 0.412, mask AP 0.371"."""
     names: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
-    return ", ".join(f"{name} AP {row[key]:.3f}" for kind, name in names if (key := f"{VALIDATED}{kind}_AP") in row)
+    return ", ".join(
+        f"{name} AP {row[key]:.3f}" for kind, name in names if (key := f"{VALIDATION_PREFIX}{kind}_AP") in row
+    )

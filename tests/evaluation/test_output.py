@@ -20,7 +20,7 @@ from refdet.cli.main import main
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.tables import COLUMNS, tables, to_dataframe, write
 from refdet.files.spreadsheet_text import spreadsheet_cell
-from refdet.report.recall import write_recall_figure
+from refdet.report.recall_charts import write_recall_figure
 from refdet.report.templates import ENVIRONMENT
 
 

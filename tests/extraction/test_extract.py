@@ -25,7 +25,7 @@ from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import split_into_shards
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
-from refdet.files.atomic import MARK
+from refdet.files.atomic import TEMPORARY_MARK
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]
@@ -67,7 +67,7 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
         run(out, stops)
     assert not out.exists()
     (tmp_path / "a.h5.parts" / ".000009.0123abcd.shard").write_text("a shard that was being written")
-    (tmp_path / f".a.0123abcd.{MARK}.h5").write_text("a merge that was killed")
+    (tmp_path / f".a.0123abcd.{TEMPORARY_MARK}.h5").write_text("a merge that was killed")
     with pytest.raises(InputError, match="add `resume=True`"):
         run(out)
     summary = run(out, resume=True)

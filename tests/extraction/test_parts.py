@@ -27,7 +27,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import parts
 from refdet.extraction.part import Part, no_part_running
-from refdet.extraction.workers import who_computes
+from refdet.extraction.workers_file import who_computes
 from refdet.files.lock import exclusive_lock
 from refdet.splits.inspect import describe
 from refdet.structures.regions import Regions

@@ -21,7 +21,7 @@ from store_examples import contents
 
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.ray_cluster import check_address, connect
-from refdet.extraction.workers import engine_token, note_workers, who_computes
+from refdet.extraction.workers_file import engine_token, note_workers, who_computes
 
 _ = one_thread  # a fixture
 pytestmark = [

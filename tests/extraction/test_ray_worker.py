@@ -28,7 +28,7 @@ from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.ray_worker import ShardWorker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Finish
-from refdet.extraction.workers import note_workers
+from refdet.extraction.workers_file import note_workers
 from refdet.structures.regions import Regions
 
 SHARDS = split_into_shards(BATCHES, 2)

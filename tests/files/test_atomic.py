@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json, write_json_once
+from refdet.files.atomic import TEMPORARY_MARK, atomic_write, find_temporary_files, write_json, write_json_once
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
     target = tmp_path / name
     stem, suffix = target.stem, target.suffix
     others = [f".{stem}.original{suffix}", f".{stem}.0123abcd{suffix}", f".{name}.notes",
-              f".{stem}.0123abcX.{MARK}{suffix}", f"{stem}.0123abcd{MARK}{suffix}"]  # fmt: skip
+              f".{stem}.0123abcX.{TEMPORARY_MARK}{suffix}", f"{stem}.0123abcd{TEMPORARY_MARK}{suffix}"]  # fmt: skip
     for other in others:
         (tmp_path / other).write_text("mine")
     with atomic_write(target) as temporary, atomic_write(tmp_path / "b.h5") as second:

@@ -14,7 +14,7 @@ from evaluate_examples import regions, write_refer, write_store
 from refdet import store
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
-from refdet.report import Inputs, ReferPart, page
+from refdet.report import ReferPart, ReportInputs, page
 from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
 from refdet.report.samples import images_of, scenes
@@ -116,7 +116,9 @@ def test_a_large_store_is_compared_with_annotations_by_a_sample(
     objects = [{"image_id": i, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"} for i in range(1, 9)]
     write_refer(tmp_path, objects)
     write_store(tmp_path / "s.h5", [regions(i, [[10, 10, 30, 30]]) for i in range(1, 9)], masks=False)
-    inputs = Inputs(parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0)
+    inputs = ReportInputs(
+        parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0
+    )
     assert "of this sample" not in page.render_page(inputs, "x")
     monkeypatch.setattr(page, "MAX_EVALUATED_IMAGES", 3)
     text = page.render_page(inputs, "x")

@@ -22,7 +22,7 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.report import Inputs, ReferPart, Step
+from refdet.report import PipelineStep, ReferPart, ReportInputs
 from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Key, draw
 from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
@@ -101,7 +101,7 @@ PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annot
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Inputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> ReportInputs:
     work = tmp_path_factory.mktemp("report")
     refer_root = work / "refer"
     shutil.copytree(shapes_root / "refer", refer_root)
@@ -124,17 +124,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Input
     annotation_store(work / "refcoco.h5", refer_root, missed=first["ann_id"])
     metrics = evaluate_on_refer(work / "refcoco.h5", refer_root, "refcoco", "unc")
     rates = {"AP": 0.5125, "AP50": 0.8765, "AP75": 0.6, "APs": 0.4, "APm": 0.6, "APl": None}
-    return Inputs(
+    return ReportInputs(
         run=run, refer_root=refer_root, images=shapes_root / "train2014",
         parts=[ReferPart(work / "refcoco.h5", metrics)],
         detection={"bbox": rates, "segm": {**rates, "AP50": 0.8321}},
         trained_on=work / "split.json", made_from=source,
-        steps=[Step("train", "Trains.", ("refdet train --set 'a<b'",), 125.0)], pictures=6,
+        steps=[PipelineStep("train", "Trains.", ("refdet train --set 'a<b'",), 125.0)], pictures=6,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def page(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(inputs: ReportInputs, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("page") / "report.html"
     report.write(out, inputs)
     return out.read_text(encoding="utf-8")
@@ -166,7 +166,7 @@ def test_hostile_text_is_shown_not_run(page: str) -> None:
     assert "<script" not in page
 
 
-def test_numbers_are_there(page: str, inputs: Inputs) -> None:
+def test_numbers_are_there(page: str, inputs: ReportInputs) -> None:
     words = Page(page).words
     assert "0.876" in words or "0.877" in words  # box AP50
     assert "0.832" in words and "2 min 05 s" in words
@@ -181,7 +181,7 @@ def svg_of(uri: str | None) -> str:
     return base64.b64decode(uri.partition(",")[2]).decode()
 
 
-def test_charts_and_pictures_are_there(page: str, inputs: Inputs) -> None:
+def test_charts_and_pictures_are_there(page: str, inputs: ReportInputs) -> None:
     found = Page(page)
     charts = [svg_of(image["src"]) for image in found.of("img") if (image["src"] or "").startswith("data:image/svg")]
     assert len(charts) == 1 + 2 + 1 + 2  # loss; histograms of the store; calibration; recall by IoU and by regions
@@ -198,7 +198,7 @@ def test_charts_and_pictures_are_there(page: str, inputs: Inputs) -> None:
     assert "missed" in found.words and "Failure cases" in found.words
 
 
-def test_a_bare_run_has_a_report_too(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_bare_run_has_a_report_too(inputs: ReportInputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(inputs.run, run)
     (run / "metrics.jsonl").unlink()
@@ -211,7 +211,7 @@ def test_a_bare_run_has_a_report_too(inputs: Inputs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", [True, False, None])
 def test_weights_that_validation_chose_are_not_called_clean(
-    inputs: Inputs, tmp_path: Path, chosen: bool | None
+    inputs: ReportInputs, tmp_path: Path, chosen: bool | None
 ) -> None:
     """Of the last step they are; without a record, as in older runs with a best/, they are not."""
     run = tmp_path / "run"
@@ -230,7 +230,7 @@ def test_weights_that_validation_chose_are_not_called_clean(
     assert ("did not record on which images" in words) == (chosen is None)
 
 
-def test_a_leak_is_called_one(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:
     """A detector trained on the original file."""
 
     assert inputs.made_from is not None
@@ -246,14 +246,14 @@ def test_a_leak_is_called_one(inputs: Inputs, tmp_path: Path) -> None:
     assert "No leaks" not in words and "never seen" not in words
 
 
-def test_an_audit_of_another_file_proves_nothing(inputs: Inputs, tmp_path: Path) -> None:
+def test_an_audit_of_another_file_proves_nothing(inputs: ReportInputs, tmp_path: Path) -> None:
     assert inputs.made_from is not None
     with pytest.raises(InputError, match="not the images that .* was trained on"):
         report.write(tmp_path / "report.html", dataclasses.replace(inputs, trained_on=inputs.made_from))
     assert not (tmp_path / "report.html").exists()
 
 
-def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
+def test_bad_input(inputs: ReportInputs, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(InputError, match="exists; choose another `out`"):
         report.write(tmp_path / "report.html", inputs)
@@ -264,7 +264,7 @@ def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
         report.write(tmp_path / "new.html", dataclasses.replace(inputs, run=tmp_path))
 
 
-def test_a_listener_has_its_section(page: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_a_listener_has_its_section(page: str, inputs: ReportInputs, tmp_path: Path) -> None:
     assert "listener" not in Page(page).words  # nobody listened
     metrics = json.loads(json.dumps(inputs.parts[0].metrics))
     boxes = {"accuracy@0.5": 0.8123, "random_baseline@0.5": 0.1456, "missing": 0}
@@ -288,7 +288,7 @@ def test_a_chart_can_stand_alone() -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_scenes_agree_with_the_metrics(inputs: Inputs) -> None:
+def test_scenes_agree_with_the_metrics(inputs: ReportInputs) -> None:
     part = inputs.parts[0]
     for split, values in (part.metrics or {})["splits"].items():
         with store.open(part.store) as regions:  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from browser import Watched, axe
 from evaluate_examples import PROVENANCE, regions, write_refer, write_store
 from PIL import Image
 
-from refdet.report import Inputs, ReferPart, write
+from refdet.report import ReferPart, ReportInputs, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -40,7 +40,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     detection = {"bbox": dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 0.5), "segm": None}
     parts = [ReferPart(root / "s.h5", None, root / "answers.json", "toy/me")]
-    inputs = Inputs(run=run, refer_root=root, images=root / "images", parts=parts, detection=detection, pictures=3)
+    inputs = ReportInputs(
+        run=run, refer_root=root, images=root / "images", parts=parts, detection=detection, pictures=3
+    )
     write(root / "report.html", inputs, "A report")
     return root / "report.html"
 

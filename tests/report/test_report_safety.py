@@ -21,7 +21,7 @@ from store_examples import record
 from refdet import report
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
-from refdet.report import Inputs, ReferPart, Step, charts
+from refdet.report import PipelineStep, ReferPart, ReportInputs, charts
 from refdet.report.charts import Axes, Series, line_chart, recall_svg
 from refdet.report.fields import check_metrics
 from refdet.report.figures import picture
@@ -121,7 +121,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         (tmp_path / "metrics.jsonl").write_text((log if isinstance(log, str) else json.dumps(log)) + "\n")
         given = {"title": "a title", "steps": ()} | more
         parts = [ReferPart(None, metrics)]
-        inputs = Inputs(tmp_path, parts=parts, detection=detection or {"bbox": RATES}, steps=given["steps"])
+        inputs = ReportInputs(tmp_path, parts=parts, detection=detection or {"bbox": RATES}, steps=given["steps"])
         (tmp_path / "r.html").unlink(missing_ok=True)
         report.write(tmp_path / "r.html", inputs, given["title"])
         return (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def test_names_of_splits_and_ticks_are_escaped(made: Callable[..., str]) -> None
         def page(name: str) -> str:
             kept = {f"{name}{key}": value for key, value in SPLIT["recall@k"].items()}
             split = {**SPLIT, "recall@k": kept}
-            steps = (Step(name, name, (name,), 1.0),)
+            steps = (PipelineStep(name, name, (name,), 1.0),)
             return made(metrics={"dataset": name, "split_by": name, "splits": {name: split}}, title=name, steps=steps)
 
         same_tags(page, hostile)

@@ -66,7 +66,7 @@ def test_a_threshold_means_the_same_everywhere(tmp_path: Path) -> None:
     """0.7 as float32 is less than 0.7 as a Python float: a region with that score reaches the threshold 0.7."""
     one = DETECTIONS[1]
     assert one.scores[0] == np.float32(0.7) and float(one.scores[0]) < 0.7
-    assert one.reaching(0.7).all() and not one.reaching(0.7001).any()
+    assert one.score_at_least(0.7).all() and not one.score_at_least(0.7001).any()
     export_coco(write_store(tmp_path / "a.h5", [one]), tmp_path / "out", score_threshold=0.7)
     assert len(json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"]) == 1
 

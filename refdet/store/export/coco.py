@@ -46,10 +46,10 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
         with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
             for image_id in progress(source.store, "export", "image", total=len(source.store)):
                 regions = source.read(image_id, ())
-                reaching = regions.reaching(score_threshold).tolist()
-                for annotation in compress(_annotations(regions, row), reaching):
+                kept_rows = regions.score_at_least(score_threshold).tolist()
+                for annotation in compress(_annotations(regions, row), kept_rows):
                     add_annotation(annotation)
-                kept += sum(reaching)
+                kept += sum(kept_rows)
                 for result in regions.to_coco():
                     add_result(result)
                 row += len(regions)

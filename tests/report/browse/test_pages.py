@@ -25,7 +25,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from refdet import store  # noqa: E402
 from refdet.errors import InputError  # noqa: E402
 from refdet.report.browse.catalog import Catalog, Referent  # noqa: E402
-from refdet.report.browse.collection import Collection, Inputs  # noqa: E402
+from refdet.report.browse.collection import BrowseInputs, Collection  # noqa: E402
 from refdet.report.browse.coverage import Indexer  # noqa: E402
 from refdet.report.browse.queries import Filter  # noqa: E402
 from refdet.report.browse.server import Pages  # noqa: E402
@@ -74,7 +74,7 @@ def browse(data: Path) -> Iterator[Browse]:
     def run(**changes: Any) -> TestClient:
         given: dict[str, Any] = {"stores": [data / "s.h5"], "images": data / "images", "refer_root": data,
                                  "dataset": "toy", "split_by": "me"}  # fmt: skip
-        collection = Collection(Inputs(**{**given, **changes}))
+        collection = Collection(BrowseInputs(**{**given, **changes}))
         opened.append(collection)
         indexer = Indexer(collection)
         indexer.start()
