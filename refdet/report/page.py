@@ -13,6 +13,7 @@ from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
+from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
 from refdet.files.atomic import atomic_write
 from refdet.files.short_text import format_count
 from refdet.files.version import __version__
@@ -138,13 +139,16 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     ids = [image_id for image_id in store if image_id in index.images and image_id not in store.errors]
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
+    fix = "give the file that they were extracted for as `instances`"
+    check_images(store, ids, index.images, str(path), "the report", fix)
+    warn_about_categories(store, index.categories, str(path))
     known = len(ids)
     ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:
         for image_id in ids:
-            regions = store.read(image_id, ())
+            regions = read_regions(store, image_id)
             results.extend(replace(regions, masks=None).to_coco())
             yield regions
 
