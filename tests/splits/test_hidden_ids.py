@@ -67,6 +67,8 @@ def test_a_hidden_image_is_a_leak(root: Path, tmp_path: Path, kind: str) -> None
 UNKNOWN: dict[str, Any] = {
     "one of several in objects": [{"images": [{"path": FREE_NAME}, {"path": "beach.jpg"}]}],
     "two names": [{"image1": FREE_NAME, "image2": "beach.jpg"}],
+    "a COCO category": [{"file": "beach.jpg", "objects": [{"coco_category_id": 18}]}, FREE_NAME],
+    "a COCO annotation": [{"meta": {"coco_ann_id": 18, "cocoAnnotationId": 19}}, FREE_NAME],
     "a file beside an address": {"images": [{"id": 5, "file_name": "copy.jpg", "coco_url": f"http://x/{FREE_NAME}"}]},
 }
 
