@@ -16,6 +16,7 @@ from refdet.report.recall import THRESHOLDS, charts_by_iou, charts_by_regions, s
 from refdet.report.samples import Referred
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import validation_chart
+from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -42,26 +43,28 @@ def steps_section(steps: Sequence[Step]) -> Markup:
 
 def leak_section(
     provenance: Provenance,
-    audit: Mapping[str, Any] | None,
-    source_audit: Mapping[str, Any] | None,
+    audit: AuditResult | None,
+    source_audit: AuditResult | None,
     validated: bool = False,
+    unproven: Sequence[str] = (),
 ) -> Markup:
     """The training data of the detector, and the audit for REFER's val and test images.
 
     Args:
         provenance: of the detector.
-        audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the training file.
-        source_audit: the same of the file that the training file was made from.
+        audit: audit of the training file.
+        source_audit: audit of the file that the training file was made from.
         validated: whether the run has a validation, which may have chosen the weights.
+        unproven: why the audit does not prove that the detector has seen no held-out image.
     """
     header, rows = ["held-out split", "images"], []
     if source_audit is not None:
         header.append("in the original file")
     header.append("in the training file")
-    for name, leak in audit["splits"].items() if audit else ():
-        before = [] if source_audit is None else [source_audit["splits"][name]["leaked"]]
-        rows.append([name, leak["images"], *before, leak["leaked"]])
-    unproven = "Not audited here: what follows is what the detector's record claims. The training file proves it."
+    in_source = {leak.name: len(leak.image_ids) for leak in source_audit.splits} if source_audit else {}
+    for leak in audit.splits if audit else ():
+        before = [in_source[leak.name]] if source_audit else []
+        rows.append([leak.name, leak.images, *before, len(leak.image_ids)])
     return render(
         "leak.html",
         provenance=provenance,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.short_text import format_count, shorten
 from refdet.splits.file_claims import SplitClaim, claims_of, file_problem
 from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
@@ -142,6 +143,36 @@ def audit_provenance(
                 "have seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
             )
     return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, selection, problem, notes)
+
+
+def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, instances: str | Path | None) -> list[str]:
+    """Why the audit of a training file does not prove that a detector has seen no held-out image.
+
+    Args:
+        provenance: of the detector; its hash of image ids is that of the file.
+        proof: audit of the file, which found no held-out image.
+        subject: what messages call the detector.
+        instances: the file.
+
+    Returns:
+        The reasons, [] if it does.
+    """
+    problem = "" if proof.leaked else file_problem(subject, provenance, [], proof, instances)
+    reasons = [problem] if problem else []
+    if proof.unknown:
+        reasons.append(
+            f"{instances}: {format_count(proof.unidentified, 'image')} cannot be identified as COCO's or others "
+            f"(first: {shorten(proof.unknown[0])})"
+        )
+    if provenance.weights is not None and not _are_clean(provenance.weights):
+        reasons.append(f"{subject}: its initial weights may have seen held-out images: {provenance.weights}")
+    return reasons
+
+
+def _are_clean(weights: str) -> bool:
+    """Whether initial weights are a published file that was trained on no image of REFER."""
+    known = file_of_weights(weights)
+    return known is not None and known.trained_on.of_refer == "none"
 
 
 def _find_problem(
