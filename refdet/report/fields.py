@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+from refdet.data.box_format import NAMES as BOX_FORMATS
 from refdet.errors import InputError
+from refdet.evaluation.metrics import Protocol
 from refdet.files.short_text import short_repr, shorten
 
 
@@ -54,6 +56,9 @@ def check_metrics(metrics: Any, where: str) -> None:
     """
     text(metrics, "dataset", where)
     text(metrics, "split_by", where)
+    for key, known in (("protocol", get_args(Protocol)), ("box_format", BOX_FORMATS)):
+        if key in metrics and text(metrics, key, where) not in known:
+            raise InputError(f"{where}: {key!r} must be one of {', '.join(known)}, not {short_repr(metrics[key])}")
     splits = field(metrics, "splits", where)
     if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
         raise InputError(f"{where}: 'splits' must be an object with at least one split, not {short_repr(splits)}")

@@ -142,7 +142,7 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
             box, mask = values["detection"]["bbox"], values["detection"]["segm"]
             recall = values["referent_recall"]
             rows.append(
-                [f"{part['dataset']} {part['split_by']} {split}"]
+                [_split_label(part, split)]
                 + [values[name] for name in ("images", "refs", "sentences")]
                 + [number(box["AP50"]), number(mask["AP50"] if mask else None)]
                 + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
@@ -155,6 +155,12 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
         by_iou=charts_by_iou(metrics),
         by_regions=charts_by_regions(metrics),
     )
+
+
+def _split_label(part: Mapping[str, Any], split: str) -> str:
+    """Name of a split, with the protocol of its metrics if it is not the standard one."""
+    protocol = part.get("protocol", "standard")
+    return f"{part['dataset']} {part['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
 
 
 def ceiling_section(referred: Sequence[Referred]) -> Markup:
@@ -207,11 +213,12 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
                 continue
             boxes, masks = values["comprehension"], values["segmentation"]
             rows.append(
-                [f"{part['dataset']} {part['split_by']} {split}", values["sentences"]]
+                [_split_label(part, split), values["sentences"]]
                 + [number(boxes["random_baseline@0.5"]), number(boxes["accuracy@0.5"])]
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
-    return render("listener.html", rows=rows, **answers)
+    mdetr = any(part.get("protocol") == "mdetr" for part in metrics)
+    return render("listener.html", rows=rows, mdetr=mdetr, **answers)
 
 
 def loss_section(
