@@ -11,6 +11,9 @@ from refdet.errors import InputError
 from refdet.evaluation.metrics import Protocol
 from refdet.files.short_text import short_repr, shorten
 
+GENERALIZED = ("N-acc", "T-acc", "precision@F1=1,IoU>=0.5", "gIoU", "cIoU")
+"""The rates of answers to gRefCOCO that a report shows."""
+
 
 def field(tree: Any, key: str, where: str) -> Any:
     """The value of a key. InputError, with `where`, if `tree` is not an object or lacks it."""
@@ -88,3 +91,10 @@ def _check_split(values: Any, where: str) -> None:
             rate(values["comprehension"], key, where)
         if field(values, "segmentation", where) is not None:
             rate(values["segmentation"], "overall_iou", where)
+    if "unusable" in values:
+        count(values, "unusable", where)
+    if "generalized" in values:
+        for key in ("no_target", "missing"):
+            count(values["generalized"], key, where)
+        for key in GENERALIZED:
+            rate(values["generalized"], key, where)

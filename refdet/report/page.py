@@ -123,6 +123,9 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
     heard = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
     if heard:
         add("listener", "Comprehension with a listener", sections.listener_section(heard, **wrong))
+    generalized = [part for part in metrics if any("generalized" in values for values in part["splits"].values())]
+    if generalized:
+        add("generalized", "Answers to gRefCOCO", sections.generalized_section(generalized))
     if pictures is not None:
         add("pictures", "Example images", pictures_section(every, pictures, inputs.pictures))
 

@@ -122,15 +122,20 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     if store is None or refer_root is None or not name:
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
-    if metrics is None and not (refer_root / dataset).is_dir():
-        return OpenPart(
-            store, None, name, (), None, None
-        )  # the name of the image list only looks like that of a dataset
+    if metrics is None and part.predictions is None and not (refer_root / dataset).is_dir():
+        # the name of the image list only looks like that of a dataset
+        return OpenPart(store, None, name, (), None, None)
     refer = REFER(refer_root, dataset, split_by)
     splits = split_names(metrics) if metrics else _complete_splits(store, refer)
+    if part.predictions is not None and not splits:
+        raise InputError(
+            f"{part.predictions}: {store.path} has all images of no split of {name} but train, so its answers cannot "
+            "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
+        )
     how = metrics or {}
     protocol, box_format = how.get("protocol", "standard"), how.get("box_format", DEFAULT)
-    answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())
+    groups = {group for values in how.get("splits", {}).values() for group in values}
+    answered = bool(groups & {"comprehension", "generalized"})
     if splits and (metrics is None or (part.predictions is not None and not answered)):
         metrics = evaluate_on_refer(
             store.path,

@@ -11,6 +11,7 @@ from refdet.evaluation.detection_errors import BINS, DetectionErrors
 from refdet.files.short_text import format_count
 from refdet.report.charts import Axes, Series, line_chart
 from refdet.report.confusions import confusion_map
+from refdet.report.fields import GENERALIZED
 from refdet.report.inputs import LOSS_NAMES, Step
 from refdet.report.recall import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
 from refdet.report.samples import Referred
@@ -135,10 +136,12 @@ def errors_section(
 
 def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """Metrics of each split of each dataset, and recall by IoU threshold and number of regions."""
-    rows = []
+    rows, unusable = [], []
     for part in metrics:
         for split in split_names(part):
             values = part["splits"][split]
+            if values.get("unusable"):
+                unusable.append((_split_label(part, split), values["unusable"], values["images"]))
             box, mask = values["detection"]["bbox"], values["detection"]["segm"]
             recall = values["referent_recall"]
             rows.append(
@@ -152,6 +155,7 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
         header=["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"],
         groups=[(3, "count"), (2, "AP50"), (5, "referent recall at IoU"), (1, "")],
         rows=rows,
+        unusable=unusable,
         by_iou=charts_by_iou(metrics),
         by_regions=charts_by_regions(metrics),
     )
@@ -219,6 +223,20 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
             )
     mdetr = any(part.get("protocol") == "mdetr" for part in metrics)
     return render("listener.html", rows=rows, mdetr=mdetr, **answers)
+
+
+def generalized_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
+    """Metrics of a model's answers to gRefCOCO."""
+    rows = []
+    for part in metrics:
+        for split in split_names(part):
+            values = part["splits"][split]
+            if "generalized" in values:
+                scores = values["generalized"]
+                counts = [values["sentences"], scores["no_target"], scores["missing"]]
+                rows.append([_split_label(part, split), *counts, *(number(scores[name]) for name in GENERALIZED)])
+    header = ["split", "sentences", "without target", "missing", *GENERALIZED]
+    return render("generalized.html", header=header, rows=rows)
 
 
 def loss_section(

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_examples import PROVENANCE, regions, write_refer, write_store
+from evaluate_examples import PROVENANCE, regions, write_grefer, write_refer, write_store
 
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.report.inputs import ReferPart
+from refdet.report import write
+from refdet.report.inputs import Inputs, ReferPart
 from refdet.report.pictures import wrong_answers
 from refdet.report.refer_parts import open_part, pair_up
+from refer import ReferError
 
 BOXES = {1: [10, 10, 20, 20], 2: [60, 30, 40, 50]}  # xywh
 
@@ -86,3 +88,32 @@ def test_metrics_of_a_single_store_are_its_own(folder: Path, dataset: str) -> No
     assert part.store == folder / "a.h5" and part.metrics == metrics
     rest = pair_up([folder / "a.h5"], [metrics, metrics | {"dataset": "other"}], None)
     assert [one.metrics and one.metrics["dataset"] for one in rest] == [None, "toy", "other"]
+
+
+def test_answers_are_never_dropped(folder: Path) -> None:
+    """Of a store without all images of a split, or of a dataset that is not there."""
+    (folder / "a.h5").unlink()
+    write_store(folder / "a.h5", [regions(1, [[10, 10, 30, 30]])], False)
+    for dataset, error, says in (("toy/me", InputError, "has all images of no split"), ("x/y", ReferError, "'x'")):
+        with ExitStack() as stack, pytest.raises(error, match=says):
+            open_part(stack, ReferPart(folder / "a.h5", None, folder / "p.json", dataset), folder / "refer")
+
+
+def test_answers_to_grefcoco_are_shown(tmp_path: Path) -> None:
+    objects = [{"image_id": 1, "bbox": BOXES[1], "category_id": 1}]
+    write_grefer(tmp_path / "refer", objects, [(1, [0], "val"), (1, [], "val")])
+    write_store(tmp_path / "a.h5", [regions(1, [[10, 10, 30, 30]])], False)
+    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, "box": BOXES[1]}, {"sent_id": 10, "boxes": []}]))
+    parts = pair_up([tmp_path / "a.h5"], [], tmp_path / "p.json", "toy/me")
+    write(tmp_path / "r.html", Inputs(refer_root=tmp_path / "refer", parts=parts))
+    text = (tmp_path / "r.html").read_text()
+    row = text[text.rindex(">toy me val<") :].partition("</tr>")[0]
+    cells = [cell.partition("<")[0] for cell in row.split("<td>")[1:]]
+    assert cells == ["4", "2", "2", "0.500", "0.500", "0.500", "–", "–"]
+
+
+def test_failed_images_are_said(folder: Path) -> None:
+    metrics = metrics_of(folder)
+    metrics["splits"]["val"]["unusable"] = 1
+    write(folder / "r.html", Inputs(parts=pair_up([], [metrics], None)))
+    assert "toy me val: 1 of 2 images could not be used" in (folder / "r.html").read_text()
