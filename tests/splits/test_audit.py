@@ -198,6 +198,12 @@ def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], 
     found = audit_provenance(run, root, clean)
     assert not found.proven and "cannot be proven: the ids of 2 images in" in found.problem
     assert "which contains 2 held-out images" in audit_provenance(run, root, leaking).problem
+    # nor do the ids alone, or the images that COCO has under these ids
+    ids = tmp_path / "ids.txt"
+    ids.write_text("1\n4\n")
+    for other in (ids, write(tmp_path / "named.json", coco([1, 4], []))):
+        found = audit_provenance(run, root, other)
+        assert not found.proven and "cannot be proven: the file it was trained on has file names" in found.problem
     # with the very file there is no doubt
     run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven
