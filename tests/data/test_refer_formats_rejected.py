@@ -45,6 +45,7 @@ def refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None
         ("refcoco_g_umd", "refcocog", "umd"),
         ("RefCOCO-g", "refcocog", ""),
         ("refcoco_google", "refcoco", "google"),
+        ("gRefCOCO_unc", "", "unc"),
         ("shapes", "", ""),
     ],
 )
@@ -269,6 +270,11 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "no COCO id"),
         ("refcoco.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the split"),
         ("val.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the dataset"),
+        (
+            "refcoco_val.json",
+            '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4], "dataset_name": "flickr"}]',
+            "unknown division of flickr",
+        ),
         ("refcoco_val.json", '[{"image": "9.jpg", "conversations": []}]', "no question with a box"),
         ("refcoco_val.json", '{"images": [{"id": 1, "caption": "a"}], "annotations": []}', "no annotation for"),
         ("refcoco_val.json", '[{"image/id": 9, "objects": {"id": [1], "bbox": []}}]', "different lengths"),

@@ -9,7 +9,8 @@ from pathlib import Path
 from refdet.errors import InputError
 from refer.statistics import COUNTS, Counts
 
-_DATASET = re.compile(r"refcoco(?P<plus>\+|[-_ ]?plus|p(?![a-z]))?(?P<g>g|[-_ ]g(?![a-z]))?", re.IGNORECASE)
+# not gRefCOCO, whose refs have any number of objects
+_DATASET = re.compile(r"(?<!g)refcoco(?P<plus>\+|[-_ ]?plus|p(?![a-z]))?(?P<g>g|[-_ ]g(?![a-z]))?", re.IGNORECASE)
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
 _COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
