@@ -195,7 +195,8 @@ def _highlights(
         highlights.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
     if proof is not None:
         held_out = format_count(proof.held_out_images, "held-out image")
-        highlights.append((str(len(proof.leaked)), f"of {held_out} in the training file"))
+        unknown = f"; {format_count(proof.unidentified, 'image')} of it unknown" if proof.unidentified else ""
+        highlights.append((str(len(proof.leaked)), f"of {held_out} in the training file{unknown}"))
     return highlights
 
 

@@ -53,12 +53,14 @@ def page_of(
 def test_a_file_of_known_images_proves_it(tmp_path: Path, weights: str | None, built: bool) -> None:
     text = page_of(tmp_path, coco([9, 25], []), built, weights)
     assert ">No leaks<" in text and CLEAN in text and "Not proven" not in text
+    assert "no refcocog/umd found, so their val and test images are not held out" in text  # as audit notes
 
 
 def test_unknown_images_prove_nothing(tmp_path: Path) -> None:
     text = page_of(tmp_path, coco([9, 25], [], {25: "kitchen.jpg"}), built=False)
     assert ">No leaks<" not in text and CLEAN not in text
     assert "1 image cannot be identified as COCO&#39;s or others (first: 25)" in text
+    assert "in the training file; 1 image of it unknown<" in text
 
 
 def test_ids_that_are_not_the_names_prove_nothing_of_another_copy(tmp_path: Path) -> None:
