@@ -78,7 +78,8 @@ def audit_provenance(
     The training file turns it into a proof: its hash must match, and every image in it is checked. The hash covers
     ids, so it proves something only where ids match the file names; otherwise the identical file is required.
     Images that chose the weights by validation must be as clean (`refdet.splits.selection_audit`).
-    The images that a store describes are irrelevant, as features of val and test images are expected.
+    The images that a store describes are irrelevant, as features of val and test images are expected. Boxes that were
+    given for it are not audited; a note says so.
 
     Args:
         path: a run directory or a store.
@@ -126,6 +127,12 @@ def audit_provenance(
         trust_weights=trust_weights,
     )
     notes += selection.notes
+    options = description.get("options")
+    if isinstance(options, dict) and (boxes := options.get("boxes_sha256")):
+        notes.append(
+            f"{path}: its boxes, scores and categories are from a file (sha256 {shorten(boxes)}), not from its "
+            "detector; what made that file is not audited, and may have seen held-out images"
+        )
     if problem and selection.problem:
         notes.append(selection.problem)
     problem = problem or selection.problem

@@ -258,7 +258,11 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
         file["regions/box"] = np.zeros((0, 4), np.float32)
         file["regions/mask_start"] = np.zeros(1, np.int64)
     found = audit_provenance(store, root, split)
-    assert found.kind == "store" and found.proven
+    assert found.kind == "store" and found.proven and not any("its boxes" in note for note in found.notes)
+    with h5py.File(store, "a") as file:
+        file.attrs["options"] = json.dumps({"regions": "boxes", "boxes_sha256": "ab" * 32})
+    given = audit_provenance(store, root, split)
+    assert any("its boxes, scores and categories are from a file (sha256 abab" in note for note in given.notes)
     other = audit_provenance(store, root, tmp_path / "all.json")
     assert other.problem.startswith(f"the detector of {store}: was not trained on")
     with h5py.File(store, "a") as file:
