@@ -110,7 +110,7 @@ def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]],
 
 def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Rows and header for `echo_table`; integers in columns of counts, a dash for undefined values."""
-    counts = {"images", "refs", "sentences", "missing", "no_target"}
+    counts = {"images", "unusable", "refs", "sentences", "missing", "no_target"}
 
     def text(name: str, value: float) -> str:
         return "-" if value != value else f"{value:.0f}" if name in counts else f"{value:.3f}"

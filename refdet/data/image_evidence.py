@@ -13,8 +13,9 @@ from refer.image_lookup import coco_number
 NAME_KEYS = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 ID_KEYS = ("image_id", "id", "img_id")
 COCO_ID_KEYS = ("coco_id", "cocoid")
-# Keys of COCO ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id.
-_COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
+# Keys of COCO ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id; coco_category_id and
+# coco_ann_id are no ids of images.
+_COCO_ID_KEY = re.compile(r"coco(?![a-z_]*(?:cat|ann|class|label|obj))[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
 # Entries of Visual Genome's annotation files have no image name, but a list under one of these keys, whose items are
 # objects with the key on the right (None: any items).

@@ -7,10 +7,10 @@ from dataclasses import replace
 from refdet.data.coco import CocoIndex
 from refdet.data.image_evidence import id_matches_file_name
 from refdet.errors import InputError
-from refdet.structures.provenance import UNKNOWN, Provenance, file_sha256, image_ids_sha256
+from refdet.structures.provenance import NAMES_DIFFER, UNKNOWN, Provenance, file_sha256, image_ids_sha256
 
 EDITED = "its images are not those written by refdet build-split, so nothing is known to be excluded"
-RENAMED = "its file names do not match its image ids, so the exclusions of refdet build-split are not trusted"
+RENAMED = f"{NAMES_DIFFER}, so the exclusions of refdet build-split are not trusted"
 
 
 def provenance_of_instances(index: CocoIndex) -> Provenance:
@@ -28,7 +28,8 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
     Raises:
         InputError: ``info.refdet`` is damaged.
     """
-    note = UNKNOWN
+    names_differ = not all(id_matches_file_name(entry, entry["id"]) for entry in index.raw["images"])
+    note = f"{UNKNOWN}; {NAMES_DIFFER}" if names_differ else UNKNOWN
     ids_sha256 = image_ids_sha256(index.images)
     if "refdet" in index.info:
         try:
@@ -36,8 +37,8 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
         except InputError as error:
             raise InputError(f"{index.path}: info.refdet: {error}") from None
         if written.image_ids_sha256 != ids_sha256:
-            note = EDITED
-        elif not all(id_matches_file_name(entry, entry["id"]) for entry in index.raw["images"]):
+            note = f"{EDITED}; {NAMES_DIFFER}" if names_differ else EDITED
+        elif names_differ:
             note = RENAMED
         else:
             return replace(written, selection=None)

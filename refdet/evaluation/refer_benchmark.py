@@ -20,6 +20,8 @@ from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
+from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
+from refdet.files.short_text import shorten
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
@@ -87,7 +89,9 @@ def evaluate_on_refer(
                 f"refdet extract-features --refer-root {refer_root} --dataset {dataset} --split-by {split_by} "
                 f"--split {split}"
             )
-            _check_images(regions, refer, split, command)
+            ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
+            check_images(regions, ids, index.images, str(index.path), f"split {split}", f"extract them with: {command}")
+        warn_about_categories(regions, index.categories, str(index.path))
         benchmark = _Benchmark(regions, refer, index, loaded_predictions, protocol)
         metrics = {split: benchmark.metrics(split) for split in split_names}
         if scorers is not None and loaded_expressions is not None:
@@ -123,17 +127,6 @@ def _refs(refer: REFER, split: str) -> list[Any]:
     return [ref for ref in refer.data["refs"] if ref["split"] == split]
 
 
-def _check_images(store: Store, refer: REFER, split: str, command: str) -> None:
-    ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
-    missing = [i for i in ids if i not in store]
-    if missing:
-        first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise InputError(
-            f"{store.path}: lacks {len(missing)} of the {len(ids)} images of split {split} ({first}); "
-            f"extract them with: {command}"
-        )
-
-
 @dataclass(frozen=True)
 class _Benchmark:
     """Inputs of the metrics of every split."""
@@ -146,7 +139,17 @@ class _Benchmark:
 
     def metrics(self, split: str) -> dict[str, Any]:
         refs = _refs(self.refer, split)
-        regions = {i: self.store.read(i, features=()) for i in sorted({ref["image_id"] for ref in refs})}
+        regions = {i: read_regions(self.store, i) for i in sorted({ref["image_id"] for ref in refs})}
+        unusable = [i for i in regions if i in self.store.errors]
+        if unusable:
+            log.warning(
+                "note: split %s: %d of %d images could not be used by the extraction, so their objects count as "
+                "missed (first: %s); extract them again with `resume` once they can be read",
+                split,
+                len(unusable),
+                len(regions),
+                shorten(self.store.errors[unusable[0]], 200),
+            )
         coverages = self.coverage(refs, regions)
         results = coco_results(regions.values())
         reason = why_undefined(self.index, regions)
@@ -164,6 +167,7 @@ class _Benchmark:
         all_segmented = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
             "images": len(regions),
+            **({"unusable": len(unusable)} if unusable else {}),
             "refs": len(refs),
             "sentences": sum(len(ref["sentences"]) for ref in refs),
             "regions_per_image": mean([len(image_regions) for image_regions in regions.values()]),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+from refdet.data.box_format import NAMES as BOX_FORMATS
 from refdet.errors import InputError
+from refdet.evaluation.metrics import Protocol
 from refdet.files.short_text import short_repr, shorten
+
+GENERALIZED = ("N-acc", "T-acc", "precision@F1=1,IoU>=0.5", "gIoU", "cIoU")
+"""The rates of answers to gRefCOCO that a report shows."""
 
 
 def field(tree: Any, key: str, where: str) -> Any:
@@ -54,6 +59,9 @@ def check_metrics(metrics: Any, where: str) -> None:
     """
     text(metrics, "dataset", where)
     text(metrics, "split_by", where)
+    for key, known in (("protocol", get_args(Protocol)), ("box_format", BOX_FORMATS)):
+        if key in metrics and text(metrics, key, where) not in known:
+            raise InputError(f"{where}: {key!r} must be one of {', '.join(known)}, not {short_repr(metrics[key])}")
     splits = field(metrics, "splits", where)
     if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
         raise InputError(f"{where}: 'splits' must be an object with at least one split, not {short_repr(splits)}")
@@ -83,3 +91,10 @@ def _check_split(values: Any, where: str) -> None:
             optional_number(values["comprehension"], key, where)
         if field(values, "segmentation", where) is not None:
             optional_number(values["segmentation"], "overall_iou", where)
+    if "unusable" in values:
+        count(values, "unusable", where)
+    if "generalized" in values:
+        for key in ("no_target", "missing"):
+            count(values["generalized"], key, where)
+        for key in GENERALIZED:
+            optional_number(values["generalized"], key, where)

@@ -13,6 +13,7 @@ from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
+from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
 from refdet.files.atomic import atomic_write
 from refdet.files.short_text import format_count
 from refdet.files.version import __version__
@@ -25,6 +26,8 @@ from refdet.report.samples import sample_evenly
 from refdet.report.stores import stores_section
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import read_validations
+from refdet.splits.detector_audit import why_unproven
+from refdet.splits.leak_audit import AuditResult, audit
 
 MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
 TITLE = "refdet: regions for referring expressions"
@@ -57,8 +60,8 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
     for kind, rates in (inputs.detection or {}).items():
         for name in sections.AP_NAMES if rates else ():
             optional_number(rates, name, f"metrics of evaluate, {kind}")
-    audit, source_audit = _audits(inputs)
-    if audit is not None and provenance is not None and audit["image_ids_sha256"] != provenance.image_ids_sha256:
+    proof, source_audit = _audits(inputs)
+    if proof is not None and provenance is not None and proof.image_ids_sha256 != provenance.image_ids_sha256:
         raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
     proven = False
     body: list[tuple[str, str, Markup]] = []  # id, heading, content
@@ -73,9 +76,10 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
         validated = was_validated(inputs.run)
         # images that may have chosen the weights are not audited here
         chosen = validated if provenance.selection is None else provenance.selection.by_validation
-        proven = bool(audit and audit["clean"] and not chosen)
-        proof = sections.leak_section(provenance, audit, source_audit, validated)
-        add("leak", "No leaks" if proven else "Training data", proof)
+        unproven = [] if proof is None else why_unproven(provenance, proof, str(inputs.run), inputs.trained_on)
+        proven = proof is not None and not proof.leaked and not unproven and not chosen
+        content = sections.leak_section(provenance, proof, source_audit, validated, unproven)
+        add("leak", "No leaks" if proven else "Training data", content)
     if inputs.run is not None:
         log = read_log(inputs.run / "metrics.jsonl")
         validations, on_other_data = read_validations(inputs.run / "metrics.jsonl")
@@ -86,12 +90,13 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
     _add_regions(inputs, parts, metrics, add)
     if not body:
         raise InputError("nothing to report: give a run directory, a store or metrics")
-    subtitle = _subtitle(recipe_name, steps, inputs.run is not None, proven)
+    unseen = proven and _evaluated_on(metrics) <= {split.name for split in (proof.splits if proof else ())}
+    subtitle = _subtitle(recipe_name, steps, inputs.run is not None, unseen)
     return render(
         "page.html",
         title=title,
         subtitle=subtitle,
-        highlights=_highlights(inputs.detection, metrics, audit),
+        highlights=_highlights(inputs.detection, metrics, proof),
         sections=[{"id": name, "heading": heading, "content": content} for name, heading, content in body],
         version=__version__,
     )
@@ -120,6 +125,9 @@ def _add_regions(
     heard = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
     if heard:
         add("listener", "Comprehension with a listener", sections.listener_section(heard, **wrong))
+    generalized = [part for part in metrics if any("generalized" in values for values in part["splits"].values())]
+    if generalized:
+        add("generalized", "Answers to gRefCOCO", sections.generalized_section(generalized))
     if pictures is not None:
         add("pictures", "Example images", pictures_section(every, pictures, inputs.pictures))
 
@@ -140,13 +148,16 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     ids = [image_id for image_id in store if image_id in index.images and image_id not in store.errors]
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
+    fix = "give the file that they were extracted for as `instances`"
+    check_images(store, ids, index.images, str(path), "the report", fix)
+    warn_about_categories(store, index.categories, str(path))
     known = len(ids)
     ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:
         for image_id in ids:
-            regions = store.read(image_id, ())
+            regions = read_regions(store, image_id)
             results.extend(replace(regions, masks=None).to_coco())
             yield regions
 
@@ -155,17 +166,22 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=known)
 
 
-def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:
+def _evaluated_on(metrics: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the splits that metrics are of, such as "refcoco/unc/val"."""
+    return {f"{part['dataset']}/{part['split_by']}/{split}" for part in metrics for split in part["splits"]}
+
+
+def _subtitle(recipe: str, steps: int, run: bool, unseen: bool) -> str:
     if not run:
         return "Regions of images, each with a box, a category and a score, for models that understand phrases."
     model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {format_count(steps, 'step')})"
     subtitle = f"{model} detects the objects of an image, each with a box, a mask and features, for models that "
     subtitle += "understand phrases such as “the small red star”."
-    return subtitle + " It has never seen the REFER images it is evaluated on." * clean
+    return subtitle + " It has never seen the REFER images it is evaluated on." * unseen
 
 
 def _highlights(
-    detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], audit: Mapping[str, Any] | None
+    detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], proof: AuditResult | None
 ) -> list[tuple[str, str]]:
     highlights = []
     for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
@@ -179,19 +195,19 @@ def _highlights(
     for boxes in filter(None, answers):
         guessing = number(boxes["random_baseline@0.5"])
         highlights.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
-    if audit is not None:
-        leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
-        highlights.append((str(leaked), f"of {format_count(held_out, 'held-out image')} in the training file"))
+    if proof is not None:
+        held_out = format_count(proof.held_out_images, "held-out image")
+        unknown = f"; {format_count(proof.unidentified, 'image')} of it unknown" if proof.unidentified else ""
+        highlights.append((str(len(proof.leaked)), f"of {held_out} in the training file{unknown}"))
     return highlights
 
 
-def _audits(inputs: ReportInputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    from refdet.splits.leak_audit import audit
-
+def _audits(inputs: ReportInputs) -> tuple[AuditResult | None, AuditResult | None]:
+    """Audits of the training file, and of the file that it was made from."""
     if inputs.trained_on is None:
         return None, None
     if inputs.refer_root is None:
         raise InputError("`trained_on` needs `refer_root`, whose val and test images it must not have")
     paths = (inputs.trained_on, inputs.made_from)
-    first, second = (None if path is None else audit(path, inputs.refer_root).to_json() for path in paths)
+    first, second = (None if path is None else audit(path, inputs.refer_root) for path in paths)
     return first, second

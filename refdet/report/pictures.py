@@ -13,7 +13,6 @@ from refdet.files.short_text import format_count
 from refdet.report.figures import Picture, picture
 from refdet.report.refer_parts import OpenPart
 from refdet.report.samples import (
-    FOUND,
     Answer,
     Scene,
     answers,
@@ -116,8 +115,10 @@ def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: i
     all_answers: list[Answer] = []
     for part in parts:
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
-            all_answers += answers(part.store, part.refer, part.dataset, part.splits, part.predictions)
-    wrong = [answer for answer in all_answers if answer.iou < FOUND]
+            all_answers += answers(
+                part.store, part.refer, part.dataset, part.splits, part.predictions, part.protocol, part.box_format
+            )
+    wrong = [answer for answer in all_answers if not answer.right]
     unanswerable = sum(not answer.scene.referred[0].found for answer in wrong)
     drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
     return {"answers": len(all_answers), "wrong": len(wrong), "unanswerable": unanswerable, "pictures": drawn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from refdet import store as stores
+from refdet.data.box_format import DEFAULT
 from refdet.errors import InputError
 from refdet.evaluation import targets
+from refdet.evaluation.metrics import Protocol
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.renamed_metrics import in_new_names
 from refdet.report.fields import check_metrics
@@ -18,6 +21,8 @@ from refdet.report.inputs import ReferPart
 from refdet.report.recall_charts import split_names
 from refdet.store import Store
 from refer import REFER
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class OpenPart:
         splits: the splits to show.
         metrics: the metrics of evaluate-on-refer, None without.
         predictions: JSON of a model's answers.
+        protocol: how the metrics compare boxes.
+        box_format: format of the boxes of the answers.
     """
 
     store: Store | None
@@ -39,6 +46,8 @@ class OpenPart:
     splits: Sequence[str]
     metrics: Mapping[str, Any] | None
     predictions: Path | None
+    protocol: Protocol = "standard"
+    box_format: str = DEFAULT
 
     @property
     def has_scenes(self) -> bool:
@@ -68,10 +77,11 @@ def pair_up(
         with stores.open(path) as store:
             name = dataset or dataset_of(store)
         matching = [entry for entry in unpaired if f"{entry['dataset']}/{entry['split_by']}" == name]
-        matching = matching or (unpaired if len(paths) == len(metrics) == 1 else [])
-        if matching:
-            unpaired.remove(matching[0])
-        parts.append(ReferPart(path, matching[0] if matching else None, None if place else predictions, name))
+        matching.sort(key=lambda entry: _is_of_another_detector(entry, store))  # stores may be of several detectors
+        matching = matching or (unpaired[:1] if len(paths) == len(metrics) == 1 else [])
+        chosen = matching[0] if matching else None
+        unpaired = [entry for entry in unpaired if entry is not chosen]
+        parts.append(ReferPart(path, chosen, None if place else predictions, name))
     return parts + [ReferPart(None, entry) for entry in unpaired]
 
 
@@ -99,6 +109,12 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     if metrics is not None:
         check_metrics(metrics, "metrics of evaluate-on-refer")
         name = f"{metrics['dataset']}/{metrics['split_by']}"
+        if store is not None and _is_of_another_detector(metrics, store):
+            log.warning(
+                "note: report: the metrics of %s are of another detector than %s: their provenance differs",
+                name,
+                store.path,
+            )
     elif store is not None:
         name = name or dataset_of(store)
     if part.predictions is not None and (store is None or refer_root is None or not name):
@@ -106,18 +122,37 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     if store is None or refer_root is None or not name:
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
-    if metrics is None and not (refer_root / dataset).is_dir():
-        return OpenPart(
-            store, None, name, (), None, None
-        )  # the name of the image list only looks like that of a dataset
+    if metrics is None and part.predictions is None and not (refer_root / dataset).is_dir():
+        # the name of the image list only looks like that of a dataset
+        return OpenPart(store, None, name, (), None, None)
     refer = REFER(refer_root, dataset, split_by)
     splits = split_names(metrics) if metrics else _complete_splits(store, refer)
-    answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())
+    if part.predictions is not None and not splits:
+        raise InputError(
+            f"{part.predictions}: {store.path} has all images of no split of {name} but train, so its answers cannot "
+            "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
+        )
+    how = metrics or {}
+    protocol, box_format = how.get("protocol", "standard"), how.get("box_format", DEFAULT)
+    groups = {group for values in how.get("splits", {}).values() for group in values}
+    answered = bool(groups & {"comprehension", "generalized"})
     if splits and (metrics is None or (part.predictions is not None and not answered)):
         metrics = evaluate_on_refer(
-            store.path, refer_root, dataset, split_by, splits=splits, predictions=part.predictions
+            store.path,
+            refer_root,
+            dataset,
+            split_by,
+            splits=splits,
+            predictions=part.predictions,
+            protocol=protocol,
+            box_format=box_format,
         )
-    return OpenPart(store, refer, name, splits, metrics, part.predictions)
+    return OpenPart(store, refer, name, splits, metrics, part.predictions, protocol, box_format)
+
+
+def _is_of_another_detector(metrics: Mapping[str, Any], store: Store) -> bool:
+    """Whether metrics have a provenance, but not that of a store."""
+    return metrics.get("provenance", store.provenance) != store.provenance
 
 
 def _complete_splits(store: Store, refer: REFER) -> list[str]:

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from refdet.data.box_format import DEFAULT
 from refdet.data.coco import ImageRecord
-from refdet.evaluation.metrics import box_iou
+from refdet.evaluation.metrics import Protocol, box_iou, box_overlap
 from refdet.evaluation.predictions import load_predictions
 from refdet.store import Store
 from refdet.structures.regions import Regions
@@ -89,11 +90,13 @@ class Answer:
         scene: its image; the referred object is the only one, with that sentence alone.
         box: (4,) the answer, half-open xyxy in pixels of the image.
         iou: with the referred object.
+        right: whether it is correct by the protocol of the evaluation.
     """
 
     scene: Scene
     box: np.ndarray
     iou: float
+    right: bool
 
 
 def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> list[Scene]:
@@ -113,8 +116,28 @@ def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> lis
     ]
 
 
-def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predictions: Path) -> list[Answer]:
+def answers(
+    store: Store,
+    refer: REFER,
+    where: str,
+    splits: Sequence[str],
+    predictions: Path,
+    protocol: Protocol = "standard",
+    box_format: str = DEFAULT,
+) -> list[Answer]:
     """The answers of a predictions JSON to sentences of the splits, in the order of the scenes.
+
+    Args:
+        store: the store.
+        refer: the REFER dataset.
+        where: dataset and split_by, such as "refcoco/unc".
+        splits: names of splits.
+        predictions: the JSON.
+        protocol: how boxes are compared, as in `refdet.evaluation.refer_benchmark.evaluate_on_refer`.
+        box_format: format of the boxes, likewise.
+
+    Returns:
+        The answers; sentences without one are left out.
 
     Raises:
         InputError: the file is damaged, or does not fit the store.
@@ -123,7 +146,7 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
     records = {
         sent_id: images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items() if ref["image_id"] in images
     }
-    loaded = load_predictions(predictions, store, records)
+    loaded = load_predictions(predictions, store, records, box_format=box_format)
     results = []
     for split in splits:
         for image_id, ref_ids in _refs_of(refer, split).items():
@@ -138,10 +161,10 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
                         continue
                     alone = replace(obj, sentences=(str(sentence["sent"]),))
                     box = predicted.boxes[0]
-                    iou = float(box_iou(box[None], obj.box[None])[0, 0])
-                    results.append(
-                        Answer(Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,)), box, iou)
-                    )
+                    iou = float(box_iou(box[None], obj.box[None], protocol)[0, 0])
+                    right = bool(box_overlap(box[None], obj.box[None], protocol)[0, 0] >= FOUND)
+                    scene = Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,))
+                    results.append(Answer(scene, box, iou, right))
     return results
 
 

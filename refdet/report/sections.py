@@ -11,11 +11,13 @@ from refdet.evaluation.detection_errors import BINS, DetectionErrors
 from refdet.files.short_text import format_count
 from refdet.report.charts import Axes, Series, line_chart
 from refdet.report.confusions import confusion_map
+from refdet.report.fields import GENERALIZED
 from refdet.report.inputs import LOSS_LABELS, PipelineStep
 from refdet.report.recall_charts import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
 from refdet.report.samples import Referred
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import validation_chart
+from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -42,26 +44,28 @@ def steps_section(steps: Sequence[PipelineStep]) -> Markup:
 
 def leak_section(
     provenance: Provenance,
-    audit: Mapping[str, Any] | None,
-    source_audit: Mapping[str, Any] | None,
+    audit: AuditResult | None,
+    source_audit: AuditResult | None,
     validated: bool = False,
+    unproven: Sequence[str] = (),
 ) -> Markup:
     """The training data of the detector, and the audit for REFER's val and test images.
 
     Args:
         provenance: of the detector.
-        audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the training file.
-        source_audit: the same of the file that the training file was made from.
+        audit: audit of the training file.
+        source_audit: audit of the file that the training file was made from.
         validated: whether the run has a validation, which may have chosen the weights.
+        unproven: why the audit does not prove that the detector has seen no held-out image.
     """
     header, rows = ["held-out split", "images"], []
     if source_audit is not None:
         header.append("in the original file")
     header.append("in the training file")
-    for name, leak in audit["splits"].items() if audit else ():
-        before = [] if source_audit is None else [source_audit["splits"][name]["leaked"]]
-        rows.append([name, leak["images"], *before, leak["leaked"]])
-    unproven = "Not audited here: what follows is what the detector's record claims. The training file proves it."
+    in_source = {leak.name: len(leak.image_ids) for leak in source_audit.splits} if source_audit else {}
+    for leak in audit.splits if audit else ():
+        before = [in_source[leak.name]] if source_audit else []
+        rows.append([leak.name, leak.images, *before, len(leak.image_ids)])
     return render(
         "leak.html",
         provenance=provenance,
@@ -132,14 +136,16 @@ def errors_section(
 
 def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """Metrics of each split of each dataset, and recall by IoU threshold and number of regions."""
-    rows = []
+    rows, unusable = [], []
     for part in metrics:
         for split in split_names(part):
             values = part["splits"][split]
+            if values.get("unusable"):
+                unusable.append((_split_label(part, split), values["unusable"], values["images"]))
             box, mask = values["detection"]["bbox"], values["detection"]["segm"]
             recall = values["referent_recall"]
             rows.append(
-                [f"{part['dataset']} {part['split_by']} {split}"]
+                [_split_label(part, split)]
                 + [values[name] for name in ("images", "refs", "sentences")]
                 + [number(box["AP50"]), number(mask["AP50"] if mask else None)]
                 + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
@@ -149,9 +155,16 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
         header=["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"],
         groups=[(3, "count"), (2, "AP50"), (5, "referent recall at IoU"), (1, "")],
         rows=rows,
+        unusable=unusable,
         by_iou=charts_by_iou(metrics),
         by_regions=charts_by_regions(metrics),
     )
+
+
+def _split_label(part: Mapping[str, Any], split: str) -> str:
+    """Name of a split, with the protocol of its metrics if it is not the standard one."""
+    protocol = part.get("protocol", "standard")
+    return f"{part['dataset']} {part['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
 
 
 def ceiling_section(referred: Sequence[Referred]) -> Markup:
@@ -204,11 +217,26 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
                 continue
             boxes, masks = values["comprehension"], values["segmentation"]
             rows.append(
-                [f"{part['dataset']} {part['split_by']} {split}", values["sentences"]]
+                [_split_label(part, split), values["sentences"]]
                 + [number(boxes["random_baseline@0.5"]), number(boxes["accuracy@0.5"])]
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
-    return render("listener.html", rows=rows, **answers)
+    mdetr = any(part.get("protocol") == "mdetr" for part in metrics)
+    return render("listener.html", rows=rows, mdetr=mdetr, **answers)
+
+
+def generalized_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
+    """Metrics of a model's answers to gRefCOCO."""
+    rows = []
+    for part in metrics:
+        for split in split_names(part):
+            values = part["splits"][split]
+            if "generalized" in values:
+                scores = values["generalized"]
+                counts = [values["sentences"], scores["no_target"], scores["missing"]]
+                rows.append([_split_label(part, split), *counts, *(number(scores[name]) for name in GENERALIZED)])
+    header = ["split", "sentences", "without target", "missing", *GENERALIZED]
+    return render("generalized.html", header=header, rows=rows)
 
 
 def loss_section(

@@ -44,14 +44,15 @@ def _benchmark(path: Path) -> tuple[HeldOut, list[str]]:
     else:
         image_list = read_image_list(path)
         images, is_list = image_list.images, image_list.form == LINES
-    unknown = [image for image in images if image.unknown]
-    coco = [image for image in images if not image.unknown and image.coco_ids]
+    # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
+    unknown = [image for image in images if image.unknown and not image.evidence.named]
+    coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]
     if is_list and unknown and not any(image.evidence.named for image in coco):
         raise InputError(
             f"`benchmark` {path}: {len(unknown)} of its {len(images)} numbers cannot be COCO ids, so none is taken as "
             "one (Flickr30k has its own); compare the images themselves with refdet audit --find-duplicates"
         )
-    coco_ids = frozenset().union(*(image.coco_ids for image in coco))
+    coco_ids = frozenset().union(*(image.evidence.named if image.unknown else image.coco_ids for image in coco))
     if not coco_ids:
         raise InputError(
             f"`benchmark` {path}: none of its {len(images)} images can be identified as one of COCO; compare the "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.short_text import format_count, shorten
 from refdet.splits.file_claims import SplitClaim, claims_of, file_problem
 from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
@@ -77,7 +78,8 @@ def audit_provenance(
     The training file turns it into a proof: its hash must match, and every image in it is checked. The hash covers
     ids, so it proves something only where ids match the file names; otherwise the identical file is required.
     Images that chose the weights by validation must be as clean (`refdet.splits.selection_audit`).
-    The images that a store describes are irrelevant, as features of val and test images are expected.
+    The images that a store describes are irrelevant, as features of val and test images are expected. Boxes that were
+    given for it are not audited; a note says so.
 
     Args:
         path: a run directory or a store.
@@ -125,6 +127,12 @@ def audit_provenance(
         trust_weights=trust_weights,
     )
     notes += selection.notes
+    options = description.get("options")
+    if isinstance(options, dict) and (boxes := options.get("boxes_sha256")):
+        notes.append(
+            f"{path}: its boxes, scores and categories are from a file (sha256 {shorten(boxes)}), not from its "
+            "detector; what made that file is not audited, and may have seen held-out images"
+        )
     if problem and selection.problem:
         notes.append(selection.problem)
     problem = problem or selection.problem
@@ -142,6 +150,36 @@ def audit_provenance(
                 "have seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
             )
     return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, selection, problem, notes)
+
+
+def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, instances: str | Path | None) -> list[str]:
+    """Why the audit of a training file does not prove that a detector has seen no held-out image.
+
+    Args:
+        provenance: of the detector; its hash of image ids is that of the file.
+        proof: audit of the file, which found no held-out image.
+        subject: what messages call the detector.
+        instances: the file.
+
+    Returns:
+        The reasons, [] if it does.
+    """
+    problem = "" if proof.leaked else file_problem(subject, provenance, [], proof, instances)
+    reasons = [problem] if problem else []
+    if proof.unknown:
+        reasons.append(
+            f"{instances}: {format_count(proof.unidentified, 'image')} cannot be identified as COCO's or others "
+            f"(first: {shorten(proof.unknown[0])})"
+        )
+    if provenance.weights is not None and not _are_clean(provenance.weights):
+        reasons.append(f"{subject}: its initial weights may have seen held-out images: {provenance.weights}")
+    return reasons
+
+
+def _are_clean(weights: str) -> bool:
+    """Whether initial weights are a published file that was trained on no image of REFER."""
+    known = file_of_weights(weights)
+    return known is not None and known.trained_on.of_refer == "none"
 
 
 def _find_problem(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refdet.splits.held_out import HeldOut
 from refdet.splits.leak_audit import AuditResult
-from refdet.structures.provenance import Provenance
+from refdet.structures.provenance import NAMES_DIFFER, Provenance
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def file_problem(
                 f"{subject}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their "
                 f"COCO ids, so other images may have the same hash; {role.verb} on a file whose ids match its "
                 "file names"
+            )
+        if NAMES_DIFFER in provenance.note and not same_file:
+            return (
+                f"{subject}: cannot be proven: the file it was {role.done} on has file names that do not match its "
+                f"image ids, so {instances} has the same ids but maybe other images; give the identical file"
             )
         return ""
     give = f"give the file it was {role.done} on with `{role.argument}`"

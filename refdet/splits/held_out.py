@@ -9,7 +9,10 @@ from pathlib import Path
 import refer
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
+from refdet.files.short_text import shorten
 from refdet.splits.unrecognized_refs import find_unrecognized_refs
+from refdet.structures.coco_ids import bare_number, numbers_in_name
+from refer.types import Ref
 
 TRAIN = "train"
 # RefClef has no COCO images; its ids would match unrelated COCO images.
@@ -147,4 +150,28 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
         images.setdefault(ref["split"], set()).add(ref["image_id"])
     lines = compare_with_published(dataset, split_by, count_refs(refs))
     notes = [f"{line}; {Path(root) / dataset} may be a damaged download" for line in lines]
+    # in REFER's own data the file name has the number of the image_id
+    others = [ref for ref in refs if f"{ref['image_id']:012d}" not in ref.get("file_name", "")]
+    renumbered = [ref for ref in others if numbers_in_name(ref.get("file_name", ""))]
+    for ref in renumbered:
+        images[ref["split"]] |= numbers_in_name(ref["file_name"])
+    if renumbered:
+        first = renumbered[0]
+        notes.append(
+            f"{dataset}/{split_by}: the image_id of {len(renumbered)} of {len(refs)} refs is not the COCO number in "
+            f"their file_name (first: {first['image_id']}, {shorten(first['file_name'])}); the images of both are "
+            "looked for"
+        )
+    unnumbered = [file for ref in others if (file := _unnumbered_file_name(ref))]
+    if unnumbered:
+        notes.append(
+            f"{dataset}/{split_by}: the file_name of {len(unnumbered)} of {len(refs)} refs has no COCO number (first: "
+            f"{shorten(unnumbered[0])}); their image_id is taken as COCO's, and other images are not looked for"
+        )
     return {split: frozenset(ids) for split, ids in images.items()}, notes
+
+
+def _unnumbered_file_name(ref: Ref) -> str:
+    """The file name of a ref if it has no COCO number, else ""."""
+    file = ref.get("file_name", "")
+    return "" if numbers_in_name(file) or bare_number(file) == ref["image_id"] else file

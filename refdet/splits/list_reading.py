@@ -35,7 +35,7 @@ from refdet.splits.image_list import (
 )
 from refdet.splits.json_stream import JsonValue, iter_values, read_text
 from refdet.splits.object_entries import Entry, object_entries
-from refdet.structures.coco_ids import bare_number, is_image_file, is_visual_genome
+from refdet.structures.coco_ids import bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.plain_files import no_garbage_collection
 
 _LISTS = ("images", "annotations", "categories")
@@ -225,16 +225,42 @@ def _lines(text: str) -> Iterator[ImageEntry]:
 def _line(text: str, start: int, end: int) -> ImageEntry:
     """An entry of a line: a name, or a row of a table, identified by its file names or else by its numbers."""
     entry = _bare_entry(text, start, end)
-    fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
-    if entry.evidence.named or entry.evidence.bare or len(fields) < 2:
+    columns = re.split(r"[,;\t]", text)
+    fields = [field for column in columns for field in _fields(column)]
+    if entry.evidence.bare or len(fields) < 2:
         return entry
-    files = [field for field in fields if is_image_file(field)]
-    numbers = [number for field in files or fields if (number := bare_number(field)) is not None]
-    unread_names = len(numbers) < len(files) if files else len(set(numbers)) > 1
-    evidence = replace(entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unread_names or not numbers)
-    name = files[0] if files else fields[0]
-    first = numbers[0] if numbers else None
-    return entry._replace(id=first, evidence=evidence, name=name, id_matches_file_name=len(set(numbers)) == 1)
+    named = entry.evidence.named
+    names = [name for column in columns for name in _file_names(column)]
+    names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
+    texts = [field for field in fields if is_image_file(field)] or fields
+    numbers = [] if named else [number for field in texts if (number := bare_number(field)) is not None]
+    if names:
+        are_addresses_of_one = bool(named) and "://" in names[0]
+        unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
+        unnumbered = unnumbered and not are_addresses_of_one
+    else:
+        unnumbered = not named and len(set(numbers)) != 1
+    evidence = replace(
+        entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unnumbered, addresses=tuple(dict.fromkeys(names))
+    )
+    return entry._replace(
+        id=numbers[0] if numbers else None,
+        evidence=evidence,
+        name=names[0] if names else fields[0],
+        id_matches_file_name=not unnumbered and len(named | set(numbers)) == 1,
+    )
+
+
+def _fields(column: str) -> list[str]:
+    """The words of a column, without quotes."""
+    return [word for part in column.split(" ") if (word := part.strip("\"' "))]
+
+
+def _file_names(column: str) -> list[str]:
+    """The file names in a column: one, which may have spaces, or several words that are each a name."""
+    words = [word for word in _fields(column) if is_image_file(word)]
+    whole = column.strip("\"' ")
+    return [whole] if len(words) == 1 and is_image_file(whole) else words
 
 
 def _is_json_lines(text: str) -> bool:

@@ -15,6 +15,8 @@ from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSe
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
+NAMES_DIFFER = "its file names do not match its image ids"
+"""Part of the note of a file whose hash of image ids says nothing about the images in it."""
 
 
 @dataclass(frozen=True)

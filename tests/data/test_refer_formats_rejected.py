@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from refdet.cli.main import main
 from refdet.data.parquet import read_rows
 from refdet.data.refer_formats.convert import convert_refer
+from refdet.data.refer_formats.json_lists import read_list
 from refdet.data.refer_formats.other_divisions import refs_of_division
 from refdet.data.refer_formats.records import SourceRef
 from refdet.data.refer_formats.split_names import dataset_in, match_split_names, split_by_in, split_in
@@ -40,6 +41,11 @@ def refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None
         ("refcocog_umd_test", "refcocog", "umd"),
         ("RefCOCO", "refcoco", ""),
         ("refcocop", "refcoco+", ""),
+        ("RefCOCO-plus_google", "refcoco+", "google"),
+        ("refcoco_g_umd", "refcocog", "umd"),
+        ("RefCOCO-g", "refcocog", ""),
+        ("refcoco_google", "refcoco", "google"),
+        ("gRefCOCO_unc", "", "unc"),
         ("shapes", "", ""),
     ],
 )
@@ -55,6 +61,8 @@ def test_names_of_datasets(text: str, dataset: str, split_by: str) -> None:
         ("validation-00000-of-00001.parquet", "val"),
         ("default/testB/0000.parquet", "testB"),
         ("refcoco/train2014.json", "train"),
+        ("refcocog_val_train2014.json", "val"),
+        ("train2014_testB/refcoco.json", "testB"),
         ("constrained.json", ""),
     ],
 )
@@ -262,6 +270,11 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "no COCO id"),
         ("refcoco.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the split"),
         ("val.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the dataset"),
+        (
+            "refcoco_val.json",
+            '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4], "dataset_name": "flickr"}]',
+            "unknown division of flickr",
+        ),
         ("refcoco_val.json", '[{"image": "9.jpg", "conversations": []}]', "no question with a box"),
         ("refcoco_val.json", '{"images": [{"id": 1, "caption": "a"}], "annotations": []}', "no annotation for"),
         ("refcoco_val.json", '[{"image/id": 9, "objects": {"id": [1], "bbox": []}}]', "different lengths"),
@@ -311,3 +324,28 @@ def test_the_command_names_its_options(shapes_root: Path, tmp_path: Path) -> Non
     assert result.exit_code == 2 and "give --instances instances_train2014.json" in result.stderr
     missing = run("--from", tmp_path / "none", "--out", tmp_path / "out")
     assert missing.exit_code == 2 and "no such file or folder" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "expression"),
+    [
+        ("<image>\nWhere is this: the cat", "[0.1, 0.2, 0.3, 0.4]", "the cat"),
+        ("Where is this: the cat\n<image>", "[0.1, 0.2, 0.3, 0.4]", "the cat"),
+        ("Where is this: the cat<image>", "[0.1, 0.2, 0.3, 0.4]", "the cat"),
+        ("<image>\n<ref>the cat</ref>", "<ref>it</ref> [0.1, 0.2, 0.3, 0.4]", "the cat"),
+        ("What is in [0.1, 0.2, 0.3, 0.4]?\n<image>", "the cat", "the cat"),
+    ],
+)
+@pytest.mark.parametrize("system", [False, True])
+def test_expressions_of_conversations(
+    tmp_path: Path, question: str, answer: str, expression: str, system: bool
+) -> None:
+    """The image may come last, and instructions of the system are no question."""
+    turns = [{"from": "system", "value": "You find [1, 2, 3, 4]."}] * system
+    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns += [{"from": "human", "value": "Where is this: the dog"}, {"from": "gpt", "value": "[0.5, 0.5, 0.6, 0.7]"}]
+    source = read_list(tmp_path / "x.json", [{"image": "9.jpg", "conversations": turns}], "val")
+    assert [(ref.sentences[0].sent, ref.box) for ref in source.refs] == [
+        (expression, [0.1, 0.2, 0.3, 0.4]),
+        ("the dog", [0.5, 0.5, 0.6, 0.7]),
+    ]

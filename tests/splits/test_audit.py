@@ -198,6 +198,12 @@ def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], 
     found = audit_provenance(run, root, clean)
     assert not found.proven and "cannot be proven: the ids of 2 images in" in found.problem
     assert "which contains 2 held-out images" in audit_provenance(run, root, leaking).problem
+    # nor do the ids alone, or the images that COCO has under these ids
+    ids = tmp_path / "ids.txt"
+    ids.write_text("1\n4\n")
+    for other in (ids, write(tmp_path / "named.json", coco([1, 4], []))):
+        found = audit_provenance(run, root, other)
+        assert not found.proven and "cannot be proven: the file it was trained on has file names" in found.problem
     # with the very file there is no doubt
     run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven
@@ -252,7 +258,11 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
         file["regions/box"] = np.zeros((0, 4), np.float32)
         file["regions/mask_start"] = np.zeros(1, np.int64)
     found = audit_provenance(store, root, split)
-    assert found.kind == "store" and found.proven
+    assert found.kind == "store" and found.proven and not any("its boxes" in note for note in found.notes)
+    with h5py.File(store, "a") as file:
+        file.attrs["options"] = json.dumps({"regions": "boxes", "boxes_sha256": "ab" * 32})
+    given = audit_provenance(store, root, split)
+    assert any("its boxes, scores and categories are from a file (sha256 abab" in note for note in given.notes)
     other = audit_provenance(store, root, tmp_path / "all.json")
     assert other.problem.startswith(f"the detector of {store}: was not trained on")
     with h5py.File(store, "a") as file:

@@ -193,3 +193,22 @@ def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path],
     (folder / "000000000003.jpg").unlink()
     code, text = run("10\n", *content)
     assert code == 1 and "1 held-out image not compared (first: 3)" in text
+
+
+def test_copies_of_a_benchmarks_images_are_found(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Of its COCO images; one without a file leaves the list unproven, as with REFER's."""
+    _, root, folder = world
+    (folder / "000000000020.jpg").write_bytes(jpeg(scene(20)))
+    (folder / "kitchen.jpg").write_bytes(jpeg(resized(scene(20), 0.5)))
+    names, benchmark = tmp_path / "names.txt", tmp_path / "benchmark.txt"
+    names.write_text("10\nkitchen.jpg\n")
+    arguments = ["audit", "--instances", str(names), "--refer-root", str(root), "--benchmark", str(benchmark)]
+    arguments += ["--find-duplicates", "--images", str(folder)]
+    benchmark.write_text("000000000020.jpg\n")
+    assert audit_content(names, root, folder).copies == []
+    (copy,) = audit_content(names, root, folder, benchmark=[benchmark]).copies
+    assert (copy.image, copy.refer_image_id, copy.splits) == ("kitchen.jpg", 20, ["benchmark/benchmark.txt"])
+    assert CliRunner().invoke(main, arguments).exit_code == 1
+    benchmark.write_text("000000000021.jpg\n")
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "not proven: 1 held-out image not compared (first: 21)" in done.stderr

@@ -146,3 +146,18 @@ def test_the_commands(tmp_path: Path, instances: Path, refer_root: Path, other_i
     assert leaks.exit_code == 1
     detector = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path), *common])
     assert detector.exit_code == 2 and "--benchmark is for --instances alone" in detector.stderr
+
+
+def test_a_coco_name_beside_a_renamed_file_is_looked_for(
+    tmp_path: Path, instances: Path, refer_root: Path, other_ids: list[int]
+) -> None:
+    """The same entry in a list of training images is held out, too."""
+    url = "http://images.cocodataset.org/train2017/{:012d}.jpg"
+    images = [{"id": n, "file_name": f"street_{n}.jpg", "coco_url": url.format(i)} for n, i in enumerate(other_ids)]
+    images.append({"id": 9, "file_name": "street_9.jpg"})
+    path = tmp_path / "renamed.json"
+    path.write_text(json.dumps({"images": images}))
+    (split,), notes = held_out_benchmarks([path])
+    assert split.image_ids == frozenset(other_ids)
+    assert len(notes) == 1 and "1 images cannot be identified as COCO's (first: 9)" in notes[0]
+    assert audit(instances, refer_root, benchmark=[path]).splits[-1].image_ids == other_ids

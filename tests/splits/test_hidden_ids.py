@@ -67,6 +67,8 @@ def test_a_hidden_image_is_a_leak(root: Path, tmp_path: Path, kind: str) -> None
 UNKNOWN: dict[str, Any] = {
     "one of several in objects": [{"images": [{"path": FREE_NAME}, {"path": "beach.jpg"}]}],
     "two names": [{"image1": FREE_NAME, "image2": "beach.jpg"}],
+    "a COCO category": [{"file": "beach.jpg", "objects": [{"coco_category_id": 18}]}, FREE_NAME],
+    "a COCO annotation": [{"meta": {"coco_ann_id": 18, "cocoAnnotationId": 19}}, FREE_NAME],
     "a file beside an address": {"images": [{"id": 5, "file_name": "copy.jpg", "coco_url": f"http://x/{FREE_NAME}"}]},
 }
 
@@ -87,6 +89,11 @@ def test_an_image_that_no_number_tells_is_unknown(root: Path, tmp_path: Path, ki
         (f"1,{HELD_OUT}\n2,{FREE}\n", [1], 2),
         (f'1;"a/{HELD_NAME}";x\n2;"a/{FREE_NAME}";y\n', [HELD_OUT], 0),
         (f"{FREE} a dog\n", [], 0),
+        (f"{FREE_NAME},beach.jpg,1\nbeach.jpg {FREE_NAME}\n", [], 2),
+        (f"{FREE_NAME}\t{FREE_NAME}\t1\n{FREE_NAME},http://flickr/1_b.jpg\n", [], 0),
+        (f"http://x/{FREE_NAME},http://flickr/1_b.jpg\n", [], 0),
+        (f"photo {FREE}.jpg\nphoto {FREE}.jpg,1\n", [], 2),
+        (f"my images/{FREE}.jpg\n{FREE}.jpg 1\n", [], 0),
     ],
 )
 def test_all_columns_of_a_table_count(root: Path, tmp_path: Path, rows: str, leaked: list[int], unknown: int) -> None:
@@ -127,6 +134,24 @@ def test_every_image_of_an_entry_is_compared(root: Path, tmp_path: Path, kind: s
     (tmp_path / "list.json").write_text(json.dumps(COPIES[kind]))
     found = audit_content(tmp_path / "list.json", root, images)
     assert len(found.copies) == 1 and found.copies[0].refer_image_id == HELD_OUT and found.missing == []
+
+
+def test_every_image_of_a_row_is_compared(root: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    names = (HELD_NAME, 0), ("a copy.jpg", 0), ("copy.jpg", 0), (FREE_NAME, 1), ("house.jpg", 2), ("photo.jpg", 3)
+    for name, seed in (*names, ("my photo.jpg", 0)):
+        (images / name).write_bytes(photograph(seed))
+    for row in (
+        "house.jpg,copy.jpg,1",
+        f"{FREE_NAME}\tcopy.jpg",
+        "house.jpg copy.jpg",
+        "a copy.jpg,1",
+        "my photo.jpg;1",
+    ):
+        (tmp_path / "rows.csv").write_text(f"{row}\n{FREE_NAME}\n")
+        found = audit_content(tmp_path / "rows.csv", root, images)
+        assert len(found.copies) == 1 and found.copies[0].refer_image_id == HELD_OUT and found.missing == [], row
 
 
 def test_what_nothing_but_an_unconfirmed_id_tells_stays_unproven(root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,29 @@ def test_what_training_would_refuse_is_refused_in_any_order_of_keys(
         build_split(source, world[1], tmp_path / "o.json")
     assert says in str(caught.value)
     assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("image_id", "file_name", "held", "note"),
+    [
+        (9, "COCO_train2014_000000000009_4.jpg", {9}, ""),
+        (9, "9.jpg", {9}, ""),
+        (9, "", {9}, ""),
+        (1, "COCO_train2014_000000000009_4.jpg", {1, 9}, "image_id of 1 of 1 refs is not the COCO number"),
+        (1, "street_9.jpg", {1}, "file_name of 1 of 1 refs has no COCO number (first: street_9.jpg)"),
+        (1, "9.jpg", {1}, "file_name of 1 of 1 refs has no COCO number"),
+    ],
+)
+def test_file_names_of_refs_count_as_those_of_training_images_do(
+    tmp_path: Path, image_id: int, file_name: str, held: set[int], note: str
+) -> None:
+    """Refs may have image ids of their own; the number in a file name is COCO's."""
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(image_id, "val")]})
+    path = root / "refcoco/refs(unc).p"
+    refs = [ref | {"file_name": file_name} for ref in pickle.loads(path.read_bytes())]
+    path.write_bytes(pickle.dumps(refs, protocol=2))
+    splits, notes = held_out(root)
+    assert splits[0].image_ids == held
+    assert any(note in text for text in notes) if note else not any("file_name" in text for text in notes)
+    leaked = audit(write(tmp_path / "f.json", coco([9, 25], [])), root).leaked
+    assert leaked == ([9] if 9 in held else [])

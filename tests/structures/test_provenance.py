@@ -12,7 +12,7 @@ import pytest
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import EDITED, RENAMED, provenance_of_instances
 from refdet.errors import InputError
-from refdet.structures.provenance import UNKNOWN, Provenance, image_ids_sha256
+from refdet.structures.provenance import NAMES_DIFFER, UNKNOWN, Provenance, image_ids_sha256
 
 BUILT = Provenance(
     "all.json", "ab" * 32, 2, 0, image_ids_sha256([5, 10]), {"refcoco/unc/val": {"images": 3, "found": 1}}
@@ -70,6 +70,17 @@ def test_a_record_of_ids_is_not_believed_of_other_files(tmp_path: Path, change: 
     path.write_text(json.dumps(data))
     found = provenance_of_instances(CocoIndex.load(path))
     assert (found == BUILT) == believed and found.note == ("" if believed else RENAMED)
+
+
+@pytest.mark.parametrize("info", [{}, {"refdet": BUILT.to_json()}])
+def test_names_that_differ_are_noted_of_any_file(tmp_path: Path, info: dict[str, Any]) -> None:
+    """Else the hash of ids would stand for images that were never trained on."""
+    path = write(tmp_path / "f.json", [10, 5, 6], info).path
+    data = json.loads(path.read_text())
+    before = provenance_of_instances(CocoIndex.load(path)).note
+    data["images"][0]["file_name"] = "kitchen.jpg"
+    path.write_text(json.dumps(data))
+    assert provenance_of_instances(CocoIndex.load(path)).note == f"{before}; {NAMES_DIFFER}"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 from refdet.data.parquet import read_rows
 from refdet.data.refer_formats.full_refs import read_full_ref
 from refdet.data.refer_formats.records import Row, Source, SourceInstances, SourceRef, SourceSentence
+from refdet.data.refer_formats.split_names import dataset_in
 from refdet.errors import InputError
 
 _REFS = ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id")
@@ -67,7 +68,7 @@ def _read_full(rows: Iterable[Row]) -> Source:
     refs: list[SourceRef] = []
     instances = SourceInstances()
     for row in rows:
-        ref = read_full_ref(row, (row.optional("anns_id", row.text) or "").partition(".")[0], "")
+        ref = read_full_ref(row, dataset_in(row.optional("anns_id", row.text) or ""), "")
         for key, entries, id_ in (
             ("raw_image_info", instances.images, ref.image_id),
             ("raw_anns", instances.annotations, ref.ann_id),

@@ -88,7 +88,8 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
     skipped = 0
     for number, entry in enumerate(entries):
         row = Row(f"{path}: [{number}]", entry)
-        turns = [Row(f"{row.where}: a turn", turn).text("value") for turn in row.items("conversations")]
+        entries_of_turns = [Row(f"{row.where}: a turn", turn) for turn in row.items("conversations")]
+        turns = [turn.text("value") for turn in entries_of_turns if turn.value.get("from") != "system"]
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
             parsed = _box_and_expression(question, answer)
             if parsed is None or "image" not in row.value:
@@ -110,5 +111,6 @@ def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] |
     if in_question:
         return box, answer.strip()
     marked = _MARKED.search(question) or _MARKED.search(answer)
-    text = marked[1] if marked else question.rpartition(":")[2].rpartition("\n")[2]
+    # the image is before the question or after it
+    text = marked[1] if marked else question.replace("<image>", "").strip().rpartition(":")[2].rpartition("\n")[2]
     return (box, text.strip()) if text.strip() else None

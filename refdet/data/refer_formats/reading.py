@@ -84,7 +84,7 @@ def read_source(path: Path) -> Source:
         source = read_parquet(path, split) if is_parquet(path) else _read_json(path, split)
     inferred = next(filter(None, map(dataset_in, reversed(path.absolute().parts[-_LEVELS:]))), "")
     for ref in source.refs:
-        ref.dataset = dataset_in(ref.dataset) or inferred
+        ref.dataset = dataset_in(ref.dataset) or ref.dataset or inferred
         ref.split_by = ref.split_by or split_by_in(path.name)
         if not ref.split:
             raise InputError(

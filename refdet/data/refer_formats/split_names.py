@@ -9,8 +9,10 @@ from pathlib import Path
 from refdet.errors import InputError
 from refer.statistics import COUNTS, Counts
 
-_DATASET = re.compile(r"refcoco(?P<plus>\+|_?plus|p(?![a-z]))?(?P<g>g)?", re.IGNORECASE)
+# not gRefCOCO, whose refs have any number of objects
+_DATASET = re.compile(r"(?<!g)refcoco(?P<plus>\+|[-_ ]?plus|p(?![a-z]))?(?P<g>g|[-_ ]g(?![a-z]))?", re.IGNORECASE)
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
+_COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
 _ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
 # the division of most sources
@@ -32,9 +34,11 @@ def split_by_in(text: str) -> str:
 def split_in(path: Path) -> str:
     """Name of the split in the name of a file, or else of its folder; "" if there is none."""
     for text in (path.stem, path.parent.name):
-        matches = _SPLIT.findall(text)
+        matches = list(_SPLIT.finditer(text))
+        # "val_train2014" is a val split on images of COCO's train2014
+        matches = [match for match in matches if not _COCO_YEAR.match(text, match.end())] or matches
         if matches:
-            name = matches[-1].replace("_", "")
+            name = matches[-1][1].replace("_", "")
             return _ALIASES.get(name.lower(), name.lower())
     return ""
 

@@ -239,6 +239,17 @@ class Collection:
             )
         self.names = [{**names, **of_store} for of_store in self.names]
 
+    def _compare_sizes(self, sizes: Mapping[int, tuple[int, int]], file: str) -> None:
+        """Note images whose (height, width) in a file is not that in the first store."""
+        first = self.stores[0]
+        pixels = zip(first.heights.tolist(), first.widths.tolist(), strict=True)
+        resized = [i for i, size in zip(self._positions, pixels, strict=True) if sizes.get(i, size) != size]
+        if resized:
+            self._note(
+                f"{len(resized)} images have another size in {file} than in {first.path.name}, first: {resized[0]}; "
+                "boxes and overlaps of these are not comparable"
+            )
+
     def _add_referents(self) -> None:
         inputs = self.inputs
         refer_options = [inputs.refer_root, inputs.dataset, inputs.split_by]
@@ -255,6 +266,8 @@ class Collection:
             if inputs.refer_root is None:
                 self.referent_names = index.categories
             self._compare_names(index.categories, inputs.instances.name)
+            sizes = {i: (image.height, image.width) for i, image in index.images.items()}
+            self._compare_sizes(sizes, inputs.instances.name)
             if absent:
                 self._note(f"{inputs.instances.name} lacks {absent} of the {len(self._positions)} images of the store")
 
@@ -263,6 +276,14 @@ class Collection:
         absent = add_refs(self.catalog, self._positions, refer)
         self.referent_names = dict(refer.Cats)
         self._compare_names(self.referent_names, f"the refs of {dataset}")
+        self._compare_sizes(
+            {
+                i: (image["height"], image["width"])
+                for i, image in refer.Imgs.items()
+                if {"height", "width"} <= image.keys()
+            },
+            f"the refs of {dataset}",
+        )
         refs = refer.data["refs"]
         self.generalized = is_generalized(refs)
         if absent:

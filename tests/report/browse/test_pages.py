@@ -367,3 +367,16 @@ def test_a_page_without_images_or_regions(browse: Browse, data: Path) -> None:
     client = browse(stores=[data / "none.h5"], images=None)
     assert client.get("/api/items?show=refs").json()["total"] == 0
     assert "has no images" in client.get("/api/about").json()["notes"][-1]
+
+
+@pytest.mark.parametrize("with_refs", [True, False])
+def test_images_of_another_size_are_noted(data: Path, with_refs: bool) -> None:
+    file = data / "toy" / "instances.json"
+    tree = json.loads(file.read_text())
+    tree["images"][0] |= {"height": 50, "width": 60}
+    file.write_text(json.dumps(tree))
+    refs = {"refer_root": data, "dataset": "toy", "split_by": "me"}
+    collection = Collection(BrowseInputs([data / "s.h5"], **(refs if with_refs else {"instances": file})))
+    what = "the refs of toy" if with_refs else "instances.json"
+    assert f"1 images have another size in {what} than in s.h5, first: 1; " in "".join(collection.notes)
+    collection.close()

@@ -1,0 +1,88 @@
+"""The report says that nothing leaked only where `refdet audit` proves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from split_examples import coco, write, write_refs
+
+from refdet import report
+from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
+from refdet.report.inputs import ReferPart, ReportInputs
+from refdet.splits.build import build_split
+from refdet.structures.known_weights import _TORCHVISION, imported_note
+
+CLEAN = "It has never seen the REFER images it is evaluated on"
+SHA256 = "0676ba61" + "0" * 56  # starts as that of torchvision's resnet50
+IMAGENET = f"w (sha256 {'0' * 12}; {imported_note('r.pth', SHA256, _TORCHVISION['0676ba61'])})"
+
+
+def page_of(
+    folder: Path,
+    instances: dict[str, Any],
+    built: bool = True,
+    weights: str | None = None,
+    metrics: tuple[Any, ...] = (),
+    reformatted: bool = False,
+) -> str:
+    """The page of a run that was trained on a file, as it is or as build-split writes it."""
+    root = write_refs(folder / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA"), (9, "train")]})
+    trained_on = write(folder / "f.json", instances)
+    if built:
+        trained_on = build_split(trained_on, root, folder / "split.json").out
+    provenance = provenance_of_instances(CocoIndex.load(trained_on))
+    if weights is not None:
+        provenance = provenance.with_weights(weights)
+    if reformatted:
+        trained_on.write_text(json.dumps(json.loads(trained_on.read_text()), indent=1))
+    run = folder / "run"
+    run.mkdir()
+    model = {"recipe": {"name": "demo"}, "step": 4, "provenance": provenance.to_json()}
+    write(run / "model.json", model)
+    parts = [ReferPart(None, entry) for entry in metrics]
+    report.write(folder / "r.html", ReportInputs(run=run, refer_root=root, trained_on=trained_on, parts=parts))
+    return (folder / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("weights", [None, IMAGENET])
+@pytest.mark.parametrize("built", [True, False])
+def test_a_file_of_known_images_proves_it(tmp_path: Path, weights: str | None, built: bool) -> None:
+    text = page_of(tmp_path, coco([9, 25], []), built, weights)
+    assert ">No leaks<" in text and CLEAN in text and "Not proven" not in text
+    assert "no refcocog/umd found, so their val and test images are not held out" in text  # as audit notes
+
+
+def test_unknown_images_prove_nothing(tmp_path: Path) -> None:
+    text = page_of(tmp_path, coco([9, 25], [], {25: "kitchen.jpg"}), built=False)
+    assert ">No leaks<" not in text and CLEAN not in text
+    assert "1 image cannot be identified as COCO&#39;s or others (first: 25)" in text
+    assert "in the training file; 1 image of it unknown<" in text
+
+
+def test_ids_that_are_not_the_names_prove_nothing_of_another_copy(tmp_path: Path) -> None:
+    text = page_of(tmp_path, coco([9, 25], [], {25: "000000000030.jpg"}), reformatted=True)
+    assert ">No leaks<" not in text and CLEAN not in text and "the ids of 1 images" in text
+
+
+@pytest.mark.parametrize(
+    "weights", ["coco_run (sha256 0; trained on COCO)", IMAGENET.replace("is torchvision", "is x")]
+)
+def test_initial_weights_may_have_seen_them(tmp_path: Path, weights: str) -> None:
+    text = page_of(tmp_path, coco([9, 25], []), weights=weights)
+    assert ">No leaks<" not in text and CLEAN not in text
+    assert "its initial weights may have seen held-out images" in text
+
+
+@pytest.mark.parametrize(("split", "said"), [("val", True), ("train", False), ("testB", False)])
+def test_only_audited_splits_are_unseen(tmp_path: Path, split: str, said: bool) -> None:
+    """The training images of REFER are in the file; a split without refs was not looked for."""
+    recall = dict.fromkeys(("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"), 0.5)
+    values = {"images": 1, "refs": 1, "sentences": 1, "detection": {"bbox": {"AP50": 0.5}, "segm": None},
+              "referent_recall": recall, "recall@k": {"1": 0.1, "all": 0.5}}  # fmt: skip
+    metrics = {"dataset": "refcoco", "split_by": "unc", "splits": {split: values}}
+    text = page_of(tmp_path, coco([9, 25], []), metrics=(metrics,))
+    assert ">No leaks<" in text and (CLEAN in text) == said
