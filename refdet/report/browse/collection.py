@@ -28,7 +28,7 @@ MAX_PREVIEW_REGIONS = 100  # regions in a thumbnail
 
 
 @dataclass(frozen=True)
-class ReportInputs:
+class BrowseInputs:
     """What to show.
 
     Attributes:
@@ -75,7 +75,7 @@ class Collection:
         refer.ReferError: the refs cannot be read.
     """
 
-    def __init__(self, inputs: ReportInputs) -> None:
+    def __init__(self, inputs: BrowseInputs) -> None:
         self.inputs = inputs
         self.notes: list[str] = []
         if not 1 <= len(inputs.stores) <= MAX_STORES:
