@@ -108,7 +108,7 @@ def prepare(
         raise InputError(f"{image_list.index.path}: has no images to extract")
     missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
-        source.refuse_missing(records, missing, image_list.index.path)
+        source.raise_missing(records, missing, image_list.index.path)
     if missing:
         say(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "

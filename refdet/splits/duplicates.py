@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_evidence import goes_by_id
+from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.data.image_source import ImageSource, why_unreadable
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
@@ -209,7 +209,7 @@ def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, I
         except RuntimeFailure:  # the whole zip became unreadable
             raise
         except Exception as error:  # decoders can raise anything on a damaged file
-            source.refuse_unread(name, error)
+            source.raise_if_system_error(name, error)
             return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -241,7 +241,9 @@ def _records(image_list: ImageList, index: int) -> list[ImageRecord]:
         height, width = (entry.get(key) for key in ("height", "width"))
         if type(height) is not int or type(width) is not int or min(height, width) < 1:
             height = width = 0
-        return [ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))]
+        return [
+            ImageRecord(id_, name if isinstance(name, str) else "", height, width, may_be_looked_up_by_id(entry, id_))
+        ]
     names = image.evidence.addresses or ((image.name,) if image.name and not image.name.isdecimal() else ())
     if names:
         # a URL is just another address of an image with a file name

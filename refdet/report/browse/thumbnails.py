@@ -66,7 +66,7 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
     except SizeError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders can raise anything on damaged or hostile files
-        source.refuse_unread(name, error)
+        source.raise_if_system_error(name, error)
         raise ImageError(f"{name}: not a readable image ({why_unreadable(error)})") from None
 
 
