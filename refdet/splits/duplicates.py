@@ -19,7 +19,7 @@ from refdet.data.image_source import ImageSource, why_unreadable
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
 from refdet.splits.held_out import held_out
-from refdet.splits.image_list import INSTANCES, ImageList
+from refdet.splits.image_list import INSTANCES, ImageListFile
 from refdet.splits.list_reading import read_image_list
 from refdet.splits.perceptual_hash import SIDE, matches, thumbnails
 
@@ -72,10 +72,10 @@ class ContentResult:
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; the distance of each copy is also there under its name in 0.1."""
+        """The result as a JSON object, which also has the distance of each copy under its name in refdet 0.1."""
         result = asdict(self)
         for copy in result["copies"]:
-            copy["bits"] = copy["hamming_distance"]  # its name in 0.1
+            copy["bits"] = copy["hamming_distance"]
         return result
 
     def notes(self) -> list[str]:
@@ -147,7 +147,7 @@ def audit_content(
             f"`images` {images}: none of the {len(to_compare)} images in {instances} can be read "
             f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
-    best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
+    best: dict[tuple[int, int, bool], Duplicate] = {}  # of each pair of images, which may have two thumbnails each
     for match in matches(candidates.pixels, held_out_thumbnails.pixels):
         first, second = candidates.rows[match.first], held_out_thumbnails.rows[match.second]
         image_id = int(held_out_thumbnails.labels[second])
@@ -228,8 +228,8 @@ def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, I
     return replace(computed, pixels=np.stack(pixels)) if pixels else computed
 
 
-def _records(image_list: ImageList, index: int) -> list[ImageRecord]:
-    """Records of an entry's images, looked up as `CocoIndex` does for an instances file, else by every name.
+def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
+    """Records by which to look up the images of an entry: as in `CocoIndex` for an instances file, else every name.
 
     Height and width are 0 where the list does not give them.
     """
