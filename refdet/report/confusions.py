@@ -33,12 +33,12 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
         The chart, without a picture if nothing is confused.
     """
     wrong: Counter[int] = Counter()
-    for (of, taken), n in errors.confused.items():
+    for (of, taken), n in errors.confusions.items():
         if of != taken:
             wrong[of] += n
             wrong[taken] += n
     # those without an object have no row to be shown in
-    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MAX_CATEGORIES]
+    shown = [i for i, _ in wrong.most_common() if errors.objects_by_category[i]][:MAX_CATEGORIES]
     title = "What objects are taken for, in percent"
     if not shown:
         return Chart(title, "Nothing is confused.", "")
@@ -58,9 +58,9 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
 
 def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
     """Shares of the objects of a category."""
-    objects = errors.of_category[of]
-    matched = sum(n for (category, _), n in errors.confused.items() if category == of)
-    counts = [errors.confused[of, taken] for taken in shown]
+    objects = errors.objects_by_category[of]
+    matched = sum(n for (category, _), n in errors.confusions.items() if category == of)
+    counts = [errors.confusions[of, taken] for taken in shown]
     return [n / objects for n in (*counts, matched - sum(counts), objects - matched)]
 
 

@@ -102,7 +102,8 @@ def errors_section(
     worst = sorted(rated, key=lambda i: (rated[i]["AP"] or 0.0, names.get(i, "")))
     shown = ("AP", "AP50", "APs", "APm", "APl")
     categories = [
-        [names.get(i, str(i)), errors.of_category[i], *(number(rated[i][name]) for name in shown)] for i in worst
+        [names.get(i, str(i)), errors.objects_by_category[i], *(number(rated[i][name]) for name in shown)]
+        for i in worst
     ]
     used = [i for i in range(BINS) if errors.regions[i]]
     right = {i: float(errors.correct[i] / errors.regions[i]) for i in used}
@@ -110,13 +111,13 @@ def errors_section(
     axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
     description = "; ".join(f"score {score:.2f}: {rate:.2f} correct" for score, rate in rates)
     lines = [Series("regions", rates, 1), Series("a score is a probability", [(0.0, 0.0), (1.0, 1.0)], 0, dashed=True)]
-    wrong = [(pair, n) for pair, n in errors.confused.most_common() if pair[0] != pair[1]]
+    wrong = [(pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]]
     return render(
         "errors.html",
         images=errors.images,
         of_images=errors.images if of_images is None else of_images,
         objects=errors.objects,
-        unfound=errors.unfound,
+        missed=errors.missed,
         file=file,
         categories=categories,
         left_out=len(by_category) - len(rated),
@@ -124,7 +125,12 @@ def errors_section(
         bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(right[i])] for i in used],
         confusion_map=confusion_map(errors, names),
         confusions=[
-            [names.get(of, str(of)), names.get(taken, str(taken)), n, f"{100 * n / errors.of_category[of]:.0f}%"]
+            [
+                names.get(of, str(of)),
+                names.get(taken, str(taken)),
+                n,
+                f"{100 * n / errors.objects_by_category[of]:.0f}%",
+            ]
             for (of, taken), n in wrong[:ROWS]
         ],
     )
