@@ -120,7 +120,7 @@ def prepare(
     explicit = batch_size if isinstance(batch_size, int) else None
     plan, header = _make_plan(image_list, given_regions, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
-    check_resumable(out, plan, header, resume, unset=("precision",) if options.precision != "float32" else ())
+    check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given_regions, plan, header)
 
 
