@@ -109,23 +109,23 @@ def _add_regions(
         add("errors", "Where the detector errs", errors)
     if metrics:
         add("refer", "Referring expressions", sections.refer_section(metrics))
-    every = all_scenes(parts, inputs.pictures)
-    referred = [obj for scene in every for obj in scene.referred]
+    scenes = all_scenes(parts, inputs.pictures)
+    referred = [obj for scene in scenes for obj in scene.referred]
     if referred:
         add("ceiling", "What no region covers", sections.ceiling_section(referred))
     pictures = None
     if inputs.images is not None and stores:
-        pictures = Pictures(inputs.images, stores[0].options.get("exif", "ignore"), every)
+        pictures = Pictures(inputs.images, stores[0].options.get("exif", "ignore"), scenes)
     wrong = wrong_answers(parts, pictures, inputs.pictures)
-    heard = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
-    if heard:
-        add("listener", "Comprehension with a listener", sections.listener_section(heard, **wrong))
+    answered = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
+    if answered:
+        add("listener", "Comprehension with a listener", sections.listener_section(answered, **wrong))
     if pictures is not None:
-        add("pictures", "Example images", pictures_section(every, pictures, inputs.pictures))
+        add("pictures", "Example images", pictures_section(scenes, pictures, inputs.pictures))
 
 
 def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
-    """The section about the first store's detections, None without annotations of its images."""
+    """The section about the errors of the first store of detections; None without annotations of its images."""
     part = next(
         (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
     )
@@ -140,7 +140,7 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     ids = [image_id for image_id in store if image_id in index.images and image_id not in store.errors]
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
-    known = len(ids)
+    annotated = len(ids)
     ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
@@ -152,7 +152,7 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
 
     errors = detection_errors(index, images())
     rates = ap_by_category(index, ids, results, "bbox")
-    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=known)
+    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=annotated)
 
 
 def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:

@@ -1,4 +1,4 @@
-"""Stores that are open, with the REFER dataset and the metrics that belong to them."""
+"""Opened stores with their REFER datasets and metrics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from refer import REFER
 
 @dataclass(frozen=True)
 class OpenPart:
-    """A `ReferPart` that was read.
+    """An opened `ReferPart`.
 
     Attributes:
         store: the store, None for metrics alone.
         refer: its REFER dataset, None if it has none or the REFER data was not given.
-        dataset: path of its folder in the REFER data and split_by, such as "refcoco/unc"; "" without.
+        dataset: dataset and split_by, such as "refcoco/unc"; "" if it has none.
         splits: the splits to show.
-        metrics: the metrics of evaluate-on-refer, None without.
+        metrics: the metrics of evaluate-on-refer, None if there are none.
         predictions: JSON of a model's answers.
     """
 
@@ -49,7 +49,7 @@ class OpenPart:
 def pair_up(
     paths: Sequence[Path], metrics: Sequence[Mapping[str, Any]], predictions: Path | None, dataset: str = ""
 ) -> list[ReferPart]:
-    """Give each store the metrics of its dataset; metrics of no store come after them.
+    """Pair each store with the metrics of its dataset; metrics without a store come after them.
 
     Args:
         paths: the stores.
@@ -64,14 +64,14 @@ def pair_up(
     for entry in unpaired:
         check_metrics(entry, "metrics of evaluate-on-refer")
     parts = []
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         with stores.open(path) as store:
             name = dataset or dataset_of(store)
         matching = [entry for entry in unpaired if f"{entry['dataset']}/{entry['split_by']}" == name]
         matching = matching or (unpaired if len(paths) == len(metrics) == 1 else [])
         if matching:
             unpaired.remove(matching[0])
-        parts.append(ReferPart(path, matching[0] if matching else None, None if place else predictions, name))
+        parts.append(ReferPart(path, matching[0] if matching else None, None if index else predictions, name))
     return parts + [ReferPart(None, entry) for entry in unpaired]
 
 
@@ -82,12 +82,12 @@ def dataset_of(store: Store) -> str:
 
 
 def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
-    """Open a store, and evaluate it on REFER if it was not and can be.
+    """Open a store, and evaluate it on REFER if that was not done yet and is possible.
 
     Args:
-        stack: closes the store.
-        part: the paths.
-        refer_root: folder of the REFER data, None if it is not at hand.
+        stack: exit stack that closes the store.
+        part: the store and its results.
+        refer_root: folder of the REFER data, None if not given.
 
     Raises:
         InputError: a file is missing or damaged, or predictions come without their store or refs.
@@ -107,9 +107,8 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
     if metrics is None and not (refer_root / dataset).is_dir():
-        return OpenPart(
-            store, None, name, (), None, None
-        )  # the name of the image list only looks like that of a dataset
+        # the name of the image list only looks like that of a dataset
+        return OpenPart(store, None, name, (), None, None)
     refer = REFER(refer_root, dataset, split_by)
     splits = split_names(metrics) if metrics else _complete_splits(store, refer)
     answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())

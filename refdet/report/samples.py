@@ -16,7 +16,7 @@ from refdet.store import Store
 from refdet.structures.regions import Regions
 from refer import REFER
 
-_Thing = TypeVar("_Thing")
+_T = TypeVar("_T")
 
 FOUND = 0.5  # IoU from which a referred object counts as found
 
@@ -88,7 +88,7 @@ class Answer:
     Attributes:
         scene: its image; the referred object is the only one, with that sentence alone.
         box: (4,) the answer, half-open xyxy in pixels of the image.
-        iou: with the referred object.
+        iou: IoU with the referred object.
     """
 
     scene: Scene
@@ -96,24 +96,24 @@ class Answer:
     iou: float
 
 
-def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> list[Scene]:
+def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
     """All usable images of the splits that the store has, in the order of the splits and ascending image id.
 
     Args:
         store: the store.
         refer: the REFER dataset.
-        where: dataset and split_by, such as "refcoco/unc".
+        dataset: dataset and split_by, such as "refcoco/unc".
         splits: names of splits.
     """
     images = images_of(store)
     return [
-        Scene.of_store(f"{where}/{split}", store, images[image_id], referred)
+        Scene.of_store(f"{dataset}/{split}", store, images[image_id], referred)
         for split in splits
         for image_id, referred in _of_split(store, refer, split)
     ]
 
 
-def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predictions: Path) -> list[Answer]:
+def answers(store: Store, refer: REFER, dataset: str, splits: Sequence[str], predictions: Path) -> list[Answer]:
     """The answers of a predictions JSON to sentences of the splits, in the order of the scenes.
 
     Raises:
@@ -140,7 +140,7 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
                     box = predicted.boxes[0]
                     iou = float(box_iou(box[None], obj.box[None])[0, 0])
                     results.append(
-                        Answer(Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,)), box, iou)
+                        Answer(Scene.of_store(f"{dataset}/{split}", store, images[image_id], (alone,)), box, iou)
                     )
     return results
 
@@ -220,7 +220,7 @@ def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def sample_evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
-    """At most `count` of the things, evenly spaced."""
-    count = min(count, len(things))
-    return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]
+def sample_evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
