@@ -114,7 +114,7 @@ def torchvision_batch(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor
     """
     images, targets = [], []
     for stored, flipped, truth in zip(
-        batch.images.unpacked(torch.device("cpu")), batch.flips, batch.targets, strict=True
+        batch.images.unpack(torch.device("cpu")), batch.flips, batch.targets, strict=True
     ):
         pixels = stored.flip(1) if flipped else stored
         images.append(pixels.permute(2, 0, 1).float() / 255)

@@ -45,7 +45,7 @@ def check_ray(address: str | None, part: str | None = None) -> None:
     """Check ``--ray``: that it can be an address, that Ray is installed, and that there is no ``--part``.
 
     Raises:
-        InputError: it is not so.
+        InputError: one of these does not hold.
     """
     if address is None:
         return

@@ -131,7 +131,7 @@ def command(
         note(f"note: {text}")
     unproven = "" if allow_unidentified else _unproven(result, content)
     if not (unproven or allow_unidentified) and provenance_audit is not None:
-        unproven = _unproven_choice(provenance_audit, str(val_instances))
+        unproven = _unproven_selection(provenance_audit, str(val_instances))
     if as_json:
         tree = result.to_json() if provenance_audit is None and result is not None else {}
         if provenance_audit is not None:
@@ -223,29 +223,28 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
     return ", ".join(parts)
 
 
-def _choice_verdict(detector: ProvenanceAudit) -> list[str]:
-    """What is known of the images that chose the weights; nothing if none did."""
-    chosen = detector.selection
-    if chosen is None or chosen.selection is None or not chosen.selection.by_validation:
+def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
+    """Lines about the images that the weights were selected on; none if they were not selected."""
+    audit = detector.selection
+    if audit is None or audit.selection is None or not audit.selection.by_validation:
         return []
-    (file,) = chosen.selection.validated_on
-    if chosen.proof is None:
+    if audit.proof is None:
         return [
-            f"its weights are {chosen.selection.one_line()}, which is clean according to its own record; this is only "
+            f"its weights are {audit.selection.one_line()}, which is clean according to its own record; this is only "
             "a claim; to prove it, pass that file with --val-instances"
         ]
     return [
-        f"proven: its weights are {chosen.selection.one_line()}, of which "
-        f"{format_count(chosen.proof.images, 'image')} were checked"
+        f"proven: its weights are {audit.selection.one_line()}, of which "
+        f"{format_count(audit.proof.images, 'image')} were checked"
     ]
 
 
-def _unproven_choice(detector: ProvenanceAudit, val_instances: str) -> str:
-    """The images of the validation file that are not proven clean, "" if all are or it chose nothing."""
-    chosen = detector.selection
-    if chosen is None or chosen.proof is None or chosen.selection is None or not chosen.selection.by_validation:
+def _unproven_selection(detector: ProvenanceAudit, val_instances: str) -> str:
+    """The images of the validation file that are not proven clean; "" if all are, or if it selected no weights."""
+    audit = detector.selection
+    if audit is None or audit.proof is None or audit.selection is None or not audit.selection.by_validation:
         return ""
-    images = _unproven(chosen.proof, None)
+    images = _unproven(audit.proof, None)
     return f"{images} in {val_instances}" if images else ""
 
 
@@ -257,10 +256,10 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
             lines.append(f"clean according to the provenance of {subject}: {detector.provenance.one_line()}")
             fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
             lines.append(f"this is only a claim{fix}")
-            lines += _choice_verdict(detector)
+            lines += _selection_verdict(detector)
         else:
             lines.append(f"proven: {subject} was trained on the images of this file (the image ids have the same hash)")
-            lines += _choice_verdict(detector)
+            lines += _selection_verdict(detector)
     if result is not None:
         lines.append(
             f"clean: {format_count(result.images, 'image')} checked against "

@@ -43,7 +43,7 @@ def json_option(command: F) -> F:
 
 
 def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
-    """Add ``--exif`` to a command; the default is None for the command whose recipe has the setting too."""
+    """Add ``--exif`` to a command; the default is None for the command whose recipe also has the setting."""
     return click.option(
         "--exif",
         type=click.Choice(["ignore", "apply"]),
@@ -65,7 +65,7 @@ def precision_option(command: F) -> F:
 
 
 def ray_option(command: F) -> F:
-    """Give a command ``--ray``."""
+    """Add ``--ray`` to a command."""
     return click.option(
         "--ray",
         metavar="ADDRESS",
@@ -75,7 +75,7 @@ def ray_option(command: F) -> F:
 
 
 def workers_option(command: F) -> F:
-    """Give a command ``--workers``, as None for the default of `refdet.extraction.defaults`."""
+    """Add ``--workers`` to a command; None stands for the default of `refdet.extraction.defaults`."""
     return click.option(
         "--workers",
         type=click.IntRange(min=1),

@@ -36,17 +36,14 @@ DESCRIPTIONS = {
 
 
 class RunCommand(Protocol):
-    """Runs ``refdet ARGS`` to completion; raises what the command raises.
-
-    ``output`` is a file to redirect standard output to, None for no redirection.
-    """
+    """Function that runs a refdet command line to completion, and raises what the command raises."""
 
     def __call__(self, args: list[str], output: Path | None = None) -> None:
-        """Run the command line ``args``, with its output redirected to ``output`` if given."""
+        """Run ``refdet ARGS``, with standard output redirected to the file ``output`` if given."""
 
 
 @dataclass
-class _Log:
+class _CommandLog:
     """Runs commands and records them with their times."""
 
     run: RunCommand
@@ -114,10 +111,10 @@ def demo(
     from refdet.config import recipe
     from refdet.data import shapes
 
-    recipe.load("demo").with_changes(changes)  # reports an invalid recipe now instead of after minutes
+    recipe.load("demo").with_changes(changes)  # raises for invalid changes now instead of after minutes
     if out.exists():
         raise InputError(f"{out} exists; choose another --out or remove it")
-    log = _Log(run, say)
+    log = _CommandLog(run, say)
     data, split, model = out / "data", out / "split.json", out / "run"
     original = data / "annotations" / "instances_train2014.json"
     refer_root, train_images = data / "refer", data / "train2014"
@@ -183,7 +180,7 @@ def demo(
     return metrics
 
 
-def _run_listener(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
+def _run_listener(log: _CommandLog, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
     """Train the listener on the first of `DATASETS` and return its answers, None if there is no listener."""
     if not LISTENER.is_file():
         log.say(f"\n--- listener\nskipped: {LISTENER.name} comes with the source only")
@@ -208,7 +205,7 @@ def _run_listener(log: _Log, out: Path, model: Path, images: Path, refer_root: P
     return answers
 
 
-def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
+def _expect_leak(log: _CommandLog, original: Path, refer_root: Path) -> None:
     try:
         log.refdet("audit", *_flags(instances=original, refer_root=refer_root))
     except RuntimeFailure as error:

@@ -78,9 +78,8 @@ def command(
     drawn = min(int(regions.score_at_least(score_threshold).sum()), max_regions)
     with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
         picture.save(temporary, quality=92)
-    found = {"out": str(out), "regions": len(regions), "drawn": drawn}
     if as_json:
-        echo_json(found)
+        echo_json({"out": str(out), "regions": len(regions), "drawn": drawn})
     else:
         echo_line(f"{out}: {drawn} of {format_count(len(regions), 'region')} drawn")
 
@@ -88,28 +87,29 @@ def command(
 def _detect(
     image: Path, checkpoint: Path, score_threshold: float, max_regions: int, device: str | None
 ) -> tuple[Regions, np.ndarray]:
-    """The regions of a detector with at least a score, and the pixels of the image."""
+    """Detect the regions of an image that have at least a score; returns them and its pixels, (H, W, 3) uint8 RGB."""
     from refdet.data.image_pixels import read_pixels
     from refdet.detector.detector import load_detector
 
     pixels = read_pixels(image)
     detector = load_detector(checkpoint, device=device or "auto")
-    found = detector.detect(pixels, score_threshold=score_threshold, max_regions=max_regions, features=())
-    return found, pixels
+    regions = detector.detect(pixels, score_threshold=score_threshold, max_regions=max_regions, features=())
+    return regions, pixels
 
 
 def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
-    """The regions that a store has of an image, and its pixels in the orientation that the boxes are of."""
+    """Read the regions of an image from a store; returns them and its pixels, oriented as in the extraction."""
     from refdet import store as stores
     from refdet.data.image_pixels import read_pixels
     from refdet.report.image_lookup import image_of_file
 
     with stores.open(path) as store:
-        known = image_of_file(store, image) if image_id is None else image_id
-        if known not in store:
-            raise InputError(f"{path}: has no image {known}; give an --image-id that it has")
-        regions = store.read(known, ())
+        if image_id is None:
+            image_id = image_of_file(store, image)
+        if image_id not in store:
+            raise InputError(f"{path}: has no image {image_id}; give an --image-id that it has")
+        regions = store.read(image_id, ())
         exif = store.options.get("exif", "ignore")
     if regions.error:
-        raise InputError(f"{path}: image {known} has no regions: {regions.error}")
+        raise InputError(f"{path}: image {image_id} has no regions: {regions.error}")
     return regions, read_pixels(image, exif)

@@ -49,7 +49,7 @@ def command(
     from refdet.evaluation.average_precision import METRICS
     from refdet.evaluation.detection import evaluate
 
-    found = evaluate(
+    metrics = evaluate(
         checkpoint,
         instances,
         images,
@@ -62,9 +62,9 @@ def command(
         ray=ray,
     )
     if as_json:
-        echo_json(found)
+        echo_json(metrics)
     else:
-        rows = [(kind, *(_rate(values[name]) for name in METRICS)) for kind, values in found.items() if values]
+        rows = [(kind, *(_rate(values[name]) for name in METRICS)) for kind, values in metrics.items() if values]
         echo_table(rows, header=("", *METRICS))
 
 

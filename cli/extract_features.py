@@ -156,7 +156,7 @@ def command(
 
     check_not_empty("--split", splits)
     check_not_empty("--features", [features])
-    at_once = _batch_size(batch_size)
+    parsed_batch_size = _parse_batch_size(batch_size)
     check_device("--device", device)
     if part is not None:
         from refdet.extraction.part import Part
@@ -214,7 +214,7 @@ def command(
         options=options,
         boxes=boxes,
         box_format=box_format,
-        batch_size=at_once,
+        batch_size=parsed_batch_size,
         workers=workers,
         device=device,
         resume=resume,
@@ -240,8 +240,8 @@ def command(
         echo_line(f"{complete}: {format_count(done.images, 'image')}, {format_count(done.regions, 'region')}")
         return
     speed = f"{done.images_per_second:.2f}" if done.computed else "-"
-    at_a_time = str(done.batch_size) if done.computed else "-"
-    row = (str(done.images), str(done.regions), str(done.errors), speed, at_a_time, f"{done.bytes / 2**20:.1f} MiB")
+    batch = str(done.batch_size) if done.computed else "-"
+    row = (str(done.images), str(done.regions), str(done.errors), speed, batch, f"{done.bytes / 2**20:.1f} MiB")
     echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
     if done.computed:
         echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
@@ -261,7 +261,7 @@ def _show_stages(done: Summary) -> None:
     echo_table(rows, header=("stage", "seconds", ""))
 
 
-def _batch_size(text: str | None) -> int | Literal["auto"] | None:
+def _parse_batch_size(text: str | None) -> int | Literal["auto"] | None:
     if text is None or text == "auto":
         return cast(Literal["auto"] | None, text)
     if text.isdecimal() and int(text) > 0:

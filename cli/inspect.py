@@ -36,7 +36,7 @@ def command(file: str, verify: bool, as_json: bool) -> None:
     provenance, workers = description.pop("provenance"), description.pop("workers", [])
     rows: list[tuple[str, ...]] = [(key.replace("_", " "), _text(value)) for key, value in description.items()]
     echo_table(rows)
-    _show_workers(workers)
+    _print_workers(workers)
     echo_line()
     echo_line("provenance" if provenance else "no provenance")
     if provenance:
@@ -71,20 +71,22 @@ def _print_verification(result: Verification, as_json: bool) -> None:
         echo_line(f"OK: {format_count(result.images, 'image')}, {format_count(result.regions, 'region')}")
 
 
-def _show_workers(workers: list[dict[str, Any]]) -> None:
-    """Who computes an unfinished store."""
+def _print_workers(workers: list[dict[str, Any]]) -> None:
+    """Print who computes an unfinished store."""
     if not workers:
         return
     rows = []
-    for one in workers:
-        finished = "?" if one["finished"] is None else str(one["finished"])
-        shards = ", ".join(str(number) for number in one["shards"] or [])
-        of = "" if one["images"] is None else f" of {one['images']}"
-        where = f"{one['host'] or '?'} ({one['pid'] or '?'})"
+    for worker in workers:
+        finished = "?" if worker["finished"] is None else str(worker["finished"])
+        shards = ", ".join(str(number) for number in worker["shards"] or [])
+        of = "" if worker["images"] is None else f" of {worker['images']}"
+        where = f"{worker['host'] or '?'} ({worker['pid'] or '?'})"
         speed, ago = (
-            _text(one[name]) if one[name] is not None else "-" for name in ("images_per_second", "seconds_ago")
+            _text(worker[name]) if worker[name] is not None else "-" for name in ("images_per_second", "seconds_ago")
         )
-        rows.append((one["worker"] or "?", where, one["state"] or "?", f"{finished}{of}", speed, ago, shards or "-"))
+        rows.append(
+            (worker["worker"] or "?", where, worker["state"] or "?", f"{finished}{of}", speed, ago, shards or "-")
+        )
     echo_line()
     echo_table(rows, ("worker", "host (process)", "state", "images", "images/s", "seconds ago", "shards"))
 

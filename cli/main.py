@@ -125,13 +125,13 @@ def _open_closed_streams() -> None:
 
     Otherwise the next file to be opened gets its descriptor, and output is written into that file.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, this one
             if getattr(sys, name) is None:
-                setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+                setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
 
 
 def _show_notes() -> None:

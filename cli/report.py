@@ -64,7 +64,7 @@ def command(
         raise InputError("nothing to report: give at least one of --run, --store and --metrics")
     if (dataset is None) != (split_by is None):
         raise InputError("--dataset and --split-by: give both, or neither")
-    _check(run, stores, dataset, given)
+    _check_paths(run, stores, dataset, given)
 
     from refdet.files.atomic import report_disk_full
     from refdet.report.inputs import ReferPart, ReportInputs, read_steps
@@ -95,7 +95,7 @@ def command(
         echo_line(f"report: {out} ({size / 1e6:.1f} MB; open it in a browser)")
 
 
-def _check(run: Path | None, stores: Sequence[Path], dataset: str | None, given: dict[str, Any]) -> None:
+def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, given: dict[str, Any]) -> None:
     """Check the paths, and that no option lacks another."""
     if run is not None:
         check_run_directory("--run", run)

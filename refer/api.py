@@ -247,7 +247,7 @@ class REFER:
         masks = self._masks(ref)
         if len({mask.shape for mask in masks}) > 1:
             raise ReferDataError(f"{self.DATA_DIR}: the masks of ref {ref['ref_id']} have different sizes")
-        return _with_area(np.bitwise_or.reduce(masks or [self._no_mask(ref)]))
+        return _with_area(np.bitwise_or.reduce(masks or [self._empty_mask(ref)]))
 
     def getMaskByRef(self, ref: Ref | None = None, ref_id: int | None = None, merge: bool = False) -> Any:
         """Return the masks of a ref's targets, as gRefCOCO's own API does.
@@ -271,17 +271,18 @@ class REFER:
                 raise ReferDataError(f"getMaskByRef: give a ref or a single ref_id, not {ref_id!r:.40}")
             ref = matching[0]
         if not target_ids(ref):
-            return {"mask": self._no_mask(ref), "empty": True}
+            return {"mask": self._empty_mask(ref), "empty": True}
         if merge:
             return {"mask": self.getMask(ref)["mask"], "empty": False}
         return [_with_area(mask) for mask in self._masks(ref)]
 
     def _masks(self, ref: Ref) -> list[np.ndarray]:
-        """Mask of each target, except crowds in gRefCOCO."""
+        """Mask of each target, (height, width) uint8, except crowds in gRefCOCO."""
         image, anns = self._image(ref), self._anns(ref)
         return [self._mask(ann, image) for ann in anns if not (self.generalized and ann.get("iscrowd"))]
 
-    def _no_mask(self, ref: Ref) -> np.ndarray:
+    def _empty_mask(self, ref: Ref) -> np.ndarray:
+        """Mask of zeros, (height, width) uint8."""
         image = self._image(ref)
         return self._decode(f"image {image['id']}", [], image)
 

@@ -34,10 +34,10 @@ def available(root: str | Path) -> list[tuple[str, str]]:
         ReferNotFoundError: the root is not a folder.
         ReferDataError: a folder cannot be read, or has two files for the same pair.
     """
-    by_dataset = _find(Path(root))
-    for files in by_dataset.values():
+    files_by_pair = _find_refs_files(Path(root))
+    for files in files_by_pair.values():
         _single_file(files)
-    return sorted(by_dataset)
+    return sorted(files_by_pair)
 
 
 def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
@@ -72,10 +72,10 @@ def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
     if not root.is_dir():
         hint = how_to_get(root, dataset, split_by)
         raise ReferNotFoundError(f"{root}: no such folder{'; ' * bool(hint)}{hint}")
-    by_dataset = _find(root)
-    if (dataset, split_by) not in by_dataset:
-        raise ReferNotFoundError(_not_found_message(root, dataset, split_by, sorted(by_dataset)))
-    return _single_file(by_dataset[dataset, split_by])
+    files_by_pair = _find_refs_files(root)
+    if (dataset, split_by) not in files_by_pair:
+        raise ReferNotFoundError(_not_found_message(root, dataset, split_by, sorted(files_by_pair)))
+    return _single_file(files_by_pair[dataset, split_by])
 
 
 def is_generalized(path: Path) -> bool:
@@ -139,12 +139,13 @@ def _single_file(files: list[Path]) -> Path:
     return files[0]
 
 
-def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
+def _find_refs_files(root: Path) -> dict[tuple[str, str], list[Path]]:
+    """Refs files by (dataset, split_by)."""
     if not root.is_dir():
         raise ReferNotFoundError(
             f"{root}: no such folder; give the REFER data folder, or get it with refdet fetch-data"
         )
-    by_dataset: dict[tuple[str, str], list[Path]] = {}
+    files_by_pair: dict[tuple[str, str], list[Path]] = {}
     try:
         files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
         for file in files:
@@ -152,10 +153,10 @@ def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
             split_by = match and (match["split_by"] or match["generalized"])
             # Unprintable names are ignored, as they cannot be shown in messages and reports.
             if split_by and file.is_file() and f"{file.parent.name}{split_by}".isprintable():
-                by_dataset.setdefault((file.parent.name, split_by), []).append(file)
+                files_by_pair.setdefault((file.parent.name, split_by), []).append(file)
     except OSError as error:
         raise ReferDataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
-    return by_dataset
+    return files_by_pair
 
 
 def _with_lists(ref: Any) -> Any:

@@ -45,7 +45,7 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
             if len(part) >= 6:
                 rles += coco_mask.frPyObjects([part], height, width)
         elif isinstance(part, dict):
-            rles.append(_rle(part))
+            rles.append(_compress_rle(part))
         else:
             raise ReferDataError(f"segmentation must be polygons or RLEs, not a {type(part).__name__}")
     if not rles:
@@ -86,7 +86,7 @@ def _check_size(height: Any, width: Any) -> None:
         raise ReferDataError("no valid height and width")
 
 
-def _rle(rle: dict[str, Any]) -> dict[str, Any]:
+def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
     """Check and compress an RLE; pycocotools writes out of bounds for some invalid ones."""
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list) or len(size) != 2:

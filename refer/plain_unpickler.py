@@ -17,7 +17,7 @@ _SUPPORTED = "only lists, tuples, dictionaries, sets, numbers and strings are su
 _SCALARS = (str, int, float, bytes, type(None))
 _INTEGER = re.compile(rb"-?\d{1,19}")
 _NAME = re.compile(r"[\w.]{1,80}", re.ASCII)
-_OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _SETS = {(m, make.__name__): make for m in ("builtins", "__builtin__") for make in (set, frozenset)}
 
 _ALLOWED = (
@@ -66,7 +66,7 @@ class PlainUnpickler(pickle._Unpickler):
                 if code in _STORED and functools.partial in map(type, self.stack[_STORED[code]]):
                     raise ReferDataError(f"contains a type as a value; {_SUPPORTED}")
                 if code in _HASHED:
-                    _scalars(self.stack[_HASHED[code]])
+                    _check_scalars(self.stack[_HASHED[code]])
                 if code == ord("."):
                     return self.stack.pop()
                 self.dispatch[code](self)
@@ -75,7 +75,7 @@ class PlainUnpickler(pickle._Unpickler):
             except (ReferDataError, MemoryError):
                 raise
             except Exception as error:  # invalid data can raise anything, such as an IndexError of the stack
-                reason = f"{type(error).__name__} at byte {offset}, {_OPCODES[code]}"
+                reason = f"{type(error).__name__} at byte {offset}, {_OPCODE_NAMES[code]}"
                 raise ReferDataError(f"not a readable pickle ({reason}); download it again") from None
 
     def read(self, count: int) -> bytes:
@@ -102,7 +102,7 @@ class PlainUnpickler(pickle._Unpickler):
         self._members_left -= len(members)  # more members than bytes can only be copies of a few long lists
         if self._members_left < 0:
             raise ReferDataError("has more members of sets than bytes")
-        return make(_scalars(members))
+        return make(_check_scalars(members))
 
     def _load_frame(self) -> None:
         self.read(8)
@@ -136,7 +136,8 @@ def utf8_or_latin1(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(utf8_or_latin1.__name__, utf8_or_latin1)
 
 
-def _scalars(values: Collection[Any]) -> Collection[Any]:
+def _check_scalars(values: Collection[Any]) -> Collection[Any]:
+    """Return dictionary keys or set members; raises ReferDataError if one is not a number or string."""
     for value in values:
         if not isinstance(value, _SCALARS):
             raise ReferDataError(
@@ -146,7 +147,7 @@ def _scalars(values: Collection[Any]) -> Collection[Any]:
 
 
 def _join_surrogates(text: str) -> str:
-    """Join surrogate pairs, as which Python 2 may have written characters beyond 16 bits."""
+    """Join surrogate pairs; Python 2 may have written characters beyond 16 bits as such."""
     if text.isascii():
         return text
     try:
@@ -173,6 +174,6 @@ def _long(data: bytes) -> int:
 
 
 def _refusal(code: int, offset: int) -> str:
-    if code not in _OPCODES:
+    if code not in _OPCODE_NAMES:
         return f"not a readable pickle (unknown opcode {code:#04x} at byte {offset}); download it again"
-    return f"asks for an object by the opcode {_OPCODES[code]} at byte {offset}; {_SUPPORTED}"
+    return f"asks for an object by the opcode {_OPCODE_NAMES[code]} at byte {offset}; {_SUPPORTED}"

@@ -10,10 +10,10 @@ import numpy as np
 
 PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
 
-_SLACK = 2.0, 0.02  # pixels and fraction of the side by which a box may exceed its image
-_TINY = 1.5  # a box within so few pixels or thousandths of the corner must be in another format
-_SOME, _MANY = 0.05, 0.25  # fractions of the boxes
-_ENOUGH = 20  # boxes, at least one of which should use the whole range
+_SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02  # a box may exceed its image by their sum; the fraction is of its side
+_TINY = 1.5  # boxes with no larger number, in pixels or thousandths, must be in another format
+_NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25  # shares of boxes that do not fit a format
+_MIN_BOXES = 20  # number of boxes from which at least one should use most of the range
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class BoxFormat:
         Returns:
             (N,) bool mask.
         """
-        return self.stray(boxes, sizes) | self.tiny(boxes, sizes)
+        return self.outside_or_inverted(boxes, sizes) | self.tiny(boxes, sizes)
 
-    def stray(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def outside_or_inverted(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Find boxes that are inverted or reach outside their images.
 
         Args:
@@ -68,7 +68,7 @@ class BoxFormat:
             (N,) bool mask.
         """
         corners = self.to_pixels(boxes, sizes)
-        low, high, slack = corners[:, :2], corners[:, 2:], _SLACK[0] + _SLACK[1] * sizes
+        low, high, slack = corners[:, :2], corners[:, 2:], _SLACK_PIXELS + _SLACK_FRACTION * sizes
         inverted = high <= low if self.corners else high < low
         outside: np.ndarray = inverted | (low < -slack) | (high > sizes + slack)
         return np.asarray(outside.any(axis=1))
@@ -88,7 +88,7 @@ class BoxFormat:
         return (np.abs(boxes) <= _TINY).all(axis=1) & (sizes > 2 * _TINY).all(axis=1)
 
 
-# In order of preference where several fit equally well.
+# In order of preference if several fit equally well.
 FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
     {
         "xywh": BoxFormat(False, PIXELS, "[x, y, width, height] in pixels"),
@@ -125,21 +125,21 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
     misfits = {box_format: int(FORMATS[box_format].misfits(boxes, sizes).sum()) for box_format in FORMATS}
     notes = []
     if name in INFERRED_ORDER:
-        corners, lengths = f"{name}-xyxy", f"{name}-xywh"
+        xyxy, xywh = f"{name}-xyxy", f"{name}-xywh"
         if len(boxes):
-            notes.append(_order_note(corners, lengths, misfits, len(boxes)))
-        name = lengths if misfits[lengths] < misfits[corners] else corners
+            notes.append(_order_note(xyxy, xywh, misfits, len(boxes)))
+        name = xywh if misfits[xywh] < misfits[xyxy] else xyxy
     warning = _format_warning(name, boxes, sizes, misfits) if len(boxes) else None
     return name, [*notes, *([warning] if warning else [])]
 
 
-def _order_note(corners: str, lengths: str, misfits: Mapping[str, int], count: int) -> str:
-    if misfits[corners] == misfits[lengths]:
+def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) -> str:
+    if misfits[xyxy] == misfits[xywh]:
         return (
-            f"note: reading boxes as {FORMATS[corners].text}; if they are {FORMATS[lengths].text}, which equally many "
-            f"({count - misfits[corners]} of {count}) fit, give `box_format='{lengths}'`"
+            f"note: reading boxes as {FORMATS[xyxy].text}; if they are {FORMATS[xywh].text}, which equally many "
+            f"({count - misfits[xyxy]} of {count}) fit, give `box_format='{xywh}'`"
         )
-    chosen, other = (lengths, corners) if misfits[lengths] < misfits[corners] else (corners, lengths)
+    chosen, other = (xywh, xyxy) if misfits[xywh] < misfits[xyxy] else (xyxy, xywh)
     return (
         f"note: reading boxes as {FORMATS[chosen].text}, which {misfits[chosen]} of {count} do not fit; "
         f"{misfits[other]} do not fit {FORMATS[other].text}"
@@ -147,7 +147,7 @@ def _order_note(corners: str, lengths: str, misfits: Mapping[str, int], count: i
 
 
 def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
-    """Warning about boxes that do not fit a format, with a better format if there is one."""
+    """Warning about boxes that do not fit a format, naming a better one if there is one; None if all is well."""
     box_format, count = FORMATS[name], len(boxes)
     tiny = int(box_format.tiny(boxes, sizes).sum())
     if tiny > count / 2:
@@ -156,16 +156,20 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
             "in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
-    # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
-    candidates = [o for o in FORMATS if o != name and (FORMATS[o].unit != THOUSANDTHS or share > _MANY)]
-    best = min(candidates, key=lambda other: misfits[other] + (FORMATS[other].unit == THOUSANDTHS) * _SOME * count)
+    # Boxes in pixels of images smaller than 1000 also fit thousandths, so a few misfits do not suggest thousandths.
+    candidates = [
+        other for other in FORMATS if other != name and (FORMATS[other].unit != THOUSANDTHS or share > _LARGE_SHARE)
+    ]
+    best = min(
+        candidates, key=lambda other: misfits[other] + (FORMATS[other].unit == THOUSANDTHS) * _NOTABLE_SHARE * count
+    )
     problem = f"warning: {misfits[name]} of {count} boxes {_describe_misfit(box_format)} when read as {box_format.text}"
-    if share > _SOME and misfits[best] < misfits[name] / 2:
+    if share > _NOTABLE_SHARE and misfits[best] < misfits[name] / 2:
         return (
             f"{problem}, but {misfits[best]} when read as {FORMATS[best].text}; if they are that, give "
             f"`box_format='{_without_order(best)}'`"
         )
-    if box_format.stray(boxes, sizes).mean() > _MANY:
+    if box_format.outside_or_inverted(boxes, sizes).mean() > _LARGE_SHARE:
         return f"{problem}; no other `box_format` fits better, check that the images have the same size"
     return _range_warning(name, boxes, sizes, misfits)
 
@@ -173,7 +177,7 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
 def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
     """Warning about boxes that fit, but use little of their unit's range or end where another unit's range ends."""
     box_format, count = FORMATS[name], len(boxes)
-    if count < _ENOUGH or box_format.unit == FRACTIONS:
+    if count < _MIN_BOXES or box_format.unit == FRACTIONS:
         return None
     pixels = min(("xyxy", "xywh"), key=lambda order: (misfits[order], FORMATS[order].corners != box_format.corners))
     if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[pixels] == 0:

@@ -23,7 +23,7 @@ from refdet.data.coco_validation import (
     parse_segmentation,
 )
 from refdet.data.fetch.hints import check_exists
-from refdet.data.image_evidence import goes_by_id
+from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
 from refer.plain_files import no_garbage_collection
@@ -143,7 +143,7 @@ class CocoIndex:
                 dropped[0],
             )
         if need_segmentation:
-            objects = [a for of_image in annotations.values() for a in of_image if not a.iscrowd]
+            objects = [a for image_annotations in annotations.values() for a in image_annotations if not a.iscrowd]
             if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
                     f"{path}: none of its {len(objects)} objects has a segmentation; train without masks by "
@@ -211,7 +211,7 @@ class TrainingObjects:
             )
 
     def objects(self, image_id: int) -> list[Annotation]:
-        """Objects of an image."""
+        """Objects of an image, without crowds."""
         return self._objects[image_id]
 
     def crowds(self, image_id: int) -> list[Annotation]:
@@ -221,7 +221,7 @@ class TrainingObjects:
     def sha256(self) -> str:
         """SHA-256 of what training reads from the file: image names and sizes, categories, boxes, masks and crowds.
 
-        Independent of anything else, such as areas, licences and the layout of the JSON.
+        Anything else, such as areas, licences and the layout of the JSON, does not affect it.
         """
         digest = hashlib.sha256(_encode([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:
@@ -249,7 +249,7 @@ def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
         image_id, file_name, height, width = parse_image(path, position, entry)
         if image_id in images:
             raise InputError(f"{path}: duplicate image id {image_id}")
-        by_id = bool(file_name) or goes_by_id(entry, image_id)
+        by_id = bool(file_name) or may_be_looked_up_by_id(entry, image_id)
         images[image_id] = ImageRecord(image_id, file_name, height, width, by_id)
     return images
 
@@ -290,7 +290,7 @@ def _annotations(
 
 def _box_problem(x: float, y: float, width: float, height: float, image: ImageRecord) -> str:
     """Why a box is invalid, "" if it is valid."""
-    # the sums can overflow too, and an integer beyond the range of floats cannot be added to a float
+    # The sums can overflow too; an integer beyond the range of floats raises OverflowError when added to a float.
     if not (all(map(is_finite, (x, y, width, height))) and is_finite(x + width) and is_finite(y + height)):
         return "box is not finite"
     if width <= 0 or height <= 0:

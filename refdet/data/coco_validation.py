@@ -10,7 +10,7 @@ from refdet.errors import InputError
 from refdet.structures.limits import is_id, size_problem
 from refer.masks import rle_pixels
 
-_NUMBERS = {int, float}  # compared by type, as isinstance accepts bool
+_NUMBER_TYPES = {int, float}  # compared with type(), as isinstance accepts bool for int
 
 
 def json_type(value: object) -> str:
@@ -124,7 +124,7 @@ def parse_box(path: Path, bbox: object, what: str) -> list[float]:
     Raises:
         InputError: it is missing or not four numbers.
     """
-    if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= _NUMBERS:
+    if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= _NUMBER_TYPES:
         shown = "is missing" if bbox is None else f"is {bbox!r:.60}"
         raise InputError(f"{path}: {what}: 'bbox' {shown}; it must be four numbers [x, y, width, height]")
     return bbox
@@ -172,7 +172,7 @@ def parse_area(path: Path, area: object, what: str) -> float:
 def is_finite(value: object) -> bool:
     """Whether a value is a number within the range of finite floats."""
     try:
-        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+        return type(value) in _NUMBER_TYPES and math.isfinite(value)  # type: ignore[arg-type]
     except OverflowError:  # an integer beyond the range of floats
         return False
 
@@ -202,10 +202,10 @@ def parse_segmentation(
         return value, ""
     if not isinstance(value, list):
         raise InputError(f"{path}: {what}: 'segmentation' is a {json_type(value)}; it must be polygons or an RLE")
-    polygons, left_out = parse_polygons(path, value, what)
+    polygons, dropped = parse_polygons(path, value, what)
     if polygons is not None and size is not None:
         check_outlines(path, polygons, what, *size)
-    return polygons, left_out
+    return polygons, dropped
 
 
 def _check_rle(path: Path, rle: dict, what: str, image_size: tuple[int, int] | None) -> None:

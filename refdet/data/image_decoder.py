@@ -22,15 +22,15 @@ EXIF = ("ignore", "apply")
 
 MAX_PIXELS = 1 << 29  # of an image of declared size; 6 GiB as float32 RGB
 MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
-_METADATA_BYTES, _PIXEL_BYTES = 64 << 20, 16  # per pixel twice the size of 16-bit RGBA
-_LARGE_PIXELS = 1 << 25  # larger images are decoded one at a time
+_METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16  # of a file; the latter is twice the size of 16-bit RGBA
+_LARGE_IMAGE_PIXELS = 1 << 25  # larger images are decoded one at a time
 _TIFF_TILE_PIXELS = 1 << 24  # by which a tile or strip may exceed its image
 _MAX_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
-_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257
+_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257  # EXIF and TIFF tags
 _UPRIGHT = 1
-_SIDEWAYS = (5, 6, 7, 8)
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
-_large = threading.Lock()
+_large_image_lock = threading.Lock()
 
 
 class SizeError(ValueError):
@@ -38,7 +38,7 @@ class SizeError(ValueError):
 
     Args:
         message: the error message.
-        orientation: its EXIF orientation, 1 to 8, or 1 if unknown.
+        orientation: EXIF orientation of the image, 1 to 8, or 1 if unknown.
     """
 
     def __init__(self, message: str, orientation: int = 1) -> None:
@@ -60,7 +60,7 @@ class Decoded(NamedTuple):
 
 def max_file_size(height: int, width: int) -> int:
     """Maximum file size in bytes of an image of a size in pixels: 64 MiB plus 16 bytes per pixel."""
-    return _METADATA_BYTES + _PIXEL_BYTES * height * width
+    return _METADATA_BYTES + _BYTES_PER_PIXEL * height * width
 
 
 def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decoded:
@@ -133,7 +133,7 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
     """
     try:
         with _open(data) as image:
-            if image.width * image.height <= _LARGE_PIXELS:
+            if image.width * image.height <= _LARGE_IMAGE_PIXELS:
                 return _thumbnails(image, side)
     except Image.DecompressionBombError:
         pass
@@ -166,7 +166,7 @@ def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
         if (size := _stored_size(image)) != (height, width):
             raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
-            image.draft("RGB", (side, side))  # see `_thumbnails`
+            image.draft("RGB", (side, side))  # decodes a JPEG at a fraction of its size, as in `_thumbnails`
         copy = Image.fromarray(_stored_pixels(image, _orientation(image)))
     copy.thumbnail((side, side), Image.Resampling.BILINEAR)
     return copy
@@ -184,10 +184,10 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
-    """Where `apply_orientation` moves points (n, 2), x and y as fractions of the image."""
-    turned = points[:, ::-1] if orientation in _SIDEWAYS else points
-    x = 1 - turned[:, 0] if orientation in (2, 3, 6, 7) else turned[:, 0]
-    y = 1 - turned[:, 1] if orientation in (3, 4, 7, 8) else turned[:, 1]
+    """Rotate and mirror points as `apply_orientation` does pixels; (N, 2) x and y as fractions of the image."""
+    transposed = points[:, ::-1] if orientation in _SIDEWAYS else points
+    x = 1 - transposed[:, 0] if orientation in (2, 3, 6, 7) else transposed[:, 0]
+    y = 1 - transposed[:, 1] if orientation in (3, 4, 7, 8) else transposed[:, 1]
     return np.stack([x, y], axis=1)
 
 
@@ -220,10 +220,10 @@ def _allow_pixels(pixels: int) -> Iterator[None]:
 
     Pillow's limit against decompression bombs is global to the process, so it is raised only within the block.
     """
-    if pixels <= _LARGE_PIXELS:
+    if pixels <= _LARGE_IMAGE_PIXELS:
         yield
         return
-    with _large:
+    with _large_image_lock:
         before = Image.MAX_IMAGE_PIXELS
         if before is not None:
             Image.MAX_IMAGE_PIXELS = max(before, pixels)
@@ -241,8 +241,8 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8."""
-    if image.format != "TIFF":  # a TIFF loses it when decoded, other formats may store it after the pixels
+    """EXIF orientation, 1 to 8; 1 if there is none or it is damaged."""
+    if image.format != "TIFF":  # a TIFF loses it when decoded; other formats may store it after the pixels
         image.load()
     try:
         value = image.getexif().get(_ORIENTATION)

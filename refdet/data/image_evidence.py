@@ -43,7 +43,8 @@ class Evidence:
         is_visual_genome: whether it is an entry of Visual Genome, which has ids of its own.
         has_unnumbered_name: whether it has a file name or URL without a number.
         addresses: its file names and URLs.
-        looked_up: in an instances file, the number by which training may look its image up (`lookup_number`).
+        lookup_number: in an instances file, the number by which training may look its image up (function
+            `lookup_number`).
     """
 
     id: int | None
@@ -54,12 +55,12 @@ class Evidence:
     is_visual_genome: bool
     has_unnumbered_name: bool
     addresses: tuple[str, ...] = ()
-    looked_up: int | None = None
+    lookup_number: int | None = None
 
     @property
     def coco_ids(self) -> frozenset[int]:
         """COCO ids that the image may have; the image is held out if any of them is."""
-        return self.named | self.bare | self.ids | _coco_range([self.looked_up])
+        return self.named | self.bare | self.ids | _coco_range([self.lookup_number])
 
     def is_understood(self, ids_confirmed: bool) -> bool:
         """Whether the entry identifies a COCO image, or says that it is not one.
@@ -82,7 +83,7 @@ class _Text(NamedTuple):
 
     key: str
     text: str
-    listed: bool
+    in_list: bool
 
 
 def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> Evidence:
@@ -102,12 +103,12 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
     addresses = [text for text in texts if text.text and (text.key in NAME_KEYS or is_image_file(text.text))]
     top_coco_ids = [top[name] for name in COCO_ID_KEYS if name in top]
-    coco_ids = _coco_range(_integers(entry, _COCO_ID_KEY))
+    coco_ids = _coco_range(_integers_under(entry, _COCO_ID_KEY))
     named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
-    bare = frozenset(number for text in texts if text.text != key and (number := _bare(text)) is not None)
-    entry_id = next((_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
+    bare = frozenset(number for text in texts if text.text != key and (number := _bare_number_of(text)) is not None)
+    entry_id = next((_parse_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
     is_genome = _is_genome_entry(top, [text.text for text in texts])
-    ids = _coco_range([entry_id, *_integers(entry, _ID_KEY), *(_bare_integers(entry))])
+    ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *(_top_level_integers(entry))])
     key_number = bare_number(key) if key else None
     if key_number is not None and (named or bare or ids or addresses):  # may be a sequential index
         ids |= _coco_range([key_number])
@@ -118,8 +119,8 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     # Ids are taken as sequential, as in MDETR's files, if a name has a number or there is a coco_id. A coco_id says
     # nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
     contradicted = is_genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
-    are_read = all(value is None or _integer(value) is not None for value in top_coco_ids)
-    is_non_coco = bool(top_coco_ids) and are_read and not named
+    are_readable = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
+    is_non_coco = bool(top_coco_ids) and are_readable and not named
     return Evidence(
         id=entry_id,
         named=frozenset(named),
@@ -133,7 +134,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether most ids of entries that also have a COCO-style name or a ``coco_id`` agree with it."""
+    """Whether most of the ids of entries that also have a COCO-style name or a ``coco_id`` agree with that."""
     agreements = [entry.id in entry.named for entry in entries if entry.id is not None and entry.named]
     return 2 * sum(agreements) > len(agreements)
 
@@ -145,13 +146,14 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
     # Training reads the file of that name, whatever number a URL has.
     is_unnumbered = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
     has_unnumbered = evidence.has_unnumbered_name or (is_unnumbered and not evidence.is_non_coco)
-    return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), has_unnumbered_name=has_unnumbered)
+    number = lookup_number(entry, image_id, evidence)
+    return replace(evidence, lookup_number=number, has_unnumbered_name=has_unnumbered)
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
     """Return the number by which training may look an image up under COCO's file names.
 
-    It is the number in the ``file_name``; without a ``file_name``, it is the id if `goes_by_id` allows it.
+    It is the number in the ``file_name``; without a ``file_name``, it is the id if `may_be_looked_up_by_id` allows it.
 
     Args:
         entry: an entry of ``images`` in an instances file.
@@ -164,10 +166,10 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
     name = entry.get("file_name")
     if isinstance(name, str) and name:
         return coco_number(name)
-    return image_id if goes_by_id(entry, image_id, evidence) else None
+    return image_id if may_be_looked_up_by_id(entry, image_id, evidence) else None
 
 
-def goes_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
+def may_be_looked_up_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
     """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts that COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
     return not evidence.is_visual_genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
@@ -203,16 +205,16 @@ def coco_numbers_in(value: Any) -> frozenset[int]:
 
 def _texts(value: Any) -> Iterator[_Text]:
     """Iterate over all strings in a JSON value and over keys that are image names."""
-    pending: list[_Text | tuple[str, Any, bool]] = [("", value, False)]
+    pending: list[tuple[str, Any, bool]] = [("", value, False)]
     while pending:
-        key, node, listed = pending.pop()
+        key, node, in_list = pending.pop()
         if isinstance(node, str):
-            yield _Text(key, node, listed)
+            yield _Text(key, node, in_list)
         elif isinstance(node, dict):
             for name, child in node.items():
                 if numbers_in_name(name) or is_image_file(name):
-                    yield _Text("", name, listed)
-                pending.append((name, child, listed))
+                    yield _Text("", name, in_list)
+                pending.append((name, child, in_list))
         elif isinstance(node, list):
             pending += [(key, child, True) for child in node]
 
@@ -223,8 +225,10 @@ def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
     An image may have several: next to COCO's own URL or a ``coco_id`` other names need no number, nor do URLs next to a
     file name. Every item of a list is a separate image.
     """
-    is_numbered = {address: bool(numbers_in_name(address.text)) or _bare(address) is not None for address in addresses}
-    if any(not numbered for address, numbered in is_numbered.items() if address.listed and "url" not in address.key):
+    is_numbered = {
+        address: bool(numbers_in_name(address.text)) or _bare_number_of(address) is not None for address in addresses
+    }
+    if any(not numbered for address, numbered in is_numbered.items() if address.in_list and "url" not in address.key):
         return True
     if has_coco_id or any(numbered for address, numbered in is_numbered.items() if address.key == "coco_url"):
         return False
@@ -232,7 +236,7 @@ def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
     return not all(files) if files else bool(is_numbered) and not any(is_numbered.values())
 
 
-def _bare(text: _Text) -> int | None:
+def _bare_number_of(text: _Text) -> int | None:
     """The number that is an entire file name, or None; under keys that are not for image names it needs a suffix."""
     return bare_number(text.text) if text.key in NAME_KEYS or text.key == "" or is_image_file(text.text) else None
 
@@ -242,7 +246,7 @@ def _id_texts(texts: Collection[_Text]) -> list[_Text]:
     return [text for text in texts if text.key in ID_KEYS or text.key == ""]
 
 
-def _integer(value: Any) -> int | None:
+def _parse_integer(value: Any) -> int | None:
     """An integer id, which may be written as text or as a float."""
     if isinstance(value, str):
         return bare_number(value)
@@ -251,7 +255,7 @@ def _integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _integers(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
+def _integers_under(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
     """Integers under matching keys, also in lists, at any depth."""
     pending: list[tuple[str, Any]] = [("", entry)]
     while pending:
@@ -260,11 +264,11 @@ def _integers(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
             pending += node.items()
         elif isinstance(node, list):
             pending += [(key, child) for child in node]
-        elif keys.fullmatch(key) and (number := _integer(node)) is not None:
+        elif keys.fullmatch(key) and (number := _parse_integer(node)) is not None:
             yield number
 
 
-def _bare_integers(entry: Any) -> list[int]:
+def _top_level_integers(entry: Any) -> list[int]:
     """Integers of an entry that is itself a list or a number."""
     return [part for part in (entry if isinstance(entry, list) else [entry]) if type(part) is int]
 

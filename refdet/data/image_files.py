@@ -34,7 +34,7 @@ class ImageFiles(Protocol):
     def size(self, name: str) -> int:
         """Size of a listed file in bytes, without reading it."""
 
-    def same(self, names: Sequence[str]) -> bool:
+    def are_same_file(self, names: Sequence[str]) -> bool:
         """Whether several listed files are the same file on disk."""
 
     def is_gone(self, name: str) -> bool:
@@ -86,7 +86,7 @@ class _Folder:
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
 
-    def same(self, names: Sequence[str]) -> bool:
+    def are_same_file(self, names: Sequence[str]) -> bool:
         return same_file([self.path / name for name in names])
 
     def is_gone(self, name: str) -> bool:
@@ -129,14 +129,14 @@ class _Zip:
     def size(self, name: str) -> int:
         return self._archive().getinfo(self._members.get(name, name)).file_size
 
-    def same(self, names: Sequence[str]) -> bool:
+    def are_same_file(self, names: Sequence[str]) -> bool:
         return False
 
     def is_gone(self, name: str) -> bool:
         return not self.path.is_file()
 
     def _archive(self) -> zipfile.ZipFile:
-        # not shared with forked workers, as they would share the file position
+        # reopened in each forked worker, as processes would otherwise share the file position
         if self._open is None or self._open[0] != os.getpid():
             try:
                 self._open = (os.getpid(), zipfile.ZipFile(self.path))

@@ -48,7 +48,7 @@ class ImageSource:
         listing, root = files.listing, files.path.absolute()
         root = root.with_suffix("") if root.is_file() else root
         paths = [*listing.files, *listing.unusable]
-        self._names = FileNames(paths, root.parts, listing.linked, files.same)
+        self._names = FileNames(paths, root.parts, listing.linked, files.are_same_file)
         self._located: dict[Key, Match] = {}
 
     @classmethod
@@ -92,9 +92,9 @@ class ImageSource:
         Returns:
             Name and reason for each image without a file, in the order of ``records``.
         """
-        both = (*records, *listed)
-        matches_ = self._names.locate(_lookup_key(record) for record in both if record.file_name or record.by_id)
-        self._located.update({key: self._usable(match) for key, match in matches_.items()})
+        to_locate = [record for record in (*records, *listed) if record.file_name or record.by_id]
+        located = self._names.locate(map(_lookup_key, to_locate))
+        self._located.update({key: self._usable(match) for key, match in located.items()})
         matches = [self._match(record) for record in records]
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
@@ -133,9 +133,9 @@ class ImageSource:
             InputError: images are missing; the message has their number and the first one.
         """
         if missing := self.locate(records, listed):
-            self.refuse_missing(records, missing, listed_in)
+            self.raise_missing(records, missing, listed_in)
 
-    def refuse_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
+    def raise_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
         """Raise an InputError for missing images.
 
         Args:
@@ -163,7 +163,7 @@ class ImageSource:
 
         Greyscale, palette and CMYK images are converted to RGB, 16-bit channels are reduced to their upper 8 bits,
         transparency is dropped, and only the first frame of an animation is read. EXIF orientation is applied only if
-        the source was opened so, as COCO's boxes refer to the pixels as stored.
+        ``exif`` is "apply", as COCO's boxes refer to the pixels as stored.
 
         Args:
             record: the image.
@@ -189,7 +189,7 @@ class ImageSource:
                 self.oriented[name] = error.orientation
             raise ImageError(f"{self.path}/{name}: {error}") from None
         except Exception as error:  # decoders can raise anything on damaged or hostile files
-            self.refuse_unread(name, error)
+            self.raise_if_system_error(name, error)
             raise ImageError(
                 f"{self.path}/{name}: not a readable image ({why_unreadable(error)}); "
                 "replace it or remove it from the instances file"
@@ -219,15 +219,15 @@ class ImageSource:
         """
         return self._files.read(name, max_file_size(height, width) if height and width else _MAX_UNDECLARED_BYTES)
 
-    def refuse_unread(self, name: str, error: Exception) -> None:
-        """Raise a RuntimeFailure if an error is a failure of the machine and not of the file.
+    def raise_if_system_error(self, name: str, error: Exception) -> None:
+        """Raise a RuntimeFailure if the machine and not the file caused an error.
 
         Args:
             name: the file.
             error: the exception from reading it.
 
         Raises:
-            RuntimeFailure: the error is one of the disk, the network or memory.
+            RuntimeFailure: the disk, the network or lack of memory caused the error.
         """
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.is_gone(name)
         if gone or is_system_error(error):

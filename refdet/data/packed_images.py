@@ -1,4 +1,4 @@
-"""`PackedImages`: the images of a batch in one buffer, as they go from a worker process to the device.
+"""`PackedImages`: the images of a batch in one buffer, to pass from a worker process to the device.
 
 Shape shorthand in this module:
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from refdet.device import to_device
 
-_BYTES = {torch.uint8: 1, torch.float32: 4}
+_ITEM_BYTES = {torch.uint8: 1, torch.float32: 4}
 
 
 @dataclass(frozen=True)
 class PackedImages:
-    """Images of any sizes, back to back: one tensor to share, to pin and to copy.
+    """Images of any sizes, back to back in one tensor, which is shared, pinned and copied at once.
 
     Attributes:
         data: (M,) uint8.
@@ -47,24 +47,24 @@ class PackedImages:
         """Copy to pinned memory."""
         return replace(self, data=self.data.pin_memory())
 
-    def parts(self, size: int) -> list[PackedImages]:
-        """The same memory as images of parts, `size` images each."""
+    def split(self, size: int) -> list[PackedImages]:
+        """Split into parts of `size` images each, without copying, as `torch.split`."""
         ends = np.cumsum([0, *map(_padded_bytes, self.layouts)])
         return [
             PackedImages(self.data[ends[first] : ends[first + size]], self.layouts[first : first + size])
             for first in range(0, len(self.layouts), size)
         ]
 
-    def unpacked(self, device: torch.device) -> list[Tensor]:
-        """The images on a device, by a single copy, which is asynchronous from pinned memory."""
+    def unpack(self, device: torch.device) -> list[Tensor]:
+        """Copy the images to a device, all at once; asynchronous from pinned memory."""
         data, first, images = to_device(self.data, device), 0, []
         for dtype, shape in self.layouts:
-            size = int(np.prod(shape)) * _BYTES[dtype]
+            size = int(np.prod(shape)) * _ITEM_BYTES[dtype]
             images.append(data[first : first + size].view(dtype).view(shape))
             first += _padded_bytes((dtype, shape))
         return images
 
 
 def _padded_bytes(layout: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    size = int(np.prod(layout[1])) * _BYTES[layout[0]]
+    size = int(np.prod(layout[1])) * _ITEM_BYTES[layout[0]]
     return size + -size % 4

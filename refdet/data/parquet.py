@@ -12,12 +12,12 @@ from refdet.files.short_text import shorten
 _ROWS = 4096  # at a time
 
 
-def read_rows(path: Path, choose: Callable[[Any], Sequence[str]]) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, choose_columns: Callable[[Any], Sequence[str]]) -> Iterator[dict[str, Any]]:
     """Iterate over the rows of a Parquet file.
 
     Args:
         path: the file.
-        choose: names of the columns to read, given the file's pyarrow schema.
+        choose_columns: returns the names of the columns to read, given the file's pyarrow schema.
 
     Yields:
         Each row, column -> value.
@@ -32,11 +32,11 @@ def read_rows(path: Path, choose: Callable[[Any], Sequence[str]]) -> Iterator[di
         raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'refdet[parquet]'") from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = list(choose(file.schema_arrow))
+            columns = list(choose_columns(file.schema_arrow))
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 yield from batch.to_pylist()
     except RefdetError:
-        raise  # from choosing columns
+        raise  # from choose_columns
     except MemoryError:  # also Arrow's
         raise RuntimeFailure(f"{path}: not enough memory to read it") from None
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: invalid UTF-8 in a text

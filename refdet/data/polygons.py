@@ -10,7 +10,7 @@ from typing import Any
 from refdet.errors import InputError
 from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 
-_MIN_NUMBERS = 6  # numbers: three points
+_MIN_NUMBERS = 6  # coordinates of three points
 
 
 def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str]:

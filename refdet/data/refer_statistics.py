@@ -29,7 +29,7 @@ def compare_with_published(dataset: str, split_by: str, counts: dict[str, Counts
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
-        counts: counts of each split, as of `count_refs`.
+        counts: counts of each split, from `count_refs`.
         samples: whether the dataset may be a sample.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refdet.config.recipe import InputOptions, Recipe
-from refdet.data.coco import CocoIndex, ImageRecord, TrainingObjects
+from refdet.data.coco import Annotation, CocoIndex, ImageRecord, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
 from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, visible_window
@@ -28,14 +28,14 @@ class Batch:
     """A batch of images and their annotations.
 
     Attributes:
-        images: the images as stored, or resized by Pillow where the recipe says so, (H, W, 3) uint8 RGB; or their
-            network input, (3, height, width) float32, where that is smaller.
+        images: each as (H, W, 3) uint8 RGB, as stored or, with ``input.resize=pillow``, resized; or as network input,
+            (3, height, width) float32, if that takes fewer bytes.
         sizes: input size of each image.
-        flips: whether each image is flipped; network inputs already are.
-        shape: height and width that all are padded to, in pixels of the network's input.
+        flips: whether to flip each image; network inputs are flipped already.
+        shape: height and width to which all are padded, in pixels of the network's input.
         targets: annotations of each image, in pixels of the network's input.
         image_ids: COCO ids of all images of the step, including those of other processes.
-        oriented: file -> EXIF orientation, of the files with an orientation other than 1.
+        oriented: file -> EXIF orientation, for files with an orientation other than 1.
     """
 
     images: PackedImages
@@ -50,8 +50,8 @@ class Batch:
         """Copy the images to pinned memory."""
         return replace(self, images=self.images.pin_memory())
 
-    def parts(self, count: int) -> list[Batch]:
-        """Split into `count` batches of equal size, in order, with the same padding."""
+    def chunk(self, count: int) -> list[Batch]:
+        """Split into `count` batches of equal size, in order, with the same padding, as `torch.chunk`."""
         if count == 1:
             return [self]
         size = len(self.sizes) // count
@@ -63,7 +63,7 @@ class Batch:
                 flips=self.flips[first : first + size],
                 targets=self.targets[first : first + size],
             )
-            for first, images in zip(range(0, len(self.sizes), size), self.images.parts(size), strict=True)
+            for first, images in zip(range(0, len(self.sizes), size), self.images.split(size), strict=True)
         ]
 
     @property
@@ -73,11 +73,10 @@ class Batch:
 
     def inputs(self, options: InputOptions, device: torch.device) -> Tensor:
         """The network's inputs (B, 3, *shape) float32, channels_last, resized on the device."""
-        images = self.images.unpacked(device)
-        stored = [image.dtype == torch.uint8 for image in images]
+        images = self.images.unpack(device)
         images = [
-            image.flip(1) if flip and raw else image
-            for image, flip, raw in zip(images, self.flips, stored, strict=True)
+            image.flip(1) if flip and image.dtype == torch.uint8 else image
+            for image, flip in zip(images, self.flips, strict=True)
         ]
         return padded_inputs(images, self.sizes, options, self.shape)
 
@@ -86,7 +85,7 @@ class TrainingBatches(Dataset):
     """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
     A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
-    per epoch, except for a remainder of less than a batch, which is another in each epoch. Landscape and portrait
+    per epoch, except for a remainder of less than a batch, which differs from epoch to epoch. Landscape and portrait
     images are batched separately, which saves padding.
 
     If several processes train together, each loads its share of a batch. Images and padding do not depend on the number
@@ -96,8 +95,8 @@ class TrainingBatches(Dataset):
         index: the instances file.
         source: the images.
         recipe: the recipe.
-        objects: objects of the index to train on, if already known and their images located.
-        share: rank of this process, and number of processes.
+        objects: the objects to train on, if already selected and their images located.
+        share: rank of this process, and number of processes (world size).
 
     Raises:
         InputError: no objects, or missing image files.
@@ -118,10 +117,10 @@ class TrainingBatches(Dataset):
         if objects is None:
             source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the last epoch and its batches
+        self._planned_epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the last epoch, and rows of its batches
 
     @property
-    def epoch_steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Number of steps per epoch."""
         return max(len(self.records) // self.recipe.train.batch_size, 1)
 
@@ -133,69 +132,70 @@ class TrainingBatches(Dataset):
 
         Errors are not raised, as the DataLoader would wrap them in a worker's traceback.
         """
-        epoch, position = divmod(step, self.epoch_steps)
-        if self._plan[0] != epoch:
-            self._plan = (epoch, self._epoch(epoch))
-        rows = self._plan[1][position]
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._planned_epoch[0] != epoch:
+            self._planned_epoch = (epoch, self._plan_epoch(epoch))
+        rows = self._planned_epoch[1][position]
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
         short_side = int(random.choice(self.recipe.input.min_sizes))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
-        return self._batch(rows, [self._size(self.records[r], step, short_side) for r in rows], flips)
+        return self._load_batch(rows, [self._input_size(self.records[r], step, short_side) for r in rows], flips)
 
-    def largest(self) -> Batch | RefdetError:
-        """A batch as large as one may be: of the largest images, at the largest of ``input.min_sizes``."""
-        options, size = self.recipe.input, self.recipe.train.batch_size
-        short_side = max(options.min_sizes)
-        sizes = [self._size(record, 0, short_side, largest=True) for record in self.records]
-        sides = np.array([(one.height, one.width) for one in sizes])
+    def largest_batch(self) -> Batch | RefdetError:
+        """A batch as large as any that may occur: of the largest images, at the largest of ``input.min_sizes``."""
+        batch_size = self.recipe.train.batch_size
+        short_side = max(self.recipe.input.min_sizes)
+        sizes = [self._input_size(record, 0, short_side, largest=True) for record in self.records]
+        sides = np.array([(size.height, size.width) for size in sizes])
         long, short, area = sides.max(axis=1), sides.min(axis=1), sides.prod(axis=1)
 
         def largest_of(group: np.ndarray, count: int) -> list[int]:
             by_area = group[np.argsort(-area[group], kind="stable")]
-            outermost = [group[side[group].argmax()] for side in (long, short)] if size > 1 else []
-            return list(dict.fromkeys([*outermost, *by_area]))[:count]  # without repeats
+            longest = [group[side[group].argmax()] for side in (long, short)] if batch_size > 1 else []
+            return list(dict.fromkeys([*longest, *by_area]))[:count]  # without repeats
 
         rows = np.arange(len(sizes))
         landscape, portrait = rows[self._landscape], rows[~self._landscape]
-        candidates = [largest_of(group, size) for group in (landscape, portrait) if len(group) >= size]
-        if len(rows) < size:
-            candidates = [list(np.resize(rows, size))]
-        elif size > 1 and len(landscape) and len(portrait):  # the batch of what is left of both
-            portraits = min(max(size // 2, size - len(landscape)), len(portrait))
-            candidates.append(largest_of(landscape, size - portraits) + largest_of(portrait, portraits))
-        chosen = max(candidates, key=lambda rows: math.prod(self._shape([sizes[row] for row in rows])))
-        return self._batch(np.array(chosen), [sizes[row] for row in chosen], np.zeros(size, bool))
+        candidates = [largest_of(group, batch_size) for group in (landscape, portrait) if len(group) >= batch_size]
+        if len(rows) < batch_size:
+            candidates = [list(np.resize(rows, batch_size))]
+        elif batch_size > 1 and len(landscape) and len(portrait):  # a batch of the remainders of both
+            portraits = min(max(batch_size // 2, batch_size - len(landscape)), len(portrait))
+            candidates.append(largest_of(landscape, batch_size - portraits) + largest_of(portrait, portraits))
+        chosen = max(candidates, key=lambda rows: math.prod(self._padded_shape([sizes[row] for row in rows])))
+        return self._load_batch(np.array(chosen), [sizes[row] for row in chosen], np.zeros(batch_size, bool))
 
-    def _shape(self, sizes: Sequence[InputSize]) -> tuple[int, int]:
+    def _padded_shape(self, sizes: Sequence[InputSize]) -> tuple[int, int]:
         return padded_shape(sizes, self.recipe.input.size_divisibility, self.recipe.input.crop_size)
 
-    def _batch(self, rows: np.ndarray, sizes: list[InputSize], flips: np.ndarray) -> Batch | RefdetError:
+    def _load_batch(self, rows: np.ndarray, sizes: list[InputSize], flips: np.ndarray) -> Batch | RefdetError:
         """This process's share of the batch of some records, or the error of an unusable image."""
-        number, processes = self.share
-        own = slice(number * len(rows) // processes, (number + 1) * len(rows) // processes)
+        rank, world_size = self.share
+        own = slice(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         own_records = [self.records[r] for r in rows[own]]
         try:
-            examples = [self._example(*each) for each in zip(own_records, sizes[own], flips[own].tolist(), strict=True)]
+            loaded = zip(own_records, sizes[own], flips[own].tolist(), strict=True)
+            examples = [self._load_example(record, size, flip) for record, size, flip in loaded]
         except RefdetError as error:
             return error
         return Batch(
             PackedImages.of([image for image, _ in examples]),
             sizes[own],
             flips[own].tolist(),
-            self._shape(sizes),
+            self._padded_shape(sizes),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
             self.source.oriented_among(own_records),
         )
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
+    def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """Indices into ``records`` for each batch of an epoch."""
         size = self.recipe.train.batch_size
         random = np.random.default_rng((self.recipe.train.seed, 0, epoch))
         order = random.permutation(len(self.records))
         if len(order) < size:
             return [np.resize(order, size)]
-        # before they are grouped: of a group smaller than a batch, all would be left out, and in every epoch
+        # Drop the remainder before grouping: a group smaller than a batch would otherwise be left out in every epoch.
         order = order[: len(order) // size * size]
         landscape = self._landscape[order]
         batches, rest = [], []
@@ -207,26 +207,27 @@ class TrainingBatches(Dataset):
         batches += list(mixed.reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
-        """The input size in a step, drawn for the step and the image if so the recipe says, else of a short side."""
+    def _input_size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
+        """Input size of an image in a step, from `short_side` unless the recipe draws one for each image."""
         options = self.recipe.input
         if options.crop_size:
-            return sample_jittered_size(record.height, record.width, options, self._random(2, step, record))
+            return sample_jittered_size(record.height, record.width, options, self._generator(2, step, record))
         if options.short_side_per == "image" and not largest:
-            short_side = int(self._random(3, step, record).choice(options.min_sizes))
+            short_side = int(self._generator(3, step, record).choice(options.min_sizes))
         return input_size(record.height, record.width, options, short_side)
 
-    def _random(self, purpose: int, step: int, record: ImageRecord) -> np.random.Generator:
+    def _generator(self, purpose: int, step: int, record: ImageRecord) -> np.random.Generator:
         """Random numbers that depend on the seed, the step and the image."""
         return np.random.default_rng((self.recipe.train.seed, purpose, step, record.id % 2**64))
 
-    def _example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
+    def _load_example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
+        """An image and its annotations, as in `Batch.images` and `Batch.targets`."""
         convention = BoxConvention(self.recipe.model.legacy_plus_one)
         pixels = self.source.read(record)
         objects = self.objects.objects(record.id)
         boxes, crowds = (
-            convention.clip(_stack([a.box for a in kind]), record.height, record.width)
-            for kind in (objects, self.objects.crowds(record.id))
+            convention.clip(_box_tensor(annotations), record.height, record.width)
+            for annotations in (objects, self.objects.crowds(record.id))
         )
         masks = None
         if self.recipe.model.masks:
@@ -255,14 +256,14 @@ class TrainingBatches(Dataset):
 
 
 def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) -> tuple[int, int]:
-    """The common height and width of a batch, at least ``min_side`` and multiples of a divisor; 0 means 1."""
+    """Height and width to pad a batch to: at least ``min_side``, and multiples of ``divisor`` (0 means 1)."""
     divisor = max(divisor, 1)
     height, width = max(min_side, *(size.height for size in sizes)), max(min_side, *(size.width for size in sizes))
     return height + -height % divisor, width + -width % divisor
 
 
-def bytes_of(size: InputSize, options: InputOptions) -> int:
-    """Bytes of an image in a batch: resized by Pillow in uint8, or as stored in uint8, or as network input."""
+def image_bytes(size: InputSize, options: InputOptions) -> int:
+    """Bytes of an image in a `Batch`."""
     if options.resize == "pillow":
         return 3 * size.height * size.width
     if input_is_smaller(size):
@@ -270,11 +271,11 @@ def bytes_of(size: InputSize, options: InputOptions) -> int:
     return 3 * size.image_height * size.image_width
 
 
-def max_bytes_of(height: int, width: int, options: InputOptions) -> int:
-    """`bytes_of` an image of height and width in pixels, in the step in which it takes the most."""
+def max_image_bytes(height: int, width: int, options: InputOptions) -> int:
+    """Largest `image_bytes` that an image of this height and width in pixels has in any step."""
     if options.crop_size:
         return 3 * (options.crop_size**2 if options.resize == "pillow" else height * width)
-    return bytes_of(input_size(height, width, options, max(options.min_sizes)), options)
+    return image_bytes(input_size(height, width, options, max(options.min_sizes)), options)
 
 
 def input_is_smaller(size: InputSize) -> bool:
@@ -282,11 +283,13 @@ def input_is_smaller(size: InputSize) -> bool:
     return 4 * size.height * size.width < size.image_height * size.image_width
 
 
-def _stack(boxes: Sequence[tuple[float, float, float, float]]) -> Tensor:
-    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+def _box_tensor(annotations: Sequence[Annotation]) -> Tensor:
+    """Boxes (N, 4) float32, half-open xyxy in pixels of the image."""
+    return torch.tensor([a.box for a in annotations], dtype=torch.float32).reshape(-1, 4)
 
 
 def _mirror(boxes: Tensor, width: float) -> Tensor:
+    """Flip boxes (N, 4) xyxy left to right in an image of a width in pixels."""
     return torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), dim=1)
 
 

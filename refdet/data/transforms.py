@@ -17,7 +17,7 @@ from refdet.structures.box_convention import InputSize
 
 
 def input_size(height: int, width: int, options: InputOptions, short_side: int | None = None) -> InputSize:
-    """Compute the input size of an image from the short side and the limit on the long side.
+    """Compute the input size of an image from the target of its short side and the limit of its long side.
 
     Args:
         height: height of the image in pixels.
@@ -30,9 +30,9 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
     """
     short = short_side if short_side is not None else options.min_sizes[-1]
     scale, limit = short / min(height, width), options.max_size / max(height, width)
-    if options.resize in _SIZES:
+    if options.resize in _RESIZED_SIZE:
         new_height, new_width = (
-            max(side, 1) for side in _SIZES[options.resize](height, width, short, options.max_size)
+            max(side, 1) for side in _RESIZED_SIZE[options.resize](height, width, short, options.max_size)
         )
         return InputSize(new_height, new_width, new_width / width, new_height / height, height, width)
     if options.resize == "opencv":
@@ -114,10 +114,10 @@ def padded_inputs(
     """
     device, opencv = images[0].device, options.resize == "opencv"
     mean, std = (to_device(torch.tensor(values), device)[:, None, None] for values in (options.mean, options.std))
-    # rows of pixels in memory: channels_last
+    # channels_last: the memory holds rows of pixels
     canvas = torch.empty(len(images), *shape, 3, device=device).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
-        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 once it is normalised
+        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 after normalisation
     for row, image, size in zip(canvas, images, sizes, strict=True):
         if image.dtype != torch.uint8:
             continue
@@ -135,46 +135,46 @@ def padded_inputs(
 
 
 def _group_by_shape(images: Sequence[np.ndarray], device: torch.device) -> list[list[int]]:
-    """Indices of images to process together: those of one shape on a GPU, where a few large steps are faster than many.
+    """Group indices of images to process together: those of the same shape on a GPU, where fewer kernels are faster.
 
-    On a CPU each is processed on its own, which needs less memory.
+    On a CPU each image is processed on its own, which needs less memory.
     """
     if device.type == "cpu":
         return [[row] for row in range(len(images))]
-    of_shape: dict[tuple[int, ...], list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, pixels in enumerate(images):
-        of_shape.setdefault(pixels.shape, []).append(row)
-    return list(of_shape.values())
+        by_shape.setdefault(pixels.shape, []).append(row)
+    return list(by_shape.values())
 
 
 def _stack_on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Images of one shape (H, W, 3) uint8 -> (B, H, W, 3) on a device.
+    """Copy B images (H, W, 3) uint8 of the same shape to a device, as (B, H, W, 3).
 
     Each is copied on its own, as stacking them on the host first would take longer.
     """
-    # mirrored pixels; numpy reports a single column with a negative stride as contiguous
+    # Negative strides: mirrored pixels, which torch does not accept; numpy calls a single mirrored column contiguous.
     contiguous = [pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels) for pixels in images]
     if len(contiguous) == 1:
         return to_device(torch.from_numpy(contiguous[0]), device)[None]
     batch = torch.empty((len(contiguous), *contiguous[0].shape), dtype=torch.uint8, device=device)
     for row, pixels in zip(batch, contiguous, strict=True):
         source = torch.from_numpy(pixels)
-        wait_free = device.type != "cuda" or source.is_pinned()
-        row.copy_(source if wait_free else source.pin_memory(), non_blocking=True)
+        is_async = device.type != "cuda" or source.is_pinned()
+        row.copy_(source if is_async else source.pin_memory(), non_blocking=True)
     return batch
 
 
 def _pad(images: Tensor, divisor: int) -> Tensor:
     """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean colour."""
     height, width = images.shape[2:]
-    below, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
-    return (
-        F.pad(images, (0, right, 0, below)).contiguous(memory_format=torch.channels_last) if below | right else images
-    )
+    bottom, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
+    if not (bottom or right):
+        return images
+    return F.pad(images, (0, right, 0, bottom)).contiguous(memory_format=torch.channels_last)
 
 
 def _detectron2_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
-    """Height and width of detectron2's resized image: halves are rounded up."""
+    """Height and width of detectron2's resized image, which rounds halves up."""
     scale = short / min(height, width)
     sides = [float(short) if side == min(height, width) else scale * side for side in (height, width)]
     if max(sides) > max_size:
@@ -184,12 +184,12 @@ def _detectron2_size(height: int, width: int, short: int, max_size: int) -> tupl
 
 
 def _torchvision_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
-    """Height and width of torchvision's resized image: rounded down."""
+    """Height and width of torchvision's resized image, which rounds down."""
     scale = min(short / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
 
 
-_SIZES = {"pillow": _detectron2_size, "torchvision": _torchvision_size}
+_RESIZED_SIZE = {"pillow": _detectron2_size, "torchvision": _torchvision_size}  # by ``input.resize``
 
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
@@ -200,7 +200,7 @@ def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
 
 
 def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
-    """Bilinear resize (B, 3, H, W), and crop; images that `resize_pillow` resized are returned as they are."""
+    """Bilinear resize and crop of (B, 3, H, W); images that `resize_pillow` has resized are returned unchanged."""
     antialias = options.resize == "antialias"
     if options.resize == "pillow" and image.shape[2:] == (size.height, size.width):
         return image
@@ -210,7 +210,7 @@ def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
-    """Bilinear resize (B, 3, H, W) without antialiasing that samples at the exact scale, not at the ratio of the sizes.
+    """Bilinear resize of (B, 3, H, W) without antialiasing, at the exact scale instead of the ratio of the sizes.
 
     Equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
     """
@@ -222,7 +222,14 @@ def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
 
 
 def _taps(count: int, limit: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The two neighbouring pixels (of ``limit``) of each of ``count`` positions, and the weight of the second."""
+    """Indices of the two source pixels of each of ``count`` output pixels, and the weight of the second one.
+
+    Args:
+        count: number of output pixels along the axis.
+        limit: number of source pixels along the axis.
+        scale: output pixels per source pixel.
+        device: device of the result.
+    """
     position = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) * (1 / scale) - 0.5
     position = position.clamp(0, limit - 1)
     low = position.floor().long()

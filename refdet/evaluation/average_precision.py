@@ -30,21 +30,21 @@ def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
 
 
 def coco_ap(
-    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
+    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], iou_type: str
 ) -> dict[str, float]:
-    """AP of results, exactly as pycocotools computes it for ids from 1 on.
+    """AP of results, as pycocotools computes it.
 
-    Any ids work: images, categories and annotations are renumbered from 1, since COCOeval treats annotation id 0 as no
-    match and its libraries store ids as C integers and floats.
+    Ids may be any integers: images, categories and annotations are renumbered from 1, since COCOeval treats annotation
+    id 0 as no match and its libraries store ids as C integers and floats.
 
-    For "segm" the size of a result is the area of its mask, as in COCO's evaluation, not of its box. An annotation
+    For "segm" the area of a result is that of its mask, as in COCO's evaluation, not of its box. An annotation
     without a segmentation uses its box as mask. Results of other images and categories are ignored.
 
     Args:
         index: the annotations.
         image_ids: the images to evaluate on.
         results: entries of a COCO results JSON.
-        kind: "bbox" or "segm".
+        iou_type: "bbox" or "segm".
 
     Returns:
         AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 if there are no such
@@ -56,22 +56,22 @@ def coco_ap(
     ids = _ContiguousIds.of(index, image_ids)
     if not ids.images:
         return dict.fromkeys(METRICS, -1.0)
-    evaluation = _evaluate(index, ids, results, kind)
+    evaluation = _evaluate(index, ids, results, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
     return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
 
 
 def ap_by_category(
-    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
+    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], iou_type: str
 ) -> dict[int, dict[str, float | None]]:
-    """`coco_ap` of each category, whose means over the categories with objects are the values of `coco_ap`.
+    """`coco_ap` of each category; its means over the categories with objects are the values of `coco_ap`.
 
     Args:
         index: the annotations.
         image_ids: the images to evaluate on.
         results: entries of a COCO results JSON.
-        kind: "bbox" or "segm".
+        iou_type: "bbox" or "segm".
 
     Returns:
         Category id -> `METRICS`, 0..1; None if there are no such objects. Empty without images.
@@ -79,9 +79,9 @@ def ap_by_category(
     ids = _ContiguousIds.of(index, image_ids)
     if not ids.images or not ids.categories:
         return {}
-    # (IoU thresholds, recalls, categories, sizes, limits of regions), -1 where there are no objects
-    precision = np.asarray(_evaluate(index, ids, results, kind).eval["precision"])[..., -1]
-    slices: list[tuple[Any, int]] = [
+    # (IoU thresholds, recalls, categories, area ranges, limits of detections), -1 where there are no objects
+    precision = np.asarray(_evaluate(index, ids, results, iou_type).eval["precision"])[..., -1]
+    selections: list[tuple[Any, int]] = [  # IoU thresholds and area range of each of `METRICS`
         (slice(None), 0),
         ([0], 0),
         ([5], 0),
@@ -90,32 +90,32 @@ def ap_by_category(
         (slice(None), 3),
     ]
 
-    def mean_precision(thresholds: Any, category: int, size: int) -> float | None:
-        values = precision[thresholds, :, category, size]
+    def mean_precision(thresholds: Any, category: int, area_range: int) -> float | None:
+        values = precision[thresholds, :, category, area_range]
         return float(values.mean()) if (values > -1).all() else None
 
     return {
         id_: {
             name: mean_precision(selection[0], contiguous_id - 1, selection[1])
-            for name, selection in zip(METRICS, slices, strict=True)
+            for name, selection in zip(METRICS, selections, strict=True)
         }
         for id_, contiguous_id in ids.categories.items()
     }
 
 
-def _evaluate(index: CocoIndex, ids: _ContiguousIds, results: Sequence[dict[str, Any]], kind: str) -> Any:
+def _evaluate(index: CocoIndex, ids: _ContiguousIds, results: Sequence[dict[str, Any]], iou_type: str) -> Any:
     """COCOeval of results, accumulated."""
-    entries = _results(results, kind, ids)
+    entries = _renumber_results(results, iou_type, ids)
     COCO, COCOeval = _evaluator()
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO()
-        ground_truth.dataset = _dataset(index, kind, ids)
+        ground_truth.dataset = _renumbered_dataset(index, iou_type, ids)
         ground_truth.createIndex()
         detections = ground_truth.loadRes(entries) if entries else COCO()
         if not entries:
             detections.dataset = {**ground_truth.dataset, "annotations": []}
             detections.createIndex()
-        evaluation = COCOeval(ground_truth, detections, kind)
+        evaluation = COCOeval(ground_truth, detections, iou_type)
         evaluation.params.imgIds = list(ids.images.values())
         evaluation.evaluate()
         evaluation.accumulate()
@@ -147,7 +147,12 @@ def _evaluator() -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _ContiguousIds:
-    """Ids renumbered from 1 on, in the same order, which breaks ties of scores."""
+    """Ids renumbered from 1, in the same order, which breaks ties of scores.
+
+    Attributes:
+        images: image id -> new id.
+        categories: category id -> new id.
+    """
 
     images: dict[int, int]
     categories: dict[int, int]
@@ -157,9 +162,9 @@ class _ContiguousIds:
         return cls(*({id_: n for n, id_ in enumerate(sorted(set(ids)), 1)} for ids in (image_ids, index.categories)))
 
 
-def _results(results: Sequence[dict[str, Any]], kind: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
-    """Copies of the results with the box or the mask only: with both COCO would take the size from the box."""
-    key = "bbox" if kind == "bbox" else "segmentation"
+def _renumber_results(results: Sequence[dict[str, Any]], iou_type: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
+    """Copy results with either the box or the mask: with both, COCO would take the area from the box."""
+    key = "bbox" if iou_type == "bbox" else "segmentation"
     return [
         {"image_id": image, "category_id": category, "score": result["score"], key: result[key]}
         for result in results
@@ -168,27 +173,27 @@ def _results(results: Sequence[dict[str, Any]], kind: str, ids: _ContiguousIds) 
     ]
 
 
-def _dataset(index: CocoIndex, kind: str, ids: _ContiguousIds) -> dict[str, Any]:
-    """The dataset for COCOeval, which modifies it. pycocotools 2.0.10 needs ``info``, which files may lack."""
+def _renumbered_dataset(index: CocoIndex, iou_type: str, ids: _ContiguousIds) -> dict[str, Any]:
+    """A dataset for COCOeval, which modifies it. pycocotools 2.0.10 needs ``info``, which files may lack."""
     records = [index.images[image_id] for image_id in ids.images]
     return {
         "info": {},
         "licenses": [],
         "images": [{"id": ids.images[r.id], "height": r.height, "width": r.width} for r in records],
         "categories": [{"id": n, "name": index.categories[id_]} for id_, n in ids.categories.items()],
-        "annotations": _annotations(index, kind, ids),
+        "annotations": _renumber_annotations(index, iou_type, ids),
     }
 
 
-def _annotations(index: CocoIndex, kind: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
+def _renumber_annotations(index: CocoIndex, iou_type: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
     checked = {a.id: a for image_id in ids.images for a in index.annotations[image_id]}
     annotations: list[dict[str, Any]] = []
     for entry in index.raw["annotations"]:
         if entry["image_id"] not in ids.images:
             continue
         annotation, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
-        # an empty box is never found, as in COCO; one that is not finite would match everything
-        if annotation is None and not (kind == "bbox" and all(map(is_finite, (x, y, w, h)))):
+        # an empty box is kept and never matched, as in COCO; one that is not finite would match everything
+        if annotation is None and not (iou_type == "bbox" and all(map(is_finite, (x, y, w, h)))):
             continue
         area, crowd = (
             (annotation.area, annotation.iscrowd) if annotation else (entry.get("area"), entry.get("iscrowd", 0))
@@ -202,7 +207,7 @@ def _annotations(index: CocoIndex, kind: str, ids: _ContiguousIds) -> list[dict[
             "iscrowd": int(crowd),
             "segmentation": [],
         }
-        if kind == "segm" and annotation is not None:
+        if iou_type == "segm" and annotation is not None:
             copy["segmentation"] = annotation.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
             if isinstance(copy["segmentation"], list):
                 image = index.images[annotation.image_id]

@@ -55,7 +55,7 @@ def comprehension(
         prediction has a mask.
     """
     ious: list[float] = []
-    top1: list[float] = []  # the overlap that the protocol thresholds
+    top1: list[float] = []  # overlaps as defined by the protocol
     top_k: list[list[float]] = []
     baseline: list[float] = []
     mask_overlaps: list[tuple[int, int]] = []

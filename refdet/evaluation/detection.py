@@ -89,7 +89,7 @@ def evaluate(
         exif=exif,
         crowd_as_object=crowd_as_object,
     )
-    return _ap(data.index, coco_results(regions), meta.recipe.model.masks)
+    return _compute_ap(data.index, coco_results(regions), meta.recipe.model.masks)
 
 
 def detection_ap(
@@ -102,13 +102,13 @@ def detection_ap(
     leave: bool = True,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float | None] | None]:
-    """`evaluate` of a loaded detector on checked data; returns the same.
+    """Like `evaluate`, for a loaded detector and checked data.
 
     Args:
         detector: loaded with ``for_inference=True``; computes in its precision.
         data: the images and their annotations.
-        batch_size: images per batch, as of `evaluate`.
-        workers: threads that read images ahead, as of `evaluate`.
+        batch_size: as in `evaluate`.
+        workers: as in `evaluate`.
         desc: label of the progress bar.
         leave: whether the finished bar stays on the terminal.
         on_image: called after each image; may raise to end early.
@@ -122,11 +122,13 @@ def detection_ap(
             results += coco_results([regions])
             bar.update()
             on_image()
-    return _ap(data.index, results, detector.meta.recipe.model.masks)
+    return _compute_ap(data.index, results, detector.meta.recipe.model.masks)
 
 
-def _ap(index: CocoIndex, results: list[dict[str, Any]], masks: bool) -> dict[str, dict[str, float | None] | None]:
-    """AP of results, None for masks without a mask branch."""
+def _compute_ap(
+    index: CocoIndex, results: list[dict[str, Any]], masks: bool
+) -> dict[str, dict[str, float | None] | None]:
+    """AP of results as `evaluate` returns it; ``masks``: whether the detector has a mask branch."""
     iou_types = ("bbox", "segm") if masks else ("bbox",)
     metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
     return {
@@ -138,7 +140,7 @@ def _ap(index: CocoIndex, results: list[dict[str, Any]], masks: bool) -> dict[st
 
 
 def _load_detector(run: Path, device: str | None, precision: str) -> TrainedDetector:
-    """The detector on a device, in float32 where that has no arithmetic of the precision."""
+    """Load the detector, in float32 if the device does not support the precision."""
     from refdet.detector import loading
     from refdet.device import resolve_device, supported_precision
 
@@ -158,7 +160,7 @@ def detect_regions(
     batch_size: int | None = None,
     workers: int | None = None,
 ) -> Iterator[Regions]:
-    """Regions of images as an extraction computes them by default, without features.
+    """Detect regions as an extraction with its default options does, without features.
 
     Args:
         detector: loaded with ``for_inference=True``; computes in its precision.
@@ -180,7 +182,7 @@ def detect_regions(
     from refdet.extraction.defaults import default_batch_size, default_workers
 
     device, options = next(detector.model.parameters()).device, DetectionOptions()
-    too_little = f"{device} has too little memory for one image; free some of it"
+    out_of_memory = f"{device} has too little memory for one image; free some of it"
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = source.read(record)
@@ -191,9 +193,9 @@ def detect_regions(
         with detector.inference():
             size = batch_size or default_batch_size(device) or auto_batch_size(detector, records, options, ())
     except torch.cuda.OutOfMemoryError as error:
-        raise RuntimeFailure(too_little) from error
+        raise RuntimeFailure(out_of_memory) from error
     batches = group_by_input_size(records, detector.meta.recipe.input, size)
-    pending: deque[Finish] = deque()  # a GPU computes a batch while the previous one is finished
+    pending: deque[Finish] = deque()  # while one batch is being finished, a GPU computes the next one
     with closing(load_ahead(load, batches, workers or default_workers(device))) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
             error_message = next((image for image in images if isinstance(image, str)), None)
@@ -203,7 +205,7 @@ def detect_regions(
                 with detector.inference():
                     pending.append(start_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
-                raise RuntimeFailure(too_little) from error
+                raise RuntimeFailure(out_of_memory) from error
             if len(pending) > 1:
                 yield from pending.popleft()()
         while pending:

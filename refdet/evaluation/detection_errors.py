@@ -12,8 +12,8 @@ from refdet.data.coco import Annotation, CocoIndex
 from refdet.evaluation.metrics import box_iou
 from refdet.structures.regions import Regions
 
-BINS = 10  # of the scores, which are 0..1
-MATCH = 0.5  # IoU from which a region matches an object
+BINS = 10  # of scores in 0..1
+MATCH_IOU = 0.5  # IoU from which a region matches an object
 
 
 @dataclass
@@ -23,22 +23,22 @@ class DetectionErrors:
     Attributes:
         images: number of images.
         objects: number of annotated objects, without crowds.
-        unfound: objects that no region matches, whatever its category.
+        missed: number of objects that no region of any category matches.
         regions: (`BINS`,) number of regions by score; those on crowds are not counted.
-        correct: (`BINS`,) number of them that match an object of their category, one region per object.
-        score_sums: (`BINS`,) sums of their scores.
-        confused: (category of an object, category of its best-scoring region) -> number of objects, of those matched.
-        of_category: category id -> number of objects.
+        correct: (`BINS`,) number of these regions that match an object of their category, one region per object.
+        score_sums: (`BINS`,) sums of the scores of these regions.
+        confusions: (category of an object, category of its best-scoring region) -> number of matched objects.
+        objects_by_category: category id -> number of objects.
     """
 
     images: int = 0
     objects: int = 0
-    unfound: int = 0
+    missed: int = 0
     regions: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     correct: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     score_sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.float64))
-    confused: Counter[tuple[int, int]] = field(default_factory=Counter)
-    of_category: Counter[int] = field(default_factory=Counter)
+    confusions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    objects_by_category: Counter[int] = field(default_factory=Counter)
 
     def add(self, regions: Regions, annotations: list[Annotation]) -> None:
         """Count the regions of an image against its annotations."""
@@ -46,29 +46,37 @@ class DetectionErrors:
         crowds = [a for a in annotations if a.iscrowd]
         self.images += 1
         self.objects += len(objects)
-        self.of_category.update(a.category_id for a in objects)
+        self.objects_by_category.update(a.category_id for a in objects)
         order = np.argsort(-regions.scores, kind="stable")
         boxes, categories = regions.boxes[order].astype(np.float64), regions.category_ids[order]
         ious = box_iou(_boxes(objects), boxes)
         self._count_scores(regions.scores[order], categories, ious, objects, _on_crowds(boxes, categories, crowds))
         for object_ious, annotation in zip(ious, objects, strict=True):
-            matching = np.flatnonzero(object_ious >= MATCH)
+            matching = np.flatnonzero(object_ious >= MATCH_IOU)
             if len(matching):
-                self.confused[annotation.category_id, int(categories[matching[0]])] += 1
+                self.confusions[annotation.category_id, int(categories[matching[0]])] += 1
             else:
-                self.unfound += 1
+                self.missed += 1
 
     def _count_scores(
         self, scores: np.ndarray, categories: np.ndarray, ious: np.ndarray, objects: list[Annotation], crowd: np.ndarray
     ) -> None:
-        """Match regions, best first, each with the object that it overlaps most of those that are left."""
+        """Match each region, best-scoring first, with the unmatched object of its category that it overlaps most.
+
+        Args:
+            scores: (n,) scores of the regions, descending.
+            categories: (n,) their category ids.
+            ious: (m, n) IoU of each object with each region.
+            objects: the m annotated objects.
+            crowd: (n,) bool, whether each region lies on a crowd.
+        """
         labels = np.array([a.category_id for a in objects], np.int64)
         unmatched = np.ones(len(objects), bool)
         bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
         for row in range(len(scores)):
             candidates = np.where(unmatched & (labels == categories[row]), ious[:, row], 0.0)
             best = int(candidates.argmax()) if len(candidates) else -1
-            is_correct = best >= 0 and candidates[best] >= MATCH
+            is_correct = best >= 0 and candidates[best] >= MATCH_IOU
             if is_correct:
                 unmatched[best] = False
             elif crowd[row]:
@@ -87,15 +95,16 @@ def detection_errors(index: CocoIndex, images: Iterable[Regions]) -> DetectionEr
 
 
 def _boxes(annotations: list[Annotation]) -> np.ndarray:
+    """Boxes (n, 4) float64, half-open xyxy in pixels."""
     return np.array([a.box for a in annotations], np.float64).reshape(-1, 4)
 
 
 def _on_crowds(boxes: np.ndarray, categories: np.ndarray, crowds: list[Annotation]) -> np.ndarray:
-    """(n,) bool: whether half of a box lies in a crowd of its category, as COCO's evaluation ignores it."""
+    """Whether at least half of each box (n, 4) xyxy lies in a crowd of its category, as COCO ignores it: (n,) bool."""
     on_crowd = np.zeros(len(boxes), bool)
     areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 1e-9)
     for crowd in crowds:
         low, high = np.maximum(boxes[:, :2], crowd.box[:2]), np.minimum(boxes[:, 2:], crowd.box[2:])
         intersection = np.maximum(high - low, 0).prod(axis=1)
-        on_crowd |= (intersection / areas >= MATCH) & (categories == crowd.category_id)
+        on_crowd |= (intersection / areas >= MATCH_IOU) & (categories == crowd.category_id)
     return on_crowd

@@ -36,12 +36,13 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
 
     Returns:
         no_target: number of sentences without a target; missing: number of sentences without a prediction.
-        N-acc: share of the sentences without a target that are predicted so; T-acc: share of the sentences with a
-        target that are predicted to have one; None if there are no such sentences.
+        N-acc: share of the sentences without a target that are predicted to have none; T-acc: share of the sentences
+        with a target that are predicted to have one; None if there are no such sentences.
         precision@F1=1,IoU>=0.5: share of the sentences with all objects found and nothing else; and the same with
         GIoU, as in the authors' code.
-        gIoU: mean IoU, where a sentence without a target has 1 if predicted so, else 0; cIoU: sum of intersections
-        over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without masks.
+        gIoU: mean IoU, where a sentence without a target counts as 1 if predicted to have none, else 0; cIoU: sum of
+        intersections over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without
+        masks.
     """
     without_target = [a for a in answers if not len(a.truth)]
     with_target = [a for a in answers if len(a.truth)]

@@ -37,7 +37,7 @@ class Scorers:
     def find(cls) -> Scorers:
         """Raises InputError if pycocoevalcap is not installed."""
         try:
-            _load("bleu.bleu", "Bleu")
+            _import_scorer("bleu.bleu", "Bleu")
         except ImportError:
             raise InputError(f"`expressions`: {INSTALL}") from None
         return cls(java=shutil.which("java") is not None)
@@ -51,7 +51,7 @@ class Scorers:
 
         Returns:
             BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs, missing, and the
-            tokenizer: "ptb", or "blanks" without Java.
+            tokenizer: "ptb", or "blanks" (split at whitespace) without Java.
 
         Raises:
             RuntimeFailure: Java does not work.
@@ -65,12 +65,16 @@ class Scorers:
         }
         with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints its counts
             references, candidates = self._tokenize(references), self._tokenize(candidates)
-            bleu, _ = _load("bleu.bleu", "Bleu")(4).compute_score(references, candidates, verbose=0)
+            bleu, _ = _import_scorer("bleu.bleu", "Bleu")(4).compute_score(references, candidates, verbose=0)
             metrics |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
-            metrics["ROUGE-L"] = float(_load("rouge.rouge", "Rouge")().compute_score(references, candidates)[0])
+            metrics["ROUGE-L"] = float(
+                _import_scorer("rouge.rouge", "Rouge")().compute_score(references, candidates)[0]
+            )
             has_words = any(text for ref_texts in references.values() for text in ref_texts)  # CIDEr fails without one
             metrics["CIDEr"] = (
-                float(_load("cider.cider", "Cider")().compute_score(references, candidates)[0]) if has_words else 0.0
+                float(_import_scorer("cider.cider", "Cider")().compute_score(references, candidates)[0])
+                if has_words
+                else 0.0
             )
             metrics["METEOR"] = _meteor(references, candidates) if self.java else None
         return metrics
@@ -80,12 +84,12 @@ class Scorers:
             return {ref_id: [_split(text) for text in ref_texts] for ref_id, ref_texts in texts.items()}
         # the tokenizer works line by line and could lose empty lines, so these are skipped
         lines = {(ref_id, i): text for ref_id, ref_texts in texts.items() for i, text in enumerate(ref_texts) if text}
-        tokenized = _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(
+        tokenized = _import_scorer("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(
             {k: [{"caption": t}] for k, t in lines.items()}
         )
         if len(tokenized) != len(lines):
             raise RuntimeFailure(
-                f"`expressions`: PTBTokenizer returned {len(tokenized)} of {len(lines)} sentences; {_JAVA}"
+                f"`expressions`: PTBTokenizer returned {len(tokenized)} of {len(lines)} sentences; {_JAVA_HINT}"
             )
         return {
             r: [tokenized[r, i][0] if text else "" for i, text in enumerate(ref_texts)]
@@ -93,7 +97,7 @@ class Scorers:
         }
 
 
-_JAVA = "check that `java -version` works, or remove java from the PATH to skip METEOR"
+_JAVA_HINT = "check that `java -version` works, or remove java from the PATH to skip METEOR"
 
 
 def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
@@ -113,7 +117,7 @@ def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
     return {ref_id: entry["sent"] for _, ref_id, entry in entries}
 
 
-def _load(module: str, name: str) -> Any:
+def _import_scorer(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
 
 
@@ -129,13 +133,13 @@ def _split(text: str) -> str:
 
 def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
     try:
-        scorer = _load("meteor.meteor", "Meteor")()
+        scorer = _import_scorer("meteor.meteor", "Meteor")()
     except OSError as error:
-        raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA}") from error
+        raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA_HINT}") from error
     try:
         return float(scorer.compute_score(references, candidates)[0])
     except (OSError, ValueError) as error:  # Java ended, or printed something else than numbers
-        raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
+        raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA_HINT}") from error
     finally:
         if scorer.lock.locked():  # still held after an error; the destructor would deadlock
             scorer.lock.release()

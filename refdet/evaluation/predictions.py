@@ -58,7 +58,7 @@ def load_predictions(
     Args:
         path: ``[{"sent_id", "region": row} | {"sent_id", "box": [x, y, w, h]} | {"sent_id", "segmentation"}]``, or
             ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
-        store: the store that ``region`` counts rows of.
+        store: the store whose rows ``region`` refers to.
         images: sentence id -> its image, for every sentence of the dataset.
         generalized: whether the dataset is gRefCOCO. Entries may then have a list instead, empty for "no such object":
             ``regions``, ``boxes`` or ``segmentations``; an answer whose mask is empty counts as no object, and ranked
@@ -111,7 +111,7 @@ class _Reader:
     """Converts entries of a predictions JSON to predictions.
 
     Attributes:
-        store: the store that regions are rows of.
+        store: the store whose rows ``region`` refers to.
         box_format: format of the boxes.
         generalized: whether the dataset is gRefCOCO.
     """
@@ -153,7 +153,7 @@ class _Reader:
         elif self.generalized:
             raise InputError(
                 f"{kind} is not for gRefCOCO, whose answers are all the objects that a sentence refers to, unranked: "
-                f"give {kind[7:]}"
+                f"give {kind.removeprefix('ranked_')}"
             )
         elif not isinstance(value, list) or not value:
             raise InputError(

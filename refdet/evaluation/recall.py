@@ -40,8 +40,7 @@ def coverage(
     """
     ious = box_iou(boxes, regions.boxes, protocol)
     same_category = np.asarray(category_ids).reshape(-1, 1) == regions.category_ids.reshape(1, -1)
-    # ties in the order of the store
-    order = np.argsort(-regions.scores, kind="stable")
+    order = np.argsort(-regions.scores, kind="stable")  # ties in the order of the store
     best, of_category = _best_at_k(ious[:, order]), _best_at_k(np.where(same_category, ious, 0.0)[:, order])
     return [Coverage(tuple(a), tuple(b)) for a, b in zip(best.tolist(), of_category.tolist(), strict=True)]
 

@@ -72,8 +72,8 @@ def evaluate_on_refer(
     """
     scorers = Scorers.find() if expressions is not None else None
     refer_root = Path(refer_root)
-    with stores.open(store) as regions:
-        _check_provenance(regions)
+    with stores.open(store) as opened:
+        _check_provenance(opened)
         refer = REFER(refer_root, dataset, split_by)
         where = f"{refer_root / dataset}, split-by {split_by}"
         split_names = choose_splits(refer.data["refs"], splits, where, skip=("train",))
@@ -81,7 +81,7 @@ def evaluate_on_refer(
             raise InputError(f"{where}: all refs are in split train; give `splits` train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
         loaded_predictions = (
-            None if predictions is None else _predictions(Path(predictions), where, regions, refer, index, box_format)
+            None if predictions is None else _predictions(Path(predictions), where, opened, refer, index, box_format)
         )
         loaded_expressions = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
         for split in split_names:
@@ -90,9 +90,9 @@ def evaluate_on_refer(
                 f"--split {split}"
             )
             ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
-            check_images(regions, ids, index.images, str(index.path), f"split {split}", f"extract them with: {command}")
-        warn_about_categories(regions, index.categories, str(index.path))
-        benchmark = _Benchmark(regions, refer, index, loaded_predictions, protocol)
+            check_images(opened, ids, index.images, str(index.path), f"split {split}", f"extract them with: {command}")
+        warn_about_categories(opened, index.categories, str(index.path))
+        benchmark = _Benchmark(opened, refer, index, loaded_predictions, protocol)
         metrics = {split: benchmark.metrics(split) for split in split_names}
         if scorers is not None and loaded_expressions is not None:
             for split in split_names:
@@ -101,11 +101,11 @@ def evaluate_on_refer(
         metadata = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
         if box_format != DEFAULT:
             metadata["box_format"] = box_format
-        return {**metadata, "provenance": regions.provenance, "splits": metrics}
+        return {**metadata, "provenance": opened.provenance, "splits": metrics}
 
 
 def _check_provenance(store: Store) -> None:
-    """Check the provenance of a store before evaluating it."""
+    """Raise an InputError if the provenance of a store is damaged."""
     try:
         Provenance.from_json(store.provenance)
     except InputError as error:
@@ -138,6 +138,7 @@ class _Benchmark:
     protocol: Protocol
 
     def metrics(self, split: str) -> dict[str, Any]:
+        """All metrics of a split except those of expressions."""
         refs = _refs(self.refer, split)
         regions = {i: read_regions(self.store, i) for i in sorted({ref["image_id"] for ref in refs})}
         unusable = [i for i in regions if i in self.store.errors]
@@ -218,7 +219,9 @@ class _Benchmark:
             )
         return coverages
 
-    def average_precision(self, ids: list[int], results: list[dict[str, Any]], kind: str) -> dict[str, float | None]:
-        # COCO's -1 for no objects of that size becomes None
-        rates = coco_ap(self.index, ids, results, kind)
+    def average_precision(
+        self, image_ids: list[int], results: list[dict[str, Any]], iou_type: str
+    ) -> dict[str, float | None]:
+        """`coco_ap`, with None instead of -1 if there are no such objects."""
+        rates = coco_ap(self.index, image_ids, results, iou_type)
         return {name: value if value >= 0 else None for name, value in rates.items()}

@@ -17,7 +17,7 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_UNUSABLE = "`strict`: "  # begins the message of an image that cannot be used
+_UNUSABLE_PREFIX = "`strict`: "  # of the message about an image that cannot be used
 
 
 def regions_on_ray(
@@ -33,7 +33,7 @@ def regions_on_ray(
     exif: str,
     crowd_as_object: bool,
 ) -> Iterator[Regions]:
-    """Regions as `refdet.evaluation.detection.detect_regions` gives them, computed by an extraction.
+    """Regions as from `refdet.evaluation.detection.detect_regions`, computed by an extraction.
 
     They pass through a store in a temporary folder, without features.
 
@@ -73,15 +73,15 @@ def regions_on_ray(
                 say=log.warning,
                 announce=log.info,
             )
-        except Interrupted:  # the messages are of an extraction, which keeps something
+        except Interrupted:  # without the extraction's message about kept shards, which are deleted here
             raise Interrupted("interrupted") from None
         except (InputError, RuntimeFailure) as error:
             problem, _, kept = str(error).partition("; finished shards are kept")
-            if problem.startswith(_UNUSABLE):
-                raise InputError(problem.removeprefix(_UNUSABLE)) from error
+            if problem.startswith(_UNUSABLE_PREFIX):
+                raise InputError(problem.removeprefix(_UNUSABLE_PREFIX)) from error
             if kept:
                 raise type(error)(f"{problem}; run it again") from error
             raise
-        with store.open(out) as found:
-            for image_id in found:
-                yield found.read(image_id)
+        with store.open(out) as computed:
+            for image_id in computed:
+                yield computed.read(image_id)

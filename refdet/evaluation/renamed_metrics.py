@@ -14,25 +14,25 @@ COMPREHENSION = {"random_baseline@0.5": "guessing@0.5"}
 
 def with_old_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Add the old names of renamed metrics, as in metrics.json."""
-    return {**metrics, "splits": {name: _both(values) for name, values in metrics["splits"].items()}}
+    return {**metrics, "splits": {name: _add_old_names(values) for name, values in metrics["splits"].items()}}
 
 
 def in_new_names(metrics: Any) -> Any:
     """Rename the metrics of a metrics.json of any version to the new names; other values are returned as they are."""
     if not isinstance(metrics, Mapping) or not isinstance(metrics.get("splits"), Mapping):
         return metrics
-    return {**metrics, "splits": {name: _new(values) for name, values in metrics["splits"].items()}}
+    return {**metrics, "splits": {name: _use_new_names(values) for name, values in metrics["splits"].items()}}
 
 
-def _both(values: Mapping[str, Any]) -> dict[str, Any]:
-    both = dict(values) | {old: values[new] for new, old in GROUPS.items() if new in values}
+def _add_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = dict(values) | {old: values[new] for new, old in GROUPS.items() if new in values}
     if "comprehension" in values:
         rates = values["comprehension"]
-        both["comprehension"] = rates | {old: rates[new] for new, old in COMPREHENSION.items() if new in rates}
-    return both
+        renamed["comprehension"] = rates | {old: rates[new] for new, old in COMPREHENSION.items() if new in rates}
+    return renamed
 
 
-def _new(values: Any) -> Any:
+def _use_new_names(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     renamed = _rename(values, GROUPS)

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
 
 MAX_BATCH_SIZE = {"cpu": 4, "cuda": 32}  # larger batches are not faster
-MEMORY_FRACTION = 0.8  # of the free memory; the rest is for variation between images and for other processes
-CPU_IMAGE_BYTES = 2**30  # per image of 600x1000 with the largest network, with a margin
+MEMORY_FRACTION = 0.8  # of free memory; the rest is for variation between images and for other processes
+CPU_IMAGE_BYTES = 2**30  # memory that an image of 600x1000 takes with the largest network, with a margin
 
 
 def auto_batch_size(
     detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
 ) -> int:
-    """The largest power of 2 of images that fit into the memory of the detector's device.
+    """The largest power of 2 images that fits into the memory of the detector's device, at most `MAX_BATCH_SIZE`.
 
     On a GPU the peak memory of one and of two random images of the largest size in `records` is measured, with a score
     threshold of 0 so that ``options.max_regions`` is reached.
@@ -73,14 +73,14 @@ def _power_of_2(count: float, limit: int) -> int:
 
 
 def split_on_oom(compute: Compute) -> Compute:
-    """`compute` that halves a batch when the GPU runs out of memory, and later batches of that size at once.
+    """Wrap `compute` to halve a batch when the GPU runs out of memory, and later batches of that size right away.
 
-    An allocation that fails in cuBLAS or cuDNN counts as one of PyTorch's.
+    Failed allocations of cuBLAS and cuDNN count as PyTorch's own.
 
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.
     """
-    failed_size = sys.maxsize  # smallest batch that failed
+    failed_size = sys.maxsize  # size of the smallest batch that did not fit
 
     def compute_halves(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         nonlocal failed_size

@@ -23,7 +23,7 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_ROWS = 1 << 16  # boxes to check at once
+_ROWS_AT_ONCE = 1 << 16  # boxes to check at once
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
         rows.setdefault(record.id, []).append(number)
     boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     sizes = np.array([(record.width, record.height) for record in records], np.float64).reshape(-1, 2)
-    form, lines = resolve_box_format(box_format, boxes, sizes)
-    for line in lines:
-        kind, _, text = line.partition(": ")
-        log.warning("%s: `boxes` %s: %s", kind, path, text)
-    corners = FORMATS[form].to_pixels(boxes, sizes)
+    format_name, warnings = resolve_box_format(box_format, boxes, sizes)
+    for warning in warnings:
+        level, _, text = warning.partition(": ")
+        log.warning("%s: `boxes` %s: %s", level, path, text)
+    corners = FORMATS[format_name].to_pixels(boxes, sizes)
     for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
-            _check_inside(corners[number].tolist(), records[number], FORMATS[form].text)
+            _check_inside(corners[number].tolist(), records[number], FORMATS[format_name].text)
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
@@ -120,7 +120,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
             category_ids=categories[indices],
             masks=tuple(masks[image_id]) if with_masks else None,
         )
-    return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=form)
+    return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=format_name)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _is_number(value: object) -> bool:
 
 
 class _StoreRegions(Mapping[int, Regions]):
-    """Regions of an open store, read per image, as with masks they may not fit in memory."""
+    """Regions of an open store, read image by image, as with masks they may not fit in memory."""
 
     def __init__(self, source: store.Store, index: CocoIndex) -> None:
         self._source, self._index = source, index
@@ -225,8 +225,8 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
                 f"{record.width}x{record.height} in {index.path}"
             )
     sizes = np.stack([source.widths, source.heights], axis=1)
-    for first in range(0, source.regions, _ROWS):
-        boxes = source.data["regions/box"][first : first + _ROWS]
+    for first in range(0, source.regions, _ROWS_AT_ONCE):
+        boxes = source.data["regions/box"][first : first + _ROWS_AT_ONCE]
         rows = np.arange(first, first + len(boxes))
         image_rows = np.searchsorted(source.region_start, rows, side="right") - 1
         for row in np.flatnonzero(~_inside(boxes, sizes[image_rows])).tolist():

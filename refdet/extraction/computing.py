@@ -41,11 +41,11 @@ def make_compute(
 def make_detect(
     detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
 ) -> Compute:
-    """The function that `refdet.extraction.pipeline.extract` calls to detect regions of a batch of one input size."""
-    ids, of_features = detector.meta.category_ids, getattr(torch, dtype)
+    """The function that `refdet.extraction.pipeline.extract` calls to detect regions in a batch of one input size."""
+    ids, feature_dtype = detector.meta.category_ids, getattr(torch, dtype)
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        return start_detecting(detector.model, images, batch, ids, options, features=features, dtype=of_features)
+        return start_detecting(detector.model, images, batch, ids, options, features=features, dtype=feature_dtype)
 
     return compute
 
@@ -55,15 +55,17 @@ def _make_describe(
 ) -> Compute:
     dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
-    predicted = options.masks == "predicted"
+    predict_masks = options.masks == "predicted"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         regions = [given(record) for record in batch]
         labels = (
-            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions] if predicted else None
+            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions]
+            if predict_masks
+            else None
         )
-        rows = [r.boxes for r in regions]
-        finish = start_describing(detector.model, images, rows, features=options.features, labels=labels, dtype=dtype)
+        boxes = [r.boxes for r in regions]
+        finish = start_describing(detector.model, images, boxes, features=options.features, labels=labels, dtype=dtype)
         return lambda: [
             replace(
                 r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info

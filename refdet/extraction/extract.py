@@ -119,7 +119,7 @@ def extract_features(
             announce=announce,
         )
 
-    import torch  # takes seconds, so the checks above come first
+    import torch  # imported after the checks above, as it takes seconds
 
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.training_batches import group_by_input_size

@@ -93,11 +93,11 @@ def extract_on_ray(
 
 
 def _is_complete(job: Job, out: Path) -> bool:
-    """Whether there is nothing to compute, and so no worker to start, not even for images that can now be read."""
+    """Whether the store is complete and none of its unusable images can now be read, so that no worker is needed."""
     if read_plan(shards_folder(out)) is not None or not out.exists():
         return False
     with store.open(out) as finished:
-        if finished.options.get("precision") != job.options.precision:  # which workers may not have
+        if finished.options.get("precision") != job.options.precision:  # the workers' may be another
             return False
         errors = finished.errors
     for record in job.records:

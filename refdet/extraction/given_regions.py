@@ -25,7 +25,7 @@ class GivenRegions:
 
     Attributes:
         of: returns the regions of an image, without features.
-        count: returns the number of regions of an image, None if unknown without reading them.
+        count: returns the number of regions of an image; None if they must be read to know.
         categories: category id -> name.
         masks: whether all regions have masks.
         ann_ids: whether all regions have annotation ids.

@@ -108,7 +108,7 @@ def prepare(
         raise InputError(f"{image_list.index.path}: has no images to extract")
     missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
-        source.refuse_missing(records, missing, image_list.index.path)
+        source.raise_missing(records, missing, image_list.index.path)
     if missing:
         say(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
@@ -120,7 +120,7 @@ def prepare(
     explicit = batch_size if isinstance(batch_size, int) else None
     plan, header = _make_plan(image_list, given_regions, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
-    check_resumable(out, plan, header, resume, unset=("precision",) if options.precision != "float32" else ())
+    check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given_regions, plan, header)
 
 

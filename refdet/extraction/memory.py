@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-UNKNOWN = 2**32  # bytes; assumed where nothing is known
+UNKNOWN = 2**32  # bytes; assumed if nothing is known
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -41,7 +41,7 @@ def _cgroup_memory(proc: Path, cgroups: Path) -> list[int | None]:
             root, files = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # in a container the name may be the host's; only the root is then right
+        # in a container the name may be the host's; then only the root exists
         group_path = root / name.lstrip("/")
         left += [
             _memory_left(group, *files) for group in (group_path, *group_path.parents) if group.is_relative_to(root)

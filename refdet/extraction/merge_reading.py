@@ -1,4 +1,4 @@
-"""Read images in the order of a store, some at a time, while those before them are written. No torch."""
+"""Read images in the order of a store, in groups, one group ahead of the one being written. No torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from refdet.store.schema import Columns
 from refdet.store.shard_images import ImageReader
 from refdet.structures.regions import Regions
 
-# As many as are read and written at once. After each pass over features the interpreter finds its own data and code no
-# longer in the processor's caches, so it does what it has to do for several images in a row.
+# Limits of a group. Copying features evicts the interpreter's own data and code from the processor's caches, so Python
+# code runs for several images in a row.
 _GROUP_BYTES, _GROUP_IMAGES = 2**23, 32
 _GROUPS_AHEAD = 1  # groups that are read while one is written
 
@@ -26,14 +26,14 @@ ImageToMerge = tuple[ImageRow, Callable[[ImageReader], ReadImage]]
 
 
 def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[list[ReadImage], None, None]:
-    """Read images in order, some at a time.
+    """Read images in order, in groups.
 
     Args:
         images: the images.
         columns: columns of the store.
 
     Yields:
-        The next images, which are valid until those after them are asked for.
+        The images of the next group, which are valid until the group after it is requested.
     """
     reader = ImageReader(columns, _GROUP_BYTES, _GROUPS_AHEAD + 1)
 
@@ -56,12 +56,12 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
 
 
 def _groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
-    region_size, width = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
+    region_size, itemsize = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
     group: list[ImageToMerge] = []
     size = 0
     for image in images:
         row = image[0]
-        image_size = row.regions * region_size + row.mask_bytes + math.prod(row.map_shape) * width
+        image_size = row.regions * region_size + row.mask_bytes + math.prod(row.map_shape) * itemsize
         if group and (size + image_size > _GROUP_BYTES or len(group) == _GROUP_IMAGES):
             yield group
             group, size = [], 0

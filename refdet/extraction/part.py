@@ -1,7 +1,7 @@
-"""`Part`: one of several processes that compute an extraction together without an engine, and their files. No torch.
+"""`Part`: one of several processes that compute an extraction together without Ray, and their files. No torch.
 
-The parts share the folder of the shards. ``parts.json`` holds how many there are, ``part-3.lock`` is held by the
-process that computes part 3, and ``part-3.json`` says how far it is.
+The parts share the folder of the shards. ``parts.json`` holds the number of parts, ``part-3.lock`` is held by the
+process that computes part 3, and ``part-3.json`` holds its progress.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from refdet.files.lock import Locked, exclusive_lock
 
 PARTS = "parts.json"
 MAX_PARTS = 100_000
-_LOCK, _STATE = re.compile(r"part-(\d{1,6})\.lock"), re.compile(r"part-(\d{1,6})\.json")
-_LOCK_TIMEOUT = 1.0  # seconds; `running` holds a lock for a moment
+_LOCK_NAME, _STATE_NAME = re.compile(r"part-(\d{1,6})\.lock"), re.compile(r"part-(\d{1,6})\.json")
+_LOCK_TIMEOUT = 1.0  # seconds; `_is_running` holds a lock for a moment
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``number`` of ``of``; it computes the shards ``number - 1``, ``number - 1 + of``, ...
+    """Part ``number`` of ``count``; it computes the shards ``number - 1``, ``number - 1 + count``, ...
 
-    Neighboring shards have images of similar sizes, so the parts take about as long.
+    Neighboring shards have images of similar sizes, so all parts take about as long.
 
     Attributes:
-        number: from 1.
-        of: how many parts there are.
+        number: number of the part, from 1.
+        count: number of parts.
     """
 
     number: int
-    of: int
+    count: int
 
     @classmethod
     def parse(cls, text: str) -> Part:
@@ -59,11 +59,11 @@ class Part:
         raise InputError(f"`part` {text}: {why or 'not K/N'}; give the number of this part and of all, such as 3/8")
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
+        return f"{self.number}/{self.count}"
 
-    def shards(self, count: int) -> range:
-        """Numbers of its shards, of ``count`` in all."""
-        return range(self.number - 1, count, self.of)
+    def shards(self, shard_count: int) -> range:
+        """Numbers of its shards, of ``shard_count`` in total."""
+        return range(self.number - 1, shard_count, self.count)
 
     @contextmanager
     def lock(self, folder: Path) -> Iterator[bool]:
@@ -79,22 +79,22 @@ class Part:
             yield locked
 
     def record_count(self, folder: Path) -> None:
-        """Record the number of parts if no other part has; raises InputError if that has another number."""
+        """Record the number of parts unless another part has; raises InputError if that recorded another number."""
         if parts_of(folder) is None:
-            write_json_once(folder / PARTS, {"parts": self.of})
+            write_json_once(folder / PARTS, {"parts": self.count})
         self.check(folder)
 
     def check(self, folder: Path) -> None:
         """Raise an InputError if a folder was started with another number of parts."""
         count = parts_of(folder)
-        if count not in (None, self.of):
+        if count not in (None, self.count):
             raise InputError(
                 f"`part` {self}: {folder} was started in {count} parts; use the same number, or finish it in one "
                 "process with `resume=True`"
             )
 
     def write_progress(self, folder: Path, **state: Any) -> None:
-        """Write how far this part is, for `progress_of_parts`; a file that cannot be written is left out."""
+        """Write the progress of this part for `progress_of_parts`; ignored if the file cannot be written."""
         owner = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):
             write_json(folder / f"part-{self.number}.json", owner | state | {"updated": time.time()})
@@ -122,24 +122,24 @@ def no_part_running(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for path in sorted(folder.glob("part-*.lock")):
-            if match := _LOCK.fullmatch(path.name):
+            if match := _LOCK_NAME.fullmatch(path.name):
                 part = Part(int(match[1]), parts_of(folder) or int(match[1]))
                 stack.enter_context(part.lock(folder))
         yield
 
 
 def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
-    """Read how far each part is.
+    """Read the progress of each part.
 
     Args:
         folder: folder of the shards.
 
     Returns:
-        What `Part.note` wrote, by number, with "state" "stopped" where the process ended before its part.
+        What `Part.write_progress` wrote, by number, with "state" "stopped" if the process ended before its part did.
     """
     states = {}
     for path in folder.glob("part-*.json"):
-        if not (match := _STATE.fullmatch(path.name)):
+        if not (match := _STATE_NAME.fullmatch(path.name)):
             continue
         with suppress(InputError):
             state = read_small_json(path)
@@ -150,7 +150,7 @@ def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_running(folder: Path, number: int) -> bool:
-    """Whether a process computes a part; True where that cannot be known."""
+    """Whether a process computes a part; True if that cannot be determined."""
     try:
         with exclusive_lock(folder, f"part-{number}.lock", "") as locked:
             return not locked

@@ -1,4 +1,4 @@
-"""`PartShards` and `PartSession`: the shards of one part of an extraction, and how far it is. No torch."""
+"""`PartShards` and `PartSession`: the shards of one part of an extraction, and its progress. No torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PartShards(ShardSet):
 
 
 class PartSession(Session):
-    """Timing of one part, which others can read while it runs."""
+    """Timing of one part, which other processes can read while it runs."""
 
     def __init__(self, shard_set: PartShards) -> None:
         self._shard_set = shard_set
@@ -68,17 +68,17 @@ class PartSession(Session):
         self.report("computing")
 
     def finished(self, images: int) -> None:
-        """As `Session.finished`; others see it."""
+        """Like `Session.finished`, and report the progress."""
         super().finished(images)
         self.report("computing")
 
     def report(self, state: str) -> None:
-        """Let others see how far the part is, "computing" or "finished"."""
-        done, speed = self._shard_set.finished_images, self.images / self.seconds if self.images else 0.0
+        """Write the progress of the part, in the state "computing" or "finished"."""
+        speed = self.images / self.seconds if self.images else 0.0
         self._shard_set.part.write_progress(
             self._shard_set.folder,
             state=state,
-            finished=done,
+            finished=self._shard_set.finished_images,
             images=self._shard_set.images,
             images_per_second=round(speed, 2),
         )

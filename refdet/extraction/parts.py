@@ -1,10 +1,10 @@
 """Extraction in parts: processes that share nothing but a folder compute the shards of one store. No torch.
 
 Which shards a part computes depends on nothing but its number, a shard is written atomically, and the same shard has
-the same contents whoever computes it, so that the store is right even where locks do not work. Locks, where there are
-any, keep two processes from the same part, and a part from starting during a merge: a part holds its own lock for as
-long as it runs, and the folder's for a moment when it starts and while it merges. Under the folder's lock, shards are
-only added by others, so that nobody computes once all are there.
+the same contents whoever computes it, so the store is correct even on file systems without locks. Where there are
+locks, they keep two processes from computing the same part, and a part from starting during a merge: a part holds its
+own lock as long as it runs, and the folder's for a moment when it starts and while it merges. Under the folder's lock
+other processes can only add shards, so none of them is computing once all shards exist.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from refdet.store import Header
 
 log = logging.getLogger(__name__)
 
-MERGING = "merging.json"  # who merges, where there are no locks
-_LOCK_TIMEOUT = 60.0  # seconds; others start or merge
+MERGING = "merging.json"  # names the part that merges, for file systems without locks
+_LOCK_TIMEOUT = 60.0  # seconds to wait while another part starts or merges
 _SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # finished or temporary
 
 MakeBatches = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
@@ -86,9 +86,9 @@ def extract_part(
         records: all images in the order of the store.
         load: as in `refdet.extraction.pipeline.extract`.
         compute: as in `refdet.extraction.pipeline.extract`.
-        part: which part.
-        fixed_batch_size: whether the batch size of the plan was asked for; otherwise that of the part that was
-            started first is used.
+        part: the part to compute.
+        fixed_batch_size: whether the batch size of the plan was requested; otherwise that of the part that started
+            first is used.
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
@@ -136,8 +136,8 @@ def open_part(
         plan: what to compute.
         header: metadata of the store.
         make_batches: divides the images into batches of at most a given size.
-        part: which part.
-        fixed_batch_size: whether to refuse another batch size than the plan's.
+        part: the part to compute.
+        fixed_batch_size: whether to refuse a batch size other than the plan's.
         shard_images: number of images at which a shard is complete.
 
     Yields:
@@ -164,11 +164,11 @@ def open_part(
             if not out.exists():  # a later file must not be taken for the merged one
                 (folder / MERGED).unlink(missing_ok=True)
             plan, shards, saved_plan = _agree_on_plan(folder, plan, header, make_batches, shard_images)
-            for path in folder.glob(".*.shard"):  # by a process that was killed
+            for path in folder.glob(".*.shard"):  # left by a process that was killed
                 match = _SHARD.fullmatch(path.name)
                 if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in part.shards(len(shards)):
                     path.unlink(missing_ok=True)
-        # Not under the folder's lock, as it reads all finished shards, while other parts want to start.
+        # Without the folder's lock, so that other parts can start while all finished shards are read.
         try:
             shard_set: PartShards | None = PartShards(out, plan, header, shards, saved_plan, part)
         except (OSError, InputError):
@@ -183,13 +183,13 @@ def open_part(
 def _lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which another part may be removing after a merge."""
     with ExitStack() as stack:
-        for last in (False, False, True):
+        for is_last_attempt in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
-                if last:
+                if is_last_attempt:
                     raise
         yield
 
@@ -197,10 +197,10 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 def _agree_on_plan(
     folder: Path, plan: Plan, header: Header, make_batches: MakeBatches, shard_images: int
 ) -> tuple[Plan, list[Shard], dict[str, Any]]:
-    """The plan and shards that all parts have, those of the part that wrote ``plan.json`` first, and its contents."""
+    """The plan and shards of the part that wrote ``plan.json`` first, which all parts use, and the file's contents."""
     shards = split_into_shards(make_batches(plan.batch_size), shard_images)
     if read_plan(folder) is None:
-        write_json_once(folder / PLAN, plan.work(shards, header))
+        write_json_once(folder / PLAN, plan.to_json(shards, header))
         fsync(folder.parent)
     saved_plan = read_plan(folder) or {}
     size = saved_plan.get("batch_size")
@@ -216,7 +216,7 @@ def _agree_on_plan(
 
 
 def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
-    """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
+    """Missing shards of a part, and those to compute again, which are removed so that no other part merges them."""
     numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
         with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
@@ -250,12 +250,14 @@ def _merge_if_last(
             if not write_json_once(folder / MERGING, owner) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
-            for path in find_temporary_files(out.parent, out.name) if locked else ():  # by a process that was killed
+            # left by processes that were killed
+            for path in find_temporary_files(out.parent, out.name) if locked else ():
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
             if damaged := all_shards.missing_shards():
-                of = shard_set.part.of
-                again = ", ".join(str(Part(number, of)) for number in sorted({1 + each % of for each in damaged}))
+                parts = shard_set.part.count
+                numbers = sorted({1 + shard % parts for shard in damaged})
+                again = ", ".join(str(Part(number, parts)) for number in numbers)
                 raise RuntimeFailure(
                     f"{folder}: {format_count(len(damaged), 'damaged shard')} removed; check the disk, and run part "
                     f"{again} again or compute what is missing with `resume=True`"
@@ -268,7 +270,7 @@ def _merge_if_last(
                     lambda: {
                         **session.summary(),
                         "batch_size": shard_set.plan.batch_size,
-                        "parts": shard_set.part.of,
+                        "parts": shard_set.part.count,
                         "computing": {part: round(seconds, 3) for part, seconds in compute_seconds().items()},
                     },
                 )

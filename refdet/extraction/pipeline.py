@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 32  # the most work that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
 _PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
-# computed batches that wait to be finished; with those being finished and put, up to 4 are in GPU memory
+# computed batches that wait to be finished; with the one being finished and the one being queued, 4 are in GPU memory
 _MAX_QUEUED = 2
 
 
@@ -81,7 +81,8 @@ def extract(
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
         compute_seconds: called at the end; returns the seconds per part of computing.
-        engine: computes the shards of some numbers in place of `compute_shards`; this process merges them.
+        engine: called instead of `compute_shards` with the shards, the numbers of those to compute, and the session;
+            this process merges the shards.
 
     Returns:
         Numbers and timings.
@@ -95,23 +96,23 @@ def extract(
     if engine is None:
         assert compute is not None
         engine = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
-    work = partial(_work, records, engine, compute_seconds)
+    compute_and_merge = partial(_compute_and_merge, records, engine, compute_seconds)
     session: Session | None = None
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
             retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
-            session = work(shard_set, shard_set.missing_shards(retry_ids))
+            session = compute_and_merge(shard_set, shard_set.missing_shards(retry_ids))
     if shard_set is None:
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:
-                session = work(repaired, repaired.missing_shards())
+                session = compute_and_merge(repaired, repaired.missing_shards())
     return summary_of_store(out, session, compute_seconds, plan.batch_size)
 
 
-def _work(
+def _compute_and_merge(
     records: Sequence[ImageRecord],
-    computing: Callable[[ShardSet, Sequence[int], Session], object],
+    engine: Callable[[ShardSet, Sequence[int], Session], object],
     compute_seconds: Callable[[], dict[str, float]],
     shard_set: ShardSet,
     shard_numbers: Sequence[int],
@@ -120,7 +121,7 @@ def _work(
     session = Session(shard_set.folder)
     with interruptible(shard_set, len(records)):
         with session.computing():
-            computing(shard_set, shard_numbers, session)
+            engine(shard_set, shard_numbers, session)
         if shard_set.errors and len(shard_set.errors) == len(records):
             raise RuntimeFailure(
                 none_usable_message(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
@@ -152,7 +153,7 @@ def compute_shards(
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        Background(shard_set, shard_numbers, session, bar) as background,
+        BackgroundWriter(shard_set, shard_numbers, session, bar) as background,
     ):
         for batch in batches:
             with session.timed("load"):
@@ -172,7 +173,7 @@ def compute_shards(
 def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
     """Start computing a batch of (H, W, 3) uint8 images; a string is the reason why an image could not be loaded.
 
-    Such an image gets empty regions with the reason. Another one is computed in its place, to keep the batch size,
+    Such an image gets empty regions with the reason. Another image is computed in its place, to keep the batch size,
     which can affect rounding.
     """
     loaded = [(record, image) for record, image in zip(batch, images, strict=True) if not isinstance(image, str)]
@@ -189,10 +190,10 @@ def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], comput
     finish = compute([record for record, _ in filled], [image for _, image in filled])
 
     def regions() -> list[Regions]:
-        found = finish()
-        if [r.image_id for r in found] != expected_ids:
+        computed = finish()
+        if [r.image_id for r in computed] != expected_ids:
             raise ValueError("the detector returned regions of other images")
-        return [unusable.get(index, item) for index, item in enumerate(found)]
+        return [unusable.get(index, item) for index, item in enumerate(computed)]
 
     return regions
 
@@ -201,7 +202,7 @@ class _NoMoreBatches(Exception):
     """There are no more batches."""
 
 
-class Background:
+class BackgroundWriter:
     """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
 
     def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], session: Session, bar: tqdm) -> None:
@@ -213,7 +214,7 @@ class Background:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> BackgroundWriter:
         self._thread.start()
         return self
 
@@ -281,7 +282,7 @@ def load_ahead(
 ) -> Generator[list[np.ndarray | str], None, None]:
     """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one.
 
-    None among the batches says that there is no other one yet, so that those that were prefetched are yielded.
+    A batch of None means that there is no other batch yet, so that a prefetched one is yielded instead of waiting.
     """
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
@@ -315,7 +316,7 @@ def load_ahead(
 
 @contextmanager
 def interruptible(shard_set: ShardSet, total: int) -> Iterator[None]:
-    """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted with what is kept and how to continue."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted that says what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():
             yield

@@ -16,11 +16,11 @@ from refdet.store.schema import Columns, Header
 
 Shard = list[list[ImageRecord]]  # batches in order of computation
 
-_HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
-_NOT_STORED = {"exif": "ignore"}  # options that are stored only with another value
-# stored name -> how a message names it, where that is not the argument of the same name
-_NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
-_SHOWN = 3  # changed keys of a recipe in a message
+_HEADER_CHANGES = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
+_DEFAULTS = {"exif": "ignore"}  # options that are stored only if they differ from the default
+# stored name -> name in messages, if that is not the argument of the same name
+_SHOWN_NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
+_MAX_CHANGES = 3  # changed keys of a recipe in a message
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Plan:
 
     def columns(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Columns:
         """Columns of the store, given the shape per region of each feature, (0,) where unknown."""
-        of_features = {name: (shapes or {}).get(name, (0,)) for name in self.features}
-        return Columns(of_features, self.dtype, self.masks, self.ann_ids, self.maps, self.compression)
+        feature_shapes = {name: (shapes or {}).get(name, (0,)) for name in self.features}
+        return Columns(feature_shapes, self.dtype, self.masks, self.ann_ids, self.maps, self.compression)
 
-    def differences(self, other: dict[str, Any], unset: Container[str] = ()) -> str:
+    def differences(self, other: dict[str, Any], ignored: Container[str] = ()) -> str:
         """Describe the differences to another plan's options.
 
         Args:
             other: options of the other plan.
-            unset: options to ignore.
+            ignored: options to ignore.
 
         Returns:
             A human-readable description, "" if there is no difference.
@@ -66,25 +66,27 @@ class Plan:
         lines = []
         new_options = json.loads(json.dumps(self.options))  # turns tuples into lists, as on disk
         for name in [*new_options, *(key for key in other if key not in new_options)]:
-            old, new = (options.get(name, _NOT_STORED.get(name)) for options in (other, new_options))
-            if old == new or name in unset:
+            old, new = (options.get(name, _DEFAULTS.get(name)) for options in (other, new_options))
+            if old == new or name in ignored:
                 continue
             if name.endswith("_sha256"):
                 lines.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                lines.append(f"{_NAMES.get(name, f'`{name}`')} was {_short_value(old)} and is now {_short_value(new)}")
+                lines.append(
+                    f"{_SHOWN_NAMES.get(name, f'`{name}`')} was {_short_value(old)} and is now {_short_value(new)}"
+                )
         return "; ".join(lines)
 
-    def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
+    def to_json(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
         """Contents of ``plan.json``: the plan, its division into shards, and the store's header."""
         return {
             "options": self.options,
             "batch_size": self.batch_size,
             **self._layout(shards),
-            "header": {name: getattr(header, name) for name in _HEADER},
+            "header": {name: getattr(header, name) for name in _HEADER_CHANGES},
         }
 
-    def differing_options(self, header: Header, other: Mapping[str, Any], unset: Container[str] = ()) -> str:
+    def differing_options(self, header: Header, other: Mapping[str, Any], ignored: Container[str] = ()) -> str:
         """Describe the differences to the options and header in another ``plan.json``.
 
         A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
@@ -93,14 +95,14 @@ class Plan:
         Args:
             header: metadata of the store.
             other: contents of the other ``plan.json``.
-            unset: options to ignore.
+            ignored: options to ignore.
 
         Returns:
             A human-readable description, "" if there is no difference.
         """
         if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
             return "another version of refdet"
-        difference = self.differences(other["options"], unset) or header_differences(header, other["header"])
+        difference = self.differences(other["options"], ignored) or header_differences(header, other["header"])
         if not difference and self.batch_size and other.get("batch_size") != self.batch_size:
             return f"`batch_size` was {_short_value(other.get('batch_size'))} and is now {self.batch_size}"
         return difference
@@ -131,16 +133,18 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
     Returns:
         A human-readable description, "" if there is no difference.
     """
-    found = []
-    for name, text in _HEADER.items():
+    differences = []
+    for name, text in _HEADER_CHANGES.items():
         old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
         if name == "recipe":
             old, new = _parse_recipe(old), _parse_recipe(new)
         if old != new:
-            parts = list(_list_changes(old, new))
-            named = "; ".join(parts[:_SHOWN]) + ("; ..." if len(parts) > _SHOWN else "")
-            found.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
-    return "; ".join(found)
+            changes = list(_list_changes(old, new))
+            shown = "; ".join(changes[:_MAX_CHANGES]) + ("; ..." if len(changes) > _MAX_CHANGES else "")
+            differences.append(
+                f"{text} of the checkpoint ({shown})" if name == "recipe" else f"{text} of the checkpoint"
+            )
+    return "; ".join(differences)
 
 
 def _parse_recipe(recipe: Any) -> Any:

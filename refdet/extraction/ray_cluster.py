@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, with a one-line error for all that can be wrong with it. Imports Ray where it is used."""
+"""Connect to a Ray cluster, with a one-line error for whatever is wrong with it. Imports Ray only when it is used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ log = logging.getLogger(__name__)
 
 NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
 _CONNECT_TIMEOUT = 10.0  # seconds to reach the address
-# the object store of "local", through which little more than the list of images passes
-_OBJECT_STORE_BYTES = 2**28
-# Read when Ray is imported. Ray listens on the network address of this machine, unless it is told that only this
-# machine belongs to its cluster, which the variable of this name does on any system.
+_OBJECT_STORE_BYTES = 2**28  # of "local"; holds little more than the list of images
+# Read when Ray is imported. Ray listens on the network address of this machine unless this variable restricts the
+# cluster to this machine, which it does on any system, despite its name.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -44,7 +43,7 @@ class Cluster:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What a worker takes."""
+        """Resources of a worker, as options of ``ray.remote``."""
         return {"num_cpus": 0, "num_gpus": 1} if self.gpus else {"num_cpus": 1, "num_gpus": 0}
 
 
@@ -89,7 +88,7 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
         started_here = not ray.is_initialized()
         with ExitStack() as stack:
             if started_here:
-                stack.enter_context(_logged(ray))
+                stack.enter_context(_log_dead_processes(ray))
                 _connect(ray, address)
                 stack.callback(ray.shutdown)
             gpus = ray.cluster_resources().get("GPU", 0) >= 1
@@ -102,8 +101,8 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
 
 
 @contextmanager
-def _logged(ray: Any) -> Iterator[None]:
-    """Log what Ray says of processes that died, which it would print on stdout even with log_to_driver=False."""
+def _log_dead_processes(ray: Any) -> Iterator[None]:
+    """Log Ray's messages about processes that died, which it prints on stdout even with log_to_driver=False."""
     module = ray._private.worker
     original = getattr(module, "print_to_stdstream", None)
     module.print_to_stdstream = lambda data, **_: log.info("Ray: %s", " ".join(data["lines"]))
@@ -115,7 +114,7 @@ def _logged(ray: Any) -> Iterator[None]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within the block, also of the processes that it starts."""
+    """Set environment variables within the block, also for the processes that it starts."""
     saved = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -130,7 +129,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _connect(ray: Any, address: str) -> None:
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     if ":" in address:
         _check_reachable(address)
     before = signal.getsignal(signal.SIGTERM)
@@ -139,7 +138,7 @@ def _connect(ray: Any, address: str) -> None:
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
         else:
             ray.init(address, **options)
-    except Exception as error:  # of many kinds, none of which is documented
+    except Exception as error:  # of many types, none of them documented
         with suppress(Exception):
             ray.shutdown()
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -149,7 +148,7 @@ def _connect(ray: Any, address: str) -> None:
         }.get(address, "the Ray cluster does not let this process in")
         raise InputError(f"`ray` {address}: {problem} ({reason})") from error
     finally:
-        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's exits with 15, without a word
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's handler exits with 15 and no message
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 

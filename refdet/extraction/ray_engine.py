@@ -1,8 +1,8 @@
-"""Extraction by workers on a Ray cluster, each with a GPU or a CPU slot; this process gives out shards and merges.
+"""Extraction by workers on a Ray cluster, each with a GPU or a CPU slot; this process assigns shards and merges them.
 
-A worker computes one shard while it loads the images of the next. Shards of a worker that is lost are given to another
-one. As a shard has the same contents whoever computes it, two workers may compute the same one, which is done at the
-end for shards that wait behind others.
+A worker computes one shard while it loads the images of the next. Shards of a lost worker are assigned to others. As a
+shard has the same contents whoever computes it, two workers may compute the same one; at the end, idle workers compute
+shards that are queued behind others.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
 
-_PROGRESS_SECONDS = 2.0  # seconds between two notes of who computes what
-_MAX_NAMED = 4  # workers whose speeds are in the progress bar one by one
+_PROGRESS_SECONDS = 2.0  # seconds between updates of the workers' file
+_MAX_SPEEDS = 4  # with more workers, the progress bar shows the range of their speeds
 
 
 class RayEngine:
     """Computes shards on the workers of a pool.
 
     Args:
-        pool: the workers, of which one has started.
-        given: returns the regions of an image, None if they are to be detected.
+        pool: the workers, at least one of which has started.
+        given_regions: returns the regions of an image; None if they are to be detected.
         strict: fail at an unusable image.
 
     Attributes:
-        computing: seconds per part of computing, mean of the workers.
-        oriented: files that were read and have an EXIF orientation.
+        computing: seconds per part of computing, mean over the workers.
+        oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class RayEngine:
         self.oriented: dict[str, int] = {}
 
     def __call__(self, shard_set: ShardSet, shard_numbers: Sequence[int], session: Session) -> None:
-        """Compute shards of ``shard_set``, and take them into ``shard_set`` as they are finished.
+        """Compute shards and add them to ``shard_set`` as they are finished.
 
         Args:
-            shard_set: the shards, in a folder that is locked for this process.
-            shard_numbers: which to compute.
-            session: timing; its stages become the means of the workers.
+            shard_set: the shards, in a folder that this process has locked.
+            shard_numbers: numbers of the shards to compute.
+            session: timing; its stages become the means over the workers.
 
         Raises:
             InputError: an image is unusable.
@@ -86,7 +86,7 @@ class RayEngine:
                         if worker.started and not worker.has_work:
                             worker.has_work, worker.started_at = True, time.monotonic()
                             self._pool.call(worker, "begin", shared_work)
-                    run.give_out()
+                    run.assign_shards()
                     for worker, method, answer in self._pool.answers():
                         if method == "start":
                             self._pool.note_start(worker, answer)
@@ -96,7 +96,7 @@ class RayEngine:
                             worker.ready = True
                         elif isinstance(answer, Finished):
                             self.oriented |= answer.oriented
-                            run.take(worker, answer, session, bar)
+                            run.accept(worker, answer, session, bar)
                     self._pool.fill_slots()
                     self._pool.check_alive(run.hint)
         finally:
@@ -113,10 +113,10 @@ class RayEngine:
 
 
 class _Run:
-    """Who computes which shards.
+    """Assignment of shards to workers.
 
     Attributes:
-        unfinished: shards that are not finished.
+        unfinished: numbers of the shards that are not finished.
         token: identifies this run in the folder.
         hint: the end of error messages.
     """
@@ -129,14 +129,14 @@ class _Run:
         given_regions: Callable[[ImageRecord], Regions] | None,
     ) -> None:
         self._pool, self._shard_set, self._given_regions = pool, shard_set, given_regions
-        self._todo, self.unfinished = deque(shard_numbers), set(shard_numbers)  # todo: given to nobody
+        self._unassigned, self.unfinished = deque(shard_numbers), set(shard_numbers)
         self._tries: Counter[int] = Counter()
         self._last_progress = 0.0
         self.token = secrets.token_hex(8)
         self.hint = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
 
-    def give_out(self) -> None:
-        """Give shards to the workers, first to those that have none."""
+    def assign_shards(self) -> None:
+        """Assign shards to the workers, first to those that have none."""
         ready = [worker for worker in self._pool.workers if worker.ready]
         for depth in range(SHARDS_PER_WORKER):
             for worker in ready:
@@ -145,11 +145,11 @@ class _Run:
                     self._pool.call(worker, "compute", number, self._regions_of(number))
 
     def _next(self, worker: Worker, ready: Sequence[Worker]) -> int | None:
-        if self._todo:
-            return self._todo.popleft()
+        if self._unassigned:
+            return self._unassigned.popleft()
         if worker.shards:
             return None
-        # nothing else is left: a shard that another worker has not begun
+        # all shards are assigned: take one that another worker has not started
         assigned = Counter(number for other in ready for number in other.shards)
         queued = [other.shards[-1] for other in ready if len(other.shards) > 1]
         return next((number for number in queued if assigned[number] == 1 and number in self.unfinished), None)
@@ -159,8 +159,8 @@ class _Run:
             return {}
         return {record.id: self._given_regions(record) for batch in self._shard_set.shards[number] for record in batch}
 
-    def take(self, worker: Worker, done: Finished, session: Session, bar: tqdm[Any]) -> None:
-        """Take a finished shard into the set."""
+    def accept(self, worker: Worker, done: Finished, session: Session, bar: tqdm[Any]) -> None:
+        """Add a finished shard to the set, unless another worker has finished it already."""
         number = done.number
         worker.shards.remove(number)
         worker.finished += len(done.rows)
@@ -183,10 +183,10 @@ class _Run:
             )
 
     def drop_failed(self, worker: Worker, failure: Failed | None) -> None:
-        """Give up a worker that failed or, without a reason, was lost; its shards are computed by others."""
+        """Drop a worker that failed or, if ``failure`` is None, was lost; others compute its shards."""
         retries = [number for number in worker.shards if number in self.unfinished]
         assigned = {number for other in self._pool.workers if other is not worker for number in other.shards}
-        self._todo.extendleft(number for number in reversed(retries) if number not in assigned)
+        self._unassigned.extendleft(number for number in reversed(retries) if number not in assigned)
         if failure is not None:
             if not failure.is_machine_error:
                 raise (InputError if failure.bad_input else RuntimeFailure)(f"{failure.message}; {self.hint}")
@@ -208,7 +208,7 @@ class _Run:
 def _speeds(workers: Sequence[Worker]) -> str:
     """Images per second of each worker, or their range."""
     speeds = {worker.name: worker.speed for worker in workers if worker.finished}
-    if len(speeds) <= _MAX_NAMED:
+    if len(speeds) <= _MAX_SPEEDS:
         return ", ".join(f"{name} {speed:.1f}/s" for name, speed in speeds.items())
     return f"{len(speeds)} workers with {min(speeds.values()):.1f} to {max(speeds.values()):.1f}/s each"
 

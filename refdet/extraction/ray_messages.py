@@ -1,4 +1,4 @@
-"""What the driver of `refdet.extraction.ray_engine` and its workers send each other. Knows neither Ray nor torch."""
+"""Messages between the driver of `refdet.extraction.ray_engine` and its workers. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ RegionsById = Mapping[int, Regions]  # image id -> its regions, without features
 
 @dataclass(frozen=True)
 class Tools:
-    """What a worker computes with.
+    """The functions and settings that a worker computes with.
 
     Attributes:
         load: loads an image.
         compute: computes a batch.
         device: description of the device, such as "cuda NVIDIA H100".
-        precision: arithmetic that the device has of what was asked for.
+        precision: arithmetic of the network: the requested one, or float32 if the device does not support it.
         kernels: which kernels compute, as `refdet.ops` describes them.
         threads: number of threads that prefetch images.
-        auto_batch_size: the number of images that fit into memory.
-        context: context manager to compute in.
+        auto_batch_size: returns the number of images that fit into memory.
+        context: returns the context manager to compute in.
         compute_seconds: returns the seconds per part of computing.
-        oriented: files read that have an EXIF orientation.
+        oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 
     load: Load
@@ -48,15 +48,15 @@ class Tools:
 
 
 class MakeTools(Protocol):
-    """Prepares a worker; pickled to get to it."""
+    """Prepares a worker, to which it is sent by pickle."""
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
-        """Check what the worker needs and load the detector; ``given`` returns the regions of an image if any are."""
+        """Check what the worker needs and load the detector; ``given`` returns the given regions of an image."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A worker that is ready, on which machine, and some of its `Tools`."""
+    """Message of a worker that has started: its host and process id, and values of its `Tools`."""
 
     host: str
     pid: int
@@ -67,7 +67,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker or its work failed.
+    """Message that a worker or its work failed.
 
     Attributes:
         message: the reason, one line.
@@ -82,11 +82,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Work:
-    """The shards of an extraction, as a worker needs them.
+    """What a worker needs to know about the shards of an extraction.
 
     Attributes:
         folder: folder of the shards, which the worker may or may not see.
-        token: what the driver wrote into the folder.
+        token: a token that the driver wrote into the folder, by which a worker recognizes it.
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
@@ -109,11 +109,11 @@ class Finished:
 
     Attributes:
         number: its number.
-        rows: its images.
+        rows: row in the store and location in the shard of each of its images.
         shapes: feature -> shape per region.
-        file: its file in the folder, under a name that the driver changes, or its contents.
-        oriented: files read so far that have an EXIF orientation.
-        notes: what the worker logged since it finished another shard.
+        file: its file in the folder, which the driver renames, or its contents.
+        oriented: file -> EXIF orientation, of the files that were read so far and have one.
+        notes: what the worker has logged since its previous shard.
     """
 
     number: int

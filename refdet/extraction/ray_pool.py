@@ -18,28 +18,28 @@ from refdet.files.short_text import format_count
 
 log = logging.getLogger(__name__)
 
-SHARDS_PER_WORKER = 2  # shards of a worker: one that it computes, and one whose images it loads
-MAX_LOST = 3  # workers that a shard may cost, or that may be lost before another shard is finished
-_POLL_SECONDS = 1.0  # seconds between looks at the cluster
+SHARDS_PER_WORKER = 2  # one that it computes, and one whose images it loads
+MAX_LOST = 3  # workers that may be lost while they compute a shard, or in a row without a finished shard
+_POLL_SECONDS = 1.0  # seconds between checks of the cluster
 _STOP_TIMEOUT = 5.0  # seconds for workers to end on their own
-_SLOW_START = 60.0  # seconds without a worker
+_SLOW_START = 60.0  # seconds without a worker until a note is logged
 
 
 @dataclass(eq=False)
 class Worker:
-    """A worker, as its driver sees it.
+    """The driver's view of a worker.
 
     Attributes:
-        actor: Ray's handle of it.
-        node: Ray's name of its machine.
+        actor: its Ray actor.
+        node: Ray's id of its machine.
         name: host and a number, "" before it has started.
-        started: what it said when it had started.
-        has_work: whether it was told what to compute.
-        ready: whether it takes shards.
-        shards: the shards that it has, in the order of computation.
+        started: its message when it had started.
+        has_work: whether it was sent the `Work`.
+        ready: whether it accepts shards.
+        shards: numbers of the shards assigned to it, in the order of computation.
         finished: number of images that it has finished.
-        started_at: when it was told what to compute.
-        updated: when it last finished a shard.
+        started_at: when it was sent the `Work`, in seconds of ``time.monotonic``.
+        updated: when it last finished a shard, likewise.
     """
 
     actor: Any
@@ -59,7 +59,7 @@ class Worker:
         return self.finished / (self.updated - self.started_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
-        """How far it is, as `refdet.extraction.workers_file.who_computes` gives it."""
+        """Its progress, as in `refdet.extraction.workers_file.who_computes`."""
         assert self.started is not None
         now = time.monotonic()
         return {
@@ -80,11 +80,11 @@ class Pool:
     Args:
         cluster: the cluster.
         make: prepares a worker.
-        patience: seconds without any worker after which the extraction fails.
+        timeout: seconds without any worker after which the extraction fails.
 
     Attributes:
-        workers: those that were not lost.
-        lost: number of workers that were lost since a shard was finished.
+        workers: the workers, without lost ones.
+        lost: number of workers that were lost since the last shard was finished.
     """
 
     def __init__(self, cluster: Cluster, make: MakeTools, timeout: float) -> None:
@@ -95,8 +95,8 @@ class Pool:
         self.workers: list[Worker] = []
         self.lost = 0
         self._calls: dict[Any, tuple[Worker, str]] = {}  # reference -> worker and method
-        self._refused: Counter[str] = Counter()  # slots of each node that cannot be used
-        self._refusal: Failed | None = None  # the last reason for that
+        self._refused: Counter[str] = Counter()  # node -> number of its slots that cannot be used
+        self._refusal: Failed | None = None  # the last reason why a slot cannot be used
         self._reason = ""  # why the last worker was lost
         self._on_host: Counter[str] = Counter()
         self._logged: set[str] = set()
@@ -122,7 +122,7 @@ class Pool:
                 self.log_once("note: waiting for the Ray cluster to start a worker; others may be using it")
 
     def fill_slots(self) -> None:
-        """Start workers in the slots that are free, also of machines that have joined the cluster."""
+        """Start workers in free slots, also on machines that have joined the cluster since."""
         if self.lost >= MAX_LOST:
             return
         used = self._refused + Counter(worker.node for worker in self.workers)
@@ -135,7 +135,7 @@ class Pool:
                 self.call(worker, "start")
 
     def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
-        """Note what a worker says of its start; None if it was lost."""
+        """Handle the answer of a worker that was started; None if it was lost."""
         if isinstance(answer, Started):
             first = next((other.started for other in self.workers if other.started), answer)
             if (answer.precision, answer.kernels) == (first.precision, first.kernels):
@@ -151,14 +151,14 @@ class Pool:
             self.refuse(worker, answer)
 
     def refuse(self, worker: Worker, failure: Failed) -> None:
-        """Leave out a worker, and its slot, that cannot do the work."""
+        """Drop a worker that cannot do the work, and do not use its slot again."""
         self._refused[worker.node] += 1
         self._refusal = failure
         self.drop(worker)
         self.log_once(f"note: a worker is left out: {failure.message}")
 
     def drop(self, worker: Worker, lost: bool = False) -> None:
-        """Give up a worker; ``lost`` if it ended on its own."""
+        """Remove a worker; ``lost`` if it ended on its own."""
         if worker in self.workers:
             self.workers.remove(worker)
             self.lost += lost
@@ -167,7 +167,7 @@ class Pool:
             self.ray.kill(worker.actor)
 
     def check_alive(self, hint: str) -> None:
-        """Raise an error that ends with ``hint`` if there is no worker and none is to come."""
+        """Raise an error that ends with ``hint`` if there is no worker and none can be expected."""
         if self.workers:
             self._last_alive = time.monotonic()
             return
@@ -186,7 +186,7 @@ class Pool:
         self._calls[getattr(worker.actor, method).remote(*arguments)] = (worker, method)
 
     def answers(self) -> Iterator[tuple[Worker, str, Any]]:
-        """Answers of workers to `call`, after a wait of a second at most; None from one that was lost."""
+        """Iterate over (worker, method, answer) of finished calls, waiting up to a second; a lost worker's is None."""
         waiting = list(self._calls)
         if not waiting:
             return
@@ -195,7 +195,7 @@ class Pool:
             done = self._wait(waiting, len(waiting), 0)
         for reference in done:
             call = self._calls.pop(reference, None)
-            if call is None:  # of a worker that was given up meanwhile
+            if call is None:  # of a worker that was dropped meanwhile
                 continue
             answer: Any = None
             try:
@@ -208,17 +208,17 @@ class Pool:
             yield (*call, answer)
 
     def _wait(self, calls: list[Any], count: int, seconds: float | None = None) -> list[Any]:
-        """Those of ``calls`` that are answered, after at least ``count`` of them or, if given, some seconds."""
+        """Wait until ``count`` of the calls are answered or the time is over; returns the answered ones."""
         try:
             done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
-        except SystemError as error:  # what Ray makes of an exception that a signal handler raises while it waits
+        except SystemError as error:  # raised by Ray for an exception of a signal handler while it waits
             if isinstance(error.__cause__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
         return done
 
     def auto_batch_size(self) -> int:
-        """The number of images that fit into memory, as the first worker measures it."""
+        """The number of images that fit into memory, measured by the first worker."""
         worker = next(worker for worker in self.workers if worker.started)
         try:
             call = worker.actor.auto_batch_size.remote()
@@ -231,7 +231,7 @@ class Pool:
         return int(size)
 
     def description(self) -> str:
-        """The workers that have started, such as "Ray, 2 workers on 1 machine: cpu"."""
+        """Description of the workers that have started, such as "Ray, 2 workers on 1 machine: cpu"."""
         started = [worker.started for worker in self.workers if worker.started]
         devices = Counter(worker.device for worker in started)
         device_text = "; ".join(
@@ -243,7 +243,7 @@ class Pool:
         return f"Ray, {format_count(len(started), 'worker')} on {machines}{starting_text}: {device_text}"
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """End the workers; returns what `ShardWorker.stop` returned where they ended in time."""
+        """Stop the workers; returns the results of `ShardWorker.stop` of those that stopped in time."""
         calls = [worker.actor.stop.remote() for worker in self.workers if worker.has_work]
         reports = []
         with suppress(self.ray.exceptions.RayError):
@@ -266,7 +266,7 @@ class Pool:
 
 @contextmanager
 def worker_pool(cluster: Cluster, make: MakeTools, timeout: float = 60.0) -> Iterator[Pool]:
-    """Workers on a cluster, which end with the block; see `Pool`."""
+    """A `Pool` of workers on a cluster, which are stopped at the end of the block."""
     pool = Pool(cluster, make, timeout)
     try:
         yield pool
@@ -275,6 +275,6 @@ def worker_pool(cluster: Cluster, make: MakeTools, timeout: float = 60.0) -> Ite
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error of Ray, which has many; of a traceback, the last one."""
+    """The first line of one of Ray's long error messages, or the last line of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if any(line.startswith("Traceback") or line.startswith("File ") for line in lines) else lines[0]

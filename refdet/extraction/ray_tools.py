@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @cache
 def software() -> str:
-    """The versions that all workers must have, with a hash of the sources of refdet."""
+    """Versions that all workers must have, with a hash of refdet's sources."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
@@ -51,16 +51,16 @@ class DetectorTools:
 
     Attributes:
         checkpoint: run directory of the detector.
-        checkpoint_sha256: of its weights.
+        checkpoint_sha256: hash of its weights.
         recipe: its recipe, JSON.
         images: folder or zip of the images.
-        images_sha256: of `images_sha256`.
+        images_sha256: hash of the image files, from the function `images_sha256`.
         records: the images.
         list_records: all images of their list.
         options: what to compute.
         regions_given: whether the regions are given.
         device: "cpu" or "cuda".
-        software: of `software`.
+        software: versions that the worker must have, from the function `software`.
         workers: number of threads that read images; None for the default.
     """
 
@@ -79,7 +79,7 @@ class DetectorTools:
 
     @classmethod
     def of(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
-        """The tools for an extraction."""
+        """The tools of the workers of an extraction."""
         return cls(
             job.checkpoint.absolute(),
             job.plan.options["checkpoint_sha256"],
@@ -99,7 +99,7 @@ class DetectorTools:
         """Check the software, checkpoint and images of this machine, and load the detector.
 
         Raises:
-            InputError: something is missing or another one.
+            InputError: something is missing or differs from the driver's.
         """
         host = socket.gethostname()
         if software() != self.software:
@@ -148,7 +148,7 @@ class DetectorTools:
         )
 
     def _check_files(self, host: str) -> ImageSource:
-        """The images, after comparing them and the checkpoint with the driver's."""
+        """Open the images, after checking that they and the checkpoint are the same as the driver's."""
         from refdet.data.image_source import ImageSource
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
         from refdet.structures.provenance import file_sha256

@@ -1,4 +1,4 @@
-"""A process that computes shards for `refdet.extraction.ray_engine`. Knows neither Ray nor, before it starts, torch."""
+"""A process that computes shards for `refdet.extraction.ray_engine`. Imports no Ray, and torch only once started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_system_error
-from refdet.extraction.pipeline import Background, load_ahead, start_batch
+from refdet.extraction.pipeline import BackgroundWriter, load_ahead, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
@@ -27,7 +27,7 @@ from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions
 
-_END = -1  # in place of the number of a shard
+_END = -1  # sentinel in queues of shard numbers
 
 
 class _MachineFailure(RuntimeFailure):
@@ -37,8 +37,8 @@ class _MachineFailure(RuntimeFailure):
 class WorkerShards(ShardSet):
     """The shards that a worker writes, to the folder of the extraction or to one of its own.
 
-    They keep their temporary names: the driver renames one of them. Two workers may compute a shard, on GPUs with
-    different bits, and the driver must not get the rows of one and the file of the other.
+    They keep their temporary names until the driver renames one of them: two workers may compute the same shard, with
+    rounding that differs between GPUs, and the driver must not combine the rows of one with the file of the other.
     """
 
     def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
@@ -50,7 +50,7 @@ class WorkerShards(ShardSet):
 
     @contextmanager
     def write(self, number: int) -> Iterator[Callable[..., None]]:
-        """As `ShardSet.write`; reports the finished shard."""
+        """Like `ShardSet.write`, and report the finished shard."""
         with super().write(number) as add:
             yield add
         self._finished(number)
@@ -67,7 +67,7 @@ class WorkerShards(ShardSet):
         self._files[path] = temporary
 
     def take(self, number: int) -> Finished:
-        """A shard that was written, with its contents if they are not in the shared folder."""
+        """Return a shard that was written, with its contents if it is not in the shared folder."""
         rows, path = self._rows.pop(number), self._files.pop(self._path(number))
         file: Path | bytes = path
         if not self._shared:
@@ -77,12 +77,12 @@ class WorkerShards(ShardSet):
 
 
 class ShardWorker:
-    """Computes shards, one after the other, while it loads the images of the next one.
+    """Computes shards one after the other, and loads the images of the next one meanwhile.
 
     Its methods are called from several threads; all computing is done in one thread.
 
     Args:
-        make: prepares it.
+        make: prepares the worker.
     """
 
     def __init__(self, make: MakeTools) -> None:
@@ -90,7 +90,7 @@ class ShardWorker:
         self._thread = ThreadPoolExecutor(1, "compute")
         self._given: dict[int, Regions] = {}
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._futures: dict[int, Future[None]] = {}  # by the number of the shard
+        self._futures: dict[int, Future[None]] = {}  # shard number -> its future
         self._failed: BaseException | None = None
         self._temporary_folder: TemporaryDirectory[str] | None = None
         self._stopping = False
@@ -98,7 +98,7 @@ class ShardWorker:
         self._notes = _LogCollector()
 
     def start(self) -> Started | Failed:
-        """Check the surroundings and load the detector."""
+        """Check what the worker needs and load the detector."""
         try:
             self._tools = self._thread.submit(self._make, lambda record: self._given[record.id]).result()
         except Exception as error:
@@ -119,10 +119,10 @@ class ShardWorker:
             return _failed(error)
 
     def begin(self, work: Work) -> bool | Failed:
-        """Begin to compute shards of an extraction; returns whether the worker sees their folder."""
+        """Prepare to compute shards of an extraction; returns whether the worker sees their folder."""
         try:
             return self._begin(work)
-        except OSError as error:  # such as no room for a folder of its own
+        except OSError as error:  # for example no space for a temporary folder
             return replace(_failed(error), is_machine_error=True)
 
     def _begin(self, work: Work) -> bool:
@@ -158,7 +158,7 @@ class ShardWorker:
         return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
-        """End after the batches that are being computed; returns the seconds per stage and per part of computing."""
+        """Stop after the batches being computed; returns the seconds per stage and per part of computing."""
         self._stopping = True
         self._todo.put(_END)
         self._thread.shutdown()
@@ -172,7 +172,7 @@ class ShardWorker:
                 for record in batch:
                     self._given.pop(record.id, None)
             future = self._futures.pop(number, None)
-        if future is not None:  # else it failed
+        if future is not None:  # None if the worker has failed
             future.set_result(None)
 
     def _fail(self, error: BaseException) -> None:
@@ -185,8 +185,8 @@ class ShardWorker:
     def _run(self, strict: bool) -> None:
         """Compute the shards of the queue until something fails."""
         tools, session = self._tools, self._session
-        queued_batches: deque[list[ImageRecord]] = deque()  # batches that are loaded or being loaded
-        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of their shards
+        queued_batches: deque[list[ImageRecord]] = deque()  # loaded or being loaded
+        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of their shards
 
         def batches() -> Generator[list[ImageRecord] | None, None, None]:
             while True:
@@ -231,12 +231,12 @@ def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | No
     try:
         with session.timed("load"):
             return next(loaded, None)
-    except RuntimeFailure as error:  # of the disk, the network or memory; unusable images are no exceptions
+    except RuntimeFailure as error:  # of the disk, the network or memory; an unusable image raises nothing
         raise _MachineFailure(str(error)) from error
 
 
-class _ReportingBackground(Background):
-    """Threads that finish batches and write shards, and report their failure at once."""
+class _ReportingBackground(BackgroundWriter):
+    """A `BackgroundWriter` that reports the failure of its threads at once."""
 
     def __init__(self, *args: Any) -> None:
         *others, self._report = args
@@ -249,14 +249,14 @@ class _ReportingBackground(Background):
 
 
 class _UnrecordedSession(Session):
-    """Timing that the driver writes down."""
+    """A session without a file of its own; the driver records its timing."""
 
     def _append_record(self) -> None:
         pass
 
 
 class _LogCollector(logging.Handler):
-    """Keeps what refdet logs in this process."""
+    """Collects what refdet logs in this process."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -108,7 +108,7 @@ def repair(
         records: all images, in the order of the store.
         load: loads an image, raising InputError if it is unusable.
         strict: fail if an image is still unusable.
-        shard_images: a shard is complete once it has this many images.
+        shard_images: number of images at which a shard is complete.
 
     Yields:
         The shards of the repair; None if no unusable image can be read now.
@@ -144,7 +144,7 @@ def repair(
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
             with exclusive_lock(folder, "lock", "let it end"):
-                work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
+                work = {"inode": out.stat().st_ino, "plan": plan.to_json(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     if any(folder.glob(_SHARDS)):
                         log.warning("note: finished shards in %s are of another repair and are discarded", folder)

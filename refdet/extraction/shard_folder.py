@@ -22,11 +22,11 @@ from refdet.store import Header
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
 _MAX_BATCH_SIZE = 4096  # largest batch size accepted from a plan
-_JSON = r"(plan|merged|merging|parts|part-\d+|workers)"
+_JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers)"
 # File names of an extraction; older temporary files have eight hex digits without TEMPORARY_MARK.
 OWNED_FILES = re.compile(
-    rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON}\.json"
-    rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{TEMPORARY_MARK})?\.(shard|json)"
+    rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON_NAMES}\.json"
+    rf"|\.(\d{{6,}}|{_JSON_NAMES})\.[0-9a-f]{{8}}(\.{TEMPORARY_MARK})?\.(shard|json)"
 )
 
 
@@ -101,18 +101,18 @@ def check_new(out: Path) -> None:
 
 
 def check_resumable(
-    out: Path, plan: Plan, header: Header, resume: bool, unset: Container[str] = ()
+    out: Path, plan: Plan, header: Header, resume: bool, ignored: Container[str] = ()
 ) -> dict[str, Any] | None:
     """Check that an extraction into ``out`` can start or, with ``resume``, continue with the same settings.
 
-    Does not compare the division into shards (`Plan.other_shards`).
+    Does not compare the division into shards (`Plan.differing_shards`).
 
     Args:
         out: the store.
         plan: what to compute.
         header: metadata of the store.
         resume: whether to continue an unfinished extraction.
-        unset: options of the plan to ignore.
+        ignored: options of the plan to ignore.
 
     Returns:
         Contents of ``plan.json`` of the unfinished extraction, None if there is none.
@@ -126,7 +126,7 @@ def check_resumable(
     folder = shards_folder(out)
     saved_plan = read_plan(folder)
     if saved_plan is not None:
-        if difference := plan.differing_options(header, saved_plan, unset):
+        if difference := plan.differing_options(header, saved_plan, ignored):
             raise InputError(
                 f"{folder} was started with different settings: {difference}; use the same options and "
                 "checkpoint, or remove it"
@@ -134,7 +134,7 @@ def check_resumable(
     elif out.exists():
         with store.open(out) as finished:
             stored = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
-            difference = plan.differences(finished.options, unset) or header_differences(header, stored)
+            difference = plan.differences(finished.options, ignored) or header_differences(header, stored)
         if difference:
             raise InputError(f"{out} is complete but has different settings: {difference}; choose another `out`")
     elif unexpected := _find_unexpected(folder):
@@ -172,7 +172,7 @@ def _merged_inodes(folder: Path) -> list[int]:
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
+    """Remove what killed processes left of an extraction into ``out``; no other process may be writing it."""
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
     partial += find_temporary_files(out.parent, out.name)

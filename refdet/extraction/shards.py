@@ -56,8 +56,8 @@ class ShardSet:
         header: metadata of the store.
         shards: batches of each shard.
         folder: folder of the shards, by default the `shards_folder` of ``out``.
-        begun: contents of the folder's ``plan.json``, if it exists.
-        numbers: the shards to look for in the folder; all if None.
+        saved_plan: contents of the folder's ``plan.json``, if it exists.
+        shard_numbers: numbers of the shards to look for in the folder; all if None.
 
     Attributes:
         out: the store.
@@ -82,7 +82,7 @@ class ShardSet:
         self.plan, self.header, self.shards = plan, header, shards
         self._columns = plan.columns()
         self._fix = "finished shards are kept; free some space and continue with `resume=True`"
-        work = plan.work(shards, header)
+        work = plan.to_json(shards, header)
         if saved_plan is not None:  # an older refdet may have written the same recipe differently
             work["header"] = saved_plan["header"]
         self.plan_hash = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
@@ -96,7 +96,7 @@ class ShardSet:
         return self.folder / f"{number:06d}.shard"
 
     def _writing(self, path: Path) -> AbstractContextManager[Path]:
-        """The file to write a shard to."""
+        """Context manager with the file to write a shard to."""
         return atomic_write(path)
 
     def _shard_id(self, number: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class ShardSet:
             self._rows[number] = rows
 
     def _matches(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
-        """Whether images are those of a shard in the plan, in the same order."""
+        """Whether the rows are of the images of a shard in the plan, in the same order."""
         return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
     def _row(self, image: EncodedImage, path: Path) -> ImageRow:
@@ -126,7 +126,7 @@ class ShardSet:
         for name in self.plan.features:
             values = image.arrays.get(f"features/{name}")
             if values is None:
-                continue  # without regions
+                continue  # the image has no regions
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
                 raise RuntimeFailure(
@@ -167,12 +167,12 @@ class ShardSet:
         rows: Sequence[tuple[ImageRow, BlockLocation]],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Take over a shard that another process has written.
+        """Add a shard that another process has written.
 
         Args:
             number: number of the shard.
             file: its file in the folder, which is renamed, or its contents.
-            rows: its images.
+            rows: row in the store and location in the shard of each of its images.
             shapes: feature -> shape per region.
 
         Raises:
@@ -201,7 +201,7 @@ class ShardSet:
             number: number of the shard.
 
         Yields:
-            A function to call with the images from `encode`, some at a time, in the order of the plan.
+            A function to call with images from `encode`, in the order of the plan.
 
         Raises:
             RuntimeFailure: the disk is full; nothing is left behind.
@@ -338,13 +338,13 @@ def open_extraction(
             check_merged_file(out)
             remove_partial_files(out)
             if saved_plan is None:
-                write_json(folder / PLAN, plan.work(shards, header))
+                write_json(folder / PLAN, plan.to_json(shards, header))
                 fsync(out.parent)
             yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)
 
 
 def _remove(folder: Path) -> None:
-    # The plan first, as without it nothing can be resumed.
+    # The plan first, so that an interrupted removal is not resumed.
     (folder / PLAN).unlink()
     fsync(folder)
     remove_owned_files(folder)

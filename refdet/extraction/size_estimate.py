@@ -11,7 +11,7 @@ from refdet.store import Columns, Header, ImageRow
 from refdet.store.size import space_needed
 
 _MASK_BYTES = 200  # average RLE of a region
-_CONV5 = 7  # cells on a side of conv5's output
+_RES5_SIZE = 7  # height and width of res5's output
 
 
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
@@ -23,7 +23,7 @@ def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
         "fc7": (fc7,),
         "class_prob": (1 + classes,),
         "spatial_pool5": (pooled, model.pooler_resolution, model.pooler_resolution),
-        "spatial_fc7": (fc7, _CONV5, _CONV5),
+        "spatial_fc7": (fc7, _RES5_SIZE, _RES5_SIZE),
     }
 
 
@@ -39,11 +39,11 @@ def estimate_bytes(
 
     Args:
         records: the images.
-        regions: image -> number of its regions, or the limit.
+        regions: returns the number of regions of an image, or its limit.
         recipe: the recipe of the detector.
         header: the header of the store.
         columns: the columns of the store, with `feature_shapes`.
-        map_size: image -> height and width of its feature map, for stores that hold these.
+        map_size: returns the height and width of an image's feature map, for stores with feature maps.
     """
     channels = feature_shapes(recipe, 0)["pool5"][0]
     rows = []

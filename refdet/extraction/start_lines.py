@@ -1,4 +1,4 @@
-"""The first lines that an extraction logs."""
+"""The lines that an extraction logs when it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     Args:
         job: the extraction.
         device: the device or devices.
-        kernels: the kernels in use, of `refdet.ops`.
+        kernels: the kernels of `refdet.ops` in use.
     """
     from refdet.data.transforms import input_size
 

@@ -1,4 +1,4 @@
-"""Types of the functions that an extraction is made of: loading an image, computing a batch, finishing it."""
+"""Types of the functions that an extraction calls: to load an image, to compute a batch, and to finish it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import numpy as np
 from refdet.data.coco import ImageRecord
 from refdet.structures.regions import Regions
 
-Load = Callable[[ImageRecord], np.ndarray]
-Finish = Callable[[], list[Regions]]
-Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]
+Load = Callable[[ImageRecord], np.ndarray]  # returns (H, W, 3) uint8 RGB
+Finish = Callable[[], list[Regions]]  # returns the regions of each image of a batch
+Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]  # starts to compute a batch of loaded images

@@ -56,7 +56,7 @@ def summary_of_store(
 
     Args:
         out: the store.
-        session: the times; None if nothing was to do.
+        session: the times; None if there was nothing to do.
         compute_seconds: returns the seconds per part of computing.
         batch_size: maximum number of images per batch.
 

@@ -15,8 +15,8 @@ from typing import Any
 
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
-_FILE, _ALL = "sessions{}.jsonl", "sessions*.jsonl"
-_MAX_BYTES = 2**26  # bytes; larger files are ignored
+_FILE_NAME, _ALL_FILES = "sessions{}.jsonl", "sessions*.jsonl"
+_MAX_BYTES = 2**26  # larger files are ignored
 
 
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Session:
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.images = 0
         self._computing = 0.0
-        self._path = folder / _FILE.format(f"-{part}" if part else "")
+        self._path = folder / _FILE_NAME.format(f"-{part}" if part else "")
         self._earlier = _read(self._path)
         self._number = 1 + max(self._earlier, default=0)
         self._since: dict[str, float] = {}  # running stage -> start time
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent computing, up to now if it is running."""
+        """Seconds spent computing, up to now if that is still running."""
         return self._computing + self._elapsed("computing")
 
     @contextmanager
@@ -90,7 +90,7 @@ class Session:
 
     def summary(self) -> dict[str, Any]:
         """Summary of all sessions for the store, JSON."""
-        others = sorted(path for path in self._path.parent.glob(_ALL) if path != self._path)  # of parts
+        others = sorted(path for path in self._path.parent.glob(_ALL_FILES) if path != self._path)  # of other parts
         other_sessions = [session for path in others for session in _read(path).values()]
         sessions = [*other_sessions, *self._earlier.values(), self._record()]
         images, seconds = (sum(session[name] for session in sessions) for name in ("images", "seconds"))

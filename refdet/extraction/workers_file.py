@@ -1,4 +1,4 @@
-"""Who computes an unfinished extraction: its parts, or the workers of an engine. No torch."""
+"""Who computes an unfinished extraction: its parts, or the workers of a Ray engine. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refdet.extraction.part import progress_of_parts
 from refdet.files.atomic import write_json
 from refdet.files.json_files import read_small_json
 
-WORKERS = "workers.json"  # of an engine, written by its driver
+WORKERS = "workers.json"  # written by the driver of a Ray engine
 _FIELDS: dict[str, tuple[type, ...]] = {
     "worker": (str,),
     "host": (str,),
@@ -42,7 +42,7 @@ def who_computes(folder: Path) -> list[dict[str, Any]]:
 
 
 def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
-    """Write the workers of an engine, and a token by which they see whether its folder is also theirs."""
+    """Write the workers of a Ray engine, and a token by which they check whether they see the same folder."""
     with suppress(FileNotFoundError):
         write_json(folder / WORKERS, {"token": token, "workers": list(workers)})
 

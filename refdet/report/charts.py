@@ -22,7 +22,7 @@ LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
 SERIES = (INK, *LIGHT[3:])
-MAX_VALUE = 1e30  # of the values of a chart; ticks of larger ones overflow
+MAX_VALUE = 1e30  # values from here on are not drawn, as their ticks would overflow
 MAX_NAME_LENGTH = 40  # characters of a name in a chart
 
 _STYLE = re.compile(r'style="[^"]*"')
@@ -43,7 +43,7 @@ class Series:
         name: label in the legend.
         points: (x, y), ascending in x; points that are not finite, or not below `MAX_VALUE`, are left out.
         style: index of the page's series colours, 0 to 5.
-        dashed: whether it is a reference line, dashed and without dots.
+        dashed: whether it is a reference line, drawn dashed and without dots.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Chart:
 
 
 def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Chart:
-    """Lines, the first on top.
+    """A line chart, with the first line on top.
 
     Args:
         title: what it shows.
@@ -110,16 +110,16 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
         dots: mark each point.
     """
     shown = _drop_undrawable(series, axes.log_y)
-    svg = _svg(axes, lambda plot: _lines(plot, shown, axes, dots)) if shown else ""
+    svg = _svg(axes, lambda plot: _draw_lines(plot, shown, axes, dots)) if shown else ""
     return Chart(title, description, _apply_theme(svg), [(curve.style, curve.name) for curve in series])
 
 
 def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes) -> Chart:
-    """Bars at the ``x_ticks`` of the axes."""
+    """A bar chart, with bars at the ``x_ticks`` of the axes."""
 
     def draw(plot: Plot) -> None:
         positions = list(axes.x_ticks or range(len(heights)))
-        plot.bar(positions, list(heights), color=SERIES[1], width=0.8 * _step(positions))
+        plot.bar(positions, list(heights), color=SERIES[1], width=0.8 * _spacing(positions))
 
     return Chart(title, description, _apply_theme(_svg(axes, draw)) if any(heights) else "")
 
@@ -135,10 +135,10 @@ def short_name(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
 
 
 def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
-    """A standalone file: lines with dots on white, with title and legend."""
+    """A line chart as a standalone SVG on white, with dots, title and legend."""
 
     def draw(plot: Plot) -> None:
-        _lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
+        _draw_lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
         plot.set_title(_text(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
         for i, curve in enumerate(series):
             at = (i / max(len(series), 1), 1.03)
@@ -147,12 +147,12 @@ def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
     return _svg(axes, draw, "white")
 
 
-def _lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) -> None:
-    for place, curve in enumerate(series):
+def _draw_lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) -> None:
+    for index, curve in enumerate(series):
         x, y = zip(*curve.points, strict=True)
         width = 2.2 if curve.style == 0 else 1.6
-        line = plot.plot(x, y, color=SERIES[curve.style], linewidth=width, zorder=10 + len(series) - place)[0]
-        line.set_gid(f"series-{place}")
+        line = plot.plot(x, y, color=SERIES[curve.style], linewidth=width, zorder=10 + len(series) - index)[0]
+        line.set_gid(f"series-{index}")
         if curve.dashed:
             line.set(linestyle="--", linewidth=1)
         elif dots:
@@ -178,28 +178,28 @@ def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> 
             low, high = axes.y_range
             plot.set_ylim(low, high + 0.02 * (high - low))
         file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same chart has the same bytes
-        drawn.savefig(file, format="svg", metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # equal charts have equal bytes
+        drawn.savefig(file, format="svg", metadata=no_metadata)
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 @contextmanager
 def _matplotlib() -> Iterator[Any]:
-    """The class of figures, with our settings; not pyplot's, which keeps them."""
+    """Matplotlib's class of figures, with our settings; pyplot would keep the figures in memory."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), rc_context(_SETTINGS):
-        warnings.simplefilter("ignore")  # of letters that its own font lacks; the reader's has them
+        warnings.simplefilter("ignore")  # about letters that matplotlib's font lacks; the reader's font has them
         yield Figure
 
 
 def _apply_theme(svg: str) -> str:
-    """The chart in colours that follow the page's light or dark style; paper is light."""
+    """Make the colours of a chart follow the page's light or dark style; prints are light."""
     if not svg:
         return ""
 
-    def variable(match: re.Match[str]) -> str:
+    def use_variables(match: re.Match[str]) -> str:
         style = match[0]
         for i, colour in enumerate(LIGHT):
             style = style.replace(colour, f"var(--C{i})")
@@ -209,7 +209,7 @@ def _apply_theme(svg: str) -> str:
     rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     rules += "text{font-family:system-ui,Arial,sans-serif!important}</style>"
     head, rest = svg.split(">", 1)
-    return f"{head}>{rules}{_STYLE.sub(variable, rest)}"
+    return f"{head}>{rules}{_STYLE.sub(use_variables, rest)}"
 
 
 def _drop_undrawable(series: Sequence[Series], log_y: bool) -> list[Series]:
@@ -222,9 +222,11 @@ def _drop_undrawable(series: Sequence[Series], log_y: bool) -> list[Series]:
     return [curve for curve in kept if curve.points]
 
 
-def _step(positions: Sequence[float]) -> float:
+def _spacing(positions: Sequence[float]) -> float:
+    """Distance of evenly spaced positions, 1 for a single one."""
     return positions[1] - positions[0] if len(positions) > 1 else 1.0
 
 
 def _text(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    """Text that SVG can hold, shortened."""
     return shorten(xml_characters(text), max_length)

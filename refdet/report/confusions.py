@@ -20,9 +20,9 @@ _CELL = 26  # points
 
 
 def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
-    """What the objects of the most confused categories are taken for, in percent.
+    """Confusion matrix of the most confused categories, in percent.
 
-    A row is a category of objects, a column the category of their best-scoring region; the last two columns are all
+    A row is the category of objects, a column the category of their best-scoring region; the last two columns are all
     other categories, and no region at all. Each row adds up to 100%.
 
     Args:
@@ -32,17 +32,17 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
     Returns:
         The chart, without a picture if nothing is confused.
     """
-    wrong: Counter[int] = Counter()
-    for (of, taken), n in errors.confused.items():
-        if of != taken:
-            wrong[of] += n
-            wrong[taken] += n
-    # those without an object have no row to be shown in
-    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MAX_CATEGORIES]
+    confused: Counter[int] = Counter()
+    for (true, predicted), n in errors.confusions.items():
+        if true != predicted:
+            confused[true] += n
+            confused[predicted] += n
+    # categories without objects have no row
+    shown = [i for i, _ in confused.most_common() if errors.objects_by_category[i]][:MAX_CATEGORIES]
     title = "What objects are taken for, in percent"
     if not shown:
         return Chart(title, "Nothing is confused.", "")
-    shares = np.array([_row(errors, of, shown) for of in shown])
+    shares = np.array([_row(errors, category, shown) for category in shown])
     labels = [short_name(names.get(i, str(i)), MAX_NAME_LENGTH) for i in shown]
     columns = [*labels, "another", "no region"]
     description = "; ".join(
@@ -56,11 +56,11 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
     return custom_chart(title, description, axes, lambda plot: _draw(plot, shares, labels))
 
 
-def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
-    """Shares of the objects of a category."""
-    objects = errors.of_category[of]
-    matched = sum(n for (category, _), n in errors.confused.items() if category == of)
-    counts = [errors.confused[of, taken] for taken in shown]
+def _row(errors: DetectionErrors, category: int, shown: list[int]) -> list[float]:
+    """Shares of the objects of a category that are predicted as each of ``shown``, as another, and not at all."""
+    objects = errors.objects_by_category[category]
+    matched = sum(n for (true, _), n in errors.confusions.items() if true == category)
+    counts = [errors.confusions[category, predicted] for predicted in shown]
     return [n / objects for n in (*counts, matched - sum(counts), objects - matched)]
 
 

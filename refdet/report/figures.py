@@ -1,4 +1,4 @@
-"""Picture of an image with its regions, and captions of the sentences that refer to them."""
+"""Picture of an image with its regions, and captions with the sentences that refer to them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ WRONG = "#d8403f"
 
 
 @dataclass(frozen=True)
-class Key:
+class Legend:
     """Numbers and colours of the referred objects and regions of a scene.
 
     Attributes:
-        colours: one per referred object; objects found in the same region share its colour.
+        colours: colour of each referred object; objects found in the same region share one.
         numbers: region -> the numbers, from 1, of the referred objects found in it.
-        others: regions without a sentence: the best `MAX_OTHER_REGIONS` with `SHOWN_SCORE` or more.
+        others: regions without a sentence: the `MAX_OTHER_REGIONS` best-scoring ones with `SHOWN_SCORE` or more.
     """
 
     colours: list[str]
@@ -36,7 +36,7 @@ class Key:
     others: list[int]
 
     @classmethod
-    def of(cls, scene: Scene) -> Key:
+    def of(cls, scene: Scene) -> Legend:
         """Number the referred objects of a scene in order."""
         colours: list[str] = []
         numbers: dict[int, list[int]] = {}
@@ -54,14 +54,14 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Item:
+class Caption:
     """The caption of one referred object.
 
     Attributes:
-        number: of the object in the picture.
-        colour: "#rrggbb" of its chip.
+        number: number of the object in the picture.
+        colour: "#rrggbb" of the chip with the number.
         ink: colour of the number.
-        fill: whether the chip is filled: the object has a region.
+        fill: whether the chip is filled, as the object was found.
         sentences: its referring expressions.
         text: what was found.
         bad_first: a warning before the text, or "".
@@ -92,7 +92,7 @@ class Picture:
     alt: str
     jpeg: bytes
     where: str
-    items: tuple[Item, ...]
+    items: tuple[Caption, ...]
 
     @property
     def uri(self) -> str:
@@ -106,18 +106,18 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     Args:
         scene: regions and referred objects of the image.
         pixels: the image, (height, width, 3) uint8 RGB.
-        answer: a model's answer to draw beside them.
+        answer: a model's answer to draw too.
     """
     regions = scene.regions
     scene = replace(scene, read=lambda: regions)  # read once
-    key = Key.of(scene)
+    legend = Legend.of(scene)
     data = io.BytesIO()
-    draw(scene, pixels, key, answer).save(data, "JPEG", quality=80, optimize=True)
-    drawn = len(key.others) + len(key.numbers)
+    draw(scene, pixels, legend, answer).save(data, "JPEG", quality=80, optimize=True)
+    drawn = len(legend.others) + len(legend.numbers)
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
     where = f"{scene.split}, image {scene.regions.image_id}: {format_count(drawn, 'region')}{less_likely}"
-    items = tuple(_item(scene, i, key) for i in range(len(scene.referred)))
+    items = tuple(_caption(scene, i, legend) for i in range(len(scene.referred)))
     if answer is not None:
         items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)
     return Picture(_alt(scene), data.getvalue(), where, items)
@@ -132,27 +132,27 @@ def _alt(scene: Scene) -> str:
     return f"{title}; {found} of {len(scene.referred)} referred objects found ({names})"
 
 
-def _item(scene: Scene, i: int, key: Key) -> Item:
-    obj, colour = scene.referred[i], key.colours[i]
+def _caption(scene: Scene, i: int, legend: Legend) -> Caption:
+    obj, colour = scene.referred[i], legend.colours[i]
     head = (i + 1, colour, text_colour(colour), obj.found, obj.sentences)
     if obj.found:
         assert obj.region is not None
         category = int(scene.regions.category_ids[obj.region])
         wrong = f"(actual category: {obj.category})" if category != obj.category_id else ""
-        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {obj.iou:.2f}", bad=wrong)
+        return Caption(*head, f"found as {scene.names.get(category, str(category))}, IoU {obj.iou:.2f}", bad=wrong)
     near = f"best IoU {obj.iou:.2f}" if obj.region is not None else "no regions"
-    return Item(*head, f": {obj.category}; {near}", bad_first="missed")
+    return Caption(*head, f": {obj.category}; {near}", bad_first="missed")
 
 
-def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = None) -> Image.Image:
+def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None = None) -> Image.Image:
     """The image with a long side of `LONG_SIDE`, regions, missed objects and an answer drawn on it."""
     regions = scene.regions
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
     # nearly transparent, since sentences name the colours of things
-    painted = [(row, GREY, 0.15) for row in key.others]
-    painted += [(row, key.colours[numbers[0] - 1], 0.25) for row, numbers in key.numbers.items()]
+    painted = [(row, GREY, 0.15) for row in legend.others]
+    painted += [(row, legend.colours[numbers[0] - 1], 0.25) for row, numbers in legend.numbers.items()]
     if regions.masks is not None:
         rles = regions.rles()
         for row, colour, opacity in painted:
@@ -162,7 +162,7 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
         pen.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            pen.dashes(_scale(obj.box, scale), key.colours[i])
+            pen.dashes(_scale(obj.box, scale), legend.colours[i])
     if answer is not None:
         pen.dashes(_scale(answer.box, scale), WRONG)
         pen.label(_scale(answer.box, scale), "answer", WRONG, 19)
@@ -170,11 +170,11 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
-        numbers = ", ".join(map(str, key.numbers.get(row, [])))
+        numbers = ", ".join(map(str, legend.numbers.get(row, [])))
         pen.label(_scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19)
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            pen.label(_scale(obj.box, scale), f"{i + 1}  missed", key.colours[i], 19)
+            pen.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colours[i], 19)
     return image
 
 

@@ -1,4 +1,4 @@
-"""The image of a store that an image file shows."""
+"""Find the image of a store by the name of an image file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def image_of_file(store: Store, file: Path) -> int:
         InputError: the store has no image of that file name, or several that fit equally well.
     """
     parts = file.absolute().parts
-    shared: dict[int, int] = {}
+    shared: dict[int, int] = {}  # image id -> number of trailing path components in common
     for image_id, name in zip(store.image_ids.tolist(), store.file_names, strict=True):
         pairs = zip(reversed(PurePosixPath(str(name).replace("\\", "/")).parts), reversed(parts), strict=False)
-        if same := sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)):
-            shared[image_id] = same
-    best = [image_id for image_id, same in shared.items() if same == max(shared.values())]
+        if count := sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)):
+            shared[image_id] = count
+    best = [image_id for image_id, count in shared.items() if count == max(shared.values())]
     if not best:
         raise InputError(f"{store.path}: has no image named {shorten(file.name)}; give its `image_id` in the store")
     if len(best) > 1:

@@ -51,7 +51,7 @@ class ReferPart:
     Attributes:
         store: the store; None for metrics alone.
         metrics: the metrics.json of evaluate-on-refer; None if the store was not evaluated.
-        predictions: predictions JSON: a model's answers to the sentences, whose region rows are those of the store.
+        predictions: predictions JSON: a model's answers to the sentences; their regions are rows of the store.
         dataset: dataset and split_by, such as "refcoco/unc", if there are no metrics; "" to use those in the store.
     """
 
@@ -109,7 +109,7 @@ def read_meta(path: Path) -> tuple[str, int, Provenance]:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The training steps in metrics.jsonl, without the validations; empty without a log, as after an import.
+    """The training steps in metrics.jsonl, without validations; empty without a log, as for imported weights.
 
     The last line is skipped if it was truncated when the run was killed. Old names of losses are converted.
     """

@@ -114,26 +114,26 @@ def _add_regions(
         add("errors", "Where the detector errs", errors)
     if metrics:
         add("refer", "Referring expressions", sections.refer_section(metrics))
-    every = all_scenes(parts, inputs.pictures)
-    referred = [obj for scene in every for obj in scene.referred]
+    scenes = all_scenes(parts, inputs.pictures)
+    referred = [obj for scene in scenes for obj in scene.referred]
     if referred:
         add("ceiling", "What no region covers", sections.ceiling_section(referred))
     pictures = None
     if inputs.images is not None and stores:
-        pictures = Pictures(inputs.images, stores[0].options.get("exif", "ignore"), every)
+        pictures = Pictures(inputs.images, stores[0].options.get("exif", "ignore"), scenes)
     wrong = wrong_answers(parts, pictures, inputs.pictures)
-    heard = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
-    if heard:
-        add("listener", "Comprehension with a listener", sections.listener_section(heard, **wrong))
+    answered = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
+    if answered:
+        add("listener", "Comprehension with a listener", sections.listener_section(answered, **wrong))
     generalized = [part for part in metrics if any("generalized" in values for values in part["splits"].values())]
     if generalized:
         add("generalized", "Answers to gRefCOCO", sections.generalized_section(generalized))
     if pictures is not None:
-        add("pictures", "Example images", pictures_section(every, pictures, inputs.pictures))
+        add("pictures", "Example images", pictures_section(scenes, pictures, inputs.pictures))
 
 
 def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
-    """The section about the first store's detections, None without annotations of its images."""
+    """The section about the errors of the first store of detections; None without annotations of its images."""
     part = next(
         (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
     )
@@ -151,7 +151,7 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     fix = "give the file that they were extracted for as `instances`"
     check_images(store, ids, index.images, str(path), "the report", fix)
     warn_about_categories(store, index.categories, str(path))
-    known = len(ids)
+    annotated = len(ids)
     ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
@@ -163,7 +163,7 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
 
     errors = detection_errors(index, images())
     rates = ap_by_category(index, ids, results, "bbox")
-    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=known)
+    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=annotated)
 
 
 def _evaluated_on(metrics: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -28,7 +28,7 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 3_300_000  # of all JPEGs together; base64 adds a third, and the page is to stay under 5 MB
+MAX_BYTES = 3_300_000  # of all JPEGs together; base64 adds a third, and the page should stay under 5 MB
 
 
 class Pictures:
@@ -79,7 +79,7 @@ class Pictures:
             drawn = picture(scene, self._source.read(record), answer)
         except ImageError as error:
             self._first_problem = self._first_problem or str(error)
-            self._unreadable.add(record.id)  # which other scenes may show too
+            self._unreadable.add(record.id)  # counted once, though several scenes may show it
             return None
         if len(drawn.jpeg) > self._bytes_left:
             self._left_out += 1
@@ -104,10 +104,8 @@ def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
 def _of_store(store: Store, count: int) -> list[Scene]:
     """Evenly spaced usable images of a store, without refs."""
     ids = [image_id for image_id in store if image_id not in store.errors]
-    count = min(count, len(ids))
-    chosen = [ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)]
     images = images_of(store)
-    return [Scene.of_store(store.path.name, store, images[image_id], ()) for image_id in chosen]
+    return [Scene.of_store(store.path.name, store, images[i], ()) for i in sample_evenly(ids, count)]
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from refdet.files.atomic import atomic_write
 from refdet.report.charts import Axes, Chart, Series, line_chart, recall_svg
 
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
-PANEL: Any = {"width": 320, "height": 220}  # of a chart beside others
+PANEL_SIZE: Any = {"width": 320, "height": 220}  # of one of several charts in a row, in points
 
 
 def split_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -27,16 +27,16 @@ def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
 
 def charts_by_regions(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Recall by number of regions, a chart per dataset."""
-    return [_chart(part, "number of regions", _by_regions(part), _axes(part, **PANEL)) for part in metrics]
+    return [_chart(part, "number of regions", _by_regions(part), _axes(part, **PANEL_SIZE)) for part in metrics]
 
 
 def charts_by_iou(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Recall by IoU threshold, a chart per dataset."""
-    axes = Axes("IoU threshold", "referent recall", [float(t) for t in THRESHOLDS], (0.0, 1.0), **PANEL)
+    axes = Axes("IoU threshold", "referent recall", [float(t) for t in THRESHOLDS], (0.0, 1.0), **PANEL_SIZE)
     charts = []
     for part in metrics:
         recall = {name: part["splits"][name]["referent_recall"] for name in split_names(part)}
-        lines = {name: [(float(t), of[t]) for t in THRESHOLDS] for name, of in recall.items()}
+        lines = {name: [(float(t), rates[t]) for t in THRESHOLDS] for name, rates in recall.items()}
         charts.append(_chart(part, "IoU", _series(lines), axes))
     return charts
 

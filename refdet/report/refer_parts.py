@@ -1,4 +1,4 @@
-"""Stores that are open, with the REFER dataset and the metrics that belong to them."""
+"""Opened stores with their REFER datasets and metrics."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenPart:
-    """A `ReferPart` that was read.
+    """An opened `ReferPart`.
 
     Attributes:
         store: the store, None for metrics alone.
         refer: its REFER dataset, None if it has none or the REFER data was not given.
-        dataset: path of its folder in the REFER data and split_by, such as "refcoco/unc"; "" without.
+        dataset: dataset and split_by, such as "refcoco/unc"; "" if it has none.
         splits: the splits to show.
-        metrics: the metrics of evaluate-on-refer, None without.
+        metrics: the metrics of evaluate-on-refer, None if there are none.
         predictions: JSON of a model's answers.
         protocol: how the metrics compare boxes.
         box_format: format of the boxes of the answers.
@@ -58,7 +58,7 @@ class OpenPart:
 def pair_up(
     paths: Sequence[Path], metrics: Sequence[Mapping[str, Any]], predictions: Path | None, dataset: str = ""
 ) -> list[ReferPart]:
-    """Give each store the metrics of its dataset; metrics of no store come after them.
+    """Pair each store with the metrics of its dataset; metrics without a store come after them.
 
     Args:
         paths: the stores.
@@ -73,7 +73,7 @@ def pair_up(
     for entry in unpaired:
         check_metrics(entry, "metrics of evaluate-on-refer")
     parts = []
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         with stores.open(path) as store:
             name = dataset or dataset_of(store)
         matching = [entry for entry in unpaired if f"{entry['dataset']}/{entry['split_by']}" == name]
@@ -81,7 +81,7 @@ def pair_up(
         matching = matching or (unpaired[:1] if len(paths) == len(metrics) == 1 else [])
         chosen = matching[0] if matching else None
         unpaired = [entry for entry in unpaired if entry is not chosen]
-        parts.append(ReferPart(path, chosen, None if place else predictions, name))
+        parts.append(ReferPart(path, chosen, None if index else predictions, name))
     return parts + [ReferPart(None, entry) for entry in unpaired]
 
 
@@ -92,12 +92,12 @@ def dataset_of(store: Store) -> str:
 
 
 def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
-    """Open a store, and evaluate it on REFER if it was not and can be.
+    """Open a store, and evaluate it on REFER if that was not done yet and is possible.
 
     Args:
-        stack: closes the store.
-        part: the paths.
-        refer_root: folder of the REFER data, None if it is not at hand.
+        stack: exit stack that closes the store.
+        part: the store and its results.
+        refer_root: folder of the REFER data, None if not given.
 
     Raises:
         InputError: a file is missing or damaged, or predictions come without their store or refs.

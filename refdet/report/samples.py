@@ -17,7 +17,7 @@ from refdet.store import Store
 from refdet.structures.regions import Regions
 from refer import REFER
 
-_Thing = TypeVar("_Thing")
+_T = TypeVar("_T")
 
 FOUND = 0.5  # IoU from which a referred object counts as found
 
@@ -89,7 +89,7 @@ class Answer:
     Attributes:
         scene: its image; the referred object is the only one, with that sentence alone.
         box: (4,) the answer, half-open xyxy in pixels of the image.
-        iou: with the referred object.
+        iou: IoU with the referred object.
         right: whether it is correct by the protocol of the evaluation.
     """
 
@@ -99,18 +99,18 @@ class Answer:
     right: bool
 
 
-def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> list[Scene]:
+def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
     """All usable images of the splits that the store has, in the order of the splits and ascending image id.
 
     Args:
         store: the store.
         refer: the REFER dataset.
-        where: dataset and split_by, such as "refcoco/unc".
+        dataset: dataset and split_by, such as "refcoco/unc".
         splits: names of splits.
     """
     images = images_of(store)
     return [
-        Scene.of_store(f"{where}/{split}", store, images[image_id], referred)
+        Scene.of_store(f"{dataset}/{split}", store, images[image_id], referred)
         for split in splits
         for image_id, referred in _of_split(store, refer, split)
     ]
@@ -119,7 +119,7 @@ def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> lis
 def answers(
     store: Store,
     refer: REFER,
-    where: str,
+    dataset: str,
     splits: Sequence[str],
     predictions: Path,
     protocol: Protocol = "standard",
@@ -130,7 +130,7 @@ def answers(
     Args:
         store: the store.
         refer: the REFER dataset.
-        where: dataset and split_by, such as "refcoco/unc".
+        dataset: dataset and split_by, such as "refcoco/unc".
         splits: names of splits.
         predictions: the JSON.
         protocol: how boxes are compared, as in `refdet.evaluation.refer_benchmark.evaluate_on_refer`.
@@ -163,7 +163,7 @@ def answers(
                     box = predicted.boxes[0]
                     iou = float(box_iou(box[None], obj.box[None], protocol)[0, 0])
                     right = bool(box_overlap(box[None], obj.box[None], protocol)[0, 0] >= FOUND)
-                    scene = Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,))
+                    scene = Scene.of_store(f"{dataset}/{split}", store, images[image_id], (alone,))
                     results.append(Answer(scene, box, iou, right))
     return results
 
@@ -243,7 +243,7 @@ def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def sample_evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
-    """At most `count` of the things, evenly spaced."""
-    count = min(count, len(things))
-    return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]
+def sample_evenly(items: Sequence[_T], count: int) -> list[_T]:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

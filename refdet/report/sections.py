@@ -21,8 +21,8 @@ from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-MARK_POINTS_BELOW = 10  # rows of a log, whose points are marked
-ROWS = 25  # of a table of categories
+MARK_POINTS_BELOW = 10  # rows of the log below which each point of the curves is marked
+MAX_ROWS = 25  # of a table of categories
 SIZES = (("small", 32**2), ("medium", 96**2), ("large", float("inf")))  # COCO's, by the area in pixels
 
 
@@ -97,39 +97,40 @@ def errors_section(
 
     Args:
         errors: counts of the regions.
-        by_category: category id -> rates, as of `ap_by_category`.
+        by_category: category id -> rates, from `ap_by_category`.
         names: category id -> name.
         file: name of the instances file.
-        of_images: number of images of which those that were counted are a sample; None for all of them.
+        of_images: number of images that the counted ones are a sample of; None if all were counted.
     """
     rated = {i: rates for i, rates in by_category.items() if rates["AP"] is not None}
     worst = sorted(rated, key=lambda i: (rated[i]["AP"] or 0.0, names.get(i, "")))
     shown = ("AP", "AP50", "APs", "APm", "APl")
-    categories = [
-        [names.get(i, str(i)), errors.of_category[i], *(number(rated[i][name]) for name in shown)] for i in worst
-    ]
-    used = [i for i in range(BINS) if errors.regions[i]]
-    right = {i: float(errors.correct[i] / errors.regions[i]) for i in used}
-    rates = [(float(errors.score_sums[i] / errors.regions[i]), right[i]) for i in used]
+    objects = errors.objects_by_category
+    categories = [[names.get(i, str(i)), objects[i], *(number(rated[i][name]) for name in shown)] for i in worst]
+    used_bins = [i for i in range(BINS) if errors.regions[i]]
+    precision = {i: float(errors.correct[i] / errors.regions[i]) for i in used_bins}
+    rates = [(float(errors.score_sums[i] / errors.regions[i]), precision[i]) for i in used_bins]
     axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
     description = "; ".join(f"score {score:.2f}: {rate:.2f} correct" for score, rate in rates)
     lines = [Series("regions", rates, 1), Series("a score is a probability", [(0.0, 0.0), (1.0, 1.0)], 0, dashed=True)]
-    wrong = [(pair, n) for pair, n in errors.confused.most_common() if pair[0] != pair[1]]
+    wrong = [(pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]]
     return render(
         "errors.html",
         images=errors.images,
         of_images=errors.images if of_images is None else of_images,
         objects=errors.objects,
-        unfound=errors.unfound,
+        missed=errors.missed,
         file=file,
         categories=categories,
         left_out=len(by_category) - len(rated),
         calibration=line_chart("Calibration of the scores", description, lines, axes, dots=True),
-        bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(right[i])] for i in used],
+        bins=[
+            [f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(precision[i])] for i in used_bins
+        ],
         confusion_map=confusion_map(errors, names),
         confusions=[
-            [names.get(of, str(of)), names.get(taken, str(taken)), n, f"{100 * n / errors.of_category[of]:.0f}%"]
-            for (of, taken), n in wrong[:ROWS]
+            [names.get(true, str(true)), names.get(predicted, str(predicted)), n, f"{100 * n / objects[true]:.0f}%"]
+            for (true, predicted), n in wrong[:MAX_ROWS]
         ],
     )
 
@@ -174,26 +175,26 @@ def ceiling_section(referred: Sequence[Referred]) -> Markup:
         area = float(np.prod(obj.box[2:] - obj.box[:2]))
         return next(name for name, max_area in SIZES if area <= max_area)
 
-    sizes = _misses(referred, size)
-    categories = _misses(referred, lambda one: one.category)
+    sizes = _count_misses(referred, size)
+    categories = _count_misses(referred, lambda obj: obj.category)
     ranked = sorted(categories.items(), key=lambda item: (-item[1][1], item[0]))
-    rows = [[name, *_rates(values)] for name, values in ranked if values[1]][:ROWS]
+    rows = [[name, *_rates(values)] for name, values in ranked if values[1]][:MAX_ROWS]
     return render(
         "ceiling.html",
         objects=len(referred),
-        missed=sum(not one.found for one in referred),
+        missed=sum(not obj.found for obj in referred),
         sizes=[[name, *_rates(sizes[name])] for name, _ in SIZES if name in sizes],
         categories=rows,
         left_out=len(categories) - len(rows),
     )
 
 
-def _misses(referred: Sequence[Referred], kind: Callable[[Referred], str]) -> dict[str, tuple[int, int, float]]:
-    """Kind of objects -> their number, how many have no region, and the sum of their best IoU."""
+def _count_misses(referred: Sequence[Referred], group: Callable[[Referred], str]) -> dict[str, tuple[int, int, float]]:
+    """Group of objects -> their number, the number of missed ones, and the sum of their best IoUs."""
     counts: dict[str, tuple[int, int, float]] = {}
     for obj in referred:
-        objects, missed, ious = counts.get(kind(obj), (0, 0, 0.0))
-        counts[kind(obj)] = (objects + 1, missed + (not obj.found), ious + obj.iou)
+        objects, missed, ious = counts.get(group(obj), (0, 0, 0.0))
+        counts[group(obj)] = (objects + 1, missed + (not obj.found), ious + obj.iou)
     return counts
 
 
@@ -206,7 +207,7 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
     """Comprehension accuracy of a model.
 
     Args:
-        metrics: those that have predictions.
+        metrics: metrics with predictions.
         answers: the template's values about wrong answers: pictures, answers, wrong, unanswerable.
     """
     rows = []
@@ -246,7 +247,7 @@ def loss_section(
 
     Args:
         log: the rows of metrics.jsonl.
-        validations: those of validations, on the same data.
+        validations: its rows of validations, all on the same data.
         on_other_data: number of validations on other data, which are left out.
     """
     values: dict[str, Any] = {

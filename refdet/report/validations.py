@@ -25,12 +25,12 @@ MARK_POINTS_BELOW = 30  # validations below which each point of the curves is ma
 
 
 def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The validations in metrics.jsonl on the newest data; if a step was validated repeatedly, the last of them.
+    """The validations in metrics.jsonl on the newest data; the last one of each step.
 
     Lines that are not JSON are skipped, as `read_log` refuses them.
 
     Args:
-        path: the file; if it does not exist, there are no rows.
+        path: the file; there are no rows if it does not exist.
 
     Returns:
         Rows with "step" and AP in 0..1, in ascending order of the step; and the number of validations on other
@@ -79,7 +79,7 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def _weights_label(row: Mapping[str, Any]) -> str:
-    """Label of the weights that a row is of: "" for the trained weights, as they were at its step."""
+    """Label of the weights that a row is of: "" for the trained weights, "averaged weights" for their EMA."""
     weights = row.get("weights")
     return "" if weights is None else "averaged weights" if weights == "ema" else shorten(str(weights), 20)
 

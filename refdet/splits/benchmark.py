@@ -1,4 +1,4 @@
-"""The COCO images of benchmarks beside REFER, from any file that lists them."""
+"""COCO images of benchmarks other than REFER's, from any file that lists them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
             Genome's ``image_data.json``.
 
     Returns:
-        A split named "benchmark/FILE" of each, and human-readable notes about images that are not COCO's or unknown.
+        A split named "benchmark/FILE" for each, and human-readable notes about images that are unknown or not COCO's.
 
     Raises:
         InputError: a file cannot be read, or no image in it can be identified as one of COCO.
@@ -30,15 +30,15 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
     splits: list[HeldOut] = []
     notes: list[str] = []
     for path in map(Path, paths):
-        split, more_notes = _benchmark(path)
+        split, benchmark_notes = _read_benchmark(path)
         if split.name in (other.name for other in splits):
             raise InputError(f"`benchmark` {path}: another benchmark has the same file name; rename one of them")
         splits.append(split)
-        notes += more_notes
+        notes += benchmark_notes
     return splits, notes
 
 
-def _benchmark(path: Path) -> tuple[HeldOut, list[str]]:
+def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
     if is_parquet(path):
         images, is_list = _parquet_images(path), False
     else:
@@ -72,9 +72,9 @@ def _benchmark(path: Path) -> tuple[HeldOut, list[str]]:
 
 
 def _parquet_images(path: Path) -> list[ImageEntry]:
-    """The images of a Parquet file, a row each or several; columns with the images themselves are not read."""
+    """Read the images of a Parquet file with one or more rows per image; columns of encoded images are not read."""
 
-    def choose(schema: Any) -> list[str]:
+    def choose_columns(schema: Any) -> list[str]:
         from pyarrow import types
 
         keys = {*NAME_KEYS, *ID_KEYS[:1], *COCO_ID_KEYS, "image_path", "img_path"}
@@ -84,7 +84,7 @@ def _parquet_images(path: Path) -> list[ImageEntry]:
             raise InputError(f"`benchmark` {path}: no column with names or ids of images: {', '.join(sorted(keys))}")
         return columns
 
-    rows = {tuple(row.items()): None for row in read_rows(path, choose)}
+    rows = {tuple(row.items()): None for row in read_rows(path, choose_columns)}
     entries = []
     for index, row in enumerate(rows):
         value = {key: cell for key, cell in row if cell is not None}

@@ -12,7 +12,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
-from refdet.splits.image_list import INSTANCES, ImageList
+from refdet.splits.image_list import INSTANCES, ImageListFile
 from refdet.splits.instances_check import InstancesCheck
 from refdet.splits.leak_audit import all_coco_ids, identification_warnings
 from refdet.splits.list_reading import read_image_list
@@ -83,8 +83,8 @@ def build_split(
     if benchmark and keep_only:
         raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
     splits, notes = splits_to_keep(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
-    others, more = held_out_benchmarks(benchmark)
-    splits, notes = splits + others, notes + more
+    benchmark_splits, benchmark_notes = held_out_benchmarks(benchmark)
+    splits, notes = splits + benchmark_splits, notes + benchmark_notes
     check = InstancesCheck(Path(instances))
     images = read_image_list(instances, check)
     if images.form == INSTANCES:
@@ -97,12 +97,12 @@ def build_split(
                 f"{images.path}: {key!r:.60} refers to held-out images ({unremovable[0]}), but only entries of "
                 "'images' can be removed; delete it from the file first"
             )
-    is_listed = [not held_out_ids.isdisjoint(image.coco_ids) for image in images.images]
-    keep = is_listed if keep_only else [not listed for listed in is_listed]
+    in_splits = [not held_out_ids.isdisjoint(image.coco_ids) for image in images.images]
+    keep = in_splits if keep_only else [not in_split for in_split in in_splits]
     if not any(keep):
         why = f"none of its {len(keep)} images is in a split to keep" if keep_only else f"all {len(keep)} are held out"
         raise InputError(f"{instances}: no images left: {why} ({refer_root}); check the list and the splits")
-    if not any(is_listed):
+    if not any(in_splits):
         notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")
     notes += identification_warnings(images)
 
@@ -160,7 +160,7 @@ def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str,
     return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
 
 
-def _previous_exclusions(images: ImageList) -> dict[str, dict[str, int]]:
+def _previous_exclusions(images: ImageListFile) -> dict[str, dict[str, int]]:
     """Splits excluded by an earlier build-split, if the images are unchanged and their ids match their names."""
     if "refdet" not in images.info:
         return {}

@@ -28,7 +28,7 @@ class ProvenanceAudit:
         provenance: its provenance, None if it has none.
         claims: what the provenance claims about each held-out split.
         proof: audit of the training file, None if none was given.
-        selection: what is known of the images that chose its weights, None if it has no provenance.
+        selection: audit of the images that its weights were selected on, None if it has no provenance.
         problem: why it is not clean, "" if it is.
         notes: human-readable warnings.
     """
@@ -45,8 +45,8 @@ class ProvenanceAudit:
     @property
     def proven(self) -> bool:
         """Whether it is clean according to the training and validation files themselves, not only by its own claim."""
-        chosen = self.selection is not None and self.selection.proven
-        return self.proof is not None and not self.proof.leaked and not self.problem and chosen
+        selection_proven = self.selection is not None and self.selection.proven
+        return self.proof is not None and not self.proof.leaked and not self.problem and selection_proven
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -87,8 +87,8 @@ def audit_provenance(
         instances: the file that the detector was trained on.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
-        trust_weights: assume that the initial weights have not seen held-out images, and that no such images chose the
-            weights of a store that has no record of it.
+        trust_weights: assume that the initial weights have not seen held-out images, and that the weights of a store
+            without a record of their selection were not selected on such images.
         val_instances: the file that the detector was validated on.
 
     Returns:

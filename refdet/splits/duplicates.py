@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_evidence import goes_by_id
+from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.data.image_source import ImageSource, why_unreadable
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
-from refdet.splits.image_list import INSTANCES, ImageList
+from refdet.splits.image_list import INSTANCES, ImageListFile
 from refdet.splits.list_reading import read_image_list
 from refdet.splits.perceptual_hash import SIDE, matches, thumbnails
 
@@ -73,10 +73,10 @@ class ContentResult:
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; the distance of each copy is also there under its name in 0.1."""
+        """The result as a JSON object, which also has the distance of each copy under its name in refdet 0.1."""
         result = asdict(self)
         for copy in result["copies"]:
-            copy["bits"] = copy["hamming_distance"]  # its name in 0.1
+            copy["bits"] = copy["hamming_distance"]
         return result
 
     def notes(self) -> list[str]:
@@ -150,7 +150,7 @@ def audit_content(
             f"`images` {images}: none of the {len(to_compare)} images in {instances} can be read "
             f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
-    best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
+    best: dict[tuple[int, int, bool], Duplicate] = {}  # of each pair of images, which may have two thumbnails each
     for match in matches(candidates.pixels, held_out_thumbnails.pixels):
         first, second = candidates.rows[match.first], held_out_thumbnails.rows[match.second]
         image_id = int(held_out_thumbnails.labels[second])
@@ -212,7 +212,7 @@ def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, I
         except RuntimeFailure:  # the whole zip became unreadable
             raise
         except Exception as error:  # decoders can raise anything on a damaged file
-            source.refuse_unread(name, error)
+            source.raise_if_system_error(name, error)
             return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -231,8 +231,8 @@ def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, I
     return replace(computed, pixels=np.stack(pixels)) if pixels else computed
 
 
-def _records(image_list: ImageList, index: int) -> list[ImageRecord]:
-    """Records of an entry's images, looked up as `CocoIndex` does for an instances file, else by every name.
+def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
+    """Records by which to look up the images of an entry: as in `CocoIndex` for an instances file, else every name.
 
     Height and width are 0 where the list does not give them.
     """
@@ -244,7 +244,9 @@ def _records(image_list: ImageList, index: int) -> list[ImageRecord]:
         height, width = (entry.get(key) for key in ("height", "width"))
         if type(height) is not int or type(width) is not int or min(height, width) < 1:
             height = width = 0
-        return [ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))]
+        return [
+            ImageRecord(id_, name if isinstance(name, str) else "", height, width, may_be_looked_up_by_id(entry, id_))
+        ]
     names = image.evidence.addresses or ((image.name,) if image.name and not image.name.isdecimal() else ())
     if names:
         # a URL is just another address of an image with a file name

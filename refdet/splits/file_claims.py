@@ -1,4 +1,4 @@
-"""What the provenance of a file claims about REFER's held-out images in it, and what the file itself proves."""
+"""What the provenance of a training or validation file claims about held-out images, and what the file proves."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class SplitClaim:
 
 @dataclass(frozen=True)
 class FileRole:
-    """What a file was to a detector, for messages.
+    """What a detector used a file for, in the words of messages.
 
     Attributes:
         done: "trained", as in "was trained on F.json".
         data: "training data".
         verb: "train", as in "train on another file".
-        argument: the argument that takes the file.
+        argument: name of the argument that takes the file.
     """
 
     done: str
@@ -43,8 +43,8 @@ class FileRole:
     argument: str
 
 
-TRAINED = FileRole("trained", "training data", "train", "instances")
-CHOSEN = FileRole("chosen by validation", "validation data", "validate", "val_instances")
+TRAINING_FILE = FileRole("trained", "training data", "train", "instances")
+VALIDATION_FILE = FileRole("chosen by validation", "validation data", "validate", "val_instances")
 
 
 def claims_of(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
@@ -63,17 +63,17 @@ def file_problem(
     claims: Sequence[SplitClaim],
     proof: AuditResult | None,
     instances: str | Path | None,
-    role: FileRole = TRAINED,
+    role: FileRole = TRAINING_FILE,
 ) -> str:
-    """Why a file, on which a detector was trained or chosen, is not clean; "" if it is.
+    """Why a file on which a detector was trained, or its weights selected, is not clean; "" if it is clean.
 
     Args:
-        subject: what the message calls the detector.
-        provenance: of the file, as the detector has recorded it, with a hash of image ids.
-        claims: what it claims.
-        proof: audit of the file, None if it was not given.
-        instances: the file that was given.
-        role: what it was to the detector.
+        subject: how the message names the detector.
+        provenance: provenance of the file in the detector's record, with a hash of image ids.
+        claims: what the provenance claims.
+        proof: audit of the given file, None if none was given.
+        instances: the given file.
+        role: what the detector used the file for.
     """
     if proof is not None:
         if proof.image_ids_sha256 != provenance.image_ids_sha256:

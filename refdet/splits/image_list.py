@@ -70,7 +70,7 @@ class TopLevelValue(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageList:
+class ImageListFile:
     """A list of images and its source text.
 
     Attributes:

@@ -15,7 +15,7 @@ from refdet.data.coco_validation import (
 )
 from refdet.data.polygons import check_outlines, is_surely_drawn
 from refdet.errors import InputError
-from refdet.splits.image_list import ImageList
+from refdet.splits.image_list import ImageListFile
 from refdet.splits.json_stream import JsonValue
 
 
@@ -82,7 +82,7 @@ class InstancesCheck:
         parse_iscrowd(path, entry, what)
         parse_area(path, entry.get("area", 0), what)
 
-    def finish(self, images: ImageList) -> None:
+    def finish(self, images: ImageListFile) -> None:
         """Check the references between entries and raise the first error of the file.
 
         Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
-from refdet.splits.image_list import ImageEntry, ImageList
+from refdet.splits.image_list import ImageEntry, ImageListFile
 from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import file_sha256, image_ids_sha256
 
@@ -119,8 +119,8 @@ def audit(
         refer.ReferError: invalid REFER data.
     """
     splits, notes = held_out(refer_root, exclude)
-    others, more = held_out_benchmarks(benchmark)
-    splits, notes = splits + others, notes + more
+    benchmark_splits, benchmark_notes = held_out_benchmarks(benchmark)
+    splits, notes = splits + benchmark_splits, notes + benchmark_notes
     images = read_image_list(instances)
     notes += identification_warnings(images)
     annotation_counts = Counter(entry.image_id for entry in images.annotations)
@@ -164,7 +164,7 @@ def all_coco_ids(images: Iterable[ImageEntry]) -> frozenset[int]:
     return frozenset().union(*(image.coco_ids for image in images))
 
 
-def identification_warnings(images: ImageList) -> list[str]:
+def identification_warnings(images: ImageListFile) -> list[str]:
     """Human-readable warnings about how the images of a list are identified, one line each."""
     path, warnings = images.path, []
     ambiguous = [image for image in images.images if len(image.coco_ids) > 1]
@@ -195,7 +195,7 @@ def identification_warnings(images: ImageList) -> list[str]:
     return warnings
 
 
-def _unknown_warnings(images: ImageList) -> list[str]:
+def _unknown_warnings(images: ImageListFile) -> list[str]:
     """Warnings about entries with only an unconfirmed id, and about entries that cannot be identified."""
     with_id = [image for image in images.images if image.unknown and _has_only_id(image)]
     others = [image for image in images.images if image.unknown and not _has_only_id(image)]

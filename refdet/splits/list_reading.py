@@ -28,7 +28,7 @@ from refdet.splits.image_list import (
     JSON_OBJECT,
     LINES,
     ImageEntry,
-    ImageList,
+    ImageListFile,
     ListedAnnotation,
     TopLevelValue,
     identify_images,
@@ -42,7 +42,7 @@ _LISTS = ("images", "annotations", "categories")
 _SPACE = " \t\r\n\ufeff"
 
 
-def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None = None) -> ImageList:
+def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None = None) -> ImageListFile:
     """Read a list of images.
 
     Args:
@@ -69,16 +69,16 @@ def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None 
         return replace(image_list, images=images)
 
 
-def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageList:
+def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageListFile:
     start = text.lstrip(_SPACE)[:1]
     if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_lines(text):
-        return ImageList(path, JSON_LINES, text, list(_json_lines(path, text)))
+        return ImageListFile(path, JSON_LINES, text, list(_json_lines(path, text)))
     if path.suffix.lower() != ".json" and start not in ("{", "["):
-        return ImageList(path, LINES, text, list(_lines(text)))
+        return ImageListFile(path, LINES, text, list(_lines(text)))
     if start == "[":
         entries = [item for item in iter_values(path, text, ()) if item.position is not None]
         images = [_list_entry(path, f"entry {p.position}", p.value, p.start, p.end) for p in entries]
-        return ImageList(path, JSON_LIST, text, images)
+        return ImageListFile(path, JSON_LIST, text, images)
     image_list = _instances(path, text, check)
     if image_list is not None:
         return image_list
@@ -89,11 +89,11 @@ def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> I
         else _list_entry(path, f"entry {number}", member.value, member.start, member.end)
         for number, member in enumerate(members)
     ]
-    return ImageList(path, JSON_OBJECT, text, images, tree=tree)
+    return ImageListFile(path, JSON_OBJECT, text, images, tree=tree)
 
 
-def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageList | None:
-    image_list = ImageList(path, INSTANCES, text, [])
+def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageListFile | None:
+    image_list = ImageListFile(path, INSTANCES, text, [])
     ids: set[int] = set()
     first_error: InputError | None = None
     is_instances = False
@@ -101,7 +101,7 @@ def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None)
         is_instances |= item.key == "images"
         if first_error is None:
             try:
-                _add(image_list, ids, item)
+                _add_item(image_list, ids, item)
                 if check is not None and item.position is not None:
                     check(item)
             except InputError as error:  # raised at the end, so that a truncated file is reported as such
@@ -116,7 +116,7 @@ def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None)
     return image_list
 
 
-def _add(image_list: ImageList, ids: set[int], item: JsonValue) -> None:
+def _add_item(image_list: ImageListFile, ids: set[int], item: JsonValue) -> None:
     path, key, position, value, start, end = image_list.path, *item[:5]
     if position is None:
         image_list.members.append(TopLevelValue(key, start, end))
@@ -219,11 +219,11 @@ def _line_spans(text: str) -> Iterator[tuple[int, str, int, int]]:
 def _lines(text: str) -> Iterator[ImageEntry]:
     for _, line, start, end in _line_spans(text):
         if not line.startswith("#"):
-            yield _line(line, start, end)
+            yield _line_entry(line, start, end)
 
 
-def _line(text: str, start: int, end: int) -> ImageEntry:
-    """An entry of a line: a name, or a row of a table, identified by its file names or else by its numbers."""
+def _line_entry(text: str, start: int, end: int) -> ImageEntry:
+    """The entry of a line: an id or a name, or a table row, identified by its file names or else by its numbers."""
     entry = _bare_entry(text, start, end)
     columns = re.split(r"[,;\t]", text)
     fields = [field for column in columns for field in _fields(column)]

@@ -12,7 +12,7 @@ from refdet.splits.json_stream import JsonValue, iter_values_at
 from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
 
 _NOT_IMAGES = ("info", "metainfo", "license", "licenses", "categories")
-_DEPTH = 4  # {"refcoco": {"train": {"000000000009.jpg": ...}}} is three objects deep
+_MAX_DEPTH = 4  # nested objects; {"refcoco": {"train": {"000000000009.jpg": ...}}} has three
 
 
 class Entry(NamedTuple):
@@ -71,11 +71,12 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
     entries: list[Entry] = []
     start = len(text) - len(text.lstrip(" \t\r\n"))
     node = Node(start, start, len(text.rstrip(" \t\r\n")))
-    _fill(path, text, node, entries, _DEPTH)
+    _fill(path, text, node, entries, _MAX_DEPTH)
     return node, entries
 
 
 def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -> None:
+    """Add the children of a node, at most ``depth`` levels deep, and their entries."""
     is_list = text[node.value] == "["
     for item in iter_values_at(path, text, node.value):
         child = Node(item.start if is_list else item.key_start, item.start, item.end)

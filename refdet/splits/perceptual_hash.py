@@ -2,8 +2,8 @@
 
 The hash is the DCT hash known as pHash (Zauner, "Implementation and benchmarking of perceptual image hash
 functions", 2010), with 143 bits instead of 64: the 12x12 lowest frequencies of a 32x32 grey thumbnail, without the
-mean, thresholded at their median. Half of the bits of two different pictures differ (71.5, standard deviation 6),
-at most a dozen of a resized or recompressed copy.
+mean, thresholded at their median. Between two different pictures about half of the bits differ (71.5, standard
+deviation 6), between a picture and its resized or recompressed copy at most a dozen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BITS = FREQUENCIES * FREQUENCIES - 1
 # Measured on 159 COCO images; docs/refer.md lists what these thresholds find and miss.
 MAX_HAMMING_DISTANCE = 28
 MIN_CORRELATION = 0.8
-_ROWS = 2048  # rows of the first set compared at once: 2048 x 7000 float32 are 57 MB
+_ROWS_AT_ONCE = 2048  # rows of the first set to compare at once: distances to 7000 others take 57 MB
 
 
 class Match(NamedTuple):
@@ -72,8 +72,8 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
     for mirrored in (False, True):
         second_images = second[:, :, ::-1] if mirrored else second
         second_hashes, second_flat = hashes(second_images), _normalise(second_images)
-        for start in range(0, len(first_hashes), _ROWS):
-            distances = (BITS - first_hashes[start : start + _ROWS] @ second_hashes.T) / 2
+        for start in range(0, len(first_hashes), _ROWS_AT_ONCE):
+            distances = (BITS - first_hashes[start : start + _ROWS_AT_ONCE] @ second_hashes.T) / 2
             for row, column in np.argwhere(distances <= MAX_HAMMING_DISTANCE).tolist():
                 correlation = float(first_flat[start + row] @ second_flat[column])
                 if correlation >= MIN_CORRELATION:
@@ -88,6 +88,7 @@ def _dct() -> np.ndarray:
 
 
 def _normalise(thumbnails: np.ndarray) -> np.ndarray:
+    """Flatten (N, 32, 32) to (N, 1024) float32 of mean 0 and norm 1, or all 0 for a single colour."""
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat * flat).sum(axis=1, keepdims=True))

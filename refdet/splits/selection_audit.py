@@ -1,4 +1,4 @@
-"""Audit what a detector's weights were chosen on: REFER's val and test images must not choose them either."""
+"""Audit the images that a detector's weights were selected on, which must not be REFER's val or test images either."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refdet.config.renamed_keys import current
 from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
-from refdet.splits.file_claims import CHOSEN, claims_of, file_problem
+from refdet.splits.file_claims import VALIDATION_FILE, claims_of, file_problem
 from refdet.splits.held_out import HeldOut
 from refdet.splits.leak_audit import AuditResult, audit
 from refdet.store.hdf5_access import open_store_file
@@ -21,13 +21,13 @@ from refdet.structures.provenance import Provenance, Selection
 
 @dataclass(frozen=True)
 class SelectionAudit:
-    """What is known of the images that chose a detector's weights.
+    """What is known about the images that a detector's weights were selected on.
 
     Attributes:
-        selection: the record of it; None if there is none.
+        selection: record of the selection, None if there is none.
         proof: audit of the validation file, None if none was given.
-        problem: why the choice is not clean, "" if it is.
-        proven: whether that does not rest on the validation file's own claim.
+        problem: why the selection is not clean, "" if it is.
+        proven: whether it is clean according to more than the validation file's own claim.
         notes: human-readable notes.
     """
 
@@ -42,7 +42,7 @@ class SelectionAudit:
         return {
             "recorded": self.selection is not None,
             "by_validation": None if self.selection is None else self.selection.by_validation,
-            "validated_on": [] if self.selection is None else [one.to_json() for one in self.selection.validated_on],
+            "validated_on": [] if self.selection is None else [file.to_json() for file in self.selection.validated_on],
             "problem": self.problem,
             "proven": self.proven,
             "audit": None if self.proof is None else self.proof.to_json(),
@@ -60,26 +60,27 @@ def audit_selection(
     exclude: Sequence[str] = (),
     trust_weights: bool = False,
 ) -> SelectionAudit:
-    """Check whether REFER's val and test images chose a detector's weights.
+    """Check whether a detector's weights were selected on REFER's val and test images.
 
-    Weights of the last step were not chosen, whatever they were validated on: they are clean, and a note names the
-    file. Those of a ``best/`` are judged by their validation file as a detector is by its training file: it claims,
-    and the file itself proves.
+    Weights of the last step were not selected, whatever they were validated on: they are clean, and a note names the
+    file. Those in ``best/`` are judged by their validation file in the same way as a detector is by its training file:
+    its provenance is a claim, and the file itself proves it.
 
     Args:
         path: a run directory or a store.
-        subject: what messages call the detector.
+        subject: how messages name the detector.
         provenance: its provenance.
         splits: the splits to look for.
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
         val_instances: the file that the weights were validated on.
-        exclude: as of `refdet.splits.leak_audit.audit`.
-        trust_weights: assume that weights of which nothing is recorded were not chosen by held-out images.
+        exclude: as in `refdet.splits.leak_audit.audit`.
+        trust_weights: assume that weights without a record of their selection were not selected on held-out images.
 
     Raises:
         InputError: ``val_instances`` is not a list of images.
     """
-    selection, notes = provenance.selection, list[str]()
+    selection = provenance.selection
+    notes: list[str] = []
     proof = None if val_instances is None else audit(val_instances, refer_root, exclude=exclude)
     if selection is None:
         problem = "" if provenance.is_unknown else _problem_without_record(path, subject, trust_weights)
@@ -88,19 +89,21 @@ def audit_selection(
         return SelectionAudit(selection, proof, problem, not problem, notes)
     if selection.by_validation:
         (file,) = selection.validated_on
-        problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, CHOSEN)
+        problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, VALIDATION_FILE)
         if proof is not None:
             notes += proof.notes
         return SelectionAudit(selection, proof, problem, proof is not None and not problem, notes)
     for file in selection.validated_on:
-        notes.append(_note_of_measured(subject, file, splits, proof))
-    is_one = proof is None or any(proof.image_ids_sha256 == file.image_ids_sha256 for file in selection.validated_on)
-    problem = "" if is_one else f"{subject}: was not validated on {val_instances}; leave it out"
+        notes.append(_last_step_note(subject, file, splits, proof))
+    is_recorded = proof is None or any(
+        proof.image_ids_sha256 == file.image_ids_sha256 for file in selection.validated_on
+    )
+    problem = "" if is_recorded else f"{subject}: was not validated on {val_instances}; leave it out"
     return SelectionAudit(selection, proof, problem, not problem, notes)
 
 
 def _problem_without_record(path: Path, subject: str, trust_weights: bool) -> str:
-    """Why weights without a record of their selection may have been chosen by held-out images; "" if they were not."""
+    """Why weights without a record of their selection may be selected on held-out images, "" if they are not."""
     if path.is_dir():
         if not was_validated(path):
             return ""
@@ -125,8 +128,8 @@ def _is_from_before_validation(store: Path) -> bool:
             return False
 
 
-def _note_of_measured(subject: str, file: Provenance, splits: Sequence[HeldOut], proof: AuditResult | None) -> str:
-    """What weights of a last step were validated on, and how many held-out images are known to be in it."""
+def _last_step_note(subject: str, file: Provenance, splits: Sequence[HeldOut], proof: AuditResult | None) -> str:
+    """Note about a file that weights of the last step were validated on, and the held-out images in it."""
     if proof is not None and proof.image_ids_sha256 == file.image_ids_sha256:
         held_out = f", with {format_count(len(proof.leaked), 'held-out image')}"
     elif any(claim.uncovered for claim in claims_of(file, splits)):

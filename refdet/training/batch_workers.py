@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches, max_bytes_of
+from refdet.data.training_batches import Batch, TrainingBatches, max_image_bytes
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
@@ -242,7 +242,7 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
         if (shape := (record.height, record.width)) not in known:
-            known[shape] = max_bytes_of(*shape, options)
+            known[shape] = max_image_bytes(*shape, options)
     return [known[record.height, record.width] for record in batches.records]
 
 

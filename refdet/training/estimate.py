@@ -119,7 +119,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
         sum(len(batches.objects.objects(record.id)) for record in batches.records),
         len(categories),
         steps_left,
-        steps_left / batches.epoch_steps,
+        steps_left / batches.steps_per_epoch,
         describe_device(device),
         "bfloat16" if in_bfloat16(model, target) else precision,
         step_seconds,
@@ -148,7 +148,7 @@ def _measure_steps(
         state.newest(inputs.out).restore(model, sgd)
     model.train()
     generator, seconds = torch.Generator(), []
-    largest, steps = batches.largest(), range(first_step, first_step + MEASURED)
+    largest, steps = batches.largest_batch(), range(first_step, first_step + MEASURED)
     if isinstance(largest, RefdetError):
         raise largest
     try:

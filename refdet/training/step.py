@@ -146,7 +146,7 @@ class Passes:
             self._buffers = [buffer.clone() for buffer in self.model.buffers()]
         if self._images_before:
             image_seeds(self._images_before, 2, generator)  # of the processes before this one
-        parts = batch.parts(self._passes)
+        parts = batch.chunk(self._passes)
         total = self._total(parts, generator)
         names: list[str] = []
         values: list[Tensor] = []

@@ -180,7 +180,7 @@ class _Training:
         with (
             Stop.watching() as stop,
             _freeze_gc(),
-            OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
+            OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
             MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
             prefetch_batches(self.batches, steps, options.workers, device, stop) as prefetched,
@@ -254,7 +254,7 @@ class _Training:
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
         """Files of a batch with an EXIF orientation; once all were read, or in the last step, of all processes."""
-        if step - first != self.batches.epoch_steps and step != self.meta.recipe.train.steps:
+        if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.oriented
         files = {**self.batches.source.oriented, **batch.oriented}
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}

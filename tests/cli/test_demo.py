@@ -108,7 +108,7 @@ def test_without_the_examples_there_is_no_listener(tmp_path: Path, monkeypatch: 
     """As in an installed package."""
     monkeypatch.setattr(demo_module, "LISTENER", tmp_path / "listener.py")
     said: list[str] = []
-    log = demo_module._Log(lambda args, output=None: None, said.append)
+    log = demo_module._CommandLog(lambda args, output=None: None, said.append)
     assert demo_module._run_listener(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
     assert "skipped: listener.py" in said[0] and not log.seconds
 
@@ -117,7 +117,7 @@ def test_a_script_that_fails_is_an_error(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nsys.exit('no such thing')\n")
     said: list[str] = []
-    log = demo_module._Log(lambda args, output=None: None, said.append)
+    log = demo_module._CommandLog(lambda args, output=None: None, said.append)
     with pytest.raises(RuntimeFailure, match="script.py failed"), log.step("listener"):
         log.python("listener", script)
     assert "no such thing" in "".join(said)

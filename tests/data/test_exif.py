@@ -122,7 +122,7 @@ def test_training_says_it_once_whoever_reads(tmp_path: Path, caplog: pytest.LogC
     index = CocoIndex.load(instances)
     batches = TrainingBatches(index, ImageSource.open(tmp_path / "images"), tiny())
     found: dict[str, int] = {}
-    for step in range(batches.epoch_steps):
+    for step in range(batches.steps_per_epoch):
         found |= batches[step].oriented  # type: ignore[union-attr]
     assert found == {"2.png": 2, "3.png": 3, "4.png": 4}
 

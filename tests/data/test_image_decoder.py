@@ -162,7 +162,7 @@ def test_other_sizes_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch)
 def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond Pillow's limit, which stands again afterwards; claims beyond it that nobody declared are refused."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
-    monkeypatch.setattr(image_decoder, "_LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(image_decoder, "_LARGE_IMAGE_PIXELS", 10_000)
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
         data = encoded(PHOTO, kind)
         assert decode(data, 120, 160).pixels.shape == (120, 160, 3)
@@ -181,7 +181,7 @@ def test_sizes_that_nobody_should_declare() -> None:
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_decoder, "_LARGE_PIXELS", 100)
+    monkeypatch.setattr(image_decoder, "_LARGE_IMAGE_PIXELS", 100)
     at_once, most, as_rgb = [0], [0], image_decoder.as_rgb
 
     def counted(image: Image.Image) -> Image.Image:

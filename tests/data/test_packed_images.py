@@ -33,7 +33,7 @@ def test_images_come_out_as_they_went_in(shapes: list[tuple[list[int], bool]]) -
     packed = PackedImages.of(images)
     assert packed.data.dtype == torch.uint8 and packed.data.dim() == 1
     assert packed.data.numel() <= sum(image.nbytes + 3 for image in images)
-    for image, found in zip(images, packed.unpacked(CPU), strict=True):
+    for image, found in zip(images, packed.unpack(CPU), strict=True):
         assert torch.equal(found, torch.from_numpy(image))
 
 
@@ -91,7 +91,7 @@ def test_the_bytes_of_a_batch_are_known_beforehand(resize: str, short_side: int,
     recipe = tiny(f"input.min_sizes=[{short_side}]", f"input.resize={resize}")  # of images of 64x96
     made = training_batches.TrainingBatches(index, source, recipe)[0]
     assert isinstance(made, Batch)
-    each = [training_batches.bytes_of(size, recipe.input) for size in made.sizes]
+    each = [training_batches.image_bytes(size, recipe.input) for size in made.sizes]
     assert sum(each) <= made.images.data.numel() <= sum(each) + 3 * len(each)
     assert sum(each) <= len(each) * 3 * 64 * 96 or resize == "pillow"
 

@@ -19,7 +19,7 @@ from refdet.config.recipe import InputOptions
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, visible_window
-from refdet.data.training_batches import Batch, TrainingBatches, bytes_of, max_bytes_of
+from refdet.data.training_batches import Batch, TrainingBatches, image_bytes, max_image_bytes
 from refdet.data.transforms import network_input
 from refdet.detector.checkpoint import read_tensors
 from refdet.detector.target_assignment import compute_mask_targets
@@ -94,7 +94,7 @@ def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -
             torch.testing.assert_close(seen, whole[(slice(None), *size.part)], atol=1e-5, rtol=1e-5)
             assert not inputs[row, :, size.height :].any() and not inputs[row, :, :, size.width :].any()
             kinds.add((flip, max(size.whole) > 64, found.images.layouts[row][0]))
-            assert bytes_of(size, options) <= max_bytes_of(64, 96, options)
+            assert image_bytes(size, options) <= max_image_bytes(64, 96, options)
     assert {kind[:2] for kind in kinds} == {(a, b) for a in (False, True) for b in (False, True)}
 
 

@@ -65,10 +65,10 @@ def test_what_an_epoch_leaves_out_is_not_always_the_same(
     batches = TrainingBatches(index, source, small_recipe(f"train.batch_size={batch_size}"))
     seen: Counter[int] = Counter()
     for epoch in range(100):
-        plan = np.concatenate(batches._epoch(epoch)).tolist()
-        assert len(plan) == len(set(plan)) == batches.epoch_steps * batch_size
+        plan = np.concatenate(batches._plan_epoch(epoch)).tolist()
+        assert len(plan) == len(set(plan)) == batches.steps_per_epoch * batch_size
         seen.update(plan)
-    kept = batches.epoch_steps * batch_size / (landscape + portrait)
+    kept = batches.steps_per_epoch * batch_size / (landscape + portrait)
     assert len(seen) == landscape + portrait and min(seen.values()) > 70 * kept
 
 
@@ -184,7 +184,7 @@ def test_no_batch_is_larger_than_the_largest(tmp_path: Path, batch_size: int, ch
     index, source = write_dataset(tmp_path, SHAPES)
     more = [f"input.min_sizes={SIDES[::-1]}", "input.max_size=110", f"train.batch_size={batch_size}", *changes]
     batches = TrainingBatches(index, source, small_recipe(*more, "train.steps=100"))
-    largest = batches.largest()
+    largest = batches.largest_batch()
     assert isinstance(largest, Batch) and len(largest.input_sizes) == batch_size
     found = [np.prod(batches[step].shape) for step in range(60)]  # type: ignore[union-attr]
     assert max(found) <= np.prod(largest.shape)

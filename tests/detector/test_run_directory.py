@@ -22,14 +22,18 @@ from refdet.structures.provenance import Provenance
 GOOD = CheckpointMetadata(
     recipe.load("demo"), ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3
 ).to_json()
-OWN = {"backbone.conv1.weight": torch.ones(1), "rpn.conv.weight": torch.ones(1), "head.box.score.weight": torch.ones(1)}
-STATE = {f"model/{name}": value for name, value in OWN.items()} | {"momentum/rpn.conv.weight": torch.ones(1)}
+RECIPE_HEADER = {
+    "backbone.conv1.weight": torch.ones(1),
+    "rpn.conv.weight": torch.ones(1),
+    "head.box.score.weight": torch.ones(1),
+}
+STATE = {f"model/{name}": value for name, value in RECIPE_HEADER.items()} | {"momentum/rpn.conv.weight": torch.ones(1)}
 
 
 def run_at(folder: Path, tree: Any = GOOD) -> Path:
     (folder / "state").mkdir(parents=True, exist_ok=True)
     (folder / META).write_text(tree if isinstance(tree, str) else json.dumps(tree))
-    save_file(OWN, folder / MODEL)
+    save_file(RECIPE_HEADER, folder / MODEL)
     save_file(STATE, folder / "state" / "step-00000003.safetensors")
     (folder / "metrics.jsonl").write_text("{}\n")
     return folder
@@ -89,7 +93,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "instances.json": (instances, "a COCO instances file (pass it to `instances`)"),
     "other.json": (lambda path: path.write_text("[1]"), "a JSON file"),
     "state.safetensors": (tensors(STATE), "a training state (its run directory is the folder above state/)"),
-    "copy.safetensors": (tensors(OWN), "the weights of a run directory (give the folder with them"),
+    "copy.safetensors": (tensors(RECIPE_HEADER), "the weights of a run directory (give the folder with them"),
     "damaged.safetensors": (
         lambda path: path.write_bytes(b"\x20" + bytes(7) + b"{" * 40),
         "a damaged safetensors file",

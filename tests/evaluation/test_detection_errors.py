@@ -41,8 +41,8 @@ def test_scores_and_confusions_are_counted(tmp_path: Path) -> None:
     found = detection_errors(index, [regions(
         1, [BOXES[0], BOXES[0], BOXES[1], [70, 70, 80, 80], [0, 0, 5, 5]], [0.95, 0.94, 0.72, 0.5, 1.0], [7, 7, 7, 5, 3]
     )])  # fmt: skip
-    assert (found.images, found.objects, found.unfound) == (1, 3, 1)
-    assert found.confused == {(7, 7): 1, (3, 7): 1} and found.of_category == {7: 1, 3: 2}
+    assert (found.images, found.objects, found.missed) == (1, 3, 1)
+    assert found.confusions == {(7, 7): 1, (3, 7): 1} and found.objects_by_category == {7: 1, 3: 2}
     assert found.regions.tolist() == [0] * 7 + [1, 0, 3]  # that on the crowd is not counted
     assert found.correct.tolist() == [0] * 9 + [1]  # the second on the same object is a duplicate
     assert found.score_sums[9] == pytest.approx(2.89)
@@ -51,7 +51,7 @@ def test_scores_and_confusions_are_counted(tmp_path: Path) -> None:
 def test_no_regions_and_no_objects(tmp_path: Path) -> None:
     index = index_of(tmp_path / "a.json", [(1, BOXES[0], 7, 0)], images=2)
     found = detection_errors(index, [regions(1, [], [], []), regions(2, [BOXES[0]], [0.0], [7])])
-    assert (found.objects, found.unfound, found.regions.sum(), found.correct.sum()) == (1, 1, 1, 0)
+    assert (found.objects, found.missed, found.regions.sum(), found.correct.sum()) == (1, 1, 1, 0)
     assert ap_by_category(index, [], [], "bbox") == {}
     assert ap_by_category(index, [1, 2], [], "bbox")[7]["AP"] == 0
     assert ap_by_category(index, [1, 2], [], "bbox")[3]["AP"] is None

@@ -141,7 +141,7 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
 def test_a_store_of_boxes_is_checked_before_the_work(
     tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boxes_from_file, "_ROWS", 2)
+    monkeypatch.setattr(boxes_from_file, "_ROWS_AT_ONCE", 2)
     path = boxes_store(tmp_path / "b.h5", boxes)
     with pytest.raises(InputError, match=f"`boxes` .*b.h5: {says}"):
         load_boxes(path, index)

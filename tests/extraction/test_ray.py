@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from detector_folder import DetectorFolder, one_thread
 from interrupted_extraction import RECORDS, environment, run
-from ray_extraction import ENVIRONMENT, NODE, Slowly, cluster_of, run_on, time_limit
+from ray_extraction import ENVIRONMENT, NODE, SlowTools, cluster_of, run_on, time_limit
 from store_examples import contents
 
 from refdet.errors import InputError, Interrupted, RuntimeFailure
@@ -83,7 +83,7 @@ def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any)
     watch = when(
         lambda: list(folder.glob("*.shard")) and who_computes(folder), lambda: shown.extend(who_computes(folder))
     )
-    done = run_on(cluster.address, out, Slowly(who, seconds=0.3, together=2))
+    done = run_on(cluster.address, out, SlowTools(who, seconds=0.3, together=2))
     watch.join()
     assert (done.images, done.errors, done.computed) == (len(RECORDS), 1, len(RECORDS))
     assert len(computed_by(who)) == 2 and done.stages["compute"] > 0.1
@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_is_replaced(
 ) -> None:
     out, who = tmp_path / "a.h5", tmp_path / "who"
     caplog.set_level("INFO", "refdet")
-    run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id, seconds=0.5))
+    run_on(cluster.address, out, SlowTools(who, die_at=RECORDS[3].id, seconds=0.5))
     assert (who / "died").exists() and "was lost" in caplog.text
     assert capfd.readouterr().out == ""  # which is for results; Ray's own words are in the log
     assert "Ray: A worker died or was killed" in caplog.text
@@ -110,7 +110,7 @@ def test_a_worker_that_is_killed_is_not_replaced_on_a_machine_that_is_left_out(
         out, who = tmp_path / name / "a.h5", tmp_path / f"who-{name}"
         out.parent.mkdir()
         without_images = cluster.list_all_nodes()[1].node_id
-        run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id, missing_node=without_images))
+        run_on(cluster.address, out, SlowTools(who, die_at=RECORDS[3].id, missing_node=without_images))
         assert (who / "died").exists()
         is_whole(out, whole)
 
@@ -118,9 +118,9 @@ def test_a_worker_that_is_killed_is_not_replaced_on_a_machine_that_is_left_out(
 def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path, whole: Path, cluster: Any) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(RuntimeFailure, match="workers were lost while they computed it|no worker is left"):
-        run_on(cluster.address, out, Slowly(tmp_path / "who", die_at=RECORDS[3].id, always=True))
+        run_on(cluster.address, out, SlowTools(tmp_path / "who", die_at=RECORDS[3].id, always=True))
     assert list((tmp_path / "a.h5.parts").glob("*.shard"))
-    run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
     is_whole(out, whole)
 
 
@@ -130,7 +130,7 @@ def test_a_worker_without_images_is_left_out_and_one_without_the_folder_sends_it
     out, who = tmp_path / "a.h5", tmp_path / "who"
     unseen = lambda folder, token, workers: note_workers(folder, "of another folder", workers)  # noqa: E731
     monkeypatch.setattr("refdet.extraction.ray_engine.note_workers", unseen)
-    run_on(cluster.address, out, Slowly(who, missing_on=0))
+    run_on(cluster.address, out, SlowTools(who, missing_on=0))
     assert "note: a worker is left out: `images` /data: not found on node 0" in caplog.text
     assert len(computed_by(who)) == 1
     is_whole(out, whole)
@@ -138,7 +138,7 @@ def test_a_worker_without_images_is_left_out_and_one_without_the_folder_sends_it
 
 def test_without_any_worker_that_sees_the_images_nothing_begins(tmp_path: Path, cluster: Any) -> None:
     with pytest.raises(InputError, match="^`images` /data: not found on node [01]$"):
-        run_on(cluster.address, tmp_path / "a.h5", Slowly(tmp_path / "who", missing_on=-1))
+        run_on(cluster.address, tmp_path / "a.h5", SlowTools(tmp_path / "who", missing_on=-1))
     assert not (tmp_path / "a.h5.parts").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_on_one_node_leaves_the_work_to_the_others(
     tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "a.h5"
-    run_on(cluster.address, out, Slowly(tmp_path / "who", full_on=0))
+    run_on(cluster.address, out, SlowTools(tmp_path / "who", full_on=0))
     assert "note: a worker is left out: " in caplog.text and "No space left on device" in caplog.text
     is_whole(out, whole)
 
@@ -155,7 +155,7 @@ def test_a_node_that_is_killed_loses_only_what_it_computed(tmp_path: Path, whole
     out, who = tmp_path / "a.h5", tmp_path / "who"
     node = cluster.add_node(**NODE)
     kill = when(lambda: len(computed_by(who)) == 3, lambda: cluster.remove_node(node, allow_graceful=False))
-    done = run_on(cluster.address, out, Slowly(who, seconds=0.5, together=3))
+    done = run_on(cluster.address, out, SlowTools(who, seconds=0.5, together=3))
     kill.join()
     assert done.computed == len(RECORDS)
     is_whole(out, whole)
@@ -164,8 +164,8 @@ def test_a_node_that_is_killed_loses_only_what_it_computed(tmp_path: Path, whole
 def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster: Any) -> None:
     out, who = tmp_path / "a.h5", tmp_path / "who"
     code = (
-        "import sys; from pathlib import Path; from ray_extraction import Slowly, run_on; "
-        "run_on(sys.argv[1], Path(sys.argv[2]), Slowly(Path(sys.argv[3]), seconds=0.5))"
+        "import sys; from pathlib import Path; from ray_extraction import SlowTools, run_on; "
+        "run_on(sys.argv[1], Path(sys.argv[2]), SlowTools(Path(sys.argv[3]), seconds=0.5))"
     )
     command = [sys.executable, "-c", code, cluster.address, str(out), str(who)]
     driver = subprocess.Popen(command, env=environment() | ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -174,7 +174,7 @@ def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster
     assert driver.wait(30) == -9
     kept = len(list(folder.glob("[0-9]*.shard")))
     assert kept and engine_token(folder)
-    done = run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    done = run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
     assert done.computed < len(RECORDS)
     is_whole(out, whole)
 
@@ -183,10 +183,10 @@ def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -
     out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
     stop = when(lambda: list(folder.glob("[0-9]*.shard")), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="images are finished and kept in .*; continue with `resume=True`"):
-        run_on(cluster.address, out, Slowly(tmp_path / "who", seconds=0.5))
+        run_on(cluster.address, out, SlowTools(tmp_path / "who", seconds=0.5))
     stop.join()
     assert not (folder / "workers.json").exists()
-    run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
     is_whole(out, whole)
 
 

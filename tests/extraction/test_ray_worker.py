@@ -32,13 +32,13 @@ from refdet.extraction.workers_file import note_workers
 from refdet.structures.regions import Regions
 
 SHARDS = split_into_shards(BATCHES, 2)
-OWN = replace(HEADER, options=PLAN.options)
+RECIPE_HEADER = replace(HEADER, options=PLAN.options)
 _ = one_thread  # a fixture
 Make = Callable[[Callable[[ImageRecord], Regions]], Tools]
 
 
 def shards_in(folder: Path) -> ShardSet:
-    return ShardSet(folder.parent / "a.h5", PLAN, OWN, SHARDS, folder)
+    return ShardSet(folder.parent / "a.h5", PLAN, RECIPE_HEADER, SHARDS, folder)
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def working(folder: Path, make: Make, strict: bool = False) -> Iterator[ShardWor
     folder.mkdir(exist_ok=True)
     worker = ShardWorker(make)
     assert isinstance(worker.start(), Started)
-    worker.begin(Work(folder, "token", PLAN, OWN, SHARDS, shards_in(folder).plan_hash, strict))
+    worker.begin(Work(folder, "token", PLAN, RECIPE_HEADER, SHARDS, shards_in(folder).plan_hash, strict))
     try:
         yield worker
     finally:
@@ -147,7 +147,7 @@ def test_a_machine_without_room_leaves_the_work_to_others(tmp_path: Path, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
     worker = ShardWorker(plain)
     worker.start()
-    failed = worker.begin(Work(tmp_path, "token", PLAN, OWN, SHARDS, "", False))
+    failed = worker.begin(Work(tmp_path, "token", PLAN, RECIPE_HEADER, SHARDS, "", False))
     assert isinstance(failed, Failed) and failed.is_machine_error and "no such folder" in failed.message
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from interrupted_extraction import RECORDS, environment
-from resumable_extraction import OWN, RECIPE, interrupt, interrupted_before_the_merge, load, run
+from resumable_extraction import RECIPE, RECIPE_HEADER, interrupt, interrupted_before_the_merge, load, run
 from store_examples import contents
 
 from refdet import store
@@ -25,11 +25,11 @@ from refdet.extraction import shards
 from refdet.files import atomic
 
 OTHERS = [
-    (replace(OWN, recipe=json.dumps(RECIPE | {"input": {"min_sizes": [800], "max_size": 1000}})),
+    (replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {"input": {"min_sizes": [800], "max_size": 1000}})),
      r"another recipe of the checkpoint \(input.min_sizes was \[600\] and is now \[800\]\)"),
-    (replace(OWN, recipe="name: other"), "another recipe of the checkpoint"),
-    (replace(OWN, classes=[{"id": 3, "name": "cat"}]), "other classes of the checkpoint"),
-    (replace(OWN, provenance={"source": "y.json"}), "another provenance of the checkpoint"),
+    (replace(RECIPE_HEADER, recipe="name: other"), "another recipe of the checkpoint"),
+    (replace(RECIPE_HEADER, classes=[{"id": 3, "name": "cat"}]), "other classes of the checkpoint"),
+    (replace(RECIPE_HEADER, provenance={"source": "y.json"}), "another provenance of the checkpoint"),
 ]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_another_model_beside_the_same_weights_is_refused(
 
 def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
     run(tmp_path / "a.h5")
-    many = replace(OWN, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
+    many = replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
     with pytest.raises(InputError, match="a was null and is now 1; b was null .*; c was null and is now 1; \\.\\.\\."):
         run(tmp_path / "a.h5", header=many, resume=True)
 

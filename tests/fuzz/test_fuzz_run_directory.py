@@ -137,7 +137,7 @@ def test_what_a_run_says_of_itself(copy: Path, root: Path, tmp_path: Path, what:
     rows = b"".join(
         json.dumps({"step": n, "loss": 2.5, "rpn_score": 0.5, "lr": 0.02}).encode() + b"\n" for n in (1, 2, 3)
     )
-    inputs = page.Inputs(copy, root, tmp_path / "images")
+    inputs = page.ReportInputs(copy, root, tmp_path / "images")
     page.render_page(inputs, "report")  # matplotlib writes its font cache once, outside the watched folder
 
     def change(chance: random.Random) -> None:

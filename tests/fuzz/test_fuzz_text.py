@@ -215,5 +215,5 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
 def test_plans(tmp_path: Path) -> None:
     folder = tmp_path / "f.h5.parts"
     folder.mkdir()
-    plan = PLAN.work([], HEADER)
+    plan = PLAN.to_json([], HEADER)
     fuzz(writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)

@@ -1,4 +1,4 @@
-"""Stores drawn around annotated objects, to browse."""
+"""Stores with random regions around annotated objects, to browse."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from refdet.structures.regions import Regions
 
 
 def draw_store(path: Path, instances: Path, *, seed: int = 0, masks: bool = True, failed: int | None = None) -> Path:
-    """A store with a region near each annotated object of an instances file, and a few anywhere.
+    """Write a store with a region near each annotated object of an instances file, and three anywhere.
 
     Args:
         path: the store to write.
         instances: the instances file.
-        seed: another one draws other regions.
-        masks: whether regions have masks: ellipses in their boxes.
-        failed: id of an image that could not be read.
+        seed: seed of the random regions.
+        masks: whether regions have masks, which are ellipses in their boxes.
+        failed: id of an image to store as unreadable.
     """
     index = CocoIndex.load(instances)
     random = np.random.default_rng(seed)
     images = [
-        Regions.empty(one.id, one.file_name, one.height, one.width, "not a readable <b>image</b>")
-        if one.id == failed
-        else _regions(one, index, random, masks)
-        for one in index.images.values()
+        Regions.empty(record.id, record.file_name, record.height, record.width, "not a readable <b>image</b>")
+        if record.id == failed
+        else _regions(record, index, random, masks)
+        for record in index.images.values()
     ]
     rows = [
         store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
@@ -41,9 +41,9 @@ def draw_store(path: Path, instances: Path, *, seed: int = 0, masks: bool = True
     return path
 
 
-def _regions(one: ImageRecord, index: CocoIndex, random: np.random.Generator, masks: bool) -> Regions:
-    objects = index.annotations[one.id]
-    size = np.array([one.width, one.height] * 2, np.float64)
+def _regions(record: ImageRecord, index: CocoIndex, random: np.random.Generator, masks: bool) -> Regions:
+    objects = index.annotations[record.id]
+    size = np.array([record.width, record.height] * 2, np.float64)
     near = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
     sides = np.tile(near[:, 2:] - near[:, :2], 2)
     near = near + random.normal(0, 0.12, near.shape) * sides
@@ -53,9 +53,16 @@ def _regions(one: ImageRecord, index: CocoIndex, random: np.random.Generator, ma
     known = [o.category_id for o in objects]
     categories = np.array([*known, *random.choice(list(index.categories), 3)], np.int64)
     scores = np.round(random.uniform(0.05, 1, len(boxes)), 3).astype(np.float32)
-    drawn = tuple(_ellipse(box, one.height, one.width) for box in boxes) if masks else None
+    drawn = tuple(_ellipse(box, record.height, record.width) for box in boxes) if masks else None
     return Regions(
-        one.id, one.file_name, one.height, one.width, boxes.astype(np.float32), scores, categories, masks=drawn
+        record.id,
+        record.file_name,
+        record.height,
+        record.width,
+        boxes.astype(np.float32),
+        scores,
+        categories,
+        masks=drawn,
     )
 
 

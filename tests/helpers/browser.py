@@ -1,4 +1,4 @@
-"""A real browser for the tests: chromium driven by playwright, both as they are installed."""
+"""A real browser for the tests: an installed chromium, driven by playwright."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def chromium() -> str:
-    """Path of the browser; skips the test with a clear line where the browser or playwright is missing.
+    """Path of the browser; skips the test if the browser or playwright is missing.
 
     With REFDET_REQUIRE_BROWSER=1 the test fails instead.
     """
@@ -36,7 +36,7 @@ def chromium() -> str:
 
 @contextmanager
 def serving(*arguments: str | Path) -> Iterator[str]:
-    """Run refdet browse with these arguments; the address that it prints."""
+    """Run refdet browse with these arguments, yielding the address that it prints."""
     command = [sys.executable, "-m", "refdet", "browse", *map(str, arguments), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -48,22 +48,22 @@ def serving(*arguments: str | Path) -> Iterator[str]:
 
 
 def axe(page: Any) -> list[str]:
-    """Violations of axe's rules on a page of playwright, contrast and labels among them."""
+    """Violations of axe's accessibility rules, such as contrast and labels, on a page of playwright."""
     from axe_playwright_python.sync_playwright import Axe
 
-    # the script is evaluated by the browser's debugger, which the page's policy does not bind
-    found = Axe().run(page).response["violations"]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+    # evaluated by the browser's debugger, to which the page's content security policy does not apply
+    violations = Axe().run(page).response["violations"]
+    return [f"{violation['id']}: {node['html'][:200]}" for violation in violations for node in violation["nodes"]]
 
 
 class Watched:
-    """A page whose errors and requests are kept.
+    """A page whose errors and requests are recorded.
 
     Attributes:
         page: playwright's page.
-        address: that the program printed, "" if it is not known.
+        address: the address that the program printed, "" if unknown.
         errors: errors and warnings of the console, and uncaught exceptions.
-        requests: addresses that were asked for.
+        requests: requested addresses.
     """
 
     def __init__(self, page: Any, address: str = "") -> None:
@@ -80,13 +80,13 @@ class Watched:
         self.page.wait_for_selector("#main[data-ready]")
 
     def ready(self, act: Any) -> None:
-        """Do something that shows another view, and wait until it is shown."""
+        """Call a function that shows another view, and wait until it is shown."""
         before = self.page.get_attribute("#main", "data-ready")
         act()
         self.page.wait_for_function("before => document.getElementById('main').dataset.ready !== before", arg=before)
 
     def indexed(self) -> None:
-        """Wait until all regions were read."""
+        """Wait until all regions have been indexed."""
         self.page.wait_for_function("async () => (await (await fetch('api/status')).json()).index.stage === ''")
         self.page.reload()
         self.page.wait_for_selector("#main[data-ready]")

@@ -1,4 +1,4 @@
-"""500 image files as the world damages them, each with what refdet must make of it."""
+"""500 image files with damage or oddities as they occur in practice, each with the result that refdet must have."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Damaged:
     """One file.
 
     Attributes:
-        kind: what was done to it.
-        write: puts it at a path.
-        pixels: (H, W, 3) that must be read from it, or None where it cannot be used.
-        tolerance: by how much each may differ.
-        either: it may be read, as whatever, or be refused: nobody can know that a byte was another.
-        says: what the reason must tell.
-        zipped: it can also be in a zip.
+        kind: kind of damage or file.
+        write: writes it to a path.
+        pixels: (H, W, 3) uint8 RGB that must be read from it, None if it cannot be used.
+        tolerance: maximum difference of a value of ``pixels``.
+        either: whether it may be read as anything or refused, as some changed bytes cannot be detected.
+        says: text that the reason must contain.
+        zipped: whether it can also be in a zip.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Damaged:
 
 
 def photograph(random: Random, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """(H, W, 3) uint8: coloured waves, which JPEG keeps well, under some noise."""
+    """A synthetic image (H, W, 3) uint8: coloured waves, which JPEG preserves well, with some noise."""
     y, x = np.mgrid[:height, :width]
     phase, slope = random.random((2, 3)) * 6, random.random((2, 3)) * 0.2
     waves = np.sin(y[..., None] * slope[0] + x[..., None] * slope[1] + phase[0])
@@ -61,7 +61,7 @@ def jpeg(random: Random) -> bytes:
 
 
 def png(header: bytes, rows: bytes) -> bytes:
-    """A PNG of an IHDR and unfiltered rows, for what Pillow does not write."""
+    """A PNG with an IHDR and unfiltered rows, for kinds that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -70,7 +70,7 @@ def png(header: bytes, rows: bytes) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG of a bit a pixel that claims many of them."""
+    """A small PNG file with very many pixels of 1 bit."""
     return png(struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), bytes((1 + (width + 7) // 8) * height))
 
 
@@ -79,7 +79,7 @@ def file_of(data: bytes) -> Callable[[Path], object]:
 
 
 def all_damaged() -> list[Damaged]:
-    """The 500, the same at each call, well mixed."""
+    """All 500 files in random order, the same at each call."""
     random = np.random.default_rng(0)
     found = [*_cut(random), *_overwritten(random), *_other_things(random), *_usable(random), *_no_files(random)]
     assert len(found) == 500, len(found)
@@ -123,8 +123,8 @@ def _other_things(random: Random) -> Iterator[Damaged]:
     for _ in range(10):
         yield Damaged("empty", file_of(b""), says="no known image format")
     for height, width in random.integers(1, 200, (14, 2)).tolist():
-        told = f"is {width}x{height}, but the instances file says {WIDTH}x{HEIGHT}"
-        yield Damaged("another size", file_of(encoded(photograph(random, height, width), "JPEG")), says=told)
+        says = f"is {width}x{height}, but the instances file says {WIDTH}x{HEIGHT}"
+        yield Damaged("another size", file_of(encoded(photograph(random, height, width), "JPEG")), says=says)
     for kind in ("JPEG", "PNG", "GIF", "BMP"):
         yield Damaged("1x1", file_of(encoded(photograph(random, 1, 1), kind)), says="is 1x1, but")
     yield Damaged("turned", file_of(encoded(photograph(random, WIDTH, HEIGHT), "JPEG")), says="is 48x64, but")
@@ -220,7 +220,7 @@ def _huge(path: Path) -> None:
 
 
 def write_zip(path: Path, folder: Path, names: list[str], damaged: list[str]) -> None:
-    """The files of a folder in a zip; of some a byte is changed after they were put in."""
+    """Write the files of a folder into a zip, and change a byte of some of them there."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.write(folder / name, f"train2014/{name}")

@@ -1,4 +1,4 @@
-"""A folder like the one that `make demo` leaves, made in seconds: for examples in docstrings, docs and notebooks."""
+"""A folder like that of `make demo`, made in seconds: for examples in docstrings, docs and notebooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TINY = ["train.steps=2", "model.width=8", "model.mask_channels=8", "model.rpn_ch
 
 
 def write_demo(root: Path) -> Path:
-    """``root/demo`` with data/, split.json, run/ and features/refcoco.h5; the detector has learnt next to nothing."""
+    """Write ``root/demo`` with data/, split.json, run/ and features/refcoco.h5; its detector is barely trained."""
     demo = root / "demo"
     data = shapes.write(demo / "data", seed=0, images=60)
     split = demo / "split.json"

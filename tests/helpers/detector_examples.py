@@ -8,7 +8,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
 
-# blocks that start as their shortcut keep the activations of an untrained network in bounds
+# residual blocks that start as the identity keep the activations of an untrained network in bounds
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]", "model.neck=c4",
          "model.zero_init_residual=true", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
@@ -45,7 +45,7 @@ def small_recipe(*changes: str) -> Recipe:
 def small_model(*changes: str) -> MaskRCNN:
     torch.manual_seed(0)
     model = MaskRCNN(small_recipe(*changes), len(CATEGORY_IDS))
-    with torch.no_grad():  # untrained layers say almost nothing: make them speak
+    with torch.no_grad():  # scale up the nearly constant outputs of untrained layers
         for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
             layer.weight.mul_(8)
         if model.head.mask is not None:

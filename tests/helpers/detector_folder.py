@@ -1,4 +1,4 @@
-"""A small detector, and images of noise with annotated objects, for commands."""
+"""A small detector, and noise images with annotated objects, for tests of commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DetectorFolder:
         )  # fmt: skip
 
     def command(self, name: str, *more: str) -> Result:
-        """Run a command on it, on the CPU."""
+        """Run a command with the folder's files, on the CPU."""
         common = ["--checkpoint", self.run, "--images", self.images, "--instances", self.instances, "--device", "cpu"]
         return CliRunner().invoke(main, [name, *map(str, common), *more])
 

@@ -1,6 +1,6 @@
-"""Tests that run on a GPU, and on the CPU as a rehearsal that tries their own code.
+"""Parametrization of tests that run on a GPU, and on the CPU to check the test code itself.
 
-A test with a parameter ``device`` compares it with the CPU: `on_devices` and `on_every_gpu` give it one.
+A test with a parameter ``device``, from `on_devices` or `on_every_gpu`, compares that device with the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SECOND = pytest.param("cuda:1", marks=pytest.mark.gpu(count=2))
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
 on_every_gpu = pytest.mark.parametrize("device", ["cpu", GPU, SECOND])
 
-_Found = TypeVar("_Found")
+_T = TypeVar("_T")
 
 
 def variants_on_devices(variants: Collection[str], rehearsed: Collection[str]) -> pytest.MarkDecorator:
@@ -37,7 +37,7 @@ def is_gpu(device: str) -> bool:
 
 @contextmanager
 def side_stream(device: str) -> Iterator[None]:
-    """Queue the work on another stream than the default one; waits for it at the end."""
+    """Run the block on a stream other than the default one, and wait for it at the end."""
     if not is_gpu(device):
         yield
         return
@@ -48,8 +48,8 @@ def side_stream(device: str) -> Iterator[None]:
     stream.synchronize()
 
 
-def runs(compute: Callable[[], _Found], device: str) -> tuple[_Found, _Found, _Found]:
-    """The same computed twice, and on a side stream while the default one is busy."""
+def runs(compute: Callable[[], _T], device: str) -> tuple[_T, _T, _T]:
+    """Results of computing the same twice, and once on a side stream while the default one is busy."""
     first, second = compute(), compute()
     if is_gpu(device):
         busy = torch.ones(2048, 2048, device=device)

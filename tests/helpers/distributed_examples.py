@@ -1,4 +1,4 @@
-"""A small dataset whose batches are padded differently if they are divided wrongly, and trainings on it."""
+"""A small dataset whose batches are padded differently if they are divided wrongly, and training on it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from refdet.detector.checkpoint import read_tensors
 
 SIZES = ((96, 64), (90, 60), (64, 80), (96, 70), (70, 70), (80, 60), (64, 96), (60, 90), (50, 96), (64, 90), (60, 80),
          (70, 96))  # fmt: skip
-# numbers of anchors, proposals and RoIs that differ from image to image
+# make the numbers of anchors, proposals and RoIs differ from image to image
 CHANGES = (*TINY, "train.batch_size=4", "train.steps=20", "input.min_sizes=[48,64]", "train.lr=0.005",
            "proposals.batch_size_per_image=1500", "proposals.nms_threshold=0.3",
            "head.batch_size_per_image=64")  # fmt: skip
 
 
 def noise_images(root: Path) -> None:
-    """Landscape and portrait images of noise with one to four objects each; their instances JSON."""
+    """Write landscape and portrait noise images with one to four objects each, and their instances JSON."""
     random = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     tree: dict[str, Any] = {"images": [], "annotations": []}
@@ -50,7 +50,7 @@ def train(launcher: Launcher, root: Path, out: str, processes: int, *changes: st
 
 
 def trained(launcher: Launcher, root: Path, out: str, processes: int, *changes: str, **more: Any) -> Ended:
-    """`train` that succeeds."""
+    """Like `train`, asserting that it succeeds."""
     ended = train(launcher, root, out, processes, *changes, **more)
     assert ended.codes == [0] * len(ended.codes), "\n".join(ended.outputs)
     return ended
@@ -61,12 +61,12 @@ def losses(run: Path) -> list[float]:
 
 
 def assert_same_network(one: Path, other: Path, weights: float, loss: float) -> None:
-    """Weights and momentum within an absolute difference, losses within a relative one."""
+    """Assert that weights and momentum differ by at most `weights`, and losses relatively by at most `loss`."""
     np.testing.assert_allclose(losses(one), losses(other), rtol=loss)
-    (states,) = ([next((run / "state").glob("step-*")) for run in (one, other)],)
-    (found, _), (wanted, _) = map(read_tensors, states)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+    states = [next((run / "state").glob("step-*")) for run in (one, other)]
+    (actual, _), (expected, _) = map(read_tensors, states)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=0, atol=weights, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], value, rtol=0, atol=weights, msg=lambda text, name=name: f"{name}: {text}"
         )

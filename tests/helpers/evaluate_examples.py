@@ -18,13 +18,13 @@ PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annot
 
 
 def brute_iou(a: list[float], b: list[float]) -> float:
-    """Of half-open xyxy boxes."""
+    """IoU of two half-open xyxy boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    both = width * height
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+    intersection = width * height
+    return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
 def xyxy(box: tuple[float, ...]) -> list[float]:
@@ -43,7 +43,7 @@ def write_store(path: Path, images: list[Regions], masks: bool, names: Mapping[i
 
 
 def write_refer(root: Path, objects: list[dict[str, Any]], size: tuple[int, int] = (100, 120)) -> Path:
-    """A REFER folder of objects with image_id, bbox, category_id and split; each is a ref of two sentences."""
+    """Write a REFER folder; each object, with image_id, bbox, category_id and split, is a ref of two sentences."""
     refs = []
     for i, o in enumerate(objects):
         refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"],
@@ -55,20 +55,20 @@ def write_refer(root: Path, objects: list[dict[str, Any]], size: tuple[int, int]
 
 
 def write_grefer(root: Path, objects: list[dict[str, Any]], refs: list[tuple[int, list[int], str]]) -> Path:
-    """A folder like gRefCOCO's: refs are (image_id, places in ``objects``, split), of two sentences each."""
+    """Write a folder like gRefCOCO's; refs are (image_id, indices into ``objects``, split), of two sentences each."""
     records = []
-    for i, (image_id, places, split) in enumerate(refs):
-        ann_ids = [100 + place for place in places] or [-1]
-        categories = [objects[place]["category_id"] for place in places] or [-1]
+    for i, (image_id, rows, split) in enumerate(refs):
+        ann_ids = [100 + row for row in rows] or [-1]
+        categories = [objects[row]["category_id"] for row in rows] or [-1]
         records.append({"ref_id": i, "ann_id": ann_ids, "image_id": image_id, "category_id": categories, "split": split,
-                        "no_target": not places, "file_name": f"{image_id}.jpg", **sentences(i)})  # fmt: skip
+                        "no_target": not rows, "file_name": f"{image_id}.jpg", **sentences(i)})  # fmt: skip
     write_instances(root / "toy", objects)
     (root / "toy" / "grefs(me).json").write_text(json.dumps(records))
     return root
 
 
 def sentences(ref_id: int, sents: tuple[str, ...] = ("it", "it")) -> dict[str, Any]:
-    """The fields of a ref that hold its sentences, of ids 10 * ref_id on."""
+    """The fields of a ref with its sentences, whose ids count from 10 * ref_id."""
     records = [{"sent_id": 10 * ref_id + k, "sent": s, "raw": s, "tokens": s.split()} for k, s in enumerate(sents)]
     return {"sentences": records, "sent_ids": [record["sent_id"] for record in records]}
 

@@ -18,7 +18,7 @@ CLASSES = [{"id": 2, "name": "cat"}, {"id": 1, "name": "dog"}]
 HEIGHT, WIDTH = 6, 8
 REFS = [ref(0, 7, 3, "train"), ref(1, 8, 3, "train", 2), ref(2, 9, 4, "testB"), ref(3, 6, 4, "testB"),
         ref(4, 11, 5, "val")]  # fmt: skip
-# an image of no ref, and a crowd, which extraction leaves out
+# a crowd, which extraction leaves out, and an image without refs
 CROWD = {
     "id": 12,
     "image_id": 4,
@@ -35,7 +35,7 @@ DATASET = INSTANCES | {
 
 
 def boxes_to_masks(boxes: np.ndarray) -> tuple[bytes, ...]:
-    """The whole pixels of each box."""
+    """A mask of the pixels in each box (N, 4) xyxy, as counts of a compressed RLE."""
     masks = []
     for x1, y1, x2, y2 in np.round(boxes).astype(int).tolist():
         pixels = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
@@ -63,10 +63,10 @@ ANNOTATIONS = [regions(3, [1, 2], [1, 1], [7, 8]), regions(4, [1, 1], [1, 1], [9
 
 def write_store(path: Path, images: list[Regions], dtype: str = "float32", **changes: Any) -> Path:
     """A store of these images; ``changes`` are fields of `refdet.store.Columns`."""
-    whole = images[0]
+    first = images[0]
     columns = {
-        "features": {name: values.shape[1:] for name, values in whole.features.items()}, "dtype": dtype,
-        "masks": whole.masks is not None, "ann_ids": whole.ann_ids is not None,
+        "features": {name: values.shape[1:] for name, values in first.features.items()}, "dtype": dtype,
+        "masks": first.masks is not None, "ann_ids": first.ann_ids is not None,
     } | changes  # fmt: skip
     rows = [
         store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
@@ -80,7 +80,7 @@ def write_store(path: Path, images: list[Regions], dtype: str = "float32", **cha
 
 
 def add_heads(path: Path, heads: list[np.ndarray | None], infos: list[tuple[float, float, float]]) -> None:
-    """Add the maps of the images of a store, in its order, as extraction of ``head`` writes them."""
+    """Add feature maps of the images of a store, in its order, as an extraction of ``head`` does."""
     shapes = [(0, 0, 0) if head is None else head.shape for head in heads]
     flat = [np.zeros(0, np.float32) if head is None else head.ravel() for head in heads]
     with h5py.File(path, "a") as file:
@@ -92,5 +92,5 @@ def add_heads(path: Path, heads: list[np.ndarray | None], infos: list[tuple[floa
 
 
 def write_dataset(root: Path) -> Path:
-    """The REFER folder, below ``root``, which is returned."""
+    """Write the REFER folder below ``root``, which is returned."""
     return write(root, REFS, instances=DATASET)

@@ -1,4 +1,4 @@
-"""Networks on a GPU that computes shapes alone, to count what they would start there."""
+"""Networks on a fake GPU that computes only shapes, to count the kernels they would launch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Launches(TorchDispatchMode):
     """Counts operators that start kernels on a GPU.
 
     Attributes:
-        calls: number of calls by name; "bias" of convolutions that add one, which PyTorch 2.11 does in its own pass.
-        bytes_of_passes: what is read and written by all but convolutions and matrix products, and by their shortcut.
+        calls: number of calls by name; "bias" counts convolutions with a bias, which PyTorch 2.11 adds in a pass of
+            its own.
+        bytes_of_passes: bytes read and written by all operators but convolutions and matrix products, and by the
+            shortcuts that these add.
     """
 
     def __init__(self) -> None:
@@ -49,15 +51,15 @@ class Launches(TorchDispatchMode):
         return y
 
     def _fake(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        if name == "_addmm_activation":  # a fake one consists of others
+        if name == "_addmm_activation":  # the fake implementation calls other operators
             return args[1].new_empty((args[1].shape[0], args[2].shape[1]))
-        if name == "cudnn_convolution_add_relu":  # there is no fake one
+        if name == "cudnn_convolution_add_relu":  # has no fake implementation
             x, weight, shortcut = args[:3]
             assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, shortcut))
             assert {t.dtype for t in (x, weight, shortcut, args[4])} == {torch.bfloat16}
             return torch.empty_like(shortcut)
         y = func(*args, **kwargs)
-        # of bfloat16 a fake convolution has another layout than cuDNN's
+        # a fake bfloat16 convolution returns another memory layout than cuDNN
         return y.contiguous(memory_format=torch.channels_last) if name == "convolution" else y
 
 
@@ -67,7 +69,7 @@ def _size(x: Tensor) -> int:
 
 @contextmanager
 def on_fake_gpu(module: nn.Module) -> Iterator[Launches]:
-    """Move a module to a fake GPU, in place, and count what is called within."""
+    """Move a module to a fake GPU, in place, and count the operators called within the block."""
     with torch.inference_mode(), FakeTensorMode():
         for parent in module.modules():
             for name, value in parent._parameters.items():

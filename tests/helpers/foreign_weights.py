@@ -1,4 +1,4 @@
-"""Weights in the names of other programs, for tests."""
+"""Weights under the parameter names of other programs, for tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from refdet.cli.main import main
 
 Tensors = dict[str, Tensor]
 
-# our beginning of a name -> the reference's, the longer first
+# prefix of a name in refdet -> prefix in the reference, longer ones first
 SEED_NAMES = (
     ("head.conv5.", "resnet.layer4."), ("backbone.", "resnet."), ("rpn.conv.", "rpn_net."),
     ("rpn.score.", "rpn_cls_score_net."), ("rpn.delta.", "rpn_bbox_pred_net."), ("head.box.score.", "cls_score_net."),
@@ -22,19 +22,19 @@ SEED_NAMES = (
 
 
 def of_one_number(shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Each tensor is one number of its own, in the memory of one."""
+    """Tensors that each hold a single number of their own, expanded to the shape without memory."""
     return {name: torch.tensor((i + 1) / 1024).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
 def resnet_shapes(depth: int) -> dict[str, tuple[int, ...]]:
-    """Of torchvision before 0.3, and of Caffe: without counts of batches."""
+    """Shapes of a ResNet of torchvision before 0.3 or of Caffe, which lack ``num_batches_tracked``."""
     with torch.device("meta"):
         state = getattr(models, f"resnet{depth}")().state_dict()
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def seed_weights(depth: int, anchors: int = 12, classes: int = 80, masks: bool = True) -> Tensors:
-    """In the names and shapes of lichengunc/mask-faster-rcnn."""
+    """Weights with the names and shapes of lichengunc/mask-faster-rcnn."""
     shapes: dict[str, tuple[int, ...]] = {f"resnet.{name}": shape for name, shape in resnet_shapes(depth).items()}
     layers = {"rpn_net": (512, 1024, 3, 3), "rpn_cls_score_net": (2 * anchors, 512, 1, 1),
               "rpn_bbox_pred_net": (4 * anchors, 512, 1, 1), "cls_score_net": (classes + 1, 2048),
@@ -45,7 +45,7 @@ def seed_weights(depth: int, anchors: int = 12, classes: int = 80, masks: bool =
         shapes |= {"mask_up_sampling.weight": (2048, 256, 2, 2), "mask_up_sampling.bias": (256,),
                    "mask_pred_net.weight": (classes + 1, 256, 1, 1), "mask_pred_net.bias": (classes + 1,)}  # fmt: skip
     found = of_one_number(shapes)
-    # the scores of the background come first; object minus background is to be 1, 2, ... of anchor 0, 1, ...
+    # background scores come first; object minus background score is 1, 2, ... for anchor 0, 1, ...
     objects = torch.arange(1.0, anchors + 1)
     found["rpn_cls_score_net.bias"] = torch.cat((objects, 2 * objects))
     found["rpn_cls_score_net.weight"] = torch.cat((objects, 2 * objects))[:, None, None, None].expand(-1, 512, 1, 1)
@@ -63,13 +63,13 @@ def refused(done: Result, *names: str) -> None:
 
 
 def photographs(spread: float) -> Tensor:
-    """Smooth colours, as photographs are: neighbouring pixels are nearly the same."""
+    """Images (4, 3, 96, 96) of smooth colours, like photographs: neighbouring pixels are similar."""
     torch.manual_seed(0)
     return F.interpolate(torch.randn(4, 3, 12, 12), size=96, mode="bilinear") * spread
 
 
 def resnet50_of_inputs(spread: float) -> Tensors:
-    """Whose first norm saw what its filters, half of them of edges, made of images of this spread."""
+    """A ResNet-50 whose first norm has the running variance for images of this spread; half its filters are edges."""
     torch.manual_seed(1)
     state = of_one_number(resnet_shapes(50))
     filters = torch.randn(64, 3, 7, 7) * 0.05

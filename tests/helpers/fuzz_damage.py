@@ -1,10 +1,10 @@
-"""Damage to files of bytes that have words of their own, for the fuzz tests of checkpoints and recipes."""
+"""Random damage to files, with words of their format, for the fuzz tests of checkpoints and recipes."""
 
 import random
 
 
 def damaged(data: bytes, numbers: random.Random, words: tuple[bytes, ...] = ()) -> bytes:
-    """Bytes with one to six changes: bits, words, pieces that are doubled, moved, cut out or cut short."""
+    """Apply one to six changes: flip bits, insert words, or repeat, copy, overwrite or remove pieces."""
     out = bytearray(data)
     for _ in range(numbers.randint(1, 6)):
         place, length = numbers.randrange(len(out) + 1), numbers.choice((1, 2, 4, 8, 30, 300))

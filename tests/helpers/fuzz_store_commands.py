@@ -1,6 +1,6 @@
-"""A process that runs commands on stores in a folder, as the command line does, and says what came of each.
+"""A process that runs commands on the stores in a folder, as the command line does, and prints the results.
 
-Its argument is the folder; for each name of a store on stdin and each command, a line of JSON is the answer.
+Its argument is the folder. For each name of a store on stdin, it prints a line of JSON for each command.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from refdet.extraction.boxes_from_file import load_boxes
 from refdet.files.printable_text import escape_unprintable
 from refdet.store import (
     hdf5_access,
-    hdf5_sandbox,  # noqa: F401  # what a child imports is watched otherwise
+    hdf5_sandbox,  # noqa: F401  # imported here, as imports in a child would be watched
 )
 from refdet.store.known_files import FileState
 
 BOXES = "boxes"
-REFER = "refer"  # the folder's own, of the images of the stores
-ZONES = "/usr/share/zoneinfo"  # what pandas reads
-_MEMORY = 4 << 30  # of address space; this process has more than the door's own
+REFER = "refer"  # subfolder with refs on the images of the stores
+ZONES = "/usr/share/zoneinfo"  # read by pandas
+_MEMORY = 4 << 30  # bytes of address space; this process has more than the sandbox's own
 _verdicts: dict[FileState, str] = {}
 
 
 def commands(folder: Path, store: Path, out: Path) -> dict[str, list[str]]:
-    """Whatever takes a store that somebody may have sent."""
+    """Commands that read a store, by name."""
     refer = ["--refer-root", str(folder / REFER)]
     given = ["--store", str(store)]
     return {
@@ -64,14 +64,14 @@ def read_boxes(store: str, instances: str) -> tuple[int, str, str]:
 
 
 def run(*words: str) -> tuple[int, str, str]:
-    """A command's exit code, what it says on stderr, and the traceback if it crashes."""
+    """Run a command; returns its exit code, its stderr, and the traceback if it crashes."""
     done = CliRunner().invoke(main, words)
     crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
     return done.exit_code, done.stderr, "".join(traceback.format_exception(done.exception)) if crashed else ""
 
 
 def trial(path: Path) -> str:
-    """As `hdf5_sandbox.check_in_subprocess`, but in a fork, without the startup time of Python, and once per file."""
+    """Like `hdf5_sandbox.check_in_subprocess`, but in a fork, which starts faster, and once per file."""
     state = FileState.of(path)
     if state not in _verdicts:
         _verdicts[state] = _forked(path)
@@ -94,15 +94,15 @@ def _forked(path: Path) -> str:
 
 
 def most_memory() -> int:
-    """Not ru_maxrss, which begins with that of the process that started this one."""
+    """Peak memory of this process in bytes; ru_maxrss would include that of its parent."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
 def answer(folder: Path, name: str, what: str, words: list[str]) -> dict[str, object]:
-    """What comes of a command."""
-    begun = time.monotonic()
+    """Run a command and return its result as a JSON object."""
+    started = time.monotonic()
     code, stderr, crash, outside = 0, "", "", ""
     try:
         with watched(folder, *map(Path, (os.environ["XDG_CACHE_HOME"], os.devnull, ZONES)), forks=True):
@@ -110,7 +110,7 @@ def answer(folder: Path, name: str, what: str, words: list[str]) -> dict[str, ob
     except AssertionError as error:
         outside = str(error)
     return {
-        "file": name, "command": what, "code": code, "seconds": time.monotonic() - begun, "outside": outside,
+        "file": name, "command": what, "code": code, "seconds": time.monotonic() - started, "outside": outside,
         "stderr": stderr, "bytes": most_memory(), "crash": crash,
     }  # fmt: skip
 

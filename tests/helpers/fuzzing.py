@@ -1,8 +1,8 @@
-"""Changing files at random, and what must hold of the program that reads the result.
+"""Change files at random, and check the program that reads the result.
 
-Each format is tried with REFDET_FUZZ_INPUTS inputs or, as `make test-hostile` does, for REFDET_FUZZ_SECONDS seconds; if
-neither is set, with a number of inputs of its own, the same on every machine. An input is a function of its seed alone,
-which a failure names: REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries that of seed 71 again.
+Each format is tried with REFDET_FUZZ_INPUTS inputs or, as in `make test-hostile`, for REFDET_FUZZ_SECONDS seconds; by
+default with a fixed number of inputs, the same on every machine. An input is a function of its seed alone, which a
+failure names: REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries the input of seed 71 again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from refdet.errors import RefdetError
 from refer import ReferError
 
 SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS") or 0)
-INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for the format's own number
-FIRST = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
+INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for the default of the format
+FIRST_SEED = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
 MAX_MESSAGE_LENGTH = 1000
 MAX_SECONDS = 20  # of one input
-MAX_MEMORY = 2**31  # bytes that an input may take beyond what the process has
-ENOUGH = 100  # inputs of which some should be read, where any is
+MAX_MEMORY = 2**31  # bytes that an input may take in addition to the process's own
+MIN_INPUTS_TO_PASS = 100  # number of inputs from which some must be read without an error
 
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -1e-300, float("nan"), float("inf"), "",
@@ -44,7 +44,7 @@ HOSTILE: list[Any] = [
 
 
 def changed_tree(tree: Any, chance: random.Random) -> Any:
-    """A JSON value with one to three parts replaced, removed, doubled or put elsewhere."""
+    """Copy a JSON value and replace, remove, repeat or move one to three of its parts."""
     tree = copy.deepcopy(tree)
     for _ in range(chance.randint(1, 3)):
         nodes = list(_nodes(tree))
@@ -66,7 +66,7 @@ def changed_tree(tree: Any, chance: random.Random) -> Any:
 
 
 def changed_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Bytes with one to four of them flipped, or a part cut, doubled or overwritten."""
+    """Apply one to four changes to bytes: flip a bit, or remove, repeat or overwrite a part."""
     for _ in range(chance.randint(1, 4)):
         if not data:
             return chance.randbytes(chance.randint(0, 20))
@@ -85,10 +85,10 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def seeds(least: int = 40) -> Iterator[int]:
-    """The seeds of the inputs of one format; `least` of them, or more where there is time for more."""
+    """The seeds of the inputs of one format: at least `least`, and more while there is time."""
     started, tried = time.monotonic(), 0
     while tried < INPUTS if INPUTS else tried < least or time.monotonic() - started < SECONDS:
-        yield FIRST + tried
+        yield FIRST_SEED + tried
         tried += 1
 
 
@@ -102,11 +102,11 @@ def fuzz(
     """Try the inputs of one format.
 
     Args:
-        change: writes the input that a random generator makes.
-        work: reads it; may raise what users are shown, and nothing else.
-        allowed: the folder below which files may be opened, beside those of Python and its packages.
-        least: see `seeds`.
-        passes: whether some of the inputs should be read without an error; else none may.
+        change: writes a random input.
+        work: reads it; may only raise errors that are shown to users.
+        allowed: the folder below which files may be opened, besides those of Python and its packages.
+        least: minimum number of inputs, as in `seeds`.
+        passes: whether some of the inputs must be read without an error; otherwise none may be.
     """
     tried = passed = 0
     started = time.monotonic()
@@ -122,11 +122,11 @@ def fuzz(
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
         tried += 1
     print(f"{tried} inputs in {time.monotonic() - started:.0f} s, {passed} read without an error")
-    assert (passed > 0) == passes or (passes and tried < ENOUGH)
+    assert (passed > 0) == passes or (passes and tried < MIN_INPUTS_TO_PASS)
 
 
 def check_message(text: str, seed: int) -> None:
-    """An error is one line of bearable length, and names no class of Python but in brackets."""
+    """Assert that an error is one short line that names no Python class, except in parentheses."""
     assert text and len(text) < MAX_MESSAGE_LENGTH and "\n" not in text, f"seed {seed}: {text[:300]!r}"
     assert "Error" not in text.partition(" (")[0], f"seed {seed}: {text}"
 
@@ -137,13 +137,13 @@ class TooMuch(BaseException):
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Fail if what is done meanwhile takes longer than `MAX_SECONDS`, or more than `MAX_MEMORY`."""
+    """Fail if the block takes longer than `MAX_SECONDS`, or more memory than `MAX_MEMORY`."""
 
     def late(number: int, frame: object) -> None:
         raise TooMuch(f"more than {MAX_SECONDS} s")
 
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the largest memory is from now on
+        file.write("5")  # resets the peak memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
@@ -163,7 +163,7 @@ _seen: list[str] = []
 _OPENS = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.symlink",
           "os.link", "os.truncate", "os.chmod", "os.rmdir", "shutil.rmtree")  # fmt: skip
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind")
-_OWN = (sys.prefix, sys.base_prefix, *sys.path, str(Path(refdet.__file__).parent))  # what anybody may read
+_OWN = (sys.prefix, sys.base_prefix, *sys.path, str(Path(refdet.__file__).parent))  # readable by any test
 _OF_PYTHON = [Path(path).resolve() for path in _OWN if path]
 
 
@@ -182,7 +182,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _folder_of(event: str, args: tuple[Any, ...]) -> str:
-    """What a path is relative to: an open folder in some events."""
+    """The folder that a path of an event is relative to: an open one, or the current one."""
     descriptor = args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
     return os.readlink(f"/proc/self/fd/{descriptor}") if descriptor > -1 else ""
 
@@ -198,7 +198,7 @@ sys.addaudithook(_audit)
 
 @contextlib.contextmanager
 def watched(*allowed: Path, forks: bool = False) -> Iterator[None]:
-    """Fail if a file outside of folders is opened meanwhile, or a process started; but for a fork, if that is said."""
+    """Fail if the block opens a file outside of folders, or starts a process, except for forks with `forks`."""
     _watching.extend(folder.resolve() for folder in allowed)
     _seen.clear()
     if forks:
@@ -213,7 +213,7 @@ def watched(*allowed: Path, forks: bool = False) -> Iterator[None]:
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Each part of a JSON value, as what holds it and its key or position."""
+    """Iterate over the parts of a JSON value, each as its parent and its key or position in it."""
     waiting = [tree]
     while waiting:
         parent = waiting.pop()

@@ -1,7 +1,4 @@
-"""Counts on the CPU, in the same code, what would keep a GPU waiting.
-
-Which calls would be copies that wait, or wait for an answer.
-"""
+"""Counts, on the CPU, the calls that would synchronize with a GPU: blocking copies, and reads of results."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
+# Calls that turn numbers into a tensor or a tensor into numbers: from Python, and ATen operators also called from C++.
 PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
-# Numbers of the host that become a tensor, for which `to_device` cares: through pinned memory, without waiting.
+# Calls that turn numbers into a tensor, which `to_device` copies through pinned memory without waiting.
 GIVEN = {"python tensor", "lift_fresh"}
 
 
@@ -35,7 +32,7 @@ class InPython(TorchFunctionMode):
 
 
 class InAten(TorchDispatchMode):
-    """Counts operators by their name without overload."""
+    """Counts ATen operators by name, without their overload."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,5 +55,5 @@ def waits(python: InPython, aten: InAten) -> dict[str, int]:
 
 
 def answers(found: dict[str, int]) -> int:
-    """How often the host waits for an answer of the GPU."""
+    """How often the host waits for a result of the GPU."""
     return sum(count for name, count in found.items() if name not in GIVEN)

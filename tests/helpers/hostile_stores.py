@@ -1,4 +1,4 @@
-"""Stores as somebody might send them who means harm: what HDF5 can hold and no store does."""
+"""Malicious stores: structures that HDF5 allows but no store has."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", PROVENANCE, {"d
 
 
 def write_store(path: Path, compression: str = "none", libver: str = "", ann_ids: bool = True) -> Path:
-    """A sound store of three images with all that a store can have, in another layout of HDF5 if one is named.
+    """Write a valid store of three images with every kind of column.
 
-    With ``ann_ids`` its regions are of annotations.
+    Args:
+        path: the store to write.
+        compression: of features and maps.
+        libver: version of the HDF5 layout, "" for the default.
+        ann_ids: whether its regions have annotation ids.
     """
     columns = store.Columns(
         {"fc7": (64,), "spatial_fc7": (4, 2, 2)}, masks=True, ann_ids=ann_ids, maps=("head",), compression=compression
@@ -54,7 +58,7 @@ Edit = Callable[[h5py.File], object]
 
 
 def _new(make: Callable[[h5py.File, str, int], object]) -> Edit:
-    """Put something else in the place of ``features/fc7``; ``make`` takes the number of regions too."""
+    """Edit that replaces ``features/fc7``; ``make`` is called with the file, that name and the number of regions."""
 
     def edit(file: h5py.File) -> None:
         del file["features/fc7"]
@@ -74,7 +78,7 @@ def _virtual(file: h5py.File, name: str, n: int) -> None:
 
 
 def _packed(chunk: bytes, packing: str, skipped: int = 0) -> Edit:
-    """A dataset of one chunk of 5 x 64 numbers that holds these bytes."""
+    """Edit that makes ``features/fc7`` a dataset of one chunk of 5 x 64 numbers, stored as these bytes."""
 
     def make(file: h5py.File, name: str, n: int) -> None:
         data = file.create_dataset(name, (n, 64), "f4", chunks=(n, 64), compression=packing)
@@ -209,7 +213,7 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
 
 
 def repeat_text(path: Path) -> None:
-    """Let all of 1000 texts be one of 100 KB: 100 MB, in a file of a tenth of one."""
+    """Add 1000 strings that all refer to the same 100 KB: 100 MB in a file of 0.1 MB."""
     with h5py.File(path, "r+") as file:
         data = file.create_dataset("x", data=["y" * 100_000, *[""] * 999], dtype=h5py.string_dtype())
         offset = data.id.get_offset()
@@ -219,7 +223,7 @@ def repeat_text(path: Path) -> None:
 
 
 def share_bytes(path: Path, times: int = 40) -> None:
-    """Let many datasets be the same bytes of a file of the oldest layout, whose tables have no checksums."""
+    """Add datasets that share the same bytes, in a file of the oldest layout, whose tables have no checksums."""
     with h5py.File(path, "r+") as file:
         data = [file.create_dataset(f"x{i}", (500,), "i8") for i in range(times)]
         data[0][:] = 1

@@ -1,6 +1,6 @@
-"""A small extraction without a detector, and a process that runs it and dies where it is told to.
+"""A small extraction without a detector, and a process that runs it and is killed at a given step.
 
-As a script: for each line on stdin, a `Case` in JSON, a forked child extracts; the answer is a line on stdout.
+As a script: for each line on stdin, a `Case` in JSON, a forked child extracts, and its result is printed as a line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]  # each is a
 BROKEN = 4
 PUT_AT_ONCE = 3  # images
 
-# What changes files, in the places that write shards and the store. A full disk lets one still remove.
+# Functions that change files, called while shards and the store are written; removals succeed on a full disk too.
 STEPS: list[tuple[Any, str]] = [
     (os, "fsync"), (os, "replace"), (ShardWriter, "add"), (ShardWriter, "finish"), (StoreWriter, "put"),
     (StoreWriter, "finish"),
@@ -48,9 +48,11 @@ class Case:
 
     Attributes:
         out: the store.
-        kill: die at this step, counted from 0; "before" it is done or after it, as ``after`` says.
-        full: from this step on the disk is full.
-        seconds: die after them.
+        resume: whether to resume the extraction.
+        kill: step at which the process is killed, counted from 0; None for none.
+        after: whether it is killed after that step is done, or before it.
+        full: step from which the disk is full, None for none.
+        seconds: time after which the process is killed, None for no limit.
     """
 
     out: str
@@ -79,7 +81,7 @@ def run(out: Path, resume: bool = False, compute: Callable[..., Finish] = comput
 
 
 def environment(*folders: Path) -> dict[str, str]:
-    """The environment of a process that imports these modules, and those in other folders."""
+    """Environment of a process that can import the test helpers, and modules in other folders."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), *map(str, folders),
              os.environ.get("PYTHONPATH", "")]  # fmt: skip
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -91,7 +93,7 @@ def _watch(owner: Any, name: str, begin: Callable[[str], int], done: Callable[[i
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
         if name in ("replace", "unlink") and str(args[-1]).startswith(os.environ["XDG_CACHE_HOME"]):
-            return original(*args, **kwargs)  # no part of the extraction
+            return original(*args, **kwargs)  # not a step of the extraction
         step = begin(name)
         result = original(*args, **kwargs)
         done(step, str(args[1]) if name == "replace" else "")
@@ -101,7 +103,7 @@ def _watch(owner: Any, name: str, begin: Callable[[str], int], done: Callable[[i
 
 
 def _disturb(case: Case, replaced: Path) -> list[str]:
-    """Arrange for what is to happen; gives the list that the steps are written to."""
+    """Install the faults of a case; returns the list to which the steps are appended."""
     steps: list[str] = []
 
     def begin(name: str) -> int:
@@ -143,7 +145,7 @@ def _child(case: Case, answer: Path) -> None:
 
 
 def serve() -> None:
-    """Answer each case with its exit code (-9 for SIGKILL), its error and, unless killed, its steps."""
+    """Print for each case its exit code (-9 for SIGKILL), its error and, unless killed, its steps."""
     null = os.open(os.devnull, os.O_WRONLY)
     for line in sys.stdin:
         case = Case(**json.loads(line))

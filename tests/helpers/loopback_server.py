@@ -1,4 +1,4 @@
-"""An HTTP server on loopback whose files fail in the ways that downloads do."""
+"""An HTTP server on loopback whose files can fail in the ways that downloads fail."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class ServedFile:
 
     Attributes:
         data: its contents.
-        cuts: for each request that is cut short, after how many bytes; later requests are complete.
-        status: of the response, if it is not the file.
-        location: where a redirect leads.
+        cuts: number of bytes after which each of the first responses is cut short; later ones are complete.
+        status: status of the response; other than 200, it has no content.
+        location: target of a redirect.
         kind: Content-Type.
-        etag: "" for none.
+        etag: ETag, "" for none.
         ranges: whether ranges are served.
-        lengths: whether the length is said.
+        lengths: whether responses have a Content-Length.
+        requests: Range headers of the requests, "" for none.
     """
 
     data: bytes
@@ -66,8 +67,8 @@ def serving() -> Iterator[Site]:
             if file is None:
                 self.send_error(404)
                 return
-            wanted = self.headers.get("Range", "")
-            file.requests.append(wanted)
+            requested = self.headers.get("Range", "")
+            file.requests.append(requested)
             if file.status != 200:
                 self.send_response(file.status)
                 if file.location:
@@ -75,7 +76,7 @@ def serving() -> Iterator[Site]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            start = int(wanted[len("bytes=") : -1]) if wanted and file.ranges else 0
+            start = int(requested[len("bytes=") : -1]) if requested and file.ranges else 0
             if self.headers.get("If-Range", file.etag) != file.etag:
                 start = 0
             if start and start >= len(file.data):

@@ -1,4 +1,4 @@
-"""Cells and boxes of masks at random, masks as RLE, and arguments of the kernels."""
+"""Random mask predictions and boxes, masks as RLE, and arguments of the kernels."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ f32 = np.float32
 
 
 def some_boxes(random: np.random.Generator, count: int, odd: bool) -> np.ndarray:
-    """Boxes in and about an image of some 40 pixels, on pixels, half pixels or between."""
+    """Boxes (count, 4) float32 xyxy in and around an image of about 40 pixels, with or without rounding to a grid."""
     corner = random.uniform(-15, 50, (count, 2))
     boxes = np.hstack((corner, corner + random.uniform(0, random.choice([4, 40, 200]), (count, 2))))
     grid = random.choice([0, 1, 2])

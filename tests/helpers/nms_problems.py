@@ -1,4 +1,4 @@
-"""Problems of NMS with several images and groups, and their answers by brute force."""
+"""NMS problems with several images and groups, and their solutions by brute force."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call."""
+    """The arguments of one call of `refdet.ops.nms.nms`."""
 
     boxes: Tensor
     scores: Tensor
@@ -26,7 +26,7 @@ class Problem:
         return function(boxes, scores, self.threshold, self.max_keep, groups=groups, images=images).tolist()
 
     def brute_force(self) -> list[int]:
-        """One pair after the other, in numpy, one float32 operation at a time."""
+        """Kept rows, by comparing boxes one pair at a time in numpy, in float32."""
         boxes, scores = self.boxes.numpy(), self.scores.numpy()
         nothing = np.zeros(len(boxes), np.int64)
         groups = nothing if self.groups is None else self.groups.numpy()
@@ -59,7 +59,7 @@ ODD = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -0.0]
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Few places for many boxes, so that they overlap; some have no area, a side of less than 0, or odd numbers."""
+    """Many boxes in a small area, so that they overlap; some without area, with a negative side or odd numbers."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     count = draw(st.sampled_from([0, 1, 2, 31, 33, 64, 65, 129, 260]))
     corner = random.uniform(0, draw(st.sampled_from([4, 40])), (count, 2))

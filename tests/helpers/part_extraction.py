@@ -1,7 +1,7 @@
-"""Parts of the extraction of `interrupted_extraction`, in this process or in one of its own that may be killed.
+"""Parts of the extraction of `interrupted_extraction`, in this process or in a child process that may be killed.
 
-As a script: `part_extraction.py STORE K/N [KILL]` computes a part and dies of SIGKILL when it comes to KILL: "compute
-2", its batch of that number; "add 3", a write to a shard; "put 4", an image of the merge.
+As a script: `part_extraction.py STORE K/N [KILL]` computes a part and is killed by SIGKILL at KILL: "compute 2", its
+second batch; "add 3", its third write to a shard; "put 4", the fourth image of the merge.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def start_part(out: Path, part: str, *kill: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output of a process, which must end in time."""
+    """Exit code and output of a process, which must end within a minute."""
     output, errors = process.communicate(timeout=60)
     return process.returncode, output + errors
 
@@ -63,7 +63,7 @@ def _dies_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal calls
         calls += 1
         if calls == number:
-            time.sleep(0.05)  # what was computed before may still be written
+            time.sleep(0.05)  # time to write what was computed before
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args)
 

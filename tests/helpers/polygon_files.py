@@ -1,4 +1,4 @@
-"""Instances files of one polygon, and what each of their readers says of them."""
+"""Instances files with one annotation, and the results of their readers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(
 
 
 def load(path: Path) -> CocoIndex | str:
-    """What `CocoIndex` makes of a file, or its error."""
+    """The `CocoIndex` of a file, or its error."""
     try:
         return CocoIndex.load(path)
     except InputError as error:
@@ -37,7 +37,7 @@ def load(path: Path) -> CocoIndex | str:
 
 
 def check(path: Path) -> str:
-    """The error of what build-split checks, "" for none."""
+    """The error of build-split's check of a file, "" for none."""
     entries = InstancesCheck(path)
     try:
         entries.finish(read_image_list(path, entries))

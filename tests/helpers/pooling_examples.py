@@ -1,4 +1,4 @@
-"""RoI pooling of every kind, maps and RoIs at random, and pooling one sample at a time."""
+"""Every kind of RoI pooling, random feature maps and RoIs, and a reference implementation of pooling."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ devices = pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
-CLOSE = {"rtol": 0.0, "atol": 1e-5}  # of float32, for values about 1
+CLOSE = {"rtol": 0.0, "atol": 1e-5}  # for float32 values around 1
 KINDS: dict[str, tuple[Callable[..., Tensor], int, bool, bool]] = {  # function, samples, crop, mean
     "fixed": (roi_align, 2, False, False),
     "three": (lambda *a: roi_align(*a, 3), 3, False, False),
@@ -45,7 +45,7 @@ def some_map(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def some_rois(generator: torch.Generator, count: int, batch: int, odd: bool = False, turned: bool = True) -> Tensor:
-    """Boxes in, across and outside a map of 12x15 at stride 8: small, large, of no area, some with swapped corners."""
+    """RoIs (count, 5) in, across and outside a 12x15 map of stride 8: small, large, empty or with swapped corners."""
     corner = torch.rand(count, 2, generator=generator) * 160 - 40
     sides = torch.rand(count, 2, generator=generator) ** 3 * 200
     if turned:
@@ -61,7 +61,7 @@ def some_rois(generator: torch.Generator, count: int, batch: int, odd: bool = Fa
 
 
 def sample_by_sample(kind: str, x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The definition, in Python's float64."""
+    """Pool by the definition, one bilinear sample at a time, in float64."""
     _, samples, crop, mean = KINDS[kind]
     height, width = x.shape[2:]
 

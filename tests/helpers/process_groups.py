@@ -1,9 +1,9 @@
-"""Trainings in several processes with torchrun's variables, forked from one process that has imported everything.
+"""Training in several processes with torchrun's variables, forked from one process that has imported everything.
 
     with Launcher() as launcher:
         ended = launcher.train(root, "run", processes=2, changes=[...])
 
-Each process runs the command line. What should go wrong in one is described by a `Fault`. A process that is still there
+Each process runs the command line. A `Fault` describes what goes wrong in one of them. A process that is still running
 after the time limit is killed, and fails the test.
 """
 
@@ -25,15 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT = 120  # seconds of a training, on a busy machine
+LIMIT = 120  # seconds of a training run on a busy machine
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in the process `rank`, when it starts its step number `step`, counted from 1.
+    """What goes wrong in one process, unless torchrun has restarted it.
 
-    `kind` is "infinite" for a loss that is, "full disk" for one from then on, or the name of a signal that the process
-    gets. It happens in the first start of the processes only.
+    Attributes:
+        kind: "infinite" for an infinite loss, "full disk" for a disk that is full from then on, or the name of a signal
+            that the process receives.
+        rank: rank of the process.
+        step: the step at whose start it happens, counted from 1.
     """
 
     kind: str
@@ -50,12 +53,12 @@ class Ended:
 
     @property
     def said(self) -> list[str]:
-        """The errors on the terminal, of all processes."""
+        """The error messages of all processes."""
         return [line for text in self.outputs for line in text.splitlines() if line.startswith("error: ")]
 
 
 class Launcher:
-    """The process that forks."""
+    """Starts the process that forks, within a ``with`` block."""
 
     def __enter__(self) -> Launcher:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -84,15 +87,15 @@ class Launcher:
         """Train on the instances and images under `root` into ``root/out``.
 
         Args:
-            root: has instances.json and images.
+            root: folder with instances.json and images.
             out: name of the run directory.
-            processes: how many.
-            arguments: further ones of the command line.
-            fault: what goes wrong.
-            variables: environment variables of all processes, over those of torchrun; "" for none.
-            of_rank: further arguments of single processes.
+            processes: number of processes.
+            arguments: further command line arguments.
+            fault: what goes wrong, None for nothing.
+            variables: environment variables of all processes, overriding torchrun's; "" removes one.
+            of_rank: further arguments of single processes, by rank.
             float64: compute in float64.
-            restarts: with 1 or more, under torchrun's own agent with so many restarts.
+            restarts: if not 0, run under torchrun's own agent with this many restarts.
         """
         common = ["train", "--recipe", "demo", "--instances", str(root / "instances.json"), "--device", "cpu"]
         common += ["--images", str(root / "images"), "--out", str(root / out), *arguments]
@@ -106,12 +109,12 @@ class Launcher:
         self._process.stdin.write(json.dumps(work) + "\n")  # type: ignore[union-attr]
         self._process.stdin.flush()  # type: ignore[union-attr]
         answer = json.loads(self._process.stdout.readline())  # type: ignore[union-attr]
-        assert not answer["late"], f"still there after {LIMIT} s: {answer}"
+        assert not answer["late"], f"still running after {LIMIT} s: {answer}"
         return Ended(answer["codes"], answer["outputs"])
 
 
 def _run_command(work: dict[str, Any], rank: int) -> None:
-    """In a forked process: the command line of a rank."""
+    """Run the command line of a rank, in a forked process."""
     import torch
 
     from refdet.cli.main import main
@@ -124,7 +127,7 @@ def _run_command(work: dict[str, Any], rank: int) -> None:
 
 
 def _prepare(fault: Fault) -> None:
-    """Let it go wrong in this process, if it is the one."""
+    """Install a fault in this process, if its rank is that of the fault."""
     from refdet.detector.mask_rcnn import MaskRCNN
     from refdet.training import trainer
 
@@ -181,23 +184,23 @@ def _forked(work: dict[str, Any], rank: int, port: int, output: Path) -> int:
 
 
 def _under_agent(work: dict[str, Any]) -> None:
-    """In a forked process: torchrun's own agent, which starts the processes and starts them again."""
+    """Run torchrun's own agent in a forked process; it starts and restarts the processes."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         1, 1, len(work["commands"]), rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="none",
         max_restarts=work["restarts"], monitor_interval=0.1, start_method="fork",
     )  # fmt: skip
-    elastic_launch(config, _of_agent)(work)
+    elastic_launch(config, _run_as_agent_worker)(work)
     sys.exit(0)
 
 
-def _of_agent(work: dict[str, Any]) -> None:
+def _run_as_agent_worker(work: dict[str, Any]) -> None:
     _run_command(work, int(os.environ["RANK"]))
 
 
 def _serve() -> None:
-    """Run what stands on each line of stdin, and answer with a line."""
+    """Run the work on each line of stdin, and print its result as a line."""
     import tempfile
 
     import refdet.cli.train

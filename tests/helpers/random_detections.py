@@ -1,4 +1,4 @@
-"""Instances files and results at random, and COCO's AP of them by pycocotools."""
+"""Random instances files and results, and their AP by pycocotools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 150, 200
 
 
 def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An instances file of 3 images with crowds and odd areas, and results with ties of score."""
+    """An instances file of 3 images with crowds and odd areas, and results with tied scores."""
     rng = np.random.default_rng(seed)
     images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in (3, 5, 9)]
     annotations = []

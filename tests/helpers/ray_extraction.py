@@ -1,4 +1,4 @@
-"""The extraction of `interrupted_extraction` by workers on a Ray cluster of this machine that has several nodes."""
+"""The extraction of `interrupted_extraction` by workers on a Ray cluster of several nodes on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.structures.regions import Regions
 
-# Nothing but loopback, no usage statistics, no token in the user's folder; and dead nodes are noticed at once.
+# Only loopback, no telemetry, no token in the user's folder; and dead nodes are noticed quickly.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -53,7 +53,7 @@ def cluster_of(nodes: int) -> Iterator[Any]:
         from ray._private import ray_constants
         from ray.cluster_utils import Cluster
 
-        ray_constants.ENABLE_RAY_CLUSTER = False  # if Ray was imported before: its addresses are those of loopback
+        ray_constants.ENABLE_RAY_CLUSTER = False  # use loopback addresses even if Ray was imported before
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         try:
             for _ in range(nodes - 1):
@@ -83,18 +83,30 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Slowly:
-    """Tools of a worker that takes its time, notes who computed what in a folder, and may be killed there."""
+class SlowTools:
+    """Tools of a slow worker, which records in a folder what it computes, and may fail.
+
+    Attributes:
+        folder: folder of the records.
+        seconds: duration of a batch.
+        die_at: id of an image at which a worker is killed, None for none.
+        always: whether that happens to every worker, or only once.
+        missing_on: number of the worker, in order of start from 0, that sees no images; -1 for all.
+        missing_node: Ray's id of a node whose workers see no images.
+        full_on: number of the worker whose disk is full.
+        precision: arithmetic of the worker.
+        together: number of workers that must have started before any of them computes.
+    """
 
     folder: Path
     seconds: float = 0.1
-    die_at: int | None = None  # id of an image; once, or always
+    die_at: int | None = None
     always: bool = False
-    missing_on: int | None = None  # the worker that starts as this one, from 0, sees no images; -1 for all
-    missing_node: str = ""  # no worker of this node sees images
-    full_on: int | None = None  # the disk of this one is full
+    missing_on: int | None = None
+    missing_node: str = ""
+    full_on: int | None = None
     precision: str = "float32"
-    together: int = 1  # nobody computes before so many workers have started
+    together: int = 1
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
         import ray
@@ -126,7 +138,7 @@ class Slowly:
         return True
 
 
-def run_on(address: str, out: Path, make: Slowly, resume: bool = False, **changes: Any) -> Summary:
+def run_on(address: str, out: Path, make: SlowTools, resume: bool = False, **changes: Any) -> Summary:
     """Extract on a cluster."""
     header = replace(HEADER, options=PLAN.options)
     make.folder.mkdir(exist_ok=True)

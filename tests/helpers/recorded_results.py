@@ -1,4 +1,4 @@
-"""What methods return while something else calls them, so that a test need not compute it again."""
+"""Record the results of a method while other code calls it, so that a test need not compute them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 @contextmanager
 def results_of(owner: object, name: str) -> Iterator[list[Any]]:
-    """The results of all calls of the method `name` of an object from here on."""
+    """Record the results of all calls of the method `name` of an object within the block."""
     method, results = getattr(owner, name), []
 
     def recording(*given: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A small REFER dataset for tests, and writing it in any shape, sound or not."""
+"""A small REFER dataset for tests, which can be written with any contents, valid or not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write(
 
 
 def refclef(root: Path) -> Path:
-    """Three rows of the mask in one part, a column in the other, as RefClef has them."""
+    """Write a dataset like RefClef, whose masks are lists of RLEs: here three rows, and a column."""
     rows, column = np.zeros((2, 6, 8), np.uint8, order="C")
     rows[:3], column[:, 7] = 1, 1
     parts = [coco_mask.encode(np.asfortranarray(part)) for part in (rows, column)]

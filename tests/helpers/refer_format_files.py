@@ -1,4 +1,4 @@
-"""Write a REFER dataset in the forms that are found on the web, as their authors' scripts write them."""
+"""Write a REFER dataset in the formats found on the web, as their authors' scripts do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_jxu124(folder: Path, dataset: str, refs: Refs, instances: Instances, r
 
 
 def write_lmms(folder: Path, refs: Refs, instances: Instances) -> Path:
-    """A Parquet file per split with the bytes of the image in it, boxes in float32."""
+    """A Parquet file per split with the bytes of the images, and boxes in float32."""
     annotations = by_id(instances["annotations"])
     schema = pa.schema(
         [
@@ -96,7 +96,7 @@ def write_lmms(folder: Path, refs: Refs, instances: Instances) -> Path:
 
 
 def write_mdetr(folder: Path, dataset: str, refs: Refs, instances: Instances) -> Path:
-    """A COCO file per split with an image and an annotation for each sentence, ids going on from split to split."""
+    """A COCO file per split with an image and an annotation for each sentence, with ids that are unique over splits."""
     images, annotations = by_id(instances["images"]), by_id(instances["annotations"])
     folder.mkdir(parents=True)
     number = 0
@@ -138,7 +138,7 @@ def write_mdetr(folder: Path, dataset: str, refs: Refs, instances: Instances) ->
 
 
 def write_manual_download(path: Path, parts: dict[tuple[str, str], tuple[Refs, Instances]]) -> Path:
-    """refcoco.json of TensorFlow Datasets' script, of several datasets."""
+    """refcoco.json with several datasets, as of TensorFlow Datasets' script."""
     all_refs, coco = [], {}
     for (dataset, split_by), (refs, instances) in parts.items():
         annotations = by_id(instances["annotations"])
@@ -187,7 +187,7 @@ def write_examples(folder: Path, refs: Refs, instances: Instances, columns: bool
 
 
 def write_lines(folder: Path, dataset: str, refs: Refs, instances: Instances) -> Path:
-    """JSON lines with x1 y1 x2 y2 in pixels, two digits, in an order of their own."""
+    """JSON lines with x1 y1 x2 y2 in pixels with two decimals, in another order."""
     images, annotations = by_id(instances["images"]), by_id(instances["annotations"])
     folder.mkdir(parents=True)
     for split in splits_of(refs):

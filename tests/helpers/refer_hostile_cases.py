@@ -1,4 +1,4 @@
-"""Broken and hostile REFER files, generated, each with what must become of it."""
+"""Generated broken and malicious REFER files, each with the expected result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from typing import Any, NamedTuple
 
 from refer_examples import GREFS, INSTANCES, REFS, ref
 
-CANARY = "canary"  # a file in the working directory, made by any code that runs
+CANARY = "canary"  # a file in the working directory, created if a pickle runs its code
 COMMAND = f"touch {CANARY}"
 
 
 class Case(NamedTuple):
-    """Files, whether the refs and whether all of the dataset must be read, and what the error has in it."""
+    """Files and their expected result.
+
+    Attributes:
+        refs: value or bytes of the refs file.
+        instances: value or bytes of instances.json.
+        refs_good: whether the refs must be read.
+        good: whether the whole dataset must be read.
+        name: name of the refs file.
+        protocol: protocol of the pickle.
+        says: text that the error must contain.
+    """
 
     refs: Any = REFS
     instances: Any = INSTANCES
@@ -32,7 +42,7 @@ def text(string: str) -> bytes:
 
 
 def pickles_with_code() -> Iterator[tuple[str, Case]]:
-    """Every way of a pickle to name and call something."""
+    """Pickles that name and call objects in every possible way."""
     argument = b"X" + struct.pack("<I", len(COMMAND)) + COMMAND.encode()
     for module, name in (
         ("posix", "system"), ("os", "system"), ("os", "popen"), ("subprocess", "call"), ("builtins", "exec"),

@@ -1,4 +1,4 @@
-"""VGG-16 and MobileNet v1 detectors under the reference's names, by torchvision and by formulas."""
+"""VGG-16 and MobileNet v1 detectors under the reference's parameter names, from torchvision and from formulas."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ MOBILENET = (
 
 
 def torchvision_vgg(width: int = VGG_WIDTH, hidden: int = VGG_HIDDEN) -> vgg.VGG:
-    """torchvision's VGG-16 with narrower layers, of random weights."""
+    """torchvision's VGG-16 with narrower layers and random weights."""
     layers = [item if item == "M" else item * width // 64 for item in vgg.cfgs["D"]]
     with torch.random.fork_rng():
         torch.manual_seed(6)
@@ -36,14 +36,14 @@ def torchvision_vgg(width: int = VGG_WIDTH, hidden: int = VGG_HIDDEN) -> vgg.VGG
 
 
 def vgg_weights(classes: int = 4, anchors: int = 12) -> Tensors:
-    """A Faster R-CNN with `torchvision_vgg`, in the names of lichengunc/mask-faster-rcnn."""
+    """Weights of a Faster R-CNN with `torchvision_vgg`, under the names of lichengunc/mask-faster-rcnn."""
     own = torchvision_vgg().state_dict()
     backbone = {f"vgg.{name}": value for name, value in own.items() if not name.startswith("classifier.6.")}
     return backbone | _layers(8 * VGG_WIDTH, VGG_HIDDEN, classes, anchors)
 
 
 def mobilenet_weights(classes: int = 4, anchors: int = 12, counters: bool = True) -> Tensors:
-    """A Faster R-CNN with a MobileNet v1, in the names of pytorch-faster-rcnn."""
+    """Weights of a Faster R-CNN with a MobileNet v1, under the names of pytorch-faster-rcnn."""
     found: Tensors = {}
     random = torch.Generator().manual_seed(7)
 

@@ -1,4 +1,4 @@
-"""An extraction of ten drawn images in shards of two, to be stopped and resumed."""
+"""An extraction of ten images in shards of two, to be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 
 RECIPE = {"model": {"width": 64}, "input": {"min_sizes": [600], "max_size": 1000}}
-OWN = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)
+RECIPE_HEADER = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)
 
 
 def load(record: ImageRecord) -> np.ndarray:
@@ -33,7 +33,7 @@ def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
             raise KeyboardInterrupt
         return compute(batch, images)
 
-    given: dict[str, Any] = {"header": OWN, "load": load, "compute": stops, "shard_images": 2, **changes}
+    given: dict[str, Any] = {"header": RECIPE_HEADER, "load": load, "compute": stops, "shard_images": 2, **changes}
     return extract(out, PLAN, batches=BATCHES, records=RECORDS, **given)
 
 

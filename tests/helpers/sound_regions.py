@@ -1,4 +1,4 @@
-"""Regions at random that fit any columns of a store."""
+"""Random valid regions for any columns of a store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER = store.Header([{"id": 3, "name": "dög"}, {"id": 7, "name": "cat"}], "na
 
 
 def draw(image_id: int, n: int, columns: store.Columns, name: str = "a.jpg", error: str = "", seed: int = 0) -> Regions:
-    """Sound regions of an image of 9 x 7 pixels, with the columns of a store."""
+    """Valid regions of an image of 9 x 7 (height x width) pixels, with the columns of a store."""
     random = np.random.default_rng([seed, image_id])
     low = random.random((n, 2)) * (3, 4)
     known = bool(columns.maps) and not error

@@ -22,7 +22,7 @@ def write_refs(root: Path, refs: Refs) -> Path:
 
 
 def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None) -> dict[str, Any]:
-    """An instances file; images have COCO's names but for those in ``names``."""
+    """An instances file; images have COCO's names except for those in ``names``."""
     named = {i: f"COCO_train2014_{i:012d}.jpg" for i in ids} | (names or {})
     return {
         "info": {"description": "d\u00e9j\u00e0 vu"},

@@ -1,4 +1,4 @@
-"""Regions that look like a detector's, for the tests of what stores them."""
+"""Regions like a detector's, for the tests of stores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_regions(image_id: int, n: int, seed: int = 0) -> Regions:
 
 
 def random_mask(random: np.random.Generator, height: int, width: int) -> bytes:
-    """A compressed RLE of an image, of a random number of runs."""
+    """Counts of a compressed RLE with a random number of runs."""
     cuts = np.sort(random.integers(0, height * width + 1, int(random.integers(0, 5))))
     runs = np.diff(cuts, prepend=0, append=height * width).tolist()
     counts: bytes = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
@@ -44,7 +44,7 @@ def record(regions: Regions) -> ImageRecord:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Everything in an HDF5 file by its name, but for what it tells of the run that made it."""
+    """Everything in an HDF5 file by name, except for the attribute ``run``."""
     found: dict[str, Any] = {}
 
     def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:

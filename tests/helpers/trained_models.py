@@ -1,4 +1,4 @@
-"""Small detectors of random weights whose norms do something, and images for them."""
+"""Small detectors with random weights and nontrivial norms, and images for them."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "inp
          "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
 CROP = ["model.stride_in_1x1=true", "model.legacy_plus_one=true", "model.legacy_tie_order=true", "input.resize=opencv"]
-# what is folded, and whether conv5 enters early
+# recipe changes, and whether `SplitRes5` replaces res5
 VARIANTS: dict[str, tuple[list[str], bool]] = {
     "c4": ([], True),
     "frozen": (["model.norm=frozen"], True),
@@ -34,7 +34,7 @@ NAMES = {1: "person", 3: "car", 7: "train", 44: "bottle"}
 
 
 def trained_model(*changes: str) -> MaskRCNN:
-    """A small one whose norms do something."""
+    """A small detector with random weights and nontrivial norms."""
     torch.manual_seed(0)
     model = MaskRCNN(recipes.load("demo").with_changes([*SMALL, *changes]), len(IDS))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def trained_model(*changes: str) -> MaskRCNN:
 
 
 def saved_model(folder: Path, *changes: str) -> Path:
-    """The run directory of `trained_model`."""
+    """Write the run directory of a `trained_model`."""
     model = trained_model(*changes)
     provenance = Provenance("split.json", "", 12, 40, "ab" * 32)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Trainings that take seconds: a tiny recipe, a drawn dataset on disk, and its annotations to be changed."""
+"""Training runs of seconds: a tiny recipe, and a drawn dataset whose annotations can be changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(*changes: str) -> Recipe:
 
 
 def squares(root: Path, change: Change = lambda tree: None, images: int = 4) -> Path:
-    """Images of two squares each under ``root/images``; their instances JSON, with a change."""
+    """Draw images of two squares each into ``root/images``, and write their instances JSON, modified by `change`."""
     folder = root / "images"
     folder.mkdir(parents=True, exist_ok=True)
     tree: dict[str, Any] = {
@@ -55,5 +55,5 @@ def run(root: Path, *changes: str, out: str = "run", device: str = "cpu", **more
 
 
 def steps_of(out: Path) -> list[int]:
-    """The steps that metrics.jsonl has."""
+    """The steps in metrics.jsonl."""
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]

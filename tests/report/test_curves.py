@@ -78,7 +78,7 @@ def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -
     seen: list[np.ndarray] = []
     monkeypatch.setattr("refdet.report.confusions._draw", lambda plot, shares, labels: seen.append(shares))
     confused = Counter({(1, 1): 5, (1, 2): 3, (2, 2): 4, (3, 3): 7, (2, 9): 1})
-    errors = DetectionErrors(1, 25, of_category=Counter({1: 10, 2: 5, 3: 7}), confused=confused)
+    errors = DetectionErrors(1, 25, objects_by_category=Counter({1: 10, 2: 5, 3: 7}), confusions=confused)
     chart = confusion_map(errors, {1: "cat", 2: "dog"})
     # dog was confused oftenest; 3 never, and 9 has no objects; then another category, and no region
     np.testing.assert_allclose(seen[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
@@ -90,7 +90,7 @@ def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -
 def test_the_map_is_limited_and_well_formed() -> None:
     names = {i: f"<b>{i}&" * 9 for i in range(40)}
     confused = Counter({(i, (i + 1) % 40): 1 for i in range(40)})
-    errors = DetectionErrors(1, 40, of_category=Counter(range(40)), confused=confused)
+    errors = DetectionErrors(1, 40, objects_by_category=Counter(range(40)), confusions=confused)
     svg = confusion_map(errors, names).svg
     assert "<b>" not in svg and svg.count(">100<") <= MAX_CATEGORIES and len(svg) < 200_000
 

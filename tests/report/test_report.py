@@ -24,7 +24,7 @@ from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import PipelineStep, ReferPart, ReportInputs
 from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
-from refdet.report.figures import LONG_SIDE, Key, draw
+from refdet.report.figures import LONG_SIDE, Legend, draw
 from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLOURS
@@ -325,7 +325,7 @@ def test_hardest_is_worst_first_and_only_missed_ones() -> None:
 
 
 def test_objects_in_one_region_share_its_colour() -> None:
-    key = Key.of(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
+    key = Legend.of(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
     assert key.numbers == {1: [1, 3]}  # the second is missed
     assert key.colours == [COLOURS[0], COLOURS[1], COLOURS[0]]
     assert key.others == [0, 2]  # likely, and nobody speaks of them
@@ -333,7 +333,7 @@ def test_objects_in_one_region_share_its_colour() -> None:
 
 def test_regions_are_drawn_where_they_are() -> None:
     one = scene(1, "a", (0.9,))
-    image = draw(one, np.zeros((80, 100, 3), np.uint8), Key.of(one))
+    image = draw(one, np.zeros((80, 100, 3), np.uint8), Legend.of(one))
     assert image.size == (LONG_SIDE, round(80 * LONG_SIDE / 100))
     scale = LONG_SIDE / 100
     blue = tuple(int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))

@@ -222,7 +222,7 @@ def test_pictures_and_tables_are_escaped(hostile: str) -> None:
     body = "{{ ui.table(x, [x, x], [[x, x]], [(1, x)]) }}{{ ui.tiles([(x, x)]) }}"
     same_tags(lambda text: fragment(body, x=text), hostile)
     same_tags(lambda text: ceiling_section(scene(text, False).referred), hostile)
-    errors = DetectionErrors(1, 2, of_category=Counter({1: 2}), confused=Counter({(1, 2): 2}))
+    errors = DetectionErrors(1, 2, objects_by_category=Counter({1: 2}), confusions=Counter({(1, 2): 2}))
     rates = {1: {**RATES, "APl": 0.1}}
     same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text), hostile)
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from resumable_extraction import OWN, run
+from resumable_extraction import RECIPE_HEADER, run
 from safetensors.numpy import save_file
 
 from refdet.errors import InputError, Interrupted
@@ -133,7 +133,7 @@ def test_every_part_of_a_store_that_may_be_absent(
 def test_an_unfinished_store(tmp_path: Path) -> None:
     out, parts = tmp_path / "a.h5", tmp_path / "a.h5.parts"
     with pytest.raises(Interrupted):
-        run(out, stop_at=2, header=replace(OWN, provenance=PROVENANCE.to_json()))
+        run(out, stop_at=2, header=replace(RECIPE_HEADER, provenance=PROVENANCE.to_json()))
     found = describe(parts)
     assert found["kind"] == "unfinished store" and (found["shards_finished"], found["shards"]) == (2, 4)
     assert (found["images"], found["categories"], found["options"]["score_threshold"]) == (10, 1, 0.05)

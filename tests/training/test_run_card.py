@@ -9,7 +9,7 @@ from training_examples import tiny
 
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.structures.provenance import Provenance
-from refdet.training.metrics_rows import DATA
+from refdet.training.metrics_rows import DATA_HASH_KEY
 from refdet.training.run_card import CARD, write_card
 
 META = CheckpointMetadata(tiny(), ((3, "a"),), Provenance("split.json", "ab", 4, 8, "cd"), 6)
@@ -18,11 +18,11 @@ META = CheckpointMetadata(tiny(), ((3, "a"),), Provenance("split.json", "ab", 4,
 @pytest.mark.parametrize("first", ["ab", None])
 def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: str | None) -> None:
     """`first` is the hash of other data; older rows have none."""
-    other = {} if first is None else {DATA: first}
+    other = {} if first is None else {DATA_HASH_KEY: first}
     rows = [
         {"step": 2, "val_bbox_AP": 0.9, **other},
-        {"step": 4, "val_bbox_AP": 0.5, DATA: "cd"},
-        {"step": 6, "val_bbox_AP": 0.4, DATA: "cd"},
+        {"step": 4, "val_bbox_AP": 0.5, DATA_HASH_KEY: "cd"},
+        {"step": 6, "val_bbox_AP": 0.4, DATA_HASH_KEY: "cd"},
     ]
     write_card(tmp_path, META, rows, "3 images of second.json")
     card = (tmp_path / CARD).read_text()
@@ -32,7 +32,10 @@ def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: s
 
 def test_the_learning_curve_has_ap_on_the_data_of_the_last_validation(tmp_path: Path) -> None:
     rows = [{"step": step, "loss": 2.0} for step in (2, 4)]
-    validated = [{"step": 2, "val_bbox_AP": 0.9, DATA: "ab"}, {"step": 4, "val_bbox_AP": 0.5, DATA: "cd"}]
+    validated = [
+        {"step": 2, "val_bbox_AP": 0.9, DATA_HASH_KEY: "ab"},
+        {"step": 4, "val_bbox_AP": 0.5, DATA_HASH_KEY: "cd"},
+    ]
     write_card(tmp_path, META, [*rows, *validated], "3 images of second.json")
     card = (tmp_path / CARD).read_text()
     curve = card[card.index("## Learning curve") : card.index("## How to use it")]

@@ -1,9 +1,9 @@
 """The items that can be downloaded, and their sources: the only file with URLs.
 
 REFER's server, bvisionweb1.cs.unc.edu, stopped answering in September 2022; the Web Archive captured its archives that
-April (``id_`` in a URL asks for the original bytes). Sizes and SHA-256 of COCO's archives are those that
-TensorFlow Datasets records, of REFER's those that users of these captures have published; MD5 of the minival lists is
-that of the scripts that download them. refdet has not been run against these URLs.
+April (``id_`` in a URL asks for the original bytes). Sizes and SHA-256 of COCO's archives are from TensorFlow Datasets,
+those of REFER's were published by users of these captures, and the MD5 of the minival lists is from the scripts that
+download them. refdet has not been run against these URLs.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def convert_refer(
     _check_split_names(renamed, groups)
     _check_new(root, groups)
     coco = None if instances is None else read_coco(Path(instances))
-    # all before the first file is written, so that a late error leaves nothing behind
+    # everything is prepared before the first file is written, so that a late error leaves nothing behind
     plans = [_make_plan(root, pair, sources, coco, renamed) for pair, sources in groups.items()]
     new = [
         _new_instances(root, name, [plan for plan in plans if plan.result.dataset == name])
@@ -100,6 +100,8 @@ def convert_refer(
 
 @dataclass(frozen=True)
 class _Plan:
+    """What to write for a dataset and split_by: the entries of its refs file, and its instances."""
+
     result: ConvertedDataset
     entries: list[dict[str, Any]]
     instances: dict[str, Any]

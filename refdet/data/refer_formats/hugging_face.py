@@ -40,25 +40,25 @@ def read_parquet(path: Path, split: str) -> Source:
     """
     full = True
 
-    def choose(schema: Any) -> list[str]:
+    def choose_columns(schema: Any) -> list[str]:
         nonlocal full
         columns, full = _columns_of(path, schema.names)
         return columns
 
-    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose))]
+    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose_columns))]
     return _read_full(rows) if full else _read_with_images(rows, split)
 
 
 def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
     """The columns to read, and whether they are those of jxu124's format; images are never read."""
     if not {"ref_id", "ann_id"} & set(columns) and {"answer", "question_id"} & set(columns):
-        format, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
+        source, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
     else:
-        format, needed, full = "jxu124/refcoco", list(_REFS), True
+        source, needed, full = "jxu124/refcoco", list(_REFS), True
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InputError(
-            f"{path}: no column {', '.join(missing)}; a Parquet file in the format of {format} has {', '.join(needed)}"
+            f"{path}: no column {', '.join(missing)}; a Parquet file in the format of {source} has {', '.join(needed)}"
         )
     known = (*_IN_FULL, "anns_id") if full else (*_WITH_IMAGES, "question_id")
     return [name for name in known if name in columns], full

@@ -63,7 +63,7 @@ def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int 
     Args:
         box: the box as a format has it.
         other: the exact box in the same layout.
-        unit: see `last_digit`.
+        unit: unit of the last decimal place of ``box``, from `last_digit`.
 
     Returns:
         0 if they are equal in float32, 1 if rounding gives the box, 2 if truncation gives it, None otherwise.

@@ -31,18 +31,18 @@ _LEVELS = 4  # the file and the folders above it whose names may have the datase
 
 
 def source_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The files of sources, those of folders at any depth, sorted.
+    """List the files of sources, searching folders recursively.
 
-    Of a folder with Parquet files only these are read; a note says so if it also has JSON files.
+    In a folder with Parquet files only those are read; a note says so if it also has JSON files.
 
     Args:
         sources: files and folders.
 
     Returns:
-        The files.
+        The files, sorted within each folder.
 
     Raises:
-        InputError: a source does not exist, or a folder has none.
+        InputError: a source does not exist, or a folder has no such file.
     """
     files: list[Path] = []
     for source in map(Path, sources):

@@ -44,7 +44,7 @@ def split_in(path: Path) -> str:
 
 
 def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
-    """REFER's names of splits.
+    """Map the split names of a source to REFER's.
 
     A name that REFER uses is kept. Other splits are recognized by their number of refs and images, or by elimination:
     ``test`` next to ``testB`` is ``testA``.

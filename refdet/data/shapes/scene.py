@@ -53,7 +53,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScenePlan:
     """Requirements of a scene: a greyscale file, a crowd, several persons."""
 
     grey: bool
@@ -61,13 +61,13 @@ class Plan:
     persons: bool
 
     @staticmethod
-    def of_index(index: int) -> Plan:
+    def of_index(index: int) -> ScenePlan:
         """Fixed fractions by index in the split, so that small datasets have every kind."""
-        return Plan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
+        return ScenePlan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _DrawnShape:
     """A shape before occlusion: `box` encloses `mask`, `full_area` is its area without clipping."""
 
     category: Category
@@ -80,7 +80,7 @@ class _Drawn:
     full_area: float
 
 
-def draw_scene(rng: np.random.Generator, plan: Plan) -> Scene:
+def draw_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene:
     """A random scene that satisfies `plan`: 3 to 8 shapes, each mostly visible."""
     while True:
         scene = _try_scene(rng, plan)
@@ -88,7 +88,7 @@ def draw_scene(rng: np.random.Generator, plan: Plan) -> Scene:
             return scene
 
 
-def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
+def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
     height, width = SIZES[int(rng.integers(len(SIZES)))]
     theme = PERSON if plan.persons else CATEGORIES[int(rng.integers(1, len(CATEGORIES)))]
     repeats = int(rng.integers(2, 4))
@@ -100,7 +100,7 @@ def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
     # large shapes tend to be painted first, so that they do not hide small ones
     sizes = rng.choice(len(SIDES), size=len(categories), p=(0.3, 0.45, 0.25))
     order = np.argsort(-sizes + rng.normal(0, 0.7, len(categories)), kind="stable")
-    drawn: list[_Drawn] = []
+    drawn: list[_DrawnShape] = []
     owner = np.full((height, width), _NOTHING, dtype=np.uint8)
     if crowd is not None:
         owner[crowd.mask] = _CROWD
@@ -122,7 +122,7 @@ def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
     return Scene(height, width, plan.grey, tuple(things), owner)
 
 
-def _paint_for(rng: np.random.Generator, grey: bool) -> tuple[str, tuple[int, int, int]]:
+def _random_paint(rng: np.random.Generator, grey: bool) -> tuple[str, tuple[int, int, int]]:
     if grey:
         level = GREYS[int(rng.integers(len(GREYS)))]
         return str(level), (level, level, level)
@@ -137,7 +137,7 @@ def _draw_shape(
     grey: bool,
     height: int,
     width: int,
-) -> _Drawn | None:
+) -> _DrawnShape | None:
     side = float(rng.uniform(*sides))
     if category == PERSON:
         side *= 1.15  # a person is narrow; gives it as many pixels as the others
@@ -146,7 +146,7 @@ def _draw_shape(
     # one in eight extends beyond the picture
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     centre = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
-    colour, rgb = _paint_for(rng, grey)
+    colour, rgb = _random_paint(rng, grey)
     return _rasterise(category, colour, rgb, centre, size, angle, height, width)
 
 
@@ -159,7 +159,7 @@ def _rasterise(
     angle: float,
     height: int,
     width: int,
-) -> _Drawn | None:
+) -> _DrawnShape | None:
     outline = place(unit_outline(category.name), centre, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
     full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
@@ -168,10 +168,10 @@ def _rasterise(
         mask &= ~masks.rasterise(holes, height, width)
     if not mask.any():
         return None
-    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
+    return _DrawnShape(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
 
 
-def _fits(shape: _Drawn, drawn: list[_Drawn], owner: np.ndarray) -> bool:
+def _fits(shape: _DrawnShape, drawn: list[_DrawnShape], owner: np.ndarray) -> bool:
     """Whether the shape, painted on top, leaves everything recognisable, including itself at the border."""
     if shape.mask.sum() < MIN_VISIBLE * shape.full_area or (owner[shape.mask] == _CROWD).any():
         return False
@@ -201,11 +201,13 @@ def _iou(a: Box, b: Box) -> float:
     return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
-def _draw_crowd(rng: np.random.Generator, plan: Plan, used: list[Category], height: int, width: int) -> _Drawn:
+def _draw_crowd(
+    rng: np.random.Generator, plan: ScenePlan, used: list[Category], height: int, width: int
+) -> _DrawnShape:
     """A cluster of tiny shapes of a category that is not elsewhere in the scene."""
     unused = [c for c in CATEGORIES if c not in used]
     category = unused[int(rng.integers(len(unused)))]
-    colour, rgb = _paint_for(rng, plan.grey)
+    colour, rgb = _random_paint(rng, plan.grey)
     columns, rows = int(rng.integers(4, 6)), int(rng.integers(2, 4))
     pitch = 13.0
     left = float(rng.uniform(8, width - 8 - columns * pitch))
@@ -219,10 +221,10 @@ def _draw_crowd(rng: np.random.Generator, plan: Plan, used: list[Category], heig
             shape = _rasterise(category, colour, rgb, centre, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
-    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
+    return _DrawnShape(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
 
 
-def _thing(shape: _Drawn, visible: np.ndarray, grey: bool, crowd: bool = False) -> Thing:
+def _thing(shape: _DrawnShape, visible: np.ndarray, grey: bool, crowd: bool = False) -> Thing:
     segmentation: list[list[float]] | dict[str, Any]
     if crowd:
         segmentation = masks.uncompressed_rle(visible)

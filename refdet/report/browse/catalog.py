@@ -29,7 +29,7 @@ CREATE TABLE sentence(key INTEGER PRIMARY KEY, object INTEGER, sent_id INTEGER, 
                       answer TEXT, answer_masks TEXT, iou REAL, wrong INTEGER);
 CREATE VIRTUAL TABLE words USING fts5(text, content='sentence', content_rowid='key');
 """
-# after the rows, as filling an index row by row takes longer
+# created after the rows are added, as updating an index row by row takes longer
 _INDICES = """
 CREATE INDEX object_position ON object(position);
 CREATE INDEX annotation_position ON annotation(position);
@@ -42,7 +42,7 @@ CREATE INDEX image_id ON image(id);
 
 @dataclass(frozen=True)
 class Referent:
-    """An object that sentences refer to; in gRefCOCO several or none; without refs an annotated object.
+    """An object that sentences refer to, or several or none in gRefCOCO; without refs, an annotated object.
 
     Attributes:
         label: its name on the page, such as "ref 17".
@@ -101,7 +101,7 @@ class Catalog:
             return self._connection.execute(query, values).fetchall()
 
     def write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run a statement for each of some rows."""
+        """Run a statement for each row."""
         values = list(rows)
         with self._lock, self._connection:
             self._connection.executemany(statement, values)
@@ -130,13 +130,13 @@ class Catalog:
         self.write("INSERT INTO annotation VALUES (?,?,?)", ((p, c, json.dumps(box)) for p, c, box in rows))
 
     def index(self) -> None:
-        """Build the indices, once images, referents and annotations are there."""
+        """Build the indices, once images, referents and annotations have been added."""
         with self._lock, self._connection:
             self._connection.executescript(_INDICES)
             self._connection.execute("INSERT INTO words(words) VALUES ('rebuild')")
 
     def count(self, table: str, condition: str = "1") -> int:
-        """Number of rows of a table; both texts are the program's own."""
+        """Number of rows of a table; the arguments must not be user input."""
         return int(self.rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0])
 
     def segmentations(self, key: int) -> list[Any]:

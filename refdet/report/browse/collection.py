@@ -28,7 +28,7 @@ MAX_PREVIEW_REGIONS = 100  # regions in a thumbnail
 
 
 @dataclass(frozen=True)
-class ReportInputs:
+class BrowseInputs:
     """What to show.
 
     Attributes:
@@ -38,7 +38,7 @@ class ReportInputs:
         dataset: folder in ``refer_root``.
         split_by: the division into splits.
         predictions: JSON of a model's answers on the first store; needs refs.
-        instances: instances JSON whose boxes are shown beside the regions; without refs they are the referents.
+        instances: instances JSON whose boxes are shown next to the regions; without refs they are the referents.
     """
 
     stores: Sequence[Path]
@@ -63,10 +63,10 @@ class Collection:
         stores: the open stores.
         source: the images, or None.
         catalog: images, referents and sentences.
-        names: of each store, category id -> name; of those that a store lacks, as the refs or instances have them.
-        referent_names: category id -> name of the referents, as their file has them.
-        annotation_names: the same of the annotations.
-        notes: what is unusual about the files, a sentence each.
+        names: category id -> name, for each store; names that a store lacks are those of the refs or instances.
+        referent_names: category id -> name in the file of the referents.
+        annotation_names: category id -> name in the file of the annotations.
+        notes: sentences about what is unusual in the files.
         generalized: whether the refs are gRefCOCO's, with any number of objects.
         sentence_images: sentence id -> its image, to read predictions with; empty without them.
 
@@ -75,7 +75,7 @@ class Collection:
         refer.ReferError: the refs cannot be read.
     """
 
-    def __init__(self, inputs: ReportInputs) -> None:
+    def __init__(self, inputs: BrowseInputs) -> None:
         self.inputs = inputs
         self.notes: list[str] = []
         if not 1 <= len(inputs.stores) <= MAX_STORES:
@@ -127,7 +127,7 @@ class Collection:
             store.close()
 
     def changed(self) -> list[str]:
-        """The stores whose files are no longer what was opened."""
+        """Paths of the stores whose files have changed since they were opened."""
         return [
             str(store.path) for store, state in zip(self.stores, self._states, strict=True) if _state(store) != state
         ]
@@ -136,12 +136,12 @@ class Collection:
         """Boxes of the top-scoring regions of an image in the first store, for a thumbnail.
 
         Args:
-            position: of the image.
-            count: the top-scoring regions that are wanted; of these at most `MAX_PREVIEW_REGIONS` are given.
+            position: position of the image.
+            count: number of top-scoring regions that are wanted; at most `MAX_PREVIEW_REGIONS` are returned.
             score: lowest score of them, None for all.
 
         Returns:
-            "boxes", and the number that is "wanted".
+            "boxes", and the number of regions that are "wanted".
         """
         first = self.stores[0]
         begin, end = (int(row) for row in first.region_start[position : position + 2])
@@ -154,10 +154,10 @@ class Collection:
             chosen = chosen[scores[chosen] >= np.float32(score)]
         return {"boxes": to_json_numbers(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
 
-    def box(self, position: int, place: int) -> list[float]:
-        """Box of a region of an image in the first store."""
+    def box(self, position: int, region: int) -> list[float]:
+        """Box xyxy in pixels of a region, by its index in an image of the first store."""
         first = self.stores[0]
-        row = int(first.region_start[position]) + place
+        row = int(first.region_start[position]) + region
         try:
             box: list[float] = to_json_numbers(first.data["regions/box"][row])
         except stores.CORRUPTION_ERRORS as error:
@@ -228,7 +228,7 @@ class Collection:
             )
 
     def _compare_names(self, names: Mapping[int, str], file: str) -> None:
-        """Note where a file names categories otherwise than the first store; take over those that a store lacks."""
+        """Note categories that a file and the first store name differently; add names that a store lacks."""
         first = self.stores[0]
         other = [i for i, name in first.names.items() if names.get(i, name) != name]
         if other:
@@ -237,7 +237,7 @@ class Collection:
                 f"{names[other[0]]!r} and {first.names[other[0]]!r}; objects have the names of the one, regions of the "
                 "other"
             )
-        self.names = [{**names, **of_store} for of_store in self.names]
+        self.names = [{**names, **store_names} for store_names in self.names]
 
     def _compare_sizes(self, sizes: Mapping[int, tuple[int, int]], file: str) -> None:
         """Note images whose (height, width) in a file is not that in the first store."""
@@ -301,7 +301,7 @@ class Collection:
 
 
 def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """Numbers as JSON has them; those of a damaged store may not be finite."""
+    """Convert to numbers for JSON, which a damaged store's may not be: NaN becomes 0, and infinity 1e9."""
     numbers: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
     return numbers
 

@@ -1,7 +1,7 @@
-"""`Indexer`: fill the catalog with what takes seconds to compute, while the page is already shown.
+"""`Indexer`: compute in the background what takes seconds, while the page is already shown, and add it to the catalog.
 
-The IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a model's
-answers are right.
+That is the IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a
+model's answers are right.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 64  # images read at a time
-_PAUSE, _MAX_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
-_RIGHT = 0.5  # IoU from which an answer is right
+_BLOCK_IMAGES = 64  # images read at a time
+_PAUSE, _MAX_PAUSE = 0.1, 1.0  # seconds to wait after a request, and at most before each block
+_CORRECT_IOU = 0.5  # IoU from which an answer is correct
 
 
 class Indexer:
-    """Computes in a thread of its own; `status` says how far it is.
+    """Computes in a thread of its own; `status` returns its progress.
 
     Args:
-        collection: what to compute it of.
+        collection: the stores, and the catalog to add to.
     """
 
     def __init__(self, collection: Collection) -> None:
@@ -47,7 +47,7 @@ class Indexer:
         self._stage = "regions"
         self._error = ""
         self._scores = (0.0, 1.0)
-        self._asked = 0.0
+        self._last_request = 0.0
 
     def start(self) -> None:
         """Start computing."""
@@ -64,20 +64,20 @@ class Indexer:
         self._thread.join()
 
     def give_way(self) -> None:
-        """Let a request go first, as it would otherwise wait for the interpreter again and again."""
-        self._asked = time.monotonic()
+        """Pause for a request, which would otherwise compete with this thread for the interpreter."""
+        self._last_request = time.monotonic()
 
     def status(self) -> dict[str, Any]:
-        """The stage ("regions", "answers" or "" when done), the part of it in 0..1, an error or "", and the scores.
+        """The stage ("regions", "answers" or "" when done), its progress in 0..1, an error or "", and the score range.
 
-        The scores are the lowest and the highest of the regions so far, with 0 and 1 among them.
+        The range is from the lowest to the highest score of the regions so far, and at least 0 to 1.
         """
         part = self._done / self._total if self._total and self._stage == "regions" else 1.0
         return {"stage": self._stage, "part": round(part, 3), "error": self._error, "scores": self._scores}
 
     def _wait_for_requests(self) -> None:
         latest = time.monotonic() + _MAX_PAUSE
-        while time.monotonic() < min(latest, self._asked + _PAUSE) and not self._stop.is_set():
+        while time.monotonic() < min(latest, self._last_request + _PAUSE) and not self._stop.is_set():
             self._stop.wait(_PAUSE / 5)
 
     def _run(self) -> None:
@@ -96,11 +96,11 @@ class Indexer:
         self._stage = ""
 
     def _regions(self, number: int, store: Store) -> None:
-        for begin in range(0, len(store), _BLOCK):
+        for begin in range(0, len(store), _BLOCK_IMAGES):
             self._wait_for_requests()
             if self._stop.is_set():
                 return
-            end = min(begin + _BLOCK, len(store))
+            end = min(begin + _BLOCK_IMAGES, len(store))
             try:
                 block = _Block.read(store, begin, end)
             except stores.CORRUPTION_ERRORS as error:
@@ -143,7 +143,7 @@ class _Block:
         return cls(store.image_ids[begin:end].tolist(), starts - starts[0], columns)
 
     def describe(self, catalog: Catalog, first: int) -> None:
-        """Add the highest score of each image, and which categories of which sizes it has."""
+        """Add the highest score of each image, and the categories and sizes of its regions."""
         scores = [
             (float(self.scores[a:b].max()), first + i)
             for i, (a, b) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True))
@@ -157,31 +157,31 @@ class _Block:
         catalog.write("INSERT OR IGNORE INTO present VALUES (?,?,?)", present.tolist())
 
     def cover(self, catalog: Catalog, number: int) -> None:
-        """Add the best region of each referent and its IoU, the lowest of several objects."""
-        marks = ",".join("?" * len(self.ids))
+        """Add the best region of each referent and its IoU; with several objects, of the worst-covered one."""
+        placeholders = ",".join("?" * len(self.ids))
         rows = catalog.rows(
-            f"SELECT o.key, i.id, o.boxes FROM image i JOIN object o USING (position) WHERE i.id IN ({marks})",
+            f"SELECT o.key, i.id, o.boxes FROM image i JOIN object o USING (position) WHERE i.id IN ({placeholders})",
             self.ids,
         )
         by_image: dict[int, list[tuple[int, Any]]] = defaultdict(list)
         for key, image_id, boxes in rows:
             by_image[image_id].append((key, json.loads(boxes)))
         updates = []
-        for place, image_id in enumerate(self.ids):
-            begin, end = self.starts[place], self.starts[place + 1]
+        for index, image_id in enumerate(self.ids):
+            begin, end = self.starts[index], self.starts[index + 1]
             for key, boxes in by_image[image_id]:
                 if boxes:
                     iou, best = _best(np.array(boxes, np.float64), self.boxes[begin:end])
                     updates.append((iou, best, None if best is None else float(self.scores[begin + best]), key))
         if number == 0:
             catalog.write("UPDATE object SET iou0 = ?, best0 = ?, score = ? WHERE key = ?", updates)
-        else:  # scores of two detectors are not comparable: referents have those of the first store only
-            of_this = [(iou, best, key) for iou, best, _, key in updates]
-            catalog.write("UPDATE object SET iou1 = ?, best1 = ? WHERE key = ?", of_this)
+        else:  # without scores, as those of two detectors are not comparable
+            without_scores = [(iou, best, key) for iou, best, _, key in updates]
+            catalog.write("UPDATE object SET iou1 = ?, best1 = ? WHERE key = ?", without_scores)
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
-    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None if none overlaps it."""
+    """Lowest of the best IoUs of boxes (n, 4) with regions (m, 4), and that box's best region, None without overlap."""
     if not len(regions):
         return 0.0, None
     ious = np.nan_to_num(box_iou(boxes, regions))
@@ -195,6 +195,6 @@ def _answer(prediction: Prediction, truth: list[list[float]]) -> AnswerRow:
     masks = [mask["counts"].decode("ascii") for mask in prediction.masks or ()]
     if len(boxes) == len(prediction.boxes) == 1:
         iou = float(box_iou(prediction.boxes, boxes)[0, 0])
-        return AnswerRow(prediction.boxes.tolist(), masks, iou, iou < _RIGHT)
+        return AnswerRow(prediction.boxes.tolist(), masks, iou, iou < _CORRECT_IOU)
     scores = generalized_scores([Answer(boxes, None, prediction.boxes, None)])
     return AnswerRow(prediction.boxes.tolist(), masks, None, scores["precision@F1=1,IoU>=0.5"] != 1.0)

@@ -1,4 +1,4 @@
-"""What the page asks: filters, order and page of a list."""
+"""Parameters of the page's requests: filters, order and page of a list."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COVERED = 0.5
 
 SHOWN = ("refs", "images")
 ONLY = ("", "uncovered", "wrong", "failed")
-PAGE = 60
-_MAX_PAGE_SIZE = 1000  # of a page
+PAGE_SIZE = 60
+_MAX_PAGE_SIZE = 1000
 _MAX_SEARCH_LENGTH = 500
 
 _ORDERS = {
@@ -49,7 +49,7 @@ class Filter:
         search: words that a sentence must have; the last one may be the start of a word.
         split: name of a split, "" for all.
         category: category id, of referents or of any region of the images; None for all.
-        size: one of `SIZES`, likewise; "" for all.
+        size: one of `SIZES`, of referents or of any region of the images; "" for all.
         only: "uncovered" for referents that no region covers, "wrong" for those with a wrong answer, "failed" for
             images that could not be read by the extraction, "" for all.
         sort: one of `ORDERS`.
@@ -89,8 +89,8 @@ class Filter:
         where, values = self._where()
         return int(catalog.rows(f"SELECT count(*) FROM {_TABLES[self.show]} WHERE {where}", values)[0][0])
 
-    def keys(self, catalog: Catalog, offset: int = 0, limit: int = PAGE) -> list[int]:
-        """Keys of referents, or positions of images, of a part of the list; of all with a limit of -1."""
+    def keys(self, catalog: Catalog, offset: int = 0, limit: int = PAGE_SIZE) -> list[int]:
+        """Keys of referents, or positions of images, on a page of the list; all of them with a limit of -1."""
         where, values = self._where()
         key = "o.key" if self.show == "refs" else "i.position"
         order = _ORDERS[self.show][self.sort]
@@ -101,26 +101,26 @@ class Filter:
         return [row[0] for row in catalog.rows(query, (*values, limit, offset))]
 
     def _where(self) -> tuple[str, list[Any]]:
-        of_referent, values = self._of_referents()
-        if self.show == "images" and of_referent:
-            inner = " AND ".join(of_referent)
-            of_referent = [f"i.position IN (SELECT o.position FROM object o WHERE {inner})"]
+        conditions, values = self._referent_conditions()
+        if self.show == "images" and conditions:
+            inner = " AND ".join(conditions)
+            conditions = [f"i.position IN (SELECT o.position FROM object o WHERE {inner})"]
         if self.show == "images" and (self.category is not None or self.size):
-            present, more = self._among("category", "size")
-            of_referent.append(f"i.position IN (SELECT position FROM present WHERE {' AND '.join(present)})")
+            present, more = self._category_conditions("category", "size")
+            conditions.append(f"i.position IN (SELECT position FROM present WHERE {' AND '.join(present)})")
             values += more
         if self.only == "failed":
-            of_referent.append("i.error != ''")
-        return " AND ".join(of_referent) or "1", values
+            conditions.append("i.error != ''")
+        return " AND ".join(conditions) or "1", values
 
-    def _of_referents(self) -> tuple[list[str], list[Any]]:
+    def _referent_conditions(self) -> tuple[list[str], list[Any]]:
         conditions, values = [], []
         if words := re.findall(r"\w+", self.search):
             conditions.append(
                 "o.key IN (SELECT s.object FROM words JOIN sentence s ON s.key = words.rowid WHERE words MATCH ?)"
             )
             values.append(" ".join(f'"{word}"' for word in words) + "*")
-        elif self.search.strip():  # only punctuation, which no sentence is searched for
+        elif self.search.strip():  # only punctuation, which is not indexed
             conditions.append("0")
         if self.split:
             conditions.append("o.split = ?")
@@ -130,11 +130,12 @@ class Filter:
         if self.only == "wrong":
             conditions.append("o.key IN (SELECT object FROM sentence WHERE wrong = 1)")
         if self.show == "refs":
-            more, others = self._among("o.category", "o.size")
-            conditions, values = conditions + more, values + others
+            more, more_values = self._category_conditions("o.category", "o.size")
+            conditions, values = conditions + more, values + more_values
         return conditions, values
 
-    def _among(self, category: str, size: str) -> tuple[list[str], list[Any]]:
+    def _category_conditions(self, category: str, size: str) -> tuple[list[str], list[Any]]:
+        """SQL conditions on the columns of the category and the size, and their values."""
         conditions, values = [], []
         if self.category is not None:
             conditions.append(f"{category} = ?")
@@ -146,23 +147,23 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a list, and the regions of images that are shown in it.
+class ListPage:
+    """A page of a list, and which regions of images it shows.
 
     Attributes:
-        offset: entries before it.
+        offset: number of entries before it.
         limit: number of its entries.
-        top: number of top-scoring regions of an image.
+        top: number of top-scoring regions to show of an image.
         score: lowest score of them, None for all.
     """
 
     offset: int = 0
-    limit: int = PAGE
+    limit: int = PAGE_SIZE
     top: int = 1 << 40
     score: float | None = None
 
     @classmethod
-    def parse(cls, params: Mapping[str, str]) -> Part:
+    def parse(cls, params: Mapping[str, str]) -> ListPage:
         """Read the parameters of an address.
 
         Raises:
@@ -176,11 +177,11 @@ class Part:
         if lowest is not None and not math.isfinite(lowest):
             raise ArgumentError("score", f"{score!r:.40} is not a score")
         offset, top = (_number(name, params, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
-        return cls(offset, _number("limit", params, PAGE, _MAX_PAGE_SIZE), top, lowest)
+        return cls(offset, _number("limit", params, PAGE_SIZE, _MAX_PAGE_SIZE), top, lowest)
 
 
 def id_of(name: str, text: str) -> int:
-    """An id of an address; negative ones and those above 2^53 occur.
+    """Parse an id in an address; it may be negative, and larger than 2^53.
 
     Raises:
         ArgumentError: it is not an integer of 64 bits.

@@ -62,11 +62,11 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
     Returns:
         The number of images of the store that the annotations lack.
     """
-    of_store = [
+    located = [
         (positions[i], annotation) for i in index.images if i in positions for annotation in index.annotations[i]
     ]
     catalog.add_annotations(
-        (position, annotation.category_id, list(annotation.box)) for position, annotation in of_store
+        (position, annotation.category_id, list(annotation.box)) for position, annotation in located
     )
     if as_referents:
         catalog.add_referents(
@@ -80,7 +80,7 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
                 (),
                 [annotation.segmentation] if annotation.segmentation else (),
             )  # fmt: skip
-            for position, annotation in of_store
+            for position, annotation in located
             if not annotation.iscrowd
         )
     return sum(i not in index.images for i in positions)

@@ -22,14 +22,14 @@ from refdet.report.browse import views
 from refdet.report.browse.collection import Collection
 from refdet.report.browse.coverage import Indexer
 from refdet.report.browse.guard import LOOPBACK, Guard
-from refdet.report.browse.queries import Filter, Part, id_of
+from refdet.report.browse.queries import Filter, ListPage, id_of
 from refdet.report.browse.thumbnails import ByteCache, full_image, thumbnail
 
 log = logging.getLogger(__name__)
 
 FIRST_PORT, _TRIES = 8765, 50
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_KEPT = {"Cache-Control": "private, max-age=86400"}  # by the browser; the addresses of a server are its own
+_CACHED = {"Cache-Control": "private, max-age=86400"}  # safe, as each server has addresses of its own
 
 
 class Json(JSONResponse):
@@ -41,11 +41,11 @@ class Json(JSONResponse):
 
 
 class Pages:
-    """The answers to all requests.
+    """The handlers of all requests.
 
     Args:
-        collection: what is shown.
-        indexer: what computes the rest of it.
+        collection: what to show.
+        indexer: computes the rest of the catalog in the background.
     """
 
     def __init__(self, collection: Collection, indexer: Indexer) -> None:
@@ -58,7 +58,7 @@ class Pages:
 
     def app(self) -> Starlette:
         """The application, without its `Guard`."""
-        answers: dict[str, Callable[[Request], Response]] = {
+        handlers: dict[str, Callable[[Request], Response]] = {
             "/": self.page,
             "/static/{name}": self.file,
             "/api/about": self.about,
@@ -69,20 +69,22 @@ class Pages:
             "/thumbnail/{position:int}": self.thumbnail,
             "/image/{position:int}": self.picture,
         }
-        routes = [Route(path, self._first(answer), methods=["GET"]) for path, answer in answers.items()]
-        handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
-        return Starlette(routes=routes, exception_handlers=handlers)
+        routes = [Route(path, self._with_priority(handle), methods=["GET"]) for path, handle in handlers.items()]
+        exception_handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
+        return Starlette(routes=routes, exception_handlers=exception_handlers)
 
-    def _first(self, answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        def answered(request: Request) -> Response:
-            if answer != self.status:  # which is asked for in the background
+    def _with_priority(self, handle: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        """Make the indexer pause for a request, except for the status, which the page requests all the time."""
+
+        def handle_first(request: Request) -> Response:
+            if handle != self.status:
                 self.indexer.give_way()
-            return answer(request)
+            return handle(request)
 
-        return answered
+        return handle_first
 
     def page(self, request: Request) -> Response:
-        """The page itself, for every address of a view; its scripts find everything else beside themselves."""
+        """The page itself, for every address of a view; its scripts load everything else relative to themselves."""
         prefix = request.scope["root_path"].encode()
         return Response(
             self.static["page.html"].replace(b'"static/', b'"' + prefix + b"/static/"), media_type="text/html"
@@ -93,17 +95,17 @@ class Pages:
         return self._static(request.path_params["name"])
 
     def about(self, request: Request) -> Response:
-        """What there is to show."""
+        """What the collection has, for the controls of the page."""
         return Json({**views.about(self.collection), **self._status()})
 
     def status(self, request: Request) -> Response:
-        """How far the index is, and whether the stores changed."""
+        """Progress of the indexer, and whether the stores have changed."""
         return Json(self._status())
 
     def items(self, request: Request) -> Response:
-        """A part of a list."""
+        """A page of a list."""
         params = request.query_params
-        return Json(views.items(self.collection, Filter.parse(params), Part.parse(params)))
+        return Json(views.items(self.collection, Filter.parse(params), ListPage.parse(params)))
 
     def image(self, request: Request) -> Response:
         """One image."""
@@ -121,7 +123,7 @@ class Pages:
         if source is None:
             return PlainTextResponse("no images were given\n", 404)
         jpeg = self.thumbnails.get(position, lambda: thumbnail(source, self.collection.record(position)))
-        return Response(jpeg, media_type="image/jpeg", headers=_KEPT)
+        return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     def picture(self, request: Request) -> Response:
         """An image at full size."""
@@ -129,7 +131,7 @@ class Pages:
         if self.collection.source is None:
             return PlainTextResponse("no images were given\n", 404)
         jpeg = full_image(self.collection.source, self.collection.record(position))
-        return Response(jpeg, media_type="image/jpeg", headers=_KEPT)
+        return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     def _position(self, request: Request) -> int:
         position: int = request.path_params["position"]
@@ -157,7 +159,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         InputError: the port is in use, or there is no such address.
     """
     tried = range(FIRST_PORT, FIRST_PORT + _TRIES) if port is None else (port,)
-    why: OSError = OSError()
+    last_error = OSError()
     for candidate in tried:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
@@ -172,11 +174,13 @@ def listen(host: str, port: int | None) -> socket.socket:
             listener.listen(128)
         except OSError as error:
             listener.close()
-            why = error
+            last_error = error
         else:
             return listener
     where = f"`port` {port}" if port is not None else f"ports {tried[0]} to {tried[-1]}"
-    raise InputError(f"{where}: cannot listen at {host} ({why.strerror or why}); give another `port`, or 0 for any")
+    raise InputError(
+        f"{where}: cannot listen at {host} ({last_error.strerror or last_error}); give another `port`, or 0 for any"
+    )
 
 
 def serve(collection: Collection, listener: socket.socket, host: str, token: str, show: Callable[[str], None]) -> None:
@@ -201,7 +205,7 @@ def serve(collection: Collection, listener: socket.socket, host: str, token: str
     show(f"http://{name}:{port}/?token={quote(token)}")
     try:
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # raised again by uvicorn after its orderly end, which is how this program is left
+    except KeyboardInterrupt:  # uvicorn raises it again after shutting down, which is the normal way to stop
         pass
     finally:
         indexer.stop()
@@ -216,7 +220,7 @@ def hosts_of(host: str, name: str) -> tuple[str, ...]:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    """A problem of the request or the files, as the page shows it."""
+    """The response for a problem of the request or the files, which the page shows."""
     code = 400 if isinstance(error, ArgumentError) else 422 if isinstance(error, InputError) else 500
     return Json({"error": str(error)}, code)
 

@@ -17,7 +17,7 @@ from refdet.data.image_source import ImageError, ImageSource, why_unreadable
 SIDE = 240
 """Longest side of a thumbnail in pixels."""
 
-MAX_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
+MAX_BYTES = 64 << 20  # of thumbnails in memory; 28,000 would take about 200 MB
 _QUALITY, _THUMBNAIL_QUALITY = 92, 80
 
 
@@ -33,13 +33,13 @@ class ByteCache:
         self._values: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: int, make: Callable[[], bytes]) -> bytes:
-        """The value of a key, made if it is not kept; two threads may make it at once."""
+    def get(self, key: int, compute: Callable[[], bytes]) -> bytes:
+        """The value of a key, computed if it is not cached; two threads may compute it at the same time."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key]
-        value = make()
+        value = compute()
         with self._lock:
             self.size += len(value) - len(self._values.pop(key, b""))
             self._values[key] = value
@@ -58,7 +58,7 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
     name = source.find(record)
     if name is None:
         raise ImageError(f"no file for image {record.id}: {source.why_missing(record)}")
-    if source.exif == "apply":  # only the whole image can be checked and turned
+    if source.exif == "apply":  # the size can only be checked after rotating the whole image
         return _encode(source.read(record), SIDE)
     try:
         data = source.data(name, record.height, record.width)
@@ -66,7 +66,7 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
     except SizeError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders can raise anything on damaged or hostile files
-        source.refuse_unread(name, error)
+        source.raise_if_system_error(name, error)
         raise ImageError(f"{name}: not a readable image ({why_unreadable(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""What the page shows: a part of a list, one image, and the list as a file."""
+"""JSON for the page: a page of a list, one image, and the list as a file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import ArgumentError, InputError
 from refdet.report.browse.catalog import SIZES
 from refdet.report.browse.collection import Collection
-from refdet.report.browse.queries import Filter, Part
+from refdet.report.browse.queries import Filter, ListPage
 
 _OBJECT = "o.key, o.label, o.position, o.split, o.category, o.size, o.boxes, o.iou0, o.best0, o.iou1, o.best1"
 
 
 def about(collection: Collection) -> dict[str, Any]:
-    """What there is to show, for the controls of the page."""
+    """What the collection has, for the controls of the page."""
     catalog = collection.catalog
     splits = [row[0] for row in catalog.rows("SELECT DISTINCT split FROM object WHERE split != '' ORDER BY split")]
     first = collection.stores[0]
@@ -45,14 +45,14 @@ def about(collection: Collection) -> dict[str, Any]:
     }
 
 
-def items(collection: Collection, chosen: Filter, part: Part) -> dict[str, Any]:
-    """A part of a list for the grid, and its length."""
-    keys = chosen.keys(collection.catalog, part.offset, part.limit)
+def items(collection: Collection, chosen: Filter, page: ListPage) -> dict[str, Any]:
+    """A page of a list for the grid, and the length of the list."""
+    keys = chosen.keys(collection.catalog, page.offset, page.limit)
     if chosen.show == "refs":
         entries = [_ref_item(collection, key) for key in keys]
     else:
-        entries = [_image(collection, key) | collection.preview(key, part.top, part.score) for key in keys]
-    return {"total": chosen.count(collection.catalog), "offset": part.offset, "items": entries}
+        entries = [_image(collection, key) | collection.preview(key, page.top, page.score) for key in keys]
+    return {"total": chosen.count(collection.catalog), "offset": page.offset, "items": entries}
 
 
 def single(collection: Collection, image_id: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
 
 
 def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, str]:
-    """The mask of a referent as compressed RLE, "" without; and why it has none if its segmentation is unusable."""
+    """The mask of a referent as compressed RLE, "" if it has none, and an error if its segmentation is unusable."""
     segmentations = collection.catalog.segmentations(key)
     try:
         rles = [to_rle(segmentation, *size) for segmentation in segmentations]
