@@ -1,12 +1,15 @@
 """Trains refdet's and torchvision's Mask R-CNN on the embedded dataset, in the same steps, and compares their AP.
 
-    python benchmarks/learning.py [--seeds 0,1,2] [--sides torchvision,refdet] [--steps 500] [--batch-size 4]
-                                  [--results FILE.jsonl] [--set KEY=VALUE ...] [--json]
+    python benchmarks/learning.py [--seeds 0,1,2] [--sides torchvision,refdet] [--steps 300] [--batch-size 4]
+                                  [--jobs N] [--results FILE.jsonl] [--set KEY=VALUE ...] [--json]
 
 Both sides: a ResNet-18 of full width with trained norms from random weights, a feature pyramid of 256 channels, linear
 layers of 1024, masks of 28x28; the `demo` recipe's anchors, proposals, samples and input size; the same batches and
 flips in the same order, the same learning rate in each step. Each seed gives both its own random weights, batches,
 flips and samples. Both are evaluated by pycocotools on the same images, with the same thresholds.
+
+--jobs trainings run at a time, by default one per core, each with its share of the cores: two single threads train more
+than two threads that wait for each other. Seed after seed, the sides in turn, so that both run under the same load.
 
 A step begins with a batch in memory, for refdet as uint8 with masks as RLE, for torchvision as floats in 0..1 with
 masks as bitmaps, and ends with the new weights; only that is timed. With --results a finished training adds a row to a
@@ -25,8 +28,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +234,22 @@ def trainings(options: argparse.Namespace) -> list[Training]:
     return listed
 
 
+def row_from(training: Training, folder: Path, threads: int) -> dict[str, Any]:
+    """Train and evaluate on the dataset in a folder, with a number of threads."""
+    torch.set_num_threads(threads)
+    return row_of(training, Dataset.of(folder, "train2014"), Dataset.of(folder, "val2014"))
+
+
+def finished_rows(trainings: list[Training], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows of trainings, so many at a time, as they are done."""
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from (
+            future.result()
+            for future in as_completed([pool.submit(row_from, training, folder, threads) for training in trainings])
+        )
+
+
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The mean over the seeds of each side."""
     found = []
@@ -260,9 +281,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     parser.add_argument("--small", action="store_true", help="the demo's narrow network on both sides")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change refdet's recipe")
     parser.add_argument("--results", type=Path, help="file of rows that are kept and not done again")
@@ -271,18 +293,15 @@ def main() -> None:
     known = {}
     if options.results is not None and options.results.exists():
         known = {row["key"]: row for row in map(json.loads, options.results.read_text(encoding="utf-8").splitlines())}
+    planned = trainings(options)
     with tempfile.TemporaryDirectory() as folder:
         data = shapes.write(Path(folder) / "data")
-        train, val = Dataset.of(data, "train2014"), Dataset.of(data, "val2014")
-        rows = []
-        for training in trainings(options):
-            row = known.get(training.key())
-            if row is None:
-                row = row_of(training, train, val)
-                if options.results is not None:
-                    with options.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-            rows.append(row)
+        for row in finished_rows([one for one in planned if one.key() not in known], data, options.jobs):
+            known[row["key"]] = row
+            if options.results is not None:
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    rows = [known[training.key()] for training in planned]
     print(json.dumps({"rows": rows, "means": means(rows)}) if options.json else table(rows))
 
 
