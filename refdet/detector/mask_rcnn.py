@@ -42,7 +42,7 @@ from refdet.device import to_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 DEFAULT_FEATURES = ("pool5", "fc7")  # the default
@@ -158,7 +158,7 @@ class MaskRCNN(nn.Module):
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
     ) -> _SampledBatch:
         """The first stage with its losses, and the RoIs that the second learns from."""
-        truth = PaddedTruth.of(targets, images.device)
+        truth = PaddedGroundTruth.pad(targets, images.device)
         anchor_seeds, roi_seeds = to_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
@@ -320,7 +320,7 @@ class MaskRCNN(nn.Module):
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""
-        corners = self.convention.corners(rois[:, 1:])
+        corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
             # the reference (lichengunc/mask-faster-rcnn) aligns the first and last pixel with the first and last cell
             sides = [

@@ -23,7 +23,7 @@ from refdet.config.recipe import HeadOptions
 from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, POSITIVE, assign_labels
 from refdet.device import to_cpu_async, to_device
-from refdet.structures.ground_truth import PaddedTruth
+from refdet.structures.ground_truth import PaddedGroundTruth
 
 FIRST_OBJECT_ID = 2**20  # of the first annotated box among the candidates, beyond the most proposals
 
@@ -76,7 +76,9 @@ class SampledRois:
     positive: PositiveRois
 
 
-def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOptions, seeds: Tensor) -> SampledRois:
+def sample_rois(
+    proposals: Sequence[Tensor], truth: PaddedGroundTruth, options: HeadOptions, seeds: Tensor
+) -> SampledRois:
     """Sample RoIs of each image. Waits once for a GPU, for the samples of all images.
 
     An image's sample does not depend on the other images of the batch.

@@ -29,7 +29,7 @@ from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, anchors_inside, assign_labels
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import PaddedTruth
+from refdet.structures.ground_truth import PaddedGroundTruth
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped
@@ -137,7 +137,7 @@ class RegionProposalNetwork(nn.Module):
         return list(boxes[keep].split(counts))
 
     def assign_targets(
-        self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedTruth
+        self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth
     ) -> tuple[Tensor, Tensor]:
         """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
         options = self.options
@@ -150,7 +150,7 @@ class RegionProposalNetwork(nn.Module):
         return labels if inside_image is None else labels.masked_fill(~inside_image, IGNORE), matched
 
     def compute_losses(
-        self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
+        self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth, seeds: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Sums of the binary cross entropy over the sampled anchors and of smooth L1 over the positive ones.
 

@@ -21,13 +21,13 @@ from refdet.ops.masks import mask_coverage
 from refdet.ops.matching import match_boxes
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 IGNORE, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def assign_labels(
-    candidates: Tensor, truth: PaddedTruth, positive_iou: float, negative_iou: float, best_for_each: bool
+    candidates: Tensor, truth: PaddedGroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
 ) -> tuple[Tensor, Tensor]:
     """Label candidates as positive, negative or ignored.
 
@@ -94,7 +94,7 @@ def compute_mask_targets(
     """
     if truth.masks is None:
         raise ValueError("truth: has no masks; make the targets with masks")
-    resized = rois + rois.new_tensor(truth.origin * 2)
+    resized = rois + rois.new_tensor(truth.crop_origin * 2)
     boxes = (convention or BoxConvention()).unscale(resized, truth.scale)
     if truth.flipped_width is not None:
         boxes = torch.stack(

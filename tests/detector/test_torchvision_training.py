@@ -21,7 +21,7 @@ from refdet.detector.anchors import Anchors
 from refdet.detector.mask_rcnn import DELTA_WEIGHTS, MaskRCNN
 from refdet.detector.target_assignment import IGNORE, assign_labels, compute_mask_targets
 from refdet.structures import boxes as box_ops
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 SIZES, RATIOS, STRIDES = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0), (4, 8, 16, 32, 64)
 
@@ -49,7 +49,7 @@ def test_labels(high: float, low: float, best: bool) -> None:
     candidates, objects = random_boxes(3000, 0), random_boxes(12, 1)
     matcher = Matcher(high, low, allow_low_quality_matches=best)
     theirs = matcher(box_iou(objects.float(), candidates.float()))
-    truth = PaddedTruth(
+    truth = PaddedGroundTruth(
         objects[None].float(), torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.bool),
         torch.zeros(1, 0, 4),
     )  # fmt: skip

@@ -26,8 +26,8 @@ from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
 from refdet.files.weight_programs import IMPORTED, REFDET, TRAINING_STATE, has_all, program_of
-from refdet.structures.coco_categories import coco_categories, unused_name
-from refdet.structures.known_weights import KnownFile, known_file
+from refdet.structures.coco_categories import coco_categories, unused_label_name
+from refdet.structures.known_weights import KnownFile, identify_known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
 WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
@@ -86,7 +86,7 @@ def import_weights(
     try:
         tensors = read_foreign(source)
         sha256 = file_sha256(source)
-        known = known_file(source, sha256)
+        known = identify_known_file(source, sha256)
         if known is not None and known.norm_eps != EPS:
             tensors = convert_eps(tensors, known.norm_eps)
         known_style = None if known is None else known.style
@@ -272,7 +272,7 @@ def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | No
 
 def _categories_by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
     """Categories whose ids are their labels; ids without a category are still outputs of the network."""
-    return tuple((label, names.get(label, unused_name(label))) for label in range(1, classes + 1))
+    return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
