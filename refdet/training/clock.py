@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refdet.files.progress import forget_pause
+from refdet.files.progress import exclude_pause
 
 
 class TrainingClock:
@@ -51,7 +51,7 @@ class TrainingClock:
             pause_seconds = time.perf_counter() - started
             self._lap += pause_seconds
             self._paused, self._pauses = self._paused + pause_seconds, self._pauses + 1
-            forget_pause(bar, pause_seconds)
+            exclude_pause(bar, pause_seconds)
 
     def time_left(self, step: int, pauses: int) -> str:
         """Time until the end with the validations still to come, such as "1:02:03"; "" before it can be known."""

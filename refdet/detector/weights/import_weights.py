@@ -25,7 +25,7 @@ from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
-from refdet.files.weight_programs import IMPORTED, REFDET, TRAINING_STATE, has_all, program_of
+from refdet.files.weight_programs import IMPORTABLE, REFDET, TRAINING_STATE, describe_checkpoint, has_all
 from refdet.structures.coco_categories import coco_categories, unused_label_name
 from refdet.structures.known_weights import KnownFile, identify_known_file
 from refdet.structures.provenance import Provenance, file_sha256
@@ -187,12 +187,12 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
     names = list(names)
     if has_all(names, TRAINING_STATE) or has_all(names, REFDET):
         raise InputError(f"{path}: {describe_file(path)}; it needs no import")
-    program = program_of(names, classes)
-    if program is not None and program not in IMPORTED:
+    description = describe_checkpoint(names, classes)
+    if description is not None and description not in IMPORTABLE:
         raise InputError(
-            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and Mask "
-            "and Faster R-CNN of detectron2 and torchvision, and ResNets, VGG-16 and MobileNet v1 of ImageNet can (the "
-            "weights alone, as a state_dict)"
+            f"{path}: {description}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
+            "Mask and Faster R-CNN of detectron2 and torchvision, and ResNets, VGG-16 and MobileNet v1 of ImageNet can "
+            "(the weights alone, as a state_dict)"
         )
 
 
