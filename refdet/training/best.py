@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasWeights
+from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasStateDict
 from refdet.errors import InputError
 from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync, write_json
 from refdet.files.json_files import read_bytes
@@ -70,7 +70,7 @@ def read_best(out: Path) -> ValidationRecord | None:
 
 
 def write_best(
-    out: Path, weights: HasWeights, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
+    out: Path, weights: HasStateDict, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
 ) -> None:
     """Replace ``best/``; a process that is killed leaves the folder before or after, which `recover` finds."""
     new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{TEMPORARY_MARK}", out / _PREVIOUS, out / BEST

@@ -196,8 +196,8 @@ class ProcessGroup(Processes):
             raise LostProcess(_LOST_MESSAGE) from error
         self._computing = False
 
-    def total(self, counts: LossCounts) -> LossCounts:
-        """The counts of all processes together."""
+    def sum_counts(self, counts: LossCounts) -> LossCounts:
+        """Sum counts over the processes."""
         values = counts.to_tensor(self._device)
         dist.all_reduce(values, group=self._group)
         return LossCounts.from_tensor(values)

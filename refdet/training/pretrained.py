@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
 from refdet.detector.backbones import network_name
-from refdet.detector.feature_names import NECKS
+from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_
 
 def _network(recipe: Recipe) -> str:
     model = recipe.model
-    return network_name(model) + (f" with {NECKS[model.neck]}" if model.backbone == "resnet" else "")
+    return network_name(model) + (f" with {NECK_NAMES[model.neck]}" if model.backbone == "resnet" else "")
 
 
 def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_resnet: bool) -> None:

@@ -104,8 +104,8 @@ class Processes:
         """Context manager for a step. LostProcess if another process ended meanwhile."""
         return nullcontext()
 
-    def total(self, counts: LossCounts) -> LossCounts:
-        """The counts of all processes together."""
+    def sum_counts(self, counts: LossCounts) -> LossCounts:
+        """Sum counts over the processes."""
         return counts
 
     def sum_(self, values: Tensor) -> None:

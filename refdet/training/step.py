@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refdet.data.training_batches import Batch
-from refdet.detector.loss_counts import LossCounts, Total
+from refdet.detector.loss_counts import LossCounts, ReduceCounts
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.sampling import image_seeds
 from refdet.device import supported_precision, to_cpu_async
@@ -147,12 +147,12 @@ class Passes:
         if self._images_before:
             image_seeds(self._images_before, 2, generator)  # of the processes before this one
         parts = batch.parts(self._passes)
-        total = self._total(parts, generator)
+        reduce_counts = self._reduce_counts(parts, generator)
         names: list[str] = []
         values: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self.processes.no_sync(self._network):
-                losses = self._apply(self._network, part, generator, total)
+                losses = self._apply(self._network, part, generator, reduce_counts)
                 stacked = torch.stack(list(losses.values()))
                 stacked.sum().backward()
             names = list(losses)
@@ -166,23 +166,23 @@ class Passes:
         for buffer, saved in zip(self.model.buffers(), self._buffers, strict=False):
             buffer.copy_(saved)
 
-    def _total(self, parts: list[Batch], generator: torch.Generator) -> Total:
-        """What gives the counts to divide by, from those of the first pass: those of all passes and processes."""
+    def _reduce_counts(self, parts: list[Batch], generator: torch.Generator) -> ReduceCounts:
+        """Function that sums counts over all passes and processes, first called with those of the first pass."""
         if len(parts) == 1:
-            return self.processes.total
+            return self.processes.sum_counts
         state = generator.get_state()
-        image_seeds(len(parts[0].sizes), 2, generator)  # of the first pass, which counts its own samples
+        image_seeds(len(parts[0].sizes), 2, generator)  # skips those of the first pass, which counts its own samples
         with _keeping_statistics(self.model):
             later = [self._apply(self.model.count_samples, part, generator) for part in parts[1:]]
         generator.set_state(state)
         summed: list[LossCounts] = []
 
-        def total(counts: LossCounts) -> LossCounts:
+        def reduce_counts(counts: LossCounts) -> LossCounts:
             if not summed:
-                summed.append(self.processes.total(sum(later, start=counts)))
+                summed.append(self.processes.sum_counts(sum(later, start=counts)))
             return summed[0]
 
-        return total
+        return reduce_counts
 
     def _apply(self, work, part: Batch, generator: torch.Generator, *extra: object):  # type: ignore[no-untyped-def]
         device = next(self.model.parameters()).device

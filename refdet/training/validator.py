@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from refdet.detector import loading
-from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
+from refdet.detector.checkpoint import CheckpointMetadata, HasStateDict
 from refdet.evaluation.detection import detection_ap
 from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
@@ -64,7 +64,7 @@ class Validator:
         )
 
     def validate(
-        self, weights: HasWeights, meta: CheckpointMetadata, device: torch.device, stop: Stop
+        self, weights: HasStateDict, meta: CheckpointMetadata, device: torch.device, stop: Stop
     ) -> dict[str, float | str]:
         """Measure AP, and replace ``best/`` if it is the highest so far.
 

@@ -123,7 +123,7 @@ class SecondStage:
 
     def of_images(self) -> tuple[list[Tensor], list[Tensor]]:
         """Positive RoIs of each image, and the object of each."""
-        pairs = self.sampled.positive.of_images(3)
+        pairs = self.sampled.positive.split_by_image(3)
         return [boxes for boxes, _ in pairs], [objects for _, objects in pairs]
 
 

@@ -15,7 +15,7 @@ from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.backbones import MOBILENET_WIDTH, network_name
 from refdet.detector.checkpoint import MAX_CATEGORIES
-from refdet.detector.mobilenet import LAYERS, ON_ROIS
+from refdet.detector.mobilenet import LAYERS, NUM_ROI_LAYERS
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.vgg import STAGES
 from refdet.detector.weights.conversion import (
@@ -117,9 +117,9 @@ def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
 
 def mobilenet_prefixes(prefix: str) -> dict[str, str]:
     """Prefixes of refdet for a MobileNet v1 -> those of these programs and of TensorFlow."""
-    first = 1 + len(LAYERS) - ON_ROIS
+    first = 1 + len(LAYERS) - NUM_ROI_LAYERS
     prefixes = {f"backbone.layers.{number}.": f"{prefix}Conv2d_{number}." for number in range(first)}
-    return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(ON_ROIS)}
+    return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(NUM_ROI_LAYERS)}
 
 
 def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> list[str]:
