@@ -59,7 +59,7 @@ class BlockLocation(NamedTuple):
         start: offset of its data in bytes.
         length: number of bytes.
         crc: CRC-32 of the data.
-        header: number of bytes before the arrays.
+        header_bytes: number of bytes before the arrays.
         mask_sizes: number of bytes of each mask, uint32.
         checksums: CRC-32 of each array, uint32.
     """
@@ -67,7 +67,7 @@ class BlockLocation(NamedTuple):
     start: int
     length: int
     crc: int
-    header: int
+    header_bytes: int
     mask_sizes: bytes
     checksums: bytes
 
@@ -142,9 +142,9 @@ def _header(image: EncodedImage) -> bytes:
     return _NUMBER.pack(len(header)) + header
 
 
-def _block_location(image: EncodedImage, start: int, length: int, crc: int, header: int) -> BlockLocation:
+def _block_location(image: EncodedImage, start: int, length: int, crc: int, header_bytes: int) -> BlockLocation:
     sizes, crcs = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
-    return BlockLocation(start, length, crc, header, sizes.tobytes(), crcs.tobytes())
+    return BlockLocation(start, length, crc, header_bytes, sizes.tobytes(), crcs.tobytes())
 
 
 def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[tuple[EncodedImage, BlockLocation]]:
@@ -173,12 +173,12 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
             raise ShardError("belongs to another extraction")
         for data, start, crc in blocks:
             with as_shard_error():
-                image, header = parse_image(data, columns)
+                image, header_bytes = parse_image(data, columns)
                 decode(image)
                 if missing := missing_arrays(image, columns):
                     raise ValueError(f"{min(missing)} is missing")
-                _check_layout(image, columns, len(data) - header)
-                location = _block_location(image, start, len(data), crc, header)
+                _check_layout(image, columns, len(data) - header_bytes)
+                location = _block_location(image, start, len(data), crc, header_bytes)
             yield image, location
 
 

@@ -74,7 +74,7 @@ class ImageReader:
         sizes = [size * row.regions for size in self._region_bytes]
         if self._columns.masks:
             sizes[0] = row.mask_bytes
-        ends = list(accumulate(sizes, initial=location.header))
+        ends = list(accumulate(sizes, initial=location.header_bytes))
         if ends[-1] != location.length:
             raise ShardError("damaged: its images differ from the plan")
         parts = [data[first:last] for first, last in pairwise(ends)]
