@@ -1,4 +1,4 @@
-// The product of a few rows with some panels: the inner loop of all convolutions.
+// The product of a few rows and a few panels: the inner loop of all convolutions.
 //
 // Speed: 6 rows x 16 columns (AVX2), 6 x 64 (AVX-512) or 6 x 128 (AVX512-FP16) of the result stay in registers over
 // depth; each step reads one row of the panels and one value of each row of `a` from the L1 and L2 caches, and is all
