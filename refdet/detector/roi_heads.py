@@ -46,8 +46,8 @@ class RoiHead(Protocol):
 
     mask_size: int
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch; `rois` is the expected number of RoIs."""
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
+        """Prepare the feature maps for the other methods, once per batch; `num_rois` is the expected number."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
         """Pyramid levels of rois (K, 5), to share among the other methods, as computing them waits for a GPU."""
@@ -174,11 +174,11 @@ class C4Head(nn.Module):
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, model.mask_channels, classes, convolutions=0) if model.masks else None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
         """The feature map, and its projection by conv5's first convolutions if that saves work."""
         (x,) = maps
         positions = x.shape[0] * x.shape[2] * x.shape[3]
-        if isinstance(self.conv5, SplitRes5) and rois * POOL_SIZE**2 > positions:
+        if isinstance(self.conv5, SplitRes5) and num_rois * POOL_SIZE**2 > positions:
             return [x, self.conv5.project(x)]
         return maps
 
@@ -274,7 +274,7 @@ class StandardHead(nn.Module):
         self.box = BoxPredictor(hidden, classes)
         self.mask = MaskPredictor(channels, model.mask_channels, classes, convolutions=4) if model.masks else None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
         """The feature maps, unchanged."""
         return maps
 

@@ -103,7 +103,7 @@ class VGGHead(nn.Module):
         self.box = BoxPredictor(model.fpn_hidden, classes)
         self.mask = None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
         """The feature map, unchanged."""
         return maps
 

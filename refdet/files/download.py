@@ -130,12 +130,12 @@ class ResumingDownloader:
             if start not in (0, offset):
                 self._discard()
                 return False
-            first = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
-            self._check(url, response, first if start == 0 else b"", total)
+            chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
+            self._check(url, response, chunk if start == 0 else b"", total)
             downloaded = self._downloaded_bytes()
             self._check_space(url, None if total is None else total - downloaded)
             if start == 0 and downloaded:
-                if not first:
+                if not chunk:
                     return False
                 self._discard()
             self.mixed = start > 0 and (self.mixed or not same_url)
@@ -144,14 +144,15 @@ class ResumingDownloader:
                 version = response.headers.get("Last-Modified")
             self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
             with self._bar(total, start) as bar, self._part.open("ab") as file, self._report_disk_full(file.name):
-                while first:
-                    file.write(first)
-                    bar.update(len(first))
-                    first = response.raw.read1(_CHUNK_BYTES)
+                while chunk:
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    chunk = response.raw.read1(_CHUNK_BYTES)
         return total is None or self._part.stat().st_size >= total
 
-    def _check(self, url: str, response: requests.Response, first: bytes, total: int | None) -> None:
-        if _HTML.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
+    def _check(self, url: str, response: requests.Response, start: bytes, total: int | None) -> None:
+        """Raise WrongDownload if the first bytes, the type or the size show that it is not the file."""
+        if _HTML.match(start) or (start and response.headers.get("Content-Type", "").startswith("text/html")):
             raise WrongDownload(f"{url}: an HTML page, not the file")
         if self._size is not None and total is not None and total != self._size:
             raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
