@@ -72,7 +72,20 @@ def from_tensors(
     for_inference: bool = False,
     precision: str = "float32",
 ) -> TrainedDetector:
-    """Build a detector from tensors, of which it gets copies; ``folder`` is its path. Like `load` otherwise."""
+    """Build a detector from copies of tensors, as `load` does from those in a run directory.
+
+    Args:
+        meta: metadata of the weights.
+        tensors: name -> tensor.
+        folder: the run directory, for `TrainedDetector.path` and errors.
+        device: as in `load`.
+        for_inference: as in `load`.
+        precision: as in `load`.
+
+    Raises:
+        InputError: the tensors do not fit the recipe, or contain unusable values.
+        RuntimeFailure: the device has too little memory.
+    """
     model = build_on_meta(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
     bf16 = precision == "bfloat16"

@@ -234,15 +234,7 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         options: DetectionOptions,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Detections from proposals and the predictions of the box head.
-
-        Args:
-            proposals: (P, 4) in pixels of the network's input.
-            image_index: (P,) int64.
-            logits: (P, classes + 1), background first.
-            deltas: (P, classes + 1, 4).
-            sizes: input and original size of each image.
-            options: thresholds and limits of the detections.
+        """Select detections from proposals (P, 4), logits (P, classes + 1) and deltas (P, classes + 1, 4).
 
         Returns:
             boxes (N, 4) in pixels of the original image, scores (N,), labels (N,) and the number of detections of each
@@ -302,10 +294,7 @@ class MaskRCNN(nn.Module):
         labels: Tensor | None,
         names: Sequence[str],
     ) -> BatchFeatures:
-        """Features of boxes (N, 4) in pixels of the original images; see `extract_features`.
-
-        Takes the boxes and labels (N,) of all images, and the maps that `RoiHead.precompute` returns.
-        """
+        """`extract_features` of the boxes (N, 4) and labels (N,) of all images, from maps of `RoiHead.precompute`."""
         with self.timed("features and masks"):
             image_index = _image_indices(counts, images.device)
             scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image_index])

@@ -5,7 +5,7 @@ Shape shorthand in this module:
     B: images in the batch
     N: images or RoIs
     Cin: input channels
-    C: output channels, for a bottleneck those of its 3x3 convolution
+    C: output channels; in a bottleneck, the channels of its 3x3 convolution
     H, W: height and width of the input
 """
 

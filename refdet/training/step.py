@@ -167,7 +167,7 @@ class Passes:
             buffer.copy_(saved)
 
     def _reduce_counts(self, parts: list[Batch], generator: torch.Generator) -> ReduceCounts:
-        """Function that sums counts over all passes and processes, first called with those of the first pass."""
+        """Make a function that sums counts over all passes and processes; its first call must be in the first pass."""
         if len(parts) == 1:
             return self.processes.sum_counts
         state = generator.get_state()

@@ -253,7 +253,7 @@ class _Training:
             ) from error
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
-        """Files with an EXIF orientation: those of a batch; after an epoch or in the last step, of all processes."""
+        """Files with an EXIF orientation in a batch; after an epoch or in the last step, in all processes so far."""
         if step - first != self.batches.epoch_steps and step != self.meta.recipe.train.steps:
             return batch.oriented
         files = {**self.batches.source.oriented, **batch.oriented}

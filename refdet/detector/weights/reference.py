@@ -101,7 +101,7 @@ def name_mapping(recipe: Recipe) -> NameMapping:
 
 
 def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
-    """Refdet's prefixes for a VGG-16 -> torchvision's, whose indices also count ReLUs, poolings and dropouts.
+    """Prefixes of refdet for a VGG-16 -> torchvision's, whose indices also count ReLUs, poolings and dropouts.
 
     Args:
         prefix: start of torchvision's names.
@@ -117,7 +117,7 @@ def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
 
 
 def mobilenet_prefixes(prefix: str) -> dict[str, str]:
-    """Refdet's prefixes for a MobileNet v1 -> those of these programs and of TensorFlow."""
+    """Prefixes of refdet for a MobileNet v1 -> those of these programs and of TensorFlow."""
     first = 1 + len(LAYERS) - NUM_ROI_LAYERS
     prefixes = {f"backbone.layers.{number}.": f"{prefix}Conv2d_{number}." for number in range(first)}
     return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(NUM_ROI_LAYERS)}

@@ -60,7 +60,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
-    """Torchvision's names for the tensors of a network with a pyramid."""
+    """Names in torchvision of the tensors of a network with a pyramid."""
     box, predictor, mask = "roi_heads.box_head.", "roi_heads.box_predictor.", "roi_heads.mask_predictor."
     convolutions = recipe.model.box_convs
     prefixes = {
