@@ -15,28 +15,28 @@ from timing import Row, Settings
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from refdet.ops.pooling import SAMPLES, roi_align, roi_align_mean, roi_crop, roi_crop_mean
+from refdet.ops.pooling import SAMPLING_RATIO, roi_align, roi_align_mean, roi_crop, roi_crop_mean
 from refdet.ops.pooling_plain import pool_plain
 
 CONV4 = ((1, 1024, 38, 50), 16, 300)  # map (B, C, H, W) of an image, its stride, RoIs
 PYRAMID = ((8, 64, 36, 48), 4, 384)  # a level of eight small images
 # what, where, cells on a side, samples on a side of a cell, type, with backward
 CASES = (
-    ("align", CONV4, 7, SAMPLES, torch.float32, False),
-    ("align", CONV4, 7, SAMPLES, torch.float32, True),
-    ("align", CONV4, 7, SAMPLES, torch.bfloat16, False),
-    ("align", CONV4, 7, SAMPLES, torch.bfloat16, True),
+    ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, False),
+    ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, True),
+    ("align", CONV4, 7, SAMPLING_RATIO, torch.bfloat16, False),
+    ("align", CONV4, 7, SAMPLING_RATIO, torch.bfloat16, True),
     ("align", CONV4, 7, 0, torch.float32, False),
-    ("mean", CONV4, 7, SAMPLES, torch.float32, False),
-    ("mean", CONV4, 7, SAMPLES, torch.bfloat16, False),
+    ("mean", CONV4, 7, SAMPLING_RATIO, torch.float32, False),
+    ("mean", CONV4, 7, SAMPLING_RATIO, torch.bfloat16, False),
     ("mean", CONV4, 7, 0, torch.float32, False),
     ("crop", CONV4, 7, 1, torch.float32, False),
     ("crop", CONV4, 7, 1, torch.float32, True),
     ("crop mean", CONV4, 7, 1, torch.float32, False),
-    ("align", PYRAMID, 7, SAMPLES, torch.float32, False),
-    ("align", PYRAMID, 7, SAMPLES, torch.float32, True),
-    ("align", PYRAMID, 14, SAMPLES, torch.float32, False),
-    ("align", PYRAMID, 14, SAMPLES, torch.float32, True),
+    ("align", PYRAMID, 7, SAMPLING_RATIO, torch.float32, False),
+    ("align", PYRAMID, 7, SAMPLING_RATIO, torch.float32, True),
+    ("align", PYRAMID, 14, SAMPLING_RATIO, torch.float32, False),
+    ("align", PYRAMID, 14, SAMPLING_RATIO, torch.float32, True),
 )
 
 

@@ -19,7 +19,7 @@ try:
     from refdet.errors import ArgumentError, RefdetError, is_disk_full
     from refdet.interrupt import ending_imports
     from refdet.training.launch import repeats_usage_errors
-    from refdet.training.processes import EndedTogether
+    from refdet.training.processes import ReportedElsewhere
 
     from .common import NoteHandler, OutputLost, echo_line, print_error, set_level
     from .option_names import as_options
@@ -158,7 +158,7 @@ def fail(error: Exception, debug: bool) -> NoReturn:
     if isinstance(error, NoArgsIsHelpError):
         error.show()  # the help is the message
         sys.exit(BAD_INPUT)
-    if isinstance(error, EndedTogether) or (isinstance(error, click.UsageError) and repeats_usage_errors()):
+    if isinstance(error, ReportedElsewhere) or (isinstance(error, click.UsageError) and repeats_usage_errors()):
         sys.exit(describe(error)[0])  # another process of torchrun says it
     if debug:
         for line in "".join(traceback.format_exception(error)).split("\n")[:-1]:

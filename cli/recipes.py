@@ -15,7 +15,7 @@ def command(name: str | None, as_json: bool) -> None:
     import dataclasses
 
     from refdet.config import recipe
-    from refdet.config.recipe_text import complete_yaml, recipe_lines
+    from refdet.config.recipe_text import complete_yaml, recipe_summaries
 
     if name is not None:
         chosen = recipe.load(name)
@@ -25,10 +25,16 @@ def command(name: str | None, as_json: bool) -> None:
         for line in complete_yaml(chosen, name).splitlines():
             echo_line(line)
     elif as_json:
-        echo_json([dataclasses.asdict(line) for line in recipe_lines()])
+        echo_json([dataclasses.asdict(summary) for summary in recipe_summaries()])
     else:
         rows = [
-            (line.name, line.network, f"{line.steps:,}", str(line.batch_size), line.published or line.about)
-            for line in recipe_lines()
+            (
+                summary.name,
+                summary.network,
+                f"{summary.steps:,}",
+                str(summary.batch_size),
+                summary.published or summary.about,
+            )
+            for summary in recipe_summaries()
         ]
         echo_table(rows, header=("recipe", "network", "steps", "batch", "published AP, or what it is"))

@@ -14,17 +14,18 @@ from torch import Tensor
 from refdet.errors import InputError
 
 _Value = TypeVar("_Value")
-_TF32_CAPABILITY = (8, 0)  # of Ampere, the first generation of GPUs with TF32
-_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # of the CUDA runtime, cuBLAS and cuDNN
-# what the libraries report if they cannot load a kernel or allocate a workspace, but also for other reasons
-_MAYBE_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
-_MIN_FREE_BYTES = 2**29  # a library and its handle take less
+_TF32_CAPABILITY = (8, 0)  # compute capability of Ampere, the first GPUs with TF32
+# out-of-memory messages of the CUDA runtime, cuBLAS and cuDNN
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+# messages of libraries that cannot load a kernel or allocate a workspace, but that have other causes too
+_MAYBE_OUT_OF_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
+_MIN_FREE_BYTES = 2**29  # more than a library and its handle need
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device of a name such as "cpu" or "cuda:1"; a GPU if there is one for None and "auto".
+    """The device with a name such as "cpu" or "cuda:1"; for None and "auto", a GPU if there is one.
 
-    A GPU also becomes the current one of this thread, on which PyTorch records events and creates streams.
+    A GPU also becomes this thread's current device, on which PyTorch records events and creates streams.
 
     Raises:
         InputError: the device does not exist or cannot be used.
@@ -42,9 +43,9 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def describe_device(name: str | None) -> str:
-    """The device of a name and why it was chosen, for the first line of a run.
+    """The device that `resolve_device` returns and why, for the first line of a run.
 
-    "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)", "cpu (as requested)".
+    For example "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)" or "cpu (as requested)".
 
     Raises:
         InputError: the device does not exist or cannot be used.
@@ -56,9 +57,9 @@ def describe_device(name: str | None) -> str:
 
 
 def supported_precision(precision: str, device: torch.device) -> str:
-    """The precision to use: float32 if the device does not support the requested one.
+    """The requested precision, or float32 if the device does not support it.
 
-    CPUs without bfloat16 arithmetic emulate it, 10 to 40 times slower. Only GPUs have TF32.
+    Only GPUs have TF32. CPUs without bfloat16 arithmetic, which emulate it 10 to 40 times slower, count as unsupported.
     """
     if precision == "tf32":
         return precision if _has_tf32(device) else "float32"
@@ -82,15 +83,15 @@ def exact_float32() -> AbstractContextManager[None]:
 
 @contextmanager
 def float32_arithmetic(precision: str) -> Iterator[None]:
-    """Context manager for how float32 tensors are multiplied, whatever was set before; restores the settings.
+    """Context manager that sets how float32 tensors are multiplied, then restores the settings.
 
     By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23, and
-    optionally those of matrix products, on the CPU too. There are older and newer settings, which raise an error where
-    they contradict each other, so both are set. They are per process, not per thread.
+    optionally those of matrix products, on the CPU too. There are legacy and newer settings, which raise an error where
+    they contradict each other, so both are set. They apply to the process, not to a thread.
 
     Args:
-        precision: "tf32" for TF32 in convolutions and matrix products on a GPU. Otherwise IEEE float32; "bfloat16" is
-            computed by layers of that dtype; operations in float32 remain exact.
+        precision: "tf32" for TF32 in convolutions and matrix products on a GPU; otherwise IEEE float32. That includes
+            "bfloat16", as its layers have that dtype and the float32 operations between them stay exact.
     """
     backends: Any = torch.backends
     on_gpu = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
@@ -108,7 +109,7 @@ def float32_arithmetic(precision: str) -> Iterator[None]:
 
 
 def _read_legacy(setting: Callable[[], _Value], strict: _Value) -> _Value:
-    """Read a legacy setting; the strict value if it contradicts the newer ones and cannot be read."""
+    """A legacy setting, or the strict value if it contradicts the newer settings and so cannot be read."""
     try:
         with _suppress_legacy_warnings():
             return setting()
@@ -120,13 +121,13 @@ def _apply(convolutions: bool, products: str, newer: Sequence[Any], values: Sequ
     with _suppress_legacy_warnings():
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
-    for setting, value in zip(newer, values, strict=True):  # after the legacy ones, which change these
+    for setting, value in zip(newer, values, strict=True):  # after the legacy settings, which change these
         setting.fp32_precision = value
 
 
 @contextmanager
 def _suppress_legacy_warnings() -> Iterator[None]:
-    """Suppress PyTorch's warnings about the older settings."""
+    """Suppress PyTorch's warnings about the legacy settings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         yield
@@ -146,10 +147,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def as_out_of_memory_error() -> Iterator[None]:
-    """Context manager that turns the errors of libraries that ran out of GPU memory into `OutOfMemoryError`.
+    """Context manager that turns out-of-memory errors of CUDA libraries into `OutOfMemoryError`.
 
-    PyTorch raises that for its own allocations only. cuBLAS and cuDNN allocate handles, kernels and workspaces, and the
-    CUDA runtime other things, which fail as RuntimeError with the text of a status.
+    PyTorch raises it for its own allocations only. Allocations by cuBLAS, cuDNN and the CUDA runtime, such as handles,
+    kernels and workspaces, fail with a RuntimeError that has the status as text.
 
     Raises:
         torch.cuda.OutOfMemoryError: the GPU has too little memory.
@@ -165,9 +166,9 @@ def as_out_of_memory_error() -> Iterator[None]:
 
 
 def _is_out_of_memory(text: str) -> bool:
-    if any(part in text for part in _NO_MEMORY):
+    if any(part in text for part in _OUT_OF_MEMORY):
         return True
-    if not any(part in text for part in _MAYBE_NO_MEMORY):
+    if not any(part in text for part in _MAYBE_OUT_OF_MEMORY):
         return False
     try:
         return torch.cuda.mem_get_info()[0] < _MIN_FREE_BYTES
@@ -176,15 +177,15 @@ def _is_out_of_memory(text: str) -> bool:
 
 
 def to_cpu_async(values: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host; the returned function waits for the copy, but for nothing queued later."""
-    fetched = values.detach().to("cpu", non_blocking=True)  # into pinned memory
+    """Start copying a tensor to the host; the returned function waits for the copy, not for work queued later."""
+    on_host = values.detach().to("cpu", non_blocking=True)  # into pinned memory
     if values.device.type != "cuda":
-        return lambda: fetched
+        return lambda: on_host
     copied = torch.cuda.Event(blocking=True)
     copied.record(torch.cuda.current_stream(values.device))
 
     def wait() -> Tensor:
         copied.synchronize()
-        return fetched
+        return on_host
 
     return wait

@@ -22,8 +22,8 @@ struct Single {
   // Whether this processor supports it.
   static bool can();
 
-  // c (rows x 16 panels) = a (rows x depth) times `panels` panels (depth x 16) that lie `distance` apart, or with `add`
-  // c plus that. Rows of `a` lie `a_row` apart, rows of `c` `c_row`. depth is a multiple of 4.
+  // c (rows x 16 panels) = a (rows x depth) times `panels` panels (depth x 16) that are `distance` elements apart, or
+  // with `add` c plus that. Rows of `a` are `a_row` elements apart, rows of `c` `c_row`. `depth` is a multiple of 4.
   static void multiply(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
                        int64_t depth, int64_t rows, float* c, int64_t c_row, bool add);
 };

@@ -1,4 +1,4 @@
-// The product of a few rows with some panels: the inner loop of all convolutions.
+// The product of a few rows and a few panels: the inner loop of all convolutions.
 //
 // Speed: 6 rows x 16 columns (AVX2), 6 x 64 (AVX-512) or 6 x 128 (AVX512-FP16) of the result stay in registers over
 // depth; each step reads one row of the panels and one value of each row of `a` from the L1 and L2 caches, and is all
@@ -156,8 +156,8 @@ void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int
 #ifdef REFDET_FLOAT16
 namespace {
 
-// sum += a * b. In assembly: the compiler would move sums and factors between registers, of which few are free, and
-// spill some to memory.
+// sum += a * b. In assembly, as the compiler would move sums and factors between the few free registers and spill some
+// to memory.
 REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& b, __m512h& sum) {
   asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }

@@ -142,7 +142,7 @@ REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const P
 }
 #endif
 
-// Positions per block: as many as fit in the L2 cache beside the weights, balanced over the threads.
+// Positions per block: as many as fit in the L2 cache together with the weights, balanced over the threads.
 int64_t rows_of_block(int64_t positions, int64_t depth) {
   const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
   const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();

@@ -1,3 +1,5 @@
+// Packing of convolution weights into the panels that gemm.h multiplies by.
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
@@ -21,7 +23,7 @@ void check_processor(const char* name) {
                                : "AVX2 or no fused multiply-adds");
 }
 
-// The scale factor of the weights of a channel, for `Half`.
+// The scale factor for the weights of an output channel, for `Half`; their matrices are `distance` apart.
 float scale_of(const float* weights, int64_t matrices, int64_t distance, int64_t in) {
   double heaviest = 0;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {

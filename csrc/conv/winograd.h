@@ -101,7 +101,7 @@ constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
   return matrix;
 }
 
-// Tiles along an axis: first those of 4 results, then those of 3, with the fewest products in total.
+// Tiles along an axis: first tiles of 4 results, then tiles of 3, with the fewest products in total.
 struct Tiles {
   int64_t fours = 0, threes = 0;
 

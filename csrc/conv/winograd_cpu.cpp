@@ -32,7 +32,7 @@
 namespace refdet {
 namespace {
 
-constexpr int64_t kTilesAtOnce = 144;  // or one row of them, if that is more
+constexpr int64_t kTilesAtOnce = 144;  // in a block, or one row of tiles if that is more
 constexpr int64_t kWidthAtOnce = 128;  // output channels of a work item
 
 template <typename Product>
@@ -79,9 +79,9 @@ struct Block {
   }
 };
 
-// The transformed values of a tile, stored by point; within a point in slices of kDepth channels, each slice by slot.
+// Transforms a tile and stores its values by point; within a point in slices of kDepth channels, each slice by slot.
 //
-// Returns their scale factor, a power of two for each tile, if the product needs one.
+// Returns the scale factor of the tile, a power of two; 1 if the product needs none.
 template <typename Product, int down, int across>
 REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
                               int64_t column, typename Product::A* points) {
@@ -112,7 +112,8 @@ REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const B
   return scale;
 }
 
-// The results of a tile from the products at its points, stored by point and slot; `scale` comes from `to_points`.
+// Computes the results of a tile from the products at its points, stored by point and slot; `scale` is the factor that
+// `to_points` returned.
 template <typename Product, int down, int across>
 REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
                                int64_t column, const float* products, float scale, const Result<Product>& y) {

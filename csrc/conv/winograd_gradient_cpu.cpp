@@ -83,7 +83,7 @@ REFDET_AVX512 void to_points_avx512(const Positions<float>& x, const Grid& grid,
   to_points<matrix>(x, grid, tile, points, between);
 }
 
-// The transformed tiles [begin, end).
+// Transforms the tiles [begin, end).
 template <const auto& matrix>
 void transform_tiles(const Positions<float>& x, const Grid& grid, int64_t begin, int64_t end, const Points& points) {
   const auto transform = has_avx512() ? to_points_avx512<matrix> : to_points_avx2<matrix>;
@@ -92,7 +92,7 @@ void transform_tiles(const Positions<float>& x, const Grid& grid, int64_t begin,
   });
 }
 
-// (36, 9)
+// The matrix (36, 9) from the 9 weights of a filter to its values at the points.
 at::Tensor weight_transform() {
   constexpr auto kMatrix = weight_matrix();
   const at::Tensor both = at::empty({kPoints, kPoints, kTaps, kTaps});

@@ -1,4 +1,4 @@
-// The weights of winograd_cpu.cpp: their transform to the 36 points, and packing.
+// Transforms weights to the 36 points, and packs them for winograd_cpu.cpp.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

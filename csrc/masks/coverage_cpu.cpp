@@ -37,8 +37,8 @@ struct Run {
   uint32_t x, top, bottom;
 };
 
-// The runs of a mask, split at the ends of columns. For the encoding see Counts in rle_cpu.cpp.
-// `error` is set only if the string is invalid.
+// The runs of a mask, split at the ends of columns; `error` is set if the string is invalid. Counts in rle_cpu.cpp
+// describes the encoding.
 std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
   std::vector<Run> runs;
   const int64_t pixels = height * width;

@@ -1,6 +1,6 @@
 // Pastes mask probabilities of boxes into the image as COCO's compressed RLE, on the CPU.
 //
-// A pixel whose center is in the box is interpolated bilinearly from the values at the centers of the m x m cells, and
+// A pixel whose centre is in the box is interpolated bilinearly from the values at the centres of the m x m cells, and
 // is in the mask if the result reaches the threshold. Every operation is float32 and rounded separately, in the order
 // of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along y, each time
 // lower * (1 - f) + upper * (1 - (1 - f)). The mask is scanned column by column, as in COCO, and only the ends of its
@@ -10,7 +10,7 @@
 // Cost: for a box of w x h pixels, w m interpolations along x, and along y one per pixel between two cells that are not
 // clearly both inside or both outside: about w plus the length of the outline times h / m, instead of w h.
 //
-// Speed: within a column, pixels between two cell centers have values between theirs. If both are above the threshold
+// Speed: within a column, pixels between two cell centres have values between theirs. If both are above the threshold
 // or both below it, by more than rounding errors, all of these pixels are decided at once. Interpolation and decision
 // are branchless loops over the m cells of a column that compilers vectorize. Masks are distributed to threads.
 
@@ -64,7 +64,7 @@ class Mask {
 
   bool open() const { return open_; }
 
-  // The run ends before pixel (x, y); y may be the height, which is the top of the next column.
+  // Ends the current run before pixel (x, y); y may be the height, which is the top of the next column.
   void turn(int64_t x, int64_t y) {
     const int64_t position = x * height_ + y;
     counts_.add(position - position_);
@@ -72,7 +72,7 @@ class Mask {
     open_ = !open_;
   }
 
-  // From (x, y) on there is background, or the image ends.
+  // Ends an open run at (x, y), where background follows or the image ends.
   void leave(int64_t x, int64_t y) {
     if (open_ && x * height_ + y < pixels_) turn(x, y);
   }
@@ -88,11 +88,11 @@ class Mask {
   bool open_ = false;
 };
 
-// The pixels along one axis whose centers are in the box, and the two cells that each interpolates.
+// The pixels along one axis whose centres are in the box, and the two cells between which each is interpolated.
 struct Axis {
   int64_t first = 0, last = 0;      // pixels [first, last)
-  std::vector<int32_t> cell;        // the one before the center; the other is the next, or the same at the end
-  std::vector<float> lower, upper;  // their weights
+  std::vector<int32_t> cell;        // the cell before the centre; the other is the next, or the same at the end
+  std::vector<float> lower, upper;  // the weights of the two cells
 
   Axis(float low, float high, int64_t size, int64_t limit) {
     const auto pixel = [limit](float edge) {
@@ -129,7 +129,7 @@ struct Verdict {
   }
 };
 
-// `cells` are the values column by column.
+// Adds the runs of a box to `mask`; `cells` are its values column by column.
 void draw(const float* cells, int32_t size, const Axis& columns, const Axis& rows, int64_t height,
           const Verdict& verdict, Mask& mask) {
   // Rows [row_end[c - 1], row_end[c]) of the box lie between the cells c and c + 1 of their column.

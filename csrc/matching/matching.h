@@ -10,10 +10,11 @@
 
 namespace refdet {
 
-// best, object and reaches, each (N,), or (B, N) for a batch.
+// best, object and reaches: the fields max_iou, object and is_best of Matches in refdet/ops/matching.py.
 using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Sizes of a problem: candidates (N, 4) and objects (M, 4), or those of B images, (N, 4) or (B, N, 4) and (B, M, 4).
+// Sizes of a problem: candidates (N, 4) and objects (M, 4) of an image; or, for B images, (N, 4) or (B, N, 4) and
+// (B, M, 4).
 struct MatchSizes {
   int64_t images, candidates, objects;
   bool shared;  // all images have the same candidates

@@ -1,4 +1,4 @@
-// Matching of N candidate boxes to M objects by IoU, on the CPU; of a batch image after image.
+// Matching of N candidate boxes to M objects by IoU, on the CPU, one image of a batch after another.
 //
 // Output: for each candidate its best IoU and the first object that has it (0 and object 0 if it overlaps none), and
 // whether it has the highest IoU of all candidates, above 0, with some object. IoU is float32, with every operation
@@ -10,8 +10,8 @@
 //
 // Speed: a tile of candidates is stored as a struct of arrays in the L1 cache, and compared with an object in a
 // branchless loop that compilers vectorize. Objects outside the tile's bounding box are skipped: anchors come in rows,
-// so most objects are far from most tiles. The candidates with the highest IoU of an object take a second pass, but
-// only over chunks whose best is as good.
+// so most objects are far from most tiles. A second pass finds the candidates with the highest IoU of an object, but
+// only in chunks whose own highest IoU is the same.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kTile = 64;
 constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;   // candidates per recorded best IoU of each object
+constexpr int64_t kChunk = 256;   // candidates for which the highest IoU with each object is recorded
 constexpr float kLeast = 1e-12f;  // smallest divisor
 
 struct Box {

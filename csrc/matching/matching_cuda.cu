@@ -1,12 +1,12 @@
-// Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit. An
-// image is a row of the grid, so that a batch takes as many launches as one image.
+// Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit. Each
+// image is a row of the grid, so that a batch takes no more launches than a single image.
 //
 // Cost: at most 2 N M IoUs, and memory for N + M values and M more per kThreads candidates; no IoU matrix.
 //
 // Speed: a thread keeps its candidate in registers, objects are in shared memory, and each box is read from global
 // memory once. The best IoU of an object is reduced within a warp, only if some lane overlaps it, then in shared memory
-// within the block, and over the blocks by one atomic maximum per block; maxima do not depend on their order. Only
-// blocks whose best is as good take the second pass, for the candidates with the highest IoU of an object.
+// within the block, and over the blocks by one atomic maximum per block; maxima do not depend on their order. A second
+// pass finds the candidates with the highest IoU of an object, but only in blocks whose own highest IoU is the same.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

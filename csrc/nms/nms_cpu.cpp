@@ -74,7 +74,7 @@ void sort_by_key(std::vector<Ranked>& entries) {
   }
 }
 
-// Renumbers arbitrary ids from 0 on, in ascending order: slot[i] for ids[members[i]].
+// Maps arbitrary ids to slots from 0, in ascending order: slot[i] is that of id(i).
 struct Slots {
   std::vector<uint32_t> slot;
   size_t count = 0;
@@ -84,7 +84,7 @@ struct Slots {
     if (n == 0) return;
     int64_t low = id(0), high = low;
     for (size_t i = 1; i < n; ++i) low = std::min(low, id(i)), high = std::max(high, id(i));
-    const uint64_t range = uint64_t(high) - uint64_t(low);  // of int64, so it may not fit one
+    const uint64_t range = uint64_t(high) - uint64_t(low);  // may not fit into int64
     if (range < 4 * uint64_t{n} + 256) {                    // the usual case; slots without an id stay empty
       for (size_t i = 0; i < n; ++i) slot[i] = static_cast<uint32_t>(uint64_t(id(i)) - uint64_t(low));
       count = range + 1;

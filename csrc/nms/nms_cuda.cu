@@ -6,8 +6,8 @@
 // all pairs is stored, and an image that has max_keep boxes stops. The images run in parallel on different
 // multiprocessors; the others idle, since later kernels of the batch need its proposals.
 //
-// Only `nms` synchronizes with the GPU: once for the size of its result, and once more for the number of images if
-// there are several. `nms_padded` has a result of a fixed size, and never synchronizes.
+// `nms` synchronizes with the GPU once for the size of its result, and once more for the number of images if there are
+// several. `nms_padded`, whose result has a fixed size, never does.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unique2.h>

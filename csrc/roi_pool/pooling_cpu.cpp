@@ -4,8 +4,8 @@
 // backward pass sums w_y w_x gradient[cell] for each position of the map, over the RoIs in order and their cells. Maps
 // are float32 or bfloat16; sums and means are float32, with each operation rounded separately.
 //
-// Cost: C multiply-adds per distinct position that a cell reads; the 4 samples of a cell have 16 corners, of which
-// mostly only 6 to 9 are distinct. The mean reads each position of the RoI once, and stores no cells.
+// Cost: C multiply-adds per distinct position that a cell reads; the 4 samples of a cell have 16 corners, but mostly
+// only 6 to 9 distinct ones. The mean reads each position of the RoI once, and stores no cells.
 //
 // Speed: in channels_last the C channels of a position are contiguous, so all loops are SIMD along C, with the sums of
 // up to 128 channels in registers; the forward pass takes 128 channels of a RoI at a time, so that what its cells share
@@ -211,7 +211,7 @@ std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
   return images;
 }
 
-// Requests huge pages for large new buffers: otherwise the page faults take longer than the pooling.
+// Requests huge pages for large new buffers, as page faults would otherwise take longer than the pooling.
 void ask_for_large_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -1,15 +1,15 @@
 // RoI pooling on CUDA, forward and backward: the same sums as csrc/roi_pool/pooling_cpu.cpp, with the same find_taps.
 //
-// tap_kernel writes the positions and weights of each RoI, axis and cell. pool_kernel sums the positions of each cell,
-// mean_kernel those of the whole RoI. group_kernel lists the RoIs of each image in order, and unpool_kernel sums for
-// each position of the map over the RoIs of its image in that order and their cells that read it. Sums and means are
-// float32. Sums have no atomics, so results are deterministic. A RoI with an image index out of range gets NaN and no
-// gradient, as an error would need a synchronization.
+// tap_kernel writes the positions and weights of each RoI, axis and cell. pool_kernel sums over the positions of each
+// cell, mean_kernel over those of the whole RoI. group_kernel lists the RoIs of each image in order, and unpool_kernel
+// sums, for each position of the map, over the RoIs of its image in that order and their cells that read it. Sums and
+// means are float32, without atomics, so results are deterministic. A RoI with an image index out of range gets NaN and
+// no gradient, as raising an error would need a synchronization.
 //
-// Cost: the forward pass writes each cell once and reads the map from global memory once, shared positions from the
-// cache. The backward pass writes each position once, and reads a cell once per position in it, mostly from the cache;
-// each warp also scans the windows of the RoIs of its image, 32 at a time, so that the cost of a batch is that of its
-// images.
+// Cost: the forward pass writes each cell once and reads the map from global memory once, with shared positions from
+// the cache. The backward pass writes each position once, and reads a cell once per position in it, mostly from the
+// cache; each warp also scans the windows of the RoIs of its image, 32 at a time, so that a batch costs no more than
+// its images one by one.
 //
 // Speed: in channels_last a warp reads and writes 512 bytes of a position at once, 16 per thread. A block processes all
 // cells of a RoI for one slice of channels, so that what they share is in the L1 cache of its SM. The taps are computed

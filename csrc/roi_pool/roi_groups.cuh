@@ -1,4 +1,4 @@
-// The RoIs of each image, so that the backward pass reads only those of the image at hand.
+// Lists the RoIs of each image, so that the backward pass of a position reads only the RoIs of its image.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# part, key and default; `Recipe.to_dict` leaves them out at this value
-ONLY_WHERE_SET = (
+# part, key and default; `Recipe.to_dict` omits keys that have this value
+OMITTED_DEFAULTS = (
     ("train", "accumulate", 1),
     ("train", "bias_lr_mult", 1.0),
     ("train", "empty_images", False),
@@ -31,8 +31,8 @@ ONLY_WHERE_SET = (
     ("head", "smooth_l1_beta", 1.0),
 )
 
-# of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
-NEWER_DEFAULTS = {
+# part -> key -> default in YAML files; older run directories without these keys keep the defaults of the dataclasses
+YAML_DEFAULTS = {
     "input": {"short_side_per": "image", "size_divisibility": 32},
     "model": {"zero_init_residual": False},
 }

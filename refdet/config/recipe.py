@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from refdet.config.newer_keys import NEWER_DEFAULTS, ONLY_WHERE_SET
+from refdet.config.newer_keys import OMITTED_DEFAULTS, YAML_DEFAULTS
 from refdet.config.recipe_limits import MAX_NAME_LENGTH, check_limits
-from refdet.config.recipe_values import build, one_of, unknown
-from refdet.config.renamed_keys import current, current_name, deprecation
+from refdet.config.recipe_values import build, check_choice, unknown_key_message
+from refdet.config.renamed_keys import current_name, deprecation_message, rename_old_keys
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
@@ -21,7 +21,7 @@ from refdet.files.short_text import short_repr, shorten
 
 log = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 2**18  # bytes
+MAX_FILE_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ModelOptions:
     # with trained norms and random weights, the last norm of each block starts at 0; false in YAML without this key
     zero_init_residual: bool = True
     masks: bool = True  # mask branch; a Faster R-CNN without it
-    stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
+    stride_in_1x1: bool = False  # stride of a bottleneck in its first 1x1 convolution, as in Caffe, not in its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
     # align (RoIAlign), align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
     pooling: str = "align"
@@ -50,14 +50,14 @@ class ModelOptions:
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
-    rpn_channels: int = 512  # of its hidden convolutions
+    rpn_channels: int = 512  # of these convolutions
     mask_channels: int = 256  # of the convolutions of the mask branch
     mask_pasting: str = "clamped"  # clamped, padded (detectron2's) or torchvision (refdet.detector.mask_pasting)
-    legacy_tie_order: bool = False  # order of equal scores as in the reference (refdet.detector.postprocess)
+    legacy_tie_order: bool = False  # equal scores ordered as in the reference (refdet.detector.postprocess)
     # sides of square anchors in pixels of the network input; with a pyramid one per level
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
-    legacy_rounded_anchors: bool = False  # rounded sides as in the reference; sizes must be multiples of 16
+    legacy_rounded_anchors: bool = False  # sides rounded as in the reference; sizes must be multiples of 16
     torchvision_anchors: bool = False  # rounded corners, and strides of input size // map size
     anchor_offset: float = 0.5  # centre of the first anchor in strides; 0 in detectron2 and torchvision
 
@@ -66,15 +66,15 @@ class ModelOptions:
 class InputOptions:
     """Preprocessing of images: resized, then (0..255 - mean) / std."""
 
-    min_sizes: tuple[int, ...] = (600,)  # of the shorter side; one is drawn in training, the last used at test time
-    # what one of min_sizes is drawn for: each image, as in detectron2 and torchvision, or all images of a step, which
-    # need less padding; image in YAML without this key, step in older runs
+    min_sizes: tuple[int, ...] = (600,)  # of the shorter side; one is drawn in training, the last is used at test time
+    # image: one of min_sizes is drawn for each image, as in detectron2 and torchvision; step: for all images of a step,
+    # which then need less padding; image in YAML without this key, step in older runs
     short_side_per: str = "step"
     max_size: int = 1000  # limit of the longer side
     # side of a square for large-scale jitter: training images are resized to fit into it, times a scale drawn for each,
-    # and cropped or padded to it; 0 for none. Without it min_sizes and max_size are those of training too
+    # and cropped or padded to it; 0 for none, with min_sizes and max_size in training too
     crop_size: int = 0
-    scale_range: tuple[float, float] = (0.1, 2.0)  # of the scales that are drawn with crop_size
+    scale_range: tuple[float, float] = (0.1, 2.0)  # of the scales drawn with crop_size
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of each channel, 0..255
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # of each channel
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
@@ -82,7 +82,7 @@ class InputOptions:
     # torchvision: plain bilinear, sizes rounded down
     resize: str = "antialias"
     exif: str = "ignore"  # ignore, or apply: rotate training images by their EXIF orientation
-    # sides of the inputs are padded to multiples of this; 32 in YAML without this key, 0 (as 1) in older runs
+    # inputs are padded to multiples of this; 32 in YAML without this key, 0 (the same as 1) in older runs
     size_divisibility: int = 0
 
 
@@ -90,10 +90,10 @@ class InputOptions:
 class ProposalOptions:
     """Region proposal network: labelling of anchors and selection of proposals."""
 
-    positive_iou: float = 0.7  # least IoU of an anchor and an object for the anchor to be positive
-    negative_iou: float = 0.3  # anchors below it are negative; those between are ignored
+    positive_iou: float = 0.7  # lowest IoU with an object of a positive anchor
+    negative_iou: float = 0.3  # anchors below it are negative; those between the two are ignored
     batch_size_per_image: int = 256  # anchors per image in the loss
-    positive_fraction: float = 0.5  # largest part of them that is positive
+    positive_fraction: float = 0.5  # largest fraction of them that may be positive
     nms_threshold: float = 0.7  # IoU above which the lower-scoring proposal is removed
     pre_nms_top_n_train: int = 2000  # highest-scoring proposals (per level) before NMS
     post_nms_top_n_train: int = 1000  # per image, after NMS
@@ -107,9 +107,9 @@ class ProposalOptions:
 class HeadOptions:
     """Second stage: sampling of RoIs in training."""
 
-    positive_iou: float = 0.5  # least IoU of a RoI and an object for the RoI to be positive
+    positive_iou: float = 0.5  # lowest IoU with an object of a positive RoI
     batch_size_per_image: int = 256  # RoIs per image in the loss
-    positive_fraction: float = 0.25  # largest part of them that is positive
+    positive_fraction: float = 0.25  # largest fraction of them that may be positive
     append_gt_boxes: bool = True  # also sample annotated boxes; otherwise only if no proposal is positive
     sample_with_replacement: bool = False  # repeat RoIs if there are too few
     smooth_l1_beta: float = 1.0  # of the box loss: quadratic below, linear above; 0 for L1
@@ -121,26 +121,26 @@ class TrainOptions:
 
     steps: int = 90000  # of the whole run
     batch_size: int = 8  # images per step, of all processes together
-    accumulate: int = 1  # passes per step, each of a part of a process's images, which need less memory
-    lr: float = 0.01  # highest learning rate; belongs to batch_size
+    accumulate: int = 1  # passes per step, each over a part of a process's images; more passes need less memory
+    lr: float = 0.01  # peak learning rate, for this batch_size
     momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0001  # of convolutions and linear layers, not of norms and biases
+    weight_decay: float = 0.0001  # of the weights of convolutions and linear layers, not of norms and biases
     warmup_steps: int = 500  # at most a fifth of the run
-    schedule: str = "step"  # of the rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
-    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
-    max_grad_norm: float = 10.0  # of all gradients together; 0 for no clipping
+    schedule: str = "step"  # of the learning rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
+    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the learning rate is divided by 10
+    max_grad_norm: float = 10.0  # L2 norm to which the gradients are clipped; 0 for no clipping
     flip: bool = True  # mirror half of the images
     bf16: bool = False  # autocast: convolutions and matrix products in bfloat16
-    tf32: bool = True  # float32 convolutions and products of a GPU in TF32; false for IEEE float32, as on a CPU
-    workers: int = 2  # processes that read images; 0 for none but this
-    seed: int = 0  # of all that is drawn: new layers, batches, flips, sizes and samples
+    tf32: bool = True  # float32 convolutions and matrix products on a GPU in TF32; false for IEEE float32, as on a CPU
+    workers: int = 2  # processes that read images; 0 for the main process only
+    seed: int = 0  # of everything random: new layers, batches, flips, sizes and samples
     checkpoint_interval: int = 1000  # steps between saved states
-    keep: int = 1  # states that stay, the newest ones; 0 for all
-    eval_every: int = 0  # steps between validations, where there are validation images; 0 for one at the end
-    ema: float = 0.0  # decay of an average of the weights, which is validated and used; 0 for none
+    keep: int = 1  # number of states to keep, the newest ones; 0 for all
+    eval_every: int = 0  # steps between validations, if there are validation images; 0 for one at the end
+    ema: float = 0.0  # decay of a moving average of the weights, which is validated and used; 0 for none
     log_every: int = 20  # steps between rows of metrics.jsonl
-    pretrained_lr_mult: float = 1.0  # with --weights: factor on the rate of the layers in them
-    bias_lr_mult: float = 1.0  # factor on the rate of biases, 2 in Caffe's detectors
+    pretrained_lr_mult: float = 1.0  # with --weights: factor on the learning rate of pretrained layers
+    bias_lr_mult: float = 1.0  # factor on the learning rate of biases, 2 in Caffe's detectors
     reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
     empty_images: bool = False  # also train on images without objects, as negatives
 
@@ -160,20 +160,22 @@ class Recipe:
         model = self.model
         if not self.name.strip() or len(self.name) > MAX_NAME_LENGTH:
             raise InputError(f"name: must have 1 to {MAX_NAME_LENGTH} characters, not {short_repr(self.name)}")
-        one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
-        one_of("model.backbone", model.backbone, ("resnet", "vgg16", "mobilenet_v1"))
-        one_of("model.neck", model.neck, ("c4", "fpn", "dc5"))
-        one_of("model.stride", model.stride, (8, 16))
-        one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
-        one_of("model.pooling", model.pooling, ("align", "align_legacy", "crop_and_resize", "crop_max", "crop_align"))
-        one_of("model.pooler_resolution", model.pooler_resolution, (7, 14))
-        one_of("model.box_fcs", model.box_fcs, (1, 2))
-        one_of("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
-        one_of("train.schedule", self.train.schedule, ("step", "cosine"))
-        one_of("input.order", self.input.order, ("rgb", "bgr"))
-        one_of("input.exif", self.input.exif, ("ignore", "apply"))
-        one_of("input.short_side_per", self.input.short_side_per, ("image", "step"))
-        one_of("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
+        check_choice("model.depth", model.depth, (18, 34, 50, 101, 152))
+        check_choice("model.backbone", model.backbone, ("resnet", "vgg16", "mobilenet_v1"))
+        check_choice("model.neck", model.neck, ("c4", "fpn", "dc5"))
+        check_choice("model.stride", model.stride, (8, 16))
+        check_choice("model.norm", model.norm, ("auto", "frozen", "batch"))
+        check_choice(
+            "model.pooling", model.pooling, ("align", "align_legacy", "crop_and_resize", "crop_max", "crop_align")
+        )
+        check_choice("model.pooler_resolution", model.pooler_resolution, (7, 14))
+        check_choice("model.box_fcs", model.box_fcs, (1, 2))
+        check_choice("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
+        check_choice("train.schedule", self.train.schedule, ("step", "cosine"))
+        check_choice("input.order", self.input.order, ("rgb", "bgr"))
+        check_choice("input.exif", self.input.exif, ("ignore", "apply"))
+        check_choice("input.short_side_per", self.input.short_side_per, ("image", "step"))
+        check_choice("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
         if model.neck != "c4" and model.pooling not in ("align", "align_legacy"):
             raise InputError(f"model.pooling: must be align or align_legacy with model.neck={model.neck}")
         if model.neck == "dc5" and (model.depth < 50 or model.stride != 16):
@@ -224,8 +226,8 @@ class Recipe:
             for parent in parents:
                 place = place.get(parent) if isinstance(place, dict) else None
             if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
-                raise InputError(unknown(key, Recipe))
-            changed, renamed = current({parents[0]: {leaf: value}}) if len(parents) == 1 else ({}, [])
+                raise InputError(unknown_key_message(key, Recipe))
+            changed, renamed = rename_old_keys({parents[0]: {leaf: value}}) if len(parents) == 1 else ({}, [])
             _deprecate(renamed)
             place.update(changed[parents[0]] if parents and changed else {leaf: value})
         return from_dict(tree)
@@ -233,14 +235,14 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain dicts, lists and numbers for YAML and JSON.
 
-        Newer keys are omitted at their default value, so that the outputs of an older recipe, such as a store, stay
-        identical to the byte.
+        Newer keys are omitted if they have their default value, so that the outputs of an older recipe, such as a
+        store, stay the same byte for byte.
         """
         tree = {
             k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
             for k, part in dataclasses.asdict(self).items()
         }
-        for part, key, default in ONLY_WHERE_SET:
+        for part, key, default in OMITTED_DEFAULTS:
             if tree[part][key] == default:
                 del tree[part][key]
         return tree
@@ -249,7 +251,7 @@ class Recipe:
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
     """Build a recipe from plain values.
 
-    Renamed keys are accepted without a note, since the values of a run directory are not edited by hand.
+    Renamed keys are accepted without a note, as files in run directories are not edited by hand.
 
     Args:
         tree: part -> option -> value; missing options have their defaults.
@@ -260,7 +262,7 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: an unknown key or an invalid value.
     """
-    recipe: Recipe = build(Recipe, current(tree)[0])
+    recipe: Recipe = build(Recipe, rename_old_keys(tree)[0])
     return recipe
 
 
@@ -302,16 +304,16 @@ def load(name_or_path: str) -> Recipe:
     if base is not None and base not in names():
         raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {short_repr(base)}")
     try:
-        tree, renamed = current(tree)
+        tree, renamed = rename_old_keys(tree)
         _deprecate(renamed)
-        whole = _over(load(base).to_dict(), tree) if base else _over(NEWER_DEFAULTS, tree)
+        whole = _merge(load(base).to_dict(), tree) if base else _merge(YAML_DEFAULTS, tree)
         return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error
 
 
 def _resolve_old_name(name: str) -> str:
-    """The name of a shipped recipe, with a note if ``name`` is its old one; any other name as it is."""
+    """The current name of a shipped recipe, with a note if ``name`` is an old one; other names are unchanged."""
     newer = current_name(name)
     if newer == name or newer not in names():
         return name
@@ -321,11 +323,11 @@ def _resolve_old_name(name: str) -> str:
 
 def _deprecate(renamed: Sequence[str]) -> None:
     for name in renamed:
-        log.warning("note: %s", deprecation(name))
+        log.warning("note: %s", deprecation_message(name))
 
 
-def _over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge ``changes`` into the tree ``base``."""
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree ``base`` with ``changes`` applied."""
     parts = {
         k: {**base[k], **v} if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()
     }

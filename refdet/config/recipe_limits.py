@@ -16,12 +16,12 @@ from refdet.files.short_text import short_repr
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed range of a number, or of each item of a list.
+    """Allowed range of a number, or of each item in a list.
 
     Attributes:
         low: minimum.
         high: maximum.
-        exclusive: whether the minimum itself is excluded.
+        exclusive: whether the minimum is excluded.
         min_items: minimum number of items in a list.
         max_items: maximum number of items in a list.
     """
@@ -62,6 +62,7 @@ class Range:
 
 
 def _count(high: int) -> Range:
+    """Range of a positive integer."""
     return Range(0, high, exclusive=True)
 
 
@@ -134,7 +135,7 @@ def check_limits(tree: Mapping[str, Any]) -> None:
         tree: part -> option -> value.
 
     Raises:
-        InputError: a number is out of range; the message has its key.
+        InputError: a number is out of range; the message names its key.
     """
     for part, options in tree.items():
         for option, value in options.items():

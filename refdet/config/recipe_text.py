@@ -1,4 +1,4 @@
-"""Recipes for people: a line of each, and all keys of one with their meanings, as YAML that can be given back."""
+"""Human-readable recipes: a summary of each, and all keys of one as commented YAML that can be loaded again."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _NECKS = {"c4": "C4", "fpn": "FPN", "dc5": "DC5"}
 
 
 @dataclass(frozen=True)
-class RecipeLine:
-    """One line about a shipped recipe.
+class RecipeSummary:
+    """Summary of a shipped recipe.
 
     Attributes:
-        name: of the recipe.
-        network: "ResNet-101 C4".
-        steps: of its training.
+        name: its name.
+        network: its network, such as "ResNet-101 C4".
+        steps: number of training steps.
         batch_size: images per step.
-        published: AP that was published of the recipe that it follows, "" if none was.
+        published: published AP of the recipe that it follows, "" if there is none.
         about: the first line of its comment.
     """
 
@@ -47,24 +47,24 @@ class RecipeLine:
     about: str
 
 
-def recipe_lines() -> list[RecipeLine]:
-    """A line for each shipped recipe, by name."""
-    lines = []
+def recipe_summaries() -> list[RecipeSummary]:
+    """Summaries of the shipped recipes, sorted by name."""
+    summaries = []
     for name in recipes.names():
         recipe, comment = recipes.load(name), _comment(name)
         published = next((line.removeprefix(_PUBLISHED) for line in comment if line.startswith(_PUBLISHED)), "")
         model, options = recipe.model, recipe.train
         network = f"ResNet-{model.depth} {_NECKS[model.neck]}"
-        lines.append(RecipeLine(name, network, options.steps, options.batch_size, published, comment[0]))
-    return lines
+        summaries.append(RecipeSummary(name, network, options.steps, options.batch_size, published, comment[0]))
+    return summaries
 
 
 def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
-    """Every key of a recipe with its value and its meaning.
+    """Every key of a recipe with its value and a comment.
 
     Args:
         recipe: the recipe.
-        source: name or YAML file that it was loaded from, whose first comment is repeated.
+        source: name or YAML file that it was loaded from, whose comment at the beginning is repeated.
 
     Returns:
         YAML of the same recipe.
@@ -79,13 +79,13 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
         lines += ["", f"# {inspect.getdoc(kind)}", f"{part}:"]
         for option in dataclasses.fields(kind):
             text = f"  {option.name}: {_to_yaml(getattr(options, option.name))}"
-            lines += _with_meaning(text, meanings(kind)[option.name])
+            lines += _with_comment(text, option_comments(kind)[option.name])
     return "\n".join(lines) + "\n"
 
 
 @functools.cache
-def meanings(kind: type) -> dict[str, str]:
-    """Option -> its comment in the source of a class of options: the lines above it, and the rest of its own line."""
+def option_comments(kind: type) -> dict[str, str]:
+    """Option -> its comment in the source of an options class, above the option and at the end of its line."""
     source = inspect.getsource(kind)
     comments = {
         token.start[0]: token.string.lstrip("# ").rstrip()
@@ -103,12 +103,13 @@ def meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def _with_meaning(text: str, meaning: str) -> Iterator[str]:
-    if len(text) + len(meaning) + 4 <= _WIDTH:
-        yield f"{text}  # {meaning}" if meaning else text
+def _with_comment(text: str, comment: str) -> Iterator[str]:
+    """The lines of an option: its comment at the end of the line if it fits, otherwise in lines above."""
+    if len(text) + len(comment) + 4 <= _WIDTH:
+        yield f"{text}  # {comment}" if comment else text
         return
     line = "  #"
-    for word in meaning.split():
+    for word in comment.split():
         if len(line) + len(word) + 1 > _WIDTH:
             yield line
             line = "  #"
@@ -118,14 +119,14 @@ def _with_meaning(text: str, meaning: str) -> Iterator[str]:
 
 
 def _to_yaml(value: Any) -> str:
-    """A value as YAML in one line."""
+    """A value as YAML on one line."""
     value = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _comment(source: str) -> list[str]:
-    """The lines of the comment at the beginning of a recipe."""
+    """Lines of the comment at the beginning of a recipe."""
     if Path(source).suffix in (".yaml", ".yml"):
         text = read_bytes(Path(source), MAX_FILE_BYTES).decode("utf-8", "replace")
     else:

@@ -1,4 +1,4 @@
-"""Build a recipe's options from plain values of YAML and JSON."""
+"""Build a recipe from plain values of YAML and JSON."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown(key: str, root: Any) -> str:
+def unknown_key_message(key: str, root: Any) -> str:
     """Error message for an unknown key of the dataclass `root`."""
     close = difflib.get_close_matches(key, _keys(root), n=1, cutoff=0.5)
     return f"{shorten(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
-    """Build a dataclass, and those in its fields, from plain values.
+    """Build a dataclass, including nested ones, from plain values.
 
     Args:
         cls: the dataclass.
-        tree: field -> value; missing fields have their defaults.
-        prefix: of the keys in error messages.
+        tree: field -> value; missing fields get their defaults.
+        prefix: prefix of the keys in error messages.
         root: the dataclass to suggest keys from, `cls` by default.
 
     Raises:
@@ -49,7 +49,7 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise InputError(unknown(key, root))
+            raise InputError(unknown_key_message(key, root))
         type_ = hints[name]
         is_nested = dataclasses.is_dataclass(type_)
         values[name] = build(type_, value, key + ".", root) if is_nested else _convert(key, value, type_)
@@ -76,7 +76,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def one_of(key: str, value: object, choices: Sequence[object]) -> None:
+def check_choice(key: str, value: object, choices: Sequence[object]) -> None:
     """Raise InputError if a value is not one of the choices."""
     if value not in choices:
         raise InputError(f"{key}: must be one of {', '.join(map(str, choices))}, not {short_repr(value)}")

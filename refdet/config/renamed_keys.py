@@ -47,7 +47,7 @@ def current_name(name: str) -> str:
     return "reference" + name.removeprefix("seed") if name.startswith("seed-") else name
 
 
-def current(tree: Any) -> tuple[Any, list[str]]:
+def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
     """Rename the old keys and values of a recipe.
 
     Args:
@@ -81,8 +81,8 @@ def current(tree: Any) -> tuple[Any, list[str]]:
     return tree_, renamed
 
 
-def deprecation(renamed: str) -> str:
-    """Deprecation message for an old name returned by `current`."""
+def deprecation_message(renamed: str) -> str:
+    """Deprecation message for an old name returned by `rename_old_keys`."""
     part, _, rest = renamed.partition(".")
     key, _, value = rest.partition("=")
     new = f"{key}={VALUES[part, key][value]}" if value else KEYS[renamed]

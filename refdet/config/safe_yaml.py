@@ -1,6 +1,6 @@
 """Parse untrusted YAML: mappings with text keys, lists and scalars, within limits.
 
-Aliases are refused, as with them a few hundred bytes can expand to gigabytes.
+Aliases are rejected, as they can expand a few hundred bytes to gigabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TEXT = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with limits that are checked before anything is constructed."""
+    """PyYAML's safe loader with limits, which are checked before values are constructed."""
 
     def __init__(self, stream: str | bytes) -> None:
         super().__init__(stream)
@@ -28,15 +28,15 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            raise _refusal(f"alias *{shorten(event.anchor)} is not supported; write out the value", event)
+            raise _error_at(f"alias *{shorten(event.anchor)} is not supported; write out the value", event)
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"tag {shorten(event.tag)} is not supported; remove it", event)
+            raise _error_at(f"tag {shorten(event.tag)} is not supported; remove it", event)
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_LENGTH:
-            raise _refusal(f"value longer than {MAX_SCALAR_LENGTH} characters", event)
+            raise _error_at(f"value longer than {MAX_SCALAR_LENGTH} characters", event)
         if self._depth > MAX_DEPTH:
-            raise _refusal(f"nested more than {MAX_DEPTH} levels deep", event)
+            raise _error_at(f"nested more than {MAX_DEPTH} levels deep", event)
         if self._nodes > MAX_NODES:
-            raise _refusal(f"more than {MAX_NODES} values", event)
+            raise _error_at(f"more than {MAX_NODES} values", event)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -46,9 +46,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != _TEXT:
-                raise _refusal(f"key {short_repr(key.value)} is not text; put it in quotes", key)
+                raise _error_at(f"key {short_repr(key.value)} is not text; put it in quotes", key)
             if key.value in seen:
-                raise _refusal(f"duplicate key {short_repr(key.value)}", key)
+                raise _error_at(f"duplicate key {short_repr(key.value)}", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -63,8 +63,8 @@ def parse_yaml(text: str | bytes) -> Any:
         Its value.
 
     Raises:
-        InputError: invalid YAML, or a feature that is refused: aliases, tags, duplicate keys, keys that are not text,
-            deep nesting, or too many or too long values.
+        InputError: invalid YAML, or an unsupported feature: aliases, tags, duplicate keys, keys that are not text, deep
+            nesting, or values that are too many or too long.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  # a safe loader
@@ -74,8 +74,9 @@ def parse_yaml(text: str | bytes) -> Any:
         raise InputError(f"invalid or unsupported YAML ({shorten(error)})") from None
 
 
-def _refusal(what: str, at: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=what, problem_mark=at.start_mark)
+def _error_at(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """The error of a YAML event or node."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -22,7 +22,7 @@ _MIN_SIDE = 0.01  # pixels; objects with a smaller visible part are removed
 
 
 def sample_jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
-    """Draw a scale and a part of the resized image.
+    """Draw a scale and a crop of the resized image.
 
     At scale 1 the image fits exactly into the square of ``options.crop_size``.
 
@@ -30,22 +30,22 @@ def sample_jittered_size(height: int, width: int, options: InputOptions, random:
         height: height of the image in pixels.
         width: width of the image in pixels.
         options: input options with a ``crop_size``; the scale is uniform in ``scale_range``.
-        random: three numbers are drawn: the scale, and the position of the part along x and y.
+        random: three numbers are drawn: the scale, and the position of the crop along x and y.
 
     Returns:
-        The size of the part, at most ``crop_size`` on a side.
+        The size of the crop, at most ``crop_size`` on a side.
     """
     scale = random.uniform(*options.scale_range) * options.crop_size / max(height, width)
-    whole = max(round(height * scale), 1), max(round(width * scale), 1)
-    sides = min(whole[0], options.crop_size), min(whole[1], options.crop_size)
-    x, y = (round(random.random() * (whole[axis] - sides[axis])) for axis in (1, 0))
-    scales = (scale, scale) if options.resize == "opencv" else (whole[1] / width, whole[0] / height)
-    return InputSize(*sides, *scales, height, width, resized=whole, origin=(x, y))
+    resized = max(round(height * scale), 1), max(round(width * scale), 1)
+    sides = min(resized[0], options.crop_size), min(resized[1], options.crop_size)
+    x, y = (round(random.random() * (resized[axis] - sides[axis])) for axis in (1, 0))
+    scales = (scale, scale) if options.resize == "opencv" else (resized[1] / width, resized[0] / height)
+    return InputSize(*sides, *scales, height, width, cropped_from=resized, crop_origin=(x, y))
 
 
 def visible_window(size: InputSize, flip: bool) -> Window:
     """The part of the original image that the network's input shows; if `flip`, the mirror image was resized."""
-    (x, y), (sx, sy) = size.origin, size.scale
+    (x, y), (sx, sy) = size.crop_origin, size.scale
     left, right = x / sx, min((x + size.width) / sx, size.image_width)
     if flip:
         left, right = size.image_width - right, size.image_width - left

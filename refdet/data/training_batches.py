@@ -234,7 +234,7 @@ class TrainingBatches(Dataset):
             masks = [
                 None if a.segmentation is None else to_rle(a.segmentation, record.height, record.width) for a in objects
             ]
-        if size.resized is not None:
+        if size.cropped_from is not None:
             window = visible_window(size, flip)
             kept, boxes = crop_boxes(boxes, masks or [None] * len(boxes), window)
             objects, masks = [objects[i] for i in kept], masks and [masks[i] for i in kept]
@@ -242,17 +242,18 @@ class TrainingBatches(Dataset):
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
         if self.recipe.input.resize == "pillow":
-            mirrored = flip and size.resized is not None  # a part of the mirror image, which is flipped again later
+            # a crop of the mirror image, which is flipped again later
+            mirrored = flip and size.cropped_from is not None
             pixels = resize_pillow(pixels[:, ::-1], size)[:, ::-1] if mirrored else resize_pillow(pixels, size)
         elif input_is_smaller(size):
             pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
-        corner = torch.tensor(size.origin * 2, dtype=torch.float32)
+        corner = torch.tensor(size.crop_origin * 2, dtype=torch.float32)
         boxes, crowds = (convention.scale(b, size.scale) - corner for b in (boxes, crowds))
-        if size.resized is not None:  # rounding may have moved them outside
+        if size.cropped_from is not None:  # rounding may have moved them outside
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
         flipped_width = float(record.width) if flip else None
-        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.origin)
+        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.crop_origin)
 
 
 def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) -> tuple[int, int]:

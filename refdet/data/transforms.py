@@ -194,9 +194,9 @@ _RESIZED_SIZE = {"pillow": _detectron2_size, "torchvision": _torchvision_size}  
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
     """Bilinear resize (H, W, 3) uint8 with antialiasing, to whole gray levels."""
-    height, width = size.whole
+    height, width = size.resized_size
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.array(resized)[size.part])
+    return np.ascontiguousarray(np.array(resized)[size.crop])
 
 
 def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
@@ -204,9 +204,9 @@ def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
     antialias = options.resize == "antialias"
     if options.resize == "pillow" and image.shape[2:] == (size.height, size.width):
         return image
-    if image.shape[2:] != size.whole:
-        image = F.interpolate(image, size=size.whole, mode="bilinear", align_corners=False, antialias=antialias)
-    return image[(..., *size.part)]
+    if image.shape[2:] != size.resized_size:
+        image = F.interpolate(image, size=size.resized_size, mode="bilinear", align_corners=False, antialias=antialias)
+    return image[(..., *size.crop)]
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
@@ -214,9 +214,9 @@ def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
 
     Equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
     """
-    height, width = size.whole
-    rows, below, y = (taps[size.part[0]] for taps in _taps(height, image.shape[2], size.scale_y, image.device))
-    columns, right, x = (taps[size.part[1]] for taps in _taps(width, image.shape[3], size.scale_x, image.device))
+    height, width = size.resized_size
+    rows, below, y = (taps[size.crop[0]] for taps in _taps(height, image.shape[2], size.scale_y, image.device))
+    columns, right, x = (taps[size.crop[1]] for taps in _taps(width, image.shape[3], size.scale_x, image.device))
     wide = image[..., columns] * (1 - x) + image[..., right] * x
     return wide[:, :, rows] * (1 - y)[:, None] + wide[:, :, below] * y[:, None]
 

@@ -4,7 +4,7 @@ Shape shorthand in this module:
 
     B: images in the batch
     C, H, W: channels, height and width of a feature map
-    A: anchors per cell, len(ratios) * len(sizes)
+    A: anchors per cell (position of a feature map), len(ratios) * len(sizes)
 
 Anchors are xyxy in pixels of the network's input.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ROUNDED_BASE = 16  # pixels: side of the square whose aspect ratios the reference rounds before scaling
+ROUNDED_BASE = 16  # pixels: side of the square that the reference reshapes to each ratio and rounds before scaling
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:
@@ -25,8 +25,8 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool 
     Args:
         sizes: square roots of the areas, in pixels.
         ratios: height / width.
-        rounded: as in the original Faster R-CNN code: round the sides of a 16-pixel square of each ratio, half to
-            even, then multiply them by ``size / 16``.
+        rounded: as in the original Faster R-CNN code, reshape a square of 16 pixels to each ratio, round its sides,
+            half to even, and multiply them by ``size / 16``.
     """
     if rounded:
         widths = [round(ROUNDED_BASE / ratio**0.5) for ratio in ratios]
@@ -40,7 +40,7 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool 
     return torch.cat((-half, half), dim=1)
 
 
-class Anchors(nn.Module):
+class AnchorGenerator(nn.Module):
     """Generates the anchors of all cells of all feature maps.
 
     Args:
@@ -49,7 +49,7 @@ class Anchors(nn.Module):
         strides: stride of each map, in pixels of the network's input.
         rounded: round the sides as the original Faster R-CNN code does.
         offset: centre of the anchors of cell (0, 0), in strides.
-        torchvision: round the corners of the anchors, and use the strides of `forward`'s `image_size`.
+        torchvision: as in torchvision, round the corners of the anchors and derive strides from the sizes of the maps.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Anchors(nn.Module):
     ) -> None:
         super().__init__()
         self.strides, self.offset, self.torchvision = tuple(strides), offset, torchvision
-        self.per_cell = len(sizes[0]) * len(ratios)
+        self.anchors_per_cell = len(sizes[0]) * len(ratios)
         for level, level_sizes in enumerate(sizes):
             with torch.device("cpu"):  # real values even in a model on the meta device
                 cell = cell_anchors(level_sizes, ratios, rounded)
@@ -73,8 +73,9 @@ class Anchors(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
-        The centre of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision the stride of a map is the
-        quotient of the padded input's side and the map's; the input is a multiple of 32 and the finest map a quarter.
+        The centre of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
+        the size of the padded input divided by that of the map, rounded down; the input is a multiple of 32, four times
+        the size of the finest map.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
@@ -87,7 +88,7 @@ class Anchors(nn.Module):
                 )
             ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * stride_y
             xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * stride_x
-            y, x_ = torch.meshgrid(ys, xs, indexing="ij")
-            centres = torch.stack((x_, y, x_, y), dim=-1).reshape(-1, 1, 4)
+            grid_y, grid_x = torch.meshgrid(ys, xs, indexing="ij")
+            centres = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
             anchors.append((centres + self.get_buffer(f"cell{level}")).reshape(-1, 4))
         return anchors

@@ -1,4 +1,4 @@
-"""The backbone of a recipe."""
+"""Build the backbone of a recipe."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Backbone: TypeAlias = ResNet | VGG16 | MobileNetV1
 
 
 def build_backbone(model: ModelOptions, norm: Norm) -> Backbone:
-    """A backbone with random weights.
+    """Build a backbone with random weights.
 
     Args:
         model: the recipe's options.
-        norm: makes a norm layer of so many channels.
+        norm: constructor of a norm layer, given the number of channels.
     """
     if model.backbone == "vgg16":
         return VGG16(model.width)
@@ -26,7 +26,14 @@ def build_backbone(model: ModelOptions, norm: Norm) -> Backbone:
         return MobileNetV1(model.width, norm)
     pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
     # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
-    last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
-    strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
-    in_1x1, zero_init = model.stride_in_1x1, model.zero_init_residual
-    return ResNet(model.depth, model.width, norm, strides, in_1x1, 1 + dilated, zero_init)
+    conv5_stride = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
+    strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, conv5_stride)
+    return ResNet(
+        model.depth,
+        model.width,
+        norm,
+        strides,
+        stride_in_1x1=model.stride_in_1x1,
+        dilation=2 if dilated else 1,
+        zero_init_residual=model.zero_init_residual,
+    )

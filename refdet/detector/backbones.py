@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from refdet.config.recipe import ModelOptions
 
-MOBILENET_WIDTH = 32  # channels of the first convolution of the published MobileNet v1, whose multiplier is 1
-_MIN_CHANNELS = 8  # of a layer of a MobileNet
-_NAMES = {"vgg16": ("VGG-16", 64), "mobilenet_v1": ("MobileNet v1", MOBILENET_WIDTH)}  # and the published width
+MOBILENET_WIDTH = 32  # channels of the first convolution of the published MobileNet v1, with depth multiplier 1
+_MIN_MOBILENET_CHANNELS = 8  # of a layer
+_NAMES_AND_WIDTHS = {"vgg16": ("VGG-16", 64), "mobilenet_v1": ("MobileNet v1", MOBILENET_WIDTH)}  # as published
 
 
 def network_name(model: ModelOptions) -> str:
-    """The backbone in words, such as "ResNet-50" or "VGG-16 of width 32"."""
-    name, usual = _NAMES.get(model.backbone, (f"ResNet-{model.depth}", 64))
-    return name if model.width == usual else f"{name} of width {model.width}"
+    """Human-readable name of the backbone, such as "ResNet-50" or "VGG-16 of width 32"."""
+    name, published_width = _NAMES_AND_WIDTHS.get(model.backbone, (f"ResNet-{model.depth}", 64))
+    return name if model.width == published_width else f"{name} of width {model.width}"
 
 
 def vgg_channels(width: int) -> tuple[int, int, int]:
-    """Channels of the maps of strides 4, 8 and 16 of a VGG-16 whose first layer has `width`."""
+    """Channels of the maps of strides 4, 8 and 16 of a VGG-16 whose first layer has `width` channels."""
     return 4 * width, 8 * width, 8 * width
 
 
 def mobilenet_channels(channels: int, width: int) -> int:
-    """Channels of a layer that has `channels` in the published MobileNet v1, with `width` in the first layer.
+    """Channels of a MobileNet v1 layer that has `channels` as published, if the first layer has `width`.
 
     The depth multiplier of Howard et al., "MobileNets", 2017 is ``width / 32``.
     """
-    return max(channels * width // MOBILENET_WIDTH, _MIN_CHANNELS)
+    return max(channels * width // MOBILENET_WIDTH, _MIN_MOBILENET_CHANNELS)
 
 
 def roi_channels(model: ModelOptions) -> tuple[int, int]:
@@ -34,6 +34,6 @@ def roi_channels(model: ModelOptions) -> tuple[int, int]:
         return vgg_channels(model.width)[2], model.fpn_hidden
     if model.backbone == "mobilenet_v1":
         return mobilenet_channels(512, model.width), mobilenet_channels(1024, model.width)
-    first = model.width * (4 if model.depth >= 50 else 1)  # of the first stage; bottlenecks expand four times
-    pooled = {"fpn": model.fpn_channels, "dc5": first * 8}.get(model.neck, first * 4)
-    return pooled, first * 8 if model.neck == "c4" else model.fpn_hidden
+    stage1 = model.width * (4 if model.depth >= 50 else 1)  # channels; bottlenecks expand them four times
+    pooled = {"fpn": model.fpn_channels, "dc5": stage1 * 8}.get(model.neck, stage1 * 4)
+    return pooled, stage1 * 8 if model.neck == "c4" else model.fpn_hidden

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
-BEST, VALIDATION = "best", "validation.json"  # the folder of the weights with the highest AP, and what that was
-MAX_META_BYTES = 2**23  # bytes of a model.json
+BEST, VALIDATION = "best", "validation.json"  # folder of the weights with the highest AP, and the file with that AP
+MAX_META_BYTES = 2**23  # of model.json
 MAX_CATEGORIES = 50_000
-HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parts that an ImageNet network lacks
+HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parameters that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class CheckpointMetadata:
         ):
             raise InputError(f"untrained: a list of {', '.join(HEAD_PREFIXES)} is needed, not {short_repr(untrained)}")
         provenance = Provenance.from_json(tree["provenance"])
-        return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
+        categories = _parse_categories(tree["categories"])
+        return cls(from_dict(tree["recipe"]), categories, provenance, step, tuple(untrained))
 
     @classmethod
     def parse(cls, text: str | bytes) -> CheckpointMetadata:
-        """`from_json` of the text of ``model.json``. Raises InputError without a file name."""
+        """Parse the text of ``model.json``; the InputError it raises has no file name."""
         return cls.from_json(strict_json(text))
 
     def warnings(self) -> list[str]:
@@ -96,8 +97,8 @@ class CheckpointMetadata:
         return lines
 
 
-def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
-    """(COCO id, name) of each category."""
+def _parse_categories(tree: Any) -> tuple[tuple[int, str], ...]:
+    """(COCO id, name) of each category in ``model.json``."""
     if not isinstance(tree, list) or not 0 < len(tree) <= MAX_CATEGORIES:
         raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {short_repr(tree)}")
     for category in tree:
@@ -113,7 +114,7 @@ def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
 
 
 def run_directory(path: str | Path) -> Path:
-    """The run directory of a path, which may also be its model file.
+    """The run directory at a path, which may also be its ``model.safetensors`` or ``model.json``.
 
     Raises:
         InputError: there is no checkpoint; the message says what was found and which folder to give instead.
@@ -153,7 +154,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
 
 
 def was_validated(folder: Path) -> bool:
-    """Whether a run directory holds weights that a validation chose, or lies beside such weights."""
+    """Whether a run was validated: its directory is, or contains, the folder of the best weights."""
     return (folder / VALIDATION).exists() or (folder / BEST).exists()
 
 
@@ -162,7 +163,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def load_meta(path: str | Path) -> CheckpointMetadata:
-    """The metadata of a run directory.
+    """Read the metadata of a run directory.
 
     Raises:
         InputError: there is no checkpoint, or ``model.json`` is damaged.
@@ -175,15 +176,15 @@ def load_meta(path: str | Path) -> CheckpointMetadata:
         raise InputError(f"{file}: not a checkpoint's model.json ({error}); give another run directory") from None
 
 
-class HasWeights(Protocol):
-    """A network, or other weights of one."""
+class HasStateDict(Protocol):
+    """Weights by name: a network, or an average of its weights."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Name -> tensor."""
         ...
 
 
-def save(folder: Path, model: HasWeights, meta: CheckpointMetadata) -> None:
+def save(folder: Path, model: HasStateDict, meta: CheckpointMetadata) -> None:
     """Write ``model.safetensors`` and ``model.json``."""
     write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
     write_json(folder / META, meta.to_json())
@@ -202,7 +203,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, memory-mapped, and the metadata of a safetensors file.
+    """Read the tensors of a safetensors file, memory-mapped, and its metadata.
 
     Raises:
         InputError: it cannot be read, or has too many tensors.

@@ -1,4 +1,4 @@
-"""`Conv2d`: torch's, computed by `refdet.ops.training_convolution` where gradients are recorded.
+"""`Conv2d`: a drop-in for torch's that trains faster on CPUs, by `refdet.ops.training_convolution`.
 
 Shape shorthand in this module:
 
@@ -15,7 +15,7 @@ from refdet.ops.training_convolution import conv2d
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of torch, padded with zeros, whose training is faster on a CPU. Same parameters, same results."""
+    """`torch.nn.Conv2d` with zero padding; same parameters, and same results within rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, K, H', W')."""

@@ -46,8 +46,8 @@ ImageLike: TypeAlias = "np.ndarray | Image.Image | str | Path"
 Images: TypeAlias = list[Any] | tuple[Any, ...]
 """Several `ImageLike`."""
 
-BATCH_SIZE = 4  # images per batch, as in an extraction
-CHUNK = 64  # images of a list that are decoded at once
+BATCH_SIZE = 4  # images per batch, as in an extraction on a CPU
+CHUNK = 64  # images of a list decoded before they are batched
 
 _Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
 
@@ -63,9 +63,9 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
 
     Args:
         path: run directory, as ``refdet train`` and ``refdet import-weights`` write it.
-        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one, which becomes PyTorch's current one.
-        precision: "float32", exact on a GPU too; or "tf32", float32 with products of TF32, or "bfloat16", both faster
-            where the device has them. A device without that arithmetic computes in float32, with a warning.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one. A GPU becomes PyTorch's current device.
+        precision: "float32", IEEE float32 on GPUs too; or, faster where the device supports it, "tf32", float32 with
+            products in TF32, or "bfloat16". Other devices compute in float32, with a warning.
 
     Raises:
         InputError: the checkpoint is missing or damaged, or the device cannot be used.
@@ -85,7 +85,7 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
 class Detector:
     """A trained network that detects and describes regions of images; made by `load_detector`.
 
-    It computes what ``refdet extract-features`` writes, with the same network in the same arithmetic.
+    It computes the same regions and features as ``refdet extract-features``.
 
     Attributes:
         path: its run directory.
@@ -239,9 +239,9 @@ class Detector:
         check_features(features, self.recipe)
         several = isinstance(image, list | tuple)
         if isinstance(image, list | tuple):
-            _check_as_many("boxes", boxes, len(image))
+            _check_one_per_image("boxes", boxes, len(image))
             if category_ids is not None:
-                _check_as_many("category_ids", category_ids, len(image))
+                _check_one_per_image("category_ids", category_ids, len(image))
 
         def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
             clipped, ids = [], []
@@ -255,9 +255,9 @@ class Detector:
             if category_ids is not None and self.recipe.model.masks:
                 label_of = {category: label for label, category in enumerate(self.classes, start=1)}
                 labels = [np.array([label_of[c] for c in image_ids.tolist()], np.int64) for image_ids in ids]
-            found = describe_boxes(self._model, pixels, clipped, features=features, labels=labels)
+            image_features = describe_boxes(self._model, pixels, clipped, features=features, labels=labels)
             ids = ids or [np.full(len(rows), NO_CATEGORY, np.int64) for rows in clipped]
-            return [_make_regions(*values) for values in zip(records, clipped, ids, found, strict=True)]
+            return [_make_regions(*values) for values in zip(records, clipped, ids, image_features, strict=True)]
 
         return self._run(image, compute)
 
@@ -272,9 +272,9 @@ class Detector:
         """Regions of a few images, in the same order.
 
         Args:
-            images: of any sizes; images of one input size are batched.
-            first: index of the first in the caller's list; None for a single image.
-            compute: computes a batch.
+            images: images of any size; those with the same input size are batched.
+            first: index of the first image in the caller's list; None for a single image.
+            compute: computes the regions of a batch.
         """
         pixels: dict[int, np.ndarray] = {}
         records = []
@@ -296,7 +296,9 @@ class Detector:
         return [regions_by_index[record.id] for record in records]
 
 
-def _make_regions(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:
+def _make_regions(
+    record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, image_features: ImageFeatures
+) -> Regions:
     """Regions of an image from its given boxes and their features."""
     return Regions(
         record.id,
@@ -306,26 +308,27 @@ def _make_regions(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarr
         boxes=boxes,
         scores=np.ones(len(boxes), np.float32),
         category_ids=category_ids,
-        masks=found.masks,
-        features=found.features,
-        maps=found.maps,
-        im_info=found.im_info,
+        masks=image_features.masks,
+        features=image_features.features,
+        maps=image_features.maps,
+        im_info=image_features.im_info,
     )
 
 
-def _check_as_many(argument: str, values: Any, count: int) -> None:
+def _check_one_per_image(argument: str, values: Any, count: int) -> None:
     """Raise ArgumentError unless there is one value per image."""
     if not hasattr(values, "__len__") or len(values) != count:
         raise ArgumentError(argument, f"a list of {count} is needed, one for each image")
 
 
 def _select(values: Any, index: int | None) -> Any:
+    """The values of an image of a list, or of the only image."""
     return values if index is None else values[index]
 
 
 @contextmanager
 def _add_index_to_errors(index: int | None) -> Iterator[None]:
-    """Add the index in the caller's list to the argument names of errors; None for a single image."""
+    """Context manager that adds the index in the caller's list, if any, to the argument name of an error."""
     try:
         yield
     except ArgumentError as error:

@@ -8,9 +8,9 @@ from refdet.config.recipe import Recipe
 from refdet.errors import ArgumentError
 
 VECTOR_FEATURES = ("pool5", "fc7", "class_prob")
-SPATIAL = ("spatial_pool5", "spatial_fc7")  # C4 networks only; a VGG has no spatial_fc7
-NECKS = {"c4": "a C4 head", "fpn": "a feature pyramid", "dc5": "a dilated conv5"}
-FEATURE_MAP = "head"  # the feature map of an image, C4 networks only
+SPATIAL_FEATURES = ("spatial_pool5", "spatial_fc7")  # C4 networks only; a VGG has no spatial_fc7
+FEATURE_MAP = "head"  # the feature map of the whole image, C4 networks only
+NECK_NAMES = {"c4": "a C4 head", "fpn": "a feature pyramid", "dc5": "a dilated conv5"}  # model.neck -> in messages
 
 
 def check_features(names: Sequence[str], recipe: Recipe) -> None:
@@ -21,24 +21,24 @@ def check_features(names: Sequence[str], recipe: Recipe) -> None:
     """
     if isinstance(names, str):
         raise ArgumentError("features", f"a list of names is needed, not {names!r}")
-    every = (*VECTOR_FEATURES, *SPATIAL, FEATURE_MAP)
+    all_names = (*VECTOR_FEATURES, *SPATIAL_FEATURES, FEATURE_MAP)
     for name in names:
-        if name not in every:
-            raise ArgumentError("features", f"unknown feature {name!r}; choose from {', '.join(every)}")
+        if name not in all_names:
+            raise ArgumentError("features", f"unknown feature {name!r}; choose from {', '.join(all_names)}")
         if name not in VECTOR_FEATURES and recipe.model.neck != "c4":
             raise ArgumentError(
                 "features",
-                f"a detector with {NECKS[recipe.model.neck]} has no {name!r}, only one with a C4 layout has; choose "
-                f"from {', '.join(VECTOR_FEATURES)}, or take another detector",
+                f"a detector with {NECK_NAMES[recipe.model.neck]} has no {name!r}, only one with a C4 layout has; "
+                f"choose from {', '.join(VECTOR_FEATURES)}, or take another detector",
             )
         if name == "spatial_fc7" and recipe.model.backbone == "vgg16":
             raise ArgumentError(
                 "features",
                 "a detector with a VGG-16 has no 'spatial_fc7', as its fc7 is a linear layer; choose from "
-                f"{', '.join((*VECTOR_FEATURES, SPATIAL[0], FEATURE_MAP))}, or take another detector",
+                f"{', '.join((*VECTOR_FEATURES, SPATIAL_FEATURES[0], FEATURE_MAP))}, or take another detector",
             )
 
 
-def of_regions(names: Sequence[str]) -> tuple[str, ...]:
-    """The names that are features of regions."""
+def region_features(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of features of regions, without that of the feature map."""
     return tuple(name for name in names if name != FEATURE_MAP)

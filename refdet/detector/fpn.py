@@ -16,7 +16,7 @@ from refdet.detector.conv2d import Conv2d
 
 
 class FeaturePyramid(nn.Module):
-    """Five feature maps at strides 4 to 64 from the four stages of a ResNet; the coarsest by subsampling."""
+    """Five feature maps at strides 4 to 64 from the four stages of a ResNet; the last one subsamples the fourth."""
 
     strides = (4, 8, 16, 32, 64)
 

@@ -1,4 +1,4 @@
-"""Inference layers for GPUs: convolutions whose bias, shortcut and ReLU are no passes of their own.
+"""Inference layers for GPUs: convolutions fused with the bias, shortcut and ReLU after them.
 
 Shape shorthand in this module:
 
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class FusedConv2d(nn.Module):
-    """A convolution with `refdet.ops.epilogue`.
+    """A convolution with an epilogue of `refdet.ops.epilogue`.
 
     Args:
         convolution: one that `supports` accepts; its weight is shared, not copied.
-        epilogue: kernel or library.
+        epilogue: `Epilogue.KERNEL` or `Epilogue.LIBRARY`.
     """
 
     def __init__(self, convolution: nn.Conv2d, epilogue: Epilogue) -> None:
         super().__init__()
         self.weight = convolution.weight
         bias = self.weight.new_zeros(len(self.weight)) if convolution.bias is None else convolution.bias.detach()
-        self.register_buffer("bias", bias)  # in the dtype of the weight, for the libraries
-        self.register_buffer("exact_bias", bias.float())
+        self.register_buffer("bias", bias)  # in the dtype of the weight, for cuDNN and cuBLAS
+        self.register_buffer("bias_float32", bias.float())  # for the kernel
         self.stride = tuple(int(n) for n in convolution.stride)
         self.padding = tuple(int(n) for n in convolution.padding)
         self.is_pointwise = convolution.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
@@ -55,7 +55,7 @@ class FusedConv2d(nn.Module):
 
         Args:
             x: the input.
-            shortcut: added to the result; of its shape.
+            shortcut: added to the output, of the same shape.
             apply_relu: apply ReLU at the end.
         """
         bias = self.get_buffer("bias")
@@ -77,11 +77,11 @@ class FusedConv2d(nn.Module):
                 log.warning("note: cuDNN does not fuse a convolution %s: %s", tuple(self.weight.shape), error)
                 self.epilogue = Epilogue.KERNEL
         y = F.conv2d(x, self.weight, None, self.stride, self.padding)
-        return bias_relu(y, self.get_buffer("exact_bias"), shortcut)
+        return bias_relu(y, self.get_buffer("bias_float32"), shortcut)
 
 
 class FusedStem(nn.Module):
-    """The first convolution of a ResNet, its pooling, bias and ReLU; these commute, and pooling leaves a quarter.
+    """The stem of a ResNet, with pooling before bias and ReLU: max pooling commutes with them, and shrinks the map.
 
     Args:
         convolution: the convolution, with a bias.
@@ -92,10 +92,10 @@ class FusedStem(nn.Module):
         super().__init__()
         self.weight, self.pool = convolution.weight, pool
         bias = self.weight.new_zeros(len(self.weight)) if convolution.bias is None else convolution.bias.detach()
-        self.register_buffer("exact_bias", bias.float())
+        self.register_buffer("bias_float32", bias.float())
         self.stride, self.padding = convolution.stride, convolution.padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, K, H / 4, W / 4)."""
         y = F.conv2d(x, self.weight, None, self.stride, self.padding)
-        return bias_relu(self.pool(y), self.get_buffer("exact_bias"))
+        return bias_relu(self.pool(y), self.get_buffer("bias_float32"))

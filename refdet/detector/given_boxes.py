@@ -1,4 +1,4 @@
-"""Checks of the boxes and categories passed to `Detector.describe`. No torch.
+"""Check the boxes and categories passed to `Detector.describe`. No torch.
 
 Shape shorthand in this module:
 
@@ -15,12 +15,15 @@ from refdet.errors import ArgumentError
 
 
 def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
-    """Boxes (n, 4) float32, clipped to the image.
+    """Check boxes and clip them to the image.
 
     Args:
         boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels, or anything empty.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        (n, 4) float32.
 
     Raises:
         ArgumentError: wrong shape, or a box that is not finite, reversed, empty or outside the image.
@@ -35,7 +38,8 @@ def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
         raise ArgumentError("boxes", f"(n, 4) numbers are needed, x1 y1 x2 y2 of each box, not {array.shape}")
     clipped = array.clip(0, [width, height] * 2).astype(np.float32)
     invalid = ~np.isfinite(array).all(axis=1) | ~(clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    for row in np.flatnonzero(invalid)[:1].tolist():
+    if invalid.any():
+        row = int(invalid.argmax())
         raise ArgumentError("boxes", f"row {row}, {array[row].tolist()}, {_problem(array[row], height, width)}")
     return clipped
 
@@ -52,12 +56,15 @@ def _problem(box: np.ndarray, height: int, width: int) -> str:
 
 
 def check_category_ids(category_ids: object, count: int, classes: Container[int]) -> np.ndarray:
-    """Category ids (n,) int64 of `count` boxes.
+    """Check the category ids of boxes.
 
     Args:
         category_ids: (n,) integers.
-        count: n.
+        count: number of boxes, n.
         classes: the category ids of the detector.
+
+    Returns:
+        (n,) int64.
 
     Raises:
         ArgumentError: wrong number of ids, not integers, or an unknown id.

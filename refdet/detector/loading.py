@@ -21,8 +21,8 @@ from refdet.files.short_text import shorten
 from refdet.ops._library import warn_of_plain_pytorch
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-COUNTER = "num_batches_tracked"
-MAX_NUMBERS = 500_000_000  # parameters and buffers of a network; the largest published one has 80 million
+BATCH_COUNTER = "num_batches_tracked"  # buffer of BatchNorm2d, but not of frozen norms
+MAX_NUMBERS = 500_000_000  # values in a network's parameters and buffers; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainedDetector:
         """Context manager in which `model` computes without gradients and in `precision`.
 
         Raises:
-            torch.cuda.OutOfMemoryError: the GPU has too little memory, whichever library said so.
+            torch.cuda.OutOfMemoryError: the GPU has too little memory, whichever library reports it.
         """
         with torch.inference_mode(), float32_arithmetic(self.precision), as_out_of_memory_error():
             yield
@@ -72,7 +72,20 @@ def from_tensors(
     for_inference: bool = False,
     precision: str = "float32",
 ) -> TrainedDetector:
-    """The detector that `load` would load had the tensors been saved in ``folder``; it gets copies of them."""
+    """Build a detector from copies of tensors, as `load` does from those in a run directory.
+
+    Args:
+        meta: metadata of the weights.
+        tensors: name -> tensor.
+        folder: the run directory, for `TrainedDetector.path` and errors.
+        device: as in `load`.
+        for_inference: as in `load`.
+        precision: as in `load`.
+
+    Raises:
+        InputError: the tensors do not fit the recipe, or contain unusable values.
+        RuntimeFailure: the device has too little memory.
+    """
     model = build_on_meta(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
     bf16 = precision == "bfloat16"
@@ -91,7 +104,7 @@ def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: it has more than `MAX_NUMBERS` parameters and buffers.
+        InputError: its parameters and buffers have more than `MAX_NUMBERS` values.
     """
     with torch.device("meta"):
         model = MaskRCNN(recipe, classes)
@@ -107,14 +120,14 @@ def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
 def load_weights(
     model: MaskRCNN, tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = (), counters: bool = False
 ) -> None:
-    """Load all tensors into a model, except names that begin with one of `skip`.
+    """Load tensors into a model, except those whose names start with one of `skip`.
 
     Args:
         model: the network; may be on the meta device if nothing is skipped, and then gets copies of the tensors.
         tensors: name -> tensor.
         source: the file of the tensors, for errors.
         skip: prefixes of the names to ignore.
-        counters: load the batch counters of batch norms too.
+        counters: also load `BATCH_COUNTER` of batch norms.
 
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or contains NaN, inf or implausible values.
@@ -131,13 +144,14 @@ def load_weights(
         )
     on_meta = next(model.parameters()).is_meta
     if counters or on_meta:
-        loaded |= {name: _counter(tensors.get(name)) for name in model_state if name.endswith(COUNTER)}
+        loaded |= {name: _counter(tensors.get(name)) for name in model_state if name.endswith(BATCH_COUNTER)}
     if on_meta:  # copy: safetensors returns views of the memory-mapped file
         loaded = {name: value.to(model_state[name].dtype, copy=True) for name, value in loaded.items()}
     model.load_state_dict(loaded, strict=False, assign=on_meta)
 
 
 def _counter(counter: Tensor | None) -> Tensor:
+    """A batch counter, or 0 if it is missing or invalid."""
     return torch.tensor(0) if counter is None or counter.shape or counter.dtype != torch.int64 else counter
 
 
@@ -176,6 +190,6 @@ def check_compatible(
 
 
 def _comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
-    # a batch norm has a counter, a frozen norm has not
-    names = (name for name in tensors if not name.startswith(skip) and not name.endswith(COUNTER))
+    """Tensors except skipped ones and batch counters, which frozen norms do not have."""
+    names = (name for name in tensors if not name.startswith(skip) and not name.endswith(BATCH_COUNTER))
     return {name: tensors[name] for name in names}

@@ -1,4 +1,4 @@
-"""What the loss terms are divided by: numbers of samples, of a batch or of several together."""
+"""Numbers of samples that normalise the loss terms, of one batch or summed over several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refdet.device import to_device
 
-Count: TypeAlias = int | Tensor  # a scalar int64 on the device, where the host does not know it
+Count: TypeAlias = int | Tensor  # a scalar int64 tensor if only the device knows it
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class LossCounts:
     """Numbers of samples that the sums of the loss terms are divided by.
 
     Attributes:
-        anchors: sampled anchors, of both losses of the RPN.
-        rois: sampled RoIs, of the losses of classes and boxes.
-        mask_cells: cells of the masks of positive RoIs, of the mask loss.
+        anchors: sampled anchors, for both RPN losses.
+        rois: sampled RoIs, for the classification and box losses.
+        mask_cells: cells of the masks of positive RoIs, for the mask loss.
     """
 
     anchors: Count
@@ -42,14 +42,15 @@ class LossCounts:
         return cls(*values.unbind())
 
     def at_least_one(self) -> LossCounts:
-        """The same, with 1 in the place of 0, to divide by."""
+        """The counts with 1 instead of 0, to divide by."""
         counts = (self.anchors, self.rois, self.mask_cells)
         return LossCounts(*(c.clamp(min=1) if isinstance(c, Tensor) else max(c, 1) for c in counts))
 
 
-Total: TypeAlias = Callable[[LossCounts], LossCounts]
+ReduceCounts: TypeAlias = Callable[[LossCounts], LossCounts]
+"""Sums the counts of a batch with those of the other batches of a step."""
 
 
-def of_this_batch(counts: LossCounts) -> LossCounts:
-    """The counts themselves: what the losses of a batch are divided by if it is the whole of a step."""
+def unreduced(counts: LossCounts) -> LossCounts:
+    """The counts unchanged, for a step of a single batch."""
     return counts

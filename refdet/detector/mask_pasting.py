@@ -1,4 +1,4 @@
-"""Masks of boxes as RLE of the image, pasted as the recipe says."""
+"""Paste the masks of boxes into the image, as the recipe says, and encode them as RLE."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from refdet.ops.masks import masks_to_rle
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: str) -> list[bytes]:
-    """RLE counts of the masks of boxes.
+    """Paste the masks of boxes into the image.
 
     Args:
-        masks: (N, m, m) probabilities.
+        masks: (N, m, m) probabilities on the CPU.
         boxes: (N, 4) half-open xyxy in pixels of the image.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        pasting: "clamped": the outer cells reach to the edge of the box. "padded": beyond them is 0, as in detectron2,
-            so masks end within half a cell of the edge. "torchvision": the same, of boxes cut to whole pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        pasting: how masks end at the edge of their box. "clamped": the outer cells extend to the edge. "padded": beyond
+            the centres of the outer cells, values fall to 0, as in detectron2. "torchvision": likewise, with boxes
+            rounded to whole pixels as in torchvision.
+
+    Returns:
+        N COCO compressed RLE ``counts``.
     """
     if pasting != "clamped":
         cells = masks.shape[-1]

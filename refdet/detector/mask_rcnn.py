@@ -5,6 +5,7 @@ Shape shorthand in this module:
     B: images in the batch, padded to height H and width W
     P, K, N: proposals, RoIs and boxes of all images
     n: boxes of an image
+    C, Hi, Wi: channels, height and width of feature map i
 
 Proposals and RoIs are in pixels of the network's input; detections and given boxes in pixels of the original image.
 """
@@ -21,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import Recipe
-from refdet.detector.anchors import Anchors
+from refdet.detector.anchors import AnchorGenerator
 from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
+from refdet.detector.loss_counts import LossCounts, ReduceCounts, unreduced
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import lower_thresholds, select_detections
-from refdet.detector.profiler import Stages
+from refdet.detector.profiler import Profiler
 from refdet.detector.resnet import FrozenBatchNorm, Norm
 from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
 from refdet.detector.roi_outputs import RoiFeatures
@@ -42,11 +43,11 @@ from refdet.device import to_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-DEFAULT_FEATURES = ("pool5", "fc7")  # the default
-NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
+DEFAULT_FEATURES = ("pool5", "fc7")
+NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})  # features that the box head computes
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
@@ -58,7 +59,7 @@ class _SampledBatch:
     maps: list[Tensor]
     rpn_sums: dict[str, Tensor]
     sampled: SampledRois
-    with_mask: PositiveRois  # whose object has a mask
+    with_mask: PositiveRois  # positive RoIs whose object has a mask
     counts: LossCounts
 
 
@@ -74,7 +75,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
-        self.stages: Stages | None = None  # profiler of `predict` and `extract_features`
+        self.profiler: Profiler | None = None  # of `predict` and `extract_features`
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
@@ -89,7 +90,7 @@ class MaskRCNN(nn.Module):
             self.neck = None
             levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[3 if dilated else 2]
         rounded, offset = model.legacy_rounded_anchors, model.anchor_offset
-        anchors = Anchors(levels, model.anchor_ratios, map_strides, rounded, offset, model.torchvision_anchors)
+        anchors = AnchorGenerator(levels, model.anchor_ratios, map_strides, rounded, offset, model.torchvision_anchors)
         self.rpn = RegionProposalNetwork(map_channels, model, anchors, recipe.proposals, self.convention)
         self.head: RoiHead
         if model.neck != "c4":
@@ -116,9 +117,9 @@ class MaskRCNN(nn.Module):
         sizes: Sizes,
         targets: Sequence[GroundTruth],
         generator: torch.Generator | None = None,
-        total: Total = of_this_batch,
+        reduce_counts: ReduceCounts = unreduced,
     ) -> dict[str, Tensor]:
-        """The loss terms, scalars to be summed: five, or four without masks.
+        """The five loss terms (four without masks), scalars named as in torchvision, whose sum is the loss.
 
         The number of GPU synchronizations does not depend on the batch size.
 
@@ -128,11 +129,11 @@ class MaskRCNN(nn.Module):
             targets: annotated objects of each image, on the CPU.
             generator: source of one seed per image for sampling anchors and RoIs. A generator on the CPU gives the same
                 samples on every device.
-            total: from the counts of samples of this batch to those to divide by, where it is a part of a larger one.
+            reduce_counts: sums the counts of samples, by which the terms are divided, over all batches of a step.
         """
         batch = self._sample(images, sizes, targets, generator)
         maps, rois, labels = batch.maps, batch.sampled.rois, batch.sampled.labels
-        count = total(batch.counts).at_least_one()
+        count = reduce_counts(batch.counts).at_least_one()
         losses = {name: term / count.anchors for name, term in batch.rpn_sums.items()}
         pooling_rois = self._pooling_rois(rois, maps, images)
         features = self.head.features(maps, pooling_rois)
@@ -151,14 +152,14 @@ class MaskRCNN(nn.Module):
     def count_samples(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
     ) -> LossCounts:
-        """What `compute_losses` of the same arguments divides by, without the second stage."""
+        """The counts of samples in `compute_losses` of the same arguments, without computing the second stage."""
         return self._sample(images, sizes, targets, generator).counts
 
     def _sample(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
     ) -> _SampledBatch:
-        """The first stage with its losses, and the RoIs that the second learns from."""
-        truth = PaddedTruth.of(targets, images.device)
+        """The first stage with its losses, and the RoIs sampled for the second."""
+        truth = PaddedGroundTruth.pad(targets, images.device)
         anchor_seeds, roi_seeds = to_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
@@ -176,10 +177,10 @@ class MaskRCNN(nn.Module):
         positive, size = batch.with_mask, self.head.mask_size
         rows = to_device(positive.row, pooling_rois.device)
         logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
-        # on the host, while a GPU computes
+        # computed on the host while the GPU works
         image_targets = [
             compute_mask_targets(boxes, objects, target, size, self.convention)
-            for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
+            for (boxes, objects), target in zip(positive.split_by_image(len(targets)), targets, strict=True)
         ]
         mask_targets = to_device(torch.cat(image_targets), logits.device)
         return F.binary_cross_entropy_with_logits(logits, mask_targets, reduction="sum")
@@ -198,8 +199,8 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
             sizes: input and original size of each image.
             options: thresholds and limits of the detections.
-            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map that RoIs
-                are pooled from, as the reference calls it.
+            features: names of the features of `BatchFeatures` to compute, and ``head``, the reference's name, for the
+                feature map that RoIs are pooled from.
 
         Returns:
             The detections of all images, with their features and masks.
@@ -207,49 +208,50 @@ class MaskRCNN(nn.Module):
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
         with self.timed("proposals"):
-            scored = self.rpn(maps)
-            proposals = self.rpn.filter_proposals(scored, [(size.height, size.width) for size in sizes])
-        boxes, image = torch.cat(proposals), _image_of_each([len(p) for p in proposals], images.device)
+            rpn_output = self.rpn(maps)
+            proposals = self.rpn.filter_proposals(rpn_output, [(size.height, size.width) for size in sizes])
+        boxes, image_index = torch.cat(proposals), _image_indices([len(p) for p in proposals], images.device)
         with self.timed("classes and boxes"):
             maps = self.head.precompute(maps, len(boxes))
-            rois = self._pooling_rois(_rois(image, boxes), maps, images)
+            rois = self._pooling_rois(_to_rois(image_index, boxes), maps, images)
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
         with self.timed("choice"):
-            finite = all_finite(scored.logits, scored.deltas, logits, deltas)
-            boxes, best, labels, counts = self._select_detections(boxes, image, logits, deltas, sizes, options)
+            finite = all_finite(rpn_output.logits, rpn_output.deltas, logits, deltas)
+            boxes, scores, labels, counts = self._select_detections(boxes, image_index, logits, deltas, sizes, options)
         mask_labels = labels if self.recipe.model.masks else None
         outputs = self._extract_features(maps, images, sizes, boxes, counts, mask_labels, features)
         finite = finite & outputs.finite
         return Detections(
-            outputs.counts, outputs.features, outputs.masks, outputs.feature_map, finite, boxes, best, labels
+            outputs.counts, outputs.features, outputs.masks, outputs.feature_map, finite, boxes, scores, labels
         )
 
     def _select_detections(
         self,
-        boxes: Tensor,
-        image: Tensor,
+        proposals: Tensor,
+        image_index: Tensor,
         logits: Tensor,
         deltas: Tensor,
         sizes: Sequence[InputSize],
         options: DetectionOptions,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Detections from proposals (P, 4) with image indices, logits (P, classes + 1) and deltas (P, classes + 1, 4).
+        """Select detections from proposals (P, 4), logits (P, classes + 1) and deltas (P, classes + 1, 4).
 
         Returns:
-            boxes (N, 4), scores (N,), labels (N,) and the number of detections of each image.
+            boxes (N, 4) in pixels of the original image, scores (N,), labels (N,) and the number of detections of each
+            image.
         """
         scores = logits.softmax(dim=1)[:, 1:]
-        scales, limits = _image_scales(sizes, boxes)
-        proposals = self.convention.unscale(boxes, scales[image])
-        decoded = self.convention.decode(deltas[:, 1:], proposals[:, None], DELTA_WEIGHTS)
-        inside = box_ops.clip_to_images(decoded, limits[image][:, None])
+        scales, limits = _image_scales(sizes, proposals)
+        unscaled = self.convention.unscale(proposals, scales[image_index])
+        decoded = self.convention.decode(deltas[:, 1:], unscaled[:, None], DELTA_WEIGHTS)
+        boxes = box_ops.clip_to_images(decoded, limits[image_index][:, None])
         if options.lower_threshold_if_empty:
-            thresholds = lower_thresholds(inside, scores, image, len(sizes), options.score_threshold)
+            thresholds = lower_thresholds(boxes, scores, image_index, len(sizes), options.score_threshold)
         else:
             thresholds = scores.new_full((len(sizes),), options.score_threshold)
         legacy_tie_order = self.recipe.model.legacy_tie_order
         return select_detections(
-            inside, scores, image, thresholds, options.nms_threshold, options.max_regions, legacy_tie_order
+            boxes, scores, image_index, thresholds, options.nms_threshold, options.max_regions, legacy_tie_order
         )
 
     @torch.no_grad()
@@ -279,8 +281,8 @@ class MaskRCNN(nn.Module):
         return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, mask_labels, features)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
-        """Context manager that measures a part with `stages`, if set."""
-        return nullcontext() if self.stages is None else self.stages(part)
+        """Context manager that times a part with `profiler`, if set."""
+        return nullcontext() if self.profiler is None else self.profiler(part)
 
     def _extract_features(
         self,
@@ -292,11 +294,11 @@ class MaskRCNN(nn.Module):
         labels: Tensor | None,
         names: Sequence[str],
     ) -> BatchFeatures:
-        """`extract_features` of boxes (N, 4), labels (N,), from the maps of `RoiHead.precompute`."""
+        """`extract_features` of the boxes (N, 4) and labels (N,) of all images, from maps of `RoiHead.precompute`."""
         with self.timed("features and masks"):
-            image = _image_of_each(counts, images.device)
-            scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image])
-            rois = self._pooling_rois(_rois(image, scaled), maps, images)
+            image_index = _image_indices(counts, images.device)
+            scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image_index])
+            rois = self._pooling_rois(_to_rois(image_index, scaled), maps, images)
             values: dict[str, Tensor] = {}
             masks = None
             levels = self.head.levels(rois)
@@ -319,8 +321,8 @@ class MaskRCNN(nn.Module):
         return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""
-        corners = self.convention.corners(rois[:, 1:])
+        """RoIs (K, 5) as the pooling operators take them, from rois (K, 5), both in pixels of the network's input."""
+        corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
             # the reference (lichengunc/mask-faster-rcnn) aligns the first and last pixel with the first and last cell
             sides = [
@@ -331,18 +333,18 @@ class MaskRCNN(nn.Module):
         return torch.cat((rois[:, :1], corners), dim=1)
 
 
-def _image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Image index of each box, (N,) int64."""
+def _image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Image index of each box, (N,) int64, from the number of boxes of each image."""
     return to_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
 
 
-def _rois(image: Tensor, boxes: Tensor) -> Tensor:
+def _to_rois(image_index: Tensor, boxes: Tensor) -> Tensor:
     """Image indices (K,) and boxes (K, 4) -> RoIs (K, 5)."""
-    return torch.cat((image.to(boxes.dtype)[:, None], boxes), dim=1)
+    return torch.cat((image_index.to(boxes.dtype)[:, None], boxes), dim=1)
 
 
 def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale (B, 2) and original width and height (B, 2) of each image, with the dtype and device of `like`."""
+    """Scales (sx, sy) (B, 2) and original width and height (B, 2) of each image, like `like` in dtype and device."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
     scales, limits = to_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
     return scales, limits

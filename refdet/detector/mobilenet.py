@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from refdet.detector.backbones import mobilenet_channels
 from refdet.detector.resnet import Norm, conv_norm
 
-# channels and stride of the layers after the first; of the last two, which run on RoIs, the stride is 1
+# channels and stride of each layer after the first; the last two run on RoIs, with stride 1
 LAYERS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
     (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 1), (1024, 1),
 )  # fmt: skip
-ON_ROIS = 2
-ENDS = (3, 5, 11)  # index of the last layers of strides 4, 8 and 16
-FROZEN = 5  # first layers that stay as they are when pretrained weights are trained further
+NUM_ROI_LAYERS = 2  # last layers that run on RoIs
+STAGE_ENDS = (3, 5, 11)  # index of the last layer of stride 4, 8 and 16
+NUM_FROZEN_LAYERS = 5  # first layers that are frozen in fine-tuning
 
 
 class ConvNormReLU6(nn.Sequential):
@@ -42,7 +42,7 @@ class ConvNormReLU6(nn.Sequential):
 
 
 class SeparableConv(nn.Module):
-    """A 3x3 convolution of each channel and a 1x1 convolution, with a norm and ReLU6 after each."""
+    """Depthwise separable convolution: a depthwise 3x3 and a 1x1 convolution, each followed by a norm and ReLU6."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class MobileNetV1(nn.Module):
 
     Args:
         width: channels of the first layer: 32 times the depth multiplier.
-        norm: makes a norm of the given number of channels.
+        norm: constructor of a norm layer, given the number of channels.
     """
 
     def __init__(self, width: int, norm: Norm) -> None:
@@ -68,16 +68,16 @@ class MobileNetV1(nn.Module):
         layers: list[nn.Module] = [ConvNormReLU6(3, width, 3, 2, 1, norm)]
         for index, (_, stride) in enumerate(LAYERS):
             layers.append(SeparableConv(widths[index], widths[index + 1], stride, norm))
-        self.layers = nn.Sequential(*layers[:-ON_ROIS])
-        self.layer4 = nn.Sequential(*layers[-ON_ROIS:])
-        self.channels = (*(widths[end] for end in ENDS), widths[-1])
+        self.layers = nn.Sequential(*layers[:-NUM_ROI_LAYERS])
+        self.layer4 = nn.Sequential(*layers[-NUM_ROI_LAYERS:])
+        self.channels = (*(widths[end] for end in STAGE_ENDS), widths[-1])
 
     def frozen_layers(self) -> list[nn.Module]:
-        """The layers that stay as they are when pretrained weights are trained further."""
-        return list(self.layers[:FROZEN])
+        """The layers that are frozen in fine-tuning with frozen norms."""
+        return list(self.layers[:NUM_FROZEN_LAYERS])
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
-        """Feature maps of strides 4, 8 and 16, as many as `stages` says.
+        """The first `stages` of the feature maps of strides 4, 8 and 16.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -87,8 +87,8 @@ class MobileNetV1(nn.Module):
             Feature maps (B, channels[i], H / s, W / s), rounded up.
         """
         x, maps = images, []
-        for index, layer in enumerate(self.layers[: ENDS[stages - 1] + 1]):
+        for index, layer in enumerate(self.layers[: STAGE_ENDS[stages - 1] + 1]):
             x = layer(x)
-            if index in ENDS:
+            if index in STAGE_ENDS:
                 maps.append(x)
         return maps

@@ -22,7 +22,7 @@ from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import is_half_fastest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
-# the convolutions that are called by `conv_relu`, and lists of them
+# attributes that are convolutions, or lists of them, called through `conv_relu`
 FOLLOWED_BY_RELU: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBottleneck: ("conv1", "conv2", "conv3"),
     SplitRes5: ("conv2", "conv3"),
@@ -47,7 +47,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     """
     fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
-    # these take a maximum over samples, which is not linear, so they must pool first
+    # crop_align and crop_max take a maximum over samples, which does not commute with convolutions
     if isinstance(head, C4Head) and head.model.pooling not in ("crop_align", "crop_max") and can_split(head.conv5):
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
@@ -75,11 +75,11 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
 
 @torch.no_grad()
 def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
-    """Replace the convolutions of a folded network that a ReLU follows by `FusedConv2d`.
+    """Replace the convolutions followed by a ReLU with `FusedConv2d`, and the stem with `FusedStem`.
 
     Args:
-        model: its bottlenecks are `FusedBottleneck`.
-        epilogue: kernel or library.
+        model: a network with folded norms, whose bottlenecks are `FusedBottleneck`.
+        epilogue: `Epilogue.KERNEL` or `Epilogue.LIBRARY`.
     """
     stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
     if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):
@@ -89,7 +89,7 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
 
 @torch.no_grad()
 def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
-    """`fuse_epilogues` of all modules of `FOLLOWED_BY_RELU`."""
+    """`fuse_epilogues` for the modules listed in `FOLLOWED_BY_RELU`."""
     for parent in list(module.modules()):
         if isinstance(parent, FusedBottleneck):
             shortcut = parent.downsample.get_submodule("0") if isinstance(parent.downsample, nn.Sequential) else None
@@ -99,9 +99,9 @@ def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
         for name in FOLLOWED_BY_RELU.get(type(parent), ()):
             child = getattr(parent, name)
             if isinstance(child, nn.ModuleList):
-                for place, each in enumerate(child):
-                    if isinstance(each, nn.Conv2d) and FusedConv2d.supports(each):
-                        child[place] = FusedConv2d(each, epilogue)
+                for index, layer in enumerate(child):
+                    if isinstance(layer, nn.Conv2d) and FusedConv2d.supports(layer):
+                        child[index] = FusedConv2d(layer, epilogue)
             elif FusedConv2d.supports(child):
                 setattr(parent, name, FusedConv2d(child, epilogue))
         if isinstance(parent, SplitRes5):
@@ -113,7 +113,7 @@ def fuse_conv_bn(model: nn.Module) -> None:
     """Fold the norms of a model in eval mode into the convolutions before them.
 
     Args:
-        model: its norms are named ``bnX`` beside their ``convX``, or follow their convolution in a `Sequential`.
+        model: its norms are named ``bnX`` after their ``convX``, or follow their convolution in a `Sequential`.
     """
     for parent in list(model.modules()):
         children = dict(parent.named_children())

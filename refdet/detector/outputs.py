@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _Features = TypeVar("_Features", bound="BatchFeatures")
-_Change = Callable[[Tensor], Tensor]
+_TensorFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,12 @@ class BatchFeatures:
 
     Attributes:
         counts: number of boxes of each image.
-        features: the requested ones, float32: ``pool5`` (N, C), the mean of the pooled cells; ``fc7`` (N, D), the
-            input of the box predictor; ``class_prob`` (N, classes + 1), probabilities, background first; of a C4
-            network ``spatial_pool5`` (N, C, 7, 7), the pooled cells, and ``spatial_fc7`` (N, D, 7, 7), whose mean is
-            fc7; 14x14 pooled cells in recipes with ``model.pooler_resolution: 14``.
+        features: the requested features by name, float32: ``pool5`` (N, C), the mean of the pooled cells; ``fc7``
+            (N, D), the input of the box predictor; ``class_prob`` (N, classes + 1), probabilities, background first.
+            C4 networks also have ``spatial_pool5`` (N, C, 7, 7), the pooled cells (14x14 in recipes with
+            ``model.pooler_resolution: 14``), and ``spatial_fc7`` (N, D, 7, 7), whose mean is fc7.
         masks: (N, m, m) probabilities within the box, or None if no classes were given.
-        feature_map: (B, C, H, W) of a C4 network the map that RoIs are pooled from, in the network's dtype; None if not
-            requested.
+        feature_map: (B, C, H, W) map that a C4 network pools RoIs from, in the network's dtype; None if not requested.
         finite: () bool, whether all outputs are finite. NaN scores would otherwise silently yield no detections.
     """
 
@@ -57,8 +56,8 @@ class BatchFeatures:
         """Copy to host memory without waiting; synchronize with the GPU before reading the values.
 
         Args:
-            dtype: of the features and the map, converted before the copy. float32 leaves the map as it is, as it may be
-                bfloat16.
+            dtype: dtype of the features and the map, converted before the copy. With float32 the map keeps its dtype,
+                as a bfloat16 map is smaller to copy.
         """
 
         def to_host(values: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class BatchFeatures:
         converted = replace(self, features=features, feature_map=feature_map)
         return replace(converted._map_tensors(self.counts, to_host, to_host), finite=to_host(self.finite))
 
-    def _map_tensors(self: _Features, counts: Sequence[int], per_box: _Change, per_image: _Change) -> _Features:
+    def _map_tensors(self: _Features, counts: Sequence[int], per_box: _TensorFn, per_image: _TensorFn) -> _Features:
         features = {name: per_box(values) for name, values in self.features.items()}
         masks, feature_map = self.masks, self.feature_map
         return replace(
@@ -95,7 +94,7 @@ class BatchFeatures:
 
 @dataclass(frozen=True)
 class Detections(BatchFeatures):
-    """Detections of a batch, best first within each image; with masks if the detector has a mask branch.
+    """Detections of a batch, highest scores first within each image; with masks if the detector has a mask branch.
 
     Attributes:
         boxes: (N, 4) half-open xyxy in pixels of the original image, clipped to it.
@@ -107,7 +106,7 @@ class Detections(BatchFeatures):
     scores: Tensor
     labels: Tensor
 
-    def _map_tensors(self: Detections, counts: Sequence[int], per_box: _Change, per_image: _Change) -> Detections:
+    def _map_tensors(self: Detections, counts: Sequence[int], per_box: _TensorFn, per_image: _TensorFn) -> Detections:
         changed = super()._map_tensors(counts, per_box, per_image)
         boxes, scores, labels = (per_box(values) for values in (self.boxes, self.scores, self.labels))
         return replace(changed, boxes=boxes, scores=scores, labels=labels)

@@ -1,4 +1,4 @@
-"""Inference layers made from trained ones: compiled convolutions fused with the sum and the ReLU after them.
+"""Inference layers for CPUs: compiled convolutions fused with the bias, shortcut and ReLU after them.
 
 Shape shorthand in this module:
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from refdet.detector.fused_layers import FusedConv2d
 from refdet.detector.resnet import Bottleneck, add_relu, relu
 from refdet.ops.convolution import (
-    CHANNELS,
-    OUTPUTS,
+    CHANNEL_MULTIPLE,
+    OUTPUT_MULTIPLE,
     Packed,
     conv1x1,
     conv3x3,
@@ -26,11 +26,11 @@ from refdet.ops.convolution import (
     pack_conv3x3,
 )
 
-MIN_CHANNELS = 64  # channels; below it PyTorch's convolution is faster
+MIN_CHANNELS = 64  # with fewer, PyTorch's convolution is faster
 
 
 class PackedLayer(nn.Module):
-    """Base class that holds packed weights.
+    """Base class of layers with packed weights.
 
     Args:
         packed: weights in the layout of the kernels.
@@ -45,6 +45,7 @@ class PackedLayer(nn.Module):
         self.dtype = torch.bfloat16 if packed.weight.dtype == torch.float16 else torch.float32
 
     def _packed(self) -> tuple[Packed, Tensor]:
+        """Packed weights and bias."""
         return Packed(self.get_buffer("weight"), self.get_buffer("scale")), self.get_buffer("bias")
 
     @staticmethod
@@ -89,7 +90,7 @@ class PackedConv2d(PackedLayer):
 
         Args:
             x: the input.
-            shortcut: added to the result; of its shape.
+            shortcut: added to the output, of the same shape.
             apply_relu: apply ReLU at the end.
         """
         packed, bias = self._packed()
@@ -165,7 +166,7 @@ class PackedConvTranspose2x2(PackedLayer):
 
 
 class FusedBottleneck(nn.Module):
-    """A bottleneck whose norms are folded into its convolutions.
+    """A bottleneck with norms folded into its convolutions.
 
     Args:
         block: the bottleneck; its layers are shared, not copied.
@@ -178,20 +179,20 @@ class FusedBottleneck(nn.Module):
         self.conv1, self.conv2, self.conv3, self.downsample = block.conv1, block.conv2, block.conv3, block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
+        """X (N, C, H, W) -> (N, K, H / stride, W / stride)."""
         y = conv_relu(self.conv2, conv_relu(self.conv1, x))
         return conv_relu(self.conv3, y, self.downsample(x))
 
 
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """ReLU of a convolution, of any kind, of x (N, C, H, W), after adding `shortcut` if given."""
+    """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for a plain, packed or fused convolution."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, apply_relu=True)
     return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
-    """Replace layers of a model by packed ones where possible, except within `keep`."""
+    """Replace layers of a model by packed ones where they are supported and faster, except in `keep`."""
     for name, child in list(model.named_children()):
         if child in keep:
             continue
@@ -205,7 +206,7 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
 
 def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
     enough = min(inputs, outputs) >= MIN_CHANNELS
-    return enough and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_kernels(device, half)
+    return enough and inputs % CHANNEL_MULTIPLE == outputs % OUTPUT_MULTIPLE[half] == 0 and has_kernels(device, half)
 
 
 def _dtype(half: bool) -> torch.dtype:

@@ -7,7 +7,7 @@ Shape shorthand in this module:
     P: proposals of all images
 
 Default order: by logit, ties by index, so that the same logits give the same result on every device and in every batch.
-In bfloat16 many logits of an image are equal.
+Ties are common: in bfloat16 many logits of an image are equal.
 
 Legacy order (`legacy_tie_order`): by float32 probability, as in the reference. A confident network has hundreds of
 anchors with probability exactly 1, and their order decides which ones NMS keeps. The reference leaves it to torch.sort,
@@ -27,10 +27,10 @@ from refdet.structures.boxes import new_tensor
 
 
 def top_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
-    """The top `count` of each row of logits (B, N).
+    """The `count` highest of each row of logits (B, N).
 
     Returns:
-        scores (B, count), best first, and their indices (B, count).
+        scores (B, count), highest first, and their indices (B, count).
     """
     if not legacy_tie_order:
         indices = _sort_keys(logits).topk(count, dim=1).indices
@@ -46,8 +46,8 @@ def top_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Ten
 def _sort_keys(values: Tensor) -> Tensor:
     """Distinct int64 keys (B, N) in the order of float32 values (B, N), ties in index order.
 
-    The bits of a float, read as an integer, ascend with it above 0 and descend below. `topk` of these keys takes a
-    fifth longer than of the floats; a stable sort takes three times as long.
+    Read as integers, the bits of floats are in the same order for positive floats and in reverse for negative ones.
+    `topk` of these keys takes a fifth longer than of the floats; a stable sort takes three times as long.
     """
     bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -72,12 +72,12 @@ def batched_nms(
         groups: (N,) int64; the boxes of one group of one image are contiguous. None for a single group.
         images: (N,) int64 image indices; boxes of image -1 are left out.
         count: number of images, B.
-        iou_threshold: boxes that overlap a better one by more are dropped.
+        iou_threshold: IoU above which the lower-scoring box is dropped.
         max_keep: boxes to keep per image.
         legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        indices (K,) of the kept boxes, image after image, best first, and the number of each image.
+        indices of the kept boxes, image after image, highest scores first, and the number of each image.
     """
     order = _legacy_order(scores, groups, images) if legacy_tie_order and boxes.device.type == "cpu" else None
     if order is None:
@@ -89,14 +89,14 @@ def batched_nms(
 
 
 def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tensor:
-    """The order of the reference: of each group of each image by descending score, without boxes of image -1."""
+    """The reference's order: each group of each image by descending score, without boxes of image -1."""
     rows = (images >= 0).nonzero()[:, 0]
-    runs_of = images[rows][None] if groups is None else torch.stack((groups[rows], images[rows]))
-    runs = runs_of.unique_consecutive(dim=1, return_counts=True)[1].tolist()
+    keys = images[rows][None] if groups is None else torch.stack((groups[rows], images[rows]))
+    group_sizes = keys.unique_consecutive(dim=1, return_counts=True)[1].tolist()
     order, start = [rows[:0]], 0
-    for run in scores[rows].split(runs):  # run by run: sorting runs together can order ties differently
-        order.append(run.sort(descending=True).indices + start)
-        start += len(run)
+    for group in scores[rows].split(group_sizes):  # one by one: sorting groups together can order ties differently
+        order.append(group.sort(descending=True).indices + start)
+        start += len(group)
     return rows[torch.cat(order)]
 
 
@@ -105,7 +105,7 @@ def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, 
 
     Args:
         boxes: (P, classes, 4), of all images.
-        scores: (P, classes), from 0 up.
+        scores: (P, classes), 0 or more.
         images: (P,) int64 image index of each row.
         count: number of images, B.
         threshold: the threshold to start from.
@@ -141,11 +141,11 @@ def select_detections(
         legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, best first within an image; and the
-        number of boxes of each image.
+        boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, highest scores first within an image;
+        and the number of boxes of each image.
     """
     candidates = (scores >= score_thresholds[images, None]) & _nonempty(boxes)
-    labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: the order of ties
+    labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row, which decides ties
     kept, counts = batched_nms(
         boxes[rows, labels],
         scores[rows, labels],

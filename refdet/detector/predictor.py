@@ -38,10 +38,9 @@ class ImageFeatures:
     Attributes:
         features: name -> (n, ...) float32, or float16 if that was requested; `refdet.detector.outputs.BatchFeatures`
             lists names and shapes.
-        masks: n RLE ``counts`` of the image, or None if no classes were given.
+        masks: n COCO compressed RLE ``counts``, or None if no classes were given.
         maps: "head" -> (C, H', W') feature map of the same dtype, if requested.
-        im_info: (3,) float32: height and width of the network's input, and input height / image height. The scale of
-            x is input width / image width; the reference's resizing uses one scale for both.
+        im_info: (3,) float32: height and width of the network's input, and input height / image height.
     """
 
     features: dict[str, np.ndarray]
@@ -73,7 +72,7 @@ def start_detecting(
     features: Sequence[str] = DEFAULT_FEATURES,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[Regions]]:
-    """Start to detect regions of images of one input size.
+    """Start detecting regions of images of one input size.
 
     Args:
         model: the network, in eval mode.
@@ -82,7 +81,7 @@ def start_detecting(
         category_ids: COCO ids of the labels 1, 2, ...
         options: thresholds and limits of the detections.
         features: names from `refdet.detector.feature_names`.
-        dtype: of the features and maps, float32 or float16. Beyond the range of float16 they are infinite.
+        dtype: float32 or float16, of the features and maps; values beyond the range of float16 become infinite.
 
     Returns:
         A function that waits for the GPU, encodes the masks and returns the regions. It can be called from any
@@ -112,7 +111,7 @@ def describe_boxes(
     features: Sequence[str] = DEFAULT_FEATURES,
     labels: Sequence[np.ndarray] | None = None,
 ) -> list[ImageFeatures]:
-    """Compute features, and masks if `labels` are given, of boxes; takes the arguments of `start_describing`."""
+    """Compute features of boxes, and masks if `labels` are given; takes the arguments of `start_describing`."""
     return start_describing(model, images, boxes, features=features, labels=labels)()
 
 
@@ -125,7 +124,7 @@ def start_describing(
     labels: Sequence[np.ndarray] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[ImageFeatures]]:
-    """Start to compute the features of given boxes of images of one input size.
+    """Start computing the features of given boxes of images of one input size.
 
     Args:
         model: the network, in eval mode.
@@ -133,10 +132,11 @@ def start_describing(
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
         features: names from `refdet.detector.feature_names`.
         labels: (n,) each, 1..classes: the class of each mask; None for no masks.
-        dtype: of the features and maps, float32 or float16. Beyond the range of float16 they are infinite.
+        dtype: float32 or float16, of the features and maps; values beyond the range of float16 become infinite.
 
     Returns:
-        A function that waits for the GPU and returns the features, callable from any thread.
+        A function that waits for the GPU, encodes the masks and returns the features. It can be called from any
+        thread while the GPU computes the next batch.
     """
     sizes, inputs = _prepare_inputs(model, images)
     host_boxes, counts = torch.from_numpy(np.concatenate([_to_float32(b) for b in boxes])), [len(b) for b in boxes]
@@ -159,7 +159,7 @@ def start_describing(
 
 
 def _prepare_inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
-    """Input sizes of the images, all equal, and the batch (B, 3, H', W') on the model's device."""
+    """Input sizes of images that are all resized to H' x W', and the batch (B, 3, H', W') on the model's device."""
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
@@ -185,7 +185,7 @@ def _make_wait(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[
     """
     if device.type != "cuda":
         return lambda: None
-    event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps, and others have its core
+    event = torch.cuda.Event(blocking=True)  # waiting sleeps instead of occupying a core
     event.record(torch.cuda.current_stream(device))
     kept_alive = [*images]
 

@@ -1,4 +1,4 @@
-"""Time spent in each part of the network, measured without synchronizing the device."""
+"""`Profiler`: time spent in each part of the network, measured without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-_PENDING = 512  # GPU measurements kept before the older half is read
+_MAX_PENDING = 512  # GPU measurements kept before the older half is read
 
 
-class Stages:
-    """Seconds spent in each part of the network: by the clock on a CPU, by CUDA events on a GPU."""
+class Profiler:
+    """Measures the seconds spent in each part of the network: wall time on a CPU, by CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
@@ -36,8 +36,8 @@ class Stages:
         finally:
             end.record(torch.cuda.current_stream(self._device))
             self._pending.append((name, begin, end))
-            if len(self._pending) > _PENDING:
-                self._read(_PENDING // 2)
+            if len(self._pending) > _MAX_PENDING:
+                self._read(_MAX_PENDING // 2)
 
     def seconds(self) -> dict[str, float]:
         """Part -> seconds so far, in order of first use; waits for the GPU."""

@@ -1,10 +1,10 @@
-"""conv5 for inference; its first 1x1 convolutions can run on the feature map before RoI pooling.
+"""conv5 for inference, whose first 1x1 convolutions can run on the feature map before RoI pooling.
 
 Shape shorthand in this module:
 
     N: images or RoIs
     K: RoIs
-    Cin, C: input and output channels of conv5 (C' between its two steps)
+    Cin, C: input and output channels of conv5 (C' between `project` and `forward`)
     H, W: height and width of a feature map
     m: cells on a side of a RoI
 """
@@ -22,9 +22,9 @@ from refdet.ops.epilogue import bias_relu
 class SplitRes5(nn.Module):
     """A stage of bottlenecks in two steps, `project` and `forward`.
 
-    The first block begins with two 1x1 convolutions, one of them the shortcut. They and pooling are linear and act on
-    different axes, so they commute, and with hundreds of RoIs a feature map has far fewer positions than the RoIs have
-    cells. Biases are added after pooling, which is 0 outside the map.
+    The first block begins with two 1x1 convolutions, one of them the shortcut. They commute with pooling, as both are
+    linear and act on different axes, and a feature map has far fewer positions than hundreds of RoIs have cells.
+    Biases are added after pooling, which is 0 outside the map.
 
     Args:
         stage: bottlenecks of stride 1 whose norms are folded.
@@ -51,13 +51,13 @@ class SplitRes5(nn.Module):
         with torch.no_grad():
             self.first_convs.weight.copy_(torch.cat((reduce.weight, shortcut.weight)))
             biases[2].add_(biases[1])
-        self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
-        self.exact_bias: Tensor | None
-        self.register_buffer("exact_bias", None)
+        self.reduce_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
+        self.reduce_bias_float32: Tensor | None
+        self.register_buffer("reduce_bias_float32", None)  # set by `fuse`
 
     def fuse(self) -> None:
-        """Add the bias after pooling and apply ReLU in one pass, by `refdet.ops.epilogue`."""
-        self.exact_bias = self.lower_bias.detach().flatten().float()
+        """From now on, add the bias after pooling and apply ReLU in one pass, by `refdet.ops.epilogue`."""
+        self.reduce_bias_float32 = self.reduce_bias.detach().flatten().float()
 
     def project(self, x: Tensor) -> Tensor:
         """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `forward`."""
@@ -66,8 +66,8 @@ class SplitRes5(nn.Module):
     def forward(self, projected: Tensor) -> Tensor:
         """Pooled cells (K, C', m, m) of `project` -> (K, C, m, m)."""
         reduced, shortcut = projected.split(self.channels, dim=1)
-        bias = self.exact_bias
-        reduced = relu(reduced + self.lower_bias) if bias is None else bias_relu(reduced, bias)
+        bias = self.reduce_bias_float32
+        reduced = relu(reduced + self.reduce_bias) if bias is None else bias_relu(reduced, bias)
         y = conv_relu(self.conv2, reduced)
         return self.later_blocks(conv_relu(self.conv3, y, shortcut))
 

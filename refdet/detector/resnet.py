@@ -1,11 +1,11 @@
-"""ResNet (He et al., "Deep residual learning", 2015) of any width, in four stages.
+"""ResNet (He et al., "Deep residual learning", 2015) of any width.
 
 Shape shorthand in this module:
 
     B: images in the batch
     N: images or RoIs
     Cin: input channels
-    C: output channels, for a bottleneck those of its 3x3 convolution
+    C: output channels; in a bottleneck, the channels of its 3x3 convolution
     H, W: height and width of the input
 """
 
@@ -24,6 +24,7 @@ from refdet.ops.training_convolution import conv2d
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 Norm = Callable[[int], nn.Module]
+"""Constructor of a norm layer, given the number of channels."""
 
 
 class FrozenBatchNorm(nn.Module):
@@ -44,7 +45,7 @@ class FrozenBatchNorm(nn.Module):
     def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Fold this norm into the convolution before it.
 
-        What training does not change is computed once: scale and bias, and the folded weights if they are frozen.
+        The result is cached as far as training does not change it: the scale and bias, and frozen weights.
 
         Args:
             weight: weights (C, Cin, k, k) of the convolution, which has no bias.
@@ -67,16 +68,16 @@ class FrozenBatchNorm(nn.Module):
 
 
 def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
-    """Whether these are the same tensors, none of which has been written to since."""
+    """Whether tensors are the same as those recorded with their versions, and have not been written to since."""
     if len(versions) != len(tensors):
         return False
     return all(a is b and version == b._version for (a, version), b in zip(versions, tensors, strict=True))
 
 
 def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(convolution(x))``; with gradients a frozen norm is folded into the convolution.
+    """``norm(convolution(x))``; in training, a frozen norm is folded into the convolution.
 
-    That saves passes over the maps, forward and backward, and the memory of the maps between the two.
+    That saves forward and backward passes over the maps, and the memory of the convolution's output.
     """
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
@@ -86,12 +87,12 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU, in place: x must be the output of a convolution or norm, whose gradients do not need it."""
+    """ReLU in place; x must be the output of a convolution or norm, as their gradients do not need it."""
     return x.relu_()
 
 
 def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
-    """ReLU of x + shortcut (N, C, H, W), in place in x, for which the same holds as in `relu`."""
+    """``relu(x + shortcut)`` of (N, C, H, W), in place in x, which must be such an output as in `relu`."""
     return x.add_(shortcut).relu_()
 
 
@@ -162,7 +163,7 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50, 101 or 152.
         width: channels of the first stage (64 in the paper).
-        norm: makes a norm layer for a number of channels.
+        norm: constructor of a norm layer, given the number of channels.
         strides: stride of each of the four stages.
         stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
         dilation: dilation of the 3x3 convolutions of the last stage; above 1 it needs bottlenecks (depth 50 or more).
@@ -222,8 +223,8 @@ class ResNet(nn.Module):
 def _initialise(network: nn.Module, zero_init_residual: bool) -> None:
     """He initialisation; the last norm of each block may be zero, so that the block starts as its shortcut.
 
-    Zero is the choice of Goyal et al., "Accurate, large minibatch SGD", section 5.1; in the few hundred steps of
-    `benchmarks/learning.py` a network learns less with it.
+    Zero is recommended by Goyal et al., "Accurate, large minibatch SGD", section 5.1, but a network learns less with it
+    in the few hundred steps of `benchmarks/learning.py`.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

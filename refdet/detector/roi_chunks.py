@@ -1,8 +1,8 @@
 """Chunks in which RoIs are passed through convolutions.
 
-On a GPU, cuDNN selects an algorithm again for each new shape of a convolution, which takes about as long as the
-convolution itself, and the number of detections differs in nearly every batch. So chunks have only a few distinct
-sizes, and the last one is padded. On other devices they only bound the memory.
+On a GPU, cuDNN selects an algorithm for each new shape of a convolution, which takes about as long as the convolution
+itself, and the number of detections differs in nearly every batch. So chunks have only a few distinct sizes, and the
+last one is padded. On other devices, chunks only bound the memory.
 
 Shape shorthand in this module:
 
@@ -43,12 +43,12 @@ class Chunk:
 
 
 def roi_chunks(count: int, device: torch.device, max_size: int | None = None) -> list[Chunk]:
-    """Divide RoIs into chunks; into a single one if gradients are enabled, as training samples few RoIs.
+    """Divide RoIs into chunks; a single one if gradients are enabled, as training samples few RoIs.
 
     Args:
         count: number of RoIs, K.
         device: their device.
-        max_size: largest size of a chunk on devices that are not in `SIZES`, None for no limit; ignored with gradients.
+        max_size: largest chunk on devices that are not in `SIZES`, None for no limit; ignored with gradients.
 
     Returns:
         At least one chunk, even if there are no RoIs.

@@ -36,9 +36,9 @@ from refdet.ops.pooling import (
     roi_crop_mean,
 )
 
-POOL_SIZE = 7
-ALIGNED = {"align": True, "align_legacy": False}  # RoIAlign among the values of model.pooling
-CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradients
+POOL_SIZE = 7  # cells on a side of a RoI
+ALIGNED = {"align": True, "align_legacy": False}  # values of model.pooling that are RoIAlign -> its `aligned`
+CPU_CHUNK_BYTES = 2**24  # limit of the float32 output of conv5 for a chunk of RoIs, without gradients
 
 
 class RoiHead(Protocol):
@@ -46,11 +46,11 @@ class RoiHead(Protocol):
 
     mask_size: int
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch; `rois` is the expected number of RoIs."""
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
+        """Prepare the feature maps for the other methods, once per batch; `num_rois` is the expected number."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """The map that each of rois (K, 5) is pooled from, for the other methods, as computing it waits for a GPU."""
+        """Pyramid levels of rois (K, 5), to share among the other methods, as computing them waits for a GPU."""
 
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
@@ -74,7 +74,7 @@ class RoiHead(Protocol):
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given.
 
-        Keeps spatial features only if `spatial` is set.
+        The output has spatial features only if `spatial` is set.
         """
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +133,9 @@ class MaskPredictor(nn.Module):
 def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
     """Cells (K, C, m, m) of rois (K, 5) of one feature map x, m = ``model.pooler_resolution``.
 
-    ``model.pooling`` is "align" for RoIAlign; "align_legacy" without its alignment; "crop_and_resize" for the
-    reference's crop; "crop_max" and "crop_align" for its variants that take the maximum of 2x2 samples per cell.
+    ``model.pooling`` is "align" for RoIAlign with half-pixel alignment; "align_legacy" for RoIAlign without it;
+    "crop_and_resize" for the reference's crop; "crop_max" and "crop_align" for its variants that take the maximum of
+    2x2 samples per cell.
     """
     cells = model.pooler_resolution
     if model.pooling in ALIGNED:
@@ -155,10 +156,10 @@ def pool_mean(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
 
 
 class C4Head(nn.Module):
-    """conv5 of the ResNet on RoIs of the conv4 map; 14x14 masks from its 7x7 output.
+    """conv5 on RoIs of the conv4 map; 14x14 masks from its 7x7 output.
 
     Args:
-        conv5: the last stage, with stride ``model.pooler_resolution / 7``; of a MobileNet its last layers.
+        conv5: the last stage of a ResNet, with stride ``model.pooler_resolution / 7``, or last layers of a MobileNet.
         out_channels: its output channels, D.
         model: the recipe's options.
         classes: number of object classes, without background.
@@ -173,11 +174,11 @@ class C4Head(nn.Module):
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, model.mask_channels, classes, convolutions=0) if model.masks else None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """The feature map, and conv5's first convolutions of it if that saves work."""
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
+        """The feature map, and its projection by conv5's first convolutions if that saves work."""
         (x,) = maps
         positions = x.shape[0] * x.shape[2] * x.shape[3]
-        if isinstance(self.conv5, SplitRes5) and rois * POOL_SIZE**2 > positions:
+        if isinstance(self.conv5, SplitRes5) and num_rois * POOL_SIZE**2 > positions:
             return [x, self.conv5.project(x)]
         return maps
 
@@ -245,13 +246,13 @@ class C4Head(nn.Module):
 
 
 class StandardHead(nn.Module):
-    """Linear layers on 7x7 RoIs of a pyramid or of one map; 28x28 masks by convolutions on 14x14 RoIs.
+    """Linear layers on RoIs of 7x7 cells of a pyramid or a single map; 28x28 masks by convolutions on 14x14 cells.
 
     Args:
-        channels: of the feature maps, C.
-        model: the recipe's options: number and width of the layers, and RoIAlign.
+        channels: channels of the feature maps, C.
+        model: the recipe's options.
         classes: number of object classes, without background.
-        strides: of the maps to pool from, the finest first.
+        strides: strides of the maps to pool from, finest first.
     """
 
     mask_size = 4 * POOL_SIZE
@@ -259,7 +260,7 @@ class StandardHead(nn.Module):
     def __init__(self, channels: int, model: ModelOptions, classes: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.strides, hidden = tuple(strides), model.fpn_hidden
-        self.samples, self.aligned = model.sampling_ratio, ALIGNED[model.pooling]
+        self.sampling_ratio, self.aligned = model.sampling_ratio, ALIGNED[model.pooling]
         self.convs = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(model.box_convs))
         self.fc6 = nn.Linear(channels * POOL_SIZE**2, hidden)
         self.fc7 = nn.Linear(hidden, hidden) if model.box_fcs == 2 else nn.Identity()
@@ -273,12 +274,12 @@ class StandardHead(nn.Module):
         self.box = BoxPredictor(hidden, classes)
         self.mask = MaskPredictor(channels, model.mask_channels, classes, convolutions=4) if model.masks else None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
         """The feature maps, unchanged."""
         return maps
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """The level of the pyramid of each of rois (K, 5)."""
+        """Pyramid levels of rois (K, 5)."""
         return pyramid_levels(rois, self.strides)
 
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
@@ -287,7 +288,7 @@ class StandardHead(nn.Module):
 
     def _pool(self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None = None) -> Tensor:
         finest = maps[: len(self.strides)]
-        return pyramid_roi_align(finest, rois, size, self.strides, self.samples, self.aligned, levels)
+        return pyramid_roi_align(finest, rois, size, self.strides, self.sampling_ratio, self.aligned, levels)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
@@ -331,7 +332,7 @@ class StandardHead(nn.Module):
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         finest = maps[: len(self.strides)]
-        return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.samples, self.aligned, levels)
+        return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.sampling_ratio, self.aligned, levels)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""

@@ -1,4 +1,4 @@
-"""The RoIs that the second stage learns from: sampled from proposals and annotated boxes.
+"""Sample the RoIs that the second stage is trained on, from proposals and annotated boxes.
 
 Shape shorthand in this module:
 
@@ -23,9 +23,10 @@ from refdet.config.recipe import HeadOptions
 from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, POSITIVE, assign_labels
 from refdet.device import to_cpu_async, to_device
-from refdet.structures.ground_truth import PaddedTruth
+from refdet.structures import boxes as box_ops
+from refdet.structures.ground_truth import PaddedGroundTruth
 
-FIRST_OBJECT_ID = 2**20  # of the first annotated box among the candidates, beyond the most proposals
+FIRST_OBJECT_ID = 2**20  # candidate id of the first annotated box; more than the number of proposals
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,18 @@ class PositiveRois:
         return PositiveRois(self.row[rows], self.image[rows], self.object[rows], self.boxes[rows])
 
     def with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
-        """Those whose object has a mask, from the masks of each image's objects; all of an image where it has None."""
+        """The RoIs whose object has a mask.
+
+        Args:
+            masks: masks of the objects of each image; None instead of a list keeps all RoIs of the image.
+        """
         pairs = zip(self.image.tolist(), self.object.tolist(), strict=True)
         has_mask = [(image_masks := masks[image]) is None or image_masks[index] is not None for image, index in pairs]
         return self if all(has_mask) else self[torch.tensor(has_mask)]
 
-    def of_images(self, images: int) -> list[tuple[Tensor, Tensor]]:
-        """Boxes and objects of each image."""
-        counts = np.bincount(self.image.numpy(), minlength=images).tolist()
+    def split_by_image(self, num_images: int) -> list[tuple[Tensor, Tensor]]:
+        """Boxes and object indices of each image."""
+        counts = np.bincount(self.image.numpy(), minlength=num_images).tolist()
         return list(zip(self.boxes.split(counts), self.object.split(counts), strict=True))
 
 
@@ -66,8 +71,8 @@ class SampledRois:
     Attributes:
         rois: (K, 5) image index and xyxy in pixels of the network's input.
         labels: (K,) int64, 0 for the background.
-        boxes: (K, 4) of the object that each RoI overlaps most.
-        positive: the positive ones, on the CPU.
+        boxes: (K, 4) box of the object that each RoI overlaps most, in the same pixels.
+        positive: the positive RoIs, on the CPU.
     """
 
     rois: Tensor
@@ -76,15 +81,17 @@ class SampledRois:
     positive: PositiveRois
 
 
-def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOptions, seeds: Tensor) -> SampledRois:
-    """Sample RoIs of each image. Waits once for a GPU, for the samples of all images.
+def sample_rois(
+    proposals: Sequence[Tensor], truth: PaddedGroundTruth, options: HeadOptions, seeds: Tensor
+) -> SampledRois:
+    """Sample RoIs of each image. Waits for a GPU once per batch.
 
-    An image's sample does not depend on the other images of the batch.
+    The samples of an image do not depend on the other images of the batch.
 
     Args:
         proposals: (P, 4) of each image, in pixels of the network's input.
         truth: annotated objects.
-        options: of the recipe.
+        options: the recipe's options.
         seeds: (B,) int64, from `image_seeds`.
     """
     counts = to_device(torch.tensor([len(boxes) for boxes in proposals]), truth.boxes.device)
@@ -100,7 +107,7 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
         has_positive = (match_labels[:, :max_proposals] == POSITIVE).any(dim=1, keepdim=True)
         match_labels[:, max_proposals:].masked_fill_(has_positive, IGNORE)
     candidate_ids = torch.arange(candidates.shape[1], device=counts.device)
-    # the same however many proposals the images of the batch have
+    # objects have the same ids for any number of proposals
     candidate_ids[max_proposals:] += FIRST_OBJECT_ID - max_proposals
     samples = subsample_labels(
         match_labels,
@@ -110,25 +117,27 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
         options.sample_with_replacement,
         candidate_ids,
     )
-    corners = _gather_boxes(candidates, samples.index)
+    boxes = box_ops.gather(candidates, samples.index)
     matched = matched.gather(1, samples.index)
     labels = truth.labels.gather(1, matched) * samples.positive
-    image = torch.arange(len(proposals), device=corners.device)[:, None].expand_as(labels)
-    table = (image, matched, samples.positive, samples.valid)
-    packed = torch.cat((torch.stack(table, dim=2).to(corners.dtype), corners), dim=2).flatten(0, 1)
-    wait = to_cpu_async(packed)
-    rois = torch.cat((image[:, :, None].to(corners.dtype), corners), dim=2).flatten(0, 1)
-    outputs = rois, labels.flatten(), _gather_boxes(truth.boxes, matched).flatten(0, 1)
-    return _compact(wait(), *outputs)
+    image = torch.arange(len(proposals), device=boxes.device)[:, None].expand_as(labels)
+    columns = (image, matched, samples.positive, samples.valid)
+    table = torch.cat((torch.stack(columns, dim=2).to(boxes.dtype), boxes), dim=2).flatten(0, 1)
+    wait = to_cpu_async(table)  # one copy of all that the host needs
+    rois = torch.cat((image[:, :, None].to(boxes.dtype), boxes), dim=2).flatten(0, 1)
+    outputs = rois, labels.flatten(), box_ops.gather(truth.boxes, matched).flatten(0, 1)
+    return _drop_invalid(wait(), *outputs)
 
 
-def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
-    """Boxes (B, N, 4) at indices (B, S) -> (B, S, 4)."""
-    return boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
+def _drop_invalid(table: Tensor, rois: Tensor, labels: Tensor, boxes: Tensor) -> SampledRois:
+    """Drop the rows that are not valid.
 
-
-def _compact(table: Tensor, rois: Tensor, labels: Tensor, boxes: Tensor) -> SampledRois:
-    """Drop the rows that are not valid according to the table (B * S, 8) on the CPU."""
+    Args:
+        table: (B * S, 8) on the CPU: image, object, whether it is positive, whether it is valid, and xyxy of each RoI.
+        rois: (B * S, 5) RoIs.
+        labels: (B * S,) labels.
+        boxes: (B * S, 4) boxes of the objects.
+    """
     valid = table[:, 3] > 0
     if not valid.all():
         rows = to_device(valid.nonzero()[:, 0], rois.device)

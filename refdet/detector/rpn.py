@@ -7,6 +7,7 @@ Shape shorthand in this module:
     C: channels of a feature map
     Hi, Wi: height and width of feature map i
     P: proposals of an image
+    S: sampled anchors of an image
 
 Boxes are xyxy in pixels of the network's input.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions, ProposalOptions
-from refdet.detector.anchors import Anchors
+from refdet.detector.anchors import AnchorGenerator
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.postprocess import batched_nms, top_anchors
@@ -29,7 +30,7 @@ from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, anchors_inside, assign_labels
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import PaddedTruth
+from refdet.structures.ground_truth import PaddedGroundTruth
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped
@@ -53,13 +54,13 @@ class RpnOutput:
 
 
 class RegionProposalNetwork(nn.Module):
-    """3x3 convolutions, one by default, and two 1x1 predictors, shared by all feature maps."""
+    """A 3x3 convolution, or several, and two 1x1 predictors, shared by all feature maps."""
 
     def __init__(
         self,
         in_channels: int,
         model: ModelOptions,
-        anchors: Anchors,
+        anchors: AnchorGenerator,
         options: ProposalOptions,
         convention: BoxConvention,
     ) -> None:
@@ -70,8 +71,8 @@ class RegionProposalNetwork(nn.Module):
         self.conv = Conv2d(in_channels, channels, 3, padding=1)
         more = [Conv2d(channels, channels, 3, padding=1) for _ in range(model.rpn_convs - 1)]
         self.more = nn.ModuleList(more)
-        self.score = Conv2d(channels, anchors.per_cell, 1)
-        self.delta = Conv2d(channels, anchors.per_cell * 4, 1)
+        self.score = Conv2d(channels, anchors.anchors_per_cell, 1)
+        self.delta = Conv2d(channels, anchors.anchors_per_cell * 4, 1)
         for layer in (self.conv, *more, self.score, self.delta):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -98,17 +99,18 @@ class RegionProposalNetwork(nn.Module):
             sizes: (height, width) of each image in pixels of the network's input, without padding.
 
         Returns:
-            (P, 4) proposals of each image, best first.
+            (P, 4) proposals of each image, highest scores first.
         """
-        options, train = self.options, self.training
-        candidates = options.pre_nms_top_n_train if train else options.pre_nms_top_n_test
-        count = options.post_nms_top_n_train if train else options.post_nms_top_n_test
+        options = self.options
+        pre_nms_top_n = options.pre_nms_top_n_train if self.training else options.pre_nms_top_n_test
+        post_nms_top_n = options.post_nms_top_n_train if self.training else options.post_nms_top_n_test
         all_boxes, all_scores, start = [], [], 0
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
-            scores, order = top_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
-            deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
+            count = min(pre_nms_top_n, level_size)
+            scores, order = top_anchors(output.logits[:, level], count, self.legacy_tie_order)
+            deltas = box_ops.gather(output.deltas[:, level], order)
             all_boxes.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
             all_scores.append(scores)
         decoded, scores = torch.cat(all_boxes, dim=1), torch.cat(all_scores, dim=1)
@@ -131,15 +133,15 @@ class RegionProposalNetwork(nn.Module):
             images.flatten(),
             len(sizes),
             options.nms_threshold,
-            count,
+            post_nms_top_n,
             self.legacy_tie_order,
         )
         return list(boxes[keep].split(counts))
 
     def assign_targets(
-        self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedTruth
+        self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth
     ) -> tuple[Tensor, Tensor]:
-        """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
+        """Label anchors (N, 4) for each image of the given (height, width); see `assign_labels` for the result."""
         options = self.options
         inside_image = anchors_inside(anchors, sizes) if options.inside_only else None
         # an empty box overlaps nothing
@@ -150,11 +152,11 @@ class RegionProposalNetwork(nn.Module):
         return labels if inside_image is None else labels.masked_fill(~inside_image, IGNORE), matched
 
     def compute_losses(
-        self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
+        self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth, seeds: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Sums of the binary cross entropy over the sampled anchors and of smooth L1 over the positive ones.
 
-        Both are to be divided by the number of sampled anchors. Nothing waits for a GPU.
+        The caller divides both by the number of sampled anchors. Does not synchronize with the GPU.
 
         Args:
             output: predictions of `forward`.
@@ -174,9 +176,9 @@ class RegionProposalNetwork(nn.Module):
         # positives come first
         max_positives = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
         index, negative = samples.index[:, :max_positives], ~samples.positive[:, :max_positives, None]
-        objects = truth.boxes.gather(1, _corners(matched.gather(1, index)))
+        objects = box_ops.gather(truth.boxes, matched.gather(1, index))
         targets = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
-        deltas = output.deltas.gather(1, _corners(index))
+        deltas = box_ops.gather(output.deltas, index)
         boxes = F.smooth_l1_loss(
             deltas,
             targets.reshape(deltas.shape).masked_fill(negative, 0),
@@ -188,8 +190,3 @@ class RegionProposalNetwork(nn.Module):
             "loss_rpn_box_reg": boxes.masked_fill(negative, 0).sum(),
         }
         return sums, samples.valid.sum()
-
-
-def _corners(index: Tensor) -> Tensor:
-    """An index (B, S) of boxes for `gather`, (B, S, 4)."""
-    return index[:, :, None].expand(-1, -1, 4)

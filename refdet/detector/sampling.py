@@ -1,11 +1,11 @@
-"""Random samples of anchors and RoIs for the losses, for a whole batch at once and without waiting for a GPU.
+"""Sample anchors and RoIs for the losses at random, for a whole batch at once and without waiting for a GPU.
 
 Shape shorthand in this module:
 
     B: images in the batch
     N: candidates of an image, anchors or RoIs
     S: samples of an image
-    T: the first candidates of a random order, min(S, N)
+    T: candidates of a random order that are kept, min(S, N)
 
 The random numbers are hashes of a seed per image and the index of a candidate, so a sample depends neither on the
 device nor on the rest of the batch.
@@ -55,8 +55,8 @@ def random_numbers(seeds: Tensor, count: int, positions: Tensor | None = None) -
 
     Args:
         seeds: (B,) int64.
-        count: how many of each seed.
-        positions: (count,) int64, which ones of its sequence; by default the first.
+        count: how many numbers per seed.
+        positions: (count,) int64, their positions in the sequence of each seed; the first by default.
     """
     positions = torch.arange(count, device=seeds.device) if positions is None else positions
     state = seeds[:, None] + (positions + 1) * _INCREMENT
@@ -82,7 +82,7 @@ def subsample_labels(
         seeds: (B,) int64, from `image_seeds`.
         sample_with_replacement: return exactly `count`, with repeats if there are too few negatives. If there are no
             negatives, all samples are positives, as in the reference.
-        candidate_ids: (N,) int64, from which the random order of the candidates is made; by default 0 to N.
+        candidate_ids: (N,) int64 ids of the candidates, which determine their random order; by default 0 to N - 1.
 
     Returns:
         The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
@@ -96,7 +96,7 @@ def subsample_labels(
     num_positives = available_positives.clamp(max=int(count * positive_fraction))
     if sample_with_replacement:
         num_positives = num_positives.masked_fill((available_negatives == 0) & (available_positives > 0), count)
-        repeats = random_numbers(~seeds, size)  # independent of those of the candidates
+        repeats = random_numbers(~seeds, size)  # independent of the random order of the candidates
         first = _with_repeats(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
         second = _with_repeats(slot - num_positives, available_negatives, count - num_positives, repeats)
     else:
@@ -108,7 +108,7 @@ def subsample_labels(
 
 
 def _random_order(mask: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Candidates of a mask in a random order, (B, T), then others as filler; and the size of the mask, (B, 1)."""
+    """Candidates in a mask in random order (B, T), padded with others; and the number in the mask (B, 1)."""
     order = keys.masked_fill(~mask, -1).topk(min(size, keys.shape[1]), dim=1).indices
     return order, mask.sum(dim=1, keepdim=True)
 

@@ -21,13 +21,13 @@ from refdet.ops.masks import mask_coverage
 from refdet.ops.matching import match_boxes
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 IGNORE, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def assign_labels(
-    candidates: Tensor, truth: PaddedTruth, positive_iou: float, negative_iou: float, best_for_each: bool
+    candidates: Tensor, truth: PaddedGroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
 ) -> tuple[Tensor, Tensor]:
     """Label candidates as positive, negative or ignored.
 
@@ -36,28 +36,28 @@ def assign_labels(
         truth: annotated objects of the images.
         positive_iou: candidates with this IoU or more are positive.
         negative_iou: candidates below it are negative; those between the two are ignored.
-        best_for_each: also label the candidates that overlap each object most as positive, as in the RPN
-            (Ren et al., "Faster R-CNN", section 3.1.2).
+        best_for_each: also label the best candidates of each object as positive, whatever their IoU, as in the RPN
+            (Ren et al., "Faster R-CNN", section 3.1.2; ``allow_low_quality_matches`` in torchvision).
 
     Returns:
         labels (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each
         candidate overlaps most (0 if there are none).
     """
     matches = match_boxes(candidates, truth.boxes)
-    labels = torch.full_like(matches.best, NEGATIVE, dtype=torch.int8)
+    labels = torch.full_like(matches.max_iou, NEGATIVE, dtype=torch.int8)
     for crowd in truth.crowds.unbind(dim=1):
         inside = _intersection(candidates, crowd[:, None])
         labels.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
     has_objects = truth.valid.any(dim=1, keepdim=True)
-    positive = matches.best >= positive_iou
-    labels.masked_fill_((matches.best >= negative_iou) & ~positive & has_objects, IGNORE)
+    positive = matches.max_iou >= positive_iou
+    labels.masked_fill_((matches.max_iou >= negative_iou) & ~positive & has_objects, IGNORE)
     if best_for_each:
         positive = positive | matches.is_best
     return labels.masked_fill_(positive & has_objects, POSITIVE), matches.object
 
 
 def _intersection(boxes: Tensor, other: Tensor) -> Tensor:
-    """Intersection areas (B, N) of boxes (B, N, 4) or (N, 4) and one box of each image (B, 1, 4)."""
+    """Intersection areas (B, N) of boxes (B, N, 4) or (N, 4) with one box per image (B, 1, 4)."""
     sides = torch.minimum(boxes[..., 2:], other[..., 2:]) - torch.maximum(boxes[..., :2], other[..., :2])
     width, height = sides.clamp(min=0).unbind(dim=-1)
     return width * height
@@ -69,7 +69,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def anchors_inside(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Whether boxes (N, 4) lie within each image of (height, width), (B, N) bool."""
+    """Whether boxes (N, 4) are inside each image of the given (height, width), (B, N) bool."""
     limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], boxes)
     return (boxes[:, :2] >= 0).all(dim=1) & (boxes[:, 2:] <= limits.reshape(-1, 1, 2)).all(dim=2)
 
@@ -79,8 +79,8 @@ def compute_mask_targets(
 ) -> Tensor:
     """Mask targets of RoIs, on the CPU, where the annotations are.
 
-    A cell is 1 if the object covers at least half of it. The coverage is exact and computed in the original image, so
-    nothing is resized.
+    A cell is 1 if the object covers at least half of it. The coverage is computed exactly in the original image,
+    without resizing masks.
 
     Args:
         rois: (P, 4) in pixels of the network's input, on the CPU.
@@ -94,8 +94,8 @@ def compute_mask_targets(
     """
     if truth.masks is None:
         raise ValueError("truth: has no masks; make the targets with masks")
-    resized = rois + rois.new_tensor(truth.origin * 2)
-    boxes = (convention or BoxConvention()).unscale(resized, truth.scale)
+    uncropped = rois + rois.new_tensor(truth.crop_origin * 2)
+    boxes = (convention or BoxConvention()).unscale(uncropped, truth.scale)
     if truth.flipped_width is not None:
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1

@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan and Zisserman, 2014) as in the reference: its convolutions on images, its linear layers on RoIs.
+"""VGG-16 (Simonyan and Zisserman, 2014) as in the reference: convolutions on images, linear layers on RoIs.
 
 Shape shorthand in this module:
 
@@ -50,18 +50,18 @@ class VGG16(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def frozen_layers(self) -> list[nn.Module]:
-        """The layers that stay as they are when pretrained weights are trained further: the first two stages."""
+        """The layers that are frozen in fine-tuning with frozen norms: the first two stages."""
         return list(self.convs[: STAGES[0][1] + STAGES[1][1]])
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
-        """Feature maps of strides 4, 8 and 16, as many as `stages` says.
+        """The first `stages` of the feature maps of strides 4, 8 and 16.
 
         Args:
             images: (B, 3, H, W), normalised.
             stages: number of maps, 1 to 3.
 
         Returns:
-            Feature maps (B, channels[i], H / s, W / s), rounded down, but at least 1.
+            Feature maps (B, channels[i], H / s, W / s) of stride s, rounded down, but at least 1.
         """
         x, maps, layers = images, [], iter(self.convs)
         for index, (_, count) in enumerate(STAGES[: stages + 2]):
@@ -74,7 +74,7 @@ class VGG16(nn.Module):
 
 
 def _max_pool_2x2(x: Tensor) -> Tensor:
-    """Maxima of 2x2 of the output of a ReLU (B, C, H, W); a map one position high or wide stays so."""
+    """2x2 max pooling of the output of a ReLU (B, C, H, W); a side of one position keeps its size."""
     height, width = x.shape[-2:]
     if height < 2 or width < 2:
         x = F.pad(x, (0, max(2 - width, 0), 0, max(2 - height, 0)))
@@ -82,10 +82,10 @@ def _max_pool_2x2(x: Tensor) -> Tensor:
 
 
 class VGGHead(nn.Module):
-    """VGG-16's linear layers fc6 and fc7 on the cells of RoIs; dropout follows each of them in training. No masks.
+    """VGG-16's linear layers fc6 and fc7 on RoIs, with dropout after each in training. No masks.
 
     Args:
-        channels: of the feature map, C.
+        channels: channels of the feature map, C.
         model: the recipe's options.
         classes: number of object classes, without background.
     """
@@ -103,7 +103,7 @@ class VGGHead(nn.Module):
         self.box = BoxPredictor(model.fpn_hidden, classes)
         self.mask = None
 
-    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
         """The feature map, unchanged."""
         return maps
 
@@ -114,8 +114,9 @@ class VGGHead(nn.Module):
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
-        most = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)  # of up to four samples a cell
-        chunks = roi_chunks(len(rois), rois.device, most)
+        # crop_max and crop_align take four float32 samples per cell
+        max_rois = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)
+        chunks = roi_chunks(len(rois), rois.device, max_rois)
         return torch.cat([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:

@@ -124,7 +124,7 @@ def extract_features(
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
-    from refdet.detector.profiler import Stages
+    from refdet.detector.profiler import Profiler
     from refdet.device import describe_device, pin_array, resolve_device, supported_precision
     from refdet.extraction.batch_size import auto_batch_size
     from refdet.extraction.computing import make_compute
@@ -152,7 +152,7 @@ def extract_features(
             size = job.plan.batch_size or ((resume or part is not None) and read_batch_size(out))
             size = size or (default_batch_size(torch_device) if batch_size is None else None)
             size = size or auto_batch_size(detector, records, job.options, job.options.features)
-            detector.model.stages = stages = Stages(torch_device)  # after measuring batch sizes
+            detector.model.profiler = profiler = Profiler(torch_device)  # after measuring batch sizes
             plan, workers = replace(job.plan, batch_size=size), workers or default_workers(torch_device)
             if parsed_part is not None:
                 return extract_part(
@@ -167,7 +167,7 @@ def extract_features(
                     fixed_batch_size=job.plan.batch_size > 0,
                     workers=workers,
                     strict=strict,
-                    compute_seconds=stages.seconds,
+                    compute_seconds=profiler.seconds,
                 )
             return extract(
                 out,
@@ -180,7 +180,7 @@ def extract_features(
                 resume,
                 workers,
                 strict=strict,
-                compute_seconds=stages.seconds,
+                compute_seconds=profiler.seconds,
             )
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(

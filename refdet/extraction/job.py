@@ -135,7 +135,7 @@ def _make_plan(
 ) -> tuple[Plan, Header]:
     """The plan of the extraction, and the header of the store."""
     from refdet.detector.checkpoint import MODEL, run_directory
-    from refdet.detector.feature_names import FEATURE_MAP, of_regions
+    from refdet.detector.feature_names import FEATURE_MAP, region_features
     from refdet.structures.provenance import file_sha256
 
     plan_options: dict[str, Any] = {
@@ -175,7 +175,7 @@ def _make_plan(
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
         plan_options,
-        of_regions(options.features),
+        region_features(options.features),
         options.dtype,
         masks,
         given is not None and given.ann_ids,

@@ -72,9 +72,9 @@ class Part:
         Raises:
             Locked: another process computes the same part.
         """
-        doing = f"another process is computing part {self}"
+        activity = f"another process is computing part {self}"
         with exclusive_lock(
-            folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, doing=doing
+            folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, activity=activity
         ) as locked:
             yield locked
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refdet.config.renamed_keys import current
+from refdet.config.renamed_keys import rename_old_keys
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
@@ -150,7 +150,7 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
 def _parse_recipe(recipe: Any) -> Any:
     """Parse a recipe and rename old keys; anything else is returned unchanged."""
     try:
-        return current(json.loads(recipe))[0]
+        return rename_old_keys(json.loads(recipe))[0]
     except (TypeError, ValueError, RecursionError, InputError):
         return recipe
 

@@ -109,7 +109,7 @@ class DetectorTools:
         import torch
 
         from refdet.detector import loading
-        from refdet.detector.profiler import Stages
+        from refdet.detector.profiler import Profiler
         from refdet.device import describe_device, pin_array, resolve_device, supported_precision
         from refdet.extraction.batch_size import auto_batch_size
         from refdet.extraction.computing import make_compute
@@ -122,7 +122,7 @@ class DetectorTools:
             torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
         precision = supported_precision(self.options.precision, device)
         detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
-        stages = Stages(device)
+        profiler = Profiler(device)
 
         def load(record: ImageRecord) -> np.ndarray:
             pixels = source.read(record)
@@ -131,7 +131,7 @@ class DetectorTools:
         def measure_batch_size() -> int:
             return auto_batch_size(detector, self.records, self.options, self.options.features)
 
-        detector.model.stages = stages
+        detector.model.profiler = profiler
         name, _, _ = describe_device(self.device).partition(" (")
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
@@ -143,7 +143,7 @@ class DetectorTools:
             self.workers or default_workers(device),
             measure_batch_size,
             detector.inference,
-            stages.seconds,
+            profiler.seconds,
             source.oriented,
         )
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from refdet.errors import RuntimeFailure, is_disk_full
 
-# Part of every temporary file name, so that cleaning up removes only files of refdet.
+# Part of every temporary file name, so that cleaning up removes only refdet's own files.
 TEMPORARY_MARK = "refdet-tmp"
 # Errors of os.link on file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 _RENAME_TIMEOUT = 5.0  # seconds to wait for the rename by another process
-_LONGEST_NAME = 255  # bytes that file systems allow
-_LONGEST_SUFFIX = 32  # characters; what is longer names no format
+_MAX_NAME_BYTES = 255  # on most file systems
+_MAX_SUFFIX_LENGTH = 32  # characters; anything longer is not a file format
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{TEMPORARY_MARK}(\.[^.]*)?", re.DOTALL)
 
 
@@ -79,14 +79,14 @@ def temporary_path(path: Path) -> Path:
 def _temporary_stem_and_suffix(path: Path) -> tuple[str, str]:
     """Stem and suffix for a temporary file of ``path``.
 
-    A stem that would make its name too long is cut and ends in a hash. If even ``path`` is too long, it is not cut, so
-    that writing fails at the start and not in the rename.
+    A stem that would make the name too long is truncated and ends in a hash. If ``path`` itself is too long, the stem
+    is left as it is, so that writing fails at the start instead of in the rename.
     """
-    stem, suffix = (path.stem, path.suffix) if len(path.suffix) <= _LONGEST_SUFFIX else (path.name, "")
-    room = _LONGEST_NAME - len(os.fsencode(f"..01234567.{TEMPORARY_MARK}{suffix}"))
-    if len(os.fsencode(stem)) > room and len(os.fsencode(path.name)) <= _LONGEST_NAME:
+    stem, suffix = (path.stem, path.suffix) if len(path.suffix) <= _MAX_SUFFIX_LENGTH else (path.name, "")
+    max_bytes = _MAX_NAME_BYTES - len(os.fsencode(f"..01234567.{TEMPORARY_MARK}{suffix}"))
+    if len(os.fsencode(stem)) > max_bytes and len(os.fsencode(path.name)) <= _MAX_NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-        stem = os.fsencode(stem)[: room - len(digest)].decode(errors="ignore") + digest
+        stem = os.fsencode(stem)[: max_bytes - len(digest)].decode(errors="ignore") + digest
     return stem, suffix
 
 
@@ -136,10 +136,10 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def write_json_once(path: Path, obj: Any) -> bool:
-    """Write ``obj`` as JSON unless the file exists; of several processes, on any machines, exactly one writes it.
+    """Write ``obj`` as JSON unless the file exists; of several processes, even on different machines, only one does.
 
-    Needs no locks: a hard link is made only if its name is free. On a file system without hard links, a temporary file
-    is created first whose name is the same for all processes, as only one of them can.
+    Needs no locks: a hard link is made only if its name is free. On a file system without hard links, the process that
+    creates a temporary file with a fixed name writes it.
 
     Args:
         path: the file.

@@ -21,10 +21,10 @@ from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import shorten
 
-RESERVED_BYTES = 2**26  # bytes of disk space to leave
-_CHUNK = 2**20
+RESERVED_BYTES = 2**26  # disk space to leave free
+_CHUNK_BYTES = 2**20
 _TIMEOUT = (20, 60)  # seconds to connect, and between two packets
-_MAX_TRIES = 6  # consecutive tries without a new byte
+_MAX_TRIES = 6  # in a row without receiving a byte
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _HTML = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
 
@@ -38,10 +38,10 @@ class WrongDownload(InputError):
 
 
 class ResumingDownloader:
-    """Downloader for pooch that keeps what it has in a ``.part`` file beside the destination.
+    """Downloader for pooch that keeps a partial download in a ``.part`` file next to the destination.
 
-    A later download of the same URL resumes there, if the server's file has not changed since. A download of another
-    URL resumes too if both must have the same bytes; otherwise it replaces the file once the server has sent data.
+    A later download of the same URL resumes there if the server's file has not changed. So does a download from
+    another URL if both must serve the same bytes; otherwise it replaces the partial file once data arrives.
 
     Args:
         part: the file to download into.
@@ -109,7 +109,7 @@ class ResumingDownloader:
         """Request the missing bytes and append them; returns whether the file is complete."""
         record = self._read_record()
         same_url = record.get("url") == url
-        headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the file
+        headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges refer to the file itself
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if same_url and isinstance(record.get("version"), str):
@@ -130,12 +130,12 @@ class ResumingDownloader:
             if start not in (0, offset):
                 self._discard()
                 return False
-            first = response.raw.read1(_CHUNK)  # iter_content would lose what came before a cut
-            self._check(url, response, first if start == 0 else b"", total)
+            chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
+            self._check(url, response, chunk if start == 0 else b"", total)
             downloaded = self._downloaded_bytes()
             self._check_space(url, None if total is None else total - downloaded)
             if start == 0 and downloaded:
-                if not first:
+                if not chunk:
                     return False
                 self._discard()
             self.mixed = start > 0 and (self.mixed or not same_url)
@@ -144,14 +144,15 @@ class ResumingDownloader:
                 version = response.headers.get("Last-Modified")
             self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
             with self._bar(total, start) as bar, self._part.open("ab") as file, self._report_disk_full(file.name):
-                while first:
-                    file.write(first)
-                    bar.update(len(first))
-                    first = response.raw.read1(_CHUNK)
+                while chunk:
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    chunk = response.raw.read1(_CHUNK_BYTES)
         return total is None or self._part.stat().st_size >= total
 
-    def _check(self, url: str, response: requests.Response, first: bytes, total: int | None) -> None:
-        if _HTML.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
+    def _check(self, url: str, response: requests.Response, start: bytes, total: int | None) -> None:
+        """Raise WrongDownload if the first bytes, the type or the size show that it is not the file."""
+        if _HTML.match(start) or (start and response.headers.get("Content-Type", "").startswith("text/html")):
             raise WrongDownload(f"{url}: an HTML page, not the file")
         if self._size is not None and total is not None and total != self._size:
             raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
@@ -187,7 +188,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         destination: the file to write, which appears only when it is complete and correct.
         checksum: in pooch's format, "sha256:..." or "md5:..."; None if unknown.
         size: size in bytes, None if unknown.
-        wait: seconds between two tries.
+        wait: seconds before the first retry; each later one waits longer.
 
     Returns:
         The SHA-256 of the file.
@@ -213,7 +214,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         try:
             return check_file(destination, url, checksum, remove=True)
         except WrongDownload:
-            if not downloader.mixed:  # else another source may be at fault, so this one is tried on its own
+            if not downloader.mixed:  # otherwise the other URL's part may be wrong, so this URL is tried from the start
                 raise
 
 

@@ -10,12 +10,12 @@ import stat
 from enum import Enum
 from pathlib import Path
 
-_START = 4096  # bytes to read
+_START_BYTES = 4096
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class FileKind(Enum):
-    """What a path is; the value is its description in messages."""
+    """Kind of file or folder; the value is its description in messages."""
 
     MISSING = "no such file or folder"
     ADDRESS = "a URL; download it and give the file's path"
@@ -79,7 +79,7 @@ def kind_of(path: Path) -> FileKind:
         if not stat.S_ISREG(mode):
             return FileKind.SPECIAL
         with path.open("rb") as file:
-            start = file.read(_START)
+            start = file.read(_START_BYTES)
     except PermissionError:
         return FileKind.FORBIDDEN
     except (OSError, ValueError):  # including names that are too long or contain NUL
@@ -88,7 +88,7 @@ def kind_of(path: Path) -> FileKind:
 
 
 def run_directory_near(path: Path) -> Path | None:
-    """Run directory that a path probably means: one of its two parents, or the only run directory in it."""
+    """The run directory that was probably meant: the parent or grandparent of a path, or the only one in it."""
     for folder in (path.parent, path.parent.parent):
         if _is_run(folder):
             return folder

@@ -11,7 +11,7 @@ from typing import Any
 from refdet.errors import InputError
 from refer import ReferError, plain_files
 
-_SMALL_BYTES = 2**25  # bytes
+_MAX_SMALL_BYTES = 2**25
 
 
 def read_json(path: Path) -> Any:
@@ -24,7 +24,7 @@ def read_json(path: Path) -> Any:
         Its value.
 
     Raises:
-        InputError: it cannot be read or is malformed; the message has the file and the line.
+        InputError: it cannot be read or is malformed; the message names the file and the line.
     """
     with json_errors(path):
         return json.loads(read_bytes(path))
@@ -43,7 +43,7 @@ def read_small_json(path: Path) -> Any:
         InputError: it cannot be read, is malformed or is larger.
     """
     with json_errors(path):
-        return json.loads(read_bytes(path, _SMALL_BYTES))
+        return json.loads(read_bytes(path, _MAX_SMALL_BYTES))
 
 
 def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:

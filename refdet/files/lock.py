@@ -13,7 +13,7 @@ from refdet.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# Errors of file systems without locks; others are errors of the file itself.
+# Errors of file systems without locks; any other error concerns the lock file itself.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -23,18 +23,18 @@ class Locked(InputError):
 
 @contextmanager
 def exclusive_lock(
-    folder: Path, name: str, fix: str, *, wait: float = 0.0, doing: str = "another process is writing to it"
+    folder: Path, name: str, fix: str, *, wait: float = 0.0, activity: str = "another process is writing to it"
 ) -> Iterator[bool]:
     """Hold a lock file within the block.
 
-    Logs a note and runs the block without a lock where the file system has no locks.
+    On a file system without locks, the block runs without one, with a note in the log.
 
     Args:
         folder: the folder to lock.
         name: name of the lock file in it.
         fix: what to do if another process holds the lock, the end of the message.
         wait: seconds to wait for another process.
-        doing: what the other process does, for the message.
+        activity: what the other process is doing, for the message.
 
     Yields:
         Whether the file system has locks.
@@ -49,17 +49,17 @@ def exclusive_lock(
     try:
         lock.acquire(timeout=wait)
     except Timeout:
-        raise Locked(f"{folder}: {doing}; {fix}") from None
+        raise Locked(f"{folder}: {activity}; {fix}") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        _note_no_locks(folder, getattr(error, "strerror", None) or str(error))
+        _warn_of_no_locks(folder, getattr(error, "strerror", None) or str(error))
     try:
         yield lock.is_locked
     finally:
         lock.release()
 
 
-@lru_cache(maxsize=64)  # once for each folder, whatever the number of locks in it
-def _note_no_locks(folder: Path, reason: str) -> None:
+@lru_cache(maxsize=64)  # once per folder, for any number of locks in it
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
     log.warning("note: %s: file system without locks (%s); make sure no other process writes to it", folder, reason)

@@ -1,4 +1,4 @@
-"""Write many pieces of memory to a file at once, without joining them first."""
+"""Write many buffers to a file in few system calls, without joining them first."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
-_AT_ONCE = 512  # the system takes twice as many at least
+_BUFFERS_PER_CALL = 512  # half of IOV_MAX on Linux and macOS
 
 
-def write_parts(file: int, parts: Iterable[bytes | bytearray | memoryview], at: int | None = None) -> int:
-    """Write parts one after another.
+def write_parts(file: int, parts: Iterable[bytes | bytearray | memoryview], offset: int | None = None) -> int:
+    """Write buffers one after another.
 
     Args:
         file: a file descriptor.
-        parts: the parts.
-        at: first byte in the file; None for its current position.
+        parts: the buffers.
+        offset: where to start in the file, in bytes; None for its current position.
 
     Returns:
-        Number of bytes written, that of all parts.
+        Number of bytes written, the total size of the buffers.
 
     Raises:
-        OSError: the disk is full, or something else went wrong.
+        OSError: the disk is full, or writing failed for another reason.
     """
     remaining, done = deque(memoryview(part) for part in parts if part), 0
-    while remaining:  # a disk that becomes full takes some bytes first
-        chunk = list(islice(remaining, _AT_ONCE))
-        if at is None:
+    while remaining:  # a call may write only part of its buffers, such as the last one before the disk is full
+        chunk = list(islice(remaining, _BUFFERS_PER_CALL))
+        if offset is None:
             written = os.writev(file, chunk)
         elif hasattr(os, "pwritev"):
-            written = os.pwritev(file, chunk, at + done)
+            written = os.pwritev(file, chunk, offset + done)
         else:
-            written = os.pwrite(file, chunk[0], at + done)
+            written = os.pwrite(file, chunk[0], offset + done)
         done += written
         while remaining and written >= len(remaining[0]):
             written -= len(remaining.popleft())

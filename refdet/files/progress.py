@@ -13,11 +13,11 @@ LINE_INTERVAL = 30  # seconds between two lines without a terminal
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 
-_CURSOR_UP = "\x1b[A"  # a bar beside another one moves there and back
+_CURSOR_UP = "\x1b[A"  # written by tqdm for nested bars
 
 
 class _LineStream:
-    """A stream for a bar that writes each update as a new line."""
+    """A stream for tqdm that writes each update of a bar on a new line."""
 
     encoding = "utf-8"
 
@@ -41,15 +41,15 @@ def progress_bar(
     scale: bool = False,
     leave: bool = True,
 ) -> tqdm[Any]:
-    """Create a tqdm bar on stderr, or one line every `LINE_INTERVAL` at most if stderr is not a terminal.
+    """Create a tqdm bar on stderr; if stderr is not a terminal, it writes at most one line per `LINE_INTERVAL`.
 
-    Work that takes less than `LINE_INTERVAL` writes no line.
+    Work that takes less than `LINE_INTERVAL` then writes none.
 
     Args:
         total: number of units of work, None if unknown.
         desc: what the work is.
         unit: name of a unit, in the singular.
-        initial: units that are already finished.
+        initial: units that are already done.
         disable: whether to show nothing.
         scale: whether to print large numbers with a prefix, such as 1.3G.
         leave: whether the finished bar stays on the terminal.
@@ -62,8 +62,8 @@ def progress_bar(
     return bar
 
 
-def forget_pause(bar: tqdm[Any], seconds: float) -> None:
-    """Take the last ``seconds``, in which a bar stood still for another reason, out of its rate and elapsed time."""
+def exclude_pause(bar: tqdm[Any], seconds: float) -> None:
+    """Exclude a pause of ``seconds``, which has just ended, from the rate and elapsed time of a bar."""
     if not bar.disable:
         bar.start_t += seconds
         bar.last_print_t += seconds

@@ -25,7 +25,7 @@ def short_repr(value: object) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """A count with its noun: "1 image", "2 images". For nouns with a regular plural."""
+    """A count with its noun, which must have a regular plural: "1 image", "2 images"."""
     return f"{count} {noun}" + "s" * (count != 1)
 
 

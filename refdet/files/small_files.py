@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -60,7 +61,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 def _finite_float(text: str) -> float:
     value = float(text)
-    if value - value != 0:
+    if not math.isfinite(value):
         raise InputError(f"number {shorten(text)} is too large")
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Cells that start with these are formulas, also in full width or after spaces.
+# Spreadsheets take cells that start with these as formulas, including full-width forms and after spaces.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 # Not allowed in XML 1.0, even escaped.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -97,10 +97,10 @@ def remove_unfinished(parent: Path) -> None:
 
 
 def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
-    """Move all files of a folder to the same paths below another one, except for those that exist with other contents.
+    """Move all files of a folder to the same paths in another one, unless a different file already exists there.
 
     Returns:
-        The new paths, and the paths of existing files with other contents, which were kept.
+        The new paths, and the paths of existing files that differ, which were kept.
     """
     moved, kept = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""Detect what a file given as weights is from its first bytes, without torch."""
+"""Detect from its first bytes what a file given as weights is, without torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
-from refdet.files.weight_programs import REFDET, TRAINING_STATE, has_all, program_of
+from refdet.files.weight_programs import REFDET, TRAINING_STATE, describe_checkpoint, has_all
 
-MAX_HEADER_BYTES = 2**24  # bytes of the header of a safetensors file
-MAX_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_HEAD_BYTES = 2**20  # bytes to read to tell JSON files apart
+MAX_HEADER_BYTES = 2**24  # of a safetensors file
+MAX_TENSORS = 20_000  # of a file; a ResNet-152 with its momentum has 1,400
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_START_BYTES = 2**20  # enough to tell JSON files apart
 
 
 def describe_file(path: Path) -> str | None:
@@ -21,17 +21,14 @@ def describe_file(path: Path) -> str | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        start = file.read(_HEAD_BYTES)
-    if start.startswith(_HDF5):
+        start = file.read(_START_BYTES)
+    if start.startswith(_HDF5_MAGIC):
         return "an HDF5 file, such as a feature store"
     if is_safetensors(start):
         return _describe_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        kind = (
-            "a zip file"
-            if start.startswith(b"PK") and b"data.pkl" not in start[:_HEAD_BYTES]
-            else "a PyTorch checkpoint"
-        )
+        is_other_zip = start.startswith(b"PK") and b"data.pkl" not in start
+        kind = "a zip file" if is_other_zip else "a PyTorch checkpoint"
         return f"{kind} (convert it with refdet import-weights)"
     if start.lstrip()[:1] in (b"{", b"["):
         if b'"images"' in start or b'"annotations"' in start:
@@ -42,28 +39,28 @@ def describe_file(path: Path) -> str | None:
 
 def _describe_safetensors(path: Path) -> str:
     try:
-        names = [name for name in header(path) if name != "__metadata__"]
+        names = [name for name in read_header(path) if name != "__metadata__"]
     except InputError:
         return "a damaged safetensors file"
     if has_all(names, TRAINING_STATE):
         return "a training state (its run directory is the folder above state/)"
     if has_all(names, REFDET):
         return "the weights of a run directory (give the folder with them and model.json)"
-    program = program_of(names) or "weights of another program"
-    return f"{program} (convert it with refdet import-weights)"
+    description = describe_checkpoint(names) or "weights of another program"
+    return f"{description} (convert it with refdet import-weights)"
 
 
 def is_url(path: Path) -> bool:
-    """Whether a path is a URL; Path has turned its double slash into a single one."""
+    """Whether a path is a URL, whose double slash Path turns into a single one."""
     return path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",), ("ftp:",), ("hf:",))
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file may be safetensors: it starts with the length of a header and JSON."""
+    """Whether the first bytes of a file may be safetensors: the length of a header, then JSON."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
-def header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """Read the header of a safetensors file.
 
     Args:
@@ -104,6 +101,6 @@ def check_safetensors(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    count = len(header(path))
+    count = len(read_header(path))
     if count > MAX_TENSORS:
         raise InputError(f"{path}: {count} tensors, more than the limit of {MAX_TENSORS}")

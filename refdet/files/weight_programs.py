@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# The first entry of which every expression matches the start of some tensor name.
-_BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+# The first entry applies all of whose expressions match the start of some tensor name.
+_BY_TENSOR_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
     ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
     ("a torchvision Faster R-CNN", (r"backbone\.body\.", r"roi_heads\.box_predictor\.")),
@@ -50,8 +50,8 @@ _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a DenseNet", (r"features\.denseblock1\.",)),
     ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
 )
-# Top-level module of a class in the file.
-_BY_CLASSES = {
+# By top-level module of a class in the file.
+_BY_CLASS_MODULES = {
     "ultralytics": "an Ultralytics YOLO model",
     "models": "a YOLOv5 or YOLOv7 model",
     "mmcv": "an MMDetection checkpoint",
@@ -66,8 +66,8 @@ _BY_CLASSES = {
     "pytorch_lightning": "a PyTorch Lightning checkpoint",
     "lightning": "a PyTorch Lightning checkpoint",
 }
-# Those that refdet.detector.weights imports, or refuses in more detail.
-IMPORTED = frozenset(
+# What refdet.detector.weights imports, or rejects with a more detailed message.
+IMPORTABLE = frozenset(
     (
         "a torchvision Mask R-CNN",
         "a torchvision Keypoint R-CNN",
@@ -84,25 +84,33 @@ TRAINING_STATE = (r"model/", r"model/rpn\.conv\.weight$")
 _WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")
 
 
-def has_all(names: Iterable[str], beginnings: Iterable[str]) -> bool:
-    """Whether each expression matches the start of some name."""
+def has_all(names: Iterable[str], expressions: Iterable[str]) -> bool:
+    """Whether each regular expression matches the start of some name."""
     text = "\n".join(names)
-    return all(re.search(f"^(?:{expression})", text, re.MULTILINE) for expression in beginnings)
+    return all(re.search(f"^(?:{expression})", text, re.MULTILINE) for expression in expressions)
 
 
-def program_of(names: Iterable[str], classes: Iterable[str] = ()) -> str | None:
+def describe_checkpoint(names: Iterable[str], classes: Iterable[str] = ()) -> str | None:
     """Describe a checkpoint, such as "a torchvision Mask R-CNN".
 
     Args:
         names: names of its tensors.
-        classes: dotted names that its pickle imports.
+        classes: dotted names of the classes that its pickle imports.
 
     Returns:
         The description, None if unknown.
     """
     names = list(names)
-    bare = [_WRAPPERS.sub("", name) for name in names]
-    by_tensors = next((what for what, parts in _BY_TENSORS if has_all(bare, parts) or has_all(names, parts)), None)
+    unwrapped = [_WRAPPERS.sub("", name) for name in names]
+    by_tensors = next(
+        (
+            description
+            for description, expressions in _BY_TENSOR_NAMES
+            if has_all(unwrapped, expressions) or has_all(names, expressions)
+        ),
+        None,
+    )
     if by_tensors is not None:
         return by_tensors
-    return next((_BY_CLASSES[top] for name in classes if (top := name.partition(".")[0]) in _BY_CLASSES), None)
+    modules = (name.partition(".")[0] for name in classes)
+    return next((_BY_CLASS_MODULES[module] for module in modules if module in _BY_CLASS_MODULES), None)

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, refdet/_C, if they were built."""
+"""Load the compiled kernels, refdet/_C, if they were built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_BUILD = "pip install --no-build-isolation . builds them"
+_BUILD_HINT = "pip install --no-build-isolation . builds them"
 
 
 def _disabled() -> bool:
@@ -21,10 +21,10 @@ def _disabled() -> bool:
 
 
 def load(folder: Path) -> frozenset[str]:
-    """Load the kernels in ``folder`` as ``torch.ops.refdet`` and return the device types that they support.
+    """Load the kernels in ``folder`` as ``torch.ops.refdet`` and return the device types they support.
 
-    Empty if the extension was not built, if it cannot be loaded (with a warning; for example, it was built with
-    another torch), or with ``REFDET_NO_EXT=1`` in the environment. `refdet.ops` then uses plain PyTorch.
+    The set is empty, and `refdet.ops` uses plain PyTorch, if the extension was not built, if it cannot be loaded (with
+    a warning; for example, it was built with another torch), or with ``REFDET_NO_EXT=1`` in the environment.
     """
     path = folder / f"_C{EXTENSION_SUFFIXES[0]}"
     if _disabled() or not path.exists():
@@ -32,8 +32,8 @@ def load(folder: Path) -> frozenset[str]:
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
-        _ = torch.ops.refdet.nms_padded  # of the latest operator; an AttributeError if it was built from older sources
-        # of the latest change of a kernel; an error if it was built from older sources
+        # an extension built from older sources lacks the newest operator, or fails the newest kind of call
+        _ = torch.ops.refdet.nms_padded
         torch.ops.refdet.match_boxes(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4))
     except (OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -55,12 +55,12 @@ def kernels_state() -> str:
     if _disabled():
         return "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
     if not DEVICES:
-        return f"kernels not compiled (plain PyTorch instead, slower; {_BUILD})"
+        return f"kernels not compiled (plain PyTorch instead, slower; {_BUILD_HINT})"
     if "cuda" in DEVICES:
         return "kernels compiled for CPU and CUDA"
     if not torch.cuda.is_available():
         return "kernels compiled for the CPU only"
-    return f"kernels compiled for the CPU only (plain PyTorch on the GPU, slower; REFDET_BUILD_CUDA=1 {_BUILD})"
+    return f"kernels compiled for the CPU only (plain PyTorch on the GPU, slower; REFDET_BUILD_CUDA=1 {_BUILD_HINT})"
 
 
 @functools.cache
@@ -74,5 +74,5 @@ def warn_of_plain_pytorch(device: torch.device) -> None:
             "note: refdet has no compiled kernels for %s, because no GPU or no nvcc was found when it was built: "
             "computing with plain PyTorch, which gives the same results but is slower; REFDET_BUILD_CUDA=1 %s",
             device,
-            _BUILD,
+            _BUILD_HINT,
         )

@@ -5,16 +5,16 @@ Shape shorthand in this module:
     N: images
     C, K: input and output channels
     H, W: height and width of a feature map
-    P: matrices of packed weights, 36 of a 3x3 convolution and 1 of a 1x1
+    P: matrices of packed weights, 36 for a 3x3 convolution and 1 for a 1x1
 
 3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", 2016), which needs a third of the multiplications. 1x1 convolutions are matrix products,
-fused with the sum and the ReLU after them. The result of an image does not depend on the rest of its batch, bit for
-bit. Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution inputs beyond 5e36 overflow, and a NaN or
-inf spoils its whole output tile of 4x4.
+fused with the shortcut and ReLU after them. The result of an image does not depend on the rest of its batch, bit for
+bit. Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution, inputs beyond 5e36 overflow, and a NaN or
+inf spoils the whole output tile of 4x4.
 
-Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, some 2e-6 of
-the standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs, float16 products, on processors with
+Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, 2e-6 of the
+standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs and float16 products, on processors with
 AVX512-FP16, which has twice the throughput of float32 or bfloat16. Rows and columns are scaled by powers of two to
 prevent overflow; 64 products are summed in float16, and those sums in float32.
 """
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from refdet.ops._library import DEVICES
 
-CHANNELS = 16  # input channels must be a multiple of this
-OUTPUTS = {False: 16, True: 64}  # `half` -> output channels must be a multiple of this
+CHANNEL_MULTIPLE = 16  # number of input channels must be a multiple of this
+OUTPUT_MULTIPLE = {False: 16, True: 64}  # `half` -> number of output channels must be a multiple of this
 POINTS = 36  # evaluation points of the 3x3 Winograd transform
 
 
@@ -37,9 +37,9 @@ class Packed(NamedTuple):
     """Weights in the layout of the kernels.
 
     Attributes:
-        weight: (P, K / panel, C, panel): float32 in panels of 16 output channels, or with `half` float16 in panels of
+        weight: (P, K / panel, C, panel) float32 in panels of 16 output channels, or with `half` float16 in panels of
             64.
-        scale: (K,) float32 factors of the sums.
+        scale: (K,) float32 factors of the sums, which undo the scaling of float16 weights.
     """
 
     weight: Tensor
@@ -57,7 +57,7 @@ def is_pointwise_faster(device: torch.device, half: bool) -> bool:
 
 
 def is_half_fastest(device: torch.device) -> bool:
-    """Whether bfloat16 layers should use `half`: there are kernels, and no AMX, which PyTorch would use."""
+    """Whether bfloat16 layers should use `half`: there are kernels, and no AMX, with which PyTorch is faster."""
     return has_kernels(device, half=True) and not torch.ops.refdet.has_matrix_units()
 
 
@@ -65,8 +65,8 @@ def pack_conv3x3(weight: Tensor, half: bool = False) -> Packed:
     """Pack float32 weights (K, C, 3, 3) for `conv3x3`; they take four times the space.
 
     Raises:
-        RuntimeError: C or K is not a multiple of `CHANNELS` or `OUTPUTS`, the weights are not float32, or there is no
-            kernel.
+        RuntimeError: C or K is not a multiple of `CHANNEL_MULTIPLE` or `OUTPUT_MULTIPLE`, the weights are not float32,
+            or there is no kernel.
     """
     return Packed(*torch.ops.refdet.pack_conv3x3(weight.detach(), half))
 
@@ -94,10 +94,10 @@ def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
     Args:
         x: input of the convolution, (N, C, H, W) float32; fastest in channels_last.
-        gradient: of its output, (N, K, H, W) float32; fastest in channels_last.
+        gradient: gradient of its output, (N, K, H, W) float32; fastest in channels_last.
 
     Raises:
-        RuntimeError: shapes or dtypes do not match, or C or K is not a multiple of `CHANNELS`.
+        RuntimeError: shapes or dtypes do not match, or C or K is not a multiple of `CHANNEL_MULTIPLE`.
     """
     return torch.ops.refdet.conv3x3_weight_gradient(x, gradient)
 
@@ -106,8 +106,8 @@ def pack_conv1x1(weight: Tensor, half: bool = False) -> Packed:
     """Pack float32 weights (K, C) for `conv1x1`.
 
     Raises:
-        RuntimeError: C or K is not a multiple of `CHANNELS` or `OUTPUTS`, the weights are not float32, or there is no
-            kernel.
+        RuntimeError: C or K is not a multiple of `CHANNEL_MULTIPLE` or `OUTPUT_MULTIPLE`, the weights are not float32,
+            or there is no kernel.
     """
     return Packed(*torch.ops.refdet.pack_conv1x1(weight.detach(), half))
 
@@ -136,7 +136,7 @@ if DEVICES:
     def _packed_fake(weight: Tensor, matrices: int, half: bool) -> tuple[Tensor, Tensor]:
         channels, inputs = weight.shape[:2]
         dtype = torch.float16 if half else torch.float32
-        shape = (matrices, channels // OUTPUTS[half], inputs, OUTPUTS[half])
+        shape = (matrices, channels // OUTPUT_MULTIPLE[half], inputs, OUTPUT_MULTIPLE[half])
         return weight.new_empty(shape, dtype=dtype), weight.new_empty((channels,))
 
     def _convolved_fake(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ convolution itself. There are two ways to avoid these passes, with plain PyTorch
 
     kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
         the same numbers as plain PyTorch.
-    library: 1x1 convolutions as matrix products with bias and ReLU within (cuBLASLt), and the last one of a bottleneck
-        with the shortcut within (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for exact float32. The
-        ReLU of these libraries turns NaN into 0. Other convolutions use the kernel: cuDNN's convolution with ReLU
-        alone adds 0 times its uninitialised output, which can be NaN.
+    library: 1x1 convolutions as matrix products fused with bias and ReLU (cuBLASLt), and the last convolution of a
+        bottleneck fused with bias, shortcut and ReLU (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for
+        exact float32. The ReLU of these libraries turns NaN into 0. Other convolutions use the kernel, as cuDNN's
+        fusion with ReLU alone adds 0 times its uninitialised output, which can be NaN.
 
 Shape shorthand in this module:
 
@@ -32,7 +32,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Epilogue(Enum):
-    """How bias, shortcut and ReLU follow a convolution."""
+    """How bias, shortcut and ReLU are applied after a convolution."""
 
     PLAIN = "plain"
     KERNEL = "kernel"
@@ -40,18 +40,18 @@ class Epilogue(Enum):
 
 
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
-    """The way to use on a device: library for the half types, kernel for float32; on CPUs, plain PyTorch.
+    """The fastest epilogue on a device: library for the half dtypes, kernel for float32; on CPUs, plain PyTorch.
 
-    Where cuDNN fails a small trial convolution with a shortcut, the kernel is used instead.
+    The kernel is used for half dtypes too if cuDNN fails a small trial convolution with a shortcut.
     """
     if device.type != "cuda":
         return Epilogue.PLAIN
     kernel = Epilogue.KERNEL if "cuda" in DEVICES else Epilogue.PLAIN
-    return Epilogue.LIBRARY if dtype in HALF_DTYPES and _cudnn_adds(device, dtype) else kernel
+    return Epilogue.LIBRARY if dtype in HALF_DTYPES and _cudnn_fuses_shortcut(device, dtype) else kernel
 
 
-def _cudnn_adds(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether cuDNN computes a convolution with bias, shortcut and ReLU, correctly."""
+def _cudnn_fuses_shortcut(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN computes a convolution with bias, shortcut and ReLU, and does so correctly."""
     x = torch.ones((1, 64, 4, 4), dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
     weight = torch.full((64, 64, 1, 1), 1 / 64, dtype=dtype, device=device).contiguous(
         memory_format=torch.channels_last
@@ -104,10 +104,10 @@ def _has_kernel_layout(x: Tensor) -> bool:
 
 
 def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """A 1x1 convolution as one matrix product, with bias and ReLU within on a GPU.
+    """A 1x1 convolution as one matrix product, fused with bias and ReLU on a GPU.
 
     Args:
-        x: (N, C, H, W), channels_last or else copied.
+        x: (N, C, H, W), channels_last; other layouts are copied.
         weight: (K, C) in the dtype of x.
         bias: (K,) in the dtype of x.
         relu: apply ReLU.
@@ -124,15 +124,15 @@ def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
 def conv_add_relu(
     x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """``relu(F.conv2d(x, weight, bias) + shortcut)`` by one operator of cuDNN.
+    """``relu(F.conv2d(x, weight, bias, stride, padding) + shortcut)``, on a GPU in one operator of cuDNN.
 
     Args:
         x: (N, C, H, W), channels_last.
         weight: (K, C, h, w) in the dtype of x, channels_last.
         bias: (K,) in the dtype of x.
         shortcut: (N, K, H', W') in the dtype of x.
-        stride: of the convolution.
-        padding: of the convolution.
+        stride: stride of the convolution.
+        padding: padding of the convolution.
 
     Returns:
         (N, K, H', W') in the dtype of x, channels_last.

@@ -33,8 +33,8 @@ def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
     Args:
         probabilities: (N, m, m) in 0..1, any floating dtype.
         boxes: (N, 4) half-open xyxy in pixels of the image, on the same device.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
         threshold: lowest probability of a mask pixel, in 0..1.
 
     Returns:
@@ -75,8 +75,8 @@ def masks_to_rle_plain(
         top, rows = _interpolation(box[1], box[3], len(cells), height)
         left, columns = _interpolation(box[0], box[2], len(cells), width)
         with np.errstate(over="ignore", invalid="ignore"):  # from values outside 0..1
-            window = columns.mix(cells.T).T  # (m, columns)
-            window = rows.mix(window) >= np.float32(threshold)
+            window = columns.apply(cells.T).T  # (m, columns)
+            window = rows.apply(window) >= np.float32(threshold)
         window_slice = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
         full[window_slice] = window
         counts.append(coco_mask.encode(full)[0]["counts"])
@@ -86,12 +86,17 @@ def masks_to_rle_plain(
 
 @dataclass(frozen=True)
 class _Interpolation:
-    """The first of the two cells that each pixel of an axis interpolates, with weights `lower` and 1 - `lower`."""
+    """Linear interpolation of the pixels along an axis, each between two neighbouring cells.
+
+    Attributes:
+        cell: (pixels,) int64, the first of the two cells.
+        lower: (pixels,) float32, its weight; that of the second is 1 - `lower`.
+    """
 
     cell: np.ndarray
     lower: np.ndarray
 
-    def mix(self, values: np.ndarray) -> np.ndarray:
+    def apply(self, values: np.ndarray) -> np.ndarray:
         """Cells (m, K) -> (pixels, K)."""
         following = np.minimum(self.cell + 1, len(values) - 1)
         weights = self.lower[:, None]
@@ -99,7 +104,7 @@ class _Interpolation:
 
 
 def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
-    """The first pixel whose centre is in [low, high), and the interpolation of the pixels from there on."""
+    """The first pixel whose centre is in [low, high), and the interpolation of all such pixels."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
     first, last = (int(np.clip(np.ceil(np.float64(edge) - 0.5), 0, limit)) for edge in (low, high))
@@ -167,6 +172,7 @@ def mask_coverage_plain(rles: Sequence[dict], objects: Tensor, boxes: Tensor, si
 
 
 def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
+    """Coverage (K, m, m) of boxes (K, 4) by a mask (H, W)."""
     height, width = mask.shape
     integral = np.zeros((height + 1, width + 1), np.float64)
     integral[1:, 1:] = mask.astype(np.float64).cumsum(0).cumsum(1)
@@ -176,7 +182,7 @@ def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
     ys = boxes[:, 1:2] + (boxes[:, 3:4] - boxes[:, 1:2]) * steps
     x0, fx = _floor_and_fraction(xs, width)
     y0, fy = _floor_and_fraction(ys, height)
-    rows = table[y0] * (1 - fy)[:, :, None] + table[y0 + 1] * fy[:, :, None]  # (N, m+1, W+1)
+    rows = table[y0] * (1 - fy)[:, :, None] + table[y0 + 1] * fy[:, :, None]  # (K, m + 1, W + 1)
     left = rows.gather(2, x0[:, None, :].expand(-1, size + 1, -1))
     right = rows.gather(2, (x0 + 1)[:, None, :].expand(-1, size + 1, -1))
     corners = left * (1 - fx)[:, None, :] + right * fx[:, None, :]
@@ -186,6 +192,7 @@ def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
 
 
 def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Integer and fractional part of positions clamped to [0, limit]; the integer part is less than `limit`."""
     inside = positions.clamp(0, limit)
     floor = inside.floor().clamp(max=limit - 1)
     return floor.long(), inside - floor

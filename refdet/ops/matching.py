@@ -22,13 +22,13 @@ class Matches(NamedTuple):
     """Result of `match_boxes`.
 
     Attributes:
-        best: (N,) or (B, N) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
+        max_iou: (N,) or (B, N) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
         object: (N,) or (B, N) int64, index of the first object with that IoU; 0 if it overlaps none.
         is_best: (N,) or (B, N) bool, whether the candidate has the highest IoU of all candidates of the image, above 0,
             with some object; ties included.
     """
 
-    best: Tensor
+    max_iou: Tensor
     object: Tensor
     is_best: Tensor
 
@@ -39,7 +39,7 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
     The kernels never store the (N, M) IoU matrix. Computed in float32 in a fixed order, so that the result is the same
     with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap nothing.
 
-    A batch is one call, in which each image has its own objects, padded with empty boxes.
+    For a batch, the objects of each image are padded with empty boxes to the same number.
 
     Args:
         candidates: half-open xyxy, any floating dtype: (N, 4), the same for all images of a batch, or (B, N, 4).
@@ -77,9 +77,9 @@ def match_boxes_plain(candidates: Tensor, objects: Tensor) -> Matches:
         zeros = candidates.new_zeros(shape)
         return Matches(zeros, zeros.long(), zeros.bool())
     overlaps = box_ops.iou(candidates, objects)
-    best, matched = overlaps.max(dim=1)
-    best_per_object = overlaps.amax(dim=0)
-    return Matches(best, matched, ((overlaps == best_per_object) & (best_per_object > 0)).any(dim=1))
+    max_iou, matched = overlaps.max(dim=1)
+    object_max = overlaps.amax(dim=0)
+    return Matches(max_iou, matched, ((overlaps == object_max) & (object_max > 0)).any(dim=1))
 
 
 if DEVICES:

@@ -5,7 +5,7 @@ Shape shorthand in this module:
     N: boxes of all images
     K: boxes that are kept
     B: images
-    M: boxes that may be kept of an image
+    M: maximum number of boxes to keep per image
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def nms_padded(
         groups: (N,) int64, any values: only boxes of one group suppress each other. None for a single group.
 
     Returns:
-        Indices (B, M) int64 of the kept boxes of each image, by descending score, then -1; and their numbers (B,).
+        Indices (B, M) int64 of the kept boxes of each image, by descending score, padded with -1; and their numbers
+        (B,).
 
     Raises:
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
@@ -141,8 +142,8 @@ def nms_plain(
 ) -> Tensor:
     """`nms` in plain PyTorch, for float32 boxes and scores; arguments are not checked.
 
-    The boxes of an image are processed in blocks: each block is compared with the boxes kept so far, and the rest is
-    resolved on the host from its IoU matrix.
+    The boxes of an image are processed in blocks: each block is compared with the boxes kept so far, and the boxes that
+    remain are resolved on the host from their IoU matrix.
     """
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
     orders: tuple[Tensor, ...] = (order,)

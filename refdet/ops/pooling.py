@@ -11,14 +11,14 @@ Feature maps (B, C, H, W) may have any floating dtype and memory format; channel
 into it. Sums and means are float32 (float64 for float64 maps). With and without the compiled kernels results differ
 only by the rounding of these sums, by less than 1e-5 for values about 1.
 
-RoIs (K, 5) are rows of image index and half-open xyxy box in pixels of the network's input, without gradient. Samples
-outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is a point: RoIAlign with fixed
-sampling and the crop read the map there; adaptive sampling takes no samples, so it returns 0. Swapped corners flip the
-cells, and give 0 with adaptive sampling. Feature maps must be finite: NaN and inf may spread to neighbouring RoIs.
+RoIs (K, 5) are rows of image index and half-open xyxy box in pixels of the network's input; they get no gradient.
+Samples outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is a point: RoIAlign with
+fixed sampling and the crop read the map there; adaptive sampling takes no samples and returns 0. Swapped corners flip
+the cells, and give 0 with adaptive sampling. Feature maps must be finite: NaN and inf may spread to other RoIs.
 
 All functions raise:
     TypeError: the map or the RoIs are not floating point.
-    ValueError: shapes or devices do not match, or size, stride or samples are out of range.
+    ValueError: shapes or devices do not match, or the size, stride or sampling ratio is out of range.
     IndexError: the image index of a RoI is out of range. The CUDA kernels do not synchronize and return NaN instead.
 """
 
@@ -36,11 +36,11 @@ from torch.autograd.function import once_differentiable
 from refdet.ops._library import DEVICES
 from refdet.ops.pooling_plain import MAX_CELLS, pool_plain
 
-SAMPLES = 2  # on a side of a cell
+SAMPLING_RATIO = 2  # default number of samples on a side of a cell
 
 
 def roi_align(
-    x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES, aligned: bool = True
+    x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
     """RoIAlign (He et al., "Mask R-CNN", 2017) with half-pixel alignment.
 
@@ -49,22 +49,24 @@ def roi_align(
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
         size: cells on a side of a RoI, m.
         stride: of the feature map, in pixels of the network's input.
-        samples: on a side of a cell. 0 for adaptive sampling as in torchvision, ceil(RoI side / m) in positions of the
-            map, at most 1024.
-        aligned: as in torchvision: without it, position 0 of the map is the centre of its first cell, and RoIs are at
+        sampling_ratio: samples on a side of a cell, as in torchvision. 0 for adaptive sampling: ceil(RoI side / m) in
+            positions of the map, at most 1024.
+        aligned: as in torchvision. Without it, position 0 of the map is the centre of its first cell, and RoIs are at
             least one position wide and high.
 
     Returns:
         (K, C, m, m) in the dtype of the map, channels_last.
     """
-    return _pool(x, rois if aligned else _legacy(rois, stride), size, stride, samples, crop=False, mean=False)
+    rois = rois if aligned else _unaligned(rois, stride)
+    return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=False)
 
 
 def roi_align_mean(
-    x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES, aligned: bool = True
+    x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
     """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _pool(x, rois if aligned else _legacy(rois, stride), size, stride, samples, crop=False, mean=True).flatten(1)
+    rois = rois if aligned else _unaligned(rois, stride)
+    return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=True).flatten(1)
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
@@ -91,7 +93,7 @@ def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
 
 
 class PyramidLevels(NamedTuple):
-    """RoIs by pyramid level.
+    """RoIs grouped by pyramid level.
 
     Attributes:
         rows: indices of the RoIs of each level, finest first, ascending.
@@ -103,7 +105,7 @@ class PyramidLevels(NamedTuple):
 
 
 def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
-    """The pyramid level of each RoI, as of `pyramid_roi_align`; waits for a GPU once, if there are several levels."""
+    """Assign RoIs to levels, as in `pyramid_roi_align`; waits for a GPU once, if there are several levels."""
     if len(strides) == 1:
         indices = torch.arange(len(rois), device=rois.device)
         return PyramidLevels((indices,), indices)
@@ -121,7 +123,7 @@ def pyramid_roi_align(
     rois: Tensor,
     size: int,
     strides: Sequence[int],
-    samples: int = SAMPLES,
+    sampling_ratio: int = SAMPLING_RATIO,
     aligned: bool = True,
     levels: PyramidLevels | None = None,
 ) -> Tensor:
@@ -134,15 +136,16 @@ def pyramid_roi_align(
         maps: (B, C, Hi, Wi) feature maps, finest first.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
         size: cells on a side of a RoI, m.
-        strides: of the maps, each twice the one before, in pixels of the network's input.
-        samples: as in `roi_align`.
+        strides: strides of the maps, each twice the one before, in pixels of the network's input.
+        sampling_ratio: as in `roi_align`.
         aligned: as in `roi_align`.
-        levels: of these RoIs, if they are known already.
+        levels: levels of these RoIs, if already known.
 
     Returns:
         (K, C, m, m), channels_last.
     """
-    return _by_level(maps, rois, size, strides, levels, partial(roi_align, samples=samples, aligned=aligned))
+    pool = partial(roi_align, sampling_ratio=sampling_ratio, aligned=aligned)
+    return _by_level(maps, rois, size, strides, levels, pool)
 
 
 def pyramid_roi_align_mean(
@@ -150,16 +153,17 @@ def pyramid_roi_align_mean(
     rois: Tensor,
     size: int,
     strides: Sequence[int],
-    samples: int = SAMPLES,
+    sampling_ratio: int = SAMPLING_RATIO,
     aligned: bool = True,
     levels: PyramidLevels | None = None,
 ) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _by_level(maps, rois, size, strides, levels, partial(roi_align_mean, samples=samples, aligned=aligned))
+    pool = partial(roi_align_mean, sampling_ratio=sampling_ratio, aligned=aligned)
+    return _by_level(maps, rois, size, strides, levels, pool)
 
 
-def _legacy(rois: Tensor, stride: float) -> Tensor:
-    """RoIs (K, 5) whose aligned pooling is the unaligned pooling of `rois`."""
+def _unaligned(rois: Tensor, stride: float) -> Tensor:
+    """RoIs (K, 5) for which pooling with alignment gives what `rois` (K, 5) give without it."""
     corner = rois[:, 1:3] + stride / 2
     sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=stride)
     return torch.cat((rois[:, :1], corner, corner + sides), dim=1)
@@ -173,18 +177,19 @@ def _by_level(
     levels: PyramidLevels | None,
     pool: Callable[[Tensor, Tensor, int, float], Tensor],
 ) -> Tensor:
+    """Pool the RoIs of each level from its map, and concatenate the results in the order of `rois`."""
     _check_rois(maps[0], rois)
     rows, inverse = levels or pyramid_levels(rois, strides)
     pooled = [
         pool(x, rois[indices], size, stride).movedim(1, -1)
         for x, indices, stride in zip(maps, rows, strides, strict=True)
     ]
-    reordered: Tensor = _Reordered.apply(torch.cat(pooled), inverse, torch.cat(list(rows)))
+    reordered: Tensor = _Reorder.apply(torch.cat(pooled), inverse, torch.cat(list(rows)))
     return reordered.movedim(-1, 1)
 
 
-class _Reordered(torch.autograd.Function):
-    """``x[inverse]``, whose gradient is copied back, not summed, as every row occurs once."""
+class _Reorder(torch.autograd.Function):
+    """``x[inverse]`` for a permutation, whose gradient is a plain copy instead of a sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
@@ -198,20 +203,20 @@ class _Reordered(torch.autograd.Function):
         return gradient.index_select(0, rows), None, None
 
 
-def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
+def _pool(x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int, crop: bool, mean: bool) -> Tensor:
     """(K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in float32 or float64."""
     _check_rois(x, rois)
     if not (2 if crop else 1) <= size <= MAX_CELLS:
         raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MAX_CELLS} cells on a side, got {size}")
-    if not 0 <= samples <= MAX_CELLS:
-        raise ValueError(f"RoI pooling needs 1 to {MAX_CELLS} samples on a side of a cell, or 0, got {samples}")
+    if not 0 <= sampling_ratio <= MAX_CELLS:
+        raise ValueError(f"RoI pooling needs 1 to {MAX_CELLS} samples on a side of a cell, or 0, got {sampling_ratio}")
     if not 0 < stride < math.inf:
         raise ValueError(f"RoI pooling needs a stride above 0, got {stride}")
     values = x if x.dtype in (torch.float32, torch.float64, torch.bfloat16) else x.float()
     if x.device.type in DEVICES and values.dtype != torch.float64:
-        pooled = torch.ops.refdet.roi_pool(values, rois.detach().float(), size, stride, samples, crop, mean)
+        pooled = torch.ops.refdet.roi_pool(values, rois.detach().float(), size, stride, sampling_ratio, crop, mean)
     else:
-        pooled = pool_plain(values, rois, size, stride, samples, crop, mean)
+        pooled = pool_plain(values, rois, size, stride, sampling_ratio, crop, mean)
     return pooled if mean else pooled.to(x.dtype)
 
 
@@ -242,7 +247,7 @@ if DEVICES:
         batch, channels, height, width = shape
         return gradient.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
-    def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, rois, *ctx.options = inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(rois)
@@ -252,4 +257,4 @@ if DEVICES:
         grad_map = torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.options)
         return grad_map.to(ctx.dtype), *(None,) * 6
 
-    torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_keep_for_backward)
+    torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_setup_context)

@@ -24,15 +24,17 @@ MAX_CELLS = 1024  # cells on a side of a RoI, and samples on a side of a cell
 CHUNK = 64  # RoIs per matrix product, to bound the memory of intermediate results
 
 
-def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
+def pool_plain(
+    x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int, crop: bool, mean: bool
+) -> Tensor:
     """`refdet::roi_pool` in plain PyTorch; only image indices are checked.
 
     Args:
-        x: (B, C, H, W), computed in float64 for float64, else in float32.
+        x: (B, C, H, W); sums are float64 for float64 maps, otherwise float32.
         rois: (K, 5) image index and half-open xyxy in pixels of the network's input.
         size: cells on a side of a RoI, m.
         stride: of the feature map, in pixels of the network's input.
-        samples: on a side of a cell; 0 for adaptive.
+        sampling_ratio: samples on a side of a cell; 0 for adaptive.
         crop: one sample per cell, from corner to corner, instead of RoIAlign.
         mean: return the mean over the cells.
 
@@ -52,26 +54,28 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
     if len(rois) == 0 or x.numel() == 0:  # the sum keeps the result differentiable
         empty = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
         return empty if mean else empty.to(x.dtype)
-    if x.device.type != "cpu" and samples and not crop and not mean:
+    if x.device.type != "cpu" and sampling_ratio and not crop and not mean:
         outside = -1e6 * stride
         finite_rois = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
         finite_rois = torch.cat((rois[:, :1], finite_rois), dim=1)
-        pooled = torchvision_roi_align(values, finite_rois, size, 1.0 / stride, sampling_ratio=samples, aligned=True)
+        pooled = torchvision_roi_align(
+            values, finite_rois, size, 1.0 / stride, sampling_ratio=sampling_ratio, aligned=True
+        )
     else:
-        across = _taps(rois[:, 1] / stride, rois[:, 3] / stride, size, x.shape[3], samples, crop)
-        down = _taps(rois[:, 2] / stride, rois[:, 4] / stride, size, x.shape[2], samples, crop)
+        across = _taps(rois[:, 1] / stride, rois[:, 3] / stride, size, x.shape[3], sampling_ratio, crop)
+        down = _taps(rois[:, 2] / stride, rois[:, 4] / stride, size, x.shape[2], sampling_ratio, crop)
         image = rois[:, 0].long()
-        if samples and not mean:
-            pooled = _sum_of_rows(values, image, across, down)
+        if sampling_ratio and not mean:
+            pooled = _pool_with_embedding_bag(values, image, across, down)
         else:
-            columns, rows = _matrix(*across, x.shape[3]), _matrix(*down, x.shape[2])
+            columns, rows = _dense_weights(*across, x.shape[3]), _dense_weights(*down, x.shape[2])
             if mean:
                 columns, rows = columns.mean(1, keepdim=True), rows.mean(1, keepdim=True)
-            pooled = _product(values, image, columns, rows)
+            pooled = _pool_with_matmul(values, image, columns, rows)
     return (pooled if mean else pooled.to(x.dtype)).contiguous(memory_format=torch.channels_last)
 
 
-def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: bool) -> tuple[Tensor, Tensor]:
+def _taps(low: Tensor, high: Tensor, size: int, limit: int, sampling_ratio: int, crop: bool) -> tuple[Tensor, Tensor]:
     """Positions that each cell reads along one axis of the map, and their weights, both (K, m, 2n).
 
     In RoIAlign a sample up to one position outside the map takes the value at the border, and one further out is 0, as
@@ -79,8 +83,10 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: 
     """
     side = (high - low)[:, None, None]
     adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MAX_CELLS)
-    samples_per_cell = torch.full_like(side, samples) if samples else adaptive
-    sample_in_cell = torch.arange(samples or max(int(samples_per_cell.max()), 1), device=low.device, dtype=low.dtype)
+    samples_per_cell = torch.full_like(side, sampling_ratio) if sampling_ratio else adaptive
+    sample_in_cell = torch.arange(
+        sampling_ratio or max(int(samples_per_cell.max()), 1), device=low.device, dtype=low.dtype
+    )
     sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * samples_per_cell + sample_in_cell
     if crop:
         position = low[:, None, None] + side * (sample / (size - 1))
@@ -98,8 +104,10 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: 
     return cells.clamp(0, limit - 1).flatten(2), weights.flatten(2)
 
 
-def _sum_of_rows(x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> Tensor:
-    """Cells (K, C, m, m) as weighted sums of rows of the channels_last map."""
+def _pool_with_embedding_bag(
+    x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Cells (K, C, m, m) as weighted sums of positions of the channels_last map."""
     (x_cells, x_weights), (y_cells, y_weights) = across, down
     channels, height, width = x.shape[1:]
     count, size, bag = len(image), x_cells.shape[1], x_cells.shape[2] * y_cells.shape[2]
@@ -111,12 +119,12 @@ def _sum_of_rows(x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: 
     return pooled.reshape(count, size, size, channels).permute(0, 3, 1, 2)
 
 
-def _matrix(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
-    """Dense weights (K, m, limit) from the positions and weights (K, m, 2n) of taps."""
+def _dense_weights(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
+    """Dense weights (K, m, limit) from positions and weights (K, m, 2n) of `_taps`."""
     return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, cells, weights)
 
 
-def _product(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+def _pool_with_matmul(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """Cells (K, C, m, m) from dense weights of columns (K, m, W) and rows (K, m, H)."""
     channels, height, width = x.shape[1:]
     order, pooled = [], []

@@ -5,11 +5,13 @@ Shape shorthand in this module:
     N: images
     C, K: input and output channels
     H, W: height and width of a feature map
+    H', W': height and width of the output
+    kh, kw: height and width of a filter
     P: evaluation points of a tile of 4x4 outputs, 36
 
 The output and the gradient of the input are convolutions by the kernel of `refdet.ops.convolution`; the weights are
-transformed anew in each call, which takes as long as about 30 tiles. The gradient of the weights has a kernel of its
-own, the transpose of the same algorithm. Its rounding errors are up to five times those of PyTorch's convolution.
+transformed in each call, which takes as long as about 30 tiles. The gradient of the weights has its own kernel, the
+transpose of the same algorithm, with rounding errors up to five times those of PyTorch's convolution.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from refdet.ops.convolution import (
-    CHANNELS,
-    OUTPUTS,
+    CHANNEL_MULTIPLE,
+    OUTPUT_MULTIPLE,
     POINTS,
     Packed,
     conv3x3,
@@ -34,7 +36,7 @@ from refdet.ops.convolution import (
 )
 
 TILE, TAPS = 4, 3
-WORTHWHILE = {"channels": 64, "tiles": 48}  # below, PyTorch's convolution is faster
+MIN_CHANNELS, MIN_TILES = 64, 48  # with fewer, PyTorch's convolution is faster
 
 
 def conv2d(
@@ -46,16 +48,16 @@ def conv2d(
     dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d` within rounding; faster where gradients are recorded, on the CPU and in float32, for 3x3 convolutions.
+    """`F.conv2d` within rounding; faster for 3x3 float32 convolutions with gradients on the CPU.
 
     Args:
         x: (N, C, H, W), fastest in channels_last.
         weight: (K, C / groups, kh, kw).
         bias: (K,) or None.
-        stride: (down, across), like those below.
-        padding: zeros on each side, or as of `F.conv2d`.
-        dilation: distance of the taps.
-        groups: of channels.
+        stride: (vertical, horizontal), as are padding and dilation.
+        padding: zeros on each side, or a string as in `F.conv2d`.
+        dilation: spacing of the filter's taps.
+        groups: number of groups of channels.
 
     Returns:
         (N, K, H', W').
@@ -72,9 +74,9 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and min(inputs, outputs) >= WORTHWHILE["channels"]
-        and inputs % OUTPUTS[False] == outputs % OUTPUTS[False] == 0
-        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE["tiles"]
+        and min(inputs, outputs) >= MIN_CHANNELS
+        and inputs % OUTPUT_MULTIPLE[False] == outputs % OUTPUT_MULTIPLE[False] == 0
+        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= MIN_TILES
         and has_kernels(x.device)
     )
 
@@ -92,21 +94,21 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             packed = _pack_weights(weight.flip(2, 3).transpose(0, 1))
-            of_x = conv3x3(gradient, packed, torch.zeros_like(packed.scale))
+            grad_x = conv3x3(gradient, packed, torch.zeros_like(packed.scale))
         if ctx.needs_input_grad[1]:
-            of_weight = conv3x3_weight_gradient(x, gradient)
+            grad_weight = conv3x3_weight_gradient(x, gradient)
         if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum((0, 2, 3))
-        return of_x, of_weight, of_bias
+            grad_bias = gradient.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias
 
 
 def _pack_weights(weight: Tensor) -> Packed:
     """`pack_conv3x3` of weights (K, C, 3, 3), as one matrix product."""
     outputs, inputs = weight.shape[:2]
-    panel = OUTPUTS[False]
+    panel = OUTPUT_MULTIPLE[False]
     taps = weight.permute(2, 3, 0, 1).reshape(TAPS * TAPS, outputs // panel, panel, inputs).transpose(2, 3)
     at_points = _weight_transform() @ taps.reshape(TAPS * TAPS, -1)
     return Packed(at_points.view(POINTS, outputs // panel, inputs, panel), weight.new_ones(outputs))
@@ -114,7 +116,7 @@ def _pack_weights(weight: Tensor) -> Packed:
 
 @functools.cache
 def _weight_transform() -> Tensor:
-    """(P, 9): from the taps of a 3x3 weight to the points."""
-    unit = torch.zeros(OUTPUTS[False], CHANNELS, TAPS * TAPS)
+    """Matrix (P, 9) that transforms a flattened 3x3 filter to its values at the points."""
+    unit = torch.zeros(OUTPUT_MULTIPLE[False], CHANNEL_MULTIPLE, TAPS * TAPS)
     unit[0, : TAPS * TAPS] = torch.eye(TAPS * TAPS)
     return pack_conv3x3(unit.unflatten(2, (TAPS, TAPS))).weight[:, 0, : TAPS * TAPS, 0].clone()

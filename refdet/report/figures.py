@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from refdet.files.short_text import format_count
 from refdet.report.samples import Answer, Scene
-from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
+from refdet.structures.drawing import COLOURS, Box, Canvas, paint_mask, text_colour
 
 LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
@@ -157,24 +157,26 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
         rles = regions.rles()
         for row, colour, opacity in painted:
             paint_mask(image, np.asarray(coco_mask.decode(rles[row])), colour, opacity, edge=5)
-    pen = Pen(ImageDraw.Draw(image), size)
+    canvas = Canvas(ImageDraw.Draw(image), size)
     for row, colour, _ in painted:
-        pen.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
+        canvas.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            pen.dashes(_scale(obj.box, scale), legend.colours[i])
+            canvas.dashed_outline(_scale(obj.box, scale), legend.colours[i])
     if answer is not None:
-        pen.dashes(_scale(answer.box, scale), WRONG)
-        pen.label(_scale(answer.box, scale), "answer", WRONG, 19)
+        canvas.dashed_outline(_scale(answer.box, scale), WRONG)
+        canvas.label(_scale(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, legend.numbers.get(row, [])))
-        pen.label(_scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19)
+        canvas.label(
+            _scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19
+        )
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            pen.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colours[i], 19)
+            canvas.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colours[i], 19)
     return image
 
 

@@ -14,7 +14,7 @@ from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import AuditResult, audit
 from refdet.splits.selection_audit import SelectionAudit, audit_selection
-from refdet.structures.known_weights import file_of_weights
+from refdet.structures.known_weights import known_initial_weights
 from refdet.structures.provenance import Provenance
 
 
@@ -137,8 +137,8 @@ def audit_provenance(
         notes.append(selection.problem)
     problem = problem or selection.problem
     if provenance.weights is not None:
-        known = file_of_weights(provenance.weights)
-        if known is not None and known.trained_on.of_refer == "none":
+        known = known_initial_weights(provenance.weights)
+        if known is not None and known.trained_on.refer_overlap == "none":
             notes.append(f"initial weights: {known.model}, {known.trained_on.leaks()}")
         elif trust_weights:
             notes.append(
@@ -178,8 +178,8 @@ def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, insta
 
 def _are_clean(weights: str) -> bool:
     """Whether initial weights are a published file that was trained on no image of REFER."""
-    known = file_of_weights(weights)
-    return known is not None and known.trained_on.of_refer == "none"
+    known = known_initial_weights(weights)
+    return known is not None and known.trained_on.refer_overlap == "none"
 
 
 def _find_problem(
@@ -191,7 +191,7 @@ def _find_problem(
     n_held_out: int,
 ) -> str:
     training_set = provenance.training_set
-    if training_set is not None and training_set.of_refer == "none":
+    if training_set is not None and training_set.refer_overlap == "none":
         # there is no hash of its image ids to compare with
         message = (
             f"{subject}: was trained on {training_set.name}, about which {instances} proves nothing; leave out "
@@ -201,7 +201,7 @@ def _find_problem(
     if training_set is not None:
         which = (
             f"all {n_held_out} val/test images"
-            if training_set.of_refer == "all"
+            if training_set.refer_overlap == "all"
             else f"some of {n_held_out} val/test images"
         )
         return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"

@@ -49,7 +49,8 @@ VALIDATION_FILE = FileRole("chosen by validation", "validation data", "validate"
 
 def claims_of(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
     """Claims for each split, where an excluded split counts only if its number of images is the same."""
-    if provenance is not None and provenance.training_set is not None and provenance.training_set.of_refer == "none":
+    training_set = None if provenance is None else provenance.training_set
+    if training_set is not None and training_set.refer_overlap == "none":
         return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
     excluded = {} if provenance is None else provenance.excluded
     matching = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.config.renamed_keys import current
+from refdet.config.renamed_keys import rename_old_keys
 from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
@@ -123,7 +123,7 @@ def _is_from_before_validation(store: Path) -> bool:
     """Whether a store was made by refdet 0.1, which had no validation: its recipe has keys that were renamed since."""
     with open_store_file(store) as file:
         try:
-            return bool(current(json.loads(file.attrs.get("recipe", "null")))[1])
+            return bool(rename_old_keys(json.loads(file.attrs.get("recipe", "null")))[1])
         except (TypeError, ValueError, RecursionError, InputError):
             return False
 

@@ -1,4 +1,4 @@
-"""Writing of datasets from their first row to their last, contiguous or in compressed chunks."""
+"""Write datasets sequentially, contiguous or in compressed chunks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from refdet.files.parts import write_parts
 
 GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
-THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
+THREADS = min(8, os.cpu_count() or 1)  # for compression; with more, writing is the bottleneck
 
 _CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
-_BUFFER_BYTES = 2**18  # minimum size of a write of data that was copied
-_LARGE = 2**15  # bytes that are not copied
+_BUFFER_BYTES = 2**18  # copied data is written once there is this much of it
+_MIN_BORROWED_BYTES = 2**15  # larger data is not copied before it is written
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -27,10 +27,10 @@ def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Maximum size in bytes of a chunked dataset whose chunks are written once.
+    """Maximum size in bytes of a chunked dataset in which each chunk is written once.
 
-    The last chunk has full size. Incompressible data are stored unchanged by lzf and grow by at most a thousandth
-    with gzip. The chunk index takes less than 32 bytes per chunk.
+    The last chunk has full size. Incompressible data is stored unchanged by lzf and grows by at most a thousandth with
+    gzip. The chunk index takes less than 32 bytes per chunk.
     """
     if 0 in shape:
         return 0
@@ -49,30 +49,30 @@ def contiguous_layout() -> h5py.h5p.PropDCID:
 
 
 class ContiguousWriter:
-    """Writes a dataset sequentially, with large writes straight to the file.
+    """Writes a dataset sequentially, with large writes directly to the file.
 
-    A call into HDF5 takes longer than writing the rows of most images, and HDF5 cannot report a full disk without
+    A call to HDF5 takes longer than writing the rows of most images, and HDF5 cannot report a full disk without
     crashing later (`refdet.store.hdf5_file`).
 
     Args:
         data: a dataset with the `contiguous_layout`, not empty.
 
     Attributes:
-        place: offsets of the dataset's first byte in the file and of its end.
+        byte_range: offsets of the dataset's first byte in the file and of its end.
     """
 
     def __init__(self, data: h5py.Dataset) -> None:
         self._file = data.file.id.get_vfd_handle()
         self._offset: int = data.id.get_offset()
-        self.place = self._offset, self._offset + data.id.get_storage_size()
+        self.byte_range = self._offset, self._offset + data.id.get_storage_size()
         self._pending: list[memoryview | bytearray] = []
         self._pending_bytes = 0
-        self._borrowed = False  # whether some of them are the caller's
+        self._borrowed = False  # whether any of them is the caller's memory
 
     def append(self, data: memoryview) -> None:
-        """Append the bytes of rows, which must stay unchanged until `settle`."""
+        """Append the bytes of rows, which must not change until `flush_borrowed`."""
         self._pending_bytes += len(data)
-        if len(data) >= _LARGE:
+        if len(data) >= _MIN_BORROWED_BYTES:
             self._pending.append(data)
             self._borrowed = True
         else:
@@ -82,13 +82,13 @@ class ContiguousWriter:
             else:
                 self._pending.append(bytearray(data))
 
-    def settle(self) -> None:
-        """Make rows that were appended independent of the memory they came from."""
+    def flush_borrowed(self) -> None:
+        """Write appended rows that were not copied, so that the caller can reuse their memory."""
         if self._borrowed or self._pending_bytes >= _BUFFER_BYTES:
             self.finish()
 
     def finish(self) -> None:
-        """Write all rows that were appended."""
+        """Write all appended rows."""
         self._offset += write_parts(self._file, self._pending, self._offset)
         self._pending, self._pending_bytes, self._borrowed = [], 0, False
 
@@ -96,12 +96,12 @@ class ContiguousWriter:
 class ChunkedWriter:
     """Writes a dataset sequentially, one full chunk at a time.
 
-    A chunk that is written twice is also compressed twice, and if it grows, its old space in the file is
-    wasted, which would make the size of the file unpredictable.
+    A chunk written twice would be compressed twice, and if it grew, its old space in the file would be wasted, making
+    the size of the file unpredictable.
 
     Args:
         data: a chunked dataset.
-        pool: compresses gzip chunks in parallel; HDF5 would do so one after another.
+        pool: threads that compress gzip chunks in parallel, unlike HDF5.
     """
 
     def __init__(self, data: h5py.Dataset, pool: ThreadPoolExecutor) -> None:
@@ -121,8 +121,8 @@ class ChunkedWriter:
             if self._filled == len(chunk):
                 self._write_chunk()
 
-    def settle(self) -> None:
-        """Nothing to do: rows are copied when they are appended."""
+    def flush_borrowed(self) -> None:
+        """Do nothing, as rows are copied when they are appended."""
 
     def finish(self) -> None:
         """Write the last chunk after all rows were appended."""
@@ -149,6 +149,6 @@ class ChunkedWriter:
 
 def _compress(rows: np.ndarray) -> bytes:
     """Compress a chunk as HDF5's shuffle and gzip filters do."""
-    # the first byte of every element, then the second, ...
+    # the first byte of every element, then the second, and so on
     byte_planes = rows.reshape(-1).view(np.uint8).reshape(-1, rows.itemsize).T
     return zlib.compress(np.ascontiguousarray(byte_planes).data, GZIP_LEVEL)

@@ -1,6 +1,6 @@
-"""Serialize the regions of an image, for shards and stores alike.
+"""Serialize the regions of an image, for both shards and stores.
 
-An image is encoded as arrays under the names of a store's datasets. A store writes them to its datasets, a shard writes
+An image is encoded as arrays named like the datasets of a store. A store appends them to its datasets, a shard writes
 them one after another (`refdet.store.shard_file`).
 """
 
@@ -33,8 +33,8 @@ class EncodedImage:
         row: its row in a store.
         mask_sizes: number of bytes of each mask, () without masks.
         arrays: dataset -> values, little-endian, in the order of a shard: ``regions/box`` (n, 4), ``regions/score``
-            (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store. `MASK_START` is not
-            among them, as it depends on the other images.
+            (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store; without
+            `MASK_START`, which depends on the other images.
         checksums: CRC-32 of each array, in the same order; empty if they are not known.
     """
 
@@ -45,7 +45,7 @@ class EncodedImage:
 
 
 class RawImage(NamedTuple):
-    """The regions of an image without maps as bytes, which were checked when they were arrays.
+    """The regions of an image without maps, as bytes of arrays that were checked before.
 
     Attributes:
         row: its row in a store.
@@ -66,7 +66,7 @@ def raw_bytes(values: np.ndarray) -> memoryview:
 
 
 def dtypes(columns: Columns) -> Mapping[str, np.dtype]:
-    """Dtype of each array that an image can have."""
+    """Dtype of each array that an image may have."""
     return _dtypes(tuple(columns.features), columns.maps, columns.dtype)
 
 
@@ -96,15 +96,15 @@ def region_bytes(columns: Columns) -> dict[str, int]:
 def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage]:
     """Convert the regions of images to arrays with checksums, and check that no number is NaN or infinite.
 
-    Checksums come last, in a pass of their own: reading all numbers evicts from the processor's caches what the
-    interpreter needs for the rest, which would then take three times as long.
+    Checksums are computed in a separate pass at the end: reading all numbers evicts the interpreter's data from the
+    processor's caches, which would make the rest take three times as long.
 
     Args:
         images: regions of each image.
-        columns: as for `encode`.
+        columns: as in `encode`.
 
     Returns:
-        The images.
+        The encoded images.
 
     Raises:
         ValueError: a column is missing.
@@ -124,7 +124,7 @@ def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def _checksums_of_finite(image: EncodedImage, regions: Regions) -> dict[str, int]:
-    """CRC-32 of each array; the check that it is finite leaves it in the processor's cache."""
+    """CRC-32 of each array, right after checking that it is finite, while it is in the processor's cache."""
     sums = {}
     for name, values in image.arrays.items():
         _check_finite(name, values, regions)
@@ -137,10 +137,10 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
 
     Args:
         regions: the regions of an image.
-        columns: the columns to take, whatever their shapes; all of them are required.
+        columns: the columns to encode, all of which are required; their shapes are not checked.
 
     Returns:
-        The image.
+        The encoded image.
 
     Raises:
         ValueError: a column is missing.
@@ -175,7 +175,7 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
 
 
 def row_of(head: tuple[int, str, int, int, str], arrays: Mapping[str, np.ndarray]) -> ImageRow:
-    """Row in a store of an image with this id, file name, height, width and error."""
+    """Row in a store, from an image's id, file name, height, width and error, and its arrays."""
     mask_bytes = arrays[MASK_COUNTS].nbytes if MASK_COUNTS in arrays else 0
     row = ImageRow(*head, regions=len(arrays["regions/box"]), mask_bytes=mask_bytes)
     head_map = arrays.get(_MAP + "head")
@@ -227,9 +227,9 @@ def _strip_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np
 
 def missing_arrays(image: EncodedImage, columns: Columns) -> set[str]:
     """Required arrays that an image lacks."""
-    of_regions = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
+    per_region = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
     maps = [] if image.row.error else [_MAP + name for name in columns.maps]
-    return {*maps, *(of_regions if image.row.regions else [])} - image.arrays.keys()
+    return {*maps, *(per_region if image.row.regions else [])} - image.arrays.keys()
 
 
 def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
@@ -249,8 +249,8 @@ def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
 
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype != np.float16:
-        # a sum is faster, and finite only if every number is; if it overflows, every number is checked
+        # summing is faster; a finite sum means that every number is finite, otherwise it may have overflowed
         return math.isfinite(np.add.reduce(values, axis=None)) or bool(np.isfinite(values).all())
-    # numpy checks float16 one by one; as integers, inf and NaN are the largest numbers of either sign
+    # numpy's check is slow for float16; read as integers, inf and NaN are the largest values of each sign
     positive, negative = values.view(np.int16).max(initial=0), values.view(np.uint16).max(initial=0)
     return bool(positive < _HALF_INF and negative < _HALF_MINUS_INF)

@@ -18,8 +18,8 @@ from refdet.store.hdf5_access import known_files
 class RegionsDataset(Dataset):
     """Images of a store with their regions and features.
 
-    Works in forked and spawned workers, even after use in the parent process, as each process opens the file when it
-    first reads. Images differ in their number of regions N, so a `DataLoader` needs a ``collate_fn`` that pads them, or
+    Works in forked and spawned workers, even after use in the parent process, as each process opens the file on its
+    first read. Images differ in their number of regions N, so a `DataLoader` needs a ``collate_fn`` that pads them, or
     ``collate_fn=list``.
 
     ``dataset[k]`` is a dictionary:
@@ -40,11 +40,11 @@ class RegionsDataset(Dataset):
     Args:
         path: the store.
         features: features and maps to read, None for all.
-        image_ids: the images in order, such as those of a split; None for all in file order.
+        image_ids: ids of the images in order, such as those of a split; None for all in file order.
         masks: whether to read masks.
 
     Raises:
-        InputError: as `refdet.store.open`; or the store lacks a feature, masks or an image.
+        InputError: the store cannot be opened (`refdet.store.open`), or lacks a feature, masks or an image.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class RegionsDataset(Dataset):
     def _open_store(self) -> store.Store:
         if self._store is None or self._pid != os.getpid():
             if self._store is not None:
-                self._store.close()  # the copy from a fork, whose state HDF5 would reuse
+                self._store.close()  # inherited from the parent in a fork; HDF5 would share its state
             if self._state is not None:
-                known_files.add_in_process(self._state)  # checked by the parent of a spawned worker
+                known_files.add_in_process(self._state)  # the parent of a spawned worker has checked it
             self._store, self._pid = store.open(self.path), os.getpid()
         return self._store

@@ -1,8 +1,8 @@
 """Open the HDF5 file of a store, which may be untrusted.
 
 An unknown file is first checked in a separate process (`refdet.store.hdf5_sandbox`), which may crash or hang without
-harm and refuses anything that no store has (`refdet.store.hdf5_structure`). Files that passed, and files that refdet
-wrote, are remembered (`refdet.store.known_files`), so opening them again costs nothing.
+harm and rejects anything that no store has (`refdet.store.hdf5_structure`). Files that passed, and files that refdet
+wrote, are remembered (`refdet.store.known_files`), so opening them again takes no extra time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ known_files = KnownFiles(f"HDF5 {h5py.version.hdf5_version} by h5py {h5py.__vers
 def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     """Open the HDF5 file of a store for reading.
 
-    Checks the file's structure; `refdet.store.open` also checks that it has all parts of a store.
+    Checks the structure of the file; `refdet.store.open` also checks that it has all parts of a store.
 
     Args:
         path: the store.

@@ -1,7 +1,7 @@
 """Check that all chunks of an HDF5 dataset exist and have the right decompressed size, before HDF5 reads them.
 
-HDF5 trusts a compressed chunk about its decompressed size. If it is too short, HDF5 reads out of bounds; if it is too
-long, a small file can take any amount of memory.
+HDF5 does not check the decompressed size of a chunk. If it is too small, HDF5 reads out of bounds; if it is too large,
+a small file can take any amount of memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from h5py import h5d, h5p, h5z
 
-MAX_CHUNK = 2**26  # bytes; those of a store have a quarter of a megabyte, or one region's features
-_LZF = 32000  # filter id registered with the HDF Group; included in h5py
+MAX_CHUNK = 2**26  # bytes; chunks of a store have a quarter of a megabyte, or the features of one region
+_LZF = 32000  # filter id of h5py's LZF, registered with the HDF Group
 THREADS = min(8, os.cpu_count() or 1)  # for decompressing gzip
 
 _COMPRESSION_FILTERS = (h5z.FILTER_DEFLATE, _LZF)
@@ -29,7 +29,7 @@ _ALLOWED_FILTERS = (
 
 
 class StructureError(ValueError):
-    """A file has a part that no store has; the message names the part and the problem."""
+    """A file has something that no store has; the message names the part and the problem."""
 
 
 def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def check_chunks(
 ) -> None:
     """Check that all chunks exist, lie inside the file and decompress to the right size.
 
-    A chunk that cannot be decompressed is not reported, as reading it fails anyway.
+    A chunk that cannot be decompressed is not reported here, as reading it fails anyway.
 
     Args:
         name: name of the dataset, for error messages.
@@ -83,7 +83,7 @@ def check_chunks(
         size: size of the file in bytes.
 
     Raises:
-        StructureError: a chunk is missing, outside the file or of a wrong size.
+        StructureError: a chunk is missing, outside the file or of the wrong size.
     """
     chunk_size = math.prod(chunk) * itemsize
     if not 0 < chunk_size <= MAX_CHUNK:
@@ -112,6 +112,7 @@ def check_chunks(
 
 
 def _chunks(data: h5d.DatasetID) -> list[Any]:
+    """Offset, size and filter mask of each chunk, as h5py's StoreInfo."""
     infos: list[Any] = []
     if hasattr(data, "chunk_iter"):
         data.chunk_iter(infos.append)
@@ -140,7 +141,7 @@ def _gzip_length(content: bytes, chunk_size: int) -> int | None:
 
 
 def _lzf_length(content: bytes, chunk_size: int) -> int | None:
-    """Decompressed length of an LZF chunk (length-prefixed literal runs and back-references); None if damaged."""
+    """Decompressed length of an LZF chunk, which has runs of literals and back-references; None if it is damaged."""
     offset = length = 0
     end = len(content)
     while offset < end and length <= chunk_size:

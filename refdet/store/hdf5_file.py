@@ -1,4 +1,4 @@
-"""Create HDF5 files with reserved disk space, as HDF5 crashes if the disk becomes full while writing."""
+"""Create HDF5 files with reserved disk space, as HDF5 crashes if the disk fills up while writing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import h5py
 
-# The file format of HDF5 1.10 has checksums of metadata, unlike the older one.
-CHECKED = ("v110", "v110")
-ANY_READER = ("earliest", "latest")  # readable by HDF5 1.6 and newer
+CHECKSUMMED = ("v110", "v110")  # the file format of HDF5 1.10, which has checksums of metadata, unlike older ones
+OLDEST_READERS = ("earliest", "latest")  # readable by HDF5 1.6 and newer
 
 
 @contextmanager
-def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKED) -> Iterator[h5py.File]:
+def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKSUMMED) -> Iterator[h5py.File]:
     """Create an HDF5 file with reserved disk space; unused space is released at the end.
 
-    The block must keep its datasets open to its end, even if it fails (`_abandon`).
+    The block must keep its datasets open until its end, even if it fails (`_abandon`).
 
     Args:
         path: the file.
@@ -48,27 +47,27 @@ def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKED) -> Itera
 def _abandon(file: h5py.File) -> None:
     """Close an unwanted file even if its disk is full.
 
-    HDF5 flushes its buffers when the file or a dataset is closed and crashes the process later if that fails, so the
+    HDF5 flushes its buffers when the file or a dataset is closed, and crashes the process later if that fails. So the
     file descriptor is first redirected to the null device.
     """
     if not file:
-        return  # closed already
+        return  # already closed
     with suppress(Exception):
-        nowhere = os.open(os.devnull, os.O_RDWR)
+        null_device = os.open(os.devnull, os.O_RDWR)
         try:
-            os.dup2(nowhere, file.id.get_vfd_handle())
+            os.dup2(null_device, file.id.get_vfd_handle())
         finally:
-            os.close(nowhere)
+            os.close(null_device)
         file.close()
 
 
-def reserve_between(file: h5py.File, space: int, others: Sequence[tuple[int, int]]) -> None:
-    """Reserve a file's space up to ``space``, except for ranges (first byte, end) that are not written by HDF5."""
-    at = 0
-    for first, end in [*sorted(others), (space, space)]:
-        if first > at:
-            _reserve(file, first - at, at)
-        at = max(at, end)
+def reserve_between(file: h5py.File, space: int, excluded: Sequence[tuple[int, int]]) -> None:
+    """Reserve disk space for the first ``space`` bytes of a file, except for byte ranges (first byte, end)."""
+    offset = 0
+    for first, end in [*sorted(excluded), (space, space)]:
+        if first > offset:
+            _reserve(file, first - offset, offset)
+        offset = max(offset, end)
 
 
 def _reserve(file: h5py.File, space: int, start: int = 0) -> None:
@@ -77,5 +76,5 @@ def _reserve(file: h5py.File, space: int, start: int = 0) -> None:
     try:
         os.posix_fallocate(file.id.get_vfd_handle(), start, space)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # unsupported by some file systems
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not supported by the file system
             raise

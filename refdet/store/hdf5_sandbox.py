@@ -1,6 +1,6 @@
 """Check an HDF5 file in a separate process before opening it.
 
-Damaged files can make HDF5 crash, loop forever or use all memory, which only a separate process survives.
+Damaged files can make HDF5 crash, loop forever or use all memory, from which only a separate process protects.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from refdet.store.schema import FAMILY, SCHEMA
 
 log = logging.getLogger(__name__)
 
-MEMORY = 3 << 29  # bytes of address space; Python with h5py uses a tenth of it, and a store adds little
-SECONDS = 2.5  # of CPU time for any file, plus
-SECONDS_PER_GB = 200.0  # per GB of the file, as chunks are decompressed (lzf in Python)
+MEMORY_LIMIT = 3 << 29  # bytes of address space; Python with h5py uses a tenth of it, and a store adds little
+CPU_SECONDS = 2.5  # limit of CPU time for any file, plus
+CPU_SECONDS_PER_GB = 200.0  # for the file's size, as chunks are decompressed (lzf in Python)
 WALL_TIME_FACTOR = 6  # limit of wall time / limit of CPU time, as the disk may be slow
-_NOTE_AFTER = 3.0  # seconds before a note is logged
+_NOTE_AFTER = 3.0  # seconds until a note is logged
 
 _STARTED = b"started\n"
-# The current folder may be untrusted, so -I removes it and the environment's settings from the import path.
-_START = """
+# The current folder may be untrusted, so python -I removes it and PYTHON* variables from the import path.
+_CHILD_CODE = """
 import sys
 at = next((i for i, p in enumerate(sys.path) if p.endswith(("site-packages", "dist-packages"))), len(sys.path))
 sys.path[at:at] = sys.argv[4:]
@@ -46,10 +46,19 @@ def check_in_subprocess(path: Path) -> str:
     Returns:
         The problem as the end of an error message, "" if HDF5 can read the file and it is a store.
     """
-    seconds = SECONDS + SECONDS_PER_GB * path.stat().st_size / 1e9
+    seconds = CPU_SECONDS + CPU_SECONDS_PER_GB * path.stat().st_size / 1e9
     try:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, os.path.abspath(path), str(MEMORY), str(seconds), *_import_paths()],
+            [
+                sys.executable,
+                "-I",
+                "-c",
+                _CHILD_CODE,
+                os.path.abspath(path),
+                str(MEMORY_LIMIT),
+                str(seconds),
+                *_import_paths(),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -67,10 +76,11 @@ def check_in_subprocess(path: Path) -> str:
             child.kill()
     if not output.startswith(_STARTED):
         return _check_without_sandbox(path, f"exit code {child.returncode}")
-    return verdict(output, child.returncode, seconds)
+    return _interpret_output(output, child.returncode, seconds)
 
 
 def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
+    """The output of a process; logs a note if it takes long."""
     try:
         return child.communicate(timeout=_NOTE_AFTER)[0]
     except subprocess.TimeoutExpired:
@@ -78,13 +88,13 @@ def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
     return child.communicate(timeout=seconds)[0]
 
 
-def verdict(output: bytes, code: int, seconds: float) -> str:
+def _interpret_output(output: bytes, code: int, seconds: float) -> str:
     """Interpret the result of the process of `check_in_subprocess`.
 
     Args:
         output: its standard output.
         code: its exit code.
-        seconds: its limit of CPU time.
+        seconds: its limit of CPU time, for the message.
 
     Returns:
         The problem as the end of an error message, "" if there is none.
@@ -115,7 +125,7 @@ def _import_paths() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Environment of this process, without HDF5 plugins for unknown filters and with one thread."""
+    """Environment of this process, without HDF5 plugins and with a single thread."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
     return variables | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -128,7 +138,7 @@ def main(path: str, memory: int, seconds: float) -> None:
         memory: limit of the address space in bytes.
         seconds: limit of CPU time.
     """
-    import refdet.store.hdf5_structure  # noqa: F401  # an error before "started" is not the file's fault
+    import refdet.store.hdf5_structure  # noqa: F401  # before "started", as errors in it are not the file's fault
 
     with suppress(ImportError):  # not on Windows
         import resource

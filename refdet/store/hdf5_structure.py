@@ -1,4 +1,4 @@
-"""Check the structure of a store's HDF5 file, refusing HDF5 features that no store uses.
+"""Check the structure of a store's HDF5 file, rejecting HDF5 features that no store uses.
 
 HDF5 files can refer to other files (external links, external storage, virtual datasets), contain themselves, and
 declare sizes without data. A store consists only of groups and plain arrays with all their data.
@@ -26,7 +26,8 @@ MAX_TEXT = 2**26  # bytes of an attribute
 MAX_NAME = 255
 MAX_FIXED_TEXT = 4096  # bytes of a fixed-length string
 
-# Features and maps are read per image and may compress well, being mostly zeros. The rest is read at once.
+# Features and maps are read image by image and may compress well, as they are mostly zeros. All other datasets are read
+# at once, so their size is limited to this many bytes or this multiple of their size in the file.
 _COMPRESSIBLE = ("/features/", "/maps/head")
 MAX_UNCOMPRESSED = 2**26
 MAX_RATIO = 32
@@ -44,8 +45,8 @@ def check_structure(file: h5py.File) -> None:
         file: the open file.
 
     Raises:
-        StructureError: the file has a part that no store has, or declares more data than it has.
-        Exception: any exception that h5py raises on a damaged file.
+        StructureError: the file has something that no store has, or declares more data than it has.
+        Exception: h5py can raise any exception on a damaged file.
     """
     descriptor = file.id.get_vfd_handle()
     size = os.fstat(descriptor).st_size
@@ -61,7 +62,7 @@ def check_structure(file: h5py.File) -> None:
 
 
 def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
-    """Iterate over (path, object) of all groups and datasets once, checking links before following them."""
+    """Iterate once over (path, object) of all groups and datasets, checking links before following them."""
     pending: list[tuple[str, int, h5g.GroupID]] = [("", 0, root)]
     seen = {h5o.get_info(root).addr}
     yield "/", root
@@ -104,6 +105,7 @@ def _links(parent: str, group: h5g.GroupID) -> list[tuple[str, int]]:
 
 
 def _name(parent: str, name: bytes) -> str:
+    """Decode and check the name of a link or attribute."""
     text = name.decode("utf-8", "backslashreplace")
     if (
         text.encode() != name
@@ -117,6 +119,7 @@ def _name(parent: str, name: bytes) -> str:
 
 
 def _check_attributes(path: str, node: Any) -> None:
+    """Check the attributes of a group or dataset, and read each once."""
     names: list[bytes] = []
 
     def visit(name: bytes, *_: Any) -> bool | None:
@@ -170,7 +173,7 @@ def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -
 def _check_strings(
     name: str, data: h5d.DatasetID, shape: tuple[int, ...], offset: int, size: int, descriptor: int
 ) -> None:
-    """Read all strings once, after checking their total length, as they could all share the same bytes."""
+    """Read all strings once, after checking their total length, as all of them could share the same bytes."""
     if len(shape) != 1:
         raise StructureError(f"{name} has strings in {len(shape)} dimensions")
     raw = os.pread(descriptor, shape[0] * _VLEN_STRING.itemsize, offset)
@@ -183,7 +186,7 @@ def _check_strings(
 
 
 def _type_class(name: str, type_id: h5t.TypeID) -> str:
-    """Classify a type as "number" or "text"; raises StructureError for others, and for numbers that NumPy lacks."""
+    """Classify a type as "number" or "text"; raises StructureError for other types and numbers that NumPy lacks."""
     if type_id.committed():
         raise StructureError(f"{name} has a committed type")
     kind = type_id.get_class()
@@ -191,7 +194,7 @@ def _type_class(name: str, type_id: h5t.TypeID) -> str:
         if type_id.is_variable_str():
             return "text"
         if type_id.get_size() <= MAX_FIXED_TEXT:
-            return "number"  # fixed-length, like numbers
+            return "number"  # stored with a fixed size, as numbers are
     elif kind in (h5t.INTEGER, h5t.FLOAT) and type_id.get_size() <= 8:
         if type_id.equal(h5t.py_create(type_id.dtype)):
             return "number"
@@ -201,6 +204,7 @@ def _type_class(name: str, type_id: h5t.TypeID) -> str:
 
 
 def _shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:
+    """Check and return the shape of a dataspace."""
     if space.get_simple_extent_type() not in (h5s.SCALAR, h5s.SIMPLE):
         raise StructureError(f"{name} has no shape")
     if space.get_simple_extent_ndims() > MAX_RANK:

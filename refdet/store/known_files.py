@@ -1,4 +1,4 @@
-"""Remember which files were checked and have not changed since."""
+"""Remember files that were checked, as long as they do not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from refdet.files.version import __version__
 
-_MAX_FILES = 500  # most recent files to remember
+_MAX_FILES = 500  # number of files to remember, the most recent ones
 
 
 class FileState(NamedTuple):
@@ -23,8 +23,8 @@ class FileState(NamedTuple):
         inode: its inode.
         size: in bytes.
         modified: time of the last modification in nanoseconds.
-        changed: time of the last status change in nanoseconds; unlike the others, it cannot be set when unpacking or
-            copying a file.
+        changed: time of the last status change in nanoseconds, which, unlike the others, unpacking or copying cannot
+            set.
     """
 
     path: str
@@ -44,11 +44,11 @@ class FileState(NamedTuple):
 class KnownFiles:
     """Files that passed a check, kept in this process and in the user's cache folder.
 
-    The sender of a file cannot add it: the cache is in the user's own folder and is ignored if others can write to it.
-    A cache that cannot be read or written is treated as empty.
+    The sender of a file cannot add it: the cache is in the user's own folder, and is ignored if others can write to it.
+    A cache that cannot be read is treated as empty.
 
     Args:
-        check: identity of the check and of everything its result depends on; files that passed another are unknown.
+        check: identifies the check and everything its result depends on; files that passed another check are unknown.
     """
 
     def __init__(self, check: str) -> None:
@@ -65,7 +65,7 @@ class KnownFiles:
         self._in_process[state.path] = state
 
     def get(self, path: str | Path) -> FileState | None:
-        """Return the state of a file that this process remembers, None if there is none."""
+        """The state of a file that this process remembers, else None."""
         return self._in_process.get(os.path.realpath(path))
 
     def add(self, state: FileState) -> None:
@@ -103,5 +103,6 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _cache() -> Path:
+    """Path of the cache file."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "refdet" / "stores.json"

@@ -1,4 +1,4 @@
-"""Reader of the HDF5 file of regions, schema ``refdet-features/1``. No torch."""
+"""`Store`: reader of a store, an HDF5 file with schema ``refdet-features/1``. No torch."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
-# Exceptions of h5py, numpy and json on damaged contents.
+# What h5py, numpy and json raise on damaged contents.
 CORRUPTION_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 class Store:
-    """A complete, lazily read file of regions; created by `open`.
+    """A store, an HDF5 file of regions that are read on demand; created by `open`.
 
     ``len(store)`` is the number of images I, and iteration yields their ids. ``store[image_id]`` is a `Regions`;
     ``store[10:20]`` is a list of the `Regions` at these *positions* in the file. An integer is always an id.
@@ -59,7 +59,7 @@ class Store:
         widths: (I,) int32 image widths in pixels.
         file_names: (I,) image file names.
         image_errors: (I,) why an image is unusable, "" if it is usable.
-        region_start: (I + 1,) int64 first row of the regions of each image, and the number of regions.
+        region_start: (I + 1,) int64 row of the first region of each image, and the total number of regions.
         classes: categories of the detector, ``[{"id": int, "name": str}]``.
         names: category id -> name.
         recipe: recipe of the detector as text.
@@ -87,7 +87,7 @@ class Store:
         self.map_names = tuple(name for name in MAPS if f"maps/{name}" in file)
         self.has_masks = "mask_counts" in file["regions"]
         self.has_ann_ids = "ann_id" in file["regions"]
-        # Kept open, as looking up a dataset by name takes longer than reading the rows of an image.
+        # kept open, as looking up a dataset by name takes longer than reading the rows of an image
         self.data = open_datasets(file)
         self.image_ids: np.ndarray = self.data["images/id"][:]
         self.heights, self.widths = self.data["images/height"][:], self.data["images/width"][:]
@@ -143,7 +143,7 @@ class Store:
 
     @cached_property
     def errors(self) -> dict[int, str]:
-        """Image id -> reason, of the unusable images; made once, as it takes milliseconds in a store of real size."""
+        """Image id -> why the image is unusable; cached, as building it takes milliseconds in a large store."""
         return {int(i): str(error) for i, error in zip(self.image_ids, self.image_errors, strict=True) if error}
 
     @property
@@ -152,19 +152,19 @@ class Store:
         return int(self.region_start[-1])
 
     def rows(self, image_id: int) -> range:
-        """Rows of an image's regions; raises KeyError for an unknown image."""
+        """Rows of the regions of an image; raises KeyError for an unknown image."""
         i = self._index[image_id]
         return range(int(self.region_start[i]), int(self.region_start[i + 1]))
 
     def region(self, row: int) -> tuple[int, int]:
-        """Image id and index in the image's `Regions` of a row; raises IndexError if it is out of range."""
+        """Image id of a row, and its index in the image's `Regions`; raises IndexError if it is out of range."""
         if not 0 <= row < self.regions:
             raise IndexError(f"{self.path}: no region {row}, rows are 0 to {self.regions - 1}")
         i = int(np.searchsorted(self.region_start, row, side="right")) - 1
         return int(self.image_ids[i]), row - int(self.region_start[i])
 
     def boxes(self, image_id: int) -> np.ndarray:
-        """The boxes of an image, (n, 4) float32 half-open xyxy in pixels, without reading anything else.
+        """Boxes (n, 4) of an image, float32 half-open xyxy in pixels, without reading anything else.
 
         Raises:
             KeyError: unknown image.
@@ -172,10 +172,10 @@ class Store:
         """
         rows = self.rows(image_id)
         try:
-            found: np.ndarray = self.data["regions/box"][rows.start : rows.stop]
+            boxes: np.ndarray = self.data["regions/box"][rows.start : rows.stop]
         except CORRUPTION_ERRORS as error:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
-        return found
+        return boxes
 
     def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
         """Read the regions of an image.
@@ -219,13 +219,13 @@ class Store:
         return decode(EncodedImage(row, sizes, arrays), self.names)
 
     def _masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:
-        """Masks of an image, back to back, and the number of bytes of each."""
+        """Concatenated masks of an image, and the number of bytes of each."""
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
         masks: np.ndarray = counts[int(starts[0]) : int(starts[-1])]
-        # checked, as pycocotools writes out of bounds for an RLE that does not match its image
+        # pycocotools would write out of bounds for an RLE that does not match its image
         covered = covered_pixels(masks, starts - starts[0])
         if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
             raise ValueError(
@@ -290,13 +290,14 @@ def open(path: str | Path, *, again: bool = False) -> Store:
 
     Args:
         path: the store.
-        again: check the file for damage even if this was done before.
+        again: check the file for damage even if it was checked before.
 
     Returns:
         The store.
 
     Raises:
-        InputError: no such file, not HDF5, another schema, missing or unsupported parts, or incomplete.
+        InputError: the file does not exist, is not HDF5, has another schema, has missing or unsupported parts, or is
+            incomplete.
     """
     path = Path(path)
     file = open_store_file(path, again)

@@ -21,7 +21,7 @@ CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
 MAPS = ("head",)
 
-# Columns of every store; for those of images, also the kind of dtype.
+# Columns of every store; image columns with their kind of dtype.
 IMAGE_COLUMNS = {
     "id": "int",
     "file_name": "text",
@@ -31,15 +31,15 @@ IMAGE_COLUMNS = {
     "error": "text",
 }
 REGION_COLUMNS = ("box", "score", "category_id")
-# Dtypes of each kind. Text has any length.
-KINDS = {
+# Allowed dtypes of each kind; text is variable-length strings.
+DTYPES = {
     "int": ("int32", "int64"),
     "float": ("float32", "float16"),
     "float32": ("float32",),
     "uint8": ("uint8",),
     "text": ("object",),
 }
-# Memory limit of an image, or 4 times the file size if that is more; zeros compress a thousandfold.
+# Largest size of an image in memory, unless 4 times the file size is more; zeros compress a thousandfold.
 MAX_UNPACKED = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
@@ -52,7 +52,7 @@ class Header:
         classes: categories of the detector, ``[{"id": int, "name": str}]``.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector (`refdet.structures.provenance.Provenance`) as JSON.
-        options: options of the extraction, JSON.
+        options: options of the extraction, as JSON.
     """
 
     classes: list[dict[str, Any]]
@@ -67,11 +67,11 @@ class Columns:
 
     Attributes:
         features: feature name -> shape per region, such as ``(1024,)`` or ``(2048, 7, 7)``.
-        dtype: of features and maps, "float32" or "float16".
+        dtype: dtype of features and maps, "float32" or "float16".
         masks: whether regions have masks.
         ann_ids: whether regions have annotation ids.
         maps: names of the maps of whole images, ``()`` or ``("head",)``.
-        compression: of features and maps, "none", "gzip" or "lzf".
+        compression: compression of features and maps, "none", "gzip" or "lzf".
     """
 
     features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Columns:
         return large and self.compression != "none"
 
     def names(self) -> tuple[str, ...]:
-        """Names of the datasets with checksums per image, and "images" for its row of ``/images``."""
+        """Names of the columns of ``/checksums/crc32``: datasets, and "images" for an image's row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]
         return (
@@ -105,7 +105,7 @@ class Columns:
 
 
 class ImageRow(NamedTuple):
-    """An image of a store, as needed before its regions are written.
+    """An image of a store, with the sizes that must be known before its regions are written.
 
     Attributes:
         id: image id.
@@ -134,7 +134,7 @@ def starts_of(counts: Sequence[int]) -> np.ndarray:
 
 
 def image_checksum(image_id: int, height: int, width: int, first: int, last: int, file_name: str, error: str) -> int:
-    """Compute the checksum of an image's row of ``/images``.
+    """Checksum of an image's row of ``/images``.
 
     Args:
         image_id: its id.
@@ -192,7 +192,7 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
         Datasets by name, such as ``data["regions/box"]``.
 
     Raises:
-        ValueError: a dataset has an invalid type or shape, or is missing although another one needs it.
+        ValueError: a dataset has an invalid type or shape, or is missing although another one requires it.
     """
     images, regions = len(file["images/id"]), len(file["regions/box"])
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -215,7 +215,7 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
             shapes["maps/im_info"] = ("float32", (images, 3))
     data = {name: file[name] for name in shapes}
     for name, (kind, shape) in shapes.items():
-        if data[name].dtype not in KINDS[kind] or data[name].shape != shape:
+        if data[name].dtype not in DTYPES[kind] or data[name].shape != shape:
             raise ValueError(f"{name} has dtype {data[name].dtype} and shape {data[name].shape}")
         if kind == "text" and h5py.check_string_dtype(data[name].dtype) is None:
             raise ValueError(f"{name} is not text")

@@ -9,8 +9,8 @@ A block is its length (u64), its CRC-32 (u32) and its data. The data of an image
 header (JSON: fields, length of each mask, and name, dtype and shape of each array), the concatenated masks, and the
 arrays in order. Numbers are little-endian.
 
-Images are written some at a time and read one at a time. Writing and reading return the `BlockLocation` of each image,
-by which it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
+Images are written several at a time and read one at a time. Both return the `BlockLocation` of each image, with which
+it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ _NUMBER = struct.Struct("<I")
 
 
 class ShardError(Exception):
-    """A damaged or foreign shard; the message does not include its path."""
+    """A shard is damaged or of another extraction; the message does not include its path."""
 
 
 class BlockLocation(NamedTuple):
-    """Location of an image's block in its shard, and what reading it again need not find out again.
+    """Location of an image's block in its shard, and what is needed to read it without parsing.
 
     Attributes:
         start: offset of its data in bytes.
         length: number of bytes.
         crc: CRC-32 of the data.
-        head: number of bytes before the arrays.
+        header_bytes: number of bytes before the arrays.
         mask_sizes: number of bytes of each mask, uint32.
         checksums: CRC-32 of each array, uint32.
     """
@@ -67,7 +67,7 @@ class BlockLocation(NamedTuple):
     start: int
     length: int
     crc: int
-    head: int
+    header_bytes: int
     mask_sizes: bytes
     checksums: bytes
 
@@ -76,14 +76,14 @@ class ShardWriter:
     """Writes the images of a shard.
 
     Args:
-        file: a file open for writing, without a buffer.
-        shard_id: identity of the shard, JSON; `read` requires the same.
+        file: a file open for writing, unbuffered.
+        shard_id: identifies the shard, as JSON; `read` requires the same.
     """
 
     def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any]) -> None:
         self._file = file.fileno()
         self._size = 0
-        self._crc = 0  # of the blocks' CRCs
+        self._crc = 0  # of the CRCs of all blocks
         identity = json.dumps(shard_id).encode()
         self._write([_MAGIC, *self._block([identity], [crc32(identity)])])
 
@@ -97,26 +97,26 @@ class ShardWriter:
             The locations of their blocks.
         """
         start = self._size
-        places: list[BlockLocation] = []
+        locations: list[BlockLocation] = []
         parts: list[bytes | memoryview] = []
         for image in images:
-            head = _head(image)
+            header = _header(image)
             data = [raw_bytes(values) for values in image.arrays.values()]
-            block = self._block([head, *data], [crc32(head), *image.checksums.values()])
+            block = self._block([header, *data], [crc32(header), *image.checksums.values()])
             length, crc = _BLOCK.unpack(block[0])
-            places.append(_place(image, start + _BLOCK.size, length, crc, len(head)))
+            locations.append(_block_location(image, start + _BLOCK.size, length, crc, len(header)))
             start += _BLOCK.size + length
             parts += block
         self._write(parts)
-        return places
+        return locations
 
     def finish(self) -> None:
         """Write the end marker and the checksum of all blocks."""
         self._write([_BLOCK.pack(0, self._crc)])
 
-    def _block(self, parts: Sequence[bytes | memoryview], sums: Sequence[int]) -> list[bytes | memoryview]:
-        """A block of parts with these checksums."""
-        crc = crc32_of_parts(parts, sums)
+    def _block(self, parts: Sequence[bytes | memoryview], part_crcs: Sequence[int]) -> list[bytes | memoryview]:
+        """A block whose data are these parts."""
+        crc = crc32_of_parts(parts, part_crcs)
         self._crc = crc32(_NUMBER.pack(crc), self._crc)
         return [_BLOCK.pack(sum(map(len, parts)), crc), *parts]
 
@@ -124,11 +124,11 @@ class ShardWriter:
         self._size += write_parts(self._file, parts)
 
 
-def _head(image: EncodedImage) -> bytes:
-    """What comes before the arrays of an image."""
+def _header(image: EncodedImage) -> bytes:
+    """The length of the header and the header itself, which precede the arrays of an image."""
     row, arrays = image.row, {_short(name): values for name, values in image.arrays.items()}
     arrays.pop("mask_counts", None)
-    head = json.dumps(
+    header = json.dumps(
         {
             "id": row.id,
             "file_name": row.file_name,
@@ -139,18 +139,18 @@ def _head(image: EncodedImage) -> bytes:
             "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
         }
     ).encode()
-    return _NUMBER.pack(len(head)) + head
+    return _NUMBER.pack(len(header)) + header
 
 
-def _place(image: EncodedImage, start: int, length: int, crc: int, head: int) -> BlockLocation:
-    sizes, sums = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
-    return BlockLocation(start, length, crc, head, sizes.tobytes(), sums.tobytes())
+def _block_location(image: EncodedImage, start: int, length: int, crc: int, header_bytes: int) -> BlockLocation:
+    sizes, crcs = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
+    return BlockLocation(start, length, crc, header_bytes, sizes.tobytes(), crcs.tobytes())
 
 
 def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[tuple[EncodedImage, BlockLocation]]:
     """Iterate over the images of a shard in order.
 
-    The shard is known to be complete only at the end of the iteration.
+    Whether the shard is complete is known only at the end of the iteration.
 
     Args:
         path: the shard.
@@ -161,7 +161,7 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
         Each image, which `refdet.store.codec.decode` converts to regions, and the location of its block.
 
     Raises:
-        ShardError: the shard is truncated, damaged or another one.
+        ShardError: the shard is truncated, damaged or has another identity.
     """
     with path.open("rb") as file:
         blocks = _blocks(file)
@@ -173,17 +173,17 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
             raise ShardError("belongs to another extraction")
         for data, start, crc in blocks:
             with as_shard_error():
-                image, head = parse_image(data, columns)
+                image, header_bytes = parse_image(data, columns)
                 decode(image)
-                if absent := missing_arrays(image, columns):
-                    raise ValueError(f"{min(absent)} is missing")
-                _check_layout(image, columns, len(data) - head)
-                place = _place(image, start, len(data), crc, head)
-            yield image, place
+                if missing := missing_arrays(image, columns):
+                    raise ValueError(f"{min(missing)} is missing")
+                _check_layout(image, columns, len(data) - header_bytes)
+                location = _block_location(image, start, len(data), crc, header_bytes)
+            yield image, location
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Iterate over the data, start and CRC of the blocks of a shard, checking each and finally that none is missing."""
+    """Iterate over the data, start and CRC of each block of a shard, checking each and then that none is missing."""
     left = os.fstat(file.fileno()).st_size - len(_MAGIC)
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ShardError("damaged: not a shard" if left > -len(_MAGIC) else "damaged: empty")
@@ -196,7 +196,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         left -= _BLOCK.size + length
         if not length:
             break
-        if left < 0:  # before allocating so many bytes
+        if left < 0:  # checked before allocating `length` bytes
             raise ShardError("damaged: truncated")
         start, data = file.tell(), file.read(length)
         check_block(data, length, crc)
@@ -217,7 +217,7 @@ def check_block(data: bytes | memoryview, length: int, crc: int) -> None:
 
 @contextmanager
 def as_shard_error() -> Iterator[None]:
-    """Turn what malformed data cause into a ShardError: a file written with malicious intent has valid checksums."""
+    """Context manager that turns errors from malformed data into a ShardError; a malicious file has valid checksums."""
     try:
         yield
     except (
@@ -235,38 +235,46 @@ def as_shard_error() -> Iterator[None]:
 
 
 def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImage, int]:
-    """Parse an image, whose arrays are views of the data and may be unaligned, and find where they begin."""
+    """Parse the data of an image.
+
+    Args:
+        data: the data of its block.
+        columns: columns of the regions.
+
+    Returns:
+        The image, whose arrays are views of the data and may be unaligned; and the offset of the first array in bytes.
+    """
     (length,) = _NUMBER.unpack_from(data)
-    start = at = _NUMBER.size + length
-    head = json.loads(bytes(data[_NUMBER.size : at]))
-    _check_head(head)
+    start = offset = _NUMBER.size + length
+    header = json.loads(bytes(data[_NUMBER.size : offset]))
+    _check_header(header)
     types, arrays = {_short(name): (name, dtype) for name, dtype in dtypes(columns).items()}, {}
-    text = np.frombuffer(data[at : at + sum(head["masks"])], types.pop("mask_counts")[1])
+    text = np.frombuffer(data[offset : offset + sum(header["masks"])], types.pop("mask_counts")[1])
     if columns.masks:
         arrays[MASK_COUNTS] = text
-    at += sum(head["masks"])
-    for name, dtype, shape in head["arrays"]:
-        dataset, wanted = types[name]
-        if dtype != wanted.str:
+    offset += sum(header["masks"])
+    for name, dtype, shape in header["arrays"]:
+        dataset, expected = types[name]
+        if dtype != expected.str:
             raise ValueError(f"{name} has dtype {dtype!r:.20}")
         count = math.prod(shape)
         if min(shape, default=0) < 0:
             raise ValueError(f"{name} has a negative size")
-        arrays[dataset] = np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
-        at += count * wanted.itemsize
-    fields = (head["id"], head["file_name"], head["height"], head["width"], head["error"])
-    sizes = head["masks"] if columns.masks else ()
+        arrays[dataset] = np.frombuffer(data, dtype, count, offset).reshape(shape) if count else np.zeros(shape, dtype)
+        offset += count * expected.itemsize
+    fields = (header["id"], header["file_name"], header["height"], header["width"], header["error"])
+    sizes = header["masks"] if columns.masks else ()
     return EncodedImage(row_of(fields, arrays), sizes, arrays, checksums_of(arrays)), start
 
 
-def _check_head(head: Mapping[str, Any]) -> None:
+def _check_header(header: Mapping[str, Any]) -> None:
     """Raise a ValueError if a field cannot be written to a store."""
-    texts, size = (head["file_name"], head["error"]), (head["height"], head["width"])
-    if not is_id(head["id"]) or any(type(side) is not int for side in size):
+    texts, size = (header["file_name"], header["error"]), (header["height"], header["width"])
+    if not is_id(header["id"]) or any(type(side) is not int for side in size):
         raise ValueError("id or size is not an integer")
     if problem := size_problem(*size):
         raise ValueError(problem)
-    if min(head["masks"], default=0) < 0:
+    if min(header["masks"], default=0) < 0:
         raise ValueError("mask with a negative length")
     if any("\0" in text for text in texts):
         raise ValueError("NUL in a text")
@@ -275,18 +283,18 @@ def _check_head(head: Mapping[str, Any]) -> None:
 
 
 def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
-    """Raise a ValueError if arrays are not where `refdet.store.shard_images` takes their bytes from."""
+    """Raise a ValueError if arrays are not where `refdet.store.shard_images` expects them."""
     arrays = image.arrays
     order = [MASK_COUNTS, *REGION_BYTES, *(f"features/{name}" for name in columns.features)]
     if [name for name in arrays if name in order] != [name for name in order if name in arrays]:
         raise ValueError("arrays in another order")
-    for name, each in REGION_BYTES.items():
-        if name in arrays and arrays[name].nbytes != each * image.row.regions:
+    for name, region_bytes in REGION_BYTES.items():
+        if name in arrays and arrays[name].nbytes != region_bytes * image.row.regions:
             raise ValueError(f"{name} has another shape")
     if sum(values.nbytes for values in arrays.values()) != size:
         raise ValueError("bytes of no array")
 
 
 def _short(dataset: str) -> str:
-    """Name of an array in a shard."""
+    """Name in a shard of the array of a dataset."""
     return "im_info" if dataset == "maps/im_info" else dataset.removeprefix("regions/")

@@ -1,4 +1,4 @@
-"""Upper bound of the size of a store, before writing it. No torch."""
+"""Upper bound of the size of a store, known before writing it. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from refdet.store.chunks import chunked_space
 from refdet.store.schema import Columns, Header, ImageRow
 
-_SLACK = 64 << 10  # for HDF5's metadata and the information about the run
+_METADATA_BYTES = 64 << 10  # for HDF5's metadata and the information about the run
 
 
 def space_needed(images: Sequence[ImageRow], columns: Columns, header: Header) -> int:
@@ -22,7 +22,7 @@ def space_needed(images: Sequence[ImageRow], columns: Columns, header: Header) -
         need += sum(chunked_space(shape, np.dtype(columns.dtype)) for shape in _large(images, columns))
     need += 4 * len(images) * len(columns.names())  # checksums
     need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's string heap
-    return need + 2 * len(json.dumps(asdict(header))) + _SLACK
+    return need + 2 * len(json.dumps(asdict(header))) + _METADATA_BYTES
 
 
 def contiguous_space(images: Sequence[ImageRow], columns: Columns) -> int:

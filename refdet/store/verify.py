@@ -1,4 +1,4 @@
-"""Verify a store by its checksums and by the consistency of its parts. No torch."""
+"""Verify a store by its checksums and the consistency of its parts. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from refdet.store.crc import crc32
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
-# Boxes in the reference's inclusive convention, scaled back, may exceed the image by a pixel.
-_TOLERANCE = 1.0
+_TOLERANCE = 1.0  # pixels by which boxes in the reference's inclusive convention may exceed the image after scaling
 _MAP_STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "no checksums (an older store); only the consistency of its parts was checked, not every byte"
 
@@ -29,7 +28,7 @@ class Problem:
     """A damaged part of a store.
 
     Attributes:
-        image_id: the image, None if it does not belong to one.
+        image_id: the image, None if the part does not belong to one.
         part: name of the dataset or attribute.
         what: the problem.
     """
@@ -87,7 +86,7 @@ def verify(path: Path) -> Verification:
         path: the store.
 
     Returns:
-        The problems; a single one for the whole file if it cannot be opened.
+        The result, with a single problem for the whole file if it cannot be opened.
     """
     result = Verification(str(path))
     try:
@@ -138,6 +137,7 @@ def _check_image(
     scores_in_unit_range: bool,
     result: Verification,
 ) -> None:
+    """Check the image at a position in the file, and add its problems to the result."""
     image_id, rows = int(store.image_ids[i]), range(*store.region_start[i : i + 2].tolist())
     file_name, error = str(store.file_names[i]), str(store.image_errors[i])
     size = (int(store.heights[i]), int(store.widths[i]))
@@ -186,7 +186,7 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
 def _inconsistencies(
     columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, scores_in_unit_range: bool
 ) -> Iterator[tuple[str, str]]:
-    """Iterate over inconsistencies of an image as (part, problem)."""
+    """Iterate over the inconsistencies of an image as (part, problem)."""
     height, width = size
     if (boxes := columns.get("regions/box")) is not None:
         limit = np.array([width, height], np.float64) + _TOLERANCE

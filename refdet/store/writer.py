@@ -1,4 +1,4 @@
-"""Writer of the HDF5 file of regions. No torch."""
+"""`StoreWriter`: writer of a store. No torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from refdet.structures.regions import Regions
 class StoreWriter:
     """Writes regions to a new store, image by image in file order; created by `create`.
 
-    Datasets have their final size from the start. Only one image, and a chunk of each compressed dataset, is in memory.
+    Datasets have their final size from the start. One image and one chunk of each compressed dataset are in memory.
 
     Args:
         file: the file, open for writing.
@@ -66,9 +66,9 @@ class StoreWriter:
         self._head_start = starts_of([math.prod(image.map_shape) for image in images])
         self._finished = False
         self._names = columns.names()
-        self._column = {name: column for column, name in enumerate(self._names)}
+        self._column_index = {name: column for column, name in enumerate(self._names)}
         self._raw_names = [*region_bytes(columns)]
-        self._raw_columns = [self._column[name] for name in self._raw_names]
+        self._raw_columns = [self._column_index[name] for name in self._raw_names]
         self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
         self._checksums[:, 0] = [
             image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
@@ -80,13 +80,12 @@ class StoreWriter:
         file.attrs["provenance"] = json.dumps(header.provenance)
         file.attrs["options"] = json.dumps(header.options)
         file.attrs["complete"] = False
-        # Kept open, as closing a dataset on a full disk crashes HDF5 (`new_file`).
-        self._data: dict[str, h5py.Dataset] = {}
-        self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # of datasets that are not empty
-        self._rows: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of a dataset
+        self._data: dict[str, h5py.Dataset] = {}  # kept open, as closing a dataset on a full disk crashes HDF5
+        self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # of nonempty datasets
+        self._rows: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of each dataset
         self._pool = pool
-        self._describe_images(images)
-        self._make_columns()
+        self._write_image_columns(images)
+        self._create_columns()
 
     @property
     def path(self) -> Path:
@@ -94,11 +93,11 @@ class StoreWriter:
         return Path(self._file.filename)
 
     def reserve(self, space: int) -> None:
-        """Reserve disk space for all that HDF5 writes to the file, of at most this size."""
+        """Reserve disk space for everything that HDF5 itself writes to the file, whose size is at most ``space``."""
         writers = [writer for writer in self._writers.values() if isinstance(writer, ContiguousWriter)]
-        reserve_between(self._file, space, [writer.place for writer in writers])
+        reserve_between(self._file, space, [writer.byte_range for writer in writers])
 
-    def _describe_images(self, images: Sequence[ImageRow]) -> None:
+    def _write_image_columns(self, images: Sequence[ImageRow]) -> None:
         for name, dtype in (("id", np.int64), ("height", np.int32), ("width", np.int32)):
             values = np.array([getattr(image, name) for image in images], dtype)
             self._new(f"images/{name}", values.shape, values.dtype, values)
@@ -107,7 +106,7 @@ class StoreWriter:
             self._new(f"images/{name}", strings.shape, h5py.string_dtype("utf-8"), strings)
         self._new("images/region_start", self._region_start.shape, np.dtype(np.int64), self._region_start)
 
-    def _make_columns(self) -> None:
+    def _create_columns(self) -> None:
         columns, n, count = self._columns, int(self._region_start[-1]), len(self._images)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "regions/box": ((n, 4), np.float32),
@@ -155,22 +154,22 @@ class StoreWriter:
         """Write the regions of the next images.
 
         Args:
-            images: the regions, or what they were encoded to; only a store without maps takes raw images. Several at
-                once take less time.
+            images: the regions, or encoded images; raw images only in a store without maps. Writing several at once is
+                faster.
 
         Raises:
-            ValueError: they do not match those of the store, or lack a column.
+            ValueError: they do not match the images of the store, or lack a column.
         """
         for image in images:
             self._put(self._next, encode(image, self._columns) if isinstance(image, Regions) else image)
             self._next += 1
         for writer in self._writers.values():
-            writer.settle()
+            writer.flush_borrowed()
 
     def _put(self, i: int, image: EncodedImage | RawImage) -> None:
         if i == len(self._images) or image.row.id != self._images[i].id:
-            wanted = "no image" if i == len(self._images) else f"image {self._images[i].id}"
-            raise ValueError(f"image {image.row.id}: expected {wanted} next")
+            expected = "no image" if i == len(self._images) else f"image {self._images[i].id}"
+            raise ValueError(f"image {image.row.id}: expected {expected} next")
         row = self._images[i]
         if image.row.regions != row.regions:
             raise ValueError(f"image {row.id}: {image.row.regions} regions, expected {row.regions}")
@@ -215,13 +214,13 @@ class StoreWriter:
         if values.size:
             data = raw_bytes(values)
             self._writers[name].append(data)
-            self._checksums[i, self._column[name]] = crc32(data) if checksum is None else checksum
+            self._checksums[i, self._column_index[name]] = crc32(data) if checksum is None else checksum
 
     def finish(self, run: Mapping[str, Any] | None = None) -> None:
         """Mark the store complete; called by `create` if the caller does not.
 
         Args:
-            run: information about the run, such as images/s; JSON. The only part in which two stores with the same
+            run: information about the run, such as images/s, as JSON; the only part in which two stores with the same
                 contents may differ.
 
         Raises:
@@ -233,9 +232,9 @@ class StoreWriter:
             raise ValueError(f"{len(missing)} images were not written, first: {missing[0].id}")
         for writer in self._writers.values():
             writer.finish()
-        sums = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
-        sums.attrs["columns"] = json.dumps(self._names)
-        sums.attrs["attributes"] = attributes_checksum(self._file.attrs)
+        table = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
+        table.attrs["columns"] = json.dumps(self._names)
+        table.attrs["attributes"] = attributes_checksum(self._file.attrs)
         if run:
             self._file.attrs["run"] = json.dumps(dict(run))
         self._file.attrs["complete"] = True
@@ -258,8 +257,8 @@ def create(
     Yields:
         The writer.
     """
-    # If nothing is compressed, most of the file is not written by HDF5, and reserving it takes as long as writing it on
-    # some file systems.
+    # Without compression, most of the file is not written by HDF5 and need not be reserved, which would take as long as
+    # writing it on some file systems.
     contiguous = contiguous_space(images, columns) if space and columns.compression == "none" else 0
     with (
         atomic_write(path) as temporary,

@@ -11,24 +11,24 @@ from refdet.structures import boxes as box_ops
 
 Weights = tuple[float, float, float, float]
 Scale = tuple[float, float] | Tensor
-"""(sx, sy), the scale factors of x and y; or a pair for each box, (..., 2)."""
+"""Scale factors (sx, sy) of x and y, or a tensor (..., 2) with a pair for each box."""
 
 
 @dataclass(frozen=True)
 class InputSize:
     """Size in pixels of the network's input for an image, its scale factors, and the original size.
 
-    The input is the resized image or, in training, perhaps a part of it.
+    The input is the resized image or, with large-scale jitter in training, a crop of it.
 
     Attributes:
-        height: of the input.
-        width: of the input.
+        height: height of the input.
+        width: width of the input.
         scale_x: width of the resized image / width of the original.
         scale_y: height of the resized image / height of the original.
-        image_height: of the original.
-        image_width: of the original.
-        resized: height and width of the whole resized image if the input is a part of it, else None.
-        origin: x and y of the part's corner in the resized image.
+        image_height: height of the original image.
+        image_width: width of the original image.
+        cropped_from: height and width of the resized image if the input is a crop of it, else None.
+        crop_origin: x and y of the crop's top left corner in the resized image.
     """
 
     height: int
@@ -37,18 +37,18 @@ class InputSize:
     scale_y: float
     image_height: int
     image_width: int
-    resized: tuple[int, int] | None = None
-    origin: tuple[int, int] = (0, 0)
+    cropped_from: tuple[int, int] | None = None
+    crop_origin: tuple[int, int] = (0, 0)
 
     @property
-    def whole(self) -> tuple[int, int]:
-        """Height and width of the whole resized image."""
-        return self.resized or (self.height, self.width)
+    def resized_size(self) -> tuple[int, int]:
+        """Height and width of the resized image, before any crop."""
+        return self.cropped_from or (self.height, self.width)
 
     @property
-    def part(self) -> tuple[slice, slice]:
-        """The rows and columns of the whole resized image that are the input."""
-        x, y = self.origin
+    def crop(self) -> tuple[slice, slice]:
+        """Rows and columns of the resized image that are the input."""
+        x, y = self.crop_origin
         return slice(y, y + self.height), slice(x, x + self.width)
 
     @property
@@ -73,17 +73,17 @@ class BoxConvention:
 
     @property
     def _corner_offset(self) -> float:
-        """Distance in pixels from the second corner that is scaled and pooled to the edge of the half-open box."""
+        """What is subtracted from x2 and y2 before scaling or pooling, in pixels."""
         return 1.0 if self.inclusive else 0.0
 
     @property
     def _max_log_scale(self) -> float:
-        """The reference has no limit; 60 is beyond any image and still finite."""
+        """Upper limit of dw and dh. The reference has none; 60 is beyond any image and still finite."""
         return 60.0 if self.inclusive else box_ops.MAX_LOG_SCALE
 
     def decode(self, deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
         """Apply deltas (..., 4) to anchors (..., 4); returns boxes (..., 4) in the same pixels."""
-        return self._shift(box_ops.decode(deltas, anchors, weights, self._max_log_scale), self._corner_offset)
+        return self._shift_max(box_ops.decode(deltas, anchors, weights, self._max_log_scale), self._corner_offset)
 
     def clip(self, boxes: Tensor, height: float, width: float) -> Tensor:
         """Clip boxes (..., 4) to an image of the given size in pixels; inclusive ones keep at least one pixel."""
@@ -97,21 +97,22 @@ class BoxConvention:
 
     def scale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """Scale boxes (..., 4) by (sx, sy)."""
-        return self._shift(self.corners(boxes) * _factors(scale, boxes), self._corner_offset)
+        return self._shift_max(self.pooling_corners(boxes) * _factors(scale, boxes), self._corner_offset)
 
     def unscale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """The inverse of `scale`."""
-        return self._shift(self.corners(boxes) / _factors(scale, boxes), self._corner_offset)
+        return self._shift_max(self.pooling_corners(boxes) / _factors(scale, boxes), self._corner_offset)
 
-    def corners(self, boxes: Tensor) -> Tensor:
-        """The corners (..., 4) to pool boxes (..., 4) at."""
-        return self._shift(boxes, -self._corner_offset)
+    def pooling_corners(self, boxes: Tensor) -> Tensor:
+        """Boxes (..., 4) xyxy as RoI pooling takes them: with the reference's arithmetic, up to the last pixel."""
+        return self._shift_max(boxes, -self._corner_offset)
 
-    def _shift(self, boxes: Tensor, by: float) -> Tensor:
+    def _shift_max(self, boxes: Tensor, by: float) -> Tensor:
+        """Add to x2 and y2."""
         return torch.cat((boxes[..., :2], boxes[..., 2:] + by), dim=-1) if by else boxes
 
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:
-    """Factors (..., 4) of boxes (..., 4), as a tensor: on a GPU division by a Python number rounds differently."""
+    """Factors (..., 4) for boxes (..., 4), as a tensor: on a GPU, division by a Python number rounds differently."""
     pair = scale if isinstance(scale, Tensor) else box_ops.new_tensor(scale, boxes)
     return torch.cat((pair, pair), dim=-1)

@@ -2,6 +2,7 @@
 
 Shape shorthand in this module:
 
+    B: images in the batch
     N, M: number of boxes
 """
 
@@ -23,6 +24,11 @@ MAX_LOG_SCALE = math.log(1000.0 / 16)
 def new_tensor(values: Sequence[float], like: Tensor) -> Tensor:
     """`like.new_tensor(values)`, but without synchronizing with the GPU."""
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def gather(boxes: Tensor, index: Tensor) -> Tensor:
+    """Boxes or deltas (B, N, 4) of each image at indices (B, M) -> (B, M, 4)."""
+    return boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
 
 
 def area(boxes: Tensor) -> Tensor:

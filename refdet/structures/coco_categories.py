@@ -23,11 +23,11 @@ def coco_categories() -> tuple[tuple[int, str], ...]:
     return tuple((int(id_), name.strip()) for id_, name in pairs)
 
 
-def unused_name(label: int) -> str:
-    """Name of a label that no category has, as some ids of COCO's in torchvision's detectors."""
+def unused_label_name(label: int) -> str:
+    """Name of a label without a category, such as the gaps in COCO's ids in torchvision's detectors."""
     return f"N/A {label}"
 
 
 def used_categories(categories: Mapping[int, str]) -> dict[int, str]:
-    """The categories that have objects: all but those of `unused_name`."""
-    return {id_: name for id_, name in categories.items() if name != unused_name(id_)}
+    """The categories without those named by `unused_label_name`."""
+    return {id_: name for id_, name in categories.items() if name != unused_label_name(id_)}

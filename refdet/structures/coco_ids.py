@@ -6,19 +6,19 @@ import re
 
 # COCO pads ids to twelve digits: COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's
 # COCO_train2014_000000000009_4.jpg. Ids are below a million, so twelve digits without six leading zeros are a date.
-_TWELVE = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
+_PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
 _IMAGE_FILE = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
 MAX_ID = 999_999
-"""Largest COCO image id: six digits."""
+"""Upper limit of COCO image ids, which have six digits."""
 
 
 def numbers_in_name(name: str) -> frozenset[int]:
     """Zero-padded twelve-digit ids anywhere in a path or URL."""
-    return frozenset(int(digits) for digits in _TWELVE.findall(name))
+    return frozenset(int(digits) for digits in _PADDED.findall(name))
 
 
 def bare_number(name: str) -> int | None:

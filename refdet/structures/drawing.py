@@ -15,8 +15,8 @@ Box = tuple[float, float, float, float]
 """Half-open ``x1 y1 x2 y2`` in pixels."""
 
 COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
-MAX_LABEL_LENGTH = 60  # of a label
-MAX_LABELED_AREA = 1 / 3  # of a picture, which labels may cover
+MAX_LABEL_LENGTH = 60  # characters
+MAX_LABELED_AREA = 1 / 3  # fraction of the image that labels may cover
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class DrawnRegion:
     """A region to draw.
 
     Attributes:
-        box: in pixels of the image.
-        label: the text beside the box.
+        box: half-open xyxy in pixels of the image.
+        label: the text next to the box.
         mask: (H, W) uint8, 1 on the region, or None.
     """
 
@@ -48,18 +48,20 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Im
     for region, colour in reversed(coloured):
         if region.mask is not None:
             paint_mask(image, region.mask, colour, opacity=0.35, edge=1 + 2 * line)
-    pen = Pen(ImageDraw.Draw(image), image.size)
+    canvas = Canvas(ImageDraw.Draw(image), image.size)
     for region, colour in reversed(coloured):
-        pen.outline(region.box, colour, line, halo=False)
-    room = MAX_LABELED_AREA * image.width * image.height
-    for place, (region, colour) in enumerate(coloured):
-        width, height = pen.label_size(region.label, font_size)
-        if width * height > room or width > image.width:
-            left = len(coloured) - place
-            log.warning("note: %d of %d regions have no label, as labels would cover the picture", left, len(coloured))
+        canvas.outline(region.box, colour, line, halo=False)
+    remaining_area = MAX_LABELED_AREA * image.width * image.height
+    for index, (region, colour) in enumerate(coloured):
+        width, height = canvas.label_size(region.label, font_size)
+        if width * height > remaining_area or width > image.width:
+            omitted = len(coloured) - index
+            log.warning(
+                "note: %d of %d regions have no label, as labels would cover the picture", omitted, len(coloured)
+            )
             break
-        room -= width * height
-        pen.label(region.box, region.label, colour, font_size)
+        remaining_area -= width * height
+        canvas.label(region.box, region.label, colour, font_size)
     return image
 
 
@@ -70,7 +72,7 @@ def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float
         image: in mode RGB; modified in place.
         mask: (H, W) uint8 of 0 and 1, resized to the image if necessary.
         colour: "#rrggbb".
-        opacity: of the inside, 0..1.
+        opacity: opacity of the inside, 0..1.
         edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
     """
     full = Image.fromarray(mask * np.uint8(255))
@@ -82,8 +84,14 @@ def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float
 
 
 @dataclass
-class Pen:
-    """Draws boxes and labels, and places each label where it covers few others."""
+class Canvas:
+    """Draws boxes and labels on an image, each label where it overlaps earlier ones least.
+
+    Attributes:
+        draw: PIL's drawing interface of the image.
+        size: width and height of the image in pixels.
+        occupied: boxes of the labels drawn so far.
+    """
 
     draw: ImageDraw.ImageDraw
     size: tuple[int, int]
@@ -91,14 +99,14 @@ class Pen:
 
     def outline(self, box: Box, colour: str, width: int, *, halo: bool) -> None:
         """Draw a box, with a white line around it if ``halo``."""
-        x1, y1, x2, y2 = self._inside(box)
+        x1, y1, x2, y2 = self._clip(box)
         if halo:
             self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=width + 2)
         self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
 
-    def dashes(self, box: Box, colour: str) -> None:
-        """Draw a box in dashes."""
-        x1, y1, x2, y2 = self._inside(box)
+    def dashed_outline(self, box: Box, colour: str) -> None:
+        """Draw a dashed box."""
+        x1, y1, x2, y2 = self._clip(box)
         for width, ink in ((7, "white"), (4, colour)):
             for x in np.arange(x1, x2, 20):
                 for y in (y1, y2):
@@ -108,18 +116,18 @@ class Pen:
                     self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
 
     def label(self, box: Box, text: str, colour: str, font_size: int) -> None:
-        """Write a text beside a box, on a background of the box's colour.
+        """Write a text next to a box, on a background of the box's colour.
 
         Args:
-            box: in pixels of the image.
-            text: truncated to `MAX_LABEL_LENGTH`.
-            colour: of the background, "#rrggbb".
+            box: half-open xyxy in pixels of the image.
+            text: the text, truncated to `MAX_LABEL_LENGTH`.
+            colour: colour of the background, "#rrggbb".
             font_size: in pixels.
         """
         font = ImageFont.load_default(size=font_size)
         width, height = self.label_size(text, font_size)
-        x1, y1, x2, y2 = self._inside(box)
-        places = [
+        x1, y1, x2, y2 = self._clip(box)
+        corners = [
             (x1, y1 - height),
             (x2 - width, y1 - height),
             (x1, y2),
@@ -129,24 +137,26 @@ class Pen:
             (x1, y2 - height),
             (x2 - width, y1),
         ]
-        spots = [self._fit(x, y, width, height) for x, y in places]
-        spot = min(spots, key=lambda spot: sum(_intersection_area(spot, other) for other in self.occupied))
-        self.occupied.append(spot)
-        self.draw.rounded_rectangle(spot, radius=4, fill=colour, outline="white")
+        candidates = [self._move_inside(x, y, width, height) for x, y in corners]
+        place = min(candidates, key=lambda place: sum(_intersection_area(place, other) for other in self.occupied))
+        self.occupied.append(place)
+        self.draw.rounded_rectangle(place, radius=4, fill=colour, outline="white")
         self.draw.text(
-            (spot[0] + 5, spot[1] + height / 2), _printable(text), fill=text_colour(colour), font=font, anchor="lm"
+            (place[0] + 5, place[1] + height / 2), _printable(text), fill=text_colour(colour), font=font, anchor="lm"
         )
 
     def label_size(self, text: str, font_size: int) -> tuple[float, float]:
         """Width and height in pixels of the background of a label."""
         return self.draw.textlength(_printable(text), font=ImageFont.load_default(size=font_size)) + 10, font_size + 6.0
 
-    def _fit(self, x: float, y: float, width: float, height: float) -> Box:
+    def _move_inside(self, x: float, y: float, width: float, height: float) -> Box:
+        """The box of a label at (x, y), moved into the image."""
         x = max(0.0, min(x, self.size[0] - width - 1))
         y = max(0.0, min(y, self.size[1] - height - 1))
         return x, y, x + width, y + height
 
-    def _inside(self, box: Box) -> Box:
+    def _clip(self, box: Box) -> Box:
+        """A box clipped to the image, with space for its outline."""
         x1, y1 = (min(max(value, 2.0), side - 4.0) for value, side in zip(box[:2], self.size, strict=True))
         x2, y2 = (min(max(value, 2.0), side - 3.0) for value, side in zip(box[2:], self.size, strict=True))
         return x1, y1, max(x1, x2), max(y1, y2)
@@ -163,5 +173,4 @@ def _printable(text: str) -> str:
 
 
 def _intersection_area(a: Box, b: Box) -> float:
-    """Area of the intersection."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,4 +1,4 @@
-"""The annotated objects of training images, in the network's input: `GroundTruth` of one, `PaddedTruth` of a batch.
+"""The annotated objects of training images: `GroundTruth` of an image, `PaddedGroundTruth` of a batch.
 
 Shape shorthand in this module:
 
@@ -30,7 +30,7 @@ class GroundTruth:
         crowds: (K, 4) boxes of crowds in pixels of the network's input, ignored in training.
         scale: (sx, sy), size of the network's input / size of the original image.
         flipped_width: width of the original image if it was flipped, else None.
-        origin: x and y of the network's input in the resized image, of which it may be a part.
+        crop_origin: x and y of the network's input in the resized image; (0, 0) unless it is a crop.
     """
 
     boxes: Tensor
@@ -39,18 +39,18 @@ class GroundTruth:
     crowds: Tensor
     scale: tuple[float, float]
     flipped_width: float | None = None
-    origin: tuple[float, float] = (0.0, 0.0)
+    crop_origin: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class PaddedTruth:
-    """The objects of a batch, padded to equal numbers with empty boxes, which overlap nothing.
+class PaddedGroundTruth:
+    """The objects of a batch, padded with empty boxes, which overlap nothing, to the same number per image.
 
     Attributes:
         boxes: (B, G, 4) float32, half-open xyxy in pixels of the network's input; G is at least 1.
         labels: (B, G) int64, 1..number of classes; 0 where padded.
         valid: (B, G) bool, False where padded.
-        crowds: (B, K, 4) boxes of crowds.
+        crowds: (B, K, 4) boxes of crowds, padded likewise.
     """
 
     boxes: Tensor
@@ -59,8 +59,8 @@ class PaddedTruth:
     crowds: Tensor
 
     @classmethod
-    def of(cls, targets: Sequence[GroundTruth], device: torch.device) -> PaddedTruth:
-        """Put the objects of images together on a device, in copies that do not depend on their number."""
+    def pad(cls, targets: Sequence[GroundTruth], device: torch.device) -> PaddedGroundTruth:
+        """Pad the objects of each image and copy them to a device, in four copies for any number of images."""
         max_objects = max([1, *(len(target.boxes) for target in targets)])
         max_crowds = max([0, *(len(target.crowds) for target in targets)])
         like = targets[0].boxes

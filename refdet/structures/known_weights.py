@@ -1,6 +1,6 @@
-"""Published files of weights, known by their checksums, and the images that they were trained on.
+"""Published files of weights, identified by their checksums, and the images they were trained on.
 
-The file names of torchvision end with the start of their SHA-256, detectron2's model zoo's with the start of their MD5.
+The names of torchvision's files end with the start of their SHA-256, those of detectron2's with the start of their MD5.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class TrainingSet:
     Attributes:
         name: such as "COCO train2017".
         images: number of its images.
-        of_refer: the part of REFER's images that it contains: "all", "some" or "none".
+        refer_overlap: how many of REFER's images it contains: "all", "some" or "none".
     """
 
     name: str
     images: int
-    of_refer: str
+    refer_overlap: str
 
     def leaks(self) -> str:
         """What a detector trained on it has seen of REFER's val and test images."""
@@ -35,10 +35,10 @@ class TrainingSet:
             "some": f"trained on {self.name}, {LEAKS} those val/test images of RefCOCO, RefCOCO+ and "
             "RefCOCOg that are among its images",
             "none": f"trained on {self.name}, which has no image of COCO",
-        }[self.of_refer]
+        }[self.refer_overlap]
 
 
-# REFER's images are of COCO train2014, which is part of train2017 (val2017 is a part of val2014).
+# REFER's images are in COCO train2014, which is part of train2017 (val2017 is part of val2014).
 COCO = TrainingSet("COCO train2017", 118_287, "all")
 LVIS = TrainingSet("LVIS v0.5 train", 57_263, "some")
 IMAGENET = TrainingSet("ImageNet-1k", 1_281_167, "none")
@@ -50,10 +50,10 @@ class KnownFile:
     """A published file.
 
     Attributes:
-        model: what it is, in its program's words.
+        model: its name in the program that published it.
         trained_on: its training set.
-        norm_eps: added to the variances of its frozen norms.
-        style: the format of a network whose tensors do not show it, as of ``import-weights --weight-format``.
+        norm_eps: epsilon of its frozen norms, added to their variances.
+        style: its format if its tensors do not show it, a value of ``import-weights --weight-format``.
     """
 
     model: str
@@ -105,19 +105,19 @@ _TORCHVISION = {  # start of the SHA-256 -> model
 
 
 def imported_note(name: str, sha256: str, known: KnownFile) -> str:
-    """The remark in the provenance of a published file that was imported, as `file_of_weights` reads it."""
+    """The note in the provenance of an imported published file; `known_initial_weights` parses it."""
     return f"imported: {name}, sha256 {sha256}, is {known.model}, {known.trained_on.leaks()}"
 
 
-def file_of_weights(weights: str) -> KnownFile | None:
+def known_initial_weights(weights: str) -> KnownFile | None:
     """The published file that a training started from.
 
     Args:
-        weights: the initial weights of a provenance: a run directory and, in brackets, its hash and its own provenance.
+        weights: the ``weights`` of a provenance: a run directory and, in brackets, its hash and its own provenance.
 
     Returns:
-        The file, if that provenance is its `imported_note` alone; None for other weights, as those of a detector that
-        was trained from it.
+        The file, if that provenance is its `imported_note` alone; None for other weights, such as a detector trained
+        from it.
     """
     match = re.fullmatch(r".*\(sha256 [0-9a-f]{12}; (imported: (.*), sha256 ([0-9a-f]{64}), is .*)\)", weights)
     if match is None:
@@ -126,12 +126,15 @@ def file_of_weights(weights: str) -> KnownFile | None:
     return known if known is not None and match[1] == imported_note(match[2], match[3], known) else None
 
 
-def known_file(path: Path, sha256: str) -> KnownFile | None:
-    """The published file that a file is, by its checksums; its name does not matter.
+def identify_known_file(path: Path, sha256: str) -> KnownFile | None:
+    """Identify a published file by its checksums; its name does not matter.
 
     Args:
         path: the file.
         sha256: its SHA-256.
+
+    Returns:
+        The published file, or None if it is not known.
     """
     if (published := _TORCHVISION.get(sha256[:8])) is not None:
         return published

@@ -1,23 +1,23 @@
-"""Limits of the columns of a store, checked when inputs are read. No numpy.
+"""Limits of the values in a store, checked when inputs are read. No numpy.
 
-Otherwise one bad entry would make an extraction fail at the very end, when the store is written.
+Otherwise a single invalid entry would make an extraction fail at the very end, when the store is written.
 """
 
 from __future__ import annotations
 
-IDS = (-(2**63), 2**63 - 1)
-"""The range of int64: ids of images, annotations and categories."""
+ID_RANGE = (-(2**63), 2**63 - 1)
+"""Lowest and highest id of an image, annotation or category: the range of int64."""
 
 MAX_SIDE = 2**31 - 1
-"""The largest int32: the height and the width of an image in pixels."""
+"""Largest height or width of an image in pixels, the largest int32."""
 
 MAX_PIXELS = 2**30
-"""Pixels of an image. A gigapixel takes 3 GiB when decoded; masks count pixels in 32 bits."""
+"""Largest number of pixels of an image. A gigapixel takes 3 GiB when decoded; masks count pixels in 32 bits."""
 
 
 def is_id(value: object) -> bool:
     """Whether a value is an int64 id (not a bool)."""
-    return type(value) is int and IDS[0] <= value <= IDS[1]
+    return type(value) is int and ID_RANGE[0] <= value <= ID_RANGE[1]
 
 
 def size_problem(height: int, width: int) -> str:

@@ -24,17 +24,17 @@ class Provenance:
     """The source of the training images and the REFER splits excluded from them.
 
     Attributes:
-        source: name of the original instances file, or of the training set of a published file; this, the hashes and
-            the counts are empty for imported weights of unknown training data.
-        source_sha256: SHA-256 of that file.
+        source: name of the original instances file, or of the training set of a published file. Empty, like the hashes
+            and counts, for imported weights with unknown training data.
+        source_sha256: SHA-256 of the instances file.
         images: number of training images.
         annotations: number of training annotations.
         image_ids_sha256: `image_ids_sha256` of the training images.
         excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
         weights: the weights that training started from, or None.
         note: a human-readable note, or "".
-        selection: how the weights were chosen among those of the training; None for a split, imported weights, and
-            weights of an older refdet, which kept no record of it.
+        selection: how the weights of a training were selected; None for a split, imported weights, and weights of an
+            older refdet, which did not record it.
     """
 
     source: str
@@ -115,12 +115,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Selection:
-    """How weights were chosen among those of a training.
+    """How the weights of a training were selected.
 
     Attributes:
-        by_validation: whether they are those of the highest AP on ``validated_on``, a single file; those of the last
-            step otherwise, whatever they were validated on.
-        validated_on: provenance of each file that weights of the training were validated on.
+        by_validation: True for the weights with the highest AP on ``validated_on``, a single file; False for those of
+            the last step, whether or not they were validated.
+        validated_on: provenance of each file that the training was validated on.
     """
 
     by_validation: bool
@@ -147,7 +147,7 @@ class Selection:
         return cls(chosen, files)
 
     def with_file(self, file: Provenance) -> Selection:
-        """A copy that names another file that weights were validated on."""
+        """A copy with another file in ``validated_on``."""
         return self if file in self.validated_on else replace(self, validated_on=(*self.validated_on, file))
 
     def one_line(self) -> str:

@@ -42,8 +42,8 @@ class Regions:
         features: name -> (n, C) array, or (n, C, 7, 7) for spatial features.
         error: why this image has no regions, or "".
         maps: name -> (C, H, W) array: "head" is the feature map that boxes are pooled from.
-        im_info: (3,) float32: height and width of the network's input in pixels, and the scale of y, input height /
-            image height (the scale of x is input width / image width). None without maps.
+        im_info: (3,) float32: height and width of the network's input in pixels, and its vertical scale, input height /
+            image height. None without maps.
         names: category id -> name, for labels, or None. Neither compared nor stored.
     """
 
@@ -106,11 +106,11 @@ class Regions:
     def score_at_least(self, min_score: float) -> np.ndarray:
         """Whether the score of each region is at least ``min_score``, (n,) bool.
 
-        The threshold is rounded to float32, as scores are: a stored score of 0.7 reaches 0.7, although it is 0.69999999
-        as a Python float.
+        The threshold is rounded to float32, as scores are, so that a stored score of 0.7 (0.69999999 as a Python float)
+        reaches a threshold of 0.7.
 
         Args:
-            min_score: the lowest score.
+            min_score: the threshold.
         """
         return np.asarray(self.scores >= np.float32(min_score))
 
@@ -156,7 +156,7 @@ class Regions:
 
         Args:
             image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
-            min_score: lowest score of a region to draw; None to draw regions of any score.
+            min_score: lowest score of a region to draw; None for no limit.
             max_regions: maximum number of regions to draw, highest scores first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
 

@@ -1,8 +1,8 @@
-"""Worker processes that prefetch the batches of a training.
+"""Worker processes that prefetch training batches.
 
-Each worker has its own pipe, so that a worker's death is always noticed and waiting for a batch can be interrupted. In
-torch's DataLoader all workers share a queue: a batch that cannot be sent for lack of shared memory is lost in a thread
-of the worker, and training hangs.
+Each worker has its own pipe, so that the death of a worker is always noticed and waiting for a batch can be
+interrupted. In torch's DataLoader all workers share a queue, and training hangs if a batch cannot be sent for lack of
+shared memory, as the error is lost in a thread of the worker.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from refdet.data.training_batches import Batch, TrainingBatches, max_image_bytes
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
-SHARED_MEMORY = Path("/dev/shm")  # of tensors sent between processes
+SHARED_MEMORY = Path("/dev/shm")  # holds tensors sent between processes
 _FIX = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
 _PREFETCH_FACTOR = 2  # batches prefetched per worker
-_POLL_SECONDS = 0.2  # seconds between checks for a signal
-_JOIN_SECONDS = 1.0  # seconds before a worker is killed
+_POLL_SECONDS = 0.2  # between checks for a signal
+_JOIN_SECONDS = 1.0  # before a worker is killed
 
 
 @contextmanager
@@ -46,11 +46,11 @@ def prefetch_batches(
         steps: the steps, in order.
         workers: number of processes; 0 to make the batches in this one.
         device: device of the training; batches for a GPU are pinned.
-        stop: a signal ends waiting for a batch with StopRequested.
+        stop: a signal interrupts waiting for a batch with StopRequested.
 
     Raises:
-        RefdetError: an image cannot be used; from the iterator.
-        RuntimeFailure: a worker died or cannot send its batches; from the iterator.
+        RefdetError: from the iterator: an image cannot be used.
+        RuntimeFailure: from the iterator: a worker died or cannot send its batches.
     """
     if workers == 0:
         yield _in_main_process(batches, steps, device, stop)
@@ -94,7 +94,7 @@ class _Worker:
 
     def request(self, step: int) -> None:
         """Queue the batch of a step."""
-        with suppress(OSError):  # a dead worker, reported by `receive`
+        with suppress(OSError):  # the worker is dead, which `receive` reports
             self.pipe.send(step)
 
     def receive(self) -> Batch:
@@ -122,7 +122,7 @@ class _WorkerPool:
             self._workers.append(_Worker(batches))
         for position in range(min(_PREFETCH_FACTOR * len(self._workers), len(steps))):
             self._request(position)
-        # a thread, to receive and pin batches while one is computed; it ends with the workers
+        # receives and pins batches while the main thread computes; ends with the workers
         self._thread = threading.Thread(target=self._receive, name="receive batches", daemon=True)
         self._thread.start()
 
@@ -151,7 +151,7 @@ class _WorkerPool:
         """The batches in order."""
         for position in range(len(self._steps)):
             batch = _batch_or_raise(self._next(stop))
-            self._request(position + _PREFETCH_FACTOR * len(self._workers))  # not earlier, to bound the memory
+            self._request(position + _PREFETCH_FACTOR * len(self._workers))  # only now, to bound the memory
             yield batch
             del batch
 
@@ -164,7 +164,7 @@ class _WorkerPool:
         raise StopRequested
 
     def shut_down(self) -> None:
-        """Stop the workers; those that do not exit in time, as in a hanging read, are killed."""
+        """Stop the workers; those that do not exit in time, such as in a hanging read, are killed."""
         for worker in self._workers:
             with suppress(OSError):
                 worker.pipe.send(None)

@@ -1,4 +1,4 @@
-"""The folder ``best/`` of a run directory: the weights with the highest rate so far, themselves a run directory."""
+"""The folder ``best/`` of a run directory: the weights with the highest AP so far, itself a run directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasWeights
+from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasStateDict
 from refdet.errors import InputError
 from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync, write_json
 from refdet.files.json_files import read_bytes
@@ -18,22 +18,22 @@ from refdet.files.short_text import short_repr
 from refdet.files.small_files import strict_json
 from refdet.training.run_card import write_card
 
-_MAX_BYTES = 2**16  # bytes of a validation.json
-_PREVIOUS = f".{BEST}.00000000.{TEMPORARY_MARK}"  # the folder that is being replaced
+_MAX_BYTES = 2**16  # of validation.json
+_PREVIOUS = f".{BEST}.00000000.{TEMPORARY_MARK}"  # temporary name of the folder being replaced
 
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """What ``validation.json`` says of the weights beside it.
+    """Contents of ``validation.json``: the validation of the weights in the same folder.
 
     Attributes:
-        metric: the rate they were chosen by.
-        value: that rate, 0..1.
-        step: of the weights.
+        metric: name of the metric by which the weights were selected.
+        value: its value, 0..1.
+        step: training step of the weights.
         instances: name of the instances file they were validated on.
         images: number of its images.
-        data_sha256: of its contents, so that rates of other data are not compared.
-        rates: all rates of the validation.
+        data_sha256: hash of the validation data, so that values on different data are not compared.
+        rates: all metrics of the validation.
     """
 
     metric: str
@@ -46,7 +46,7 @@ class ValidationRecord:
 
 
 def read_best(out: Path) -> ValidationRecord | None:
-    """What is known of the best weights of a run; None if there are none yet.
+    """Read the validation of the best weights of a run; None if there are none yet.
 
     Raises:
         InputError: ``validation.json`` is damaged.
@@ -70,9 +70,9 @@ def read_best(out: Path) -> ValidationRecord | None:
 
 
 def write_best(
-    out: Path, weights: HasWeights, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
+    out: Path, weights: HasStateDict, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
 ) -> None:
-    """Replace ``best/``; a process that is killed leaves the folder before or after, which `recover` finds."""
+    """Replace ``best/``; if the process is killed, `recover` restores the previous or the new folder."""
     new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{TEMPORARY_MARK}", out / _PREVIOUS, out / BEST
     try:
         checkpoint.save(new, weights, meta)
@@ -88,7 +88,7 @@ def write_best(
 
 
 def recover(out: Path) -> None:
-    """Undo what a process left that was killed while it replaced ``best/``."""
+    """Clean up after a process that was killed while replacing ``best/``."""
     if (out / _PREVIOUS).exists() and not (out / BEST).exists():
         os.replace(out / _PREVIOUS, out / BEST)
     for folder in find_temporary_files(out, BEST):

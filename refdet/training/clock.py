@@ -1,4 +1,4 @@
-"""Time of the steps of a training, without the validations between them, and what is left of both."""
+"""Time spent on training steps, without the validations between them, and the estimated time left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refdet.files.progress import forget_pause
+from refdet.files.progress import exclude_pause
 
 
 class TrainingClock:
-    """Clock of a run, started when it is made.
+    """Clock of a run, which starts when it is created.
 
     Args:
-        first: the step that the run starts from.
+        first: the step from which the run starts or resumes.
         steps: number of steps of the whole run.
     """
 
@@ -27,23 +27,23 @@ class TrainingClock:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self._started
 
     @property
     def step_seconds(self) -> float:
-        """Since the start, without pauses."""
+        """Seconds since the start, without pauses."""
         return self.seconds - self._paused
 
     def lap(self) -> float:
-        """Seconds of steps since the last call, or the start."""
+        """Seconds since the last call or the start, without pauses."""
         now = time.perf_counter()
         seconds, self._lap = now - self._lap, now
         return seconds
 
     @contextmanager
     def pause(self, bar: tqdm[Any]) -> Iterator[None]:
-        """Keep the time of a validation out of the speed of the steps, and out of that of their bar."""
+        """Context manager that excludes a validation from the speed of the steps and of their progress bar."""
         started = time.perf_counter()
         try:
             yield
@@ -51,10 +51,18 @@ class TrainingClock:
             pause_seconds = time.perf_counter() - started
             self._lap += pause_seconds
             self._paused, self._pauses = self._paused + pause_seconds, self._pauses + 1
-            forget_pause(bar, pause_seconds)
+            exclude_pause(bar, pause_seconds)
 
     def time_left(self, step: int, pauses: int) -> str:
-        """Time until the end with the validations still to come, such as "1:02:03"; "" before it can be known."""
+        """Estimated time until the end of the run, such as "1:02:03".
+
+        Args:
+            step: number of steps done.
+            pauses: number of validations still to come.
+
+        Returns:
+            The time; "" before the first step, or before the first validation if there are any.
+        """
         if step == self._first or (pauses and not self._pauses):
             return ""
         seconds = self.step_seconds / (step - self._first) * (self._steps - step)

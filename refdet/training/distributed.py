@@ -1,10 +1,10 @@
-"""A training in several processes, which torchrun starts: what they agree on, and what they sum.
+"""Training in several processes started by torchrun.
 
-There are two groups of the same processes. Over one, by gloo, they exchange errors, signals and other small things, so
-that nothing waits for a GPU. Over the other, by NCCL on GPUs, they sum counts, losses and gradients.
+The processes form two groups. In the control group (gloo), they exchange errors, signals and other small objects
+without waiting for a GPU. In the other (NCCL on GPUs), they sum counts, losses and gradients.
 
-Every process does the same exchanges in the same order, and each exchange carries the error of a process that cannot
-go on. So whatever happens outside a step is known to all before they compute the next.
+Every process makes the same exchanges in the same order, and each exchange carries the error of any process that cannot
+continue. So an error outside a step is known to all processes before the next step.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from refdet.files.json_files import read_small_json
 from refdet.files.short_text import format_count, short_repr
 from refdet.files.version import __version__
 from refdet.training.launch import Launch
-from refdet.training.processes import EndedTogether, LostProcess, Processes
+from refdet.training.processes import LostProcess, Processes, ReportedElsewhere
 from refdet.training.rank_log import RankLog
 from refdet.training.rendezvous import rendezvous_store
 from refdet.training.sync_norm import convert_norms
 
 T = TypeVar("T")
 
-JOB = Path("state", "torchrun.json")  # in a run directory: the start of torchrun that trains into it
-_JOINING, _WAITING, _COMPUTING = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
-_FINAL_WAIT = timedelta(seconds=10)  # for the first process to say an error
-_LOST_MESSAGE = "another process of this training ended without a word (killed, or out of memory?)"
+JOB = Path("state", "torchrun.json")  # in a run directory: identifies the torchrun job that trains into it
+_JOIN_TIMEOUT, _EXCHANGE_TIMEOUT, _STEP_TIMEOUT = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
+_FINAL_TIMEOUT = timedelta(seconds=10)  # for the first process to report an error
+_LOST_MESSAGE = "another process of this training ended without an error message (killed, or out of memory?)"
 _ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
 
 
@@ -49,25 +49,25 @@ class ProcessGroup(Processes):
     """This process among those that torchrun started.
 
     Args:
-        launch: what torchrun says.
-        own_log: takes what this process prints; None in the first.
+        launch: the environment variables of torchrun.
+        rank_log: log of this process's output; None in the first process.
     """
 
     def __init__(self, launch: Launch, rank_log: RankLog | None) -> None:
         self.rank, self.world_size, self.local_world_size = launch.rank, launch.world_size, launch.local_world_size
         self._launch, self._log = launch, rank_log
-        self.ended = False  # all know the error that ends the training
-        self._computing = False
+        self.ended = False  # whether all processes know the error that ends the training
+        self._computing = False  # whether a step is in progress
         self._device = torch.device("cpu")
         self._devices: list[str] = []
         self._hosts: list[str] = []
-        self._group: Any = None  # of the device
+        self._group: Any = None  # for tensors on the device
         try:
-            store = rendezvous_store(launch, _JOINING)
+            store = rendezvous_store(launch, _JOIN_TIMEOUT)
             dist.init_process_group(
-                "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=_JOINING
+                "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=_JOIN_TIMEOUT
             )
-            self._control: Any = dist.new_group(backend="gloo", timeout=_WAITING)
+            self._control: Any = dist.new_group(backend="gloo", timeout=_EXCHANGE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
@@ -77,7 +77,7 @@ class ProcessGroup(Processes):
             ) from error
 
     def check_peers(self) -> None:
-        """Learn where the others are. InputError if they are of another version."""
+        """Exchange host names; raise InputError if the processes have different versions of refdet or PyTorch."""
         self._hosts = self.gather(socket.gethostname())
         self.check_same({"the version of refdet": __version__, "the version of PyTorch": torch.__version__})
 
@@ -86,7 +86,7 @@ class ProcessGroup(Processes):
         self._exchange(None, error, gather=False)
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Work of every process by itself; an error of one is raised in all."""
+        """Run `work` in every process; an error in one of them is raised in all."""
         try:
             result = work()
         except Exception as error:
@@ -96,7 +96,7 @@ class ProcessGroup(Processes):
         return result
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Work of the first process only; all return its result or raise its error."""
+        """Run `work` in the first process only; all processes return its result or raise its error."""
         result: Any = None
         if self.first:
             try:
@@ -111,19 +111,19 @@ class ProcessGroup(Processes):
         return self._exchange(value)
 
     def check_same(self, values: Mapping[str, object]) -> None:
-        """Raise InputError if a value is another one in another process; the keys say what they are."""
+        """Raise InputError if a value differs between processes; the keys describe the values."""
         gathered = self.gather(dict(values))
         for name in values:
             for rank, other in enumerate(gathered):
                 if other[name] != gathered[0][name]:
-                    self.ended = True  # as all see it
+                    self.ended = True  # every process raises the same error
                     raise InputError(
                         f"torchrun: {name} is {short_repr(other[name])} in process {rank} on {self._hosts[rank]}, and "
                         f"{short_repr(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
                     )
 
     def restarted(self, out: Path) -> bool:
-        """Whether these processes take the place of others of the same start of torchrun, which trained into `out`."""
+        """Whether torchrun restarted these processes in place of others that trained into `out`."""
         restarts = max(self.gather(self._launch.restarts or 0))
         return self.on_first(lambda: self._takes_over(out / JOB, restarts))
 
@@ -132,25 +132,25 @@ class ProcessGroup(Processes):
         return isinstance(job, dict) and self._launch.takes_over(job, restarts)
 
     def device(self, name: str | None) -> str | None:
-        """A GPU of its own for each process of a machine, unless the name is that of the CPU."""
+        """The name of this process's device: its own GPU, unless `name` is that of the CPU."""
         return own_device(self._launch, name)
 
     def prepare(self, device: torch.device, out: Path) -> None:
-        """Get ready to compute; the run directory is there and locked."""
+        """Prepare to compute, once the run directory exists and is locked."""
         self.check_same({"the kind of device": device.type})
         self._device = device
         self._devices = self.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self.on_first(lambda: write_json(out / JOB, self._launch.job()))
         if self._log is not None:
             self._log.open(out)
-        self._group = dist.new_group(backend=self._backend, timeout=_COMPUTING)
+        self._group = dist.new_group(backend=self._backend, timeout=_STEP_TIMEOUT)
 
     @property
     def _backend(self) -> str:
         return "nccl" if self._device.type == "cuda" else "gloo"
 
     def describe(self) -> str:
-        """The processes, machines, devices and backend."""
+        """Human-readable description of the processes, machines, devices and backend."""
         machines = Counter(self._hosts)
         on = f"{len(machines)} machines" if len(machines) > 1 else "1 machine"
         if len(machines) > 1:
@@ -160,13 +160,13 @@ class ProcessGroup(Processes):
         return f"{processes} on {on}, {devices}, {self._backend}"
 
     def wrap(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
-        """The network with its weights, momentum and gradients the same in all processes.
+        """Wrap a network so that its weights, momentum and gradients are the same in all processes.
 
-        Gradients are summed and not averaged, as the losses are divided by the counts of all processes.
+        Gradients are summed, not averaged, as the losses are divided by the counts of all processes.
         """
         with self.computing():
             wrapped = DistributedDataParallel(network, process_group=self._group, gradient_as_bucket_view=True)
-            # the statistics of norms are the same anyway; under the name that versions before 2.14 have too
+            # statistics of norms are equal already; set as an attribute, which PyTorch before 2.14 has too
             wrapped.broadcast_buffers = False
             wrapped.register_comm_hook(self._group, _allreduce_hook)
             for buffer in momentum:
@@ -176,16 +176,16 @@ class ProcessGroup(Processes):
         return wrapped
 
     def convert_norms(self, model: nn.Module, device: torch.device) -> None:
-        """Replace batch norms by those of the images of all processes."""
+        """Replace batch norms by norms over the images of all processes."""
         convert_norms(model, device, self._group)
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
+        """Context manager for a pass whose gradients are accumulated, to be summed over processes in a later pass."""
         return network.no_sync()  # type: ignore[operator]
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Context manager for a step. LostProcess if another process ended meanwhile."""
+        """Context manager for a step; raises LostProcess if another process ends during it."""
         self._computing = True
         try:
             yield
@@ -196,8 +196,8 @@ class ProcessGroup(Processes):
             raise LostProcess(_LOST_MESSAGE) from error
         self._computing = False
 
-    def total(self, counts: LossCounts) -> LossCounts:
-        """The counts of all processes together."""
+    def sum_counts(self, counts: LossCounts) -> LossCounts:
+        """Sum counts over the processes."""
         values = counts.to_tensor(self._device)
         dist.all_reduce(values, group=self._group)
         return LossCounts.from_tensor(values)
@@ -207,9 +207,9 @@ class ProcessGroup(Processes):
         dist.all_reduce(values, group=self._group)
 
     def end(self, error: Exception) -> Exception:
-        """The error to end with in this process, once the others know of it.
+        """Share the error that ends this process; returns the error to raise here.
 
-        An error within a step is not known to others, who may wait for this process there: torchrun ends them.
+        An error within a step cannot be shared, as the others may wait for this process there; torchrun ends them.
         """
         if not (self.ended or self.lost or self._computing):
             try:
@@ -223,11 +223,11 @@ class ProcessGroup(Processes):
             with suppress(RuntimeError):
                 work = dist.irecv(torch.zeros(1), src=0, group=self._control)
                 if work is not None:
-                    work.wait(_FINAL_WAIT)
-        return EndedTogether(str(error), code)
+                    work.wait(_FINAL_TIMEOUT)
+        return ReportedElsewhere(str(error), code)
 
     def _exchange(self, value: Any, error: Exception | None = None, gather: bool = True) -> list[Any]:
-        """The values of all processes, if wanted; an error of any is raised in all."""
+        """The values of all processes, or [] without `gather`; an error in any of them is raised in all."""
         if self.lost:
             if error is not None:
                 raise error
@@ -253,7 +253,7 @@ class ProcessGroup(Processes):
         return gathered
 
     def _select_error(self, errors: list[tuple[str, str] | None], error: Exception | None) -> Exception:
-        """The one error of several that is said: of a signal only if there is no other."""
+        """The error to report if there are several: one by a signal only if there is no other."""
         ranks = [rank for rank, entry in enumerate(errors) if entry is not None]
         rank = min(ranks, key=lambda rank: (errors[rank][0] == Interrupted.__name__, rank))  # type: ignore[index]
         if rank == self.rank and error is not None:
@@ -265,10 +265,10 @@ class ProcessGroup(Processes):
 
 
 def own_device(launch: Launch, name: str | None) -> str:
-    """The device of a process, from the name that was given for all: a GPU of its own, or the CPU.
+    """The device of a process, its own GPU or the CPU, from the name given for all processes.
 
     Raises:
-        InputError: the name is that of one GPU, or a machine has fewer GPUs than processes.
+        InputError: the name is that of a single GPU, or a machine has fewer GPUs than processes.
     """
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -294,7 +294,7 @@ def join_group(launch: Launch) -> Iterator[ProcessGroup]:
 
     Raises:
         RuntimeFailure: they cannot reach each other.
-        EndedTogether: in all processes but the first, where the block ends with an error in any.
+        ReportedElsewhere: in all processes but the first, if the block ends with an error in any process.
     """
     rank_log = RankLog(launch.rank) if launch.rank else None
     try:
@@ -302,7 +302,7 @@ def join_group(launch: Launch) -> Iterator[ProcessGroup]:
         try:
             group.check_peers()
             with warnings.catch_warnings():
-                # of 1x1 convolutions, whose strides are ambiguous; it costs nothing
+                # harmless, for 1x1 convolutions, whose strides are ambiguous
                 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
                 yield group
             group.share_error()
@@ -313,10 +313,10 @@ def join_group(launch: Launch) -> Iterator[ProcessGroup]:
             if ended is error:
                 raise
             raise ended from error
-        except KeyboardInterrupt:  # before the training, which notes it
+        except KeyboardInterrupt:  # before training starts; then it is handled there
             if rank_log is None:
                 raise
-            raise EndedTogether("interrupted", Interrupted.exit_code) from None
+            raise ReportedElsewhere("interrupted", Interrupted.exit_code) from None
         dist.destroy_process_group()  # not after an error: the others wait for this process to end
     finally:
         if rank_log is not None:
@@ -335,9 +335,10 @@ def _error_name(error: Exception) -> str:
 
 
 def _error_text(error: Exception) -> str:
+    """The message of an error, for all processes."""
     return str(error) if isinstance(error, RefdetError) else f"unexpected {type(error).__name__}: {error}"
 
 
 def _is_connection_error(error: RuntimeError) -> bool:
-    """Whether an error of PyTorch says that another process cannot be reached any more."""
+    """Whether an error of PyTorch means that another process can no longer be reached."""
     return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "Connection"))

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights of a training."""
+"""Exponential moving average of the weights during training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of the parameters and the norms' buffers over the steps, weighted by decay ** age.
+    """Exponential moving average of the parameters and the buffers of norms over the steps.
 
-    In the first steps the decay is lower, ``(1 + step) / (10 + step)``, so that the random start is soon forgotten.
-    Integers, such as the norms' counters, are those of the last step.
+    In the first steps the decay is lower, ``(1 + step) / (10 + step)``, so that the random initial weights are soon
+    forgotten. Integers, such as the batch counters of norms, are those of the last step.
 
     Args:
-        model: the network, whose tensors the average starts from.
-        decay: weight of the average before a step; the step's weights have the rest.
+        model: the network; the average starts from its weights.
+        decay: weight of the average before a step; the weights after the step have 1 - decay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -28,13 +28,13 @@ class WeightAverage:
         return self._tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from an average that was saved."""
+        """Continue from a saved average."""
         for name, value in self._tensors.items():
             value.copy_(tensors[name])
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after a step, counted from 1; queued on the device without waiting for it."""
+        """Update the average after a step, counted from 1; does not synchronize with the device."""
         decay = min(self._decay, (1 + step) / (10 + step))
         averages, values = [], []
         for name, value in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""What a training will take, from a few of its steps: `estimate`. Writes nothing."""
+"""`estimate`: the time, memory and disk space that a training will take, from a few of its steps. Writes nothing."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 from refdet.training.inputs import TrainingInputs
 from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.pretrained import load_pretrained
-from refdet.training.step import in_bfloat16, start_step
+from refdet.training.step import start_step, uses_bfloat16
 from refdet.training.validation import validations_after
 
-MEASURED = 3  # steps; one of the largest images before them is not, as libraries choose their kernels in it
-_VALIDATION_IMAGES = 4  # images, a batch of a validation
+MEASURED_STEPS = 3  # after a step on the largest images, in which libraries choose their kernels
+_VALIDATION_IMAGES = 4  # a batch
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training will take.
+    """Estimated cost of a training.
 
     Attributes:
-        recipe: the recipe, its norm frozen or batch.
+        recipe: the recipe, with its norm resolved to frozen or batch.
         images: number of images.
         objects: number of objects.
         classes: number of classes.
-        steps: number of steps that are left.
+        steps: number of remaining steps.
         epochs: passes over the images in these steps.
-        device: its device, and why it was chosen.
+        device: the device, and why it was chosen.
         arithmetic: "float32", "tf32" or "bfloat16".
-        step_seconds: median of the measured steps.
-        image_seconds: of an image of a validation; 0 without one.
-        validations: number of validations that are left.
-        validation_images: number of images of each.
-        seconds: of all steps and validations, without saving.
-        memory_bytes: the most that these steps and one of the largest images took: of GPU memory, or of this process's
-            on a CPU.
-        disk_bytes: the most that the run directory takes while states are replaced.
+        step_seconds: median time of the measured steps.
+        image_seconds: time per image of a validation; 0 without validation.
+        validations: number of remaining validations.
+        validation_images: number of images per validation.
+        seconds: time for all steps and validations, without saving.
+        memory_bytes: peak memory of the measured steps and a step on the largest images: GPU memory, or on a CPU the
+            memory of this process.
+        disk_bytes: largest size of the run directory, while states are replaced.
     """
 
     recipe: Recipe
@@ -121,7 +121,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
         steps_left,
         steps_left / batches.steps_per_epoch,
         describe_device(device),
-        "bfloat16" if in_bfloat16(model, target) else precision,
+        "bfloat16" if uses_bfloat16(model, target) else precision,
         step_seconds,
         image_seconds,
         validations,
@@ -135,7 +135,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
 def _measure_steps(
     inputs: TrainingInputs, batches: TrainingBatches, device: torch.device, first_step: int
 ) -> tuple[MaskRCNN, list[float]]:
-    """The network after a few steps from the first, and the seconds of those that are measured."""
+    """Run a few steps from `first_step`; returns the network and the seconds of each measured step."""
     options = inputs.recipe.train
     torch.manual_seed(options.seed)
     classes = len(batches.labels)
@@ -148,7 +148,7 @@ def _measure_steps(
         state.newest(inputs.out).restore(model, sgd)
     model.train()
     generator, seconds = torch.Generator(), []
-    largest, steps = batches.largest_batch(), range(first_step, first_step + MEASURED)
+    largest, steps = batches.largest_batch(), range(first_step, first_step + MEASURED_STEPS)
     if isinstance(largest, RefdetError):
         raise largest
     try:
@@ -173,7 +173,7 @@ def _measure_steps(
 
 
 def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> float:
-    """Seconds of an image of a validation: of the second of two passes over the same few."""
+    """Seconds per image of a validation, measured in the second of two passes over the same images."""
     records, seconds = data.records[:_VALIDATION_IMAGES], 0.0
     for _ in range(2):
         started = time.perf_counter()
@@ -184,7 +184,7 @@ def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> f
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that PyTorch has reserved on a GPU, or that this process had on a CPU."""
+    """Peak memory in bytes: reserved by PyTorch on a GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -18,10 +18,10 @@ class TrainingInputs:
     """Checked inputs of a training, made by `refdet.training.train.train`.
 
     Attributes:
-        recipe: the recipe, its norm frozen or batch.
+        recipe: the recipe, with its norm resolved to frozen or batch.
         objects: annotated objects and their instances file.
         source: folder or zip of the images.
-        provenance: of the instances file.
+        provenance: provenance of the instances file.
         out: the run directory.
         weights: run directory of a detector to start from, or None.
         saved_run: the state in `out` to resume from, or None.

@@ -1,4 +1,4 @@
-"""How a process joins those that it trains together with, if torchrun started it. No torch unless it did."""
+"""Join the processes that train together, if torchrun started this one; otherwise does not import torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CURRENT: ContextVar[Processes | None] = ContextVar("processes", default=None)
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Context manager for the processes that train together; within it, what other calls of it give too.
+    """Context manager that yields the processes that train together; nested calls yield the same object.
 
     Raises:
-        InputError: the variables of torchrun are incomplete.
-        EndedTogether: in all processes but the first, where the block ends with an error in any.
+        InputError: the environment variables of torchrun are incomplete.
+        ReportedElsewhere: in all processes but the first, if the block ends with an error in any process.
     """
     current, launch = _CURRENT.get(), None
     if current is None:
@@ -39,7 +39,7 @@ def join_processes() -> Iterator[Processes]:
 
 
 def in_all_processes(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function that the processes of torchrun run together, from its first check on."""
+    """Decorator that runs a function within `join_processes`, so that an error in one process is raised in all."""
 
     @wraps(work)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:

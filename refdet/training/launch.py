@@ -23,8 +23,8 @@ class Launch:
         world_size: number of processes on all machines.
         local_rank: number of this process among those on its machine.
         local_world_size: number of processes on its machine.
-        restarts: how often torchrun has started the processes again; None if they are not torchrun's.
-        run_id: ``--rdzv-id``, "" if it is not given.
+        restarts: how often torchrun has restarted the processes; None if torchrun did not start them.
+        run_id: ``--rdzv-id``, "" if it was not given.
     """
 
     rank: int
@@ -39,7 +39,7 @@ class Launch:
         """Read the variables; None outside torchrun.
 
         Raises:
-            InputError: there are several processes, but variables that they need to find each other are missing.
+            InputError: there are several processes, but variables they need to find each other are missing.
         """
         count = environment.get("WORLD_SIZE", "")
         missing = [name for name in _REQUIRED if not environment.get(name)]
@@ -63,19 +63,19 @@ class Launch:
         return cls(rank, world_size, local_rank, local_world_size, restart_count, "" if run_id in _NO_ID else run_id)
 
     def job(self) -> dict[str, str]:
-        """Identify this start of torchrun: its id if it has one, its process on this machine, and this process.
+        """Identify the torchrun job: its run id, torchrun's own process on this machine, and this process.
 
-        torchrun's own process stays the same when it restarts the others.
+        torchrun's own process (the agent) stays the same when it restarts the others.
         """
         return {"run_id": self.run_id, "agent": _identity(os.getppid()), "process": _identity(os.getpid())}
 
     def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
-        """Whether this process replaces that of a `job`, after a number of restarts on any machine."""
+        """Whether this process replaces the one that wrote a `job`, given the most restarts on any machine."""
         this = self.job()
         if self.restarts is None or job.get("process") == this["process"]:
             return False
         same_id = this["run_id"] != "" and job.get("run_id") == this["run_id"]
-        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # ids may be reused
+        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # a later job may have the same id
 
 
 def _identity(process: int) -> str:
@@ -88,5 +88,5 @@ def _identity(process: int) -> str:
 
 
 def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process on this machine has the same command line and reports its usage errors."""
+    """Whether another process on this machine has the same command line, and so reports the same usage errors."""
     return environment.get("LOCAL_RANK", "0") != "0" and "LOCAL_WORLD_SIZE" in environment

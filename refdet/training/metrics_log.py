@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 from refdet.files.json_files import read_bytes
-from refdet.training.metrics_rows import METRICS, VALIDATION_PREFIX, row_of
+from refdet.training.metrics_rows import METRICS, VALIDATION_PREFIX, parse_row
 from refdet.training.run_folder import MAX_LOG_BYTES
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ _EVENTS = "events.out.tfevents.*"
 class MetricsLog:
     """Context manager that logs the metrics of steps.
 
-    Rows of later steps than `first`, left by a killed run, are dropped, also in TensorBoard.
+    Rows of steps after `first`, left by a killed run, are dropped, in TensorBoard too.
 
     Args:
         folder: the run directory, locked by the caller.
-        first: the step that the run resumes from, or 0.
+        first: the step from which the run resumes, or 0.
 
     Raises:
         InputError: ``metrics.jsonl`` is not a regular file or too large.
@@ -41,7 +41,7 @@ class MetricsLog:
         if first == 0:
             for events in folder.glob(_EVENTS):
                 events.unlink()
-        _wait_for_a_later_name(folder)
+        _wait_for_new_timestamp(folder)
         self._board = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
 
@@ -54,7 +54,7 @@ class MetricsLog:
             self._board.add_scalar(f"train/{name}", value, step)
 
     def write_validation(self, step: int, row: Mapping[str, float | str]) -> None:
-        """Log the rates of a validation after a step; they are under ``val/`` in TensorBoard."""
+        """Log the metrics of a validation after a step; in TensorBoard they are under ``val/``."""
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -71,20 +71,20 @@ class MetricsLog:
         self._board.close()
 
 
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait until a new event file sorts last: TensorBoard orders them by name, which has the time in seconds."""
+def _wait_for_new_timestamp(folder: Path) -> None:
+    """Wait until a new event file would sort last: TensorBoard orders files by name, which has the time in seconds."""
     seconds = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
     if seconds:
         time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
 
 
 def _truncate_after(metrics: Path, step: int) -> None:
-    """Drop the rows of later steps, and damaged ones with a warning."""
+    """Drop the rows of later steps, and damaged rows with a warning."""
     if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return
     kept, damaged = [], 0
     for line in read_bytes(metrics, MAX_LOG_BYTES).decode("utf-8", "replace").splitlines():
-        row = row_of(line)
+        row = parse_row(line)
         if row is None:
             damaged += bool(line.strip())
         elif row["step"] <= step:

@@ -11,31 +11,31 @@ from refdet.config.recipe import TrainOptions
 
 
 class GuardedSGD(torch.optim.SGD):
-    """SGD by PyTorch's fused kernel, whose steps change nothing once a loss or a gradient was not finite.
+    """PyTorch's fused SGD, whose steps change nothing from the first loss or gradient that is not finite.
 
-    Decided on the device, so that nothing waits for the losses: when they are read, a step late, the parameters and
+    This is decided on the device, without waiting for the losses: when they are read, a step late, the parameters and
     their momentum are still those before the first bad step.
 
     Attributes:
-        found_inf: scalar float32, 1 from the first bad step on; the fused kernel reads it under this name.
+        found_inf: scalar float32, 1 from the first bad step on; PyTorch's fused kernel reads this attribute.
     """
 
     found_inf: Tensor
 
     def guard(self, values: Tensor) -> None:
-        """Stop changing the parameters if any of the values is not finite."""
+        """Make this and all later steps change nothing if any of the values is not finite."""
         bad = values.isfinite().logical_not().any().float()
         self.found_inf = torch.maximum(self.found_inf, bad)
 
 
 def build_optimizer(model: nn.Module, options: TrainOptions, new_prefixes: tuple[str, ...] | None = None) -> GuardedSGD:
-    """SGD with momentum; weight decay only on the weights of convolutions, but depthwise ones, and linear layers.
+    """SGD with momentum; weight decay only on weights of linear layers and of convolutions that are not depthwise.
 
     Args:
         model: the network; frozen parameters are left out.
         options: learning rate, momentum and weight decay.
-        new_prefixes: prefixes of the names that pretrained weights did not have; the other parameters learn at
-            ``options.pretrained_lr_mult`` times the rate. None without pretrained weights.
+        new_prefixes: prefixes of the parameters that pretrained weights did not have; the others have
+            ``options.pretrained_lr_mult`` times the learning rate. None without pretrained weights.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, options: TrainOptions, new_prefixes: tuple
     trained = [parameter for parameters in groups.values() for parameter in parameters]
     sgd.found_inf = torch.zeros((), dtype=torch.float32, device=trained[0].device)
     if options.momentum:
-        for parameter in trained:  # the kernel needs them of all parameters or of none
+        for parameter in trained:  # the fused kernel needs a buffer for all parameters or for none
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
@@ -70,8 +70,8 @@ def set_lr(sgd: torch.optim.SGD, rate: float) -> None:
 def learning_rate(step: int, options: TrainOptions) -> float:
     """Learning rate of a step, counted from 0: linear warm-up from a tenth, times the factor of the schedule.
 
-    That is 0.1 for each milestone passed, or half a period of a cosine, from 1 to 0 at the end of the run. The warm-up
-    takes at most a fifth of the run, so that short runs learn too.
+    The factor is 0.1 for each milestone passed, or half a period of a cosine, from 1 to 0 at the end of the run. The
+    warm-up takes at most a fifth of the run, so that short runs learn too.
     """
     rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
     if step < warmup:
@@ -93,7 +93,7 @@ def momentum_of(model: nn.Module, sgd: torch.optim.SGD) -> dict[str, Tensor]:
 
 
 def restore_momentum(model: nn.Module, sgd: torch.optim.SGD, momentum: dict[str, Tensor]) -> None:
-    """The inverse of `momentum_of`, on the device and in the layout of each parameter."""
+    """The inverse of `momentum_of`; buffers get the device and memory format of their parameters."""
     for name, parameter in model.named_parameters():
         if name in momentum:
             sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])

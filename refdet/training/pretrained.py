@@ -1,4 +1,4 @@
-"""Training from pretrained weights: which parameters are loaded and which start afresh. Torch only to load them."""
+"""Training from pretrained weights: which parameters are loaded and which stay random. Imports torch only to load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
 from refdet.detector.backbones import network_name
-from refdet.detector.feature_names import NECKS
+from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 
-# layers that depend on the classes; `train.reset_predictors` reinitialises them
+# prefixes of the layers that depend on the classes, which `train.reset_predictors` reinitialises
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
-# options that shift what a trained RPN or head sees, though its shapes stay the same
-OF_DETECTORS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
+# options that change the inputs of a trained RPN or head, but not the shapes of its weights
+DETECTOR_OPTIONS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
 
 
 def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
     """Prefixes of the names of the parameters that pretrained weights do not provide.
 
-    All trained parameters are loaded: the convolutions of an ImageNet network, or all but the mask branch of a Faster
-    R-CNN. Classes must be the same unless the layers that depend on them are reinitialised.
+    All trained parameters are loaded, such as the convolutions of an ImageNet network, or everything except the mask
+    branch from a Faster R-CNN. Classes must be the same unless the layers that depend on them are reinitialised.
 
     Raises:
         InputError: the weights have other classes, another network or another input format.
@@ -44,8 +44,8 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
         new_prefixes += (MASK_BRANCH,)  # missing in one of the two
     if pretrained.categories != categories and not any("head.box.".startswith(prefix) for prefix in new_prefixes):
         raise InputError(
-            f"`weights` {weights}: {difference(pretrained.categories, categories)}; keep all but its last layers with "
-            "`train.reset_predictors=true`"
+            f"`weights` {weights}: {describe_difference(pretrained.categories, categories)}; keep all but its last "
+            "layers with `train.reset_predictors=true`"
         )
     if pretrained.recipe.model.neck != recipe.model.neck and pretrained.untrained:
         new_prefixes += ("neck.", "head.")
@@ -65,12 +65,12 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
     new_prefixes = find_new_prefixes(weights, model.recipe, categories)
     tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
     if pretrained.recipe.model.neck != model.recipe.model.neck and pretrained.untrained:
-        tensors = _for_pyramid(tensors)
+        tensors = _move_conv5_to_backbone(tensors)
     load_weights(model, tensors, folder / checkpoint.MODEL, skip=new_prefixes)
     return new_prefixes
 
 
-def difference(saved: tuple, current: tuple) -> str:
+def describe_difference(saved: tuple, current: tuple) -> str:
     """Human-readable difference between the categories of a checkpoint and of an instances file."""
     if len(saved) != len(current):
         return f"the checkpoint has {len(saved)} classes, the instances file {len(current)}"
@@ -78,13 +78,13 @@ def difference(saved: tuple, current: tuple) -> str:
     return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
 
 
-def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move conv5 of an imported ResNet from the head, as in a C4 network, to the backbone."""
+def _move_conv5_to_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move conv5 of an imported ResNet from the head, where a C4 network has it, to the backbone."""
     return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
 
 
 def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_alone: bool) -> None:
-    """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
+    """Raise InputError for a different backbone, depth, width or neck; clearer than a list of mismatched tensors."""
     keys = ["backbone", "width"] + ["depth"] * (current.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
     if any(getattr(pretrained.model, key) != getattr(current.model, key) for key in keys):
         raise InputError(
@@ -94,12 +94,13 @@ def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_
 
 
 def _network(recipe: Recipe) -> str:
+    """Human-readable name of a network, such as "ResNet-50 with a C4 head"."""
     model = recipe.model
-    return network_name(model) + (f" with {NECKS[model.neck]}" if model.backbone == "resnet" else "")
+    return network_name(model) + (f" with {NECK_NAMES[model.neck]}" if model.backbone == "resnet" else "")
 
 
 def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_resnet: bool) -> None:
-    """Raise InputError for another input format or stride, which shapes do not show."""
+    """Raise InputError for a different input format or other option that the shapes of tensors do not show."""
     fixes = []
     for part, key in (
         ("input", "order"),
@@ -107,10 +108,10 @@ def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_re
         ("input", "std"),
         ("model", "stride_in_1x1"),
         ("model", "pooler_resolution"),
-        *(() if imported_resnet else OF_DETECTORS),
+        *(() if imported_resnet else DETECTOR_OPTIONS),
     ):
         old, new = (getattr(getattr(options, part), key) for options in (pretrained, current))
-        # the stride of conv5 on RoIs, if both have it and it was trained there
+        # this is the stride of conv5, and matters only if both networks have a C4 head and it is trained
         if key == "pooler_resolution" and (imported_resnet or {pretrained.model.neck, current.model.neck} != {"c4"}):
             continue
         if old != new:

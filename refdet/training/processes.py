@@ -1,4 +1,4 @@
-"""`Processes`: what a training does the same in one process and in several. No torch."""
+"""`Processes`: interface to the processes that train together, implemented here for a single one. No torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class EndedTogether(RefdetError):
-    """In every process but the first: training ended with an error, which the first process says.
+class ReportedElsewhere(RefdetError):
+    """Raised in every process but the first if training ends with an error, which the first process reports.
 
     Attributes:
-        exit_code: the same as of the first.
+        exit_code: exit code of the first process.
     """
 
     def __init__(self, text: str, exit_code: int) -> None:
@@ -31,27 +31,27 @@ class EndedTogether(RefdetError):
 
 
 class LostProcess(RuntimeFailure):
-    """Another process of the training ended without a word, as one that is killed does."""
+    """Another process of the training ended without sharing an error, for example because it was killed."""
 
 
 class Processes:
-    """A training in one process. `refdet.training.distributed.ProcessGroup` is one in several.
+    """The single process of a training; `refdet.training.distributed.ProcessGroup` is one of several.
 
-    A step's images are divided among the processes, and the counts, losses and gradients are summed. What is to be done
-    together is done at the same place of the program by all.
+    The images of a step are divided among the processes, and counts, losses and gradients are summed. All processes
+    must call the methods in the same order.
 
     Attributes:
-        rank: number of this process.
+        rank: number of this process, from 0.
         world_size: number of processes.
-        local_world_size: number of them on this machine.
-        lost: whether another process has ended without a word.
+        local_world_size: number of processes on this machine.
+        lost: whether another process has ended without sharing an error.
     """
 
     rank, world_size, local_world_size, lost = 0, 1, 1, False
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+        """Whether this is the process that writes files and reports to the user."""
         return self.rank == 0
 
     def share_error(self, error: Exception | None = None) -> None:
@@ -60,11 +60,11 @@ class Processes:
             raise error
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Work of every process by itself; an error of one is raised in all."""
+        """Run `work` in every process; an error in one of them is raised in all."""
         return work()
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Work of the first process only; all return its result or raise its error."""
+        """Run `work` in the first process only; all processes return its result or raise its error."""
         return work()
 
     def gather(self, value: T) -> list[T]:
@@ -72,40 +72,40 @@ class Processes:
         return [value]
 
     def check_same(self, values: Mapping[str, object]) -> None:
-        """Raise InputError if a value is another one in another process; the keys say what they are."""
+        """Raise InputError if a value differs between processes; the keys describe the values."""
 
     def restarted(self, out: Path) -> bool:
-        """Whether these processes take the place of others of the same start of torchrun, which trained into `out`."""
+        """Whether torchrun restarted these processes in place of others that trained into `out`."""
         return False
 
     def device(self, name: str | None) -> str | None:
-        """The name of this process's device, from the name that was given for all."""
+        """The name of this process's device, from the name given for all processes."""
         return name
 
     def prepare(self, device: torch.device, out: Path) -> None:
-        """Get ready to compute; the run directory is there and locked."""
+        """Prepare to compute, once the run directory exists and is locked."""
 
     def describe(self) -> str:
-        """The processes, machines, devices and backend; "" for a process that torchrun did not start."""
+        """Human-readable description of the processes, machines, devices and backend; "" without torchrun."""
         return ""
 
     def wrap(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
-        """The network with its weights, momentum and gradients the same in all processes."""
+        """Wrap a network so that its weights, momentum and gradients are the same in all processes."""
         return network
 
     def convert_norms(self, model: nn.Module, device: torch.device) -> None:
-        """Replace batch norms by those of the images of all processes."""
+        """Replace batch norms by norms over the images of all processes."""
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
+        """Context manager for a pass whose gradients are accumulated, to be summed over processes in a later pass."""
         return nullcontext()
 
     def computing(self) -> AbstractContextManager[None]:
-        """Context manager for a step. LostProcess if another process ended meanwhile."""
+        """Context manager for a step; raises LostProcess if another process ends during it."""
         return nullcontext()
 
-    def total(self, counts: LossCounts) -> LossCounts:
-        """The counts of all processes together."""
+    def sum_counts(self, counts: LossCounts) -> LossCounts:
+        """Sum counts over the processes."""
         return counts
 
     def sum_(self, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a training other than the first print: a file of each in the run directory."""
+"""Logs of the training processes other than the first, whose output goes to a file each in the run directory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FOLDER = "logs"  # in the run directory
 
 
 class RankLog:
-    """Takes stdout and stderr of this process, of its libraries and of its workers too, until it is closed.
+    """Redirects stdout and stderr of this process, its libraries and its workers, until it is closed.
 
     Args:
-        rank: number of the process.
+        rank: rank of the process.
     """
 
     def __init__(self, rank: int) -> None:
@@ -25,7 +25,7 @@ class RankLog:
         self._redirect(self._file.fileno())
 
     def open(self, out: Path) -> None:
-        """Go on in a file of the run directory, which begins with what was kept so far."""
+        """Redirect to a file in the run directory, starting with the output so far."""
         _flush()
         self._file.seek(0)
         buffered = self._file.read()
@@ -37,7 +37,7 @@ class RankLog:
             self._redirect(file.fileno())
 
     def close(self) -> None:
-        """Give stdout and stderr back."""
+        """Restore stdout and stderr."""
         _flush()
         for fd, saved_fd in zip((1, 2), self._saved_fds, strict=True):
             os.dup2(saved_fd, fd)
@@ -52,5 +52,5 @@ class RankLog:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with suppress(OSError):  # of a full disk, which must not end a training
+            with suppress(OSError):  # a full disk must not end a training
                 stream.flush()

@@ -1,4 +1,4 @@
-"""Where the processes of torchrun exchange addresses: a store of their own for each time that they are started."""
+"""The store in which the processes of torchrun exchange addresses, separate for each restart."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from refdet.training.launch import Launch
 
-_POLL_SECONDS = 0.02  # seconds between looks at the store
+_POLL_SECONDS = 0.02  # between reads of the store
 _TOKEN, _CALL, _ANSWER = "refdet/here/{}", "refdet/call", "refdet/answer/{}/{}"
 
 
 def rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
-    """A store that holds nothing of earlier processes.
+    """A store without entries of earlier processes.
 
-    torchrun may keep one store for all that it starts, in which restarted processes find the addresses of those that
-    have ended. So the first process calls the others by marks that each has made for itself, until all have answered.
+    torchrun may keep one store across restarts, in which processes would find the addresses of those that have ended.
+    So each process makes a token, and the first process calls the others by their tokens until all have answered.
 
     Raises:
-        RuntimeError: not all came in time.
+        RuntimeError: a process did not answer in time.
     """
     url = f"env://?rank={launch.rank}&world_size={launch.world_size}"
     store, rank, world_size = next(iter(rendezvous(url, timeout=timeout)))

@@ -12,10 +12,10 @@ from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import escape_unprintable
 from refdet.structures.provenance import Selection
-from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, is_validation, number_of
+from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, finite_number, is_validation
 
 CARD = "README.md"
-_LINES = 12  # of the learning curve, at most
+_MAX_CURVE_LINES = 12  # of the learning curve
 _BOX_AP = f"{VALIDATION_PREFIX}bbox_AP"
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MARKER = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
@@ -29,7 +29,7 @@ def write_card(
     Args:
         out: the run directory.
         meta: metadata of its weights.
-        rows: the rows of its metrics.jsonl, without damaged ones.
+        rows: the undamaged rows of its metrics.jsonl.
         validated_on: the validation data, such as "5000 images of minival.json".
     """
     path = out / CARD
@@ -90,28 +90,28 @@ Extract features of REFER images:
 
 
 def _weights(meta: CheckpointMetadata) -> str:
-    """Which weights model.safetensors holds."""
+    """Describe the weights in model.safetensors."""
     decay = meta.recipe.train.ema
     return f"an exponential average over the steps (train.ema={decay:g})" if decay else f"those after step {meta.step}"
 
 
 def _validations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The validations on the data of the last one, as AP on other data is not comparable."""
+    """The validations on the same data as the last one, as AP on different data is not comparable."""
     validations = [row for row in rows if is_validation(row)]
     return [row for row in validations if row.get(DATA_HASH_KEY) == validations[-1].get(DATA_HASH_KEY)]
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
-    """A table of the last and of the best validation; "" without any."""
+    """A table of the last and the best validation; "" without validations."""
     validations = _validations(rows)
     if not validations:
         return ""
-    last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
+    last, best = validations[-1], max(validations, key=lambda row: finite_number(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_AP_NAMES)} |", "|---" * (1 + len(_AP_NAMES)) + "|"]
     for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
         for kind, noun in (("bbox", "boxes"), ("segm", "masks")):
-            values = [number_of(row, f"{VALIDATION_PREFIX}{kind}_{ap}") for ap in _AP_NAMES]
+            values = [finite_number(row, f"{VALIDATION_PREFIX}{kind}_{ap}") for ap in _AP_NAMES]
             if any(value is not None for value in values):
                 cells = ["-" if value is None else f"{value:.3f}" for value in values]
                 lines.append(f"| {noun}, {name}step {row['step']} | {' | '.join(cells)} |")
@@ -121,14 +121,15 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The loss as bars of text, with the box AP of the validations up to each line; "" without any."""
-    losses = [(row["step"], loss) for row in rows if (loss := number_of(row, "loss")) is not None]
-    rates = [(row["step"], number_of(row, _BOX_AP)) for row in _validations(rows)]
+    """The loss as bars of text, with the box AP of the last validation up to each line; "" with too few losses."""
+    losses = [(row["step"], loss) for row in rows if (loss := finite_number(row, "loss")) is not None]
+    rates = [(row["step"], finite_number(row, _BOX_AP)) for row in _validations(rows)]
     if len(losses) < 2:
         return ""
     max_loss = max(max(loss for _, loss in losses), 1e-9)
     heading, lines, previous = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
-    for index in sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)}):
+    last = len(losses) - 1
+    for index in sorted({round(i * last / (_MAX_CURVE_LINES - 1)) for i in range(_MAX_CURVE_LINES)}):
         step, loss = losses[index]
         reached = [f"{rate:.3f}" for rate_step, rate in rates if previous < rate_step <= step]
         bar = "#" * min(max(round(40 * loss / max_loss), 1), 40)
@@ -139,6 +140,7 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _leaks(meta: CheckpointMetadata) -> str:
+    """What is known about leaks of held-out images, and how to check."""
     provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
     if not provenance.excluded:
         why = provenance.note or "no known exclusions"

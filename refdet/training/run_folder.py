@@ -7,13 +7,13 @@ from pathlib import Path
 from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
 
-LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
-IN_USE = "let it end or choose another `out`"
-MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
+LOCK = ".refdet-train.lock"  # created first, so that its presence marks a run directory
+IN_USE_FIX = "let it end or choose another `out`"
+MAX_LOG_BYTES = 2**28  # of metrics.jsonl; the longest training takes a twentieth
 
 
-def states(out: Path) -> list[Path]:
-    """The states in a run directory, oldest first."""
+def state_paths(out: Path) -> list[Path]:
+    """Paths of the states in a run directory, oldest first."""
     paths = (path for path in (out / STATE).glob("step-*.safetensors") if path.stem[len("step-") :].isdecimal())
     return sorted(paths, key=lambda path: int(path.stem[len("step-") :]))
 
@@ -22,7 +22,7 @@ def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
     """Whether there is a state to resume from, and a note if ``--resume`` finds none.
 
     Raises:
-        InputError: ``out`` exists without `resume`, or is not a folder, or not a run directory.
+        InputError: ``out`` exists without `resume`, is not a folder, or is not a run directory.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"`out` {out}: is a file; give a folder for the run directory")
@@ -30,7 +30,7 @@ def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
         return False, f"`resume`: nothing to resume in {out}: starting from the beginning" if resume else ""
     if not resume:
         raise InputError(f"`out` {out} exists; choose another, remove it, or continue it with `resume=True`")
-    if states(out):
+    if state_paths(out):
         return True, ""
     if (out / META).exists():
         raise InputError(f"`resume`: {out} holds weights but no training state to resume from; choose another `out`")

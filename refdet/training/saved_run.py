@@ -1,4 +1,4 @@
-"""Metadata of a training state, and checks that a run is resumed as it was started. No torch."""
+"""Metadata of a training state, and checks that a run is resumed with the settings it was started with. No torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from refdet.files.short_text import short_repr, shorten
 from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
-from refdet.training.pretrained import Categories, difference
-from refdet.training.run_folder import states
+from refdet.training.pretrained import Categories, describe_difference
+from refdet.training.run_folder import state_paths
 
 # options that may change on resuming; train.steps is checked separately
 _MAY_CHANGE = ("workers", "checkpoint_interval", "log_every", "steps", "accumulate", "keep", "eval_every")
@@ -31,9 +31,9 @@ class SavedRun:
     """Metadata of a training state.
 
     Attributes:
-        path: the file of the state.
+        path: the state file.
         meta: recipe, categories, provenance and step.
-        new_prefixes: prefixes of the names that pretrained weights did not have; None without pretrained weights.
+        new_prefixes: prefixes of the parameters that pretrained weights did not have; None without pretrained weights.
         data_sha256: `TrainingObjects.sha256` of the training data; None in states of older versions.
     """
 
@@ -44,12 +44,12 @@ class SavedRun:
 
     @classmethod
     def newest(cls, out: Path) -> SavedRun:
-        """The newest state in a run directory that has one.
+        """Read the metadata of the newest state in a run directory that has one.
 
         Raises:
             InputError: it is damaged.
         """
-        path = states(out)[-1]
+        path = state_paths(out)[-1]
         try:
             check_safetensors(path)
             with safe_open(path, framework="numpy") as file:
@@ -58,10 +58,10 @@ class SavedRun:
             raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
         except (OSError, SafetensorError) as error:
             raise damaged_state(path, f"not a readable safetensors file ({shorten(error, 200)})") from error
-        return cls.of(path, metadata)
+        return cls.parse(path, metadata)
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, str]) -> SavedRun:
+    def parse(cls, path: Path, metadata: Mapping[str, str]) -> SavedRun:
         """Parse the metadata of a state. Raises InputError if it is damaged."""
         try:
             if "meta" not in metadata:
@@ -75,12 +75,12 @@ class SavedRun:
         return SavedRun(path, meta, new_prefixes, metadata.get("training_data_sha256"))
 
     def with_older_defaults(self, recipe: Recipe, out: Path) -> tuple[Recipe, list[str]]:
-        """The recipe with the defaults of the run, where a newer refdet has others; and notes for the user."""
+        """The recipe with the defaults the run was started with, where these have changed; and notes for the user."""
         saved, current = self.meta.recipe, recipe
         changes: list[tuple[str, object, object]] = []
         if saved.input.size_divisibility == 0:  # saved before this key existed
             changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
-        if saved.input.short_side_per == "step":  # as in all runs before this key existed
+        if saved.input.short_side_per == "step":  # in all runs before this key existed
             changes.append(("input.short_side_per", "step", current.input.short_side_per))
         network = (current.model.neck, current.model.depth)
         if network == ("fpn", 50) and not saved.train.bf16:  # fpn-res50 was trained in float32
@@ -89,7 +89,7 @@ class SavedRun:
             old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
             if old_beta == older:
                 changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
-        same: list[tuple[str, object]] = [("input.size_divisibility", 1)]  # 0 is as 1
+        same: list[tuple[str, object]] = [("input.size_divisibility", 1)]  # equivalent to 0
         if len(saved.input.min_sizes) == 1 or saved.input.crop_size:
             same.append(("input.short_side_per", "image"))
         notes = [
@@ -105,7 +105,7 @@ class SavedRun:
         """Check that the recipe is the one the run was started with.
 
         Raises:
-            InputError: the recipe differs, or has fewer steps than are done.
+            InputError: the recipe differs, or has fewer steps than were already done.
         """
         old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
         for part, options in old.items():
@@ -123,14 +123,14 @@ class SavedRun:
             )
 
     def check_data(self, categories: Categories, provenance: Provenance, data_sha256: str, out: Path) -> None:
-        """Check that the training data is what the run was started with.
+        """Check that the training data is the same as when the run was started.
 
         Raises:
             InputError: it differs.
         """
         saved = self.meta
         if saved.categories != categories:
-            raise InputError(f"`resume` {out}: {difference(saved.categories, categories)}")
+            raise InputError(f"`resume` {out}: {describe_difference(saved.categories, categories)}")
         if saved.provenance.image_ids_sha256 != provenance.image_ids_sha256:
             raise InputError(f"`resume` {out}: the run was started with the images of another instances file")
         if saved.provenance.annotations != provenance.annotations:
@@ -161,7 +161,7 @@ class SavedRun:
 
 def damaged_state(path: Path, why: str) -> InputError:
     """The error of a damaged state, with the fix."""
-    others = [other for other in states(path.parent.parent) if other != path]
+    others = [other for other in state_paths(path.parent.parent) if other != path]
     fix = (
         f"remove it: `resume=True` then continues from {others[-1].name}"
         if others

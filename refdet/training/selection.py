@@ -1,4 +1,4 @@
-"""What weights are chosen on: the record in their provenance, and notes on held-out images before the first step."""
+"""The data on which weights are selected: its record in their provenance, and notes on held-out images in it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, Selection
 
 
-def of_last_step(provenance: Provenance, out: Path, validated_on: Provenance | None) -> Provenance:
-    """The provenance of the weights of a run's last step, which no validation chooses.
+def provenance_of_last_step(provenance: Provenance, out: Path, validated_on: Provenance | None) -> Provenance:
+    """Record in a provenance that weights are those of the last step, not selected by validation.
 
     Args:
-        provenance: without this record, or from a saved state.
+        provenance: provenance of the training data or from a saved state.
         out: the run directory.
         validated_on: provenance of the file that the run is validated on from now on, if any.
 
     Returns:
-        The provenance; still without the record if an older refdet validated the run and did not record on what.
+        The provenance with ``selection``; unchanged if an older refdet validated the run without recording the data.
     """
     selection = provenance.selection
     if selection is None:
@@ -34,16 +34,16 @@ def of_last_step(provenance: Provenance, out: Path, validated_on: Provenance | N
 
 
 def held_out_notes(val_instances: Path, validated_on: Provenance, training: Provenance, split: Path) -> list[str]:
-    """Notes for the user on held-out images in a validation file, which choose ``best/``.
+    """Notes for the user on held-out images in a validation file, by which ``best/`` would be selected.
 
     Args:
         val_instances: the validation file.
         validated_on: its provenance.
         training: provenance of the training file.
-        split: the training file. The report that build-split wrote beside it lists the held-out images it removed.
+        split: the training file; a report by build-split next to it lists the held-out images that were removed.
 
     Returns:
-        One line, or none if the file excludes all that the training file does.
+        One line, or none if the validation file excludes everything that the training file does.
     """
     audit = f"refdet audit --instances {val_instances} --refer-root DIR"
     removed = _removed_ids(split) if training.excluded else frozenset()
@@ -69,7 +69,7 @@ def held_out_notes(val_instances: Path, validated_on: Provenance, training: Prov
 
 
 def _removed_ids(split: Path) -> frozenset[int]:
-    """COCO ids of the images that build-split removed from a file; none if it has no readable report."""
+    """COCO ids of the images that build-split removed from a file; empty if there is no readable report."""
     path = report_path(split)
     try:
         report = read_small_json(path) if path.is_file() else None

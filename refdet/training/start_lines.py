@@ -1,4 +1,4 @@
-"""The lines at the start of a training that say how a step's images are divided."""
+"""Log lines at the start of a training about the processes and passes that share the images of a step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from refdet.training.processes import Processes
 
 
 def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
-    """Processes, machines, devices, backend and images a step, if torchrun started them; and the passes of a step."""
+    """Lines about processes, devices and images per step if torchrun started them, and about the passes of a step."""
     options, where, lines = recipe.train, processes.describe(), []
     share = f"{options.batch_size} images a step"
     if processes.world_size > 1:
         share += f", {options.batch_size // processes.world_size} in each process"
     if options.accumulate > 1:
-        in_pass = options.batch_size // processes.world_size // options.accumulate
-        share += f", in {options.accumulate} passes of {format_count(in_pass, 'image')}"
+        pass_size = options.batch_size // processes.world_size // options.accumulate
+        share += f", in {options.accumulate} passes of {format_count(pass_size, 'image')}"
     if where or options.accumulate > 1:
         lines.append(f"train: {where}{'; ' if where else ''}{share}")
     if options.accumulate > 1 and recipe.model.norm == "batch":

@@ -1,4 +1,4 @@
-"""The training state of a run directory, from which a run resumes exactly."""
+"""The training state in a run directory, from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from refdet.training.ema import WeightAverage
 from refdet.training.metrics_rows import METRICS
 from refdet.training.optim import momentum_of, restore_momentum
 from refdet.training.run_card import CARD
-from refdet.training.run_folder import states
+from refdet.training.run_folder import state_paths
 from refdet.training.saved_run import SavedRun, damaged_state
 
 
@@ -30,14 +30,14 @@ class State(SavedRun):
     """A training state with its tensors.
 
     Attributes:
-        tensors: model and momentum tensors, and averages of the former, with the prefixes "model/", "momentum/" and
+        tensors: model tensors, their momentum and their moving averages, with the prefixes "model/", "momentum/" and
             "ema/".
     """
 
     tensors: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, sgd: torch.optim.SGD, average: WeightAverage | None = None) -> None:
-        """Load the tensors into a model, its optimizer and the average of its weights.
+        """Load the tensors into a model, its optimizer and, if given, the moving average of its weights.
 
         Raises:
             InputError: they do not match the model.
@@ -72,17 +72,17 @@ class State(SavedRun):
 
 
 def newest(out: Path) -> State:
-    """The newest state of a run directory that has one.
+    """Read the newest state of a run directory that has one.
 
     Raises:
         InputError: it is damaged.
     """
-    path = states(out)[-1]
+    path = state_paths(out)[-1]
     try:
         tensors, metadata = checkpoint.read_tensors(path)
     except InputError as error:
         raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
-    saved = SavedRun.of(path, metadata)
+    saved = SavedRun.parse(path, metadata)
     return State(saved.path, saved.meta, saved.new_prefixes, saved.data_sha256, tensors)
 
 
@@ -95,9 +95,9 @@ def save(
     data_sha256: str,
     average: WeightAverage | None = None,
 ) -> None:
-    """Write the state, then the weights (their average, if there is one), then remove states beyond ``train.keep``.
+    """Write the state, then the weights (or their average), then remove old states beyond ``train.keep``.
 
-    The state alone is enough to resume.
+    The state alone is enough to resume, so a process may be killed at any point.
     """
     folder = out / checkpoint.STATE
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
@@ -113,15 +113,15 @@ def save(
     checkpoint.write_tensors(path, tensors, metadata)
     checkpoint.save(out, average or model, meta)
     keep = meta.recipe.train.keep
-    for old in states(out)[:-keep] if keep else ():
+    for old in state_paths(out)[:-keep] if keep else ():
         old.unlink()
 
 
 def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
-    """The most that a run directory takes, in bytes; each file exists twice while it is replaced.
+    """Largest size of a run directory in bytes; each file exists twice while it is replaced.
 
-    Weights, states of weights, momentum and perhaps an average, and the weights in ``best/``. Of ``train.keep=0``
-    without all its states, as there is no limit.
+    Counts the weights, the states (weights, momentum and perhaps an average) and the weights in ``best/``. With
+    ``train.keep=0``, whose states have no limit, only one state is counted.
     """
     states = max(options.keep, 1) + 1
     copies = 2 + states * (3 if options.ema else 2) + 2 * validated

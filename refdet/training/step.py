@@ -1,10 +1,10 @@
-"""A step of training: its forward and backward passes, and the update of the weights.
+"""A training step: its forward and backward passes, and the update of the weights.
 
-A step is computed in one pass or in several, each of a part of the images of this process. Its losses are divided by
-counts of samples of all its images, so they must be known before the first gradient is computed. With several passes
-all but the first are therefore started twice: once up to the samples, to count them, and once for the gradients.
+A step has one or more passes (gradient accumulation), each over a part of this process's images. The losses are divided
+by the counts of samples of all images of the step, which must be known before the first gradient is computed. So with
+several passes, all but the first run twice: once up to sampling, to count the samples, and once for the gradients.
 
-Nothing waits for the GPU: the losses are copied to the host meanwhile and read later.
+Nothing waits for the GPU: the losses are copied to the host asynchronously and read later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refdet.data.training_batches import Batch
-from refdet.detector.loss_counts import LossCounts, Total
+from refdet.detector.loss_counts import LossCounts, ReduceCounts
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.sampling import image_seeds
 from refdet.device import supported_precision, to_cpu_async
@@ -34,8 +34,8 @@ class PendingStep:
 
     Attributes:
         names: names of the loss terms.
-        wait: waits for the terms and the norm of the gradient, (terms + 1,) float32.
-        image_ids: COCO ids of its images, of all processes.
+        wait: waits for and returns the terms and the gradient norm, (terms + 1,) float32.
+        image_ids: COCO ids of the step's images, in all processes.
     """
 
     names: Sequence[str]
@@ -43,7 +43,7 @@ class PendingStep:
     image_ids: Sequence[int]
 
     def losses(self) -> dict[str, float]:
-        """The loss terms, once they are there.
+        """Wait for the loss terms.
 
         Raises:
             RuntimeFailure: a term or the gradient is not finite; neither this step nor a later one has changed the
@@ -81,7 +81,7 @@ def start_step(
         sgd: its optimizer.
         batch: the images.
         rate: learning rate.
-        max_grad_norm: largest L2 norm of all gradients together; 0 for no clipping.
+        max_grad_norm: maximum L2 norm of all gradients together; 0 for no clipping.
         generator: on the CPU, seeded for this step.
         passes: computes the gradients; by default in this process alone.
 
@@ -91,9 +91,9 @@ def start_step(
     set_lr(sgd, rate)
     sgd.zero_grad(set_to_none=True)
     names, terms = (passes or Passes(model)).backward(batch, generator)
-    # with inf it only measures the norm, which the guard needs; one tensor of results is one copy to the host
+    # with inf it only measures the norm, which `guard` needs
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))
+    results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))  # one tensor, for a single copy to the host
     sgd.guard(results)
     sgd.step()
     return PendingStep(names, to_cpu_async(results), batch.image_ids)
@@ -112,12 +112,12 @@ class LossNetwork(nn.Module):
 
 
 class Passes:
-    """Forward and backward passes, which compute the gradients of steps.
+    """Computes the gradients of steps, in one or more forward and backward passes each.
 
     Args:
         model: the network, in training mode.
-        processes: each has a share of the images of a step.
-        momentum: buffers of the optimizer; all processes start with those of the first.
+        processes: the processes among which the images of a step are divided.
+        momentum: momentum buffers of the optimizer; all processes start with those of the first.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Passes:
         options = model.recipe.train
         self.model, self.processes, self._passes = model, processes or Processes(), options.accumulate
         self._images_before = self.processes.rank * (options.batch_size // self.processes.world_size)
-        # on a GPU a step cannot be abandoned
+        # on a GPU, an abandoned step cannot be undone
         on_cpu = not next(model.parameters()).is_cuda
-        self._keeps_buffers = on_cpu and self.processes.world_size > 1 and model.recipe.model.norm == "batch"
-        self._buffers: list[Tensor] = []
+        self._saves_buffers = on_cpu and self.processes.world_size > 1 and model.recipe.model.norm == "batch"
+        self._saved_buffers: list[Tensor] = []
         self._network = self.processes.wrap(LossNetwork(model), momentum or [])
 
     def backward(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor]:
@@ -142,17 +142,17 @@ class Passes:
         Returns:
             Names of the loss terms, and their values over all images of all processes.
         """
-        if self._keeps_buffers:
-            self._buffers = [buffer.clone() for buffer in self.model.buffers()]
+        if self._saves_buffers:
+            self._saved_buffers = [buffer.clone() for buffer in self.model.buffers()]
         if self._images_before:
-            image_seeds(self._images_before, 2, generator)  # of the processes before this one
+            image_seeds(self._images_before, 2, generator)  # skips the seeds of images in processes before this one
         parts = batch.chunk(self._passes)
-        total = self._total(parts, generator)
+        reduce_counts = self._reduce_counts(parts, generator)
         names: list[str] = []
         values: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self.processes.no_sync(self._network):
-                losses = self._apply(self._network, part, generator, total)
+                losses = self._apply(self._network, part, generator, reduce_counts)
                 stacked = torch.stack(list(losses.values()))
                 stacked.sum().backward()
             names = list(losses)
@@ -161,43 +161,44 @@ class Passes:
         self.processes.sum_(terms)
         return names, terms
 
-    def undo(self) -> None:
-        """Restore the norms' running statistics of before the step in which another process was lost; on a CPU."""
-        for buffer, saved in zip(self.model.buffers(), self._buffers, strict=False):
+    def restore_buffers(self) -> None:
+        """After another process was lost in a step on a CPU, restore the norms' running statistics before the step."""
+        for buffer, saved in zip(self.model.buffers(), self._saved_buffers, strict=False):
             buffer.copy_(saved)
 
-    def _total(self, parts: list[Batch], generator: torch.Generator) -> Total:
-        """What gives the counts to divide by, from those of the first pass: those of all passes and processes."""
+    def _reduce_counts(self, parts: list[Batch], generator: torch.Generator) -> ReduceCounts:
+        """Make a function that sums counts over all passes and processes; its first call must be in the first pass."""
         if len(parts) == 1:
-            return self.processes.total
+            return self.processes.sum_counts
         state = generator.get_state()
-        image_seeds(len(parts[0].sizes), 2, generator)  # of the first pass, which counts its own samples
-        with _keeping_statistics(self.model):
+        image_seeds(len(parts[0].sizes), 2, generator)  # skips those of the first pass, which counts its own samples
+        with _frozen_running_stats(self.model):
             later = [self._apply(self.model.count_samples, part, generator) for part in parts[1:]]
         generator.set_state(state)
         summed: list[LossCounts] = []
 
-        def total(counts: LossCounts) -> LossCounts:
+        def reduce_counts(counts: LossCounts) -> LossCounts:
             if not summed:
-                summed.append(self.processes.total(sum(later, start=counts)))
+                summed.append(self.processes.sum_counts(sum(later, start=counts)))
             return summed[0]
 
-        return total
+        return reduce_counts
 
     def _apply(self, work, part: Batch, generator: torch.Generator, *extra: object):  # type: ignore[no-untyped-def]
+        """Call `MaskRCNN.compute_losses` or `count_samples` with the images of a pass."""
         device = next(self.model.parameters()).device
         images = part.inputs(self.model.recipe.input, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(self.model, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.model, device)):
             return work(images, part.input_sizes, part.targets, generator, *extra)
 
 
-def in_bfloat16(model: MaskRCNN, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: if the recipe says so, and not on a CPU that only emulates it."""
+def uses_bfloat16(model: MaskRCNN, device: torch.device) -> bool:
+    """Whether training computes in bfloat16: if the recipe says so, except on CPUs that only emulate it."""
     return model.recipe.train.bf16 and supported_precision("bfloat16", device) == "bfloat16"
 
 
 @contextmanager
-def _keeping_statistics(model: nn.Module) -> Iterator[None]:
+def _frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Context manager within which batch norms do not update their running statistics."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     try:

@@ -2,7 +2,7 @@
 
 Shape shorthand in this module:
 
-    N: images or RoIs of this process, also 0
+    N: images or RoIs of this process, 0 or more
     C: channels
     H, W: height and width of the map
     R: processes
@@ -21,12 +21,12 @@ _DIMS = (0, 2, 3)
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics in training are those of the images of all processes, also on a CPU.
+    """BatchNorm2d with statistics over the images of all processes in training, for CPUs.
 
     PyTorch's SyncBatchNorm needs a GPU.
 
     Attributes:
-        group: of the processes; None for all.
+        group: the process group; None for all processes.
     """
 
     group: dist.ProcessGroup | None = None
@@ -35,9 +35,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """X (N, C, H, W) -> (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
-        # in float32, as by BatchNorm2d too: bfloat16 holds neither a mean of many values nor their number
+        # in float32, as in BatchNorm2d: bfloat16 is too coarse for the mean and number of many values
         wide = x.float() if x.dtype == torch.bfloat16 else x
-        y, mean, variance, count = _Normalised.apply(wide, self.weight, self.bias, self.eps, self.group)
+        y, mean, variance, count = _BatchNormFunction.apply(wide, self.weight, self.bias, self.eps, self.group)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -48,8 +48,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-class _Normalised(torch.autograd.Function):
-    """Normalise with the mean and variance over all processes (Chan et al., 1979, puts those of parts together)."""
+class _BatchNormFunction(torch.autograd.Function):
+    """Normalise with the mean and variance over all processes, merged from those of each (Chan et al., 1979)."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of x, weight and bias; those of the weight and bias of this process only."""
+        """Gradients of x, weight and bias; weight and bias get only the gradient of this process."""
         normalised, weight, scale, count = ctx.saved_tensors
         grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalised).sum(_DIMS)
         means = torch.cat((grad_bias, grad_weight)) / count
@@ -87,9 +87,9 @@ class _Normalised(torch.autograd.Function):
 
 
 def convert_norms(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Replace each BatchNorm2d of a model by one over all processes, with the same parameters and buffers.
+    """Replace each BatchNorm2d of a model by a norm over all processes, with the same parameters and buffers.
 
-    PyTorch's SyncBatchNorm on a GPU, `SyncedBatchNorm` elsewhere.
+    Uses PyTorch's SyncBatchNorm on a GPU and `SyncedBatchNorm` elsewhere.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)

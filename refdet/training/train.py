@@ -24,7 +24,7 @@ from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
 from refdet.training.processes import Processes
-from refdet.training.run_folder import IN_USE, LOCK, can_resume
+from refdet.training.run_folder import IN_USE_FIX, LOCK, can_resume
 from refdet.training.saved_run import SavedRun
 from refdet.training.validation import ValidationData
 
@@ -65,9 +65,9 @@ def train(
         out: the run directory, new unless ``resume``.
         changes: overrides of recipe keys, such as "train.steps=500".
         weights: run directory of a detector to start from.
-        resume: continue the run in ``out``; starts from the beginning, with a note, if there is nothing to resume.
+        resume: continue the run in ``out``; if there is nothing to resume, start from the beginning, with a note.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
-        crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
+        crowd_as_object: train on annotations with ``iscrowd`` 1 like on others.
         val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
             weights so far are kept in ``out/best``.
         val_images: folder or zip of its images, by default ``images``.
@@ -104,23 +104,23 @@ def dry_run(
     val_instances: str | Path | None = None,
     val_images: str | Path | None = None,
 ) -> Estimate:
-    """Check the arguments of `train`, which are the same, and measure three steps; writes nothing.
+    """Check the arguments of `train` and measure three steps, without writing anything.
 
     Args:
-        recipe: as of `train`.
-        instances: as of `train`.
-        images: as of `train`.
-        out: as of `train`; None if it is not known yet.
-        changes: as of `train`.
-        weights: as of `train`.
-        resume: as of `train`.
-        device: as of `train`.
-        crowd_as_object: as of `train`.
-        val_instances: as of `train`.
-        val_images: as of `train`.
+        recipe: as in `train`.
+        instances: as in `train`.
+        images: as in `train`.
+        out: as in `train`; None if it is not known yet.
+        changes: as in `train`.
+        weights: as in `train`.
+        resume: as in `train`.
+        device: as in `train`.
+        crowd_as_object: as in `train`.
+        val_instances: as in `train`.
+        val_images: as in `train`.
 
     Returns:
-        The recipe in full, the number of images and steps, and what time and memory the run will take.
+        The complete recipe, the number of images and steps, and the time and memory that the run will take.
 
     Raises:
         InputError: an argument is invalid.
@@ -152,7 +152,7 @@ def _check_inputs(
     val_instances: str | Path | None,
     val_images: str | Path | None,
 ) -> TrainingInputs:
-    """The inputs of a training, checked before torch is imported, with notes about them."""
+    """Check the inputs of a training, before torch is imported, and log notes about them."""
     instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
@@ -225,16 +225,16 @@ def _check_inputs(
 
 
 def _find_saved_run(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
-    """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
+    """Whether `out` has a state to resume from, a note, and the state; raises InputError if another run writes it."""
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
-        with exclusive_lock(out, LOCK, IN_USE):
-            pass  # no other process trains into it
+        with exclusive_lock(out, LOCK, IN_USE_FIX):
+            pass  # only checks that no other process trains into it
     return resumes, note, SavedRun.newest(out) if resumes else None
 
 
 def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: SavedRun | None, resumes: bool) -> Recipe:
-    """Resolve the norm to frozen or batch; InputError for frozen norms with random weights."""
+    """Resolve the norm "auto" to frozen or batch; raises InputError for frozen norms with random weights."""
     source = weights or (saved_run and saved_run.meta)  # the run's own norm may come from the weights it started from
     norm = source.recipe.model.norm if source else "batch"
     if recipe.model.norm == "auto":

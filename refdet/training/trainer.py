@@ -37,10 +37,10 @@ from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, mo
 from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
-from refdet.training.run_folder import IN_USE, LOCK, states
-from refdet.training.selection import of_last_step
+from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
+from refdet.training.selection import provenance_of_last_step
 from refdet.training.start_lines import start_lines
-from refdet.training.step import Passes, PendingStep, in_bfloat16, start_step
+from refdet.training.step import Passes, PendingStep, start_step, uses_bfloat16
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, format_ap
 
@@ -52,10 +52,10 @@ class Summary:
     """Result of a training.
 
     Attributes:
-        steps: number of steps that are done.
+        steps: number of steps done, including those before resuming.
         seconds: wall time of this run.
         images_per_second: mean throughput of this run.
-        loss: mean over the last logging interval; None if all steps were already done.
+        loss: mean loss over the last logging interval; None if all steps were already done.
     """
 
     steps: int
@@ -94,7 +94,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     elif inputs.weights is not None:
         new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
     validated_on = None if inputs.validation is None else inputs.validation.provenance
-    meta = dataclasses.replace(meta, provenance=of_last_step(meta.provenance, out, validated_on))
+    meta = dataclasses.replace(meta, provenance=provenance_of_last_step(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
     if saved_state is not None:
@@ -108,7 +108,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         describe_device(device),
-        "bfloat16" if in_bfloat16(model, target) else precision,
+        "bfloat16" if uses_bfloat16(model, target) else precision,
         kernels_state(),
         format_count(len(batches.records), "image"),
         index.path.name,
@@ -122,7 +122,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     processes.check_same({"the initial weights": meta.provenance.weights})
     with _lock(out) if processes.first else nullcontext():
         if processes.first:
-            if states(out)[-1:] != ([saved_state.path] if saved_state else []):
+            if state_paths(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
             state.clean(out)
         processes.prepare(target, out)
@@ -137,7 +137,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(out, LOCK, IN_USE):
+    with exclusive_lock(out, LOCK, IN_USE_FIX):
         yield
 
 
@@ -147,7 +147,7 @@ def _concurrent_write_error(out: Path) -> InputError:
 
 @dataclass
 class _Training:
-    """A running training."""
+    """State of a training in progress."""
 
     model: MaskRCNN
     meta: CheckpointMetadata  # of the last save
@@ -157,11 +157,11 @@ class _Training:
     new_prefixes: tuple[str, ...] | None
     data_sha256: str
     processes: Processes
-    average: WeightAverage | None  # of the weights, in the first process
+    average: WeightAverage | None  # only in the first process
     validation: ValidationData | None
-    validator: Validator | None = None  # in the first process
-    pending_step: PendingStep | None = None  # the step whose losses were not read yet
-    losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
+    validator: Validator | None = None  # only in the first process
+    pending_step: PendingStep | None = None  # the step whose losses have not been read yet
+    losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last logged row
 
     def run(self) -> Summary:
         """Run the remaining steps."""
@@ -187,7 +187,7 @@ class _Training:
         ):
             clock = TrainingClock(first, options.steps)
             if validate_first:
-                self.processes.on_first(self._write)  # with the file in its provenance, which it may not have had
+                self.processes.on_first(self._write)  # now with the validation file in its provenance
                 with clock.pause(bar):
                     rates = self._validate(step, metrics, stop)
             while step < options.steps:
@@ -195,7 +195,7 @@ class _Training:
                 orientations.add(self._oriented_files(batch, step + 1, first))
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
-                torch.manual_seed(options.seed * 1_000_003 + step)  # of dropout, in a VGG's head
+                torch.manual_seed(options.seed * 1_000_003 + step)  # for dropout in a VGG's head
                 rate = learning_rate(step, options)
                 try:
                     with self.processes.computing():
@@ -203,10 +203,10 @@ class _Training:
                             self.model, self.sgd, batch, rate, options.max_grad_norm, generator, passes
                         )
                 except LostProcess as error:
-                    passes.undo()
+                    passes.restore_buffers()
                     raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
-                del batch  # frees its shared memory for the next
-                self._read_losses()  # the step before, while a GPU computes this one
+                del batch  # frees its shared memory
+                self._read_losses()  # of the previous step, while a GPU computes this one
                 self.pending_step = new_step
                 step += 1
                 if self.average is not None:
@@ -240,7 +240,7 @@ class _Training:
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; the steps so far are saved before an error, of any process, is raised."""
+        """The batch of a step; if there is an error in any process, the steps so far are saved before it is raised."""
         try:
             return self.processes.on_all(lambda: _next_or_interrupt(prefetched, stop))
         except Interrupted as error:
@@ -253,20 +253,20 @@ class _Training:
             ) from error
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
-        """Files of a batch with an EXIF orientation; once all were read, or in the last step, of all processes."""
+        """Files with an EXIF orientation in a batch; after an epoch or in the last step, in all processes so far."""
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.oriented
         files = {**self.batches.source.oriented, **batch.oriented}
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:
-        """Prepare to validate; returns whether a resumed run was stopped before its last step was validated."""
+        """Prepare to validate; returns whether the step that a run resumes from still has to be validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
         return self.validator.is_pending(self.meta)
 
     def _validate(self, step: int, metrics: MetricsLog | None, stop: Stop) -> str:
-        """Validate the weights after a step, which is saved; returns box and mask AP for the bar."""
+        """Validate the saved weights of a step; returns box and mask AP for the progress bar."""
         device = next(self.model.parameters()).device
 
         def work() -> str:
@@ -287,8 +287,8 @@ class _Training:
             raise type(error)(f"{error} (stopped in the validation {self._save_before_exit(step)})") from error
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
-        """Save a step; returns the end of a message, with ``advice`` on what to do before the run is resumed."""
-        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the lost process forever
+        """Save a step; returns the end of a message, with ``advice`` on what to do before resuming the run."""
+        if self.processes.lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"
@@ -297,16 +297,16 @@ class _Training:
         return f"after step {step}, which is saved; {advice}continue with `resume=True`"
 
     def _read_losses(self) -> None:
-        """Read the losses of the step whose losses were not read yet. RuntimeFailure if they are not finite."""
+        """Read the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
         if self.pending_step is not None:
             try:
                 self.losses.append(self.pending_step.losses())
-            except RuntimeFailure as error:  # of all processes, as the values are
+            except RuntimeFailure as error:  # in all processes, as the values are sums over them
                 self.processes.share_error(error)
             self.pending_step = None
 
     def _save(self, step: int) -> None:
-        self._read_losses()  # weights are saved only once the losses of all their steps were read
+        self._read_losses()  # weights are saved only after the losses of all their steps were checked
         self.meta = dataclasses.replace(self.meta, step=step)
         self.processes.on_first(self._write)
 
@@ -320,7 +320,7 @@ class _Training:
 
 
 def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
-    """The next batch. Interrupted by a signal."""
+    """The next batch; raises Interrupted after a signal."""
     try:
         if stop.requested:
             raise StopRequested
@@ -331,7 +331,10 @@ def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
 
 @contextmanager
 def _freeze_gc() -> Iterator[None]:
-    """Hide existing objects from the garbage collector, which would copy their memory pages in every worker."""
+    """Context manager that hides existing objects from the garbage collector.
+
+    Otherwise it would write to their memory pages, which would then be copied in every worker.
+    """
     gc.freeze()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Validation images of a training: read and compared with the training images before the first step. No torch."""
+"""Validation data of a training, read and compared with the training images before the first step. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from refdet.training.selection import held_out_notes
 from refer.image_lookup import coco_number
 
 BEST_METRIC = "val_bbox_AP"
-"""The rate by which the best weights of a run are chosen; every network has it."""
+"""The metric by which the best weights of a run are selected; every network has it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ValidationData:
 
     Attributes:
         data: the images and annotations.
-        sha256: SHA-256 of what the rates depend on: names of the images, boxes, masks, categories and crowds.
-        provenance: of the instances file, for the record of what weights were chosen on.
+        sha256: SHA-256 of what the metrics depend on: names of the images, boxes, masks, categories and crowds.
+        provenance: provenance of the instances file, recorded with the weights selected on it.
         notes: human-readable notes.
     """
 
@@ -56,13 +56,13 @@ class ValidationData:
             instances: COCO instances JSON.
             images: folder or zip of its images.
             recipe: the recipe of the training.
-            training_objects: images and objects that are trained on.
-            trained_on: provenance of their file.
-            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+            training_objects: images and objects of the training data.
+            trained_on: provenance of the training data.
+            crowd_as_object: take annotations with ``iscrowd`` 1 as objects.
 
         Raises:
-            InputError: the file is invalid, has other categories than the training data, no objects, or images that
-                are missing.
+            InputError: the file is invalid, has other categories than the training data, has no objects, or has images
+                that are missing.
         """
         data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object)
         data.check_categories(tuple(training_objects.index.categories.items()), str(training_objects.index.path))
@@ -81,7 +81,7 @@ class ValidationData:
         return cls(data, _sha256(data), provenance, tuple(notes))
 
     def describe(self, options: TrainOptions) -> str:
-        """What is validated when, for the first lines of a run."""
+        """What is validated and when, for the first lines of a run."""
         every = f"every {format_count(options.eval_every, 'step')} and " if options.eval_every else ""
         weights = "the average of the weights (train.ema)" if options.ema else "the weights"
         return (
@@ -96,7 +96,7 @@ def is_due(step: int, options: TrainOptions) -> bool:
 
 
 def validations_after(step: int, options: TrainOptions) -> int:
-    """Number of validations of later steps."""
+    """Number of validations after later steps."""
     if step >= options.steps:
         return 0
     every = options.eval_every or options.steps
@@ -104,7 +104,7 @@ def validations_after(step: int, options: TrainOptions) -> int:
 
 
 def _image_keys(records: Iterable[ImageRecord]) -> set[int | str]:
-    """The images by the COCO number of their file names, which has several forms, or else by the file's name."""
+    """Keys of images: the COCO id in their file names, which can have several forms, or else the name itself."""
     names = ((record.file_name or str(record.id)) for record in records)
     return {number if (number := coco_number(name)) is not None else PurePosixPath(name).name for name in names}
 

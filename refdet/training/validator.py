@@ -1,4 +1,4 @@
-"""Validation of the weights during training, exactly as ``refdet evaluate`` measures them once they are saved."""
+"""Validation during training, with the same results as ``refdet evaluate`` on the saved weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from refdet.detector import loading
-from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
+from refdet.detector.checkpoint import CheckpointMetadata, HasStateDict
 from refdet.evaluation.detection import detection_ap
 from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Validates weights and keeps the best; used by only one of the training processes.
+    """Validates weights and keeps the best; used in one of the training processes only.
 
     Args:
         validation: the validation data.
@@ -64,7 +64,7 @@ class Validator:
         )
 
     def validate(
-        self, weights: HasWeights, meta: CheckpointMetadata, device: torch.device, stop: Stop
+        self, weights: HasStateDict, meta: CheckpointMetadata, device: torch.device, stop: Stop
     ) -> dict[str, float | str]:
         """Measure AP, and replace ``best/`` if it is the highest so far.
 
@@ -77,8 +77,8 @@ class Validator:
             stop: checked after each image; a signal ends the validation.
 
         Returns:
-            The row for metrics.jsonl: "val_bbox_AP" and the other rates, 0..1, without those that are undefined; the
-            hash of the data; and "weights" if they are averaged.
+            The row for metrics.jsonl: "val_bbox_AP" and the other metrics, 0..1, without undefined ones; the hash of
+            the data; and "weights" if they are averaged.
 
         Raises:
             InputError: an image cannot be read.

@@ -9,7 +9,7 @@ import pytest
 
 from refdet.config import recipe
 from refdet.config.recipe import Recipe
-from refdet.config.recipe_text import complete_yaml, meanings, recipe_lines
+from refdet.config.recipe_text import complete_yaml, option_comments, recipe_summaries
 
 PARTS = {
     field.name: type(getattr(Recipe(), field.name)) for field in dataclasses.fields(Recipe) if field.name != "name"
@@ -45,15 +45,19 @@ def test_changes_and_older_defaults_are_kept(tmp_path: Path) -> None:
 
 def test_every_key_has_a_meaning() -> None:
     for part, kind in PARTS.items():
-        found = meanings(kind)
+        found = option_comments(kind)
         assert found.keys() == {option.name for option in dataclasses.fields(kind)}
         assert not [f"{part}.{name}" for name, meaning in found.items() if len(meaning) < 5]
-    assert meanings(PARTS["model"])["width"].startswith("channels of its first stage; 64 in the published networks")
-    assert meanings(PARTS["model"])["neck"].startswith("on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5:")
+    assert option_comments(PARTS["model"])["width"].startswith(
+        "channels of its first stage; 64 in the published networks"
+    )
+    assert option_comments(PARTS["model"])["neck"].startswith(
+        "on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5:"
+    )
 
 
 def test_each_shipped_recipe_has_one_line() -> None:
-    lines = {line.name: line for line in recipe_lines()}
+    lines = {line.name: line for line in recipe_summaries()}
     assert list(lines) == recipe.names()
     found = lines["c4-res101-3x"]
     assert (found.network, found.steps, found.batch_size) == ("ResNet-101 C4", 270000, 16)

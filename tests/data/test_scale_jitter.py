@@ -39,10 +39,10 @@ def drawn(height: int, width: int, seed: int, options: InputOptions = OPTIONS) -
 @given(height=sides, width=sides, seed=seeds)
 def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height: int, width: int, seed: int) -> None:
     size = drawn(height, width, seed)
-    whole = size.whole
+    whole = size.resized_size
     assert 0.1 * 64 - 1 <= max(whole) <= 2 * 64 + 1
     assert (size.height, size.width) == (min(whole[0], 64), min(whole[1], 64))
-    x, y = size.origin
+    x, y = size.crop_origin
     assert 0 <= x <= whole[1] - size.width and 0 <= y <= whole[0] - size.height
     assert size.scale == (whole[1] / width, whole[0] / height)
     for flip in (False, True):
@@ -54,9 +54,11 @@ def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height
 def test_scales_and_places_are_spread_evenly() -> None:
     random = np.random.default_rng(0)
     found = [sample_jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
-    scales = np.array([size.whole[0] / 1000 for size in found])
+    scales = np.array([size.resized_size[0] / 1000 for size in found])
     assert abs(scales.mean() - 1.05) < 0.03 and scales.min() < 0.11 and scales.max() > 1.99
-    places = np.array([size.origin[0] / (size.whole[1] - size.width) for size in found if size.whole[1] > 1200])
+    places = np.array(
+        [size.crop_origin[0] / (size.resized_size[1] - size.width) for size in found if size.resized_size[1] > 1200]
+    )
     assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() > 0.99
 
 
@@ -87,13 +89,13 @@ def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -
         for row, (size, flip, id_) in enumerate(zip(found.sizes, found.flips, found.image_ids, strict=True)):
             with Image.open(noisy / "images" / f"{id_}.png") as image:
                 pixels = np.array(image)
-            height, width = size.whole
-            everything = replace(size, height=height, width=width, resized=None, origin=(0, 0))
+            height, width = size.resized_size
+            everything = replace(size, height=height, width=width, cropped_from=None, crop_origin=(0, 0))
             whole = network_input(pixels[:, ::-1] if flip else pixels, everything, options)
             seen = inputs[row, :, : size.height, : size.width]
-            torch.testing.assert_close(seen, whole[(slice(None), *size.part)], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(seen, whole[(slice(None), *size.crop)], atol=1e-5, rtol=1e-5)
             assert not inputs[row, :, size.height :].any() and not inputs[row, :, :, size.width :].any()
-            kinds.add((flip, max(size.whole) > 64, found.images.layouts[row][0]))
+            kinds.add((flip, max(size.resized_size) > 64, found.images.layouts[row][0]))
             assert image_bytes(size, options) <= max_image_bytes(64, 96, options)
     assert {kind[:2] for kind in kinds} == {(a, b) for a in (False, True) for b in (False, True)}
 
@@ -168,13 +170,13 @@ def test_mask_targets_are_the_exact_areas_in_the_original_image(seed: int, flip:
     corners = np.sort(random.uniform(0, 1, (6, 2, 2)), axis=1) * [size.width, size.height]
     rois = torch.tensor(corners.reshape(6, 4), dtype=torch.float32)
     truth = GroundTruth(rois[:1], torch.ones(1, dtype=torch.int64), [coco_mask.encode(np.asfortranarray(mask))],
-                        rois[:0], size.scale, float(width) if flip else None, size.origin)  # fmt: skip
+                        rois[:0], size.scale, float(width) if flip else None, size.crop_origin)  # fmt: skip
     found = compute_mask_targets(rois, torch.zeros(6, dtype=torch.int64), truth, 4)
     shown = mask[:, ::-1] if flip else mask
     steps = (np.arange(4 * 40) + 0.5) / (4 * 40)  # 40 samples along the side of a cell
     for roi, target in zip(rois.double().numpy(), found.numpy(), strict=True):
         xs, ys = ((low + (high - low) * steps + origin) / scale for low, high, origin, scale in
-                  zip(roi[:2], roi[2:], size.origin, size.scale, strict=True))  # fmt: skip
+                  zip(roi[:2], roi[2:], size.crop_origin, size.scale, strict=True))  # fmt: skip
         sampled = shown[np.minimum(ys.astype(int), height - 1)][:, np.minimum(xs.astype(int), width - 1)]
         covered = sampled.reshape(4, 40, 4, 40).mean(axis=(1, 3))
         clear = abs(covered - 0.5) > 0.06

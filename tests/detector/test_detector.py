@@ -7,7 +7,7 @@ from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, s
 from pycocotools import mask as coco_mask
 from torchvision.models import resnet18, resnet50
 
-from refdet.detector.anchors import Anchors, cell_anchors
+from refdet.detector.anchors import AnchorGenerator, cell_anchors
 from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.resnet import ResNet
 from refdet.ops.pooling import pyramid_roi_align, roi_align
@@ -181,7 +181,7 @@ def test_cell_anchors_have_the_area_and_the_ratio_asked_for() -> None:
 
 def test_anchors_stand_in_the_order_of_the_scores() -> None:
     maps = [torch.zeros(1, 1, 2, 3)]
-    anchors = Anchors([[8.0, 16.0]], [1.0], [10])(maps)[0]
+    anchors = AnchorGenerator([[8.0, 16.0]], [1.0], [10])(maps)[0]
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     expected = [[x, y] for y in (5, 15) for x in (5, 15, 25) for _ in range(2)]
     assert centres.tolist() == expected

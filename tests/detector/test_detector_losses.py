@@ -17,7 +17,7 @@ from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels
 from refdet.ops.masks import mask_coverage
 from refdet.structures import boxes as box_ops
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 pytestmark = pytest.mark.slow
 
@@ -33,12 +33,12 @@ def test_rpn_losses_are_their_formulas() -> None:
     """All anchors are sampled, so the loss is a sum that can be written out in float64."""
     model = small_model("model.masks=false", "proposals.batch_size_per_image=100000", "proposals.positive_fraction=1.0")
     output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
-    padded, seeds = PaddedTruth.of(truths, torch.device("cpu")), image_seeds(2, 1, None)[0]
+    padded, seeds = PaddedGroundTruth.pad(truths, torch.device("cpu")), image_seeds(2, 1, None)[0]
     sums, sampled = model.rpn.compute_losses(output, [(96, 128)] * 2, padded, seeds)
     found = {name: value / sampled for name, value in sums.items()}
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
-        own = PaddedTruth.of([truth], torch.device("cpu"))
+        own = PaddedGroundTruth.pad([truth], torch.device("cpu"))
         ((labels,), _) = assign_labels(output.anchors, own, 0.7, 0.3, best_for_each=True)
         for anchor in range(len(labels)):
             probability = 1 / (1 + torch.exp(-logits[anchor]))
@@ -129,7 +129,7 @@ def test_losses_of_the_references_arithmetic() -> None:
     images, sizes = torch.randn(1, 3, 96, 128), [(96, 128)]
     maps = model.extract_feature_maps(images)
     output = model.rpn(maps)
-    padded = PaddedTruth.of([truth], torch.device("cpu"))
+    padded = PaddedGroundTruth.pad([truth], torch.device("cpu"))
     sums, sampled = model.rpn.compute_losses(output, sizes, padded, image_seeds(1, 1, None)[0])
     found = {name: value / sampled for name, value in sums.items()}
     score, box, count = 0.0, 0.0, 0

@@ -22,7 +22,7 @@ from refdet.detector.sampling import image_seeds
 from refdet.device import float32_arithmetic, resolve_device
 from refdet.errors import RuntimeFailure
 from refdet.structures import boxes as box_ops
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 pytestmark = pytest.mark.slow
 
@@ -204,7 +204,7 @@ def test_sampling_is_repeated_with_its_seed(device: str) -> None:
     for seed in (3, 3, 4):
         proposals = model.rpn.filter_proposals(model.rpn(maps), [(96, 128)] * 3)
         (seeds,) = image_seeds(3, 1, torch.Generator().manual_seed(seed))
-        truth = PaddedTruth.of(truths(), where)
+        truth = PaddedGroundTruth.pad(truths(), where)
         drawn.append(sample_rois(proposals, truth, model.recipe.head, seeds.to(where)).rois)
     assert torch.equal(drawn[0], drawn[1]) and not (
         drawn[0].shape == drawn[2].shape and torch.equal(drawn[0], drawn[2])

@@ -153,7 +153,7 @@ def test_the_choice_is_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(epilogues, "DEVICES", frozenset(kernels))
         assert best_epilogue(gpu, torch.float32) is rest
         for works in (True, False):
-            monkeypatch.setattr(epilogues, "_cudnn_adds", lambda *_, works=works: works)
+            monkeypatch.setattr(epilogues, "_cudnn_fuses_shortcut", lambda *_, works=works: works)
             assert best_epilogue(gpu, torch.bfloat16) is (Epilogue.LIBRARY if works else rest)
 
 
@@ -174,7 +174,7 @@ def test_a_network_on_the_cpu_is_not_changed() -> None:
     fast = optimize.optimize_for_inference(trained_model())
     assert not any(isinstance(part, FusedConv2d | FusedStem) for part in fast.modules())
     conv5 = fast.get_submodule("head.conv5")
-    assert isinstance(conv5, SplitRes5) and conv5.exact_bias is None
+    assert isinstance(conv5, SplitRes5) and conv5.reduce_bias_float32 is None
 
 
 @pytest.mark.gpu(kernels=True)

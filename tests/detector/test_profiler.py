@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refdet.detector.profiler import Stages
+from refdet.detector.profiler import Profiler
 
 
 @pytest.mark.parametrize("count", [3, 1200])
@@ -29,8 +29,8 @@ def test_events_are_recorded_on_the_device_that_computes(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    stages = Stages(torch.device("cuda:1"))
+    profiler = Profiler(torch.device("cuda:1"))
     for _ in range(count):
-        with stages("backbone"):
+        with profiler("backbone"):
             pass
-    assert stages.seconds() == {"backbone": pytest.approx(count / 1000)}
+    assert profiler.seconds() == {"backbone": pytest.approx(count / 1000)}

@@ -26,7 +26,7 @@ from refdet.detector.weights.import_weights import import_weights
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
@@ -230,7 +230,7 @@ def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector]
     torch.testing.assert_close(anchors[:24], golden["first_anchors"] + one, atol=0, rtol=0)
     boxes = golden["gt_xyxy_inclusive"] + one
     truth = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0))
-    padded = PaddedTruth.of([truth], torch.device("cpu"))
+    padded = PaddedGroundTruth.pad([truth], torch.device("cpu"))
     (labels,), (matched,) = rpn.assign_targets(anchors, [tuple(golden["image_hw"].tolist())], padded)
     assert (labels == POSITIVE).nonzero()[:, 0].tolist() == golden["positive"].tolist()
     assert (labels == NEGATIVE).nonzero()[:, 0].tolist() == golden["negative"].tolist()

@@ -17,7 +17,7 @@ from refdet.detector.target_assignment import (
     compute_mask_targets,
 )
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def truth_of(boxes: list, crowds: list = (), **more: object) -> GroundTruth:
 
 def labels_of(candidates: torch.Tensor, truth: GroundTruth, *given: float, **more: bool) -> tuple:
     """`assign_labels` of one image."""
-    labels, matched = assign_labels(candidates, PaddedTruth.of([truth], CPU), *given, **more)
+    labels, matched = assign_labels(candidates, PaddedGroundTruth.pad([truth], CPU), *given, **more)
     return labels[0], matched[0]
 
 
@@ -160,7 +160,7 @@ def test_a_batch_is_labelled_as_its_images_are(seed: int, images: int, best: boo
     truths = [truth_of(boxes(random.integers(0, 5)), boxes(random.integers(0, 3))) for _ in range(images)]
     rows = [torch.tensor(boxes(60), dtype=torch.float32) for _ in range(1 if shared else images)]
     candidates = rows[0] if shared else torch.stack(rows)
-    labels, matched = assign_labels(candidates, PaddedTruth.of(truths, CPU), 0.5, 0.3, best_for_each=best)
+    labels, matched = assign_labels(candidates, PaddedGroundTruth.pad(truths, CPU), 0.5, 0.3, best_for_each=best)
     for image, truth in enumerate(truths):
         own = labels_of(rows[0 if shared else image], truth, 0.5, 0.3, best_for_each=best)
         assert torch.equal(labels[image], own[0]) and torch.equal(matched[image], own[1])
@@ -204,7 +204,7 @@ def test_random_numbers_are_not_negative_and_differ() -> None:
 def rois_of(proposals: list[list[list[float]]], truths: list[GroundTruth], append: bool, count: int = 8):  # type: ignore[no-untyped-def]
     options = HeadOptions(batch_size_per_image=count, positive_fraction=0.5, append_gt_boxes=append)
     given = [torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) for boxes in proposals]
-    return sample_rois(given, PaddedTruth.of(truths, CPU), options, torch.arange(len(given)))
+    return sample_rois(given, PaddedGroundTruth.pad(truths, CPU), options, torch.arange(len(given)))
 
 
 def test_rois_of_an_image_do_not_depend_on_the_proposals_and_objects_of_others() -> None:

@@ -15,7 +15,7 @@ from refdet.detector.rpn import RpnOutput
 from refdet.detector.sampling import image_seeds, subsample_labels
 from refdet.detector.target_assignment import compute_mask_targets
 from refdet.structures import boxes as box_ops
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 SIZES = [(96, 128), (96, 128), (96, 128)]
 LABELS = [[2], [4, 1, 3], []]
@@ -62,7 +62,7 @@ def test_rpn() -> None:
     count = len(anchors)
     logits, deltas = numbers(3, count), numbers(3, count, 4)
     output = RpnOutput(logits, deltas, anchors.double(), (count,))
-    padded = PaddedTruth.of(given, torch.device("cpu"))
+    padded = PaddedGroundTruth.pad(given, torch.device("cpu"))
     sums, sampled_anchors = rpn.compute_losses(output, SIZES, padded, seeds)
     losses = {name: total / sampled_anchors for name, total in sums.items()}
 
@@ -123,7 +123,7 @@ class SecondStage:
 
     def of_images(self) -> tuple[list[Tensor], list[Tensor]]:
         """Positive RoIs of each image, and the object of each."""
-        pairs = self.sampled.positive.of_images(3)
+        pairs = self.sampled.positive.split_by_image(3)
         return [boxes for boxes, _ in pairs], [objects for _, objects in pairs]
 
 

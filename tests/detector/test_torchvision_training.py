@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as transforms
 
 from refdet.config import recipe as recipes
 from refdet.data.training_batches import _mirror
-from refdet.detector.anchors import Anchors
+from refdet.detector.anchors import AnchorGenerator
 from refdet.detector.mask_rcnn import DELTA_WEIGHTS, MaskRCNN
 from refdet.detector.target_assignment import IGNORE, assign_labels, compute_mask_targets
 from refdet.structures import boxes as box_ops
-from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 SIZES, RATIOS, STRIDES = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0), (4, 8, 16, 32, 64)
 
@@ -35,11 +35,11 @@ def random_boxes(count: int, seed: int) -> Tensor:
 def test_anchors_are_half_a_stride_from_those_of_torchvision_which_are_rounded() -> None:
     maps = [torch.zeros(2, 1, 256 // stride, 320 // stride) for stride in STRIDES]
     images = ImageList(torch.zeros(2, 3, 256, 320), [(256, 320)] * 2)
-    theirs, _ = AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)(images, maps)
+    theirs, _ = TorchvisionAnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)(images, maps)
     levels = [(float(size),) for size in SIZES]
-    same = Anchors(levels, RATIOS, STRIDES, offset=0, torchvision=True)
+    same = AnchorGenerator(levels, RATIOS, STRIDES, offset=0, torchvision=True)
     torch.testing.assert_close(torch.cat(same(maps)), theirs, rtol=0, atol=0)
-    ours = Anchors(levels, RATIOS, STRIDES)(maps)
+    ours = AnchorGenerator(levels, RATIOS, STRIDES)(maps)
     shifted = torch.cat([anchors - stride / 2 for anchors, stride in zip(ours, STRIDES, strict=True)])
     assert 0 < (shifted - theirs).abs().max() <= 0.5
 
@@ -49,7 +49,7 @@ def test_labels(high: float, low: float, best: bool) -> None:
     candidates, objects = random_boxes(3000, 0), random_boxes(12, 1)
     matcher = Matcher(high, low, allow_low_quality_matches=best)
     theirs = matcher(box_iou(objects.float(), candidates.float()))
-    truth = PaddedTruth(
+    truth = PaddedGroundTruth(
         objects[None].float(), torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.bool),
         torch.zeros(1, 0, 4),
     )  # fmt: skip

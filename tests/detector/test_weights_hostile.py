@@ -20,7 +20,7 @@ from refdet.detector.weights.import_weights import read_foreign
 from refdet.detector.weights.torch_files import read_contents
 from refdet.errors import InputError
 from refdet.files import weight_files
-from refdet.files.weight_programs import program_of
+from refdet.files.weight_programs import describe_checkpoint
 
 TEXT = b"X\x01\x00\x00\x00a"  # 'a'
 HEAD = b"\x80\x02"
@@ -339,4 +339,4 @@ def test_networks_that_are_imported_are_no_other_program() -> None:
     from foreign_weights import seed_weights
 
     for names in (resnet_shapes(18), resnet_shapes(50), seed_weights(50), seed_weights(101, masks=False)):
-        assert program_of(names) is None
+        assert describe_checkpoint(names) is None

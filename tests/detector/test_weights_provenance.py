@@ -11,7 +11,7 @@ from split_examples import write_refs
 
 from refdet.detector.checkpoint import load_meta
 from refdet.structures import known_weights
-from refdet.structures.known_weights import COCO, IMAGENET, KnownFile, known_file
+from refdet.structures.known_weights import COCO, IMAGENET, KnownFile, identify_known_file
 from refdet.structures.provenance import Provenance
 
 
@@ -88,7 +88,7 @@ def test_the_user_knows_better(source: Path, instances: Path, tmp_path: Path, mo
 
 def test_another_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
     path = source.rename(tmp_path / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
-    assert known_file(path, hashlib.sha256(path.read_bytes()).hexdigest()) is None
+    assert identify_known_file(path, hashlib.sha256(path.read_bytes()).hexdigest()) is None
 
 
 def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,6 @@ def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.M
     start = hashlib.md5(b"weights", usedforsecurity=False).hexdigest()[:6]
     for config, data in (("COCO-Detection/x", COCO), ("LVISv0.5-InstanceSegmentation/x", known_weights.LVIS)):
         monkeypatch.setitem(known_weights._DETECTRON2, start, config)
-        known = known_file(tmp_path / "a.pkl", "0" * 64)
+        known = identify_known_file(tmp_path / "a.pkl", "0" * 64)
         assert known is not None and known.trained_on is data and known.model == f"detectron2's {config}"
         assert "leaks" in data.leaks()

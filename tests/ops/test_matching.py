@@ -113,7 +113,7 @@ def rows_of_boxes(count: int) -> tuple[Tensor, Tensor]:
 def test_many_candidates_as_torchvision_has_it() -> None:
     candidates, objects = rows_of_boxes(9001)
     found, overlaps = match_boxes(candidates, objects), box_iou(candidates.double(), objects.double())
-    assert found.best.double().allclose(overlaps.amax(dim=1), atol=1e-6)
+    assert found.max_iou.double().allclose(overlaps.amax(dim=1), atol=1e-6)
     chosen = overlaps.gather(1, found.object[:, None])[:, 0]
     assert chosen.allclose(overlaps.amax(dim=1), atol=1e-6)
     assert found.is_best[overlaps.argmax(dim=0)].float().mean() > 0.9  # but for what rounding makes a tie
@@ -129,7 +129,7 @@ def test_all_that_reach_the_best_are_told_and_the_first_object_wins() -> None:
     found = match_boxes(candidates[:-1], torch.cat((far + 500, same - 1, same - 1)))
     assert found.is_best.nonzero()[:, 0].tolist() == [1, 2002]
     assert found.object.unique().tolist() == [0, 1] and found.object[1] == found.object[2002] == 1
-    assert found.best[1] == found.best[2002] == f32(64) / f32(136)
+    assert found.max_iou[1] == found.max_iou[2002] == f32(64) / f32(136)
 
 
 @both
@@ -155,7 +155,7 @@ def test_strided_and_other_types() -> None:
         for b in (objects.t().contiguous().t(), objects.bfloat16(), objects.double()):
             found = match_boxes(a, b)
             assert_same(found, expected)
-            assert not found.best.requires_grad
+            assert not found.max_iou.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_operator_is_registered_well_and_traces() -> None:
 
     def chosen(candidates: Tensor, objects: Tensor) -> Tensor:
         found = match_boxes(candidates, objects * 1.5)
-        return objects[found.object] * found.best[:, None] + found.is_best[:, None]
+        return objects[found.object] * found.max_iou[:, None] + found.is_best[:, None]
 
     traced = torch.compile(chosen, backend="eager", fullgraph=True)
     assert traced(candidates, objects).equal(chosen(candidates, objects))

@@ -15,7 +15,7 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import audit_provenance
 from refdet.structures import known_weights
-from refdet.structures.known_weights import COCO, IMAGENET, LVIS, KnownFile, file_of_weights, imported_note
+from refdet.structures.known_weights import COCO, IMAGENET, LVIS, KnownFile, imported_note, known_initial_weights
 from refdet.structures.provenance import Provenance
 
 SHA = "0676ba61" + "12" * 28
@@ -95,5 +95,5 @@ def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Pat
 
 def test_only_the_last_remark_of_weights_counts() -> None:
     note = imported_note("a, sha256 " + "1" * 64 + ", is b", SHA, FILES["0676ba61"])
-    assert file_of_weights(f"odd (sha256 (sha256 0123456789ab; {note})") is FILES["0676ba61"]
-    assert file_of_weights("") is None and file_of_weights(note) is None
+    assert known_initial_weights(f"odd (sha256 (sha256 0123456789ab; {note})") is FILES["0676ba61"]
+    assert known_initial_weights("") is None and known_initial_weights(note) is None

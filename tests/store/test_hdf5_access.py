@@ -166,9 +166,11 @@ def test_what_hdf5_does_to_the_other_process_is_damage(
     name = "_check" if "bytearray" in does else "check_in_process"
     code = f"import os, signal, time; from refdet.store import hdf5_sandbox\ndef check(path):\n    {does}\n"
     code += f"hdf5_sandbox.{name} = check\n"
-    before, main = hdf5_sandbox._START.split("from refdet.store.hdf5_sandbox import main\n")
-    monkeypatch.setattr(hdf5_sandbox, "_START", f"{before}{code}from refdet.store.hdf5_sandbox import main\n{main}")
-    monkeypatch.setattr(hdf5_sandbox, "SECONDS", 0.5)
+    before, main = hdf5_sandbox._CHILD_CODE.split("from refdet.store.hdf5_sandbox import main\n")
+    monkeypatch.setattr(
+        hdf5_sandbox, "_CHILD_CODE", f"{before}{code}from refdet.store.hdf5_sandbox import main\n{main}"
+    )
+    monkeypatch.setattr(hdf5_sandbox, "CPU_SECONDS", 0.5)
     monkeypatch.setattr(hdf5_sandbox, "WALL_TIME_FACTOR", 20)
     if "sleep" in does:
         monkeypatch.setattr(hdf5_sandbox, "_NOTE_AFTER", 0.1)

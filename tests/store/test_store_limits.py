@@ -15,10 +15,10 @@ from polygon_files import check, load
 from refdet.data.coco import CocoIndex
 from refdet.store import Columns, Header, ImageRow, create
 from refdet.store import open as open_store
-from refdet.structures.limits import IDS, MAX_PIXELS, MAX_SIDE, is_id, size_problem
+from refdet.structures.limits import ID_RANGE, MAX_PIXELS, MAX_SIDE, is_id, size_problem
 from refdet.structures.regions import Regions
 
-SMALLEST, LARGEST = IDS
+SMALLEST, LARGEST = ID_RANGE
 
 
 def instances(

@@ -66,7 +66,7 @@ def test_targets_are_those_with_plus_one(seed: int) -> None:
 def test_the_last_pixel_is_scaled_and_pooled(seed: int, scale: float) -> None:
     boxes = inclusive_boxes(seed, 4)
     scaled = SEED.scale(half_open(boxes), (scale, scale))
-    np.testing.assert_allclose(SEED.corners(scaled).numpy(), boxes * scale, atol=1e-9)
+    np.testing.assert_allclose(SEED.pooling_corners(scaled).numpy(), boxes * scale, atol=1e-9)
     np.testing.assert_allclose(SEED.unscale(scaled, (scale, scale)).numpy(), boxes + ONE.numpy(), atol=1e-9)
     assert torch.equal(OURS.scale(half_open(boxes), (scale, scale)), half_open(boxes) * scale)
 

@@ -77,7 +77,9 @@ def test_regions_can_be_sent_to_another_process() -> None:
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_picture_shows_boxes_and_masks(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, *label: None)  # which covers some of them
+    monkeypatch.setattr(
+        "refdet.structures.drawing.Canvas.label", lambda self, *label: None
+    )  # which covers some of them
     drawn = two(masks).draw(BLACK)
     assert drawn.size == (80, 60) and drawn.mode == "RGB" and not BLACK.any()
     assert drawn.getpixel((70, 48)) == BLUE and drawn.getpixel((25, 48)) == ORANGE  # their right sides
@@ -94,7 +96,7 @@ def test_the_picture_is_the_same_from_each_kind_of_image(tmp_path: Path) -> None
 
 def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, box, text, *more: seen.append(text))
+    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
     two().draw(BLACK)
     two().draw(BLACK, names={3: "hound"}, min_score=0.5)
     replace(two(), names=None).draw(BLACK, min_score=0.5)
@@ -104,7 +106,7 @@ def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -
 
 def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, box, text, *more: seen.append(text))
+    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
     logits = replace(two(), scores=np.float32([-2.5, 3]))
     logits.draw(BLACK)
     assert seen == ["cat 3.00", "dog -2.50"]

@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.training.clock import TrainingClock
 from refdet.training.ema import WeightAverage
 from refdet.training.optim import learning_rate
-from refdet.training.run_folder import states
+from refdet.training.run_folder import state_paths
 
 
 def test_the_average_is_the_sum_of_weighted_steps_and_counts_with_the_model() -> None:
@@ -71,7 +71,7 @@ def test_as_many_states_stay_as_were_asked_for(tmp_path: Path, keep: int, kept: 
     every = ["train.checkpoint_interval=1", f"train.keep={keep}"]
     run(tmp_path, *every, "train.steps=3")
     run(tmp_path, *every, "train.steps=5", resume=True)
-    assert [int(path.stem.removeprefix("step-")) for path in states(tmp_path / "run")] == kept
+    assert [int(path.stem.removeprefix("step-")) for path in state_paths(tmp_path / "run")] == kept
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint
 from refdet.files.lock import exclusive_lock
-from refdet.training.run_folder import IN_USE, LOCK
+from refdet.training.run_folder import IN_USE_FIX, LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_a_signal_to_one_saves_and_stops_all(launcher: Launcher, noise: Path) ->
 def test_a_killed_process_is_replaced_by_torchrun(launcher: Launcher, noise: Path) -> None:
     ended = train(launcher, noise, "killed", 2, *SIX, fault=Fault("SIGKILL", 1, 4))
     assert ended.codes == [1, -9] and len(ended.said) == 1
-    assert "another process of this training ended without a word" in ended.said[0]
+    assert "another process of this training ended without an error message" in ended.said[0]
     assert saved(noise / "killed") == 3  # and not 2, the last regular save
     trained(launcher, noise, "unharmed", 2, *SIX)
     for rank in (0, 1):
@@ -111,7 +111,7 @@ def test_bad_arguments_are_said_once(launcher: Launcher, noise: Path) -> None:
     assert_ended(ended, 2, "among 2 processes, each in 4 passes (train.accumulate); give a multiple of 8")
     assert_ended(train(launcher, noise, "no", 2, options=["--bogus"]), 2, "--bogus")
     assert_ended(train(launcher, noise, "weights", 2), 2, "exists; choose another")
-    with exclusive_lock(noise / "weights", LOCK, IN_USE):
+    with exclusive_lock(noise / "weights", LOCK, IN_USE_FIX):
         ended = train(launcher, noise, "weights", 2, *SIX, options=["--resume"])
     assert_ended(ended, 2, "another process is writing to it")
     assert not (noise / "no").exists()

@@ -1,1 +1,1 @@
-"""Import of weights from other programs."""
+"""Import weights of other programs, and export weights to them."""

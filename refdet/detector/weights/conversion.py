@@ -24,9 +24,9 @@ class ConvertedWeights:
         kind: human-readable description.
         recipe: the network.
         classes: number of object classes, None for a network without detection heads.
-        tensors: name -> float32 tensor, for all parameters and buffers but those with `missing_prefixes`.
+        tensors: name -> float32 tensor, for all parameters and buffers except those with `missing_prefixes`.
         missing_prefixes: prefixes of the parameters that the file does not have.
-        coco_ids: whether the label of a class is its COCO category id, 1..90, as in torchvision.
+        coco_ids: whether labels are COCO category ids, 1..90, as in torchvision.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class ConvertedWeights:
 
 
 class Layout(Protocol):
-    """How the rows of another program's tensor correspond to those of refdet's."""
+    """How the rows (the first axis) of another program's tensor correspond to those of refdet's."""
 
     def foreign_rows(self, rows: int) -> int:
         """Number of rows of the other program's tensor if refdet's has `rows`."""
@@ -69,14 +69,14 @@ class SameLayout:
 
 @dataclass(frozen=True)
 class LogitPairs(SameLayout):
-    """Two logits per anchor, all backgrounds first; a softmax over the pair is the sigmoid of the difference."""
+    """Two logits per anchor, all background logits first; a softmax over two is the sigmoid of their difference."""
 
     def foreign_rows(self, rows: int) -> int:
         """Number of rows of the other program's tensor."""
         return 2 * rows
 
     def to_refdet(self, value: Tensor) -> Tensor:
-        """Object minus background."""
+        """Object logits minus background logits."""
         background, objects = value.chunk(2)
         return objects - background
 
@@ -96,7 +96,7 @@ class BackgroundLast(SameLayout):
 
 @dataclass(frozen=True)
 class NoBackground(SameLayout):
-    """No rows for the background, which has neither boxes nor masks.
+    """No rows for the background, unlike refdet's box deltas and mask logits.
 
     Attributes:
         rows_per_class: number of rows of each class.
@@ -118,7 +118,7 @@ class NoBackground(SameLayout):
 
 
 @dataclass(frozen=True)
-class SizesOuter(SameLayout):
+class AnchorsBySize(SameLayout):
     """Anchors ordered by size, then ratio; refdet orders them by ratio, then size.
 
     Attributes:
@@ -144,12 +144,12 @@ class SizesOuter(SameLayout):
 
 @dataclass(frozen=True)
 class NameMapping:
-    """The names and layouts that another program has for the tensors of a network.
+    """Another program's names and layouts for the tensors of a network.
 
     Attributes:
-        prefixes: refdet's prefix -> the other program's; longer ones come first.
-        layouts: refdet's prefix -> layout of the tensors below it, where it differs.
-        rename_rest: converts the rest of a name, after a prefix of `prefixes`.
+        prefixes: refdet's prefix -> the other program's; the first match applies, so longer prefixes come first.
+        layouts: refdet's prefix -> layout of its tensors, where it differs.
+        rename_rest: converts the rest of a name, after the prefix.
     """
 
     prefixes: Mapping[str, str]
@@ -157,7 +157,7 @@ class NameMapping:
     rename_rest: Callable[[str], str] = str
 
     def foreign_name(self, name: str) -> str:
-        """The other program's name of a tensor."""
+        """The other program's name for a tensor of refdet."""
         prefix = next(prefix for prefix in self.prefixes if name.startswith(prefix))
         return self.prefixes[prefix] + self.rename_rest(name[len(prefix) :])
 
@@ -178,7 +178,7 @@ def convert_tensors(
     ignored: Iterable[str] = (),
     missing_prefixes: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """Convert another program's state dict to that of a network of refdet.
+    """Convert another program's state dict to refdet's.
 
     Args:
         recipe: the network.
@@ -189,7 +189,7 @@ def convert_tensors(
         missing_prefixes: prefixes of refdet's names that `state_dict` need not have.
 
     Raises:
-        InputError: missing, unexpected, misshapen or unusable tensors; the message lists them.
+        InputError: tensors that are missing, unexpected, unusable or of the wrong shape; the message lists them.
     """
     with torch.device("meta"):
         model_state = MaskRCNN(recipe, classes).state_dict()
@@ -229,12 +229,12 @@ def describe_mismatch(missing: Iterable[str], unexpected: Iterable[str]) -> str:
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """Number of different indices that follow a prefix in the keys, such as the blocks of a ResNet stage."""
+    """Number of distinct indices after a prefix of the keys, such as the blocks of a ResNet stage."""
     indices = {key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)}
     return len([index for index in indices if index.isdigit()])
 
 
 def num_rows(state_dict: Mapping[str, Tensor], key: str, default: int) -> int:
-    """Length of the first axis of a tensor; `default` if it is missing."""
+    """Size of the first axis of a tensor; `default` if the tensor is missing."""
     shape = state_dict[key].shape if key in state_dict else (default,)
     return shape[0] if shape else 0

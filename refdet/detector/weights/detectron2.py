@@ -1,8 +1,8 @@
 """Detectors and ImageNet backbones of detectron2, and Caffe2's ImageNet backbones.
 
-Supported are Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred
-from the names and shapes of its tensors. The position of the stride inside a block and the preprocessing are not in the
-file; those of the zoo's models are assumed.
+Supports Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred from
+the names and shapes of its tensors. The file does not say where a block has its stride, nor how images are
+preprocessed; both are assumed to be as in the model zoo.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.weights.conversion import (
+    AnchorsBySize,
     BackgroundLast,
     ConvertedWeights,
     Layout,
     NameMapping,
     NoBackground,
-    SizesOuter,
     convert_tensors,
     count_blocks,
     num_rows,
@@ -37,7 +37,7 @@ _OTHER_HEADS = {
     "roi_heads.box_head.0.": "a detectron2 Cascade R-CNN",
     "roi_heads.box_predictor.0.": "a detectron2 Cascade R-CNN",
 }
-_MORE_NORMS = re.compile(r"backbone\.fpn_\w+\.norm\.|roi_heads\.(box|mask)_head\.\w+\.norm\.")
+_UNSUPPORTED_NORMS = re.compile(r"backbone\.fpn_\w+\.norm\.|roi_heads\.(box|mask)_head\.\w+\.norm\.")
 _SCORES = "roi_heads.box_predictor.cls_score.weight"
 SUPPORTED = "supported are Mask and Faster R-CNN with ResNet-50 or 101 as C4, DC5 or FPN"
 _CAFFE2 = (
@@ -61,14 +61,14 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
     """Identify a detector of the model zoo and convert its weights.
 
     Raises:
-        InputError: another head or backbone; the message says which and what is supported.
+        InputError: an unsupported head or backbone; the message says which, and what is supported.
     """
     for prefix, description in _OTHER_HEADS.items():
         if any(name.startswith(prefix) for name in state_dict):
             raise InputError(f"{description}, which cannot be imported; {SUPPORTED}")
     if not any(name.startswith("proposal_generator.") for name in state_dict):
         raise InputError(f"a detectron2 network without proposals, such as RetinaNet; {SUPPORTED}")
-    if any(_MORE_NORMS.match(name) for name in state_dict):
+    if any(_UNSUPPORTED_NORMS.match(name) for name in state_dict):
         raise InputError(f"a detectron2 detector with norms in its pyramid or heads (GN or SyncBN); {SUPPORTED}")
     box_rows = num_rows(state_dict, "roi_heads.box_predictor.bbox_pred.weight", 0)
     if box_rows == 4 < num_rows(state_dict, _SCORES, 2) * 4 - 4:
@@ -90,7 +90,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
-    """detectron2's names for a network of refdet."""
+    """detectron2's names and layouts for the tensors of a network."""
     model = recipe.model
     box, mask = "roi_heads.box_predictor.", "roi_heads.mask_head."
     prefixes = {
@@ -116,7 +116,7 @@ def name_mapping(recipe: Recipe) -> NameMapping:
         prefixes[f"backbone.layer{level + 1}."] = f"{backbone}res{level + 2}."
     prefixes["backbone."] = f"{backbone}stem."
     sizes = 1 if model.neck == "fpn" else len(model.anchor_sizes)
-    anchors = SizesOuter(sizes, len(model.anchor_ratios))
+    anchors = AnchorsBySize(sizes, len(model.anchor_ratios))
     layouts: dict[str, Layout] = {
         "rpn.score.": anchors,
         "rpn.delta.": anchors,
@@ -152,7 +152,7 @@ def _describe_blocks(blocks: tuple[int, ...]) -> str:
 
 
 def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are an ImageNet backbone in the names of detectron2 or Caffe2."""
+    """Whether tensors have the names of an ImageNet backbone of detectron2 or Caffe2."""
     return {"stem.conv1.weight", "res2.0.conv1.weight"} <= set(state_dict) or {"conv1_w", "res2_0_branch2a_w"} <= set(
         state_dict
     )
@@ -161,12 +161,12 @@ def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
 def to_torchvision_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an ImageNet backbone as torchvision does.
 
-    Caffe2's files hold scales and shifts only; mean 0 and variance 1 are filled in, as detectron2 does.
+    Caffe2's norms have a scale and shift only; mean 0 and variance 1 are added, as detectron2 does.
     """
     renamed = {}
     for name, value in state_dict.items():
         name = _from_caffe2(name)
-        if name.startswith("stem.fc.") or name.endswith("_momentum"):  # the classifier, and momentum of Caffe2's solver
+        if name.startswith("stem.fc.") or name.endswith("_momentum"):  # the classifier, and Caffe2's optimizer state
             continue
         name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name.removeprefix("stem."))
         name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
@@ -181,7 +181,7 @@ def to_torchvision_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_caffe2(name: str) -> str:
-    """detectron2's name of a tensor of Caffe2; other names unchanged."""
+    """detectron2's name for a tensor of Caffe2; other names are returned unchanged."""
     if name in ("fc1000_w", "fc1000_b", "pred_w", "pred_b"):
         return "stem.fc.classifier"
     for expression, replacement in _CAFFE2:

@@ -43,12 +43,12 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
 
     Args:
         run: the run directory.
-        out: the ``.pth`` to write. For detectron2, its configuration is written beside it as ``.yaml``.
+        out: the ``.pth`` to write. For detectron2, a configuration is written next to it as ``.yaml``.
         format: "detectron2" or "torchvision".
 
     Raises:
         ArgumentError: unknown format, or `out` exists.
-        InputError: no checkpoint, or the other program has no such network.
+        InputError: there is no checkpoint, or the other program has no such network.
     """
     if format not in FORMATS:
         raise ArgumentError("format", f"must be one of {', '.join(FORMATS)}, not {format!r}")
@@ -81,7 +81,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
 
 
 def config(recipe: Recipe, classes: int) -> dict[str, Any]:
-    """detectron2's configuration of a network, on top of its defaults."""
+    """detectron2's configuration of a network, to be merged into its defaults."""
     model, proposals, input_options = recipe.model, recipe.proposals, recipe.input
     pyramid, c4 = model.neck == "fpn", model.neck == "c4"
     maps = {"fpn": ["p2", "p3", "p4", "p5", "p6"], "c4": ["res4"], "dc5": ["res5"]}[model.neck]
@@ -196,7 +196,7 @@ def _notes(recipe: Recipe, format: str) -> tuple[str, ...]:
 
 
 def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Shift the deltas for anchors centred at the corners of the cells instead of at `anchor_offset`."""
+    """Adjust the deltas for anchors at the corners of cells, as in torchvision, instead of at `anchor_offset`."""
     model, name = recipe.model, "rpn.delta.bias"
     if not model.anchor_offset:
         return tensors

@@ -1,6 +1,6 @@
 """Identify the network of another program's weights and convert them.
 
-Supports ImageNet ResNets in Caffe and torchvision style, and the networks of the modules beside this one.
+Supports ImageNet ResNets in Caffe and torchvision style, and the networks of the other modules in this package.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, co
 from refdet.detector.weights.reference import IMAGENET_CLASSIFIER, resnet_depth
 from refdet.errors import InputError
 
-RESNET_PARTS = {"head.conv5.": "layer4.", "backbone.": ""}
-# Output variance / squared norm of the first filters: hundreds or more for inputs in 0..255 (variance 58 ** 2), a few
-# for normalised ones (variance 1), times the correlation of neighbouring pixels.
+RESNET_PREFIXES = {"head.conv5.": "layer4.", "backbone.": ""}
+# Output variance / squared norm of the filters of the first convolution, which is proportional to the variance of the
+# input: hundreds or more for Caffe's (0..255, variance 58 ** 2), a few for torchvision's (normalised, variance 1).
 CAFFE_GAIN = 100.0
 
 
@@ -27,7 +27,8 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None)
 
     Args:
         tensors: name -> tensor.
-        style: "caffe" or "torchvision", of an ImageNet network, None to detect it; or one of `reference.STYLES`.
+        style: "caffe" or "torchvision" for an ImageNet network, one of `reference.STYLES` for a detector with the
+            reference's names; None to detect it.
 
     Raises:
         InputError: unknown network; the message lists missing and unexpected tensors.
@@ -58,6 +59,7 @@ def _refuse_style(style: str | None) -> None:
 
 
 def _resnet(state_dict: dict[str, Tensor], style: str | None, caffe: str = "reference-c4") -> ConvertedWeights:
+    """Convert an ImageNet ResNet; `caffe` is the start of the name of the recipe for Caffe style."""
     depth = resnet_depth(state_dict, "")
     style = style or ("torchvision" if depth < 50 else _detect_style(state_dict))
     if style == "caffe":
@@ -69,7 +71,7 @@ def _resnet(state_dict: dict[str, Tensor], style: str | None, caffe: str = "refe
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
         recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])
     tensors = convert_tensors(
-        recipe, 0, state_dict, NameMapping(RESNET_PARTS, {}), IMAGENET_CLASSIFIER, missing_prefixes=HEAD_PREFIXES
+        recipe, 0, state_dict, NameMapping(RESNET_PREFIXES, {}), IMAGENET_CLASSIFIER, missing_prefixes=HEAD_PREFIXES
     )
     return ConvertedWeights(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEAD_PREFIXES)
 
@@ -77,14 +79,14 @@ def _resnet(state_dict: dict[str, Tensor], style: str | None, caffe: str = "refe
 def _detect_style(state_dict: Mapping[str, Tensor]) -> str:
     """Caffe or torchvision style, whose tensors have the same names and shapes.
 
-    Batch norms count batches since PyTorch 0.4, later than the conversions from Caffe. Without a counter, the ratio of
-    the first norm's variances to its filters gives the range of the input.
+    Batch norms have a batch counter since PyTorch 0.4, which is later than the conversions from Caffe. Without one, the
+    variances of the first norm show the range of the input (`CAFFE_GAIN`).
     """
     if any(name.endswith("num_batches_tracked") for name in state_dict):
         return "torchvision"
     weight, variance = state_dict.get("conv1.weight"), state_dict.get("bn1.running_var")
     if weight is None or variance is None or weight.shape[1:] != (3, 7, 7) or variance.shape != weight.shape[:1]:
-        return "caffe"  # reported later
+        return "caffe"  # an invalid file, which is reported later
     filters = weight.float().flatten(1).square().sum(1)
     gain = (variance.float() / filters.clamp(min=1e-12)).median().item()
     is_initial = bool((variance == 1).all())

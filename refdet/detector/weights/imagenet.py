@@ -1,4 +1,4 @@
-"""ImageNet VGG-16 and MobileNet v1, as initial weights of the reference's detectors."""
+"""ImageNet VGG-16 and MobileNet v1, the initial weights of the reference's detectors."""
 
 from __future__ import annotations
 

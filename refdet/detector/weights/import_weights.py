@@ -20,17 +20,17 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights.conversion import ConvertedWeights
 from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.numpy_pickles import UnsafeImport, has_arrays, read_pickle
-from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
+from refdet.detector.weights.torch_files import DAMAGED, OLD_TAR, TORCHSCRIPT, read_contents
 from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
-from refdet.files.weight_programs import IMPORTED, REFDET, TRAINING_STATE, has_all, program_of
-from refdet.structures.coco_categories import coco_categories, unused_name
-from refdet.structures.known_weights import KnownFile, known_file
+from refdet.files.weight_programs import IMPORTABLE, REFDET, TRAINING_STATE, describe_checkpoint, has_all
+from refdet.structures.coco_categories import coco_categories, unused_label_name
+from refdet.structures.known_weights import KnownFile, identify_known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
-WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
+WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that also hold other data
 REAL_DTYPES = (
     torch.float32,
     torch.float16,
@@ -41,7 +41,7 @@ REAL_DTYPES = (
     torch.int32,
     torch.int64,
 )
-MAX_SHARED_NUMBERS = 2**27  # numbers in tensors that share storage; the largest network has half as many
+MAX_SHARED_NUMBERS = 2**27  # values in tensors that share storage; the largest network has half as many
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ def import_weights(
         source: a ``.pth`` written by torch.save, a ``.pkl`` of detectron2, or safetensors.
         out: the run directory to create.
         trained_on: the split the weights were trained on, if known.
-        style: "caffe" or "torchvision", of an ImageNet network, None to detect it; or "tf-faster-rcnn" or
-            "pytorch-faster-rcnn", of a detector with the reference's names.
+        style: "caffe" or "torchvision" for an ImageNet network, "tf-faster-rcnn" or "pytorch-faster-rcnn" for a
+            detector with the reference's names; None to detect it.
 
     Raises:
         InputError: the file cannot be read, is not a state dict, or is an unknown network; `out` exists; or the
-            classes are not those of `trained_on`.
+            classes differ from those of `trained_on`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"`out` {out} exists; choose another or remove it")
     try:
         tensors = read_foreign(source)
         sha256 = file_sha256(source)
-        known = known_file(source, sha256)
+        known = identify_known_file(source, sha256)
         if known is not None and known.norm_eps != EPS:
             tensors = convert_eps(tensors, known.norm_eps)
         known_style = None if known is None else known.style
@@ -109,7 +109,7 @@ def import_weights(
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of another program's checkpoint, read without running code from it.
+    """Read the tensors of another program's checkpoint, without running code from it.
 
     Raises:
         InputError: the file is missing or damaged, holds anything but named, dense tensors of real numbers, or is of
@@ -121,17 +121,17 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         start = file.read(4096)
     if is_safetensors(start):
         tensors = checkpoint.read_tensors(path)[0]
-        refuse_other_programs(path, tensors)
+        reject_unsupported(path, tensors)
         return _check_tensors(tensors, path)
-    if start[:2] != b"PK" and (what := describe_file(path)) and "PyTorch" not in what:
-        raise InputError(f"{path}: {what}, not weights of another program")
+    if start[:2] != b"PK" and (description := describe_file(path)) and "PyTorch" not in description:
+        raise InputError(f"{path}: {description}, not weights of another program")
     if start[257:262] == b"ustar":
-        raise InputError(f"{path}: {TAR}")
+        raise InputError(f"{path}: {OLD_TAR}")
     try:
         contents = read_contents(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    refuse_other_programs(path, contents.strings, contents.classes)
+    reject_unsupported(path, contents.strings, contents.classes)
     if has_arrays(contents.classes) and start[:2] != b"PK":
         return _check_tensors(_find_weights(_read_arrays(path), path), path)
     if contents.refused is not None:
@@ -148,7 +148,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 
 
 def _read_arrays(path: Path) -> Any:
-    """The contents of a pickle of arrays."""
+    """Read a pickle of arrays."""
     try:
         return read_pickle(path)
     except MemoryError:
@@ -162,7 +162,7 @@ def _read_arrays(path: Path) -> Any:
 
 
 def _find_weights(tree: Any, path: Path) -> Mapping[Any, Any]:
-    """The named tensors of a checkpoint that may hold more."""
+    """The named tensors of a checkpoint that may also hold other data."""
     for wrapper in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
@@ -182,26 +182,26 @@ def _why_not_a_file(path: Path) -> str:
     return "a folder; give a file"
 
 
-def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
-    """Raise InputError if the names are of a program whose checkpoints are known but not supported."""
+def reject_unsupported(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
+    """Raise InputError if the names are those of a checkpoint that is known but not supported."""
     names = list(names)
     if has_all(names, TRAINING_STATE) or has_all(names, REFDET):
         raise InputError(f"{path}: {describe_file(path)}; it needs no import")
-    program = program_of(names, classes)
-    if program is not None and program not in IMPORTED:
+    description = describe_checkpoint(names, classes)
+    if description is not None and description not in IMPORTABLE:
         raise InputError(
-            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and Mask "
-            "and Faster R-CNN of detectron2 and torchvision, and ResNets, VGG-16 and MobileNet v1 of ImageNet can (the "
-            "weights alone, as a state_dict)"
+            f"{path}: {description}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
+            "Mask and Faster R-CNN of detectron2 and torchvision, and ResNets, VGG-16 and MobileNet v1 of ImageNet can "
+            "(the weights alone, as a state_dict)"
         )
 
 
 def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Check that every name is printable text and every value a dense tensor on the CPU."""
+    """Check that every name is printable text and every value a dense tensor of real numbers on the CPU."""
     invalid = [
         name
         for name, value in tree.items()
-        if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
+        if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_dense_real(value))
     ]
     if invalid or not tree:
         what = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
@@ -217,7 +217,7 @@ def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     return dict(tree)
 
 
-def _is_plain(value: Tensor) -> bool:
+def _is_dense_real(value: Tensor) -> bool:
     return (
         value.dtype in REAL_DTYPES
         and value.layout == torch.strided
@@ -227,12 +227,12 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _refusal_message(error: Exception) -> str:
-    """Why torch refused a file, without its advice to load it unsafely."""
+    """Why torch.load failed, without its advice to load the file unsafely."""
     text = str(error)
     if "TorchScript archives" in text:
-        return SCRIPT
+        return TORCHSCRIPT
     if "legacy .tar format" in text:
-        return TAR
+        return OLD_TAR
     if not isinstance(error, pickle.UnpicklingError):
         reason = ": ".join(filter(None, (type(error).__name__, text.partition(". ")[0])))
         return f"{DAMAGED} ({shorten(reason, 200)})"
@@ -249,7 +249,7 @@ def _unsafe_message(name: str) -> str:
 
 
 def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the labels 1, 2, ..., in the order of the instances file, as in the reference."""
+    """(id, name) of the labels 1, 2, ..., in the order of the instances file or by ascending COCO id."""
     if converted.classes is None:
         return coco_categories()
     if index is not None:
@@ -271,8 +271,8 @@ def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | No
 
 
 def _categories_by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
-    """Categories whose ids are their labels; ids without a category are still outputs of the network."""
-    return tuple((label, names.get(label, unused_name(label))) for label in range(1, classes + 1))
+    """Categories whose labels are their ids, including placeholders for labels without a category."""
+    return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:

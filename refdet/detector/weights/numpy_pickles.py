@@ -1,8 +1,8 @@
-"""Pickles of NumPy arrays and plain values, such as detectron2's ``.pkl``, read without importing or calling anything.
+"""Read pickles of NumPy arrays and plain values, such as detectron2's ``.pkl``, without running code from them.
 
-`torch_files.read_contents` checks a file first: lengths are within it, and it neither repeats itself nor uses large
-indices of the memo. Here the names that pickles of arrays import stand for classes of this module, which only store
-their arguments; tensors are created once everything was read.
+`torch_files.read_contents` must check a file first: that lengths do not exceed the file, that it does not repeat
+itself, and that memo indices are small. Names that such pickles import are resolved to classes of this module, which
+only store their arguments; tensors are created once the whole file is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refdet.detector.weights.torch_files import Limited
+from refdet.detector.weights.torch_files import BoundedReader
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr
 
@@ -43,12 +43,12 @@ def read_pickle(path: Path) -> Any:
 
     Raises:
         UnsafeImport: the pickle imports anything but arrays and plain types.
-        InputError: an array is not numeric, or its shape and its number of bytes disagree. The message has no file
+        InputError: an array is not numeric, or its shape does not match its number of bytes. The message has no file
             name.
     """
     with path.open("rb") as file:
         value = _Reader(file).load()
-        # arrays that share bytes become separate tensors
+        # arrays that share bytes become separate tensors, so a small file could take much memory
         if sum(len(array.bytes) for array in _iter_arrays(value, 4)) > 2 * file.tell():
             raise InputError("damaged: it repeats itself")
         return _to_tensors(value, 4)
@@ -98,7 +98,7 @@ class _Array:
         self.fill(content, kind, shape, "F" if fortran else "C")
 
     def fill(self, content: Any, kind: Any, shape: Any, order: Any) -> _Array:
-        """Check and keep the parts of an array."""
+        """Check and store the parts of an array."""
         if not isinstance(kind, _DType) or not isinstance(content, (bytes, bytearray)) or order not in ("C", "F"):
             raise pickle.UnpicklingError("not an array of numbers")
         sides = shape if isinstance(shape, tuple) else ()
@@ -110,13 +110,13 @@ class _Array:
         return self
 
     def tensor(self) -> Tensor:
-        """The array as a tensor of the machine's byte order."""
+        """The array as a tensor, in native byte order."""
         values = np.frombuffer(self.bytes, self.dtype).reshape(self.shape, order=self.order)  # type: ignore[call-overload]
         return torch.from_numpy(np.array(values, self.dtype.newbyteorder("="), order="C"))
 
 
 class _OrderedDict(dict):
-    """An ordered dictionary; attributes, such as the versions of modules, are dropped."""
+    """An ordered dictionary without attributes, such as the versions of modules in a state dict."""
 
     __slots__ = ()
 
@@ -128,12 +128,12 @@ class _Reader(pickle.Unpickler):
     """An unpickler that allows only the names in `find_class`."""
 
     def __init__(self, file: Any) -> None:
-        limited = Limited(file)
-        self._budget = 2 * limited.left  # bytes of text that may become bytes
+        limited = BoundedReader(file)
+        self._budget = 2 * limited.left  # characters that may still be encoded as bytes
         super().__init__(limited, encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function that a name in a pickle stands for."""
+        """Resolve a name in the pickle to a class or function of this module."""
         if module in _ARRAY_MODULES and name == "_reconstruct":
             return _ReadOnlyCallable(lambda *_: _TextArray(self))
         if module in _ARRAY_MODULES and name == "scalar":
@@ -147,13 +147,13 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _ReadOnlyCallable(self.encode)
         if module in ("__builtin__", "builtins") and name == "bytes":
-            return _ReadOnlyCallable(lambda: b"")  # protocol 2 of no bytes
+            return _ReadOnlyCallable(lambda: b"")  # how protocol 2 stores empty bytes
         if (module, name) == ("collections", "OrderedDict"):
             return _ReadOnlyCallable(lambda: _OrderedDict())
         raise UnsafeImport(f"{module}.{name}")
 
     def encode(self, text: Any, encoding: str = "latin1") -> bytes:
-        """Bytes that an old protocol stores as text."""
+        """Decode bytes that old protocols store as text."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError("not bytes as text")
         self._budget -= len(text)
@@ -167,7 +167,7 @@ class _Reader(pickle.Unpickler):
 
 
 class _TextArray(_Array):
-    """An array whose bytes are text in files of Python 2."""
+    """An array whose bytes may be text, as in files of Python 2."""
 
     __slots__ = ("_reader",)
 
@@ -181,7 +181,7 @@ class _TextArray(_Array):
 
 
 def _iter_arrays(value: Any, depth: int) -> Iterator[_Array]:
-    """The arrays that `_to_tensors` converts."""
+    """Iterate over the arrays that `_to_tensors` converts."""
     if isinstance(value, _Array):
         yield value
     elif isinstance(value, Mapping) and depth:
@@ -190,7 +190,7 @@ def _iter_arrays(value: Any, depth: int) -> Iterator[_Array]:
 
 
 def _to_tensors(value: Any, depth: int) -> Any:
-    """Convert arrays to tensors, in dictionaries up to a depth; anything deeper is not a weight."""
+    """Convert arrays to tensors, in dictionaries nested up to a depth; weights are not nested deeper."""
     if isinstance(value, _Array):
         return value.tensor()
     if isinstance(value, Mapping) and depth:

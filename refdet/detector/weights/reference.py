@@ -1,8 +1,8 @@
 """Detectors of lichengunc/mask-faster-rcnn and of its predecessors, tf-faster-rcnn and pytorch-faster-rcnn.
 
-All three name their tensors alike, the first after pytorch-faster-rcnn's conversion from TensorFlow. Supported are Mask
-and Faster R-CNN with ResNet-50, 101 and 152, and Faster R-CNN with VGG-16 and MobileNet v1. A file does not tell the
-pooling and the epsilon of the norms.
+All three use the same tensor names (for tf-faster-rcnn, after pytorch-faster-rcnn's conversion). Supports Mask and
+Faster R-CNN with ResNet-50, 101 and 152, and Faster R-CNN with VGG-16 and MobileNet v1. A file does not show which
+pooling and which epsilon in norms its program uses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.backbones import MOBILENET_WIDTH, network_name
 from refdet.detector.checkpoint import MAX_CATEGORIES
-from refdet.detector.mobilenet import LAYERS, ON_ROIS
+from refdet.detector.mobilenet import LAYERS, NUM_ROI_LAYERS
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.vgg import STAGES
 from refdet.detector.weights.conversion import (
@@ -31,7 +31,7 @@ from refdet.detector.weights.torchvision import convert_eps
 from refdet.errors import InputError
 
 IMAGENET_CLASSIFIER = ("fc.weight", "fc.bias")  # unused by a detector
-TENSORFLOW_EPS = 1e-3  # of a MobileNet's norms in tf-faster-rcnn; 1e-5 in the other two
+TENSORFLOW_EPS = 1e-3  # of a MobileNet's norms in tf-faster-rcnn; the other two programs use 1e-5
 # programs whose checkpoints have the same names but compute differently
 STYLES = ("tf-faster-rcnn", "pytorch-faster-rcnn")
 _PREFIXES = {
@@ -43,11 +43,12 @@ _PREFIXES = {
     "head.mask.hidden.0.": "mask_up_sampling.",
     "head.mask.logits.": "mask_pred_net.",
 }
-_SIZES = {
+# By number of anchors per cell; each size has three ratios.
+_ANCHOR_SIZES = {
     9: (128, 256, 512),
     12: (64, 128, 256, 512),
     15: (32, 64, 128, 256, 512),
-}  # by anchors per cell, with three ratios each
+}
 
 
 def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
@@ -63,7 +64,7 @@ def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWe
         style: one of `STYLES`; None for lichengunc/mask-faster-rcnn.
 
     Raises:
-        InputError: another network; the message says what is supported.
+        InputError: an unsupported network; the message says what is supported.
     """
     prefix = next((part for part in ("vgg.", "mobilenet.") if any(n.startswith(part) for n in state_dict)), "resnet.")
     masks = any(name.startswith("mask_") for name in state_dict)
@@ -90,7 +91,7 @@ def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWe
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
-    """The names of these programs for a network of refdet."""
+    """These programs' names and layouts for the tensors of a network."""
     parts = {
         "vgg16": vgg_prefixes("vgg."),
         "mobilenet_v1": mobilenet_prefixes("mobilenet."),
@@ -100,11 +101,11 @@ def name_mapping(recipe: Recipe) -> NameMapping:
 
 
 def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
-    """Prefixes of refdet for a VGG-16 -> torchvision's, which also count ReLUs, poolings and dropouts.
+    """Prefixes of refdet for a VGG-16 -> torchvision's, whose indices also count ReLUs, poolings and dropouts.
 
     Args:
-        prefix: of torchvision's names.
-        fc6: index of the first linear layer.
+        prefix: start of torchvision's names.
+        fc6: index of the first linear layer in torchvision's classifier.
     """
     prefixes, index, layer = {}, 0, 0
     for _, convolutions in STAGES:
@@ -117,13 +118,13 @@ def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
 
 def mobilenet_prefixes(prefix: str) -> dict[str, str]:
     """Prefixes of refdet for a MobileNet v1 -> those of these programs and of TensorFlow."""
-    first = 1 + len(LAYERS) - ON_ROIS
+    first = 1 + len(LAYERS) - NUM_ROI_LAYERS
     prefixes = {f"backbone.layers.{number}.": f"{prefix}Conv2d_{number}." for number in range(first)}
-    return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(ON_ROIS)}
+    return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(NUM_ROI_LAYERS)}
 
 
 def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> list[str]:
-    """Changes to the recipe where the widths differ from its own, as ``key=value``."""
+    """Recipe changes (``key=value``) for widths that differ from the recipe's."""
     width, hidden = (
         num_rows(state_dict, f"{prefix}features.0.weight", 64),
         num_rows(state_dict, f"{prefix}classifier.{fc6}.weight", 4096),
@@ -133,7 +134,7 @@ def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> 
 
 
 def mobilenet_changes(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Changes to the recipe where the depth multiplier differs from its own, as ``key=value``."""
+    """Recipe changes (``key=value``) for a depth multiplier that differs from the recipe's."""
     width = num_rows(state_dict, f"{prefix}Conv2d_0.0.weight", MOBILENET_WIDTH)
     return [] if width == MOBILENET_WIDTH else [f"model.width={width}"]
 
@@ -142,7 +143,7 @@ def resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int:
     """Depth of a ResNet from its blocks, even if some of their tensors are missing.
 
     Raises:
-        InputError: no ResNet; the message lists missing and unexpected tensors.
+        InputError: not a ResNet; the message lists missing and unexpected tensors.
     """
     blocks = tuple(count_blocks(state_dict, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
     bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in state_dict)
@@ -166,14 +167,14 @@ def _identify_recipe(state_dict: Mapping[str, Tensor], prefix: str, anchors: int
         name = {"vgg.": "reference-vgg16", "mobilenet.": "reference-mobilenet-v1"}[prefix]
     if anchors == 15:
         name += "-lg"
-    if name not in recipes.names() or anchors not in _SIZES:
+    if name not in recipes.names() or anchors not in _ANCHOR_SIZES:
         network = f"ResNet-{name.partition('-res')[2].removesuffix('-lg')}" if prefix == "resnet." else prefix[:-1]
         raise InputError(
             f"rpn_cls_score_net.weight: {anchors} anchors per cell with a {network} match no recipe; supported are "
             "9 (scales 8, 16, 32) and 12 (and scale 4) with ResNet-50, 101 and 152, VGG-16 and MobileNet v1, and 15 "
             "(and scale 2) with ResNet-101"
         )
-    changes = [] if anchors != 9 else [f"model.anchor_sizes={list(_SIZES[9])}"]
+    changes = [] if anchors != 9 else [f"model.anchor_sizes={list(_ANCHOR_SIZES[9])}"]
     if prefix == "mobilenet.":
         changes += mobilenet_changes(state_dict, prefix)
     if prefix == "vgg.":

@@ -1,7 +1,7 @@
-"""Checks of a torch.save file before torch.load, so that loading takes time and memory in proportion to its size.
+"""Check a torch.save file before torch.load, so that loading takes time and memory in proportion to its size.
 
-torch.load with ``weights_only`` runs no code from the file. It does unpack, build and hash whatever the file describes,
-which may be far larger than the file itself.
+torch.load with ``weights_only`` runs no code from the file, but unpacks, builds and hashes whatever it describes, which
+may be far larger than the file itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from refdet.files.short_text import shorten
 
 MAX_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
 MAX_VALUES = 10_000_000  # counting shared values each time
-MAX_DIRECTORY_BYTES = 2**24  # bytes of a zip's central directory
+MAX_DIRECTORY_BYTES = 2**24  # of a zip's central directory
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
 _NEEDS_CODE = "which cannot be read without running code from it; save the model's state_dict"
-SCRIPT, TAR = f"a TorchScript archive, {_NEEDS_CODE}", f"a tar archive of PyTorch before 0.2, {_NEEDS_CODE}"
+TORCHSCRIPT, OLD_TAR = f"a TorchScript archive, {_NEEDS_CODE}", f"a tar archive of PyTorch before 0.2, {_NEEDS_CODE}"
 DAMAGED = "damaged, or not written by torch.save"
-# modules that torch.load checks itself; from others it would also load values that are not tensors, such as bytearray
-_LEFT_TO_TORCH = ("torch", "collections")
+# modules whose classes torch.load checks itself; from others it would also load non-tensors such as bytearray
+_CHECKED_BY_TORCH = ("torch", "collections")
 _STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
-_PLAIN = ("set", "frozenset", "complex", "bytearray", "object", "slice", "range")
+_BUILTIN_TYPES = ("set", "frozenset", "complex", "bytearray", "object", "slice", "range")
 _BUILTINS = ("__builtin__", "builtins")
 
 
@@ -47,32 +47,36 @@ class Contents:
     def refused(self) -> str | None:
         """The first class that is not part of a tensor, as torch would name it."""
         suspicious = [name.lstrip(".") for name in self.classes if _is_suspicious(name)]
-        suspicious.sort(key=lambda name: _without_builtins(name) in _PLAIN)  # least informative last
+        suspicious.sort(key=lambda name: _without_builtins(name) in _BUILTIN_TYPES)  # least informative last
         return _without_builtins(suspicious[0]) if suspicious else None
 
 
 def read_contents(path: Path) -> Contents:
-    """Names in a torch.save file, after checking that it is safe to load.
+    """Check that a torch.save file is safe to load, and list the names in it.
 
     Raises:
-        InputError: the file is compressed or repeats itself, so that it would expand far beyond its size; or it is
-            damaged. The message has no file name.
+        InputError: the file would expand far beyond its size, as it is compressed or repeats itself; or it is damaged.
+            The message has no file name.
     """
     contents = Contents()
     with path.open("rb") as file:
         if file.read(2) == b"PK":
-            _scan(Limited(io.BytesIO(_pickle_of_zip(path, file))), contents)
+            _scan(BoundedReader(io.BytesIO(_pickle_of_zip(path, file))), contents)
             return contents
         file.seek(0)
-        limited = Limited(file)
+        limited = BoundedReader(file)
         for _ in range(LEGACY_PICKLES):
             if not limited.left or not _scan(limited, contents):
                 break
     return contents
 
 
-class Limited:
-    """A file whose `read` allocates no more than the file holds."""
+class BoundedReader:
+    """A file whose `read` allocates no more than the remaining bytes.
+
+    Attributes:
+        left: number of remaining bytes.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -81,32 +85,32 @@ class Limited:
         file.seek(start)
 
     def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
+        """Read at most `count` bytes."""
         data = self._file.read(min(count, self.left))
         self.left -= len(data)
         return data
 
     def readline(self) -> bytes:
-        """A line."""
+        """Read a line."""
         data = self._file.readline()
         self.left -= len(data)
         return data
 
 
-def _scan(file: Limited, contents: Contents) -> bool:
+def _scan(file: BoundedReader, contents: Contents) -> bool:
     """Scan one pickle without building anything; False if it ended early after a refused class."""
-    weights = _ValueCounts()
+    value_counts = _ValueCounts()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
             if number >= MAX_OPCODES:
                 raise InputError(f"{DAMAGED}: its pickle has more than {MAX_OPCODES} instructions")
-            weights.step(opcode, argument)
+            value_counts.step(opcode, argument)
             text = argument if isinstance(argument, str) else ""
             if opcode.name in _STRINGS and len(text) <= 300:
                 contents.strings.append(text)
             elif opcode.name in ("GLOBAL", "INST"):
                 contents.classes.append(text.replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":  # from the two strings before it, unless they are in the memo
+            elif opcode.name == "STACK_GLOBAL":  # named by the last two strings, unless those are in the memo
                 contents.classes.append(".".join(["", *contents.strings[-2:]]))
     except InputError:
         raise
@@ -118,9 +122,9 @@ def _scan(file: Limited, contents: Contents) -> bool:
 
 
 class _ValueCounts:
-    """Number of values in each item on the stack of a pickle, counting shared ones each time.
+    """Number of values in each item on the stack of an unpickler, counting shared values each time.
 
-    Nested tuples that each hold another one twice are small in memory, but take exponential time to hash.
+    Nested tuples that each hold the next one twice are small in memory, but take exponential time to hash.
     """
 
     def __init__(self) -> None:
@@ -147,11 +151,12 @@ class _ValueCounts:
             self.stack += [1 + taken] * len(opcode.stack_after)
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> int:
+        """Pop the arguments of an instruction; returns their number of values."""
         before = [kind.name for kind in opcode.stack_before]
         total = 0
         if "mark" in before:
-            while (weight := self.stack.pop()) is not None:
-                total += weight
+            while (count := self.stack.pop()) is not None:
+                total += count
             before = before[: before.index("mark")]
         for _ in before:
             total += self.stack.pop() or 0
@@ -165,7 +170,7 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(member.filename.endswith("/constants.pkl") for member in members):
-                raise InputError(SCRIPT)
+                raise InputError(TORCHSCRIPT)
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
                 raise InputError(f"{DAMAGED}: a member of the zip is compressed, which torch.save does not do")
             names = {member.filename for member in members}
@@ -182,7 +187,7 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
 
 
 def _check_directory(file: BinaryIO) -> int:
-    """Check that all readers find the same central directory, and that it is not huge. Returns the file size."""
+    """Check that every zip reader would find the same central directory, of limited size; returns the file's size."""
     size = file.seek(0, io.SEEK_END)
     end = size - 22
     file.seek(max(end - 20, 0))
@@ -206,7 +211,7 @@ def _check_directory(file: BinaryIO) -> int:
 def _is_suspicious(name: str) -> bool:
     if name.startswith("torch.nn."):
         return name != "torch.nn.parameter.Parameter"
-    return name.partition(".")[0] not in _LEFT_TO_TORCH
+    return name.partition(".")[0] not in _CHECKED_BY_TORCH
 
 
 def _without_builtins(name: str) -> str:

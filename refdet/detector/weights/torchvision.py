@@ -1,4 +1,4 @@
-"""Mask and Faster R-CNN of torchvision with a ResNet and a pyramid, in both of its versions."""
+"""Mask and Faster R-CNN of torchvision with a ResNet and a pyramid, versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from refdet.detector.resnet import BLOCKS
 from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, convert_tensors, count_blocks, num_rows
 from refdet.errors import InputError
 
-EPS = 1e-5  # of its norms, and of refdet's
-COCO_IDS = 90  # the labels of its COCO models are category ids, with gaps
+EPS = 1e-5  # of its norms and refdet's
+NUM_COCO_LABELS = 90  # of its COCO models, whose labels are category ids
 SUPPORTED = "supported are Mask and Faster R-CNN with a ResNet and a pyramid"
 # names before torchvision 0.13 -> names since then
 _RENAMED = (
@@ -39,7 +39,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
     """Identify a detector of torchvision.
 
     Raises:
-        InputError: another head or backbone; the message says which and what is supported.
+        InputError: an unsupported head or backbone; the message says which, and what is supported.
     """
     if any(name.startswith("roi_heads.keypoint_") for name in state_dict):
         raise InputError(f"a torchvision Keypoint R-CNN, which cannot be imported; {SUPPORTED}")
@@ -56,11 +56,11 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
     kind = f"torchvision's {'Mask' if recipe.model.masks else 'Faster'} R-CNN with a ResNet-{depth}"
     tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe))
-    return ConvertedWeights(kind + ", version 2" * newer, recipe, classes, tensors, (), classes == COCO_IDS)
+    return ConvertedWeights(kind + ", version 2" * newer, recipe, classes, tensors, (), classes == NUM_COCO_LABELS)
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
-    """Names of torchvision for a network of refdet with a pyramid."""
+    """Names in torchvision of the tensors of a network with a pyramid."""
     box, predictor, mask = "roi_heads.box_head.", "roi_heads.box_predictor.", "roi_heads.mask_predictor."
     convolutions = recipe.model.box_convs
     prefixes = {
@@ -85,7 +85,7 @@ def name_mapping(recipe: Recipe) -> NameMapping:
 
 
 def convert_eps(state_dict: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """Adjust the scales of the norms so that they compute the same with `EPS` as they did with `eps`."""
+    """Adjust the weights of norms so that they compute the same with `EPS` as they did with `eps`."""
     converted = dict(state_dict)
     for name, value in state_dict.items():
         weight = f"{name.removesuffix('running_var')}weight"
@@ -97,7 +97,7 @@ def convert_eps(state_dict: Mapping[str, Tensor], eps: float) -> dict[str, Tenso
 
 
 def unfold_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add version 2's norms after the convolutions of the neck and the heads; they only add the bias."""
+    """Move the biases of convolutions in the neck and heads to norms after them, as in version 2."""
     converted = {}
     for name, value in tensors.items():
         convolution, _, end = name.rpartition(".0.")
@@ -121,7 +121,7 @@ def _current_name(name: str) -> str:
 
 
 def _fold_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fold version 2's norms of the neck and the heads into the convolutions before them, in float64."""
+    """Fold the norms of version 2's neck and heads into the convolutions before them, in float64."""
     converted = dict(state_dict)
     for name in state_dict:
         if not _FOLDABLE_NORM.match(name):

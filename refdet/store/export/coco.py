@@ -17,8 +17,8 @@ from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
 
-SCORE_THRESHOLD = 0.5  # below it most regions are duplicates and mistakes, from which a detector should not learn
-_BYTES = 500  # of a region in both files, with its mask
+SCORE_THRESHOLD = 0.5  # below it, most regions are duplicates or mistakes, which a detector should not be trained on
+_REGION_BYTES = 500  # of a region in both files together, with its mask
 
 
 def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD) -> Exported:
@@ -41,7 +41,7 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
         RuntimeFailure: the disk is full.
     """
     with Source(store) as source, new_folder(out) as folder:
-        require_space(out, source.store.regions * _BYTES)
+        require_space(out, source.store.regions * _REGION_BYTES)
         kept, row = 0, 0
         with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
             for image_id in progress(source.store, "export", "image", total=len(source.store)):
@@ -67,7 +67,7 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
 
 
 def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:
-    """The regions of an image, the first of which is in a row of the store, as entries of an instances JSON."""
+    """The regions of an image, the first in row ``row`` of the store, as annotations of an instances JSON."""
     entries = regions.to_coco()
     areas = coco_mask.area(regions.rles()).tolist() if entries and regions.masks is not None else None
     for i, entry in enumerate(entries):
@@ -78,16 +78,18 @@ def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:
 
 
 def _write_instances(folder: Path, source: Source) -> None:
-    """Turn the list of annotations, a file in the folder, into ``instances.json``."""
-    of = source.store
-    columns = zip(of.image_ids.tolist(), of.file_names, of.heights.tolist(), of.widths.tolist(), strict=True)
+    """Replace the file ``annotations`` in the folder, a list, with ``instances.json``."""
+    store = source.store
+    columns = zip(
+        store.image_ids.tolist(), store.file_names, store.heights.tolist(), store.widths.tolist(), strict=True
+    )
     images = [
         {"id": image_id, "file_name": str(name), "height": height, "width": width}
         for image_id, name, height, width in columns
-        if image_id not in of.errors
+        if image_id not in store.errors
     ]
     head = {
-        "info": {"description": f"regions of {of.path.name} as annotations, by refdet {__version__}"},
+        "info": {"description": f"regions of {store.path.name} as annotations, by refdet {__version__}"},
         "licenses": [],
         "images": images,
         "categories": [{"id": i, "name": name} for i, name in source.names.items()],

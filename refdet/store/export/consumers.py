@@ -8,7 +8,7 @@ NPZ = ("bottom-up-attention", "openvqa", "openvqa-gqa", "mcan", "rosita")
 LMDB = ("vilbert-multi-task", "vilbert-beta", "uniter")
 BY_FORMAT = {"npz": NPZ, "lmdb": LMDB}
 
-WIDTH = 2048  # of the features that these programs were trained with
+WIDTH = 2048  # length of the feature vectors that these programs were trained with
 
 
 def check_consumer(format: str, consumer: str) -> None:
@@ -28,7 +28,7 @@ def check_consumer(format: str, consumer: str) -> None:
 
 
 def width_note(feature: str, width: int, consumer: str) -> list[str]:
-    """Note if a program expects features of another width, else []."""
+    """A note if a program expects features of another length, else []."""
     if width == WIDTH or consumer == "bottom-up-attention":
         return []
     return [f"{feature} has {width} values per region, but {consumer} expects {WIDTH}"]

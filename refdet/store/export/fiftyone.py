@@ -25,7 +25,13 @@ from refdet.structures.regions import Regions
 
 @dataclass(frozen=True)
 class _DisplayedImage:
-    """An image, the name of its file in the folder, and the EXIF orientation to apply to its regions (1: none)."""
+    """An image to export.
+
+    Attributes:
+        record: the image.
+        name: name of its file in the folder.
+        orientation: EXIF orientation to apply to its regions, 1 for none.
+    """
 
     record: ImageRecord
     name: str
@@ -33,11 +39,11 @@ class _DisplayedImage:
 
 
 def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
-    """Write a ``FiftyOneDataset`` folder, whose samples refer to the image files where they are.
+    """Write a ``FiftyOneDataset`` folder, whose samples refer to the original image files.
 
     Each sample has its image, ``image_id``, and ``regions``: detections with label, box, score, mask and ``region``,
-    the row in the store. FiftyOne applies the EXIF orientation of images it displays, so the regions of a store
-    that ignores it are rotated and flipped with them. Images whose size differs from the store's are left out.
+    the row in the store. FiftyOne applies the EXIF orientation of the images it displays, so the regions of a store
+    that ignores it are transformed in the same way. Images whose size differs from the store's are left out.
 
     Args:
         store: the store.
@@ -110,7 +116,7 @@ def _left_out(count: int, which: str) -> str:
 
 
 def _new_dataset(fiftyone: Any) -> Any:
-    """A new dataset in FiftyOne's own database, to be deleted from it after the export."""
+    """A temporary dataset in FiftyOne's own database."""
     try:
         return fiftyone.Dataset(f"refdet-{secrets.token_hex(8)}")
     except Exception as error:  # of its database, which FiftyOne starts here
@@ -120,7 +126,7 @@ def _new_dataset(fiftyone: Any) -> Any:
 
 
 def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_DisplayedImage], list[str]]:
-    """The images whose files can be read and have the size in the store, and an error message for each other one."""
+    """The images whose files can be read and have the same size as in the store, and the errors of the others."""
     shown, rejected = [], []
     for record in progress(records, "check", "image", total=len(records)):
         name = files.find(record)

@@ -15,8 +15,9 @@ from typing import Any
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
 
-_MAX_BYTES = 200  # bytes of the name kept in the temporary name; the limit of a name is 255
-_EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
+_MAX_BYTES = 200  # of the folder's name in the temporary name, which may have 255
+_EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename to an existing path
+# errors of paths that the user must change
 _UNUSABLE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
@@ -24,7 +25,7 @@ _UNUSABLE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` when the block ends without an exception.
 
-    A process that is killed leaves the temporary folder next to ``out``, with a name that starts with a dot.
+    If the process is killed, the temporary folder remains next to ``out``, with a name that starts with a dot.
 
     Args:
         out: the folder.
@@ -33,8 +34,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         The temporary folder.
 
     Raises:
-        InputError: ``out`` is a file, is not empty, or cannot be written to or replaced; or another export has created
-            it in the meantime, which is kept.
+        InputError: ``out`` is a file, is not empty, or cannot be written to or replaced; or another program created it
+            in the meantime, in which case it is left unchanged.
         RuntimeFailure: the disk is full.
     """
     path = resolve_folder(out)
@@ -155,7 +156,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _raise_if_full(path: Path, error: BaseException) -> None:
-    """Raise a RuntimeFailure if an error is caused by a full disk or by the limit on file sizes."""
+    """Raise a RuntimeFailure if an error was caused by a full disk or the limit on file sizes."""
     if is_disk_full(error) and not isinstance(error, RuntimeFailure):
         raise RuntimeFailure(f"{path}: disk full; free some space and export again") from error
     if isinstance(error, OSError) and error.errno == errno.EFBIG:

@@ -21,10 +21,10 @@ from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
 
-IMAGES_PER_COMMIT = 32  # images in memory
-INITIAL_MAP_SIZE = 64 << 20  # initial map size in bytes, doubled as needed
-ALMOST_FULL = 1 << 20  # bytes; with less, an input/output error is taken for a full disk
-UNITER_FOLDER = "feat_numbb100"  # opened by UNITER for conf_th -1 and num_bb 100, as in its RefCOCO configs
+IMAGES_PER_COMMIT = 32  # held in memory until then
+INITIAL_MAP_SIZE = 64 << 20  # bytes; doubled when it is full
+ALMOST_FULL = 1 << 20  # bytes; with less free space, an input/output error is taken for a full disk
+UNITER_FOLDER = "feat_numbb100"  # opened by UNITER with conf_th -1 and num_bb 100, as in its RefCOCO configs
 UNITER_REGIONS = 100
 
 
@@ -33,9 +33,9 @@ class _Layout:
     """Layout of the database for a program.
 
     Attributes:
-        key: returns the key of an image's record.
-        record: returns an image's record.
-        keys: returns key and contents of the list of all keys.
+        key: returns the key of an image's record, from the image id.
+        record: returns an image's record, from the image id.
+        keys: returns the key and value of the entry that lists all keys.
         space: minimum size of a region in bytes.
         folder: folder of the database in the export.
         notes: human-readable notes.
@@ -201,7 +201,7 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
 
 
 def _as_os_error(error: Exception, folder: Path, out: Path) -> Exception:
-    """System error behind an error of lmdb, so that all formats report it alike."""
+    """The system error behind an error of lmdb, so that all formats report it in the same way."""
     if os.strerror(errno.EFBIG) in str(error):
         return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     # lmdb may report a full disk as "input/output error".

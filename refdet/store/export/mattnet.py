@@ -17,7 +17,7 @@ from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.store.export.mattnet_prepro import METADATA_BYTES, Prepro
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
-from refdet.store.hdf5_file import ANY_READER, new_file
+from refdet.store.hdf5_file import OLDEST_READERS, new_file
 from refdet.structures.regions import Regions
 
 FEATURES = ("pool5", "fc7")
@@ -47,7 +47,7 @@ class _Export:
 def export_mattnet(
     store: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
 ) -> Exported:
-    """Write the files that can be made from the stores and the dataset, with notes about the others.
+    """Write the files that the stores and the dataset allow, with notes about the others.
 
     - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: the detections;
     - ``head/ID.h5``: from stores with head maps;
@@ -124,8 +124,8 @@ def detection(regions: Regions, index: int, name: str, det_id: int, row: int) ->
         row: row of the region in the store.
 
     Returns:
-        The record, with ``box`` as x, y, width, height in pixels. ``region``, the row in the store, is an addition that
-        `refdet evaluate-on-refer` accepts as an answer.
+        The record, with ``box`` as x, y, width, height in pixels. The reference has no ``region``, the row in the
+        store; `refdet evaluate-on-refer` accepts it as an answer.
     """
     x1, y1, x2, y2 = regions.boxes[index].tolist()
     return {
@@ -223,7 +223,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
         add = stack.enter_context(json_list(work.folder / "dets.json"))
         add_mask = stack.enter_context(json_list(work.folder / "masks.json")) if store.has_masks else None
         space = _file_space(source, names, total)
-        file = stack.enter_context(new_file(work.folder / "det_feats.h5", space, ANY_READER))
+        file = stack.enter_context(new_file(work.folder / "det_feats.h5", space, OLDEST_READERS))
         datasets = _datasets(file, source, names, total)
         first = 0
         for image_id in progress(image_ids, "detections", "image"):
@@ -244,7 +244,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
 
 
 def _write_annotations(work: _Export) -> None:
-    """Write ann_feats.h5, with rows by ``h5_id`` of the annotations in data.json."""
+    """Write ann_feats.h5, whose rows are the ``h5_id`` of the annotations in data.json."""
     source = work.annotations
     if source is None or work.prepro is None:
         work.notes.append("no ann_feats.h5; give `annotations`")
@@ -258,7 +258,7 @@ def _write_annotations(work: _Export) -> None:
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
     names, written = _names(work, source), 0
-    with new_file(work.folder / "ann_feats.h5", _file_space(source, names, len(anns)), ANY_READER) as file:
+    with new_file(work.folder / "ann_feats.h5", _file_space(source, names, len(anns)), OLDEST_READERS) as file:
         datasets = _datasets(file, source, names, len(anns))
         for image in progress(images, "annotations", "image"):
             regions = source.read(image["image_id"], names, categories=False)
@@ -281,7 +281,7 @@ def _write_annotations(work: _Export) -> None:
 
 
 def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
-    """Write the head map of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from stores that have it."""
+    """Write ``head`` (1, C, H, W) and ``im_info`` (1, 3) of each image, from the stores that have head maps."""
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
     if not sources:
         work.notes.append(
@@ -299,7 +299,7 @@ def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
             continue
         arrays = {"head": head_map[0][None], "im_info": head_map[1][None]}
         space = sum(values.nbytes for values in arrays.values()) + METADATA_BYTES
-        with new_file(work.folder / HEAD_FOLDER / f"{image_id}.h5", space, ANY_READER) as file:
+        with new_file(work.folder / HEAD_FOLDER / f"{image_id}.h5", space, OLDEST_READERS) as file:
             datasets = [
                 file.create_dataset(name, values.shape, values.dtype, track_times=False)
                 for name, values in arrays.items()

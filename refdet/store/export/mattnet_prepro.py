@@ -1,6 +1,6 @@
 """MAttNet's ``data.json`` and ``data.h5``: numbered refs, images, annotations and sentences, with a vocabulary.
 
-Equivalent to the output of its ``tools/prepro.py``, run by a Python with ordered dictionaries.
+Equivalent to the output of its ``tools/prepro.py`` in a Python with ordered dictionaries.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
 from refdet.files.short_text import shorten
-from refdet.store.hdf5_file import ANY_READER, new_file
+from refdet.store.hdf5_file import OLDEST_READERS, new_file
 from refer import REFER
 from refer.validation import Types, box_of, check_fields
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
-ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
+ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # in Kazemzadeh et al.: category, colour and other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word for no attribute
 _IMAGE: dict[str, Types] = {"file_name": str, "height": int, "width": int}
 _ANNOTATION: dict[str, Types] = {"category_id": int}
@@ -104,7 +104,7 @@ class Prepro:
         except ValueError:
             raise InputError("data.json: a box of the dataset is not finite; correct its instances.json") from None
         (folder / "data.json").write_text(text, encoding="utf-8")
-        with new_file(folder / "data.h5", self.labels.nbytes + METADATA_BYTES, ANY_READER) as file:
+        with new_file(folder / "data.h5", self.labels.nbytes + METADATA_BYTES, OLDEST_READERS) as file:
             labels = file.create_dataset("labels", self.labels.shape, self.labels.dtype, track_times=False)
             labels[...] = self.labels
 

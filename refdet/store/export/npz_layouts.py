@@ -24,12 +24,12 @@ class Layout:
     """Layout of the files for a program.
 
     Attributes:
-        arrays: function of regions, feature name, file name and index of each category; returns the file's contents.
+        arrays: returns the contents of a file, from regions, feature name, file name and category id -> index.
         names: default file names, "stem", "file" or "id".
         folder: folder of the files in the export.
-        image_id: image id that the program parses from a file name, raising ValueError if it cannot.
+        image_id: returns the image id that the program parses from a file name; raises ValueError if there is none.
         notes: human-readable notes.
-        empty: what happens to images without regions.
+        empty: what happens to images without regions, for a note.
     """
 
     arrays: Callable[[Regions, str, str, Mapping[int, int]], Arrays]
@@ -49,7 +49,7 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         names: image id -> file name.
 
     Returns:
-        Notes about images to which the program gives another id.
+        Notes about images that the program identifies by another id.
 
     Raises:
         InputError: a name without an image id, or two names with the same.

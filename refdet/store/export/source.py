@@ -24,7 +24,7 @@ class Source:
     Attributes:
         path: the store.
         store: its reader.
-        has_heads: whether it has head maps, from which regions are pooled.
+        has_heads: whether it has head maps, the feature maps from which regions are pooled.
         names: category id -> name, in the order of the detector's classes.
     """
 
@@ -49,7 +49,7 @@ class Source:
         self.store.close()
 
     def width(self, feature: str) -> int:
-        """Length of a feature vector.
+        """Length of the vectors of a feature.
 
         Args:
             feature: name of the feature.
@@ -115,7 +115,7 @@ class Source:
 
         Returns:
             (C, H, W) float32, and (3,) float32 height, width and scale of the network input; None if the image has no
-            map, as it is unusable or not in the store.
+            map, because it is unusable or not in the store.
         """
         if not self.head_size(image_id):
             return None
