@@ -112,7 +112,7 @@ def prepare(
     if missing:
         say(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
-            f"and get no regions; the first is {missing[0]}"
+            f"and get no regions{', unless they have them already' if resume else ''}; the first is {missing[0]}"
         )
     given_regions = load_given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given_regions, checkpoint)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, split_into_shards
-from refdet.extraction.repair import find_readable, none_usable_message, repair
+from refdet.extraction.repair import find_retries, none_usable_message, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, summary_of_store
@@ -100,8 +100,7 @@ def extract(
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
-            retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
-            session = work(shard_set, shard_set.missing_shards(retry_ids))
+            session = work(shard_set, shard_set.missing_shards(find_retries(shard_set, records, load, strict)))
     if shard_set is None:
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:
