@@ -125,7 +125,7 @@ def command(
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content
 
-        content = audit_content(instances, refer_root, images, refer_images, exclude)
+        content = audit_content(instances, refer_root, images, refer_images, exclude, benchmark)
         notes = notes + [f"--find-duplicates: {text}" for text in content.notes()]
     for text in notes:
         note(f"note: {text}")

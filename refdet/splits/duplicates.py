@@ -18,6 +18,7 @@ from refdet.data.image_evidence import goes_by_id
 from refdet.data.image_source import ImageSource, why_unreadable
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
+from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
 from refdet.splits.image_list import INSTANCES, ImageList
 from refdet.splits.list_reading import read_image_list
@@ -98,6 +99,7 @@ def audit_content(
     images: str | Path,
     refer_images: str | Path | None = None,
     exclude: Sequence[str] = (),
+    benchmark: Sequence[str | Path] = (),
 ) -> ContentResult:
     """Look for copies of held-out images among the images of a list whose ids are not held out.
 
@@ -108,6 +110,8 @@ def audit_content(
         refer_images: folder or zip with the held-out images, None if they are in ``images``.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
+        benchmark: files with the images of other benchmarks, see `refdet.splits.benchmark`; their COCO images are
+            held-out images too.
 
     Returns:
         The copies, and which images could not be compared.
@@ -116,7 +120,7 @@ def audit_content(
         InputError: an invalid list or folder, or no image can be compared.
         refer.ReferError: invalid REFER data.
     """
-    splits, _ = held_out(refer_root, exclude)
+    splits = held_out(refer_root, exclude)[0] + held_out_benchmarks(benchmark)[0]
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
     source = ImageSource.open(images)
     refer_source = source if refer_images is None else _open_refer_images(refer_images)
