@@ -114,7 +114,7 @@ def prepare(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
             f"and get no regions{', unless they have them already' if resume else ''}; the first is {missing[0]}"
         )
-    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, say)
+    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, options.exif, say)
     _check_masks(options, meta, given_regions, checkpoint)
 
     explicit = batch_size if isinstance(batch_size, int) else None
