@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,8 @@ def prepare(
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: has no images to extract")
+    if repeated := [image_id for image_id, count in Counter(record.id for record in records).items() if count > 1]:
+        raise ArgumentError("image_list", f"has image {repeated[0]} more than once")
     missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
         source.refuse_missing(records, missing, image_list.index.path)

@@ -1,0 +1,55 @@
+"""Arguments of `extract_features` that are no numbers of images or threads, and lists with an image twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trained_models import trained_model
+from training_examples import squares
+
+from refdet.data.coco import CocoIndex
+from refdet.detector import checkpoint
+from refdet.errors import ArgumentError
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.structures.provenance import Provenance
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """A detector of random weights, and images beside it."""
+    categories = tuple(CocoIndex.load(squares(tmp_path)).categories.items())
+    model = trained_model()
+    metadata = checkpoint.CheckpointMetadata(model.recipe, categories, Provenance.imported("x", "0" * 64), 0)
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run", model, metadata)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batch_size": 0}, "batch_size: must be a whole number of 1 or more, not 0"),
+        ({"batch_size": -1}, "batch_size: .* not -1"),
+        ({"batch_size": "4"}, "batch_size: .* not '4'"),
+        ({"workers": 0}, "workers: .* not 0"),
+    ],
+)
+def test_what_is_no_number_of_images_or_threads_is_refused(
+    tmp_path: Path, detector: Path, given: dict[str, Any], says: str
+) -> None:
+    images = ImageList.of_instances(tmp_path / "instances.json")
+    with pytest.raises(ArgumentError, match=f"^{says}$"):
+        extract_features(detector, tmp_path / "images", tmp_path / "a.h5", images, device="cpu", **given)
+    assert not list(tmp_path.glob("a.h5*"))
+
+
+def test_a_list_with_an_image_twice_is_refused_before_the_work(tmp_path: Path, detector: Path) -> None:
+    images = ImageList.of_instances(tmp_path / "instances.json")
+    twice = replace(images, records=[*images.records, images.records[1]])
+    with pytest.raises(ArgumentError, match=f"^image_list: has image {images.records[1].id} more than once$"):
+        extract_features(detector, tmp_path / "images", tmp_path / "a.h5", twice, device="cpu")
+    assert not list(tmp_path.glob("a.h5*"))
