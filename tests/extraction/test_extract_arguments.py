@@ -1,4 +1,4 @@
-"""Arguments of `extract_features` that are no numbers of images or threads, and lists with an image twice."""
+"""Arguments of an extraction that are refused before the work, and options that it does not use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from trained_models import trained_model
 from training_examples import squares
 
+from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.detector import checkpoint
 from refdet.errors import ArgumentError
@@ -53,3 +55,28 @@ def test_a_list_with_an_image_twice_is_refused_before_the_work(tmp_path: Path, d
     with pytest.raises(ArgumentError, match=f"^image_list: has image {images.records[1].id} more than once$"):
         extract_features(detector, tmp_path / "images", tmp_path / "a.h5", twice, device="cpu")
     assert not list(tmp_path.glob("a.h5*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "unused", "of"),
+    [
+        (["--regions", "annotations", "--max-regions", "100"], "--max-regions", "--regions annotations"),
+        (
+            ["--boxes", "instances.json", "--at-least-one", "--score-threshold", "0.5", "--nms-threshold", "0.3"],
+            "--score-threshold, --nms-threshold, --lower-threshold-if-empty",
+            "--boxes",
+        ),
+        (["--regions", "annotations"], "", ""),
+        (["--score-threshold", "0.5", "--lower-threshold-if-empty"], "", ""),
+    ],
+)
+def test_options_of_detections_are_not_ignored_without_a_word(
+    tmp_path: Path, detector: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], unused: str, of: str
+) -> None:
+    squares(tmp_path, images=0)
+    monkeypatch.chdir(tmp_path)
+    paths = ["--checkpoint", "run", "--images", "images", "--out", "a.h5", "--instances", "instances.json"]
+    done = CliRunner().invoke(main, ["extract-features", *paths, *words])
+    assert done.exit_code == 2 and "instances.json: has no images to extract" in done.stderr
+    note = f"note: {unused}: for detections only, not used with {of}\n"
+    assert note in done.stderr if unused else "for detections only" not in done.stderr
