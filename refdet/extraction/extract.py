@@ -79,8 +79,8 @@ def extract_features(
     Raises:
         ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has or has an image
             twice, or ``batch_size`` or ``workers`` is not a number of 1 or more.
-        InputError: there is no checkpoint, none of the images is found, ``out`` exists, the extraction to resume
-            was started with different settings, or the Ray cluster cannot be used.
+        InputError: there is no checkpoint or it is replaced meanwhile, none of the images is found, ``out`` exists,
+            the extraction to resume was started with different settings, or the Ray cluster cannot be used.
         RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
@@ -142,6 +142,7 @@ def extract_features(
     if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
+    job.check_checkpoint()
     compute, records = make_compute(detector, job.options, None if job.given is None else job.given.of), job.records
 
     def load(record: ImageRecord) -> np.ndarray:

@@ -52,6 +52,22 @@ class Job:
         """The images in the order of the store."""
         return self.image_list.records
 
+    def check_checkpoint(self) -> None:
+        """Check that the checkpoint is still the one that the store names; called once its weights are loaded.
+
+        Raises:
+            InputError: it has been replaced meanwhile.
+        """
+        from refdet.detector.checkpoint import MODEL, load_meta, run_directory
+        from refdet.structures.provenance import file_sha256
+
+        sha256 = file_sha256(run_directory(self.checkpoint) / MODEL)
+        if sha256 != self.plan.options["checkpoint_sha256"] or load_meta(self.checkpoint) != self.meta:
+            raise InputError(
+                f"`checkpoint` {self.checkpoint}: was replaced while it was loaded, as by a training that goes on; "
+                "copy it and give the copy"
+            )
+
     def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
         """The job in the arithmetic that the device has; ``say`` is called with a line if it is another."""
         requested = self.options.precision

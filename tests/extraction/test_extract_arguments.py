@@ -12,9 +12,8 @@ from trained_models import trained_model
 from training_examples import squares
 
 from refdet.cli.main import main
-from refdet.data.coco import CocoIndex
-from refdet.detector import checkpoint
-from refdet.errors import ArgumentError
+from refdet.detector import checkpoint, loading
+from refdet.errors import ArgumentError, InputError
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.structures.provenance import Provenance
@@ -23,8 +22,8 @@ from refdet.structures.provenance import Provenance
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
     """A detector of random weights, and images beside it."""
-    categories = tuple(CocoIndex.load(squares(tmp_path)).categories.items())
-    model = trained_model()
+    squares(tmp_path)
+    model, categories = trained_model(), ((3, "a"), (5, "b"), (7, "c"), (9, "d"))
     metadata = checkpoint.CheckpointMetadata(model.recipe, categories, Provenance.imported("x", "0" * 64), 0)
     (tmp_path / "run").mkdir()
     checkpoint.save(tmp_path / "run", model, metadata)
@@ -80,3 +79,27 @@ def test_options_of_detections_are_not_ignored_without_a_word(
     assert done.exit_code == 2 and "instances.json: has no images to extract" in done.stderr
     note = f"note: {unused}: for detections only, not used with {of}\n"
     assert note in done.stderr if unused else "for detections only" not in done.stderr
+
+
+@pytest.mark.parametrize("replaced", ["weights", "categories"])
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_refused(
+    tmp_path: Path, detector: Path, monkeypatch: pytest.MonkeyPatch, replaced: str
+) -> None:
+    load = loading.load
+
+    def replacing(path: Path, *given: Any, **named: Any) -> loading.TrainedDetector:
+        loaded = load(path, *given, **named)
+        meta = checkpoint.load_meta(path)
+        if replaced == "categories":
+            meta = replace(meta, categories=meta.categories[::-1])
+        model = trained_model()
+        if replaced == "weights":
+            model.rpn.score.bias.data += 1
+        checkpoint.save(path, model, meta)
+        return loaded
+
+    monkeypatch.setattr(loading, "load", replacing)
+    images = ImageList.of_instances(tmp_path / "instances.json")
+    with pytest.raises(InputError, match="`checkpoint` .*run: was replaced while it was loaded"):
+        extract_features(detector, tmp_path / "images", tmp_path / "a.h5", images, device="cpu")
+    assert not list(tmp_path.glob("a.h5*"))
