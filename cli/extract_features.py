@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import click
+from click.core import ParameterSource
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
@@ -201,6 +202,8 @@ def command(
         exif=exif,
         crowd_as_object=crowd_as_object,
     )
+    if boxes is not None or regions == "annotations":
+        _note_unused("`boxes`" if boxes is not None else "`regions='annotations'`", lower_threshold_if_empty)
     if instances is not None:
         image_list = ImageList.of_instances(instances, crowd_as_object=crowd_as_object)
     else:
@@ -247,6 +250,16 @@ def command(
         echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
     if profile:
         _show_stages(done)
+
+
+def _note_unused(regions: str, lower_threshold_if_empty: bool) -> None:
+    """Note the options for detections that were given although nothing is detected."""
+    source_of = click.get_current_context().get_parameter_source
+    names = ("score_threshold", "nms_threshold", "max_regions")
+    unused = [name for name in names if source_of(name) is ParameterSource.COMMANDLINE]
+    unused += ["lower_threshold_if_empty"] * lower_threshold_if_empty
+    if unused:
+        note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {regions}")
 
 
 def _show_stages(done: Summary) -> None:

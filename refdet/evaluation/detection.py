@@ -19,6 +19,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.evaluation.regions_on_ray import regions_on_ray
+from refdet.extraction.options import check_count
 from refdet.extraction.pipeline import load_ahead, start_batch
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
@@ -66,9 +67,11 @@ def evaluate(
         objects.
 
     Raises:
+        ArgumentError: ``batch_size`` or ``workers`` is not a number of 1 or more.
         InputError: the categories of detector and file differ, an image cannot be read, or the cluster cannot be used.
         RuntimeFailure: the device has too little memory for an image, or no worker of the cluster is left.
     """
+    batch_size, workers = check_count("batch_size", batch_size), check_count("workers", workers)
     meta = load_meta(run)
     for line in meta.warnings():
         log.warning("%s", line)

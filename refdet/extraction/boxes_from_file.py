@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ class BoxFile:
 
     Attributes:
         regions: image id -> regions without features, in file order; read lazily from a store.
+        count: returns the number of boxes of an image id, 0 if the file does not have it.
         categories: category id -> name.
         masks: whether all regions have masks.
         ann_ids: whether all regions have annotation ids.
@@ -39,6 +40,7 @@ class BoxFile:
     """
 
     regions: Mapping[int, Regions]
+    count: Callable[[int], int]
     categories: Mapping[int, str]
     masks: bool
     ann_ids: bool
@@ -53,7 +55,7 @@ class BoxFile:
         return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
 
 
-def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFile:
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: str = "ignore") -> BoxFile:
     """Read and check the boxes of a file.
 
     Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
@@ -65,18 +67,20 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
             boxes, scores, categories, masks and annotation ids are used.
         index: the instances file with the images.
         box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
+        exif: "ignore" or "apply" the EXIF orientation of the images, as was done for those of a store.
 
     Returns:
         The boxes, clipped, as half-open ``x1 y1 x2 y2`` in pixels.
 
     Raises:
         InputError: an image or category that is not in the instances file; a box that is not finite, has no area or is
-            outside its image; another image size; or an invalid mask. The message has the file and the entry.
+            outside its image; another image size; images of a store in another orientation; or an invalid mask. The
+            message has the file and the entry.
     """
     if path.suffix in (".h5", ".hdf5"):
         if box_format != DEFAULT:
             raise InputError(f"`boxes` {path}: a store has its own box format; omit `box_format='{box_format}'`")
-        return _load_store(path, index)
+        return _load_store(path, index, exif)
     entries = read_json(path)
     if not isinstance(entries, list):
         raise InputError(f"`boxes` {path}: not a list of entries; give COCO results or a store (.h5)")
@@ -120,7 +124,9 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
             category_ids=categories[indices],
             masks=tuple(masks[image_id]) if with_masks else None,
         )
-    return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=format_name)
+    return BoxFile(
+        regions, lambda i: len(rows.get(i, ())), index.categories, with_masks, ann_ids=False, box_format=format_name
+    )
 
 
 @contextmanager
@@ -200,9 +206,10 @@ class _StoreRegions(Mapping[int, Regions]):
         )
 
 
-def _load_store(path: Path, index: CocoIndex) -> BoxFile:
+def _load_store(path: Path, index: CocoIndex, exif: str) -> BoxFile:
     source = store.open(path)
     try:
+        _check_orientation(path, source, exif)
         _check_store(path, source, index)
     except BaseException as error:
         source.close()
@@ -210,7 +217,24 @@ def _load_store(path: Path, index: CocoIndex) -> BoxFile:
             raise InputError(f"`boxes` {path}: damaged: {error}; extract it again") from None
         raise
     categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
-    return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)
+    return BoxFile(
+        _StoreRegions(source, index),
+        lambda i: len(source.rows(i)) if i in source else 0,
+        categories,
+        source.has_masks,
+        source.has_ann_ids,
+    )
+
+
+def _check_orientation(path: Path, source: store.Store, exif: str) -> None:
+    """Check that a store's boxes are of images in the orientation in which they will be read."""
+    of_store = source.options.get("exif", "ignore")
+    if of_store != exif:
+        turned = of_store == "apply"
+        raise InputError(
+            f"`boxes` {path}: its boxes are of images {'turned upright by' if turned else 'as stored, regardless of'} "
+            f"their EXIF orientation; {'add' if turned else 'omit'} `exif='apply'`"
+        )
 
 
 def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:

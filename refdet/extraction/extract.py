@@ -14,7 +14,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
-from refdet.extraction.options import ExtractOptions
+from refdet.extraction.options import ExtractOptions, check_count
 from refdet.extraction.part import Part
 from refdet.extraction.parts import extract_part
 from refdet.extraction.pipeline import extract
@@ -77,13 +77,17 @@ def extract_features(
         The numbers of images, regions and unusable images, and the time.
 
     Raises:
-        ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has.
-        InputError: there is no checkpoint, none of the images is found, ``out`` exists, the extraction to resume
-            was started with different settings, or the Ray cluster cannot be used.
+        ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has or has an image
+            twice, or ``batch_size`` or ``workers`` is not a number of 1 or more.
+        InputError: there is no checkpoint or it is replaced meanwhile, none of the images is found, ``out`` exists,
+            the extraction to resume was started with different settings, or the Ray cluster cannot be used.
         RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
+    if batch_size != "auto":
+        batch_size = check_count("batch_size", batch_size)
+    workers = check_count("workers", workers)
     out, parsed_part = Path(out), None if part is None else Part.parse(part)
     if ray is not None:
         check_address(ray)
@@ -138,6 +142,7 @@ def extract_features(
     if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
+    job.check_checkpoint()
     compute, records = make_compute(detector, job.options, None if job.given is None else job.given.of), job.records
 
     def load(record: ImageRecord) -> np.ndarray:

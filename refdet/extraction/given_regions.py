@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from refdet.data.coco import Annotation, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
 
 if TYPE_CHECKING:
@@ -59,8 +60,22 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         )
 
 
+def _check_boxes(path: Path, count: Callable[[int], int], image_list: ImageList, say: Callable[[str], object]) -> None:
+    """Report the number of images of the list that a file of boxes has none of."""
+    images, empty = len(image_list.records), sum(not count(record.id) for record in image_list.records)
+    if empty == images:
+        say(f"`boxes` {path}: no boxes of the {format_count(images, 'image')}, so the store has no regions")
+    elif empty:
+        say(f"note: `boxes` {path}: no boxes of {empty} of the {images} images, which get no regions")
+
+
 def load_given_regions(
-    image_list: ImageList, regions: str, boxes: Path | None, box_format: str, say: Callable[[str], object]
+    image_list: ImageList,
+    regions: str,
+    boxes: Path | None,
+    box_format: str,
+    exif: str,
+    say: Callable[[str], object],
 ) -> GivenRegions | None:
     """Select the regions to extract features for, unless they are to be detected.
 
@@ -69,7 +84,8 @@ def load_given_regions(
         regions: "annotations" for the annotated objects of the images.
         boxes: COCO results or a store with the boxes, None for none.
         box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
-        say: called with a line about annotations that are not used.
+        exif: "ignore" or "apply" the EXIF orientation of the images.
+        say: called with a line about annotations that are not used, or images without boxes.
 
     Returns:
         The regions, None if they are to be detected.
@@ -81,7 +97,8 @@ def load_given_regions(
     if boxes is not None:
         from refdet.extraction.boxes_from_file import load_boxes
 
-        file = load_boxes(boxes, index, box_format)
+        file = load_boxes(boxes, index, box_format, exif)
+        _check_boxes(boxes, file.count, image_list, say)
         return GivenRegions(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
     if regions == "annotations":
         _check_crowds(image_list, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,22 @@ class Job:
     def records(self) -> list[ImageRecord]:
         """The images in the order of the store."""
         return self.image_list.records
+
+    def check_checkpoint(self) -> None:
+        """Check that the checkpoint is still the one that the store names; called once its weights are loaded.
+
+        Raises:
+            InputError: it has been replaced meanwhile.
+        """
+        from refdet.detector.checkpoint import MODEL, load_meta, run_directory
+        from refdet.structures.provenance import file_sha256
+
+        sha256 = file_sha256(run_directory(self.checkpoint) / MODEL)
+        if sha256 != self.plan.options["checkpoint_sha256"] or load_meta(self.checkpoint) != self.meta:
+            raise InputError(
+                f"`checkpoint` {self.checkpoint}: was replaced while it was loaded, as by a training that goes on; "
+                "copy it and give the copy"
+            )
 
     def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
         """The job in the arithmetic that the device has; ``say`` is called with a line if it is another."""
@@ -106,15 +123,17 @@ def prepare(
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: has no images to extract")
+    if repeated := [image_id for image_id, count in Counter(record.id for record in records).items() if count > 1]:
+        raise ArgumentError("image_list", f"has image {repeated[0]} more than once")
     missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
         source.raise_missing(records, missing, image_list.index.path)
     if missing:
         say(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
-            f"and get no regions; the first is {missing[0]}"
+            f"and get no regions{', unless they have them already' if resume else ''}; the first is {missing[0]}"
         )
-    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, say)
+    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, options.exif, say)
     _check_masks(options, meta, given_regions, checkpoint)
 
     explicit = batch_size if isinstance(batch_size, int) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from refdet.errors import ArgumentError
 from refdet.structures.detection_options import PRECISIONS, DetectionOptions
@@ -32,7 +33,7 @@ class ExtractOptions(DetectionOptions):
         crowd_as_object: whether the image list was read with crowd annotations as objects.
 
     Raises:
-        ArgumentError: a value is out of range or not one of the choices.
+        ArgumentError: a value is out of range, not one of the choices, or of the wrong type.
     """
 
     regions: str = "detections"
@@ -46,7 +47,27 @@ class ExtractOptions(DetectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.features, str):
+            raise ArgumentError("features", f"a list of names is needed, not {self.features!r}")
         object.__setattr__(self, "features", tuple(dict.fromkeys(self.features)))  # each one once
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:  # a dtype of NumPy equals its name
+                raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_count(argument: str, value: object) -> int | None:
+    """A number of images or of threads, as a plain int; None if it is None.
+
+    Args:
+        argument: name of the argument.
+        value: its value.
+
+    Raises:
+        ArgumentError: it is not a whole number of 1 or more.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(argument, f"must be a whole number of 1 or more, not {value!r}")
+    return int(value)

@@ -25,7 +25,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartSession, PartShards
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import find_readable
+from refdet.extraction.repair import find_retries
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -108,8 +108,7 @@ def extract_part(
         if shard_set is not None:
             session = PartSession(shard_set)
             with interruptible(shard_set, shard_set.images):
-                retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
-                shard_numbers = _shards_to_compute(shard_set, retry_ids)
+                shard_numbers = _shards_to_compute(shard_set, find_retries(shard_set, records, load, strict))
                 with session.computing():
                     compute_shards(shard_set, shard_numbers, session, load, compute, workers, strict)
                 session.report("finished")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, split_into_shards
-from refdet.extraction.repair import find_readable, repair
+from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
@@ -101,8 +101,9 @@ def extract(
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
-            retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
-            session = compute_and_merge(shard_set, shard_set.missing_shards(retry_ids))
+            session = compute_and_merge(
+                shard_set, shard_set.missing_shards(find_retries(shard_set, records, load, strict))
+            )
     if shard_set is None:
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:

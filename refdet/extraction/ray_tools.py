@@ -53,6 +53,7 @@ class DetectorTools:
         checkpoint: run directory of the detector.
         checkpoint_sha256: hash of its weights.
         recipe: its recipe, JSON.
+        categories: its categories, (COCO id, name) each.
         images: folder or zip of the images.
         images_sha256: hash of the image files, from the function `images_sha256`.
         records: the images.
@@ -67,6 +68,7 @@ class DetectorTools:
     checkpoint: Path
     checkpoint_sha256: str
     recipe: str
+    categories: tuple[tuple[int, str], ...]
     images: Path
     images_sha256: str
     records: list[ImageRecord]
@@ -84,6 +86,7 @@ class DetectorTools:
             job.checkpoint.absolute(),
             job.plan.options["checkpoint_sha256"],
             job.header.recipe,
+            job.meta.categories,
             job.source.path.absolute(),
             images_sha256(job.source, job.records),
             job.records,
@@ -122,6 +125,7 @@ class DetectorTools:
             torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
         precision = supported_precision(self.options.precision, device)
         detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
+        self._check_checkpoint(host)  # it may have been replaced meanwhile
         profiler = Profiler(device)
 
         def load(record: ImageRecord) -> np.ndarray:
@@ -147,9 +151,8 @@ class DetectorTools:
             source.oriented,
         )
 
-    def _check_files(self, host: str) -> ImageSource:
-        """Open the images, after checking that they and the checkpoint are the same as the driver's."""
-        from refdet.data.image_source import ImageSource
+    def _check_checkpoint(self, host: str) -> None:
+        """Compare the checkpoint with the driver's."""
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
         from refdet.structures.provenance import file_sha256
 
@@ -158,9 +161,16 @@ class DetectorTools:
         except InputError:
             problem = f"`checkpoint` {self.checkpoint}: not found on {host}"
             raise InputError(f"{problem}; copy it there or use a shared file system") from None
-        same_recipe = json.dumps(load_meta(self.checkpoint).recipe.to_dict()) == self.recipe
-        if file_sha256(weights) != self.checkpoint_sha256 or not same_recipe:
+        meta = load_meta(self.checkpoint)
+        same = meta.categories == self.categories and json.dumps(meta.recipe.to_dict()) == self.recipe
+        if not same or file_sha256(weights) != self.checkpoint_sha256:
             raise InputError(f"`checkpoint` {self.checkpoint}: another one on {host}; copy the same one there")
+
+    def _check_files(self, host: str) -> ImageSource:
+        """The images, after comparing them and the checkpoint with the driver's."""
+        from refdet.data.image_source import ImageSource
+
+        self._check_checkpoint(host)
         if not self.images.exists():
             raise InputError(
                 f"`images` {self.images}: not found on {host}; copy the zip there or use a shared file system"

@@ -63,7 +63,8 @@ class Repair(ShardSet):
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write a new store, replace the old one with it, and remove the folder.
 
-        The new store keeps the information about the original run; that about this run is added as "repaired".
+        The new store keeps the regions of images that were usable and can no longer be read, and the information about
+        the original run; that about this run is added as "repaired".
 
         Args:
             records: all images, in the order of the store.
@@ -73,6 +74,14 @@ class Repair(ShardSet):
             RuntimeFailure: the disk is full, or a shard is damaged.
         """
         computed = self._by_id()
+        lost = [(i, row.error) for i, (row, _) in computed.items() if row.error and not self._old_rows[i].error]
+        if lost:
+            log.warning(
+                "note: %s beside repaired ones can no longer be read (first: %s); %s keeps the regions it has of %s",
+                *(format_count(len(lost), "image"), lost[0][1], self.out, "it" if len(lost) == 1 else "them"),
+            )
+        for image_id, _ in lost:
+            del computed[image_id]
         images = [computed.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
@@ -175,6 +184,47 @@ def find_readable(
             readable.add(record.id)
     if readable:
         log.warning("note: %s can now be read", format_count(len(readable), "previously unusable image"))
+    return readable
+
+
+def find_retries(
+    shard_set: ShardSet, records: Sequence[ImageRecord], load: Callable[[ImageRecord], object], strict: bool
+) -> set[int]:
+    """Find the unusable images in finished shards to try again.
+
+    These are the images that can now be read, or all if ``strict``, so that one that is still unusable is reported. As
+    a shard is computed as a whole, those of a shard in which another image can no longer be read are left out: its
+    regions would be lost.
+
+    Args:
+        shard_set: the shards.
+        records: all images.
+        load: loads an image, raising InputError if it is unusable.
+        strict: whether an unusable image is an error.
+
+    Returns:
+        Ids of the images.
+    """
+    if strict:
+        return set(shard_set.errors)
+    errors = shard_set.errors
+    readable = find_readable(errors, records, load)
+    kept, first = 0, ""
+    for number in sorted({*shard_set.missing_shards(readable)} - {*shard_set.missing_shards()}):
+        images = [record for batch in shard_set.shards[number] for record in batch]
+        try:
+            for record in images:
+                if record.id not in errors:
+                    load(record)
+        except InputError as error:
+            readable -= {record.id for record in images}
+            kept, first = kept + 1, first or str(error)
+    if kept:
+        log.warning(
+            "note: %s not computed again for repaired images, as others in it can no longer be read (first: %s)",
+            f"{format_count(kept, 'finished shard')} {'is' if kept == 1 else 'are'}",
+            first,
+        )
     return readable
 
 

@@ -110,7 +110,8 @@ def audit_content(
         refer_images: folder or zip with the held-out images, None if they are in ``images``.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
-        benchmark: files with the images of other benchmarks to look for too, see `refdet.splits.benchmark`.
+        benchmark: files with the images of other benchmarks, see `refdet.splits.benchmark`; their COCO images are
+            held-out images too.
 
     Returns:
         The copies, and which images could not be compared.

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from refdet import store
-from refdet.errors import InputError
+from refdet.errors import ArgumentError, InputError
 from refdet.store.hdf5_access import known_files
 
 
@@ -44,6 +44,7 @@ class RegionsDataset(Dataset):
         masks: whether to read masks.
 
     Raises:
+        ArgumentError: ``features`` is not a list.
         InputError: the store cannot be opened (`refdet.store.open`), or lacks a feature, masks or an image.
     """
 
@@ -54,6 +55,8 @@ class RegionsDataset(Dataset):
         image_ids: Sequence[int] | None = None,
         masks: bool = False,
     ) -> None:
+        if isinstance(features, str):
+            raise ArgumentError("features", f"a list of names is needed, not {features!r}")
         self.path = Path(path)
         self.features = None if features is None else tuple(features)
         self.masks = masks

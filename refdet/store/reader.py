@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import h5py
 import numpy as np
 
-from refdet.errors import InputError
+from refdet.errors import ArgumentError, InputError
 from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, row_of
 from refdet.store.hdf5_access import open_store_file
 from refdet.store.schema import (
@@ -188,9 +188,12 @@ class Store:
             The regions.
 
         Raises:
+            ArgumentError: ``features`` is not a list.
             KeyError: unknown image or feature.
             InputError: the file is damaged.
         """
+        if isinstance(features, str):
+            raise ArgumentError("features", f"a list of names is needed, not {features!r}")
         rows = self.rows(image_id)
         names = (*self.feature_names, *self.map_names) if features is None else tuple(features)
         unknown = [name for name in names if name not in self.feature_names and name not in self.map_names]

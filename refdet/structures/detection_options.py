@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from refdet.errors import ArgumentError
 
@@ -21,7 +22,7 @@ class DetectionOptions:
         lower_threshold_if_empty: lower the score threshold of an image without detections by 0.1 until it has one.
 
     Raises:
-        ArgumentError: a value is out of range or NaN.
+        ArgumentError: a value is out of range, NaN, or of the wrong type.
     """
 
     score_threshold: float = 0.05
@@ -30,8 +31,21 @@ class DetectionOptions:
     lower_threshold_if_empty: bool = False
 
     def __post_init__(self) -> None:
+        # stored as plain numbers, as those of NumPy cannot be written as JSON
         for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:  # NaN too
-                raise ArgumentError(name, f"must be a number from 0 to 1, not {getattr(self, name)}")
-        if not self.max_regions >= 1:
+            value = getattr(self, name)
+            if not _is_number(value, Real) or not 0 <= value <= 1:  # NaN too
+                raise ArgumentError(name, f"must be a number from 0 to 1, not {value!r}")
+            object.__setattr__(self, name, float(value))
+        if not _is_number(self.max_regions, Integral):
+            raise ArgumentError("max_regions", f"must be a whole number, not {self.max_regions!r}")
+        object.__setattr__(self, "max_regions", int(self.max_regions))
+        if self.max_regions < 1:
             raise ArgumentError("max_regions", f"must be 1 or more, not {self.max_regions}")
+        if self.lower_threshold_if_empty not in (True, False):
+            raise ArgumentError("lower_threshold_if_empty", f"must be a bool, not {self.lower_threshold_if_empty!r}")
+        object.__setattr__(self, "lower_threshold_if_empty", bool(self.lower_threshold_if_empty))
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -20,6 +20,7 @@ from refdet.evaluation.targets import empty_mask
 from refdet.extraction import boxes_from_file
 from refdet.extraction.boxes_from_file import load_boxes
 from refdet.extraction.extract import extract_features
+from refdet.extraction.given_regions import load_given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.store.verify import verify
@@ -53,6 +54,7 @@ def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
     assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
     assert regions.masks is None and regions.ann_ids is None and not found.masks
     assert (len(found.of(index.images[9])), len(found.of(index.images[5]))) == (1, 0)
+    assert [found.count(i) for i in (5, 7, 9)] == [0, 2, 1]
     assert found.categories == {3: "car", 44: "bottle"}
 
 
@@ -96,11 +98,13 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> 
         load_boxes(tmp_path / "gone.h5", index)
 
 
-def boxes_store(path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128)) -> Path:
+def boxes_store(
+    path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128), **options: Any
+) -> Path:
     """A store of these boxes of images of this size, each with an empty mask."""
     empty = empty_mask(*size)["counts"]
     rows = [store.ImageRow(i, "a.png", *size, "", len(of), len(empty) * len(of)) for i, of in boxes.items()]
-    header = store.Header(CATEGORIES, "{}", {}, {})
+    header = store.Header(CATEGORIES, "{}", {}, options)
     with store.create(path, header, store.Columns(masks=True), rows) as writer:
         for i, of in boxes.items():
             columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (empty,) * len(of))
@@ -121,6 +125,7 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
 
     monkeypatch.setattr(store.Store, "read", notes)
     found = load_boxes(path, index)
+    assert [found.count(i) for i in (5, 7, 9, 8)] == [0, 2, 3, 0]
     assert asked == [] and found.masks and not found.ann_ids
     regions = found.of(index.images[7])
     assert asked == [7]
@@ -148,6 +153,36 @@ def test_a_store_of_boxes_is_checked_before_the_work(
     path.rename(tmp_path / "c.h5")  # and it was closed
     with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):
         load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
+
+
+def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, index: CocoIndex) -> None:
+    upright = boxes_store(tmp_path / "a.h5", {7: [[1, 2, 3, 4]]}, exif="apply")
+    stored = boxes_store(tmp_path / "b.h5", {7: [[1, 2, 3, 4]]})
+    with pytest.raises(InputError, match="`boxes` .*a.h5: .* images turned upright .*; add `exif='apply'`"):
+        load_boxes(upright, index)
+    with pytest.raises(InputError, match="`boxes` .*b.h5: .* images as stored.*; omit `exif='apply'`"):
+        load_boxes(stored, index, exif="apply")
+    assert load_boxes(upright, index, exif="apply").count(7) == load_boxes(stored, index).count(7) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ((5, 7, 9), []),
+        ((7,), ["note: `boxes` {}: no boxes of 2 of the 3 images, which get no regions"]),
+        ((), ["`boxes` {}: no boxes of the 3 images, so the store has no regions"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["results", "store"])
+def test_images_without_boxes_are_counted(
+    tmp_path: Path, index: CocoIndex, ids: tuple[int, ...], says: list[str], kind: str
+) -> None:
+    images, said = ImageList.of_instances(index.path), list[str]()
+    boxes = results(tmp_path, *({**GOOD, "image_id": i} for i in ids))
+    if kind == "store":
+        boxes = boxes_store(tmp_path / "b.h5", {i: [[1, 2, 3, 4]] for i in ids})
+    load_given_regions(images, "boxes", boxes, "xywh", "ignore", said.append)
+    assert said == [line.format(boxes) for line in says]
 
 
 @pytest.fixture

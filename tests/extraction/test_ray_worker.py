@@ -200,6 +200,10 @@ def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tm
         (replace(tools, checkpoint=tmp_path / "run"), "`checkpoint` .*/run: not found on .*; copy it there or use a"),
         (replace(tools, checkpoint_sha256="0" * 64), "`checkpoint` .*: another one on .*; copy the same one there"),
         (replace(tools, recipe="{}"), "`checkpoint` .*: another one on .*; copy the same one there"),
+        (
+            replace(tools, categories=tools.categories[::-1]),
+            "`checkpoint` .*: another one on .*; copy the same one there",
+        ),
         (replace(tools, images=tmp_path / "x.zip"), "`images` .*x.zip: not found on .*; copy the zip there or use a"),
         (replace(tools, images=tmp_path / "images"), "`images` .*: holds other files on .*; missing there: 2, first"),
     ]:

@@ -114,6 +114,18 @@ def test_some_of_them_now_and_some_later(tmp_path: Path) -> None:
     assert contents(run.out) == whole(tmp_path)
 
 
+def test_regions_of_an_image_that_can_no_longer_be_read_are_kept(
+    tmp_path: Path, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Extraction(tmp_path / "a.h5", plan)
+    run((4,))
+    assert run((2, 3), resume=True).errors == 0 and run.computed == [[4, 4, 4]]
+    assert f"2 images beside repaired ones can no longer be read (first: {RECORDS[2].file_name}: not" in caplog.text
+    assert f"{run.out} keeps the regions it has of them" in caplog.text
+    assert contents(run.out) == whole(tmp_path, plan) and not repair_folder(run.out).exists()
+    assert run((2, 3), resume=True).computed == 0
+
+
 def test_nothing_changes_where_they_are_still_broken(tmp_path: Path) -> None:
     run = Extraction(tmp_path / "a.h5")
     run((3, 4))
@@ -285,3 +297,25 @@ def test_an_unfinished_extraction_looks_at_them_again(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="`resume=True`"):
         run((0, 9), compute=stops)
     assert run((9,), resume=True).errors == 1 and run.computed == [[0, 1], [2, 3, 4]]
+
+
+def test_an_unfinished_extraction_keeps_a_shard_whose_images_can_no_longer_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    compute = run.compute
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[3]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    with pytest.raises(Exception, match="`resume=True`"):
+        run((0, 9), compute=stops)
+    assert run((1,), resume=True).errors == 1 and run.computed == [[7, 8, 9], [2, 3, 4]]
+    assert (
+        "note: 1 finished shard is not computed again for repaired images, as others in it can no longer be read "
+        f"(first: {RECORDS[1].file_name}: not a readable image)" in caplog.text
+    )
+    assert run((1,), resume=True).errors == 0 and run.computed == [[0, 0]]  # its file is finished, and repaired
+    assert contents(run.out) == whole(tmp_path)

@@ -147,6 +147,23 @@ def test_held_out_ids_are_left_to_the_audit_by_id_and_names_are_enough(
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [("kitchen.jpg", 3)] and found.compared == 2
 
 
+def test_images_of_a_benchmark_are_held_out_too(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, root, folder = world
+    names, benchmark = tmp_path / "names.txt", tmp_path / "benchmark.json"
+    names.write_text("000000000010.jpg\nkitchen.jpg\n")
+    benchmark.write_text(json.dumps(["COCO_train2014_000000000011.jpg"]))
+    (folder / "kitchen.jpg").write_bytes(jpeg(scene(11), 50))
+    arguments = ["audit", "--instances", str(names), "--refer-root", str(root), "--benchmark", str(benchmark)]
+    arguments += ["--find-duplicates", "--images", str(folder)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "copies of held-out images under other ids (1 image)" in done.stderr
+    (copy,) = audit_content(names, root, folder, benchmark=[benchmark]).copies
+    assert (copy.image, copy.refer_image_id, copy.splits) == ("kitchen.jpg", 11, ["benchmark/benchmark.json"])
+    (folder / "000000000011.jpg").unlink()
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "not proven: 1 held-out image not compared (first: 11)" in done.stderr
+
+
 def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, root, folder = world
     (tmp_path / "empty").mkdir()

@@ -90,3 +90,10 @@ def test_what_the_store_lacks_is_named(path: Path) -> None:
         RegionsDataset(path, image_ids=[9, 5])
     with pytest.raises(InputError, match="no such file"):
         RegionsDataset(path.with_name("b.h5"))
+
+
+def test_one_name_is_no_list_of_names(path: Path) -> None:
+    with pytest.raises(ValueError, match="^features: a list of names is needed, not 'pool5'"):
+        RegionsDataset(path, features="pool5")
+    with store.open(path) as found, pytest.raises(ValueError, match="^features: a list of names is needed"):
+        found.read(9, "pool5")

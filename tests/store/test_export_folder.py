@@ -22,6 +22,8 @@ from refdet.cli.main import main
 from refdet.errors import InputError, RuntimeFailure
 from refdet.store.export import folder as folder_module
 from refdet.store.export.folder import json_list, new_folder, require_space
+from refdet.store.export.source import Source
+from refdet.structures.provenance import file_sha256
 from refdet.structures.regions import Regions
 
 FORMATS = (["npz"], ["npz", "--for", "rosita"], ["lmdb"], ["lmdb", "--for", "uniter"], ["mattnet"])
@@ -193,6 +195,15 @@ def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path / "out", 1)
     with pytest.raises(RuntimeFailure, match=r"out: disk full, the export needs 1000000000 GB but .* are free"):
         require_space(tmp_path / "out", 10**18)
+
+
+def test_the_record_is_of_the_file_that_was_read(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.h5", DETECTIONS)
+    read, other = file_sha256(path), write_store(tmp_path / "b.h5", DETECTIONS[:1])
+    with Source(path) as source:
+        assert source.describe()["sha256"] == read
+        os.replace(other, path)  # as a repair does
+        assert source.describe()["sha256"] == read != file_sha256(path)
 
 
 def copies(n: int) -> list[Regions]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import json
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from refdet.errors import InputError
-from refdet.extraction.options import ExtractOptions
+from refdet.extraction.options import ExtractOptions, check_count
 from refdet.structures.detection_options import DetectionOptions
 
 
@@ -19,6 +21,11 @@ from refdet.structures.detection_options import DetectionOptions
         ({"score_threshold": float("nan")}, "score_threshold: must be a number from 0 to 1, not nan"),
         ({"nms_threshold": 1.5}, "nms_threshold: must be a number from 0 to 1, not 1.5"),
         ({"max_regions": 0}, "max_regions: must be 1 or more, not 0"),
+        ({"score_threshold": "0.5"}, "score_threshold: must be a number from 0 to 1, not '0.5'"),
+        ({"nms_threshold": True}, "nms_threshold: must be a number from 0 to 1, not True"),
+        ({"max_regions": 36.5}, "max_regions: must be a whole number, not 36.5"),
+        ({"max_regions": None}, "max_regions: must be a whole number, not None"),
+        ({"lower_threshold_if_empty": "no"}, "lower_threshold_if_empty: must be a bool, not 'no'"),
     ],
 )
 def test_a_bad_value_is_named(kind: type[DetectionOptions], given: dict[str, Any], said: str) -> None:
@@ -27,9 +34,33 @@ def test_a_bad_value_is_named(kind: type[DetectionOptions], given: dict[str, Any
     assert str(error.value) == said and isinstance(error.value, InputError)
 
 
+def test_numbers_of_numpy_become_plain_ones_that_can_be_written_as_json() -> None:
+    options = ExtractOptions(
+        score_threshold=np.float32(0.5),  # type: ignore[arg-type]
+        nms_threshold=np.int64(1),
+        max_regions=np.int64(36),  # type: ignore[arg-type]
+        lower_threshold_if_empty=np.bool_(True),  # type: ignore[arg-type]
+    )
+    assert options == ExtractOptions(
+        score_threshold=0.5, nms_threshold=1, max_regions=36, lower_threshold_if_empty=True
+    )
+    assert json.loads(json.dumps(asdict(options)))["max_regions"] == 36
+
+
 def test_choices_of_an_extraction_are_checked() -> None:
     with pytest.raises(ValueError, match="^dtype: must be one of float32, float16, not 'float64'$"):
         ExtractOptions(dtype="float64")
+    with pytest.raises(ValueError, match="^dtype: must be one of float32, float16, not dtype"):
+        ExtractOptions(dtype=np.dtype(np.float16))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'$"):
+        ExtractOptions(features="fc7")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "4", "auto"])
+def test_a_count_is_a_whole_number_from_1_up(value: object) -> None:
+    assert [check_count("workers", given) for given in (None, 1, np.int64(8))] == [None, 1, 8]
+    with pytest.raises(ValueError, match=f"^workers: must be a whole number of 1 or more, not {value!r}$"):
+        check_count("workers", value)
 
 
 def test_options_are_given_by_keyword_and_stay() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +13,6 @@ import numpy as np
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.structures.provenance import file_sha256
 from refdet.structures.regions import Regions
 
 
@@ -133,8 +134,16 @@ class Source:
         """File, hash, provenance and options of the store, for `provenance.json`."""
         return {
             "file": self.path.name,
-            "sha256": file_sha256(self.path),
+            "sha256": self._sha256(),
             "provenance": self.store.provenance,
             "options": self.store.options,
             "recipe": self.store.recipe,
         }
+
+    def _sha256(self) -> str:
+        """SHA-256 of the file that is read, even if a repair has put another one at its path."""
+        digest, descriptor, offset = hashlib.sha256(), self.store.file.id.get_vfd_handle(), 0
+        while block := os.pread(descriptor, 1 << 20, offset):
+            digest.update(block)
+            offset += len(block)
+        return digest.hexdigest()
