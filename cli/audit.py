@@ -237,7 +237,7 @@ def _choice_verdict(detector: ProvenanceAudit) -> list[str]:
         ]
     return [
         f"proven: its weights are {chosen.selection.one_line()}, of which "
-        f"{format_count(chosen.proof.images, 'image')} were checked"
+        f"{format_count(chosen.proof.images, 'image', 'was')} checked"
     ]
 
 

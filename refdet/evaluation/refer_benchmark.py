@@ -20,6 +20,7 @@ from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
+from refdet.files.short_text import format_share
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
@@ -129,7 +130,7 @@ def _check_images(store: Store, refer: REFER, split: str, command: str) -> None:
     if missing:
         first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise InputError(
-            f"{store.path}: lacks {len(missing)} of the {len(ids)} images of split {split} ({first}); "
+            f"{store.path}: lacks {format_share(len(missing), len(ids), 'image')} of split {split} ({first}); "
             f"extract them with: {command}"
         )
 
@@ -155,11 +156,11 @@ class _Benchmark:
         unknown_categories = sum(result["category_id"] not in self.index.categories for result in results)
         if unknown_categories:
             log.warning(
-                "note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out",
+                "note: split %s: %s in a category that %s lacks; AP leaves %s out",
                 split,
-                unknown_categories,
-                len(results),
+                format_share(unknown_categories, len(results), "region", "is"),
                 self.index.path,
+                "it" if unknown_categories == 1 else "them",
             )
         all_segmented = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
@@ -195,11 +196,10 @@ class _Benchmark:
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
             boxes_only = masks["missing"] - answered["comprehension"]["missing"]
             log.warning(
-                "note: %s: %d of %d sentences are answered with a box where others have a mask; "
-                "among the masks they count as wrong",
+                "note: %s: %s answered with a box where others have a mask; among the masks %s as wrong",
                 split,
-                boxes_only,
-                metrics["sentences"],
+                format_share(boxes_only, metrics["sentences"], "sentence", "is"),
+                "it counts" if boxes_only == 1 else "they count",
             )
         return metrics | answered
 

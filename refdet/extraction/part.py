@@ -20,6 +20,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import write_json, write_json_once
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import Locked, exclusive_lock
+from refdet.files.short_text import format_count
 
 PARTS = "parts.json"
 MAX_PARTS = 100_000
@@ -89,8 +90,8 @@ class Part:
         count = parts_of(folder)
         if count not in (None, self.of):
             raise InputError(
-                f"`part` {self}: {folder} was started in {count} parts; use the same number, or finish it in one "
-                "process with `resume=True`"
+                f"`part` {self}: {folder} was started in {format_count(count or 0, 'part')}; use the same number, or "
+                "finish it in one process with `resume=True`"
             )
 
     def write_progress(self, folder: Path, **state: Any) -> None:

@@ -44,7 +44,7 @@ from refdet.extraction.summary import Summary, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
@@ -240,10 +240,9 @@ def _merge_if_last(
                 return True
             finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
             if finished < count:
-                are = "is" if count - finished == 1 else "are"
                 log.warning(
-                    "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
-                    *(shard_set.part, count - finished, count, are, out),
+                    "note: part %s is finished; %s missing: the last part to finish writes %s",
+                    *(shard_set.part, format_share(count - finished, count, "shard", "is"), out),
                 )
                 return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}

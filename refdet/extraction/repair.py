@@ -123,8 +123,8 @@ def repair(
         remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
         if strict and remaining_errors:
             raise RuntimeFailure(
-                f"`strict`: {remaining_errors[0]}; {out} has no regions of {len(old.errors)} images, repair "
-                "their files and run it again with `resume=True`"
+                f"`strict`: {remaining_errors[0]}; {out} has no regions of {format_count(len(old.errors), 'image')}; "
+                "repair the files and run it again with `resume=True`"
             )
         if not readable:
             if (folder / _REPAIR).is_file():
@@ -181,8 +181,8 @@ def find_readable(
 def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
     """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
     return (
-        f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
-        "files or `images` and run it again with `resume=True`"
+        f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))}); {kept}, "
+        "check the files or `images` and run it again with `resume=True`"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refdet.splits.file_claims import SplitClaim, claims_of, file_problem
 from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
@@ -162,9 +163,9 @@ def _find_problem(
         return "" if proof is None else message
     if training_set is not None:
         which = (
-            f"all {n_held_out} val/test images"
+            f"all {format_count(n_held_out, 'val/test image')}"
             if training_set.of_refer == "all"
-            else f"some of {n_held_out} val/test images"
+            else f"some of {format_count(n_held_out, 'val/test image')}"
         )
         return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
     if not provenance.image_ids_sha256:

@@ -9,6 +9,7 @@ from pathlib import Path
 import refer
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
+from refdet.files.short_text import agree, format_share
 from refdet.splits.unrecognized_refs import find_unrecognized_refs
 
 TRAIN = "train"
@@ -64,8 +65,8 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
     for split in splits:
         if split.shared:
             notes.append(
-                f"{split.name}: {split.shared} of its {len(split.image_ids)} images also have train refs "
-                "(this dataset is split by object); they are held out as well"
+                f"{split.name}: {format_share(split.shared, len(split.image_ids), 'image')} also "
+                f"{agree(split.shared, 'has')} train refs (this dataset is split by object); held out as well"
             )
     return splits, notes
 

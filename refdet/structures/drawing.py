@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from refdet.files.short_text import format_share
+
 log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
@@ -55,8 +57,8 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Im
     for place, (region, colour) in enumerate(coloured):
         width, height = pen.label_size(region.label, font_size)
         if width * height > room or width > image.width:
-            left = len(coloured) - place
-            log.warning("note: %d of %d regions have no label, as labels would cover the picture", left, len(coloured))
+            unlabeled = format_share(len(coloured) - place, len(coloured), "region", "has")
+            log.warning("note: %s no label, as labels would cover the picture", unlabeled)
             break
         room -= width * height
         pen.label(region.box, region.label, colour, font_size)

@@ -10,7 +10,7 @@ from refdet.training.processes import Processes
 def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
     """Processes, machines, devices, backend and images a step, if torchrun started them; and the passes of a step."""
     options, where, lines = recipe.train, processes.describe(), []
-    share = f"{options.batch_size} images a step"
+    share = f"{format_count(options.batch_size, 'image')} per step"
     if processes.world_size > 1:
         share += f", {options.batch_size // processes.world_size} in each process"
     if options.accumulate > 1:

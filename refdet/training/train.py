@@ -20,6 +20,7 @@ from refdet.detector.checkpoint import BEST, CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import exclusive_lock
+from refdet.files.short_text import format_count
 from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
@@ -259,6 +260,7 @@ def check_divisible(recipe: Recipe, processes: int) -> None:
     if options.batch_size % (processes * options.accumulate):
         passes = f", each in {options.accumulate} passes (train.accumulate)" if options.accumulate > 1 else ""
         raise InputError(
-            f"train.batch_size: {options.batch_size} images cannot be divided among {processes} processes{passes}; "
+            f"train.batch_size: {format_count(options.batch_size, 'image')} cannot be divided among "
+            f"{format_count(processes, 'process')}{passes}; "
             f"give a multiple of {processes * options.accumulate}"
         )

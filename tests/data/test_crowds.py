@@ -73,7 +73,7 @@ def test_an_extraction_of_crowds_alone_is_an_error(detector: Path, tmp_path: Pat
 
     squares(tmp_path, change)
     done = extract(detector, tmp_path, "a.h5")
-    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the one annotation"
+    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the only annotation"
     assert done.exit_code == 2 and said in done.stderr and "--crowd-as-object" in done.stderr
     assert not (tmp_path / "a.h5").exists()
     assert extract(detector, tmp_path, "a.h5", "--crowd-as-object").exit_code == 0

@@ -75,7 +75,7 @@ def test_a_part_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     own = BATCHES[1]
     assert (done.merged, done.images, done.computed) == (False, len(own), len(own))
     assert done.regions == sum(1 + record.id % 4 for record in own) and done.bytes > 0
-    assert "note: part 2/3 is finished; 3 of 4 shards are missing: the part that ends last writes" in caplog.text
+    assert "note: part 2/3 is finished; 3 of 4 shards are missing: the last part to finish writes" in caplog.text
     again = run_part(tmp_path / "a.h5", "2/3")
     assert (again.merged, again.images, again.computed) == (False, len(own), 0)
 

@@ -91,7 +91,7 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
     everything = build_split(source, root, tmp_path / "a.json")
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
     assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
-    assert any("refcocog/google/val: 1 of its 2 images also have train refs" in text for text in everything.notes)
+    assert any("refcocog/google/val: 1 of 2 images also has train refs" in text for text in everything.notes)
     some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]
     assert list(some.report["excluded"]) == ["refcoco/unc/testA", "refcocog/google/val"]
@@ -186,7 +186,7 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71], names))
     found = audit(source, root)
     assert found.leaked == [70, 72] and any(
-        "ids of 3 images differ from the numbers in their names (70: 2)" in text for text in found.notes
+        "3 images have an id that differs from the number in the name (70: 2)" in text for text in found.notes
     )
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
 

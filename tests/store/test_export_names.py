@@ -128,7 +128,7 @@ def test_names_that_the_reader_cannot_tell_apart_are_refused(
 def test_ids_that_the_reader_takes_from_names_are_compared(tmp_path: Path) -> None:
     images = [replace(r, file_name=f"COCO_{r.image_id + (r.image_id == 4)}.jpg") for r in DETECTIONS[:2]]
     done = export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="openvqa")
-    assert any("1 images are read with another id than in the store (image 4 as '5')" in note for note in done.notes)
+    assert any("1 image is read with another id than in the store (image 4 as '5')" in note for note in done.notes)
 
 
 BAD_NAMES = ['"', "\\", "</script>", "a\nb", "\x1b[31m", "\u2028", "é" * 300, "'; --", "\x7f"]
