@@ -170,14 +170,14 @@ def command(
         Part.parse(part)
     check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
-        raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
+        raise InputError("--crowd-as-object is for --regions annotations; give this or omit it")
     of_refer = refer_root is not None and dataset and split_by and instances is None
     if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     if boxes is not None and regions != "detections":
-        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
+        raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
     if boxes is None and box_format != "xywh":
-        raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
+        raise InputError(f"--box-format {box_format} is for --boxes; give these or omit it")
     check_new_file("--out", out, may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)

@@ -75,7 +75,7 @@ class Part:
         """
         doing = f"another process is computing part {self}"
         with exclusive_lock(
-            folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, doing=doing
+            folder, f"part-{self.number}.lock", "wait for it to finish", wait=_LOCK_TIMEOUT, doing=doing
         ) as locked:
             yield locked
 

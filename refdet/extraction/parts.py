@@ -186,7 +186,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
+                stack.enter_context(exclusive_lock(folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
                 if last:
@@ -219,7 +219,7 @@ def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
     numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
-        with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
+        with exclusive_lock(shard_set.folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
     return numbers
 
@@ -233,7 +233,7 @@ def _merge_if_last(
     """Write the store if all shards are finished; returns whether it is written."""
     folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
-        with exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
+        with exclusive_lock(folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)

@@ -160,7 +160,7 @@ class DetectorTools:
             raise InputError(f"{problem}; copy it there or use a shared file system") from None
         same_recipe = json.dumps(load_meta(self.checkpoint).recipe.to_dict()) == self.recipe
         if file_sha256(weights) != self.checkpoint_sha256 or not same_recipe:
-            raise InputError(f"`checkpoint` {self.checkpoint}: another one on {host}; copy the same one there")
+            raise InputError(f"`checkpoint` {self.checkpoint}: a different one on {host}; copy the same one there")
         if not self.images.exists():
             raise InputError(
                 f"`images` {self.images}: not found on {host}; copy the zip there or use a shared file system"
@@ -169,5 +169,7 @@ class DetectorTools:
         missing = source.locate(self.records, self.list_records)
         if images_sha256(source, self.records) != self.images_sha256:
             first = f"; missing there: {len(missing)}, first {missing[0]}" if missing else ""
-            raise InputError(f"`images` {self.images}: holds other files on {host}{first}; copy the same ones there")
+            raise InputError(
+                f"`images` {self.images}: holds different files on {host}{first}; copy the same ones there"
+            )
         return source

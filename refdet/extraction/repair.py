@@ -143,7 +143,7 @@ def repair(
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with exclusive_lock(folder, "lock", "let it end"):
+            with exclusive_lock(folder, "lock", "wait for it to finish"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     if any(folder.glob(_SHARDS)):
@@ -196,7 +196,7 @@ def _read_repair(folder: Path) -> Any:
 
 def _clean_up(folder: Path, out: Path) -> None:
     """Remove the folder of a repair that had already replaced the store; keep the shards of an unfinished one."""
-    with exclusive_lock(folder, "lock", "let it end"):
+    with exclusive_lock(folder, "lock", "wait for it to finish"):
         work = _read_repair(folder)
         unfinished = isinstance(work, dict) and work.get("inode") == out.stat().st_ino
         if unfinished and any(folder.glob(_SHARDS)):

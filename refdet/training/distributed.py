@@ -41,7 +41,7 @@ T = TypeVar("T")
 JOB = Path("state", "torchrun.json")  # in a run directory: the start of torchrun that trains into it
 _JOINING, _WAITING, _COMPUTING = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
 _FINAL_WAIT = timedelta(seconds=10)  # for the first process to say an error
-_LOST_MESSAGE = "another process of this training ended without a word (killed, or out of memory?)"
+_LOST_MESSAGE = "another process of this training ended without an error message (killed, or out of memory?)"
 _ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
 
 

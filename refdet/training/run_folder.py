@@ -8,7 +8,7 @@ from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
-IN_USE = "let it end or choose another `out`"
+IN_USE = "wait for it to finish or choose another `out`"
 MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 
 

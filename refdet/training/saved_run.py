@@ -151,7 +151,7 @@ class SavedRun:
             )
         if new_steps != old_steps:
             cosine = recipe.train.schedule == "cosine"
-            rate = "the cosine (train.schedule)" if cosine else "the drops of the rate (train.lr_milestones)"
+            rate = "the cosine (train.schedule)" if cosine else "the learning rate milestones (train.lr_milestones)"
             lines.append(
                 f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {rate} are "
                 "fractions of the new number"

@@ -57,13 +57,13 @@ def held_out_notes(val_instances: Path, validated_on: Provenance, training: Prov
         ]
     if not validated_on.excluded:
         why = f"{validated_on.note}; " if validated_on.note else ""
-        unchecked = f"whether images of REFER's val and test are in it was not checked: {audit} does"
+        unchecked = f"it was not checked for REFER's val and test images; check it with {audit}"
         return [f"`val_instances` {val_instances}, which chooses best/: {why}{unchecked}"]
     missing = sorted(training.excluded.keys() - validated_on.excluded.keys())
     if missing:
         return [
             f"`val_instances` {val_instances}, which chooses best/: does not exclude {', '.join(missing)}, as "
-            f"{split.name} does; whether images of them are in it was not checked: {audit} does"
+            f"{split.name} does, and was not checked for their images; check it with {audit}"
         ]
     return []
 

@@ -190,7 +190,9 @@ def _check_inputs(
     elif val_images is not None:
         raise InputError("`val_images`: give its annotations too, with `val_instances`")
     elif out is not None and (out / BEST).exists():
-        notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
+        notes.append(
+            f"`resume` {out}: was validated before, but is not now; give `val_instances` to continue validation"
+        )
     categories = tuple(index.categories.items())
     if weights is not None and not resumes:
         find_new_prefixes(weights, resolved, categories)
@@ -212,8 +214,8 @@ def _check_inputs(
         )
     if provenance.note:
         notes.append(
-            f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
-            f"checked: refdet audit --instances {instances} --refer-root DIR does"
+            f"{instances}: {provenance.note}; it was not checked for REFER's val and test images; check it with "
+            f"refdet audit --instances {instances} --refer-root DIR"
         )
     if crowd_as_object:
         text = "its crowds are trained on as objects (`crowd_as_object=True`)"

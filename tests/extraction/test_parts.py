@@ -136,14 +136,14 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
     out, folder = tmp_path / "a.h5", folder_of(tmp_path / "a.h5")
     run_part(out, "1/2")
     with Part(2, 2).lock(folder):
-        with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
+        with pytest.raises(InputError, match="another process is computing part 2/2; wait for it to finish"):
             run_part(out, "2/2")
-        with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
+        with pytest.raises(InputError, match="another process is computing part 2/2; wait for it to finish"):
             run(out, resume=True)
         assert run_part(out, "1/2").merged is False
     with (
         exclusive_lock(folder, "lock", ""),
-        pytest.raises(InputError, match="another process is writing to it; let it end"),
+        pytest.raises(InputError, match="another process is writing to it; wait for it to finish"),
     ):
         run_part(out, "2/2")
     with no_part_running(folder):

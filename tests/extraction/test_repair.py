@@ -158,7 +158,10 @@ def test_finished_shards_are_kept_while_their_images_cannot_be_read(
         run(resume=True, compute=stops)
     assert run((0, 3, 5), resume=True).errors == 3 and len(list(folder.glob("*.shard"))) == 2  # an unmounted disk
     assert "a.h5.repair is kept: it has finished shards of repaired images, which cannot be read now" in caplog.text
-    with exclusive_lock(folder, "lock", "let it end"), pytest.raises(InputError, match="another process .*let it end"):
+    with (
+        exclusive_lock(folder, "lock", "wait for it to finish"),
+        pytest.raises(InputError, match="another process .*wait for it to finish"),
+    ):
         run((0, 3, 5), resume=True)
     assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
     assert contents(run.out) == whole(tmp_path) and not folder.exists()

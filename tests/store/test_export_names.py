@@ -99,7 +99,7 @@ def test_a_disk_that_takes_two_names_for_one_loses_nothing(tmp_path: Path, monke
     write = npz_module.write_npz
     monkeypatch.setattr(npz_module, "write_npz", lambda path, values: write(path.with_name(path.name.lower()), values))
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], ("a.jpg", "A.jpg"), strict=True)]
-    with pytest.raises(InputError, match="takes 'A' of image 3 for another name\); export with `names='id'`"):
+    with pytest.raises(InputError, match="mistakes 'A' of image 3 for another name\); export with `names='id'`"):
         export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 

@@ -64,7 +64,7 @@ def test_a_signal_to_one_saves_and_stops_all(launcher: Launcher, noise: Path) ->
 def test_a_killed_process_is_replaced_by_torchrun(launcher: Launcher, noise: Path) -> None:
     ended = train(launcher, noise, "killed", 2, *SIX, fault=Fault("SIGKILL", 1, 4))
     assert ended.codes == [1, -9] and len(ended.said) == 1
-    assert "another process of this training ended without a word" in ended.said[0]
+    assert "another process of this training ended without an error message" in ended.said[0]
     assert saved(noise / "killed") == 3  # and not 2, the last regular save
     trained(launcher, noise, "unharmed", 2, *SIX)
     for rank in (0, 1):

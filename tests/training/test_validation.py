@@ -246,7 +246,7 @@ def test_a_finished_run_is_validated_later(data: Path, caplog: pytest.LogCapture
     train(data, *LEARNS, "train.steps=2", resume=True)
     assert len(validations(data / "run")) == 1 and "2 steps are done" in caplog.text
     run(data, *LEARNS, "train.steps=4", resume=True)
-    assert "was validated before, and is not now; give `val_instances`" in caplog.text
+    assert "was validated before, but is not now; give `val_instances`" in caplog.text
 
 
 def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -57,7 +57,9 @@ def export_npz(
             try:
                 write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, category_index))
             except FileExistsError:  # a file system that ignores case or normalises accents
-                raise unusable_names(store, f"the disk takes {name!r} of image {image_id} for another name") from None
+                raise unusable_names(
+                    store, f"the file system mistakes {name!r} of image {image_id} for another name"
+                ) from None
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         if empty:
             notes.append(f"{format_count(len(empty), 'image', 'has')} no regions; {layout.empty}")
