@@ -75,7 +75,7 @@ test-browser: env ## test refdet browse and the report in chromium, with playwri
 	@echo "==> test-browser: pytest"
 	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py tests/report/browse/test_browser_states.py tests/report/test_report_browser.py
 
-bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
+bench-ops: env ## benchmark the kernels, compared with torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
 
 bench-data: env ## benchmark loading and splitting full-size files
@@ -91,25 +91,25 @@ bench-data: env ## benchmark loading and splitting full-size files
 bench-browse: env ## benchmark refdet browse on a store of 28,000 images (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/browse.py $(if $(JSON),--json)
 
-bench-extract: env ## benchmark extract-features against torchvision's detection modules
+bench-extract: env ## benchmark extract-features, compared with torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
 
-bench-train: env ## benchmark a step of training against torchvision's Mask R-CNN
-	@echo "==> bench-train: drawn images"
+bench-train: env ## benchmark a training step, compared with torchvision's Mask R-CNN (JSON=1 for JSON)
+	@echo "==> bench-train: synthetic images"
 	@$(BIN)/python benchmarks/train.py $(if $(JSON),--json)
 
 # RESULTS=FILE keeps finished trainings, so that they can be spread over several runs.
-bench-learning: env ## train both 300 steps with three seeds and compare AP, in 90 minutes (SHORT=1: one seed, 200 steps, in 15)
+bench-learning: env ## compare AP with torchvision after 300 steps, three seeds, in 90 minutes (SHORT=1: one seed, 200 steps, in 15)
 	@echo "==> bench-learning: the embedded dataset"
 	@$(BIN)/python benchmarks/learning.py $(if $(SHORT),--seeds 0 --steps 200) $(if $(RESULTS),--results $(RESULTS)) $(if $(JSON),--json)
-	@$(if $(SHORT),true,echo "==> bench-learning: real images by heart")
+	@$(if $(SHORT),true,echo "==> bench-learning: memorizing real images")
 	@$(if $(SHORT),true,$(BIN)/python benchmarks/by_heart.py $(if $(JSON),--json))
 
-bench-pipeline: env ## benchmark everything behind the detector: shards, merging, the store (JSON=1 for JSON)
+bench-pipeline: env ## benchmark everything after the detector: shards, merging, the store (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)
 
-bench-scaling: env ## benchmark many workers with sleeping detectors, and extrapolate to 64 GPUs (JSON=1 for JSON)
+bench-scaling: env ## benchmark many workers with simulated detectors, extrapolated to 64 GPUs (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/scaling.py $(if $(JSON),--json)
 
 # A short-lived GPU machine may have a Python with torch but no network: `make gpu-check PYTHON=python3` uses that

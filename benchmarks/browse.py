@@ -5,7 +5,7 @@ And refdet report on the same store: time, memory and the size of the page.
     python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
 
 The store has 100 regions an image with masks and a feature, of a small width as features are never read; there are
-50,000 refs with 142,000 sentences, in proportion to the images. Views are asked for as a browser does, over six
+50,000 refs with 150,000 sentences, in proportion to the images. Views are asked for as a browser does, over six
 connections, before and after all regions were read in the background.
 """
 

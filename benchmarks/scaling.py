@@ -292,7 +292,7 @@ def main() -> None:
         for run in result[kind]:
             more = ""
             if "start_s" in run:
-                more = f", started in {run['start_s']:.0f} s, driver {run['driver_ms_per_shard']:.0f} ms a shard"
+                more = f", started in {run['start_s']:.0f} s, driver {run['driver_ms_per_shard']:.0f} ms per shard"
             print(
                 f"{kind:6} {run['workers']:3} workers {run['images_per_second']:8.1f} images/s, "
                 f"{run['of_detectors']:.3f} of the detectors alone, "
@@ -300,9 +300,10 @@ def main() -> None:
             )
     for dtype, figures in result["figures"].items():
         print(f"{dtype}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    print(f"\n{IMAGES} images, {options.images_per_second:g} images/s a GPU, without starting:\n")
+    print(f"\n{IMAGES} images, {options.images_per_second:g} images/s per GPU, without startup:\n")
     print(
-        "| dtype | disk, GB/s | GPUs | computing, s | limited by | images local, s | merging, s | limited by | all, s |"
+        "| dtype | disk, GB/s | GPUs | computing, s | limited by | images local, s | merging, s | limited by "
+        "| total, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in result["paper"]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 MAX_SHOWN = 10
 
 
-@click.command("audit")
+@click.command("audit", short_help="Check training data for REFER's val and test images.")
 @click.option("--instances", metavar="F.json", help="COCO instances file or image list to audit.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
-@click.option("--checkpoint", metavar="RUN_DIR", help="Detector whose provenance to audit.")
+@click.option("--checkpoint", metavar="RUN_DIR", help="Run directory of the detector whose provenance to audit.")
 @store_option(name="features", metavar="F.h5", help="Store whose detector's provenance to audit.")
 @click.option(
     "--exclude",
@@ -41,13 +41,13 @@ MAX_SHOWN = 10
     metavar="FILE",
     help="Another benchmark to look for: Ref-L4's Parquet, or any list of images; may be repeated.",
 )
-@click.option("--val-instances", metavar="F.json", help="File that the detector was validated on, which chose best/.")
+@click.option("--val-instances", metavar="F.json", help="Instances file of the validation that chose best/.")
 @click.option(
     "--trust-weights",
     is_flag=True,
-    help="Assume that the initial weights, and an unrecorded choice of weights, saw no held-out image.",
+    help="Vouch that initial weights saw no held-out image and that no unrecorded validation chose the weights.",
 )
-@click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
+@click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images cannot be identified.")
 @renamed_option(
     "--find-duplicates",
     "--by-content",
@@ -75,10 +75,11 @@ def command(
 ) -> None:
     """Check training images for REFER's val and test images; exits 0 if there are none and 1 if there are.
 
-    Audits the images of F.json. For a checkpoint or a store, audits its provenance, which is only a claim; F.json, the
-    file it was trained on, turns the claim into a proof; weights of a best/ were chosen on a validation file, which
-    must be as clean. Images identified neither by id nor by --find-duplicates are
-    not proven clean: exits 1, unless --allow-unidentified. A store of val images is not a leak: its detector matters.
+    Audits the images of F.json. For a checkpoint or a store, it audits the provenance, which is only a claim; with
+    F.json, the file that the detector was trained on, it is a proof. Weights in a best/ folder were chosen on a
+    validation file, which must be clean too. Images identified neither by id nor by --find-duplicates are not proven
+    clean: exits 1 unless --allow-unidentified is given. A store of val images is not a leak: what counts is what its
+    detector was trained on.
     """
     if instances is None and checkpoint is None and features is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
@@ -235,7 +236,7 @@ def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
         ]
     return [
         f"proven: its weights are {audit.selection.one_line()}, of which "
-        f"{format_count(audit.proof.images, 'image')} were checked"
+        f"{format_count(audit.proof.images, 'image', 'was')} checked"
     ]
 
 

@@ -16,20 +16,20 @@ from .common import echo_line, note
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command("browse")
+@click.command("browse", short_help="Show the regions of a store in the browser.")
 @click.argument("stores", metavar="STORE...", nargs=-1, required=True, type=Path)
-@click.option("--images", type=Path, help="Folder or zip of the images.  [default: show boxes without them]")
+@click.option("--images", type=Path, help="Folder or zip of the images.  [default: boxes on gray]")
 @click.option("--refer-root", type=Path, help="Folder of the REFER data, for sentences and their referents.")
 @click.option("--dataset", help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", help="unc, umd or google.")
 @click.option("--predictions", type=Path, help="JSON of a model's answers on the first store.")
-@click.option("--instances", type=Path, help="Instances JSON whose boxes are shown beside the regions.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than loopback let "
-              "everyone on the network who has the token in.")  # fmt: skip
-@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen at, 0 for any.  [default: 8765, or the "
-              "next free one]")  # fmt: skip
+@click.option("--instances", type=Path, help="Instances JSON whose boxes are shown too.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; unless it is a loopback "
+              "address, anyone on the network who has the token can connect.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on, 0 for any free one.  [default: "
+              "8765, or the next free one]")  # fmt: skip
 def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any) -> None:
-    """Show the regions of one store, or of two side by side, in the browser; Ctrl-C ends it."""
+    """Show the regions of one store, or of two side by side, in the browser; Ctrl-C stops it."""
     if len(stores) > 2:
         raise InputError(f"{len(stores)} stores; give one, or two to show side by side")
     for store in stores:

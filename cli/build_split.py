@@ -12,7 +12,7 @@ from .arguments import check_json, check_new_file, check_refer_root
 from .common import echo_json, echo_line, echo_table, json_option, note
 
 
-@click.command("build-split")
+@click.command("build-split", short_help="Remove REFER's val and test images from COCO.")
 @click.option("--instances", required=True, metavar="F.json", help="COCO instances file or image list to filter.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
 @click.option("--out", required=True, metavar="OUT.json", help="File to write, in the format of F.json.")
@@ -47,7 +47,7 @@ def command(
     """Remove REFER's val and test images and their annotations from a list of training images.
 
     F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
-    with one id or file name per line. Images are identified by COCO id, whatever their file names.
+    with one id or file name per line. Images are identified by the COCO number in their names, or else by their ids.
     """
     check_json("--instances", Path(instances), "an instances JSON or a list of images")
     check_new_file("--out", Path(out))

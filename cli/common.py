@@ -60,7 +60,7 @@ def precision_option(command: F) -> F:
         type=click.Choice(PRECISIONS),
         default="float32",
         show_default=True,
-        help="Arithmetic of the network: float32 is exact on a GPU too, the others are faster where supported.",
+        help="Arithmetic of the network: float32 is full float32 on a GPU too; the others are faster where supported.",
     )(command)
 
 
@@ -148,7 +148,7 @@ def box_format_option(option: str) -> Callable[[F], F]:
         show_default=True,
         metavar="FORMAT",
         help=f"Format of the boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of "
-        "the image size, with -xyxy or -xywh, or else in the order that fits.",
+        "the image size, with -xyxy or -xywh; without these, in the order that fits more boxes.",
     )
 
 

@@ -11,14 +11,14 @@ from .common import echo_json, echo_line, echo_table, json_option, note
 from .option_names import as_options
 
 
-@click.command("convert-refer")
+@click.command("convert-refer", short_help="Convert REFER from other formats.")
 @click.option(
     "--from",
     "sources",
     multiple=True,
     required=True,
     metavar="PATH",
-    help="File, or folder of files, of all splits; may be repeated.",
+    help="File or folder with all splits; may be repeated.",
 )
 @click.option("--out", required=True, metavar="DIR", help="REFER root: writes DIR/DATASET/refs(SPLIT_BY).p.")
 @click.option(
@@ -26,12 +26,23 @@ from .option_names import as_options
     metavar="F.json",
     help="COCO's instances_train2014.json, to look up ids by image and box and to write all annotations of the images.",
 )
-@click.option("--dataset", default="", metavar="NAME", help="refcoco, refcoco+ or refcocog, if the files do not say.")
 @click.option(
-    "--split-by", default="", metavar="NAME", help="unc, google or umd, if the files do not say.  [default: unc or umd]"
+    "--dataset",
+    default="",
+    metavar="NAME",
+    help="refcoco, refcoco+ or refcocog: overrides what the files say; selects one from a file that has several.",
 )
 @click.option(
-    "--split-names", multiple=True, metavar="OLD=NEW", help="Name of a split that is not recognized; may be repeated."
+    "--split-by",
+    default="",
+    metavar="NAME",
+    help="unc, google or umd: overrides and selects like --dataset.  [default: from the files, else unc or umd]",
+)
+@click.option(
+    "--split-names",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="REFER's name for a split in the files, such as test=testA; may be repeated.",
 )
 @json_option
 def command(
@@ -43,10 +54,11 @@ def command(
     split_names: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Convert REFER from other formats to its original layout, and check its size.
+    """Convert REFER from other formats to its original layout.
 
-    Reads Parquet of Hugging Face (jxu124/refcoco, lmms-lab/RefCOCO), MDETR's finetune_*.json, TensorFlow Datasets'
-    refcoco.json or lists of its examples, and JSON lists of boxes and expressions, such as LLaVA's.
+    Reads Parquet from Hugging Face (jxu124/refcoco, lmms-lab/RefCOCO), MDETR's finetune_*.json, TensorFlow Datasets'
+    refcoco.json or lists of its examples, and JSON lists of boxes and expressions, such as LLaVA's. The result is
+    compared with the published size.
     """
     check_new_folder("--out", Path(out), empty=False)
     if instances is not None:

@@ -9,16 +9,16 @@ import click
 from .common import echo_json, echo_line, echo_table, json_option
 
 
-@click.command("demo")
+@click.command("demo", short_help="Run the whole pipeline on a synthetic dataset.")
 @click.option("--out", type=Path, default=Path("demo"), show_default=True, help="Folder to create.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dataset and of training."
 )
-@click.option("--images", type=int, help="Number of train images to draw.  [default: 800]")
+@click.option("--images", type=int, help="Number of train images to generate.  [default: 800]")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=20.")
 @json_option
 def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], as_json: bool) -> None:
-    """Run the whole pipeline on a synthetic dataset, from splitting to a report; takes a few minutes."""
+    """Run the whole pipeline on a synthetic dataset, from building a split to a report; takes a few minutes."""
     import sys
     from contextlib import redirect_stdout
 

@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from refdet.structures.regions import Regions
 
 
-@click.command("draw")
+@click.command("draw", short_help="Draw an image's regions into a picture.")
 @click.argument("image", type=Path)
 @click.option("--checkpoint", type=Path, help="Run directory of a detector to run on the image.")
-@click.option("--store", type=Path, help="Store that has the regions of the image, written by extract-features.")
+@click.option("--store", type=Path, help="Store with the regions of the image, written by extract-features.")
 @click.option("--out", type=Path, required=True, help="Picture to write, such as regions.png or regions.jpg.")
-@click.option("--image-id", type=int, help="The image's id in --store, if its file name is not enough.")
+@click.option("--image-id", type=int, help="The image's id in --store, if its file name does not identify it.")
 @click.option(
     "--score-threshold",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="Lowest score of a region to draw.",
+    help="Minimum score of a region to draw.",
 )
-@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Draw at most so many.")
+@click.option(
+    "--max-regions",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Maximum number of regions to draw.",
+)
 @click.option("--no-masks", is_flag=True, help="Draw boxes only.")
 @click.option("--device", help="cpu, cuda or cuda:1, for --checkpoint; by default a GPU if available.")
 @json_option
@@ -48,7 +54,7 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Draw the regions of one IMAGE, of a detector or of a store, into a picture file."""
+    """Draw the regions of an IMAGE, found by a detector or read from a store, and save the picture."""
     if (checkpoint is None) == (store is None):
         raise InputError("give one of --checkpoint, to detect regions, and --store, to read them")
     check_new_file("--out", out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from refdet.files.short_text import format_count
+
 from .common import echo_json, echo_line, echo_table
 
 if TYPE_CHECKING:
@@ -27,18 +29,17 @@ def print_estimate(found: Estimate, source: str, as_json: bool) -> None:
     for line in complete_yaml(found.recipe, source).splitlines():
         echo_line(line)
     echo_line()
-    options = found.recipe.train
+    options, objects = found.recipe.train, format_count(found.objects, "object", spec=",")
     rows = [
-        ("images", f"{found.images:,} with {found.objects:,} objects of {found.classes} classes"),
-        ("steps", f"{found.steps:,} of {options.batch_size} images, {found.epochs:.1f} epochs"),
+        ("images", f"{found.images:,} with {objects} of {format_count(found.classes, 'class')}"),
+        ("steps", f"{found.steps:,} of {format_count(options.batch_size, 'image')}, {found.epochs:.1f} epochs"),
         ("device", f"{found.device}, {found.arithmetic}"),
         ("a step", f"{found.step_seconds:.3f} s, {options.batch_size / found.step_seconds:.1f} images/s"),
     ]
     if found.validation_images:
         seconds = found.image_seconds * found.validation_images
-        rows.append(
-            ("validations", f"{found.validations} of {found.validation_images:,} images, {_duration(seconds)} each")
-        )
+        images = format_count(found.validation_images, "image", spec=",")
+        rows.append(("validations", f"{found.validations} of {images}, {_duration(seconds)} each"))
     rows += [
         ("whole run", _duration(found.seconds)),
         ("memory", f"{found.memory_bytes / 2**30:.1f} GiB, with the largest images"),

@@ -10,7 +10,7 @@ from .arguments import check_device, check_images, check_json, check_ray, check_
 from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option, workers_option
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Compute box and mask AP on an instances file.")
 @click.option("--checkpoint", type=Path, required=True, help="Run directory of the detector.")
 @click.option("--instances", type=Path, required=True, help="COCO instances JSON to evaluate on.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
@@ -39,7 +39,7 @@ def command(
     ray: str | None,
     as_json: bool,
 ) -> None:
-    """Compute box and mask AP on an instances file, of the regions that extract-features writes by default."""
+    """Compute box and mask AP on an instances file, for the regions that extract-features writes by default."""
     check_device("--device", device)
     check_ray(ray)
     check_run_directory("--checkpoint", checkpoint)

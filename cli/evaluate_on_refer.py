@@ -26,7 +26,7 @@ TITLES = {
 }
 
 
-@click.command("evaluate-on-refer")
+@click.command("evaluate-on-refer", short_help="Compute AP, recall and comprehension on REFER.")
 @store_option(type=Path, required=True, help="Store written by extract-features.")
 @click.option("--refer-root", type=Path, required=True, help="Folder of the REFER data.")
 @click.option("--dataset", required=True, help="refcoco, refcoco+, refcocog or grefcoco.")

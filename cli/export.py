@@ -38,7 +38,7 @@ FORMAT_OPTIONS = {
 }
 
 
-@click.command("export")
+@click.command("export", short_help="Export a store to the formats of other programs.")
 @store_option(type=Path, required=True, help="Store written by extract-features.")
 @click.option("--format", "format_", type=click.Choice(list(FORMAT_OPTIONS)), required=True, help="Output format.")
 @click.option(
@@ -55,7 +55,7 @@ FORMAT_OPTIONS = {
     help="npz: name files after the image file without or with its suffix, or the id.  "
     "[default: stem; file for rosita]",
 )
-@click.option("--annotations", type=Path, help="mattnet: store made with --regions annotations, for ann_feats.h5.")
+@click.option("--annotations", type=Path, help="mattnet: store written with --regions annotations, for ann_feats.h5.")
 @click.option("--refer-root", type=Path, help="mattnet: folder of the REFER data, for data.json and data.h5.")
 @click.option("--dataset", help="mattnet: refcoco, refcoco+ or refcocog.")
 @click.option("--split-by", help="mattnet: unc, umd or google.")
@@ -75,7 +75,7 @@ FORMAT_OPTIONS = {
 @click.option(
     "--score-threshold",
     type=click.FloatRange(0, 1),
-    help="coco: lowest score of a region in instances.json.  [default: 0.5]",
+    help="coco: minimum score of a region in instances.json.  [default: 0.5]",
 )
 @click.option("--images", type=Path, help="fiftyone: folder of the images.")
 @json_option

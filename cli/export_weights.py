@@ -10,12 +10,14 @@ from .arguments import check_new_file, check_run_directory
 from .common import echo_json, echo_table, json_option, note
 
 
-@click.command("export-weights")
+@click.command("export-weights", short_help="Export weights to detectron2 or torchvision.")
 @click.option("--checkpoint", type=Path, required=True, metavar="RUN_DIR", help="Run directory of the detector.")
 @click.option(
     "--format", "format_", type=click.Choice(["detectron2", "torchvision"]), required=True, help="Output format."
 )
-@click.option("--out", type=Path, required=True, help="The .pth to write; for detectron2, with its .yaml beside it.")
+@click.option(
+    "--out", type=Path, required=True, help=".pth file to write; for detectron2, a .yaml is written next to it."
+)
 @json_option
 def command(checkpoint: Path, format_: str, out: Path, as_json: bool) -> None:
     """Write a detector's weights as a state dict of detectron2 or torchvision."""

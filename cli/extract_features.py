@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from refdet.extraction.summary import Summary
 
 
-@click.command("extract-features")
+@click.command("extract-features", short_help="Extract boxes, masks and features into HDF5.")
 @click.option("--checkpoint", type=Path, required=True, help="Run directory of the detector.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of the images.")
 @click.option("--out", type=Path, required=True, help="HDF5 file to write.")
 @click.option("--refer-root", type=Path, help="Folder of the REFER data; with --dataset and --split-by.")
-@click.option("--dataset", help="refcoco, refcoco+ or refcocog.")
+@click.option("--dataset", help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", help="unc, umd or google.")
 @click.option("--split", "splits", multiple=True, help="Comma-separated splits.  [default: all]")
 @click.option("--instances", type=Path, help="Instead of REFER: use all images of this COCO instances JSON.")
@@ -91,16 +91,22 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1),
     default=0.3,
     show_default=True,
-    help="IoU threshold of the NMS within a class.",
+    help="IoU threshold of per-class NMS.",
 )
 @renamed_option(
     "--lower-threshold-if-empty",
     "--at-least-one",
     "lower_threshold_if_empty",
     is_flag=True,
-    help="Lower the threshold in steps of 0.1 for an image without regions.",
+    help="If an image has no regions, lower its score threshold in steps of 0.1 until it has one.",
 )
-@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Per image.")
+@click.option(
+    "--max-regions",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Maximum number of regions per image.",
+)
 @click.option("--batch-size", help="Images per batch, or auto for as many as fit.  [default: 4; on a GPU auto]")
 @workers_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto uses a GPU if available.")
@@ -116,7 +122,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Stop at an unusable image instead of recording the error.")
 @click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
 @click.option("--resume", is_flag=True, help="Resume a stopped run.")
-@click.option("--part", metavar="K/N", help="Compute part K of N; the part that ends last writes the file.")
+@click.option("--part", metavar="K/N", help="Compute part K of N; the last part to finish writes the file.")
 @ray_option
 @json_option
 def command(
@@ -165,14 +171,14 @@ def command(
         Part.parse(part)
     check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
-        raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
+        raise InputError("--crowd-as-object is for --regions annotations; give this or omit it")
     of_refer = refer_root is not None and dataset and split_by and instances is None
     if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     if boxes is not None and regions != "detections":
-        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
+        raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
     if boxes is None and box_format != "xywh":
-        raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
+        raise InputError(f"--box-format {box_format} is for --boxes; give these or omit it")
     check_new_file("--out", out, may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)

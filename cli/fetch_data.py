@@ -10,19 +10,19 @@ from .arguments import check_new_folder
 from .common import echo_json, echo_line, echo_table, json_option
 
 
-@click.command("fetch-data")
+@click.command("fetch-data", short_help="Download COCO and REFER.")
 @click.option("--out", default="data", show_default=True, metavar="DIR", help="Data folder to write into.")
 @click.option(
     "--only",
     multiple=True,
     metavar="NAME,...",
-    help="Items to fetch, such as refcoco or train2014; may be repeated.  [default: all that REFER needs]",
+    help="Items to fetch, such as refcoco or train2014; may be repeated.  [default: everything needed for REFER]",
 )
 @click.option(
     "--from",
     "mirror",
     metavar="URL",
-    help="Your own mirror, or a local folder, with the archives under their names; replaces all other sources.",
+    help="Mirror, or local folder, with the archives under their original names; replaces all other sources.",
 )
 @click.option("--list", "list_items", is_flag=True, help="List the items, their sizes and sources, and exit.")
 @json_option

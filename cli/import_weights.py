@@ -10,22 +10,23 @@ from .arguments import check_json, check_new_folder, check_weights
 from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
-@click.command("import-weights")
+@click.command("import-weights", short_help="Convert other programs' weights to a run directory.")
 @click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet network.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
-@click.option("--trained-on", type=Path, help="Split that it was trained on, if known.")
+@click.option("--trained-on", type=Path, help="Instances file that it was trained on, if known.")
 @renamed_option(
     "--weight-format",
     "--style",
     "style",
     type=click.Choice(["caffe", "torchvision", "tf-faster-rcnn", "pytorch-faster-rcnn"]),
-    help="Preprocessing of an ImageNet network (detected by default) or program of a detector like the reference's.",
+    help="Preprocessing of an ImageNet network (detected by default), or the program that a detector with the "
+    "reference's tensor names comes from.",
 )
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
     """Convert another program's checkpoint to a run directory.
 
-    Mask and Faster R-CNN of lichengunc/mask-faster-rcnn, detectron2 and torchvision, Faster R-CNN of
+    Reads Mask and Faster R-CNN from lichengunc/mask-faster-rcnn, detectron2 and torchvision, Faster R-CNN from
     pytorch-faster-rcnn and tf-faster-rcnn, and ImageNet networks.
     """
     from dataclasses import asdict

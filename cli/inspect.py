@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_SHOWN = 20
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what a split, checkpoint or store contains.")
 @click.argument("file")
 @click.option("--verify", is_flag=True, help="Check a whole store against its checksums; exit 1 if damaged.")
 @json_option

@@ -7,7 +7,7 @@ import click
 from .common import echo_json, echo_line, echo_table, json_option
 
 
-@click.command("recipes")
+@click.command("recipes", short_help="List the built-in recipes, or print one.")
 @click.argument("name", required=False, metavar="[NAME|YAML]")
 @json_option
 def command(name: str | None, as_json: bool) -> None:

@@ -23,27 +23,27 @@ from .common import echo_json, echo_line, json_option
 MAX_METRICS_BYTES = 1 << 26  # bytes
 
 
-@click.command("report")
+@click.command("report", short_help="Write an HTML page about a run and its results.")
 @click.option("--run", type=Path, help="Run directory: training data, leak proof and loss.")
-@click.option("--store", "stores", type=Path, multiple=True, help="Store of regions; repeat it for several.")
+@click.option("--store", "stores", type=Path, multiple=True, help="Store of regions; may be repeated.")
 @click.option(
     "--metrics",
     type=Path,
     multiple=True,
-    help="Folder written by evaluate-on-refer, or output of evaluate --json; repeat it for several.",
+    help="Folder written by evaluate-on-refer, or output of evaluate --json; may be repeated.",
 )
 @click.option("--predictions", type=Path, help="JSON of a model's answers, for the first --store.")
 @click.option("--images", type=Path, help="Folder or zip of the stores' images, for pictures.")
-@click.option("--instances", type=Path, help="Objects of the stores' images.  [default: those of the REFER dataset]")
+@click.option(
+    "--instances", type=Path, help="Instances JSON of the stores' images.  [default: that of the REFER dataset]"
+)
 @click.option("--refer-root", type=Path, help="Folder of the REFER data.")
 @click.option("--dataset", help="REFER dataset of the stores.  [default: what they were extracted for]")
 @click.option("--split-by", help="unc, umd or google, with --dataset.")
 @click.option("--trained-on", type=Path, help="Instances JSON that the detector was trained on, to audit it.")
 @click.option("--made-from", type=Path, help="Instances JSON that --trained-on was made from, to audit it too.")
 @click.option("--steps", type=Path, help="JSON list of the commands that were run: name, about, commands, seconds.")
-@click.option(
-    "--pictures", type=click.IntRange(min=0), default=12, show_default=True, help="Example images; 0 for no pictures."
-)
+@click.option("--pictures", type=click.IntRange(min=0), default=12, show_default=True, help="Number of example images.")
 @click.option("--title", help="Title of the page.")
 @click.option("--out", type=Path, required=True, help="HTML file to write.")
 @json_option
@@ -58,7 +58,7 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Show in one HTML page what a run, stores and a model's answers look like, and where they fail."""
+    """Write an HTML page that shows a run, stores and a model's answers, and where they fail."""
     check_new_file("--out", out)
     if run is None and not stores and not metrics:
         raise InputError("nothing to report: give at least one of --run, --store and --metrics")

@@ -18,13 +18,15 @@ from .estimate_table import print_estimate
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|YAML", help="Built-in recipe or YAML file.")
 @click.option("--instances", type=Path, required=True, help="COCO instances JSON, e.g. from build-split.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
-@click.option("--out", type=Path, help="Run directory to write.  [required, but for --dry-run]")
+@click.option("--out", type=Path, help="Run directory to write.  [required unless --dry-run is given]")
 @click.option("--weights", type=Path, help="Run directory of the initial weights.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=500.")
 @exif_option(default=None)
 @click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
-@click.option("--val-instances", type=Path, metavar="FILE", help="COCO instances JSON to measure AP on meanwhile.")
-@click.option("--val-images", type=Path, metavar="DIR", help="Folder or zip of its images, by default --images.")
+@click.option(
+    "--val-instances", type=Path, metavar="FILE", help="COCO instances JSON to measure AP on during training."
+)
+@click.option("--val-images", type=Path, metavar="DIR", help="Folder or zip of its images.  [default: --images]")
 @click.option("--resume", is_flag=True, help="Resume the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and estimate time and memory; write nothing.")
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")

@@ -42,4 +42,4 @@ with store.open(options.features) as features:
             predictions.append({"sent_id": sentence["sent_id"], "region": int(region)})
 with open(options.out, "w", encoding="utf-8") as file:
     json.dump(predictions, file)
-print(f"{len(predictions)} answers in {options.out}")
+print(f"answers: {len(predictions)}, in {options.out}")

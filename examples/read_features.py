@@ -1,4 +1,4 @@
-"""What stands in a feature file, read with h5py alone: ``python examples/read_features.py FILE.h5``."""
+"""Print the contents of a feature file, read with h5py alone: ``python examples/read_features.py FILE.h5``."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import h5py
 with h5py.File(sys.argv[1]) as file:
     names = {c["id"]: c["name"] for c in json.loads(file.attrs["classes"])}
     start = file["images/region_start"][:]
-    print(f"{len(start) - 1} images, {start[-1]} regions, features: {', '.join(file['features'])}")
+    print(f"images: {len(start) - 1}, regions: {start[-1]}, features: {', '.join(file['features'])}")
     for i in range(min(3, len(start) - 1)):
         rows = slice(start[i], start[i + 1])
         print(f"\nimage {file['images/id'][i]} ({file['images/file_name'][i].decode()})")

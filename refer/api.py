@@ -137,7 +137,7 @@ class REFER:
         return iter(self.data["refs"])
 
     def __repr__(self) -> str:
-        return f"REFER({self.DATA_DIR!r}: {len(self)} refs, {len(self.Sents)} sentences, {len(self.Imgs)} images)"
+        return f"REFER({self.DATA_DIR!r}, refs={len(self)}, sentences={len(self.Sents)}, images={len(self.Imgs)})"
 
     def getRefIds(
         self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str | Iterable[str] = ""

@@ -95,11 +95,11 @@ def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
     pixels = size[0] * size[1]
     if isinstance(counts, list):
         if not set(map(type, counts)) <= {int} or min(counts, default=0) < 0 or sum(counts) != pixels:
-            raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
+            raise ReferDataError(f"the counts of an RLE do not add up to its {size[0]} x {size[1]} pixels")
         compressed: dict[str, Any] = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
         return compressed
     if not isinstance(counts, str | bytes) or rle_pixels(counts) != pixels:
-        raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
+        raise ReferDataError(f"the counts of an RLE do not add up to its {size[0]} x {size[1]} pixels")
     return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 

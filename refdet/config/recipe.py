@@ -36,17 +36,17 @@ class ModelOptions:
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
-    # with trained norms and random weights, the last norm of each block starts at 0; false in YAML without this key
+    # with trained norms and random weights, the last norm of each block starts at 0; false if YAML lacks this key
     zero_init_residual: bool = True
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck in its first 1x1 convolution, as in Caffe, not in its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
     # align (RoIAlign), align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
     pooling: str = "align"
-    pooler_resolution: int = 7  # cells on a side of a RoI of a C4 network; 14 if conv5 has stride 2
-    sampling_ratio: int = 2  # samples on a side of a cell of RoIAlign; 0 for adaptive sampling
+    pooler_resolution: int = 7  # cells per side of a RoI in a C4 network; 14 if conv5 has stride 2
+    sampling_ratio: int = 2  # samples per side of a cell in RoIAlign; 0 for adaptive sampling
     fpn_channels: int = 256  # of each level of the pyramid
-    fpn_hidden: int = 1024  # width of the linear layers on the RoIs and of fc7, without c4 or of a VGG
+    fpn_hidden: int = 1024  # width of the linear layers on the RoIs, and so of fc7; also of a VGG's
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
@@ -59,7 +59,7 @@ class ModelOptions:
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
     legacy_rounded_anchors: bool = False  # sides rounded as in the reference; sizes must be multiples of 16
     torchvision_anchors: bool = False  # rounded corners, and strides of input size // map size
-    anchor_offset: float = 0.5  # centre of the first anchor in strides; 0 in detectron2 and torchvision
+    anchor_offset: float = 0.5  # center of the first anchor in strides; 0 in detectron2 and torchvision
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class InputOptions:
     """Preprocessing of images: resized, then (0..255 - mean) / std."""
 
     min_sizes: tuple[int, ...] = (600,)  # of the shorter side; one is drawn in training, the last is used at test time
-    # image: one of min_sizes is drawn for each image, as in detectron2 and torchvision; step: for all images of a step,
-    # which then need less padding; image in YAML without this key, step in older runs
+    # image: one of min_sizes is drawn for each image, as in detectron2 and torchvision; step: one for all images of a
+    # step, which need less padding. image if YAML lacks this key, step in older runs
     short_side_per: str = "step"
     max_size: int = 1000  # limit of the longer side
-    # side of a square for large-scale jitter: training images are resized to fit into it, times a scale drawn for each,
-    # and cropped or padded to it; 0 for none, with min_sizes and max_size in training too
+    # side of the square for large-scale jitter: training images are resized to fit into it, times a random scale, and
+    # cropped or padded to it; 0 turns this off, and training uses min_sizes and max_size
     crop_size: int = 0
-    scale_range: tuple[float, float] = (0.1, 2.0)  # of the scales drawn with crop_size
+    scale_range: tuple[float, float] = (0.1, 2.0)  # of the random scale with crop_size
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of each channel, 0..255
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # of each channel
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
@@ -82,18 +82,18 @@ class InputOptions:
     # torchvision: plain bilinear, sizes rounded down
     resize: str = "antialias"
     exif: str = "ignore"  # ignore, or apply: rotate training images by their EXIF orientation
-    # inputs are padded to multiples of this; 32 in YAML without this key, 0 (the same as 1) in older runs
+    # height and width of the inputs are padded to multiples of this; 32 if YAML lacks this key, 0 (as 1) in older runs
     size_divisibility: int = 0
 
 
 @dataclass(frozen=True)
 class ProposalOptions:
-    """Region proposal network: labelling of anchors and selection of proposals."""
+    """Region proposal network: labeling of anchors and selection of proposals."""
 
-    positive_iou: float = 0.7  # lowest IoU with an object of a positive anchor
-    negative_iou: float = 0.3  # anchors below it are negative; those between the two are ignored
+    positive_iou: float = 0.7  # minimum IoU with an object for an anchor to be positive
+    negative_iou: float = 0.3  # anchors below it are negative; those between are ignored
     batch_size_per_image: int = 256  # anchors per image in the loss
-    positive_fraction: float = 0.5  # largest fraction of them that may be positive
+    positive_fraction: float = 0.5  # maximum fraction of them that is positive
     nms_threshold: float = 0.7  # IoU above which the lower-scoring proposal is removed
     pre_nms_top_n_train: int = 2000  # highest-scoring proposals (per level) before NMS
     post_nms_top_n_train: int = 1000  # per image, after NMS
@@ -107,9 +107,9 @@ class ProposalOptions:
 class HeadOptions:
     """Second stage: sampling of RoIs in training."""
 
-    positive_iou: float = 0.5  # lowest IoU with an object of a positive RoI
+    positive_iou: float = 0.5  # minimum IoU with an object for a RoI to be positive
     batch_size_per_image: int = 256  # RoIs per image in the loss
-    positive_fraction: float = 0.25  # largest fraction of them that may be positive
+    positive_fraction: float = 0.25  # maximum fraction of them that is positive
     append_gt_boxes: bool = True  # also sample annotated boxes; otherwise only if no proposal is positive
     sample_with_replacement: bool = False  # repeat RoIs if there are too few
     smooth_l1_beta: float = 1.0  # of the box loss: quadratic below, linear above; 0 for L1
@@ -117,31 +117,31 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Optimisation."""
+    """Optimization."""
 
     steps: int = 90000  # of the whole run
-    batch_size: int = 8  # images per step, of all processes together
-    accumulate: int = 1  # passes per step, each over a part of a process's images; more passes need less memory
-    lr: float = 0.01  # peak learning rate, for this batch_size
+    batch_size: int = 8  # images per step, in all processes together
+    accumulate: int = 1  # passes per step, each over a part of a process's images, to save memory
+    lr: float = 0.01  # peak learning rate; scale it with batch_size
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0001  # of the weights of convolutions and linear layers, not of norms and biases
     warmup_steps: int = 500  # at most a fifth of the run
-    schedule: str = "step"  # of the learning rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
-    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the learning rate is divided by 10
-    max_grad_norm: float = 10.0  # L2 norm to which the gradients are clipped; 0 for no clipping
+    schedule: str = "step"  # of the rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
+    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
+    max_grad_norm: float = 10.0  # limit of the norm of all gradients together; 0 for no clipping
     flip: bool = True  # mirror half of the images
     bf16: bool = False  # autocast: convolutions and matrix products in bfloat16
-    tf32: bool = True  # float32 convolutions and matrix products on a GPU in TF32; false for IEEE float32, as on a CPU
-    workers: int = 2  # processes that read images; 0 for the main process only
-    seed: int = 0  # of everything random: new layers, batches, flips, sizes and samples
+    tf32: bool = True  # on a GPU, float32 convolutions and matrix products in TF32; false for IEEE float32
+    workers: int = 2  # processes that read images; 0 to read them in the training process
+    seed: int = 0  # random seed for new layers, batches, flips, sizes and samples
     checkpoint_interval: int = 1000  # steps between saved states
-    keep: int = 1  # number of states to keep, the newest ones; 0 for all
-    eval_every: int = 0  # steps between validations, if there are validation images; 0 for one at the end
-    ema: float = 0.0  # decay of a moving average of the weights, which is validated and used; 0 for none
+    keep: int = 1  # number of newest states to keep; 0 for all
+    eval_every: int = 0  # steps between validations, with --val-instances; 0 for only one at the end
+    ema: float = 0.0  # decay of an average of the weights, which is validated and saved; 0 for none
     log_every: int = 20  # steps between rows of metrics.jsonl
-    pretrained_lr_mult: float = 1.0  # with --weights: factor on the learning rate of pretrained layers
-    bias_lr_mult: float = 1.0  # factor on the learning rate of biases, 2 in Caffe's detectors
-    reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
+    pretrained_lr_mult: float = 1.0  # with --weights: learning rate factor of the layers loaded from them
+    bias_lr_mult: float = 1.0  # learning rate factor of biases; 2 in Caffe's detectors
+    reset_predictors: bool = False  # with --weights of other classes: reinitialize the predictors
     empty_images: bool = False  # also train on images without objects, as negatives
 
 

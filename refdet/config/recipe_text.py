@@ -1,4 +1,4 @@
-"""Human-readable recipes: a summary of each, and all keys of one as commented YAML that can be loaded again."""
+"""Human-readable recipes: one line for each, and all keys of one with their meanings, as YAML that can be loaded."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from refdet.files.json_files import read_bytes
 _WIDTH = 120  # characters of a line
 _PUBLISHED = "published: "
 _NECKS = {"c4": "C4", "fpn": "FPN", "dc5": "DC5"}
+_OTHER_BACKBONES = {"vgg16": "VGG-16", "mobilenet_v1": "MobileNet v1"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def recipe_summaries() -> list[RecipeSummary]:
         recipe, comment = recipes.load(name), _comment(name)
         published = next((line.removeprefix(_PUBLISHED) for line in comment if line.startswith(_PUBLISHED)), "")
         model, options = recipe.model, recipe.train
-        network = f"ResNet-{model.depth} {_NECKS[model.neck]}"
+        network = _OTHER_BACKBONES.get(model.backbone) or f"ResNet-{model.depth} {_NECKS[model.neck]}"
         summaries.append(RecipeSummary(name, network, options.steps, options.batch_size, published, comment[0]))
     return summaries
 

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from refdet.files.short_text import agree, format_share
+
 PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
 
 _SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02  # a box may exceed its image by their sum; the fraction is of its side
@@ -152,18 +154,19 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
     tiny = int(box_format.tiny(boxes, sizes).sum())
     if tiny > count / 2:
         return (
-            f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {box_format.text}; if they are "
-            "in 0..1 of the image, give `box_format='normalized'`"
+            f"warning: {format_share(tiny, count, 'box', 'lies')} within 0..{_TINY} but {agree(tiny, 'is')} read as "
+            f"{box_format.text}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
-    # Boxes in pixels of images smaller than 1000 also fit thousandths, so a few misfits do not suggest thousandths.
+    # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
     candidates = [
         other for other in FORMATS if other != name and (FORMATS[other].unit != THOUSANDTHS or share > _LARGE_SHARE)
     ]
     best = min(
         candidates, key=lambda other: misfits[other] + (FORMATS[other].unit == THOUSANDTHS) * _NOTABLE_SHARE * count
     )
-    problem = f"warning: {misfits[name]} of {count} boxes {_describe_misfit(box_format)} when read as {box_format.text}"
+    misfit = f"{format_share(misfits[name], count, 'box')} {_describe_misfit(box_format, misfits[name])}"
+    problem = f"warning: {misfit} when read as {box_format.text}"
     if share > _NOTABLE_SHARE and misfits[best] < misfits[name] / 2:
         return (
             f"{problem}, but {misfits[best]} when read as {FORMATS[best].text}; if they are that, give "
@@ -194,8 +197,9 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
     return None
 
 
-def _describe_misfit(box_format: BoxFormat) -> str:
-    return "reach outside their images" + (" or have x2 <= x1 or y2 <= y1" if box_format.corners else "")
+def _describe_misfit(box_format: BoxFormat, count: int) -> str:
+    reaches = "reaches outside its image" if count == 1 else "reach outside their images"
+    return reaches + (f" or {agree(count, 'has')} x2 <= x1 or y2 <= y1" if box_format.corners else "")
 
 
 def _without_order(name: str) -> str:

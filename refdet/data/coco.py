@@ -26,6 +26,7 @@ from refdet.data.fetch.hints import check_exists
 from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
+from refdet.files.short_text import agree, format_count, format_share
 from refer.plain_files import no_garbage_collection
 
 log = logging.getLogger(__name__)
@@ -137,24 +138,24 @@ class CocoIndex:
         index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
-                "note: %s: %d unusable annotations (first: %s); refdet inspect lists them",
+                "note: %s: %s (first: %s); refdet inspect lists them",
                 path,
-                len(dropped),
+                format_count(len(dropped), "unusable annotation"),
                 dropped[0],
             )
         if need_segmentation:
             objects = [a for image_annotations in annotations.values() for a in image_annotations if not a.iscrowd]
             if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
-                    f"{path}: none of its {len(objects)} objects has a segmentation; train without masks by "
-                    "`model.masks=false`"
+                    f"{path}: its {format_count(len(objects), 'object', 'has')} no segmentation; train without masks "
+                    "by `model.masks=false`"
                 )
         log.info(
-            "%s: %d images, %d annotations, %d categories",
+            "%s: %s, %s, %s",
             path,
-            len(index.images),
-            sum(map(len, index.annotations.values())),
-            len(index.categories),
+            format_count(len(index.images), "image"),
+            format_count(sum(map(len, index.annotations.values())), "annotation"),
+            format_count(len(index.categories), "category"),
         )
         return index
 
@@ -193,21 +194,23 @@ class TrainingObjects:
         self.notes: list[str] = []
         if crowds:
             self.notes.append(
-                f"{index.path}: {crowds} of {crowds + objects} annotations have iscrowd 1 and are neither object nor "
-                f"background; add `crowd_as_object=True` to train on them as objects"
+                f"{index.path}: {format_share(crowds, crowds + objects, 'annotation', 'has')} iscrowd 1 and "
+                f"{agree(crowds, 'is')} neither object nor background; add `crowd_as_object=True` to train on crowds "
+                "as objects"
             )
         without_masks = sum(a.segmentation is None for annotations in self._objects.values() for a in annotations)
         if masks and without_masks:
             self.notes.append(
-                f"{index.path}: {without_masks} of {objects} objects have no segmentation; only their classes and "
-                "boxes are trained"
+                f"{index.path}: {format_share(without_masks, objects, 'object', 'has')} no segmentation; only "
+                "class and box are trained"
             )
         if empty := sum(not annotations for annotations in self._objects.values()):
             treatment = (
                 "used as negatives" if empty_images else "excluded (add `train.empty_images=true` to include them)"
             )
             self.notes.append(
-                f"{index.path}: {empty} of {len(index.images)} images have no objects and are {treatment}"
+                f"{index.path}: {format_share(empty, len(index.images), 'image', 'has')} no objects and "
+                f"{agree(empty, 'is')} {treatment}"
             )
 
     def objects(self, image_id: int) -> list[Annotation]:
@@ -310,14 +313,14 @@ def _encode(value: Any) -> bytes:
 def _why_empty(index: CocoIndex, crowds: int) -> str:
     """Why there is nothing to train on."""
     if crowds:
-        which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
+        which = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         return (
             f"{index.path}: no objects to train on, iscrowd is 1 on {which} (CVAT writes this for masks); "
             f"add `crowd_as_object=True` to train on them as objects"
         )
     if index.raw["annotations"]:
         return (
-            f"{index.path}: none of its {len(index.raw['annotations'])} annotations can be used (first: "
+            f"{index.path}: its {format_count(len(index.raw['annotations']), 'annotation')} cannot be used (first: "
             f"{index.dropped[0] if index.dropped else 'no image has it'}); correct them"
         )
     if not index.images:

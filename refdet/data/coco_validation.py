@@ -7,6 +7,7 @@ from pathlib import Path
 
 from refdet.data.polygons import check_outlines, parse_polygons
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refdet.structures.limits import is_id, size_problem
 from refer.masks import rle_pixels
 
@@ -222,8 +223,12 @@ def _check_rle(path: Path, rle: dict, what: str, image_size: tuple[int, int] | N
         if not all(type(count) is int and count >= 0 for count in counts):
             raise InputError(f"{path}: {what}: the counts of its RLE must be nonnegative integers")
         if sum(counts) != pixels:
-            raise InputError(f"{path}: {what}: its RLE covers {sum(counts)} pixels, but its image has {pixels}")
+            raise InputError(
+                f"{path}: {what}: its RLE covers {format_count(sum(counts), 'pixel')}, but its image has {pixels}"
+            )
     elif not isinstance(counts, str):
         raise InputError(f"{path}: {what}: 'counts' of its RLE is missing or not a list or string")
     elif rle_pixels(counts) != pixels:
-        raise InputError(f"{path}: {what}: its RLE is damaged, it does not cover the {pixels} pixels of its image")
+        raise InputError(
+            f"{path}: {what}: its RLE is damaged, it does not cover the {format_count(pixels, 'pixel')} of its image"
+        )

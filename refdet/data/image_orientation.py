@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from refdet.data.image_source import ImageSource
+from refdet.files.short_text import agree
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +38,13 @@ class OrientationNote:
             return
         self._logged = True
         handling = (
-            "they are used as stored, as COCO's are; add `exif='apply'` if they were annotated upright"
+            "used as stored, as COCO's are; add `exif='apply'` if annotated upright"
             if exif == "ignore"
-            else "they are rotated upright"
+            else "rotated upright"
         )
         log.warning(
-            "note: `images` %s: %d of the images read have an EXIF orientation other than 1, such as %s; %s",
-            self._source.path,
-            len(names),
-            names[0],
-            handling,
+            "note: `images` %s: %d of the images read %s an EXIF orientation other than 1, such as %s: %s",
+            *(self._source.path, len(names), agree(len(names), "has"), names[0], handling),
         )
 
     def __enter__(self) -> OrientationNote:

@@ -14,6 +14,7 @@ from refdet.data.coco import ImageRecord
 from refdet.data.image_decoder import SizeError, decode, max_file_size
 from refdet.data.image_files import ImageFiles, open_files
 from refdet.errors import InputError, RuntimeFailure, is_system_error
+from refdet.files.short_text import agree, format_count, format_share
 from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
@@ -70,16 +71,16 @@ class ImageSource:
         unlisted, parent_links = files.listing.unlisted, files.listing.parent_links
         if unlisted:
             log.warning(
-                "note: `images` %s: %d subfolders cannot be listed, first: %s (%s)",
+                "note: `images` %s: %s cannot be listed, first: %s (%s)",
                 path,
-                len(unlisted),
+                format_count(len(unlisted), "subfolder"),
                 unlisted[0][0],
                 unlisted[0][1].strerror,
             )
         if parent_links:
             log.warning("note: `images` %s: link %s to a parent folder is not followed", path, parent_links[0])
         source = cls(files, exif)
-        log.info("`images` %s: %d files", path, len(source._names))
+        log.info("`images` %s: %s", path, format_count(len(source._names), "file"))
         return source
 
     def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
@@ -99,11 +100,9 @@ class ImageSource:
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
             log.warning(
-                "note: `images` %s: %d of %d images are in another folder than their file_name says, first: %s, "
-                "read from %s",
+                "note: `images` %s: %s in another folder than the file_name says, first: %s, read from %s",
                 self.path,
-                len(moved),
-                len(records),
+                format_share(len(moved), len(records), "image", "is"),
                 moved[0][0].file_name,
                 moved[0][1].path,
             )
@@ -150,12 +149,13 @@ class ImageSource:
         if ambiguous:
             what = f"{_display_name(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
             raise InputError(
-                f"`images` {self.path}: {what} (the same for {len(ambiguous)} of the {len(records)} images in "
+                f"`images` {self.path}: {what} (the same for {format_share(len(ambiguous), len(records), 'image')} in "
                 f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(
-            f"`images` {self.path}: {len(missing)} of the {len(records)} images in {listed_in.name} are missing among "
-            f"its {len(self._names)} files, first: {missing[0]}; give the folder or zip that holds them all"
+            f"`images` {self.path}: {format_share(len(missing), len(records), 'image')} in {listed_in.name} "
+            f"{agree(len(missing), 'is')} missing among its {format_count(len(self._names), 'file')}, first: "
+            f"{missing[0]}; give the folder or zip that holds them all"
         )
 
     def read(self, record: ImageRecord) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 
 _MIN_NUMBERS = 6  # coordinates of three points
@@ -103,7 +104,7 @@ def _describe_dropped(short: list[list]) -> str:
     """Description of polygons with fewer than three points."""
     sizes = sorted({len(polygon) // 2 for polygon in short})
     points = " or ".join(map(str, sizes)) + (" point" if sizes == [1] else " points")
-    what = f"{len(short)} of its polygons with fewer than three points ({points}"
+    what = f"{format_count(len(short), 'polygon')} with fewer than three points ({points}"
     if sizes == [2] and len(short) == 1:
         return f"{what}; a box [x, y, width, height] is not a polygon)"
     if sizes == [1] and len(short) >= 3:

@@ -35,7 +35,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
         counts = segmentation["counts"]
         # pycocotools writes out of bounds for some RLEs that do not match their size.
         if not _covers(counts, height * width):
-            raise InputError(f"counts of an RLE do not add up to the {height * width} pixels of its image")
+            raise InputError(f"counts of an RLE do not add up to the {height} x {width} pixels of its image")
         if isinstance(counts, list):
             return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}

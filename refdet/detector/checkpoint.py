@@ -137,7 +137,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     if enclosing is not None:
         return f"not a run directory, but in one; give {enclosing}"
     if path.name in (MODEL, META) and path.is_file():
-        return f"there is no {missing} beside it; give a run directory that has both"
+        return f"there is no {missing} next to it; give a run directory that has both"
     if path.is_file():
         return f"{describe_file(path) or 'a file'}, not a run directory"
     if not path.is_dir():

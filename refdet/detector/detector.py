@@ -31,7 +31,7 @@ from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batc
 from refdet.device import resolve_device, supported_precision
 from refdet.errors import ArgumentError, RuntimeFailure
 from refdet.files.printable_text import escape_unprintable
-from refdet.files.short_text import shorten
+from refdet.files.short_text import format_count, shorten
 from refdet.structures.detection_options import PRECISIONS, DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import NO_CATEGORY, Regions
@@ -110,11 +110,11 @@ class Detector:
         data = (
             provenance.note
             if provenance.is_unknown
-            else f"trained on {provenance.images} images of {provenance.source}"
+            else f"trained on {format_count(provenance.images, 'image')} of {provenance.source}"
         )
         if provenance.excluded:
-            data += f", {len(provenance.excluded)} split{'' if len(provenance.excluded) == 1 else 's'} held out"
-        classes = f"{count} class{'' if count == 1 else 'es'}"
+            data += f", {format_count(len(provenance.excluded), 'split')} held out"
+        classes = format_count(count, "class")
         summary = f"recipe {escape_unprintable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
         return f"Detector({str(self.path)!r}: {summary};\n  {escape_unprintable(shorten(data, 100))})"
 
@@ -290,7 +290,8 @@ class Detector:
                     batch_regions = compute([pixels[record.id] for record in batch], batch)
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(
-                    f"{self.device} has too little memory for {len(batch)} images; free some, or pass them one by one"
+                    f"{self.device} has too little memory for {format_count(len(batch), 'image')}; free some, or pass "
+                    "fewer or smaller images"
                 ) from error
             regions_by_index |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
         return [regions_by_index[record.id] for record in records]

@@ -17,7 +17,7 @@ from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import as_out_of_memory_error, float32_arithmetic
 from refdet.errors import InputError, RuntimeFailure
-from refdet.files.short_text import shorten
+from refdet.files.short_text import format_count, shorten
 from refdet.ops._library import warn_of_plain_pytorch
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -139,8 +139,8 @@ def load_weights(
     if unusable_names:
         raise InputError(
             f"{source}: {shorten(unusable_names[0])} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative "
-            f"variance ({len(unusable_names)} such tensors): the file is damaged or training diverged; use another "
-            "checkpoint"
+            f"variance ({format_count(len(unusable_names), 'such tensor')}): the file is damaged or training diverged; "
+            "use another checkpoint"
         )
     on_meta = next(model.parameters()).is_meta
     if counters or on_meta:

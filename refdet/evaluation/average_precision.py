@@ -128,8 +128,10 @@ def why_undefined(index: CocoIndex, image_ids: Iterable[int]) -> str | None:
     if not annotations:
         return "AP is not defined: no usable annotation is on these images"
     if all(annotation.iscrowd for annotation in annotations):
+        count = len(annotations)
+        which = f"all {count} annotations" if count > 1 else "the only annotation"
         return (
-            f"AP is not defined: iscrowd is 1 on all {len(annotations)} annotations (CVAT writes that for masks); "
+            f"AP is not defined: iscrowd is 1 on {which} (CVAT writes that for masks); "
             "COCO counts crowds neither as found nor as missed: set iscrowd to 0 where each is one object"
         )
     return None

@@ -23,6 +23,7 @@ from refdet.extraction.options import check_count
 from refdet.extraction.pipeline import load_ahead, start_batch
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
+from refdet.files.short_text import format_share
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
 
@@ -227,8 +228,7 @@ def warn_about_annotations(index: CocoIndex, masks: bool) -> None:
     without_masks = sum(not annotation.segmentation for annotation in annotations)
     if masks and without_masks:
         log.warning(
-            "note: %s: %d of %d annotations have no segmentation; mask AP uses their boxes instead",
+            "note: %s: %s no segmentation; mask AP uses boxes instead",
             index.path,
-            without_masks,
-            len(annotations),
+            format_share(without_masks, len(annotations), "annotation", "has"),
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.entries import entries_by_id
+from refdet.files.short_text import format_share
 
 INSTALL = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
 # punctuation that PTBTokenizer of pycocoevalcap removes
@@ -89,7 +90,8 @@ class Scorers:
         )
         if len(tokenized) != len(lines):
             raise RuntimeFailure(
-                f"`expressions`: PTBTokenizer returned {len(tokenized)} of {len(lines)} sentences; {_JAVA_HINT}"
+                f"`expressions`: PTBTokenizer returned {format_share(len(tokenized), len(lines), 'sentence')}; "
+                f"{_JAVA_HINT}"
             )
         return {
             r: [tokenized[r, i][0] if text else "" for i, text in enumerate(ref_texts)]

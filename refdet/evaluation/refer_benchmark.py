@@ -21,7 +21,7 @@ from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
 from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
-from refdet.files.short_text import shorten
+from refdet.files.short_text import format_share, shorten
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
@@ -144,11 +144,10 @@ class _Benchmark:
         unusable = [i for i in regions if i in self.store.errors]
         if unusable:
             log.warning(
-                "note: split %s: %d of %d images could not be used by the extraction, so their objects count as "
-                "missed (first: %s); extract them again with `resume` once they can be read",
+                "note: split %s: %s unusable in the extraction, so their objects count as missed (first: %s); "
+                "extract the images again with `resume=True` once they can be read",
                 split,
-                len(unusable),
-                len(regions),
+                format_share(len(unusable), len(regions), "image", "is"),
                 shorten(self.store.errors[unusable[0]], 200),
             )
         coverages = self.coverage(refs, regions)
@@ -159,11 +158,11 @@ class _Benchmark:
         unknown_categories = sum(result["category_id"] not in self.index.categories for result in results)
         if unknown_categories:
             log.warning(
-                "note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out",
+                "note: split %s: %s in a category that %s lacks; AP leaves %s out",
                 split,
-                unknown_categories,
-                len(results),
+                format_share(unknown_categories, len(results), "region", "is"),
                 self.index.path,
+                "it" if unknown_categories == 1 else "them",
             )
         all_segmented = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
@@ -200,11 +199,10 @@ class _Benchmark:
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
             boxes_only = masks["missing"] - answered["comprehension"]["missing"]
             log.warning(
-                "note: %s: %d of %d sentences are answered with a box where others have a mask; "
-                "among the masks they count as wrong",
+                "note: %s: %s answered with a box where others have a mask; among the masks %s as wrong",
                 split,
-                boxes_only,
-                metrics["sentences"],
+                format_share(boxes_only, metrics["sentences"], "sentence", "is"),
+                "it counts" if boxes_only == 1 else "they count",
             )
         return metrics | answered
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.files.short_text import short_repr
+from refdet.files.short_text import format_share, short_repr
 from refdet.store import Store
 from refdet.structures.regions import Regions
 
@@ -34,14 +34,15 @@ def check_images(
     """
     if missing := [image_id for image_id in ids if image_id not in store]:
         first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"{store.path}: lacks {len(missing)} of the {len(ids)} images of {of_what} ({first}); {fix}")
+        lacked = format_share(len(missing), len(ids), "image")
+        raise InputError(f"{store.path}: lacks {lacked} of {of_what} ({first}); {fix}")
     pixels = zip(store.heights.tolist(), store.widths.tolist(), strict=True)
     sizes = dict(zip(store.image_ids.tolist(), pixels, strict=True))
     if resized := [i for i in ids if sizes[i] != (images[i].height, images[i].width)]:
         image, (height, width) = images[resized[0]], sizes[resized[0]]
         raise InputError(
-            f"{store.path}: {len(resized)} of the {len(ids)} images of {of_what} have another size than in "
-            f"{listed_in}, so their boxes cannot be compared (first: image {image.id} is {width}x{height}, not "
+            f"{store.path}: of {of_what}, {format_share(len(resized), len(ids), 'image', 'has')} another size than in "
+            f"{listed_in}, so boxes cannot be compared (first: image {image.id} is {width}x{height}, not "
             f"{image.width}x{image.height}); {fix}"
         )
 
@@ -57,11 +58,10 @@ def warn_about_categories(store: Store, names: Mapping[int, str], listed_in: str
     renamed = [category for category, name in store.names.items() if names.get(category, name) != name]
     if renamed:
         log.warning(
-            "note: %s: %d of its %d categories have other names in %s (first: %d is %s, not %s); AP and recall with "
-            "category compare ids, so they mean nothing for other categories",
+            "note: %s: %s another name in %s (first: %d is %s, not %s); AP and recall with category compare ids, so "
+            "they mean nothing for categories that differ",
             store.path,
-            len(renamed),
-            len(store.names),
+            format_share(len(renamed), len(store.names), "category", "has"),
             listed_in,
             renamed[0],
             short_repr(store.names[renamed[0]]),

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from refdet.data.coco import Annotation, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.files.short_text import format_count
+from refdet.files.short_text import agree, format_count, format_share
 from refdet.structures.regions import Regions
 
 if TYPE_CHECKING:
@@ -46,17 +46,19 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
     annotations = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
     crowds, path = sum(a.iscrowd for a in annotations), image_list.index.path
     if not annotations:
-        say(f"{path}: no annotations on the {len(image_list.records)} images, so the store has no regions")
+        images = format_count(len(image_list.records), "image")
+        say(f"{path}: no annotations on the {images}, so the store has no regions")
     elif crowds == len(annotations):
-        subject = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
+        subject = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         raise InputError(
             f"{path}: no regions, iscrowd is 1 on {subject} of the images (CVAT writes this for masks); "
             "add `crowd_as_object=True` to use them as objects"
         )
     elif crowds:
         say(
-            f"{path}: {crowds} of {len(annotations)} annotations of the images have iscrowd 1 and are not used as "
-            "regions; add `crowd_as_object=True` to use them as objects"
+            f"{path}: {format_share(crowds, len(annotations), 'annotation')} of the images {agree(crowds, 'has')} "
+            f"iscrowd 1 and {agree(crowds, 'is')} not used as regions; add `crowd_as_object=True` to use crowds as "
+            "objects"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.refer_splits import choose_splits
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ class ImageList:
         missing = [i for i in ids if i not in index.images]
         if missing:
             raise InputError(
-                f"{index.path}: lacks {len(missing)} images of the refs, the first is {missing[0]}; download both "
-                "files again"
+                f"{index.path}: lacks {format_count(len(missing), 'image')} of the refs, first: {missing[0]}; download "
+                "both files again"
             )
         annotations = {annotation["id"] for annotation in index.raw["annotations"]}
         unmatched = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
         if unmatched:
             raise InputError(
-                f"{index.path}: lacks the annotations of {len(unmatched)} refs, the first is ref "
+                f"{index.path}: lacks annotations of {format_count(len(unmatched), 'ref')}, first: ref "
                 f"{unmatched[0]['ref_id']} to {unmatched[0]['ann_id']}; download both files again"
             )
         name = f"{dataset}/{split_by}/{','.join(chosen)}"

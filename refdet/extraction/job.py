@@ -16,6 +16,7 @@ from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_folder import check_new, check_resumable
+from refdet.files.short_text import agree, format_share
 from refdet.store import Header
 
 if TYPE_CHECKING:
@@ -130,8 +131,9 @@ def prepare(
         source.raise_missing(records, missing, image_list.index.path)
     if missing:
         say(
-            f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
-            f"and get no regions{', unless they have them already' if resume else ''}; the first is {missing[0]}"
+            f"note: `images` {images}: {format_share(len(missing), len(records), 'image')} of {image_list.name} "
+            f"{agree(len(missing), 'is')} missing and {agree(len(missing), 'gets')} no regions"
+            f"{', unless they have them already' if resume else ''}; the first is {missing[0]}"
         )
     given_regions = load_given_regions(image_list, options.regions, boxes, box_format, options.exif, say)
     _check_masks(options, meta, given_regions, checkpoint)

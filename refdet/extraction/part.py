@@ -20,6 +20,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import write_json, write_json_once
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import Locked, exclusive_lock
+from refdet.files.short_text import format_count
 
 PARTS = "parts.json"
 MAX_PARTS = 100_000
@@ -74,7 +75,7 @@ class Part:
         """
         activity = f"another process is computing part {self}"
         with exclusive_lock(
-            folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, activity=activity
+            folder, f"part-{self.number}.lock", "wait for it to finish", wait=_LOCK_TIMEOUT, activity=activity
         ) as locked:
             yield locked
 
@@ -89,8 +90,8 @@ class Part:
         count = parts_of(folder)
         if count not in (None, self.count):
             raise InputError(
-                f"`part` {self}: {folder} was started in {count} parts; use the same number, or finish it in one "
-                "process with `resume=True`"
+                f"`part` {self}: {folder} was started in {format_count(count or 0, 'part')}; use the same number, or "
+                "finish it in one process with `resume=True`"
             )
 
     def write_progress(self, folder: Path, **state: Any) -> None:

@@ -44,7 +44,7 @@ from refdet.extraction.summary import Summary, none_usable_message, summary_of_s
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         for is_last_attempt in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
+                stack.enter_context(exclusive_lock(folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
                 if is_last_attempt:
@@ -218,7 +218,7 @@ def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """Missing shards of a part, and those to compute again, which are removed so that no other part merges them."""
     numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
-        with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
+        with exclusive_lock(shard_set.folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
     return numbers
 
@@ -232,17 +232,16 @@ def _merge_if_last(
     """Write the store if all shards are finished; returns whether it is written."""
     folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
-        with exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
+        with exclusive_lock(folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)
                 return True
             finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
             if finished < count:
-                are = "is" if count - finished == 1 else "are"
                 log.warning(
-                    "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
-                    *(shard_set.part, count - finished, count, are, out),
+                    "note: part %s is finished; %s missing: the last part to finish writes %s",
+                    *(shard_set.part, format_share(count - finished, count, "shard", "is"), out),
                 )
                 return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}

@@ -34,6 +34,7 @@ from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
+from refdet.files.short_text import format_count, format_share
 from refdet.interrupt import as_keyboard_interrupt
 from refdet.store import Header
 from refdet.store.codec import EncodedImage
@@ -98,7 +99,8 @@ def extract(
         engine = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
     compute_and_merge = partial(_compute_and_merge, records, engine, compute_seconds)
     session: Session | None = None
-    log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
+    counts = f"{format_count(len(records), 'image')} in {format_count(len(batches), 'batch')}"
+    log.info("%s; options %s", counts, plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
             session = compute_and_merge(
@@ -322,5 +324,6 @@ def interruptible(shard_set: ShardSet, total: int) -> Iterator[None]:
         with as_keyboard_interrupt():
             yield
     except KeyboardInterrupt:
-        kept = f"{shard_set.finished_images} of {total} images are finished and kept in {shard_set.folder}"
+        finished = format_share(shard_set.finished_images, total, "image", "is")
+        kept = f"{finished} finished and kept in {shard_set.folder}"
         raise Interrupted(f"stopped: {kept}; continue with `resume=True`") from None

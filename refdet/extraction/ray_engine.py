@@ -210,7 +210,7 @@ def _speeds(workers: Sequence[Worker]) -> str:
     speeds = {worker.name: worker.speed for worker in workers if worker.finished}
     if len(speeds) <= _MAX_SPEEDS:
         return ", ".join(f"{name} {speed:.1f}/s" for name, speed in speeds.items())
-    return f"{len(speeds)} workers with {min(speeds.values()):.1f} to {max(speeds.values()):.1f}/s each"
+    return f"{format_count(len(speeds), 'worker')} with {min(speeds.values()):.1f} to {max(speeds.values()):.1f}/s each"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -164,7 +164,7 @@ class DetectorTools:
         meta = load_meta(self.checkpoint)
         same = meta.categories == self.categories and json.dumps(meta.recipe.to_dict()) == self.recipe
         if not same or file_sha256(weights) != self.checkpoint_sha256:
-            raise InputError(f"`checkpoint` {self.checkpoint}: another one on {host}; copy the same one there")
+            raise InputError(f"`checkpoint` {self.checkpoint}: a different one on {host}; copy the same one there")
 
     def _check_files(self, host: str) -> ImageSource:
         """The images, after comparing them and the checkpoint with the driver's."""
@@ -179,5 +179,7 @@ class DetectorTools:
         missing = source.locate(self.records, self.list_records)
         if images_sha256(source, self.records) != self.images_sha256:
             first = f"; missing there: {len(missing)}, first {missing[0]}" if missing else ""
-            raise InputError(f"`images` {self.images}: holds other files on {host}{first}; copy the same ones there")
+            raise InputError(
+                f"`images` {self.images}: holds different files on {host}{first}; copy the same ones there"
+            )
         return source

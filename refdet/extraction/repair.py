@@ -132,8 +132,8 @@ def repair(
         remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
         if strict and remaining_errors:
             raise RuntimeFailure(
-                f"`strict`: {remaining_errors[0]}; {out} has no regions of {len(old.errors)} images, repair "
-                "their files and run it again with `resume=True`"
+                f"`strict`: {remaining_errors[0]}; {out} has no regions of {format_count(len(old.errors), 'image')}; "
+                "repair the files and run it again with `resume=True`"
             )
         if not readable:
             if (folder / _REPAIR).is_file():
@@ -152,7 +152,7 @@ def repair(
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with exclusive_lock(folder, "lock", "let it end"):
+            with exclusive_lock(folder, "lock", "wait for it to finish"):
                 work = {"inode": out.stat().st_ino, "plan": plan.to_json(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     if any(folder.glob(_SHARDS)):
@@ -222,7 +222,7 @@ def find_retries(
     if kept:
         log.warning(
             "note: %s not computed again for repaired images, as others in it can no longer be read (first: %s)",
-            f"{format_count(kept, 'finished shard')} {'is' if kept == 1 else 'are'}",
+            format_count(kept, "finished shard", "is"),
             first,
         )
     return readable
@@ -238,7 +238,7 @@ def _read_repair(folder: Path) -> Any:
 
 def _clean_up(folder: Path, out: Path) -> None:
     """Remove the folder of a repair that had already replaced the store; keep the shards of an unfinished one."""
-    with exclusive_lock(folder, "lock", "let it end"):
+    with exclusive_lock(folder, "lock", "wait for it to finish"):
         work = _read_repair(folder)
         unfinished = isinstance(work, dict) and work.get("inode") == out.stat().st_ino
         if unfinished and any(folder.glob(_SHARDS)):

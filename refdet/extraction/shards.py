@@ -331,7 +331,7 @@ def open_extraction(
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
+        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), no_part_running(folder):
             current_plan = read_plan(folder)
             if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")

@@ -9,6 +9,7 @@ from pathlib import Path
 from refdet import store
 from refdet.errors import RuntimeFailure
 from refdet.extraction.timing import STAGES, Session, shares
+from refdet.files.short_text import format_count
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,6 @@ def summary_of_store(
 def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
     """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
     return (
-        f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
-        "files or `images` and run it again with `resume=True`"
+        f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))}); {kept}, "
+        "check the files or `images` and run it again with `resume=True`"
     )

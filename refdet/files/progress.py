@@ -102,6 +102,6 @@ def _bar(
             maxinterval=2 * LINE_INTERVAL,
             miniters=1,
             delay=LINE_INTERVAL,
-            bar_format=_LINE,
+            bar_format=_LINE.replace("{unit}s", "{unit}") if total == 1 else _LINE,
         )
     return tqdm(iterable, **common, leave=leave, dynamic_ncols=True)

@@ -14,6 +14,8 @@ class _Repr(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
 
 
+_PLURAL_VERBS = {"is": "are", "was": "were", "has": "have", "does": "do"}  # others lose their s
+
 _REPR = _Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, MAX_LENGTH, MAX_LENGTH
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 4
@@ -24,9 +26,32 @@ def short_repr(value: object) -> str:
     return shorten(_REPR.repr(value), 2 * MAX_LENGTH)
 
 
-def format_count(count: int, noun: str) -> str:
-    """A count with its noun, which must have a regular plural: "1 image", "2 images"."""
-    return f"{count} {noun}" + "s" * (count != 1)
+def format_count(count: int, noun: str, verb: str = "", spec: str = "") -> str:
+    """A count with its noun and verb: "1 image is", "2 images are".
+
+    Args:
+        count: the number.
+        noun: in the singular; its plural must be regular, such as "images", "boxes" or "categories".
+        verb: in the singular, such as "is", "has" or "lies"; none if empty.
+        spec: format of the number, such as ",".
+    """
+    return f"{count:{spec}} {noun if count == 1 else _plural(noun)}" + (f" {agree(count, verb)}" if verb else "")
+
+
+def format_share(count: int, total: int, noun: str, verb: str = "") -> str:
+    """A part of a number of things, with a verb: "1 of 3 images is", "2 of 3 images are"; see `format_count`."""
+    return f"{count} of {format_count(total, noun)}" + (f" {agree(count, verb)}" if verb else "")
+
+
+def agree(count: int, verb: str) -> str:
+    """A verb, given in the singular, that agrees with a count: "is" or "are"."""
+    return verb if count == 1 else _PLURAL_VERBS.get(verb, verb.removesuffix("s"))
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
 
 
 def shorten(text: object, max_length: int = MAX_LENGTH) -> str:

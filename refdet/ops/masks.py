@@ -17,6 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from refdet.files.short_text import format_count
 from refdet.ops._library import DEVICES
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -148,7 +149,8 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
         return torch.zeros(0, size, size)
     if int(objects.min()) < 0 or int(objects.max()) >= len(rles):
         raise ValueError(
-            f"objects: indices {int(objects.min())} to {int(objects.max())} are out of range for {len(rles)} masks"
+            f"objects: indices {int(objects.min())} to {int(objects.max())} are out of range for "
+            f"{format_count(len(rles), 'mask')}"
         )
     sizes = {tuple(rle["size"]) for rle in rles}
     if len(sizes) > 1:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.report.samples import Answer, Scene
 from refdet.structures.drawing import COLOURS, Box, Canvas, paint_mask, text_colour
 
@@ -129,7 +129,7 @@ def _alt(scene: Scene) -> str:
         return title
     found = sum(obj.found for obj in scene.referred)
     names = ", ".join(obj.category for obj in scene.referred)
-    return f"{title}; {found} of {len(scene.referred)} referred objects found ({names})"
+    return f"{title}; {format_share(found, len(scene.referred), 'referred object')} found ({names})"
 
 
 def _caption(scene: Scene, i: int, legend: Legend) -> Caption:

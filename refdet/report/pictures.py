@@ -48,7 +48,7 @@ class Pictures:
         records = list({scene.image.id: scene.image for scene in scenes}.values())
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
-            raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
+            raise InputError(f"`images` {images}: lacks all {format_count(len(records), 'image')}, first: {missing[0]}")
         self._bytes_left, self._left_out = MAX_BYTES, 0
         self._missing, self._unreadable = len(missing), set[int]()  # number of images, and ids of others
         self._first_problem = missing[0] if missing else ""

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.files.spreadsheet_text import xml_characters
 
 __all__ = ["ENVIRONMENT", "Markup", "number", "render"]
@@ -31,7 +31,7 @@ ENVIRONMENT = Environment(
     loader=FunctionLoader(_load), autoescape=True, undefined=StrictUndefined, finalize=_clean,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-ENVIRONMENT.filters.update(number=number, format_count=format_count)
+ENVIRONMENT.filters.update(number=number, format_count=format_count, format_share=format_share)
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -9,6 +9,7 @@ from typing import Any
 from refdet.data.image_evidence import COCO_ID_KEYS, ID_KEYS, NAME_KEYS, evidence_of
 from refdet.data.parquet import is_parquet, read_rows
 from refdet.errors import InputError
+from refdet.files.short_text import agree, format_count, format_share
 from refdet.splits.held_out import HeldOut
 from refdet.splits.image_list import LINES, ImageEntry, identify_images
 from refdet.splits.list_reading import read_image_list
@@ -49,24 +50,27 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
     coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]
     if is_list and unknown and not any(image.evidence.named for image in coco):
         raise InputError(
-            f"`benchmark` {path}: {len(unknown)} of its {len(images)} numbers cannot be COCO ids, so none is taken as "
-            "one (Flickr30k has its own); compare the images themselves with refdet audit --find-duplicates"
+            f"`benchmark` {path}: not COCO ids: {format_share(len(unknown), len(images), 'number')}, so none is "
+            "taken as one (Flickr30k has its own); compare the images themselves with refdet audit --find-duplicates"
         )
     coco_ids = frozenset().union(*(image.evidence.named if image.unknown else image.coco_ids for image in coco))
     if not coco_ids:
         raise InputError(
-            f"`benchmark` {path}: none of its {len(images)} images can be identified as one of COCO; compare the "
+            f"`benchmark` {path}: its {format_count(len(images), 'image')} cannot be identified as COCO's; compare the "
             "images themselves with refdet audit --find-duplicates"
         )
     name = f"benchmark/{path.name}"
     notes = []
     non_coco = [image for image in images if not image.unknown and not image.coco_ids]
     if non_coco:
-        notes.append(f"{path}: {len(non_coco)} images are not COCO's according to the file; they are not looked for")
+        not_coco = format_count(len(non_coco), "image", "is")
+        notes.append(
+            f"{path}: {not_coco} not COCO's according to the file and {agree(len(non_coco), 'is')} not looked for"
+        )
     if unknown:
         notes.append(
-            f"{path}: {len(unknown)} images cannot be identified as COCO's (first: {unknown[0].label!s:.60}); they are "
-            "not looked for"
+            f"{path}: {format_count(len(unknown), 'image')} cannot be identified as COCO's (first: "
+            f"{unknown[0].label!s:.60}) and {agree(len(unknown), 'is')} not looked for"
         )
     return HeldOut(name, coco_ids, 0), notes
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
+from refdet.files.short_text import format_count
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
 from refdet.splits.image_list import INSTANCES, ImageListFile
@@ -100,7 +101,8 @@ def build_split(
     in_splits = [not held_out_ids.isdisjoint(image.coco_ids) for image in images.images]
     keep = in_splits if keep_only else [not in_split for in_split in in_splits]
     if not any(keep):
-        why = f"none of its {len(keep)} images is in a split to keep" if keep_only else f"all {len(keep)} are held out"
+        count = format_count(len(keep), "image", "is")
+        why = f"its {count} not in a split to keep" if keep_only else f"its {count} held out"
         raise InputError(f"{instances}: no images left: {why} ({refer_root}); check the list and the splits")
     if not any(in_splits):
         notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")

@@ -200,9 +200,9 @@ def _find_problem(
         return "" if proof is None else message
     if training_set is not None:
         which = (
-            f"all {n_held_out} val/test images"
+            f"all {format_count(n_held_out, 'val/test image')}"
             if training_set.refer_overlap == "all"
-            else f"some of {n_held_out} val/test images"
+            else f"some of {format_count(n_held_out, 'val/test image')}"
         )
         return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
     if not provenance.image_ids_sha256:

@@ -18,6 +18,7 @@ from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.data.image_source import ImageSource, why_unreadable
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
+from refdet.files.short_text import agree, format_count
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
 from refdet.splits.image_list import INSTANCES, ImageListFile
@@ -82,14 +83,17 @@ class ContentResult:
     def notes(self) -> list[str]:
         """One line for each kind of image that could not be compared."""
         lines = []
-        for name, text in (
-            ("missing", "images of the list have no file"),
-            ("unreadable", "images of the list cannot be read"),
-            ("refer_missing", "held-out images have no file, so their copies cannot be found"),
-            ("refer_unreadable", "held-out images cannot be read, so their copies cannot be found"),
+        for name, noun, where, effect in (
+            ("missing", "image", " of the list", ""),
+            ("unreadable", "image", " of the list", ""),
+            ("refer_missing", "held-out image", "", ", so copies cannot be found"),
+            ("refer_unreadable", "held-out image", "", ", so copies cannot be found"),
         ):
             if labels := getattr(self, name):
-                lines.append(f"{len(labels)} {text}, first: {labels[0]} ({self.reasons[name]})")
+                count = len(labels)
+                problem = "cannot be read" if name.endswith("unreadable") else f"{agree(count, 'has')} no file"
+                images = f"{format_count(count, noun)}{where} {problem}{effect}"
+                lines.append(f"{images}, first: {labels[0]} ({self.reasons[name]})")
         return lines
 
 
@@ -140,7 +144,7 @@ def audit_content(
     )
     if not held_out_thumbnails.labels:
         raise InputError(
-            f"{refer_images or images}: none of the {len(ids)} held-out images can be read; "
+            f"{refer_images or images}: none of {format_count(len(ids), 'held-out image')} can be read; "
             "give the folder that has them with `refer_images`"
         )
     # Locate all records, as training does: which file a name refers to can depend on the others.
@@ -148,7 +152,7 @@ def audit_content(
     candidates = _compute_thumbnails(source, to_compare, "images of the list")
     if to_compare and not candidates.labels:
         raise InputError(
-            f"`images` {images}: none of the {len(to_compare)} images in {instances} can be read "
+            f"`images` {images}: none of {format_count(len(to_compare), 'image')} in {instances} can be read "
             f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
     best: dict[tuple[int, int, bool], Duplicate] = {}  # of each pair of images, which may have two thumbnails each

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from refdet.files.short_text import agree, format_count, format_share
 from refdet.splits.held_out import HeldOut
 from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import NAMES_DIFFER, Provenance
@@ -83,14 +84,15 @@ def file_problem(
                 f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was {role.done} on"
             )
         if proof.leaked:
-            return f"{subject}: was {role.done} on {instances}, which contains {len(proof.leaked)} held-out images"
+            leaked = format_count(len(proof.leaked), "held-out image")
+            return f"{subject}: was {role.done} on {instances}, which contains {leaked}"
         # Without exclusions the provenance has the hash of the whole file, which covers the names too.
         same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
         if proof.not_known_by_id and not same_file:
             return (
-                f"{subject}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their "
-                f"COCO ids, so other images may have the same hash; {role.verb} on a file whose ids match its "
-                "file names"
+                f"{subject}: cannot be proven: {format_count(proof.not_known_by_id, 'image')} in {instances} "
+                f"{agree(proof.not_known_by_id, 'has')} an id that is not COCO's, so other images may have the same "
+                f"hash; {role.verb} on a file whose ids match its file names"
             )
         if NAMES_DIFFER in provenance.note and not same_file:
             return (
@@ -104,6 +106,8 @@ def file_problem(
         return f"{subject}: {role.data} unknown: {why}; {give}"
     uncovered = [claim for claim in claims if claim.uncovered]
     if uncovered:
-        names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in uncovered)
+        names = ", ".join(
+            f"{claim.name} ({format_share(claim.uncovered, claim.images, 'image')})" for claim in uncovered
+        )
         return f"{subject}: the provenance of its {role.data} does not exclude {names}; {give}"
     return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import refer
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
-from refdet.files.short_text import shorten
+from refdet.files.short_text import agree, format_share, shorten
 from refdet.splits.unrecognized_refs import find_unrecognized_refs
 from refdet.structures.coco_ids import bare_number, numbers_in_name
 from refer.types import Ref
@@ -67,8 +67,8 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
     for split in splits:
         if split.shared:
             notes.append(
-                f"{split.name}: {split.shared} of its {len(split.image_ids)} images also have train refs "
-                "(this dataset is split by object); they are held out as well"
+                f"{split.name}: {format_share(split.shared, len(split.image_ids), 'image')} also "
+                f"{agree(split.shared, 'has')} train refs (this dataset is split by object); held out as well"
             )
     return splits, notes
 
@@ -158,15 +158,16 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
     if renumbered:
         first = renumbered[0]
         notes.append(
-            f"{dataset}/{split_by}: the image_id of {len(renumbered)} of {len(refs)} refs is not the COCO number in "
-            f"their file_name (first: {first['image_id']}, {shorten(first['file_name'])}); the images of both are "
-            "looked for"
+            f"{dataset}/{split_by}: the image_id of {format_share(len(renumbered), len(refs), 'ref')} is not the COCO "
+            f"number in the file_name (first: {first['image_id']}, {shorten(first['file_name'])}); the images of both "
+            "are looked for"
         )
     unnumbered = [file for ref in others if (file := _unnumbered_file_name(ref))]
     if unnumbered:
         notes.append(
-            f"{dataset}/{split_by}: the file_name of {len(unnumbered)} of {len(refs)} refs has no COCO number (first: "
-            f"{shorten(unnumbered[0])}); their image_id is taken as COCO's, and other images are not looked for"
+            f"{dataset}/{split_by}: the file_name of {format_share(len(unnumbered), len(refs), 'ref')} has no COCO "
+            f"number (first: {shorten(unnumbered[0])}); the image_id is taken as COCO's, and other images are not "
+            "looked for"
         )
     return {split: frozenset(ids) for split, ids in images.items()}, notes
 

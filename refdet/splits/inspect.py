@@ -17,6 +17,7 @@ from refdet.extraction.shard_folder import progress, shards_folder
 from refdet.extraction.workers_file import who_computes
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
+from refdet.files.short_text import agree, format_share
 from refdet.store import CORRUPTION_ERRORS
 from refdet.store.hdf5_access import MAGIC, check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
@@ -163,7 +164,13 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _state(plan: dict[str, Any]) -> str:
     shards = _count(plan, "shards")
-    done = f"{plan['finished']} of {'?' if shards is None else shards} shards are finished"
+    finished = plan["finished"]
+    are = agree(finished, "is")
+    done = (
+        f"{finished} of ? shards {are} finished"
+        if shards is None
+        else f"{format_share(finished, shards, 'shard')} {are} finished"
+    )
     return f"{done}; finish it with the same refdet extract-features command and --resume"
 
 

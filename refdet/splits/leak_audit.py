@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refdet.files.short_text import agree, format_count
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
 from refdet.splits.image_list import ImageEntry, ImageListFile
@@ -127,7 +128,7 @@ def audit(
     orphans = annotation_counts.keys() - images.ids
     if orphans:
         count = sum(annotation_counts[image_id] for image_id in orphans)
-        notes.append(f"{images.path}: {count} annotations refer to images that are not in it")
+        notes.append(f"{images.path}: {format_count(count, 'annotation', 'refers')} to images that are not in it")
     ids_in_other_keys = frozenset().union(*images.ids_in_other_keys.values())
     if ids_in_other_keys:
         keys = ", ".join(map(repr, images.ids_in_other_keys))
@@ -172,26 +173,27 @@ def identification_warnings(images: ImageListFile) -> list[str]:
         first = ambiguous[0]
         ids = " and ".join(map(str, sorted(first.coco_ids)[:3]))
         warnings.append(
-            f"{path}: {len(ambiguous)} entries refer to several COCO images ({first.label!s:.60}: {ids}); "
-            "an entry is held out if any of them is"
+            f"{path}: {format_count(len(ambiguous), 'entry', 'refers')} to several COCO images ({first.label!s:.60}: "
+            f"{ids}); an entry is held out if any of them is"
         )
     renumbered = [image for image in images.images if _id_contradicts_name(image)]
     if renumbered:
         warnings.append(
-            f"{path}: the ids of {len(renumbered)} images differ from the numbers in their names "
-            f"({renumbered[0].label!s:.60}: {min(renumbered[0].evidence.named)}); the names are used"
+            f"{path}: {format_count(len(renumbered), 'image', 'has')} an id that differs from the number in the name "
+            f"({renumbered[0].label!s:.60}: {min(renumbered[0].evidence.named)}); names are used"
         )
     non_coco = [image for image in images.images if image.evidence.is_non_coco]
     if non_coco:
-        warnings.append(f"{path}: {len(non_coco)} images are not from COCO according to the file (coco_id null)")
+        not_coco = format_count(len(non_coco), "image", "is")
+        warnings.append(f"{path}: {not_coco} not from COCO according to the file (coco_id null)")
     warnings += _unknown_warnings(images)
     with_bare_id = [image for image in images.images if image.evidence.bare and not image.evidence.named]
     if with_bare_id:
         first = with_bare_id[0]
-        what = "ids" if all(type(image.label) is int and not image.name for image in with_bare_id) else "numeric names"
-        warnings.append(
-            f"{path}: {len(with_bare_id)} {what} (first: {first.name or first.label!r:.60}) are taken as COCO image ids"
-        )
+        what = "id" if all(type(image.label) is int and not image.name for image in with_bare_id) else "numeric name"
+        taken = "is taken as a COCO image id" if len(with_bare_id) == 1 else "are taken as COCO image ids"
+        names = format_count(len(with_bare_id), what)
+        warnings.append(f"{path}: {names} (first: {first.name or first.label!r:.60}) {taken}")
     return warnings
 
 
@@ -202,14 +204,15 @@ def _unknown_warnings(images: ImageListFile) -> list[str]:
     path, warnings = images.path, []
     if with_id:
         warnings.append(
-            f"{path}: {len(with_id)} images have only an id (first: {with_id[0].label}), and no name such as "
-            "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
+            f"{path}: {format_count(len(with_id), 'image', 'has')} only an id (first: {with_id[0].label}), and no name "
+            "such as 000000000009.jpg or coco_id in the file confirms that its ids are COCO's: not proven clean"
         )
     if others:
         visual_genome = sum(image.evidence.is_visual_genome for image in others)
-        hint = f" ({visual_genome} are Visual Genome's, whose image_data.json has COCO ids)" if visual_genome else ""
+        are = agree(visual_genome, "is")
+        hint = f" ({visual_genome} {are} Visual Genome's, whose image_data.json has COCO ids)" if visual_genome else ""
         warnings.append(
-            f"{path}: {len(others)} entries have no COCO image id{hint}, first: "
+            f"{path}: {format_count(len(others), 'entry', 'has')} no COCO image id{hint}, first: "
             f"{others[0].name or others[0].label!r:.60}; their ids and names prove nothing, use refdet audit "
             "--find-duplicates to compare their content"
         )

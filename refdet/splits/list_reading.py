@@ -21,6 +21,7 @@ from refdet.data.image_evidence import (
 )
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors
+from refdet.files.short_text import format_count
 from refdet.splits.image_list import (
     INSTANCES,
     JSON_LINES,
@@ -63,7 +64,7 @@ def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None 
         images = identify_images(image_list.images)
         if image_list.form != INSTANCES and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
             raise InputError(
-                f"{path}: none of its {len(images)} entries has a COCO image id (first: "
+                f"{path}: its {format_count(len(images), 'entry', 'has')} no COCO image id (first: "
                 f"{images[0].name or images[0].label!r:.60}); {_fix(images)}"
             )
         return replace(image_list, images=images)

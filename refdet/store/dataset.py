@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from refdet import store
 from refdet.errors import ArgumentError, InputError
+from refdet.files.short_text import format_count
 from refdet.store.hdf5_access import known_files
 
 
@@ -70,7 +71,8 @@ class RegionsDataset(Dataset):
             self.image_ids = [int(i) for i in (opened if image_ids is None else image_ids)]
             unknown = [i for i in self.image_ids if i not in opened]
         if unknown:
-            raise InputError(f"{self.path}: {len(unknown)} requested images missing, first: {unknown[0]}; extract them")
+            missing_images = format_count(len(unknown), "requested image")
+            raise InputError(f"{self.path}: {missing_images} missing, first: {unknown[0]}; extract them")
 
     def __len__(self) -> int:
         return len(self.image_ids)

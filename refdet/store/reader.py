@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from refdet.errors import ArgumentError, InputError
+from refdet.files.short_text import format_count
 from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, row_of
 from refdet.store.hdf5_access import open_store_file
 from refdet.store.schema import (
@@ -121,7 +122,8 @@ class Store:
     def __repr__(self) -> str:
         names = ", ".join((*self.feature_names, *self.map_names)) or "no features"
         masks = ", masks" if self.has_masks else ""
-        return f"Store({str(self.path)!r}: {len(self)} images, {self.regions} regions, {names}{masks})"
+        counts = f"{format_count(len(self), 'image')}, {format_count(self.regions, 'region')}"
+        return f"Store({str(self.path)!r}: {counts}, {names}{masks})"
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -242,7 +244,8 @@ class Store:
         values: np.ndarray = self.data[f"maps/{name}"][first:last]
         shape = self._map_shapes[name][i].tolist()
         if min(shape) < 0 or math.prod(shape) != len(values):
-            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for shape {shape}")
+            length = format_count(len(values), "value")
+            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {length} for shape {shape}")
         return values.reshape(shape)
 
     def frame(self) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.files.progress import progress
+from refdet.files.short_text import format_count
 from refdet.store import CORRUPTION_ERRORS, Store
 from refdet.store import open as open_store
 from refdet.store.crc import crc32
@@ -113,7 +114,7 @@ def _checksums(store: Store, result: Verification) -> dict[str, np.ndarray]:
         table = store.file[CHECKSUMS]
         names, values = json.loads(table.attrs["columns"]), table[:]
         if values.dtype != np.uint32 or values.shape != (len(store), len(names)):
-            raise ValueError(f"{values.dtype} of shape {values.shape} for {len(store)} images and {len(names)} columns")
+            raise ValueError(f"{values.dtype} of shape {values.shape} instead of uint32 of {(len(store), len(names))}")
         if int(table.attrs["attributes"]) != attributes_checksum(store.file.attrs):
             result.problems.append(Problem(None, "attributes", "checksum mismatch"))
         result.problems += [
@@ -211,4 +212,4 @@ def _inconsistencies(
             yield name, "a value is not finite"
         shape = columns.get(f"{name}_shape")
         if shape is not None and np.prod(shape, dtype=np.int64) != len(values):
-            yield name, f"{len(values)} values for a map of shape {shape[0].tolist()}"
+            yield name, f"{format_count(len(values), 'value')} for a map of shape {shape[0].tolist()}"

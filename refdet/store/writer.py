@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from refdet.files.atomic import atomic_write
+from refdet.files.short_text import format_count
 from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, ContiguousWriter, chunk_rows, contiguous_layout
 from refdet.store.codec import MASK_COUNTS, MASK_START, EncodedImage, RawImage, encode, raw_bytes, region_bytes
 from refdet.store.crc import crc32
@@ -172,7 +173,7 @@ class StoreWriter:
             raise ValueError(f"image {image.row.id}: expected {expected} next")
         row = self._images[i]
         if image.row.regions != row.regions:
-            raise ValueError(f"image {row.id}: {image.row.regions} regions, expected {row.regions}")
+            raise ValueError(f"image {row.id}: {format_count(image.row.regions, 'region')}, expected {row.regions}")
         if isinstance(image, RawImage):
             self._put_raw(i, image)
         else:
@@ -229,7 +230,7 @@ class StoreWriter:
         if self._finished:
             return
         if missing := self._images[self._next :]:
-            raise ValueError(f"{len(missing)} images were not written, first: {missing[0].id}")
+            raise ValueError(f"{format_count(len(missing), 'image', 'was')} not written, first: {missing[0].id}")
         for writer in self._writers.values():
             writer.finish()
         table = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)

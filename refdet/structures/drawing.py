@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from refdet.files.short_text import format_share
+
 log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
@@ -55,10 +57,8 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Im
     for index, (region, colour) in enumerate(coloured):
         width, height = canvas.label_size(region.label, font_size)
         if width * height > remaining_area or width > image.width:
-            omitted = len(coloured) - index
-            log.warning(
-                "note: %d of %d regions have no label, as labels would cover the picture", omitted, len(coloured)
-            )
+            unlabeled = format_share(len(coloured) - index, len(coloured), "region", "has")
+            log.warning("note: %s no label, as labels would cover the picture", unlabeled)
             break
         remaining_area -= width * height
         canvas.label(region.box, region.label, colour, font_size)

@@ -100,7 +100,7 @@ class Provenance:
         """A human-readable summary in one line."""
         if self.is_unknown:
             return self.note
-        parts = [f"{self.images} images of {self.source}"]
+        parts = [f"{format_count(self.images, 'image')} of {self.source}"]
         if self.excluded:
             parts.append("without " + ", ".join(sorted(self.excluded)))
         parts.append(f"ids {self.image_ids_sha256[:12]}")

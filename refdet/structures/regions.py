@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refdet.errors import ArgumentError
+from refdet.files.short_text import format_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,7 +74,7 @@ class Regions:
             raise ValueError(f"boxes must be (n, 4), got {self.boxes.shape}")
         mismatched = {name: len(column) for name, column in columns.items() if len(column) != n}
         if mismatched:
-            raise ValueError(f"image {self.image_id}: {n} boxes, but {mismatched}")
+            raise ValueError(f"image {self.image_id}: {format_count(n, 'box')}, but {mismatched}")
         invalid_maps = {name: values.shape for name, values in self.maps.items() if values.ndim != 3}
         if invalid_maps:
             raise ValueError(f"image {self.image_id}: maps must be (C, H, W), got {invalid_maps}")
@@ -88,7 +89,7 @@ class Regions:
         return len(self.boxes)
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} region{'' if len(self) == 1 else 's'}"]
+        parts = [format_count(len(self), "region")]
         if self.error:
             parts.append(f"error {self.error!r:.60}")
         if self.masks is not None:

@@ -26,6 +26,7 @@ from torch import multiprocessing as processes
 
 from refdet.data.training_batches import Batch, TrainingBatches, max_image_bytes
 from refdet.errors import RuntimeFailure
+from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested, ignore
 
 SHARED_MEMORY = Path("/dev/shm")  # holds tensors sent between processes
@@ -231,7 +232,7 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
     if free < needed:
         raise RuntimeFailure(
             _shared_memory_message(
-                f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed
+                f"batches of {format_count(workers * processes, 'worker')} need about {_mib(needed)}", needed
             )
         )
 

@@ -152,12 +152,11 @@ class ProcessGroup(Processes):
     def describe(self) -> str:
         """Human-readable description of the processes, machines, devices and backend."""
         machines = Counter(self._hosts)
-        on = f"{len(machines)} machines" if len(machines) > 1 else "1 machine"
+        on = format_count(len(machines), "machine")
         if len(machines) > 1:
             on += " (" + ", ".join(f"{host} {count}" for host, count in machines.items()) + ")"
         devices = ", ".join(f"{count} x {name}" for name, count in Counter(self._devices).items())
-        processes = f"{self.world_size} processes" if self.world_size > 1 else "1 process"
-        return f"{processes} on {on}, {devices}, {self._backend}"
+        return f"{format_count(self.world_size, 'process')} on {on}, {devices}, {self._backend}"
 
     def wrap(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
         """Wrap a network so that its weights, momentum and gradients are the same in all processes.

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 from refdet.files.json_files import read_bytes
+from refdet.files.short_text import format_count
 from refdet.training.metrics_rows import METRICS, VALIDATION_PREFIX, parse_row
 from refdet.training.run_folder import MAX_LOG_BYTES
 
@@ -90,6 +91,6 @@ def _truncate_after(metrics: Path, step: int) -> None:
         elif row["step"] <= step:
             kept.append(line)
     if damaged:
-        log.warning("note: %s: %d of its lines are damaged and left out", metrics, damaged)
+        log.warning("note: %s: %s damaged and left out", metrics, format_count(damaged, "line", "is"))
     with atomic_write(metrics) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -10,6 +10,7 @@ from refdet.detector import checkpoint
 from refdet.detector.backbones import network_name
 from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
 def describe_difference(saved: tuple, current: tuple) -> str:
     """Human-readable difference between the categories of a checkpoint and of an instances file."""
     if len(saved) != len(current):
-        return f"the checkpoint has {len(saved)} classes, the instances file {len(current)}"
+        return f"the checkpoint has {format_count(len(saved), 'class')}, the instances file {len(current)}"
     first = next((a, b) for a, b in zip(saved, current, strict=True) if a != b)
     return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
 

@@ -8,8 +8,8 @@ from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so that its presence marks a run directory
-IN_USE_FIX = "let it end or choose another `out`"
-MAX_LOG_BYTES = 2**28  # of metrics.jsonl; the longest training takes a twentieth
+IN_USE_FIX = "wait for it to finish or choose another `out`"
+MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 
 
 def state_paths(out: Path) -> list[Path]:

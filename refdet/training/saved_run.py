@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
-from refdet.files.short_text import short_repr, shorten
+from refdet.files.short_text import format_count, short_repr, shorten
 from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
@@ -118,8 +118,8 @@ class SavedRun:
                     )
         if recipe.train.steps < self.meta.step:
             raise InputError(
-                f"`resume` {out}: train.steps={recipe.train.steps}, but {self.meta.step} steps are done; give "
-                f"{self.meta.step} or more, or start another run"
+                f"`resume` {out}: train.steps={recipe.train.steps}, but {format_count(self.meta.step, 'step', 'is')} "
+                f"done; give {self.meta.step} or more, or start another run"
             )
 
     def check_data(self, categories: Categories, provenance: Provenance, data_sha256: str, out: Path) -> None:
@@ -151,7 +151,7 @@ class SavedRun:
             )
         if new_steps != old_steps:
             cosine = recipe.train.schedule == "cosine"
-            rate = "the cosine (train.schedule)" if cosine else "the drops of the rate (train.lr_milestones)"
+            rate = "the cosine (train.schedule)" if cosine else "the learning rate milestones (train.lr_milestones)"
             lines.append(
                 f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {rate} are "
                 "fractions of the new number"

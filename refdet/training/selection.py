@@ -8,7 +8,7 @@ from pathlib import Path
 from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.files.json_files import read_small_json
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_share
 from refdet.splits.build import report_path
 from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, Selection
@@ -51,19 +51,19 @@ def held_out_notes(val_instances: Path, validated_on: Provenance, training: Prov
     leaked = sum(not removed.isdisjoint(image.coco_ids) for image in images)
     if leaked:
         return [
-            f"`val_instances` {val_instances}: {format_count(leaked, 'image')} of {len(images)} are held out of "
+            f"`val_instances` {val_instances}: {format_share(leaked, len(images), 'image', 'is')} held out of "
             f"{split.name}, as images of REFER's val and test: best/ is chosen by AP on them, so refdet audit does not "
             f"call it clean ({audit} lists them)"
         ]
     if not validated_on.excluded:
         why = f"{validated_on.note}; " if validated_on.note else ""
-        unchecked = f"whether images of REFER's val and test are in it was not checked: {audit} does"
+        unchecked = f"it was not checked for REFER's val and test images; check it with {audit}"
         return [f"`val_instances` {val_instances}, which chooses best/: {why}{unchecked}"]
     missing = sorted(training.excluded.keys() - validated_on.excluded.keys())
     if missing:
         return [
             f"`val_instances` {val_instances}, which chooses best/: does not exclude {', '.join(missing)}, as "
-            f"{split.name} does; whether images of them are in it was not checked: {audit} does"
+            f"{split.name} does, and was not checked for their images; check it with {audit}"
         ]
     return []
 

@@ -10,7 +10,7 @@ from refdet.training.processes import Processes
 def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
     """Lines about processes, devices and images per step if torchrun started them, and about the passes of a step."""
     options, where, lines = recipe.train, processes.describe(), []
-    share = f"{options.batch_size} images a step"
+    share = f"{format_count(options.batch_size, 'image')} per step"
     if processes.world_size > 1:
         share += f", {options.batch_size // processes.world_size} in each process"
     if options.accumulate > 1:
@@ -20,7 +20,7 @@ def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
         lines.append(f"train: {where}{'; ' if where else ''}{share}")
     if options.accumulate > 1 and recipe.model.norm == "batch":
         lines.append(
-            "note: train.accumulate: the batch norms (model.norm=batch) have the statistics of a pass, not of the "
-            "whole step: this is not the network of one pass, as it is with model.norm=frozen"
+            "note: train.accumulate: batch norms (model.norm=batch) use the statistics of a pass, not of the whole "
+            "step, so the result is not that of a single pass, as it is with model.norm=frozen"
         )
     return lines

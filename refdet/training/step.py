@@ -60,8 +60,8 @@ class PendingStep:
 
     def _not_finite(self, what: str) -> RuntimeFailure:
         return RuntimeFailure(
-            f"the {what} on images {', '.join(map(str, self.image_ids))}; "
-            "lower train.lr, or check these images; the last checkpoint is kept"
+            f"the {what} on {'image' if len(self.image_ids) == 1 else 'images'} {', '.join(map(str, self.image_ids))}; "
+            "lower train.lr, or check what is on them; the last checkpoint is kept"
         )
 
 

@@ -20,6 +20,7 @@ from refdet.detector.checkpoint import BEST, CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import exclusive_lock
+from refdet.files.short_text import format_count
 from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
@@ -189,7 +190,9 @@ def _check_inputs(
     elif val_images is not None:
         raise InputError("`val_images`: give its annotations too, with `val_instances`")
     elif out is not None and (out / BEST).exists():
-        notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
+        notes.append(
+            f"`resume` {out}: was validated before, but is not now; give `val_instances` to continue validation"
+        )
     categories = tuple(index.categories.items())
     if weights is not None and not resumes:
         find_new_prefixes(weights, resolved, categories)
@@ -211,8 +214,8 @@ def _check_inputs(
         )
     if provenance.note:
         notes.append(
-            f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
-            f"checked: refdet audit --instances {instances} --refer-root DIR does"
+            f"{instances}: {provenance.note}; it was not checked for REFER's val and test images; check it with "
+            f"refdet audit --instances {instances} --refer-root DIR"
         )
     if crowd_as_object:
         text = "its crowds are trained on as objects (`crowd_as_object=True`)"
@@ -259,6 +262,7 @@ def check_divisible(recipe: Recipe, processes: int) -> None:
     if options.batch_size % (processes * options.accumulate):
         passes = f", each in {options.accumulate} passes (train.accumulate)" if options.accumulate > 1 else ""
         raise InputError(
-            f"train.batch_size: {options.batch_size} images cannot be divided among {processes} processes{passes}; "
+            f"train.batch_size: {format_count(options.batch_size, 'image')} cannot be divided among "
+            f"{format_count(processes, 'process')}{passes}; "
             f"give a multiple of {processes * options.accumulate}"
         )

@@ -168,7 +168,8 @@ class _Training:
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         validate_first = self.validation is not None and self.processes.on_first(self._prepare_validation)
         if first >= options.steps and not validate_first:
-            log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
+            done = format_count(first, "step", "is")
+            log.warning("note: `resume`: %s done; increase train.steps to extend the run", done)
             self.processes.on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
         self.processes.convert_norms(self.model, device)

@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import why_undefined
 from refdet.evaluation.detection import warn_about_annotations
 from refdet.evaluation.evaluation_data import EvaluationData
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.structures.provenance import Provenance
 from refdet.training.selection import held_out_notes
 from refer.image_lookup import coco_number
@@ -73,8 +73,8 @@ class ValidationData:
         notes = []
         if shared:
             notes.append(
-                f"`val_instances` {instances}: {format_count(len(shared), 'image')} of {len(data.records)} are trained "
-                "on too, by their file names: the AP of the validations is not one of unseen images"
+                f"`val_instances` {instances}: {format_share(len(shared), len(data.records), 'image', 'is')} trained "
+                "on too, by file name: the AP of the validations is not that of unseen images"
             )
         provenance = provenance_of_instances(data.index)
         notes += held_out_notes(instances, provenance, trained_on, training_objects.index.path)

@@ -111,7 +111,7 @@ class Validator:
             best_meta = dataclasses.replace(meta, provenance=provenance)
             write_best(self._out, weights, best_meta, self._best, self.validated_on)
         assert self._best is not None
-        best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
+        best = "the best so far" if is_best else f"the best is {self._best.value:.3f} at step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
         extra = {DATA_HASH_KEY: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
         return {**rates, **extra}

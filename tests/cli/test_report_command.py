@@ -78,7 +78,7 @@ def test_images_that_are_missing_are_counted(work: Path) -> None:
     assert "1 image could not be read" in (work / "r.html").read_text(encoding="utf-8")
     (work / "images" / DETECTIONS[1].file_name).unlink()
     result = run(*args, work / "no.html")
-    assert result.exit_code == 2 and "has none of the 2 images" in result.stderr and not (work / "no.html").exists()
+    assert result.exit_code == 2 and "lacks all 2 images" in result.stderr and not (work / "no.html").exists()
 
 
 def test_objects_of_the_images(work: Path) -> None:

@@ -62,6 +62,7 @@ def test_each_shipped_recipe_has_one_line() -> None:
     found = lines["c4-res101-3x"]
     assert (found.network, found.steps, found.batch_size) == ("ResNet-101 C4", 270000, 16)
     assert found.published.startswith("42.6 box AP, 36.7 mask AP on val2017")
+    assert [lines[f"reference-{name}"].network for name in ("vgg16", "mobilenet-v1")] == ["VGG-16", "MobileNet v1"]
     assert lines["demo"].published == "" and lines["demo"].about.startswith("For the synthetic dataset, from scratch")
 
 

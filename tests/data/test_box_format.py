@@ -110,7 +110,7 @@ def test_no_false_alarm_of_pixels(boxes: list) -> None:
     ("said", "boxes", "size", "says"),
     [
         ("xywh", [[100, 100, 1200, 900]] * 4, (640, 480), "4 of 4 boxes reach outside their images"),
-        ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 boxes lie within 0..1.5"),
+        ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 box lies within 0..1.5"),
         ("xywh", [[500, 300, 600, 400]], (640, 480), "give `box_format='xyxy'`"),
         ("xyxy", [[500, 300, 100, 100]], (640, 480), "give `box_format='xywh'`"),
         ("normalized", [[50, 30, 100, 100]], (640, 480), "give `box_format='xywh'`"),

@@ -73,7 +73,7 @@ def test_an_extraction_of_crowds_alone_is_an_error(detector: Path, tmp_path: Pat
 
     squares(tmp_path, change)
     done = extract(detector, tmp_path, "a.h5")
-    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the one annotation"
+    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the only annotation"
     assert done.exit_code == 2 and said in done.stderr and "--crowd-as-object" in done.stderr
     assert not (tmp_path / "a.h5").exists()
     assert extract(detector, tmp_path, "a.h5", "--crowd-as-object").exit_code == 0
@@ -88,7 +88,7 @@ def test_an_extraction_without_annotations_says_so(detector: Path, tmp_path: Pat
 def test_detections_know_no_crowds(detector: Path, tmp_path: Path) -> None:
     squares(tmp_path)
     done = call("extract-features", detector, tmp_path, "--out", str(tmp_path / "a.h5"), "--crowd-as-object")
-    assert done.exit_code == 2 and "--crowd-as-object: only --regions annotations" in done.stderr
+    assert done.exit_code == 2 and "--crowd-as-object is for --regions annotations" in done.stderr
 
 
 def test_an_evaluation_on_crowds_alone_says_so(

@@ -155,7 +155,7 @@ def test_folders_that_cannot_be_listed(
             ImageSource.open(tmp_path)
         return
     assert value_of(ImageSource.open(tmp_path), "x.png") == 7
-    assert "1 subfolders cannot be listed, first: closed (Permission denied)" in caplog.text
+    assert "1 subfolder cannot be listed, first: closed (Permission denied)" in caplog.text
     with pytest.raises(InputError, match="closed: cannot be listed"):
         ImageSource.open(tmp_path / "closed")
 

@@ -212,15 +212,13 @@ def test_folders_and_zips(tmp_path: Path, zipped: bool, caplog: pytest.LogCaptur
         assert paths == ["cam1/1.png", "cam1/2.png", f"{NFD}.png", None, OTHER]
         assert [one.data(path).decode() for path in paths if path] == [path for path in paths if path]
         assert missing == ["gone.png (no file of that name)"]
-    assert caplog.text.count("1 of 5 images are in another folder") == 2
+    assert caplog.text.count("1 of 5 images is in another folder") == 2
     assert "cam2/2.png, read from cam1/2.png" in caplog.text
     located = pickle.loads(pickle.dumps(source))
     assert [located.find(record) for record in listed] == paths
     with pytest.raises(ImageError, match=r"no file for image 4, gone\.png: no file of that name"):
         source.read(listed[3])
-    with pytest.raises(
-        InputError, match=r"1 of the 5 images in i\.json are missing among its \d+ files, first: gone\.png"
-    ):
+    with pytest.raises(InputError, match=r"1 of 5 images in i\.json is missing among its \d+ files, first: gone\.png"):
         source.check(listed, Path("i.json"))
 
 
@@ -262,7 +260,7 @@ def test_the_folders_own_name_is_no_other_folder(tmp_path: Path, caplog: pytest.
     source.locate(records(f"{tmp_path}/images/1.png"))
     assert "another folder" not in caplog.text
     source.locate(records("pictures/1.png"))
-    assert "1 of 1 images are in another folder than their file_name says" in caplog.text
+    assert "1 of 1 image is in another folder than the file_name says" in caplog.text
 
 
 def test_renaming_between_2014_and_2017_is_nothing_to_speak_of(

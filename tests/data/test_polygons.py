@@ -14,6 +14,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.polygons import is_surely_drawn
 from refdet.data.segmentations import to_rle
 from refdet.extraction.given_regions import regions_from_annotations
+from refdet.files.short_text import format_count
 from refer.masks import can_be_drawn
 
 REFUSED = {
@@ -61,9 +62,9 @@ def test_what_encloses_nothing_is_left_out_and_said(tmp_path: Path, kind: str, o
     index = load(path)
     assert isinstance(index, CocoIndex)
     assert index.annotations[3][0].segmentation == (others or None)
-    assert index.dropped == [f"annotation 7: {len(short)} of its polygons with fewer than three points {says}"] or (
-        says in index.dropped[0] and len(index.dropped) == 1
-    )
+    assert index.dropped == [
+        f"annotation 7: {format_count(len(short), 'polygon')} with fewer than three points {says}"
+    ] or (says in index.dropped[0] and len(index.dropped) == 1)
     assert check(path) == ""
 
 

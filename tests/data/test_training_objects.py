@@ -50,12 +50,12 @@ def only_first(tree: dict[str, Any]) -> None:
     ("change", "empty", "records", "said"),
     [
         (lambda tree: None, False, [1, 2, 3, 4], []),
-        (crowds(1), False, [1, 2, 3, 4], ["1 of 8 annotations have iscrowd 1"]),
+        (crowds(1), False, [1, 2, 3, 4], ["1 of 8 annotations has iscrowd 1 and is neither object nor background"]),
         (
             crowds(0, 1),
             False,
             [2, 3, 4],
-            ["2 of 8 annotations have iscrowd 1", "1 of 4 images have no objects and are excluded"],
+            ["2 of 8 annotations have iscrowd 1", "1 of 4 images has no objects and is excluded"],
         ),
         (bare(0, 3, 7), False, [1, 2, 3, 4], ["3 of 8 objects have no segmentation"]),
         (only_first, False, [1], ["3 of 4 images have no objects and are excluded"]),
@@ -103,7 +103,7 @@ def test_a_file_whose_objects_have_no_segmentation_is_refused_whatever_its_crowd
         crowds(0, 1)(tree)
 
     path = squares(tmp_path, change)
-    with pytest.raises(InputError, match="none of its 6 objects has a segmentation; .*model.masks=false"):
+    with pytest.raises(InputError, match="its 6 objects have no segmentation; .*model.masks=false"):
         CocoIndex.load(path, need_segmentation=True)
     assert len(CocoIndex.load(path).images) == 4
 

@@ -285,5 +285,5 @@ def test_too_little_memory_is_told(detector: refdet.Detector, monkeypatch: pytes
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("refdet.detector.detector.detect_batch", fails)
-    with pytest.raises(RuntimeFailure, match="cpu has too little memory for 1 images; free some"):
+    with pytest.raises(RuntimeFailure, match="cpu has too little memory for 1 image; free some"):
         detector.detect(IMAGES[0])

@@ -72,7 +72,7 @@ def test_half_a_run_directory_is_called_one(tmp_path: Path) -> None:
         (begun / name).unlink()
     assert "no model.safetensors there, only the other half" in refusal(only_meta)
     assert "no model.json there, only the other half" in refusal(only_model)
-    assert "there is no model.json beside it" in refusal(only_model / MODEL)
+    assert "there is no model.json next to it" in refusal(only_model / MODEL)
     assert "saved a state but no model yet; finish it with `refdet train --resume`" in refusal(begun)
 
 

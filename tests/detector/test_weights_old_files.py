@@ -110,7 +110,7 @@ def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None
     refused(
         unnamed,
         str(source),
-        f"{len(index.categories)} classes, which are not COCO's 80; give --trained-on to name them",
+        f"{len(index.categories)} classes instead of COCO's 80; give --trained-on to name them",
     )
     assert not out.exists()
     done = call("import-weights", "--from", source, "--out", out, "--trained-on", instances)

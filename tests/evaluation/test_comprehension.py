@@ -175,7 +175,7 @@ def test_ap_that_is_not_defined_and_categories_that_are_not_there_are_said(
     path.write_text(json.dumps(data))
     found = evaluate_on_refer(tmp_path / "a.h5", tmp_path / "refer", "toy", "me")["splits"]["val"]
     assert found["detection"]["bbox"]["AP"] is None
-    assert "split val: AP is not defined: iscrowd is 1 on all 1 annotations" in caplog.text
+    assert "split val: AP is not defined: iscrowd is 1 on the only annotation" in caplog.text
     write_store(tmp_path / "b.h5", [regions(1, [[0, 0, 10, 10]] * 3, [1, 7, 9])], masks=False)
     evaluate_on_refer(tmp_path / "b.h5", tmp_path / "refer", "toy", "me")
-    assert "2 of 3 regions are of categories that" in caplog.text
+    assert "2 of 3 regions are in a category that" in caplog.text

@@ -226,7 +226,7 @@ def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, capl
         ]
         masks = val["segmentation"]
         assert (val["comprehension"]["missing"], masks and masks["missing"]) == wanted
-        told = "val: 1 of 2 sentences are answered with a box where others have a mask" in caplog.text
+        told = "val: 1 of 2 sentences is answered with a box where others have a mask" in caplog.text
         assert told == (wanted == (0, 1))
 
 
@@ -248,7 +248,7 @@ def unchecked(*_: Any) -> None:
 
 
 def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
-    with pytest.raises(InputError, match=r"lacks 1 of the 1 images of split train \(3\).*extract-features"):
+    with pytest.raises(InputError, match=r"lacks 1 of 1 image of split train \(3\).*extract-features"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["train"])
     with pytest.raises(InputError, match="`splits` testB: no such split"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["testB"])

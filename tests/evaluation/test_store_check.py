@@ -31,7 +31,7 @@ def test_regions_of_resized_images_are_refused(tmp_path: Path, height: int, widt
     resized = Regions(
         3, "3.jpg", height, width, np.array([BOX], np.float32), np.ones(1, np.float32), np.ones(1, np.int64)
     )
-    says = rf"1 of the 3 images of split val .*image 3 is {width}x{height}, not 120x100\); extract them with: refdet"
+    says = rf"of split val, 1 of 3 images has .*image 3 is {width}x{height}, not 120x100\); extract them with: refdet"
     with pytest.raises(InputError, match=says):
         evaluate(tmp_path, [regions(1, [BOX]), regions(2, [BOX]), resized])
 
@@ -41,7 +41,7 @@ def test_images_that_could_not_be_used_are_counted(tmp_path: Path, caplog: pytes
     metrics = evaluate(tmp_path, [regions(1, [BOX]), *failed])
     val = metrics["splits"]["val"]
     assert (val["images"], val["unusable"], val["referent_recall"]["0.5"]) == (3, 2, pytest.approx(1 / 3))
-    assert "split val: 2 of 3 images could not be used by the extraction" in caplog.text
+    assert "split val: 2 of 3 images are unusable in the extraction" in caplog.text
     assert "(first: 2.jpg: truncated)" in caplog.text
     frame = to_dataframe(metrics)
     assert frame[frame["metric"] == "unusable"]["value"].tolist() == [2.0]
@@ -68,5 +68,5 @@ def test_categories_of_other_names_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, said: bool
 ) -> None:
     evaluate(tmp_path, [regions(i, [BOX]) for i in (1, 2, 3)], names={1: name, 7: "unknown to the refs"})
-    assert ("1 of its 2 categories have other names in" in caplog.text) == said
+    assert ("1 of 2 categories has another name in" in caplog.text) == said
     assert ("(first: 1 is 'aerosol can', not 'c1')" in caplog.text) == said

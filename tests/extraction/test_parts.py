@@ -75,7 +75,7 @@ def test_a_part_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     own = BATCHES[1]
     assert (done.merged, done.images, done.computed) == (False, len(own), len(own))
     assert done.regions == sum(1 + record.id % 4 for record in own) and done.bytes > 0
-    assert "note: part 2/3 is finished; 3 of 4 shards are missing: the part that ends last writes" in caplog.text
+    assert "note: part 2/3 is finished; 3 of 4 shards are missing: the last part to finish writes" in caplog.text
     again = run_part(tmp_path / "a.h5", "2/3")
     assert (again.merged, again.images, again.computed) == (False, len(own), 0)
 
@@ -136,14 +136,14 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
     out, folder = tmp_path / "a.h5", folder_of(tmp_path / "a.h5")
     run_part(out, "1/2")
     with Part(2, 2).lock(folder):
-        with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
+        with pytest.raises(InputError, match="another process is computing part 2/2; wait for it to finish"):
             run_part(out, "2/2")
-        with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
+        with pytest.raises(InputError, match="another process is computing part 2/2; wait for it to finish"):
             run(out, resume=True)
         assert run_part(out, "1/2").merged is False
     with (
         exclusive_lock(folder, "lock", ""),
-        pytest.raises(InputError, match="another process is writing to it; let it end"),
+        pytest.raises(InputError, match="another process is writing to it; wait for it to finish"),
     ):
         run_part(out, "2/2")
     with no_part_running(folder):

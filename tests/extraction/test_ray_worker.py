@@ -198,14 +198,17 @@ def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tm
             r"has refdet .*, the driver refdet 0\.0 .*; install",
         ),
         (replace(tools, checkpoint=tmp_path / "run"), "`checkpoint` .*/run: not found on .*; copy it there or use a"),
-        (replace(tools, checkpoint_sha256="0" * 64), "`checkpoint` .*: another one on .*; copy the same one there"),
-        (replace(tools, recipe="{}"), "`checkpoint` .*: another one on .*; copy the same one there"),
+        (replace(tools, checkpoint_sha256="0" * 64), "`checkpoint` .*: a different one on .*; copy the same one there"),
+        (replace(tools, recipe="{}"), "`checkpoint` .*: a different one on .*; copy the same one there"),
         (
             replace(tools, categories=tools.categories[::-1]),
-            "`checkpoint` .*: another one on .*; copy the same one there",
+            "`checkpoint` .*: a different one on .*; copy the same one there",
         ),
         (replace(tools, images=tmp_path / "x.zip"), "`images` .*x.zip: not found on .*; copy the zip there or use a"),
-        (replace(tools, images=tmp_path / "images"), "`images` .*: holds other files on .*; missing there: 2, first"),
+        (
+            replace(tools, images=tmp_path / "images"),
+            "`images` .*: holds different files on .*; missing there: 2, first",
+        ),
     ]:
         failed = ShardWorker(other).start()
         assert isinstance(failed, Failed) and failed.bad_input and not failed.is_machine_error

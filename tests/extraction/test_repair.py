@@ -170,7 +170,10 @@ def test_finished_shards_are_kept_while_their_images_cannot_be_read(
         run(resume=True, compute=stops)
     assert run((0, 3, 5), resume=True).errors == 3 and len(list(folder.glob("*.shard"))) == 2  # an unmounted disk
     assert "a.h5.repair is kept: it has finished shards of repaired images, which cannot be read now" in caplog.text
-    with exclusive_lock(folder, "lock", "let it end"), pytest.raises(InputError, match="another process .*let it end"):
+    with (
+        exclusive_lock(folder, "lock", "wait for it to finish"),
+        pytest.raises(InputError, match="another process .*wait for it to finish"),
+    ):
         run((0, 3, 5), resume=True)
     assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
     assert contents(run.out) == whole(tmp_path) and not folder.exists()
@@ -250,7 +253,7 @@ def test_a_damaged_store_is_named_and_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_where_every_image_failed_there_is_no_store(tmp_path: Path, strict: bool) -> None:
     run, every = Extraction(tmp_path / "a.h5"), range(10)
-    says = "`strict`" if strict else "none of the 10 images could be used .first: ümlaut_7.jpg: not a readable image.; "
+    says = "`strict`" if strict else "none of 10 images could be used .first: ümlaut_7.jpg: not a readable image.; "
     for resume in (False, True, True):
         with pytest.raises(RuntimeFailure, match=says):
             run(every, resume=resume, strict=strict)
@@ -270,9 +273,7 @@ def test_a_finished_store_without_a_usable_image_is_no_success(tmp_path: Path) -
         for one in errors:
             writer.put(one)
     before = run.out.read_bytes()
-    with pytest.raises(
-        RuntimeFailure, match="none of the 10 images could be used .first: broken.; .*a.h5 has no regions"
-    ):
+    with pytest.raises(RuntimeFailure, match="none of 10 images could be used .first: broken.; .*a.h5 has no regions"):
         run(range(10), resume=True)
     assert run.out.read_bytes() == before
     assert run(resume=True).errors == 0 and contents(run.out) == whole(tmp_path)

@@ -25,13 +25,13 @@ def test_another_process_is_kept_out_until_it_dies(tmp_path: Path, number: signa
     assert holder.stdout and holder.stdout.readline() == "held\n"
     for _ in range(2):
         with (
-            pytest.raises(InputError, match="another process is writing to it; let it end$"),
-            exclusive_lock(tmp_path, "lock", "let it end"),
+            pytest.raises(InputError, match="another process is writing to it; wait for it to finish$"),
+            exclusive_lock(tmp_path, "lock", "wait for it to finish"),
         ):
             raise AssertionError("got in")
     holder.send_signal(number)
     holder.wait()
-    with exclusive_lock(tmp_path, "lock", "let it end"):
+    with exclusive_lock(tmp_path, "lock", "wait for it to finish"):
         pass
 
 

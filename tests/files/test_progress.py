@@ -49,7 +49,11 @@ def test_a_bar_within_another_moves_no_cursor_in_a_log(monkeypatch: pytest.Monke
                 inner.update(3)
                 inner.refresh()
             outer.update()
+        with progress_bar(1, "extract", "image", leave=False) as single:
+            single.update()
+            single.refresh()
     assert "\x1b" not in stream.getvalue() and "validate: 3 of 3 images" in stream.getvalue()
+    assert "extract: 1 of 1 image," in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

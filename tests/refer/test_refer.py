@@ -80,7 +80,7 @@ def test_ids_that_are_none(tmp_path: Path, ids: Any) -> None:
 
 def test_a_sequence_of_refs(tmp_path: Path) -> None:
     r = REFER(write(tmp_path), "refcoco", "unc")
-    assert len(r) == 4 and list(r) == REFS and "4 refs, 4 sentences, 3 images" in repr(r)
+    assert len(r) == 4 and list(r) == REFS and "refs=4, sentences=4, images=3" in repr(r)
     assert r.data["dataset"] == "refcoco" and [image["id"] for image in r.data["images"]] == [3, 4, 5]
     assert str(tmp_path / "refcoco") == r.DATA_DIR and (Path(r.ROOT_DIR) / "api.py").is_file()
     assert str(tmp_path / "images/mscoco/images/train2014") == r.IMAGE_DIR

@@ -194,7 +194,7 @@ def test_charts_and_pictures_are_there(page: str, inputs: ReportInputs) -> None:
     assert len(legends) == 6 + 2 + 2 * len(inputs.parts[0].metrics["splits"])  # type: ignore[index]
     images = [image for image in found.of("img") if (image["src"] or "").startswith("data:image/jpeg")]
     assert len(images) >= 5
-    assert all("referred objects found" in (image["alt"] or "") for image in images)
+    assert all("referred object" in (image["alt"] or "") for image in images)
     assert "missed" in found.words and "Failure cases" in found.words
 
 

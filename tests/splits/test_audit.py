@@ -196,7 +196,7 @@ def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], 
     clean = write(tmp_path / "clean.json", coco([1, 4], [], names))
     run = run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
     found = audit_provenance(run, root, clean)
-    assert not found.proven and "cannot be proven: the ids of 2 images in" in found.problem
+    assert not found.proven and "cannot be proven: 2 images in" in found.problem
     assert "which contains 2 held-out images" in audit_provenance(run, root, leaking).problem
     # nor do the ids alone, or the images that COCO has under these ids
     ids = tmp_path / "ids.txt"

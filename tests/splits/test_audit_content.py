@@ -127,7 +127,7 @@ def test_copies_missing_and_damaged_files(world: tuple[Path, Path, Path], tmp_pa
         (13, 2, ["refcoco/unc/testA"], True),
     ]
     assert (found.compared, found.missing, found.unreadable) == (4, [15], [14]) and found.refer_compared == 3
-    assert any("1 images of the list have no file, first: 15" in note for note in found.notes())
+    assert any("1 image of the list has no file, first: 15" in note for note in found.notes())
     assert [copy.image for copy in audit_content(source, root, folder, exclude=["refcoco:unc:testA"]).copies] == [13]
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -167,9 +167,9 @@ def test_images_of_a_benchmark_are_held_out_too(world: tuple[Path, Path, Path], 
 def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, root, folder = world
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="none of the 3 held-out images.*`refer_images`"):
+    with pytest.raises(InputError, match="none of 3 held-out images.*`refer_images`"):
         audit_content(source, root, folder, tmp_path / "empty")
-    with pytest.raises(InputError, match="`images` .*empty: none of the 6 images"):
+    with pytest.raises(InputError, match="`images` .*empty: none of 6 images"):
         audit_content(source, root, tmp_path / "empty", folder)
     with pytest.raises(InputError, match="`refer_images` .*nowhere: no such file or folder"):
         audit_content(source, root, folder, tmp_path / "nowhere")

@@ -92,7 +92,7 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
     everything = build_split(source, root, tmp_path / "a.json")
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
     assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
-    assert any("refcocog/google/val: 1 of its 2 images also have train refs" in text for text in everything.notes)
+    assert any("refcocog/google/val: 1 of 2 images also has train refs" in text for text in everything.notes)
     some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]
     assert list(some.report["excluded"]) == ["refcoco/unc/testA", "refcocog/google/val"]
@@ -187,7 +187,7 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71], names))
     found = audit(source, root)
     assert found.leaked == [70, 72] and any(
-        "ids of 3 images differ from the numbers in their names (70: 2)" in text for text in found.notes
+        "3 images have an id that differs from the number in the name (70: 2)" in text for text in found.notes
     )
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
 
@@ -291,9 +291,9 @@ def test_what_training_would_refuse_is_refused_in_any_order_of_keys(
         (9, "COCO_train2014_000000000009_4.jpg", {9}, ""),
         (9, "9.jpg", {9}, ""),
         (9, "", {9}, ""),
-        (1, "COCO_train2014_000000000009_4.jpg", {1, 9}, "image_id of 1 of 1 refs is not the COCO number"),
-        (1, "street_9.jpg", {1}, "file_name of 1 of 1 refs has no COCO number (first: street_9.jpg)"),
-        (1, "9.jpg", {1}, "file_name of 1 of 1 refs has no COCO number"),
+        (1, "COCO_train2014_000000000009_4.jpg", {1, 9}, "image_id of 1 of 1 ref is not the COCO number"),
+        (1, "street_9.jpg", {1}, "file_name of 1 of 1 ref has no COCO number (first: street_9.jpg)"),
+        (1, "9.jpg", {1}, "file_name of 1 of 1 ref has no COCO number"),
     ],
 )
 def test_file_names_of_refs_count_as_those_of_training_images_do(

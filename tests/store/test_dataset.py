@@ -86,7 +86,7 @@ def test_a_pickled_dataset_opens_the_file_again(path: Path) -> None:
 def test_what_the_store_lacks_is_named(path: Path) -> None:
     with pytest.raises(InputError, match="a.h5: no fc7"):
         RegionsDataset(path, features=("fc7", "pool5"))
-    with pytest.raises(InputError, match="1 requested images missing, first: 5"):
+    with pytest.raises(InputError, match="1 requested image missing, first: 5"):
         RegionsDataset(path, image_ids=[9, 5])
     with pytest.raises(InputError, match="no such file"):
         RegionsDataset(path.with_name("b.h5"))

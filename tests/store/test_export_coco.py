@@ -34,7 +34,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = write_store(work / "d.h5", DETECTIONS)
     result = run("--store", store, "--format", "coco", "--out", work / "out", "--score-threshold", 0.85)
     assert result.exit_code == 0, result.stderr
-    assert "note: instances.json has the 3 of 5 regions with a score of 0.85 or more" in result.stderr
+    assert "note: instances.json has 3 of 5 regions: those with a score of 0.85 or more" in result.stderr
     assert "leaves out 1 image that could not be used" in result.stderr
     return work / "out"
 

@@ -131,7 +131,7 @@ def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
     np.testing.assert_array_equal(info, [INFOS[0]])
     assert loader.head(3)[0].shape == (1, 2, 1, 5)
     assert sorted(path.name for path in (tmp_path / "out" / "head").iterdir()) == ["3.h5", "4.h5"]
-    assert "1 of 3 images have no head map" in done.notes
+    assert "1 of 3 images has no head map" in done.notes
 
 
 def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_heads_of_the_annotations_serve_too(tmp_path: Path, prepro: Prepro) -> N
     done = export_mattnet(dets, tmp_path / "out", anns, prepro, {})
     with h5py.File(tmp_path / "out" / "head" / "3.h5") as file:
         np.testing.assert_array_equal(file["head"][0], HEADS[0])
-    assert any(note.startswith("2 of the 3 images of the dataset are not in dets.h5") for note in done.notes)
+    assert any(note.startswith("2 of 3 images of the dataset are not in dets.h5") for note in done.notes)
 
 
 def test_images_of_no_ref_are_left_out(tmp_path: Path, prepro: Prepro) -> None:
@@ -173,7 +173,7 @@ def test_images_of_no_ref_are_left_out(tmp_path: Path, prepro: Prepro) -> None:
     done = export_mattnet(dets, tmp_path / "out", None, prepro, {})
     found: list[dict[str, Any]] = json.loads((tmp_path / "out" / "dets.json").read_text())
     assert {det["image_id"] for det in found} == {3, 4} and [det["region"] for det in found][-1] == 5
-    assert any("1 images of dets.h5 are not in the dataset" in note for note in done.notes)
+    assert any("1 image of dets.h5 not in the dataset" in note for note in done.notes)
 
 
 def test_no_detection_at_all(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
         (dets, anns, None, "the rows of ann_feats.h5 need a data.json"),
         (dets, one, prepro, "2 of the 3 images .* first: 4"),
         (bare, None, None, "no feature fc7"),
-        (foreign, None, prepro, "has none of the 3 images"),
+        (foreign, None, prepro, "lacks all 3 images"),
         (dets, None, renamed, "category cat has id 2, but 1 in the dataset"),
     ]
     for features, of_annotations, data, message in cases:

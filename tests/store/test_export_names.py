@@ -99,7 +99,7 @@ def test_a_disk_that_takes_two_names_for_one_loses_nothing(tmp_path: Path, monke
     write = npz_module.write_npz
     monkeypatch.setattr(npz_module, "write_npz", lambda path, values: write(path.with_name(path.name.lower()), values))
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], ("a.jpg", "A.jpg"), strict=True)]
-    with pytest.raises(InputError, match="takes 'A' of image 3 for another name\); export with `names='id'`"):
+    with pytest.raises(InputError, match="mistakes 'A' of image 3 for another name\); export with `names='id'`"):
         export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 
@@ -128,7 +128,7 @@ def test_names_that_the_reader_cannot_tell_apart_are_refused(
 def test_ids_that_the_reader_takes_from_names_are_compared(tmp_path: Path) -> None:
     images = [replace(r, file_name=f"COCO_{r.image_id + (r.image_id == 4)}.jpg") for r in DETECTIONS[:2]]
     done = export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="openvqa")
-    assert any("1 images are read with another id than in the store (image 4 as '5')" in note for note in done.notes)
+    assert any("1 image is read with another id than in the store (image 4 as '5')" in note for note in done.notes)
 
 
 BAD_NAMES = ['"', "\\", "</script>", "a\nb", "\x1b[31m", "\u2028", "é" * 300, "'; --", "\x7f"]

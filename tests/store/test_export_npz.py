@@ -42,7 +42,7 @@ def test_an_image_without_regions_has_a_file_of_none(tmp_path: Path) -> None:
     found = np.load(tmp_path / "out" / "5.npz")  # without the pickle, as readers of x alone do it
     assert found["x"].shape == (0, 1024) and found["bbox"].shape == (0, 4) and found["num_bbox"] == 0
     assert done.notes[0].startswith("objects_id counts the detector's classes from 0, without the background")
-    assert done.notes[1:] == ["1 images have no regions; their files have 0 boxes"]
+    assert done.notes[1:] == ["1 image has no regions; written with 0 boxes"]
 
 
 def test_the_same_store_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_uniter_reads_it(tmp_path: Path, images: list[Regions], prefix: str) -> 
         np.testing.assert_allclose(place[:, :4] * [WIDTH, HEIGHT, WIDTH, HEIGHT], of.boxes, rtol=1e-3)
         np.testing.assert_allclose(place[:, 4:6] * [WIDTH, HEIGHT], sides, rtol=1e-3)
         np.testing.assert_allclose(place[:, 6] * WIDTH * HEIGHT, sides.prod(axis=1), rtol=2e-3)
-    assert done.empty == {5: "cannot be read"} and any("1 images without regions are omitted" in n for n in done.notes)
+    assert done.empty == {5: "cannot be read"} and any("1 image without regions is omitted" in n for n in done.notes)
 
 
 def test_soft_labels_are_the_probabilities_of_the_store(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_uniter_will_not_read_is_said(tmp_path: Path) -> None:
         np.linspace(1, 0, n, dtype=np.float32), np.ones(n, np.int64), features={"fc7": np.zeros((n, 16), np.float32)},
     )  # fmt: skip
     done = export_lmdb(write_store(tmp_path / "a.h5", [many]), tmp_path / "out", consumer="uniter")
-    assert any(note.startswith("1 images have more than 100 regions") for note in done.notes)
+    assert any(note.startswith("1 image has more than 100 regions") for note in done.notes)
     assert "fc7 has 16 values per region, but uniter expects 2048" in done.notes
     assert len(Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000001.npz")["conf"]) == 100
 

@@ -41,7 +41,7 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
         for i in (1, 2, 2):
             writer.put(draw(i, 1, columns))
     with (
-        pytest.raises(ValueError, match="1 images were not written, first: 2"),
+        pytest.raises(ValueError, match="1 image was not written, first: 2"),
         store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
     ):
         writer.put(draw(1, 1, columns))

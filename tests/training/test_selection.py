@@ -58,7 +58,7 @@ def store_of(data: Path, checkpoint: Path) -> Path:
 
 def test_held_out_images_that_choose_the_best_weights_are_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = trained(data, "leaking")
-    assert "leaking.json: 2 images of 3 are held out of split.json" in caplog.text
+    assert "leaking.json: 2 of 3 images are held out of split.json" in caplog.text
     last = audited(data, out, "leaking")
     assert last.proven and any("(3 images, with 2 held-out images); that did not choose" in note for note in last.notes)
     for path in (out / "best", store_of(data, out / "best")):
@@ -113,7 +113,7 @@ def test_a_validation_that_was_not_recorded_stays_unknown(data: Path) -> None:
 
 def test_a_dry_run_tells_too(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     dry_run(tiny(), data / "split.json", data / "images", device="cpu", val_instances=data / "leaking.json")
-    assert "2 images of 3 are held out of split.json" in caplog.text
+    assert "2 of 3 images are held out of split.json" in caplog.text
     (data / "split.report.json").write_text("{")  # of which nothing can be known then
     dry_run(tiny(), data / "split.json", data / "images", device="cpu", val_instances=data / "leaking.json")
     assert "leaking.json, which chooses best/: not built by refdet build-split" in caplog.text

@@ -162,7 +162,7 @@ def test_damaged_lines_of_the_log_are_counted_and_left_out(
     log.write_bytes(line.encode(errors="surrogateescape") + b"\n" + log.read_bytes())
     run(begun, "train.steps=3", resume=True)
     assert steps_of(begun / "run") == [1, 2, 3]
-    assert ("1 of its lines are damaged" in caplog.text) == bool(line)
+    assert ("1 line is damaged" in caplog.text) == bool(line)
 
 
 def rewritten(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Spoil:

@@ -13,6 +13,7 @@ from typing import Any
 
 from refdet.data.refer_formats.records import Row, Source, SourceRef, SourceSentence
 from refdet.errors import InputError
+from refdet.files.short_text import agree, format_count
 
 # In order of preference.
 _IMAGES = ("image", "img_path", "image_path", "file_name", "image_file", "img_name")
@@ -99,7 +100,8 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
             refs.append(SourceRef(row.where, split, [SourceSentence(expression)], file_name=row.text("image"), box=box))
     if not refs:
         raise InputError(f"{path}: no question with a box [x1, y1, x2, y2] in it or in its answer")
-    notes = [f"{path}: {skipped} questions without a box or an expression were skipped"] if skipped else []
+    questions = f"{format_count(skipped, 'question')} without a box or an expression {agree(skipped, 'was')} skipped"
+    notes = [f"{path}: {questions}"] if skipped else []
     return Source("LLaVA-like JSON", refs, True, _layouts(refs), notes=notes)
 
 

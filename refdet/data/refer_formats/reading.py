@@ -22,6 +22,7 @@ from refdet.data.refer_formats.tensorflow_datasets import (
 )
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
+from refdet.files.short_text import format_count
 from refer import plain_files
 
 log = logging.getLogger(__name__)
@@ -50,10 +51,9 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
             files_in_folder = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
             parquet = [path for path in files_in_folder if path.suffix == ".parquet"]
             if 0 < len(parquet) < len(files_in_folder):  # the JSON next to them is Hugging Face's metadata
+                others = len(files_in_folder) - len(parquet)
                 log.warning(
-                    "note: %s: its %d JSON files are not read, as it has Parquet",
-                    source,
-                    len(files_in_folder) - len(parquet),
+                    "note: %s: its %s not read, as it has Parquet", source, format_count(others, "JSON file", "is")
                 )
                 files_in_folder = parquet
             if not files_in_folder:

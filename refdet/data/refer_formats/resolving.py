@@ -75,6 +75,6 @@ def _raise_if_any(path: Path, refs: Sequence[SourceRef], invalid: Sequence[Sourc
         first = invalid[0]
         sentence = f" ({short_repr(first.sentences[0].sent)})" if first.sentences else ""
         raise InputError(
-            f"{path}: {len(invalid)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
+            f"{path}: {problem} (refs or sentences: {len(invalid)} of {len(refs)}, first {first.where}{sentence}); "
             "nothing was written"
         )

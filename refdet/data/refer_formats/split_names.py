@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from refdet.errors import InputError
+from refdet.files.short_text import agree, format_count
 from refer.statistics import COUNTS, Counts
 
 # not gRefCOCO, whose refs have any number of objects
@@ -73,8 +74,9 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
             names[name] = "testA"
         else:
             raise InputError(
-                f"split {name!r}: {counts.refs} refs on {counts.images} images are none of {dataset}/{split_by}'s "
-                f"{', '.join(published)}; give `split_names={name}=NAME`"
+                f"split {name!r}: {format_count(counts.refs, 'ref')} on {format_count(counts.images, 'image')} "
+                f"{agree(counts.refs, 'is')} none of {dataset}/{split_by}'s {', '.join(published)}; give "
+                f"`split_names={name}=NAME`"
             )
     for name in set(names.values()):
         duplicates = [source for source, other in names.items() if other == name]

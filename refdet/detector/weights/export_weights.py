@@ -54,7 +54,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
         raise ArgumentError("format", f"must be one of {', '.join(FORMATS)}, not {format!r}")
     files: tuple[Path, ...] = (out, out.with_suffix(".yaml")) if format == "detectron2" else (out,)
     if len({*files}) < len(files):
-        raise ArgumentError("out", f"{out}: is also the name of the configuration written beside it; give a .pth")
+        raise ArgumentError("out", f"{out}: is also the name of the configuration written next to it; give a .pth")
     for file in files:
         if file.exists():
             raise ArgumentError("out", f"{file} exists; choose another or remove it")
@@ -185,7 +185,7 @@ def _notes(recipe: Recipe, format: str) -> tuple[str, ...]:
     if format == "torchvision":
         if model.pooling == "align":
             notes.append(
-                "torchvision pools half a cell off from where this network was trained to, which costs accuracy"
+                "torchvision pools half a cell off from where this network was trained to pool, which costs accuracy"
             )
         if not model.torchvision_anchors:
             notes.append("torchvision rounds the corners of anchors, changing them by less than half a pixel")

@@ -23,7 +23,7 @@ from refdet.detector.weights.numpy_pickles import UnsafeImport, has_arrays, read
 from refdet.detector.weights.torch_files import DAMAGED, OLD_TAR, TORCHSCRIPT, read_contents
 from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
-from refdet.files.short_text import short_repr, shorten
+from refdet.files.short_text import format_count, short_repr, shorten
 from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
 from refdet.files.weight_programs import IMPORTABLE, REFDET, TRAINING_STATE, describe_checkpoint, has_all
 from refdet.structures.coco_categories import coco_categories, unused_label_name
@@ -258,14 +258,15 @@ def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | No
             return _categories_by_id(dict(categories), converted.classes)
         if len(categories) != converted.classes:
             raise InputError(
-                f"`trained_on` {index.path}: {len(categories)} categories, {source} has {converted.classes}"
+                f"`trained_on` {index.path}: {format_count(len(categories), 'category')}, {source} has "
+                f"{converted.classes}"
             )
         return categories
     if converted.coco_ids:
         return _categories_by_id(dict(coco_categories()), converted.classes)
     if converted.classes != len(coco_categories()):
         raise InputError(
-            f"{source}: {converted.classes} classes, which are not COCO's 80; give `trained_on` to name them"
+            f"{source}: {format_count(converted.classes, 'class')} instead of COCO's 80; give `trained_on` to name them"
         )
     return coco_categories()
 

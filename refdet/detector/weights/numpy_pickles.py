@@ -19,7 +19,7 @@ from torch import Tensor
 
 from refdet.detector.weights.torch_files import BoundedReader
 from refdet.errors import InputError
-from refdet.files.short_text import short_repr
+from refdet.files.short_text import format_count, short_repr
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
@@ -105,7 +105,7 @@ class _Array:
         if sides != shape or len(sides) > 8 or not all(type(side) is int and 0 <= side < 2**40 for side in sides):
             raise pickle.UnpicklingError("not the shape of an array")
         if math.prod(sides) * kind.dtype.itemsize != len(content):
-            raise InputError(f"damaged: an array {sides} of {kind.dtype} has {len(content)} bytes")
+            raise InputError(f"damaged: an array {sides} of {kind.dtype} has {format_count(len(content), 'byte')}")
         self.bytes, self.dtype, self.shape, self.order = content, kind.dtype, sides, order
         return self
 

@@ -15,6 +15,7 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.errors import ArgumentError, InputError
 from refdet.evaluation.targets import is_generalized
+from refdet.files.short_text import format_count, format_share
 from refdet.report.browse.catalog import Catalog
 from refdet.report.browse.referents import add_annotations, add_refs
 from refdet.store import Store
@@ -193,8 +194,8 @@ class Collection:
         missing = source.locate([self.record(position) for position in range(len(self.stores[0]))])
         if missing:
             self._note(
-                f"{len(missing)} of {len(self.stores[0])} images are missing in {path}, first: {missing[0]}; "
-                "their regions are shown without them"
+                f"{format_share(len(missing), len(self.stores[0]), 'image', 'is')} missing in {path}, first: "
+                f"{missing[0]}; regions are shown without them"
             )
         return source
 
@@ -204,9 +205,9 @@ class Collection:
         first, second = self.stores
         absent, extra = (len(set(a) - set(b)) for a, b in ((first, second), (second, first)))
         if absent:
-            self._note(f"{second.path.name} lacks {absent} of the {len(first)} images of {first.path.name}")
+            self._note(f"{second.path.name} lacks {format_share(absent, len(first), 'image')} of {first.path.name}")
         if extra:
-            self._note(f"{extra} images of {second.path.name} are not in {first.path.name}, and are not shown")
+            self._note(f"not shown: {format_count(extra, 'image')} of {second.path.name} that {first.path.name} lacks")
         modes = [str(store.options.get("exif", "ignore")) for store in self.stores]
         if modes[0] != modes[1]:
             self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not fit together")
@@ -217,13 +218,13 @@ class Collection:
         resized = [id_ for id_, size in sizes[1].items() if sizes[0].get(id_, size) != size]
         if resized:
             self._note(
-                f"{len(resized)} images have another size in {second.path.name} than in {first.path.name}, first: "
-                f"{resized[0]}; boxes and overlaps of these are not comparable"
+                f"{format_count(len(resized), 'image', 'has')} another size in {second.path.name} than in "
+                f"{first.path.name}, first: {resized[0]}; boxes and overlaps are not comparable there"
             )
         other = [i for i, name in second.names.items() if first.names.get(i, name) != name]
         if other:
             self._note(
-                f"the detectors name {len(other)} categories differently, first: {other[0]} is "
+                f"the detectors name {format_count(len(other), 'category')} differently, first: {other[0]} is "
                 f"{first.names[other[0]]!r} and {second.names[other[0]]!r}"
             )
 
@@ -233,9 +234,9 @@ class Collection:
         other = [i for i, name in first.names.items() if names.get(i, name) != name]
         if other:
             self._note(
-                f"{file} and {first.path.name} name {len(other)} categories differently, first: {other[0]} is "
-                f"{names[other[0]]!r} and {first.names[other[0]]!r}; objects have the names of the one, regions of the "
-                "other"
+                f"{file} and {first.path.name} name {format_count(len(other), 'category')} differently, first: "
+                f"{other[0]} is {names[other[0]]!r} and {first.names[other[0]]!r}; objects have the names of the one, "
+                "regions of the other"
             )
         self.names = [{**names, **store_names} for store_names in self.names]
 
@@ -246,7 +247,8 @@ class Collection:
         resized = [i for i, size in zip(self._positions, pixels, strict=True) if sizes.get(i, size) != size]
         if resized:
             self._note(
-                f"{len(resized)} images have another size in {file} than in {first.path.name}, first: {resized[0]}; "
+                f"{format_count(len(resized), 'image', 'has')} another size in {file} than in {first.path.name}, "
+                f"first: {resized[0]}; "
                 "boxes and overlaps of these are not comparable"
             )
 
@@ -269,7 +271,8 @@ class Collection:
             sizes = {i: (image.height, image.width) for i, image in index.images.items()}
             self._compare_sizes(sizes, inputs.instances.name)
             if absent:
-                self._note(f"{inputs.instances.name} lacks {absent} of the {len(self._positions)} images of the store")
+                images = format_share(absent, len(self._positions), "image")
+                self._note(f"{inputs.instances.name} lacks {images} of the store")
 
     def _add_refs(self, root: str, dataset: str, split_by: str) -> None:
         refer = REFER(root, dataset, split_by)
@@ -287,7 +290,8 @@ class Collection:
         refs = refer.data["refs"]
         self.generalized = is_generalized(refs)
         if absent:
-            self._note(f"{absent} of the {len(refs)} refs are on images that {self.stores[0].path.name} lacks")
+            on_images = format_share(absent, len(refs), "ref", "is")
+            self._note(f"{on_images} on images that {self.stores[0].path.name} lacks")
         if self.inputs.predictions is not None:
             if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
                 raise InputError(f"{root}/{dataset}: duplicate sent_id makes `predictions` ambiguous; renumber")

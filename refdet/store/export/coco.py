@@ -10,7 +10,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from refdet.files.progress import progress
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 from refdet.files.version import __version__
 from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.store.export.record import Exported, write_record
@@ -55,7 +55,8 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
                 row += len(regions)
         _write_instances(folder, source)
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
-        notes = [f"instances.json has the {kept} of {row} regions with a score of {score_threshold:g} or more"]
+        share = format_share(kept, row, "region")
+        notes = [f"instances.json has {share}: those with a score of {score_threshold:g} or more"]
         if source.store.errors:
             unusable = format_count(len(source.store.errors), "image")
             notes.append(f"instances.json leaves out {unusable} that could not be used")

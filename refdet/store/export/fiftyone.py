@@ -16,7 +16,7 @@ from refdet.data.image_decoder import apply_orientation, orient_points
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
-from refdet.files.short_text import format_count
+from refdet.files.short_text import agree, format_count
 from refdet.store.export.folder import new_folder
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
@@ -112,7 +112,7 @@ def _fiftyone() -> Any:
 
 
 def _left_out(count: int, which: str) -> str:
-    return f"{format_count(count, 'image')} {which} {'is' if count == 1 else 'are'} left out"
+    return f"{format_count(count, 'image')} {which} {agree(count, 'is')} left out"
 
 
 def _new_dataset(fiftyone: Any) -> Any:

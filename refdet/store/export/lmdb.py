@@ -15,6 +15,7 @@ from types import ModuleType
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import write_json
 from refdet.files.progress import progress
+from refdet.files.short_text import agree, format_count
 from refdet.store.export import consumers, lmdb_records, portable_pickle
 from refdet.store.export.folder import new_folder, require_space
 from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
@@ -87,7 +88,8 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
                 "exports of refdet",
             )
         if empty:
-            notes.append(f"{len(empty)} images without regions are omitted, listed in provenance.json")
+            without_regions = f"{format_count(len(empty), 'image')} without regions {agree(len(empty), 'is')}"
+            notes.append(f"{without_regions} omitted, listed in provenance.json")
         files = ["/".join(filter(None, (layout.folder, "data.mdb")))]
         if layout.folder and source.store.has_ann_ids:
             write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, nonempty)})
@@ -132,7 +134,8 @@ def _uniter(source: Source, feature: str, features: tuple[str, ...], notes: list
         )
     truncated = sum(len(source.store.rows(image_id)) > UNITER_REGIONS for image_id in source.store)
     if truncated:
-        notes.append(f"{truncated} images have more than {UNITER_REGIONS} regions; UNITER reads only the first")
+        images = format_count(truncated, "image", "has")
+        notes.append(f"{images} more than {UNITER_REGIONS} regions; UNITER reads only the first {UNITER_REGIONS}")
 
     def record(image_id: int) -> bytes:
         regions = source.read(image_id, features, categories=not probabilities)

@@ -13,6 +13,7 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.files.progress import progress
+from refdet.files.short_text import agree, format_count, format_share
 from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.store.export.mattnet_prepro import METADATA_BYTES, Prepro
 from refdet.store.export.record import Exported, write_record
@@ -89,7 +90,7 @@ def export_mattnet(
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
             work.notes.append(
-                f"{len(empty)} images have no detections, at which MAttNet's evaluation fails; "
+                f"{format_count(len(empty), 'image', 'has')} no detections, at which MAttNet's evaluation fails; "
                 "extract with `lower_threshold_if_empty=True`"
             )
         _write_annotations(work)
@@ -155,16 +156,17 @@ def _images(work: _Export) -> list[int]:
     dataset_ids = {image["image_id"] for image in work.prepro.data["images"]}
     image_ids = [image_id for image_id in source.store if image_id in dataset_ids]
     if not image_ids:
-        raise InputError(f"{source.path}: has none of the {len(dataset_ids)} images of the dataset; extract them")
+        images = format_count(len(dataset_ids), "image")
+        raise InputError(f"{source.path}: lacks all {images} of the dataset; extract them")
     if len(image_ids) < len(dataset_ids):
+        absent = len(dataset_ids) - len(image_ids)
         work.notes.append(
-            f"{len(dataset_ids) - len(image_ids)} of the {len(dataset_ids)} images of the dataset are not in "
-            f"{source.path.name} and have no detections"
+            f"{format_share(absent, len(dataset_ids), 'image')} of the dataset {agree(absent, 'is')} not in "
+            f"{source.path.name} and {agree(absent, 'has')} no detections"
         )
     if len(image_ids) < len(source.store):
-        work.notes.append(
-            f"{len(source.store) - len(image_ids)} images of {source.path.name} are not in the dataset and are omitted"
-        )
+        extra = len(source.store) - len(image_ids)
+        work.notes.append(f"omitted: {format_count(extra, 'image')} of {source.path.name} not in the dataset")
     return image_ids
 
 
@@ -253,8 +255,8 @@ def _write_annotations(work: _Export) -> None:
     missing = [image["image_id"] for image in images if image["image_id"] not in source.store]
     if missing:
         raise InputError(
-            f"`annotations` {source.path}: {len(missing)} of the {len(images)} images of the dataset are "
-            f"missing, first: {missing[0]}; extract all splits"
+            f"`annotations` {source.path}: {format_share(len(missing), len(images), 'image')} of the dataset "
+            f"{agree(len(missing), 'is')} missing, first: {missing[0]}; extract all splits"
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
     names, written = _names(work, source), 0
@@ -274,9 +276,10 @@ def _write_annotations(work: _Export) -> None:
                     datasets[name][rows[order]] = regions.features[name][order]
             written += len(order)
     if written < len(anns):
+        absent = len(anns) - written
         work.notes.append(
-            f"{len(anns) - written} of the {len(anns)} annotations of the dataset are not in "
-            f"{source.path.name} (crowds or unusable images); their rows are zero"
+            f"{format_share(absent, len(anns), 'annotation')} of the dataset {agree(absent, 'is')} not in "
+            f"{source.path.name} (crowds or unusable images); rows of zeros"
         )
 
 
@@ -307,4 +310,4 @@ def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
             for dataset, values in zip(datasets, arrays.values(), strict=True):
                 dataset[...] = values
     if missing:
-        work.notes.append(f"{missing} of {len(dataset_ids)} images have no head map")
+        work.notes.append(f"{format_share(missing, len(dataset_ids), 'image', 'has')} no head map")

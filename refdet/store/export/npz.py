@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from refdet.files.progress import progress
+from refdet.files.short_text import format_count
 from refdet.store.export import consumers, portable_pickle
 from refdet.store.export.file_names import file_names, unusable_names
 from refdet.store.export.folder import new_folder, require_space
@@ -56,10 +57,12 @@ def export_npz(
             try:
                 write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, category_index))
             except FileExistsError:  # on a file system that ignores case or normalises accents
-                raise unusable_names(store, f"the disk takes {name!r} of image {image_id} for another name") from None
+                raise unusable_names(
+                    store, f"the file system mistakes {name!r} of image {image_id} for another name"
+                ) from None
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         if empty:
-            notes.append(f"{len(empty)} images have no regions; {layout.empty}")
+            notes.append(f"{format_count(len(empty), 'image', 'has')} no regions; {layout.empty}")
         if names != layout.names and consumer == "rosita":
             notes.append("ROSITA expects files named after the image file with its suffix (`names='file'`)")
         pattern = "/".join(filter(None, (layout.folder, "*.npz")))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from refdet.files.short_text import format_count
 from refdet.store.export.file_names import base_name, unusable_names
 from refdet.structures.regions import Regions
 
@@ -37,7 +38,7 @@ class Layout:
     folder: str = ""
     image_id: Callable[[str], str] | None = None
     notes: tuple[str, ...] = ()
-    empty: str = "their files have 0 boxes"
+    empty: str = "written with 0 boxes"
 
 
 def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[str]:
@@ -70,7 +71,8 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         return []
     read = layout.image_id(names[mismatched[0]])
     return [
-        f"{len(mismatched)} images are read with another id than in the store (image {mismatched[0]} as {read!r}); "
+        f"{format_count(len(mismatched), 'image', 'is')} read with another id than in the store (image {mismatched[0]} "
+        f"as {read!r}); "
         "if that is wrong, export with `names='id'`"
     ]
 
@@ -173,6 +175,6 @@ LAYOUTS = {
         "file",
         "npz_files",  # its converter reads every file in the folder
         notes=(OBJECTS_ID_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
-        empty="their files have 0 boxes, at which ROSITA's loaders fail",
+        empty="written with 0 boxes, at which ROSITA's loaders fail",
     ),
 }

@@ -13,6 +13,7 @@ import numpy as np
 
 from refdet import store
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
 
 
@@ -99,7 +100,7 @@ class Source:
         unknown = set(regions.category_ids.tolist()) - set(self.names) if categories else set()
         if unknown:
             raise InputError(
-                f"{where}: category {min(unknown)} is not among the {len(self.names)} classes of the "
+                f"{where}: category {min(unknown)} is not among the {format_count(len(self.names), 'class')} of the "
                 "store's detector, which this format needs; export regions it detected"
             )
         return regions

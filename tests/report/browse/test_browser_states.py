@@ -129,7 +129,7 @@ def test_objects_and_regions_have_the_names_of_their_own_files(browser: Any, dat
         page = found.page
         found.open(found.address)
         assert "c1" in page.inner_text(".card >> nth=0") and "hound" not in page.inner_text("select[name=category]")
-        assert "name 1 categories differently, first: 1 is 'c1' and 'hound'" in page.inner_text("#notes")
+        assert "name 1 category differently, first: 1 is 'c1' and 'hound'" in page.inner_text("#notes")
         found.ready(lambda: page.select_option("select[name=show]", "images"))
         assert "hound" in page.inner_text("select[name=category]")
         found.ready(page.locator(".card").first.click)

@@ -273,7 +273,7 @@ def test_names_are_those_of_the_own_file(browse: Browse, data: Path) -> None:
     about = browse(stores=[data / "n.h5", data / "s.h5"]).get("/api/about").json()
     assert about["names"]["referents"] == [["1", "c1"], ["2", "c2"]] and about["names"]["annotations"] == []
     assert about["names"]["stores"] == [[["2", "c2"], ["1", "hound"]], [["1", "c1"], ["2", "c2"]]]
-    assert "the refs of toy and n.h5 name 1 categories differently" in " ".join(about["notes"])
+    assert "the refs of toy and n.h5 name 1 category differently" in " ".join(about["notes"])
 
 
 def test_ids_are_texts_and_thumbnails_follow_the_sliders(browse: Browse, data: Path) -> None:
@@ -304,7 +304,7 @@ def test_two_stores_are_compared(browse: Browse, data: Path) -> None:
     about, one, two = (client.get(f"/api/{what}").json() for what in ("about", "image/1", "image/2"))
     assert one["objects"][0]["iou"] == pytest.approx([20 / 21, 1.0]) and one["objects"][0]["best"] == [0, 0]
     assert two["stores"][1]["absent"] and two["objects"][0]["iou"][1] is None
-    assert "t.h5 lacks 3 of the 4 images" in about["notes"][1] and "1 images of t.h5" in about["notes"][2]
+    assert "t.h5 lacks 3 of 4 images" in about["notes"][1] and "1 image of t.h5" in about["notes"][2]
     assert keys(client, sort="gap") == [0, 1, 2, 3]
 
 
@@ -378,5 +378,5 @@ def test_images_of_another_size_are_noted(data: Path, with_refs: bool) -> None:
     refs = {"refer_root": data, "dataset": "toy", "split_by": "me"}
     collection = Collection(BrowseInputs([data / "s.h5"], **(refs if with_refs else {"instances": file})))
     what = "the refs of toy" if with_refs else "instances.json"
-    assert f"1 images have another size in {what} than in s.h5, first: 1; " in "".join(collection.notes)
+    assert f"1 image has another size in {what} than in s.h5, first: 1; " in "".join(collection.notes)
     collection.close()
