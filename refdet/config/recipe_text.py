@@ -24,6 +24,7 @@ from refdet.files.json_files import read_bytes
 _WIDTH = 120  # characters of a line
 _PUBLISHED = "published: "
 _NECKS = {"c4": "C4", "fpn": "FPN", "dc5": "DC5"}
+_WITHOUT_NECK = {"vgg16": "VGG-16", "mobilenet_v1": "MobileNet v1"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def recipe_lines() -> list[RecipeLine]:
         recipe, comment = recipes.load(name), _comment(name)
         published = next((line.removeprefix(_PUBLISHED) for line in comment if line.startswith(_PUBLISHED)), "")
         model, options = recipe.model, recipe.train
-        network = f"ResNet-{model.depth} {_NECKS[model.neck]}"
+        network = _WITHOUT_NECK.get(model.backbone) or f"ResNet-{model.depth} {_NECKS[model.neck]}"
         lines.append(RecipeLine(name, network, options.steps, options.batch_size, published, comment[0]))
     return lines
 
