@@ -40,7 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             return importlib.import_module(name)
 
     yield Modules()
-    for name in ("check", "results", "record", "pack", "bare"):
+    for name in ("check", "results", "record", "pack", "bare", "env", "work"):
         sys.modules.pop(name, None)
 
 
@@ -229,11 +229,18 @@ def test_every_step_can_be_imported() -> None:
 
 
 @pytest.mark.slow
+def test_the_commit_is_unknown_without_git(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.env.commit() is None
+
+
+@pytest.mark.slow
 def test_a_rehearsal(tmp_path: Path) -> None:
-    steps = ["env", "draw", "sanitizer"]
+    steps = ["env", "draw", "sanitizer", "network_parity"]
     command = [sys.executable, str(GPU / "check.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
     command += ["--work", str(tmp_path / "work"), "--only", *steps]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    env, tests = (read(tmp_path / "out", group) for group in ("env", "tests"))
+    env, tests, parity = (read(tmp_path / "out", group) for group in ("env", "tests", "parity"))
     assert env["env"]["product_tflops_bf16"] > 0 and tests["sanitizer"]["checks"][0]["passed"]
+    assert parity["network_parity"]["status"] == "passed"

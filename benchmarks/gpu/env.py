@@ -45,8 +45,7 @@ def work(step: Step) -> None:
             "h5py": h5py.__version__,
         },
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    step.put("commit", commit.strip() or None)
+    step.put("commit", commit())
     step.put("cores", os.cpu_count())
     if not step.small:
         step.put("gpu", torch.cuda.is_available())
@@ -69,6 +68,15 @@ def work(step: Step) -> None:
     step.put("to_host_gb_per_s", host.nbytes / best_seconds(step, lambda: host.copy_(on_device)) / 1e9)
     step.put("to_device_gb_per_s", host.nbytes / best_seconds(step, lambda: on_device.copy_(host)) / 1e9)
     disk(step)
+
+
+def commit() -> str | None:
+    """The commit of the checkout; None without git, which a machine for computing need not have."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
 
 
 def product_tflops(step: Step, dtype: torch.dtype) -> float:

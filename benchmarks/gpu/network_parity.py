@@ -118,10 +118,13 @@ def fixed_proposals(model: MaskRCNN, proposals: list[Tensor] | None) -> Iterator
 
 
 def losses(step: Step, network: str) -> None:
-    """Losses and gradients of two images of one size where every anchor and every RoI counts: nothing is sampled."""
+    """Losses and gradients of two images of one size, of all RoIs, and of all anchors or the most that a recipe allows.
+
+    A pyramid has more of them, and so has a rehearsal, so both sides have the same seeds, which give the same samples.
+    """
     records, pixels = one_size(step, network, 2)
     everything = [
-        "proposals.batch_size_per_image=100000",
+        f"proposals.batch_size_per_image={200 if step.small else 100_000}",
         "proposals.positive_fraction=1",
         "head.batch_size_per_image=20000",
         "head.positive_fraction=1",
@@ -143,6 +146,7 @@ def losses(step: Step, network: str) -> None:
                 x.contiguous(memory_format=torch.channels_last),
                 [(s.height, s.width) for s in sizes],
                 targets,
+                torch.Generator().manual_seed(0),
             )
             torch.stack(list(terms.values())).sum().backward()
         proposals = [boxes.detach().cpu() for boxes in noted[0]]

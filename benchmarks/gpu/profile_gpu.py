@@ -50,6 +50,8 @@ KINDS = {
     "|Memcpy DtoD",
     "resizing": r"upsample|interpolat",
 }
+# names of ranges, which the profiler lists among the kernels within them
+RANGES = ("ProfilerStep", "part:", "Optimizer.")
 
 
 def kind_of(name: str) -> str:
@@ -64,7 +66,7 @@ def by_kind(prof: profile, step: Step, window: tuple[float, float]) -> dict[str,
     for event in prof.events():
         own = event.self_cpu_time_total if step.small else event.time_range.elapsed_us()
         inside = window[0] <= event.time_range.start <= window[1]
-        if event.device_type != where or not inside or event.name.startswith(("ProfilerStep", "part:")):
+        if event.device_type != where or not inside or event.name.startswith(RANGES):
             continue
         spent[kind_of(event.name)] += own / 1000
         each[event.name].append(own / 1000)

@@ -142,10 +142,10 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
         return f"{describe_file(path) or 'a file'}, not a run directory"
     if not path.is_dir():
         return "not a run directory"
-    if (folder / META).is_file() or (folder / MODEL).is_file():
-        return f"no {missing} there, only the other half of a run directory; copy both"
     if any((folder / STATE).glob("step-*.safetensors")):
         return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
+    if (folder / META).is_file() or (folder / MODEL).is_file():
+        return f"no {missing} there, only the other half of a run directory; copy both"
     inner = sorted(parent for parent in path.iterdir() if _is_run(parent))
     if inner:
         others = f" or another of its {len(inner)}" if len(inner) > 1 else ""

@@ -91,13 +91,15 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # not a mapping
             dtypes = sorted({tensor.get_dtype() for tensor in slices})
             n_values = sum(math.prod(tensor.get_shape()) for tensor in slices)
+            step = (file.metadata() or {}).get("step", "")
     except SafetensorError as error:
         raise InputError(f"{weights}: damaged ({error})") from None
     categories = model.get("categories")
     return {
         "kind": "checkpoint",
         "path": str(folder),
-        "step": model.get("step"),
+        # of the weights themselves: a training that is killed between its two files leaves an older model.json
+        "step": int(step) if step.isdecimal() and len(step) < 20 else model.get("step"),
         "recipe": model.get("recipe"),
         "categories": len(categories) if isinstance(categories, list | dict) else None,
         "tensors": len(slices),

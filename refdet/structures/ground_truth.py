@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +42,20 @@ class GroundTruth:
     scale: tuple[float, float]
     flipped_width: float | None = None
     crop_origin: tuple[float, float] = (0.0, 0.0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the tensors as arrays, by value.
+
+        PyTorch sends each tensor to another process as a file of shared memory that both keep open. The usual limit,
+        1024 open files, is too low for that of all images that are read ahead.
+        """
+        arrays = (self.boxes.numpy(), self.labels.numpy(), self.crowds.numpy())
+        return _from_arrays, (*arrays, self.masks, self.scale, self.flipped_width, self.origin)
+
+
+def _from_arrays(boxes: np.ndarray, labels: np.ndarray, crowds: np.ndarray, masks: Any, *rest: Any) -> GroundTruth:
+    """The inverse of `GroundTruth.__reduce__`."""
+    return GroundTruth(torch.from_numpy(boxes), torch.from_numpy(labels), masks, torch.from_numpy(crowds), *rest)
 
 
 @dataclass(frozen=True)

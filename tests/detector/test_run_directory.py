@@ -65,14 +65,21 @@ def test_the_folder_to_give_is_named(tmp_path: Path) -> None:
 
 
 def test_half_a_run_directory_is_called_one(tmp_path: Path) -> None:
-    only_meta, only_model, begun = (run_at(tmp_path / name / "run") for name in ("m", "w", "s"))
+    only_meta, only_model = (run_at(tmp_path / name / "run") for name in ("m", "w"))
     (only_meta / MODEL).unlink()
     (only_model / META).unlink()
-    for name in (META, MODEL):
-        (begun / name).unlink()
+    for run in (only_meta, only_model):
+        (run / "state" / "step-00000003.safetensors").unlink()
     assert "no model.safetensors there, only the other half" in refusal(only_meta)
     assert "no model.json there, only the other half" in refusal(only_model)
     assert "there is no model.json next to it" in refusal(only_model / MODEL)
+
+
+@pytest.mark.parametrize("written", [[], [MODEL]])
+def test_a_training_killed_in_its_first_save_is_to_be_resumed(tmp_path: Path, written: list[str]) -> None:
+    begun = run_at(tmp_path / "run")
+    for name in {META, MODEL} - set(written):
+        (begun / name).unlink()
     assert "saved a state but no model yet; finish it with `refdet train --resume`" in refusal(begun)
 
 

@@ -77,6 +77,10 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert (found["tensors"], found["numbers"], found["dtypes"]) == (2, 10, ["F16", "F32"])
     assert found["provenance"] == PROVENANCE.to_json()
     assert describe(folder / "model.safetensors") == found
+    weights = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float16)}
+    for said, step in (("600", 600), ("", 500), ("-1", 500), ("9" * 5000, 500)):
+        save_file(weights, folder / "model.safetensors", {"step": said})  # its training was killed before model.json
+        assert describe(folder) == {**found, "step": step}
     (folder / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(InputError, match="model.safetensors: damaged"):
         describe(folder)

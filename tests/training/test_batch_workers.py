@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,24 @@ def test_a_worker_that_dies_is_an_error(tmp_path: Path, happens: Callable[[], ob
     with pytest.raises(RuntimeFailure, match=said):
         take(Batches(tmp_path, at, happens))
     assert not multiprocessing.active_children()
+
+
+@contextmanager
+def few_open_files(more: int) -> Iterator[None]:
+    """Let this process, and those that it starts, open so many more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_batches_of_many_images_need_few_open_files(tmp_path: Path) -> None:
+    batches = Batches(tmp_path, -1, lambda: None, "train.batch_size=60")
+    with few_open_files(40):
+        assert list(map(len, take(batches))) == [60] * 6
 
 
 def fail(error: Exception) -> Callable[[], object]:
