@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -60,6 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first: with --dist loadfile, a long file that starts last is waited for alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the million objects of the imports and of the tests themselves to no later round of garbage collection."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
