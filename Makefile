@@ -42,7 +42,7 @@ lint: env
 
 types: env
 	@echo "==> types: mypy"
-	@$(BIN)/mypy refdet refer cli
+	@MYPY_NUM_WORKERS=$(JOBS) $(BIN)/mypy refdet refer cli
 
 # One process per core, each with a single thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)

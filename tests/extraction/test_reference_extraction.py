@@ -24,10 +24,11 @@ from refdet.cli.main import main
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 IMAGES = 36  # two shards
+REGIONS = 6  # of an image at most
 # the network is the reference's; its input and its proposals are few, for a test has little time
 QUICK = {
     "input": {"min_sizes": [96], "max_size": 150},
-    "proposals": {"pre_nms_top_n_test": 200, "post_nms_top_n_test": 16},
+    "proposals": {"pre_nms_top_n_test": 200, "post_nms_top_n_test": 8},
 }
 FEATURES = ("pool5", "fc7", "head")
 
@@ -66,7 +67,7 @@ def extraction(folder: Path, shared: Path, out: Path) -> list[object]:
     return [
         "extract-features", "--checkpoint", folder / "run", "--images", shared / "data/coco_mini/train2017",
         "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--lower-threshold-if-empty",
-        "--max-regions", 12, "--features", ",".join(FEATURES),
+        "--max-regions", REGIONS, "--features", ",".join(FEATURES),
     ]  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def test_the_store_by_h5py_and_pycocotools(whole: Path, folder: Path) -> None:
     sizes = {i["id"]: (i["height"], i["width"]) for i in json.loads((folder / "instances.json").read_text())["images"]}
     with h5py.File(whole) as file:
         ids, starts = file["images/id"][:], file["images/region_start"][:]
-        assert ids.tolist() == list(sizes) and (np.diff(starts) >= 1).all() and (np.diff(starts) <= 12).all()
+        assert ids.tolist() == list(sizes) and (np.diff(starts) >= 1).all() and (np.diff(starts) <= REGIONS).all()
         assert "seed.pth" in json.dumps(json.loads(file.attrs["provenance"]))  # where its weights are from
         for place, image_id in enumerate(ids.tolist()):
             a, b = starts[place : place + 2]

@@ -41,6 +41,7 @@ ENVIRONMENT = {
 }
 NODE = {
     "num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 80 * 2**20,
+    "no_monitor": True, "include_log_monitor": False,  # neither scales, nor prints what others log
 }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_huge_counts_allocate_nothing(data: bytes) -> None:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("make", [list, tuple, dict])
 def test_deep_nesting_neither_crashes_nor_hangs(make: type, protocol: int) -> None:
-    depth = 200_000
+    depth = 100_000
     data = {
         list: b"(" * depth + b"]" + b"l" * depth,
         tuple: b")" + b"\x85" * depth,

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,19 +201,21 @@ def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monke
     check_shared_memory(batches, workers=2)
 
 
-def test_a_shared_memory_that_is_really_small(tmp_path: Path) -> None:
+def test_a_shared_memory_that_is_really_small() -> None:
     """Where others take it after it was checked, which a worker finds when it hands over a batch."""
-    squares(tmp_path)
     mount = "mount -t tmpfs -o size=64k none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     unchecked = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
-    (tmp_path / "code.py").write_text(unchecked + CODE)
-    command = f"{mount} && exec timeout 60 {sys.executable} {tmp_path / 'code.py'} {tmp_path} train.workers=2"
     paths = os.pathsep.join([str(Path(training_examples.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", command], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # the usual one may be in /dev/shm
+        squares(Path(folder))
+        Path(folder, "code.py").write_text(unchecked + CODE)
+        command = f"{mount} && exec timeout 60 {sys.executable} {folder}/code.py {folder} train.workers=2"
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", command], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+            text=True,
+        )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert "/dev/shm is too small" in lines[0] and "--shm-size" in lines[0] and "train.workers=0" in lines[0]
