@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from refdet.errors import ArgumentError
 from refdet.structures.detection_options import PRECISIONS, DetectionOptions
@@ -47,8 +48,9 @@ class ExtractOptions(DetectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.features, str):
-            raise ArgumentError("features", f"a list of names is needed, not {self.features!r}")
+        features: Any = self.features  # a caller without a type checker may give a string
+        if isinstance(features, str):
+            raise ArgumentError("features", f"a list of names is needed, not {features!r}")
         object.__setattr__(self, "features", tuple(dict.fromkeys(self.features)))  # each one once
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -56,7 +58,7 @@ class ExtractOptions(DetectionOptions):
                 raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {value!r}")
 
 
-def check_count(argument: str, value: object) -> int | None:
+def check_count(argument: str, value: Any) -> int | None:
     """A number of images or of threads, as a plain int; None if it is None.
 
     Args:
@@ -68,6 +70,6 @@ def check_count(argument: str, value: object) -> int | None:
     """
     if value is None:
         return None
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ArgumentError(argument, f"must be a whole number of 1 or more, not {value!r}")
     return int(value)

@@ -50,7 +50,7 @@ class GroundTruth:
         1024 open files, is too low for that of all images that are read ahead.
         """
         arrays = (self.boxes.numpy(), self.labels.numpy(), self.crowds.numpy())
-        return _from_arrays, (*arrays, self.masks, self.scale, self.flipped_width, self.origin)
+        return _from_arrays, (*arrays, self.masks, self.scale, self.flipped_width, self.crop_origin)
 
 
 def _from_arrays(boxes: np.ndarray, labels: np.ndarray, crowds: np.ndarray, masks: Any, *rest: Any) -> GroundTruth:
