@@ -36,7 +36,7 @@ def test_a_quiet_command_still_says_its_error(files: tuple[str, str]) -> None:
 
 def test_a_verbose_command_says_more(files: tuple[str, str]) -> None:
     done = CliRunner().invoke(main, ["-v", "inspect", files[0]])
-    assert f"{files[0]}: 1 images, 1 annotations" in done.stderr
+    assert f"{files[0]}: 1 image, 1 annotation" in done.stderr
     assert CliRunner().invoke(main, ["inspect", files[0]]).stderr == ""
 
 

@@ -173,7 +173,7 @@ def test_a_claim_covers_what_it_excluded_and_no_more(trained: tuple[Path, Path, 
     assert audit_provenance(run_directory(tmp_path / "a", written), root).problem == ""
     del written["excluded"]["refcoco/unc/testA"]
     open_ = audit_provenance(run_directory(tmp_path / "b", written), root)
-    assert "does not exclude refcoco/unc/testA (1 of 1 images)" in open_.problem
+    assert "does not exclude refcoco/unc/testA (1 of 1 image)" in open_.problem
     assert audit_provenance(tmp_path / "b", root, exclude=["refcoco:unc:val"]).problem == ""
     written["excluded"]["refcoco/unc/val"]["images"] = 7  # another val than that of this root
     assert "refcoco/unc/val" in audit_provenance(run_directory(tmp_path / "c", written), root).problem

@@ -159,5 +159,5 @@ def test_a_coco_name_beside_a_renamed_file_is_looked_for(
     path.write_text(json.dumps({"images": images}))
     (split,), notes = held_out_benchmarks([path])
     assert split.image_ids == frozenset(other_ids)
-    assert len(notes) == 1 and "1 images cannot be identified as COCO's (first: 9)" in notes[0]
+    assert len(notes) == 1 and "1 image cannot be identified as COCO's (first: 9)" in notes[0]
     assert audit(instances, refer_root, benchmark=[path]).splits[-1].image_ids == other_ids

@@ -68,7 +68,7 @@ def test_names_are_neither_compared_nor_stored(tmp_path: Path) -> None:
     assert contents(tmp_path / "a.h5") == contents(tmp_path / "b.h5")
     with store.open(tmp_path / "b.h5") as written:
         assert written[4].names == {3: "dög"}  # those of the file
-        assert repr(written).endswith("1 images, 3 regions, fc7, pool5, masks)")
+        assert repr(written).endswith("1 image, 3 regions, fc7, pool5, masks)")
 
 
 def test_regions_can_be_sent_to_another_process() -> None:
