@@ -37,6 +37,7 @@ from refdet.ops.convolution import (
 
 TILE, TAPS = 4, 3
 MIN_CHANNELS, MIN_TILES = 64, 48  # with fewer, PyTorch's convolution is faster
+VECTOR = 16  # float32 numbers in a vector of AVX-512
 
 
 def conv2d(
@@ -65,6 +66,8 @@ def conv2d(
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
     if plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
+    if torch.is_grad_enabled() and _crashes(x, weight, stride, padding, groups):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -79,6 +82,15 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
         and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= MIN_TILES
         and has_kernels(x.device)
     )
+
+
+def _crashes(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int) -> bool:
+    """Whether oneDNN's gradient of the weights crashes, seen with PyTorch 2.14.1 and AVX-512.
+
+    Its kernel for strided 1x1 convolutions assumes a full vector of input channels.
+    """
+    pointwise = weight.shape[2:] == (1, 1) and padding in ((0, 0), "valid") and groups == 1
+    return pointwise and max(stride) > 1 and weight.shape[1] < VECTOR and x.device.type == "cpu"
 
 
 class _Convolution(torch.autograd.Function):

@@ -107,6 +107,25 @@ def test_pytorch_computes_the_rest(how: str) -> None:
     assert "_Convolution" not in type(found.grad_fn).__name__
 
 
+@pytest.mark.parametrize("inputs", [1, 3, 8, 15, 16, 24])
+@pytest.mark.parametrize("stride", [(2, 2), (2, 1), (1, 3)])
+def test_strided_pointwise_convolutions_of_few_channels(inputs: int, stride: tuple[int, int]) -> None:
+    """PyTorch's own, in channels_last with fewer than 16 channels, may end the process."""
+    x, _, bias, _ = drawn(8, inputs, 16, 44, 52)
+    weight = torch.randn(16, inputs, 1, 1).to(memory_format=torch.channels_last)
+    given = [each.detach().requires_grad_() for each in (x, weight, bias)]
+    y = conv2d(*given, stride, (0, 0))
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    gradient = gradient.to(memory_format=torch.channels_last)
+    exact = [each.detach().double().contiguous().requires_grad_() for each in (x, weight, bias)]
+    expected = F.conv2d(*exact, stride)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    for found, wanted in zip(
+        torch.autograd.grad(y, given, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
+    ):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-4)
+
+
 def test_a_layer_is_torchs_layer() -> None:
     layer, peer = Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, padding=1)
     peer.load_state_dict(layer.state_dict())
