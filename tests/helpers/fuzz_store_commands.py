@@ -32,6 +32,7 @@ BOXES = "boxes"
 REFER = "refer"  # subfolder with refs on the images of the stores
 ZONES = "/usr/share/zoneinfo"  # read by pandas
 _MEMORY = 4 << 30  # bytes of address space; this process has more than the sandbox's own
+_FAILED = 86  # exit code of a check with an error of its own
 _verdicts: dict[FileState, str] = {}
 
 
@@ -82,15 +83,21 @@ def _forked(path: Path) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        sys.stdout = os.fdopen(writer, "w")
-        hdf5_sandbox.main(str(path), _MEMORY, hdf5_sandbox.SECONDS)
-        sys.stdout.close()
-        os._exit(0)
+        try:
+            sys.stdout = os.fdopen(writer, "w")
+            hdf5_sandbox.main(str(path), _MEMORY, hdf5_sandbox.CPU_SECONDS)
+            sys.stdout.close()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:  # else it would go on in place of its parent, and fork again
+            os._exit(_FAILED)
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
         output = file.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return hdf5_sandbox.verdict(output, code, hdf5_sandbox.SECONDS)
+    assert code != _FAILED, f"the check of {path} failed, not the file"
+    return hdf5_sandbox._interpret_output(output, code, hdf5_sandbox.CPU_SECONDS)
 
 
 def most_memory() -> int:
