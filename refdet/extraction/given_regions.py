@@ -68,7 +68,10 @@ def _check_boxes(path: Path, count: Callable[[int], int], image_list: ImageList,
     if empty == images:
         say(f"`boxes` {path}: no boxes of the {format_count(images, 'image')}, so the store has no regions")
     elif empty:
-        say(f"note: `boxes` {path}: no boxes of {empty} of the {images} images, which get no regions")
+        say(
+            f"note: `boxes` {path}: {format_share(empty, images, 'image', 'has')} no boxes and so "
+            f"{agree(empty, 'gets')} no regions"
+        )
 
 
 def load_given_regions(

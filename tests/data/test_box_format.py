@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
     folder = tmp_path_factory.mktemp("forms")
     corners, sizes = some_boxes(3, 25)
     refer_folder(folder / "refer", corners, sizes)
-    images = [regions(i, [[0, 0, 5, 5]]) for i in range(len(corners))]
+    images = [replace(regions(i, [[0, 0, 5, 5]]), height=int(h), width=int(w)) for i, (w, h) in enumerate(sizes)]
     write_store(folder / "a.h5", images, masks=False)
     return folder, corners, sizes
 

@@ -121,7 +121,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     found = TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())[0]
     assert isinstance(found, ImageError) and "2.png" in str(found)
     (tmp_path / "images" / "2.png").unlink()
-    with pytest.raises(InputError, match=r"1 of the 3 images .* first: 2\.png"):
+    with pytest.raises(InputError, match=r"1 of 3 images .* first: 2\.png"):
         TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())
 
 

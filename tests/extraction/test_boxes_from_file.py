@@ -169,7 +169,7 @@ def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, inde
     ("ids", "says"),
     [
         ((5, 7, 9), []),
-        ((7,), ["note: `boxes` {}: no boxes of 2 of the 3 images, which get no regions"]),
+        ((7,), ["note: `boxes` {}: 2 of 3 images have no boxes and so get no regions"]),
         ((), ["`boxes` {}: no boxes of the 3 images, so the store has no regions"]),
     ],
 )
@@ -225,7 +225,7 @@ def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
         ["extract-features", "--checkpoint", str(run), "--images", str(tmp_path), "--out", str(tmp_path / "d.h5"),
          "--instances", str(tmp_path / "i.json"), "--box-format", "xyxy"],
     )  # fmt: skip
-    for refused, says in ((of_a_store, "omit --box-format xyxy"), (without_boxes, "leave")):
+    for refused, says in ((of_a_store, "omit --box-format xyxy"), (without_boxes, "omit")):
         assert refused.exit_code == 2 and says in refused.stderr.splitlines()[-1]
     assert not (tmp_path / "d.h5").exists()
 

@@ -215,7 +215,7 @@ def test_pictures_and_tables_are_escaped(hostile: str) -> None:
     for found in (True, False):
 
         def gallery(text: str, found: bool = found) -> str:
-            answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2)
+            answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2, right=False)
             return fragment("{{ ui.gallery(pictures) }}", pictures=[picture(answer.scene, pixels, answer)])
 
         same_tags(gallery, hostile)

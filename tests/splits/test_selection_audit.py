@@ -19,6 +19,7 @@ from split_examples import coco, write, write_refs
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
+from refdet.files.short_text import format_count
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import ProvenanceAudit, audit_provenance
 from refdet.structures.provenance import Provenance, Selection
@@ -101,7 +102,10 @@ def test_it_is_clean_exactly_if_no_held_out_image_chose_the_weights(
     assert bool(found.problem) == (bool(seen) if shown else not built)
     assert found.proven == (shown and not seen)  # a claim alone is no proof
     if seen and shown:
-        assert f"was chosen by validation on {file}, which contains {len(seen)} held-out images" in found.problem
+        assert (
+            f"was chosen by validation on {file}, which contains {format_count(len(seen), 'held-out image')}"
+            in found.problem
+        )
     elif found.problem:
         assert "validation data unknown" in found.problem and "`val_instances`" in found.problem
 
@@ -118,7 +122,7 @@ def test_another_validation_file_proves_nothing(world: Path, tmp_path: Path) -> 
     foreign = write(tmp_path / "foreign.json", coco([5], [], {5: "COCO_train2014_000000000002.jpg"}))
     selection = Selection(True, (replace(of_file(foreign), source_sha256="ab" * 32),))
     run = run_directory(tmp_path / "foreign", replace(of_file(world / "split.json"), selection=selection))
-    assert "which contains 1 held-out images" in audited(world, run, val_instances=foreign).problem
+    assert "which contains 1 held-out image" in audited(world, run, val_instances=foreign).problem
     assert (
         "cannot be proven: 1 image in"
         in audited(
@@ -180,7 +184,7 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
         if file == clean:
             assert "proven: its weights are chosen by their AP on 5.json" in done.stdout
         else:
-            assert "2.json, which contains 1 held-out images" in done.stderr
+            assert "2.json, which contains 1 held-out image" in done.stderr
         assert "chosen by their AP on" in call("inspect", run).stdout
     alone = call("audit", *common, "--val-instances", clean)
     assert alone.exit_code == 2 and "--val-instances is for --checkpoint and --store" in alone.stderr

@@ -130,7 +130,7 @@ def test_what_ids_say_nothing_of_is_told(root: Path, tmp_path: Path) -> None:
     found = audit(source, root)
     assert found.leaked == [] and found.unidentified == 2
     assert any("2 entries have no COCO image id (1 is Visual Genome's" in note for note in found.notes)
-    assert any("1 numeric names" in note for note in found.notes)
+    assert any("1 numeric name" in note for note in found.notes)
     source.write_text("VG_100K/2.jpg\nVG_100K/3.jpg\n")
     with pytest.raises(InputError, match=r"its 2 entries have no COCO image id.*image_data.json"):
         audit(source, root)

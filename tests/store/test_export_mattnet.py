@@ -108,7 +108,7 @@ def test_features_lie_in_the_rows_of_h5_id(done: Exported, tmp_path: Path) -> No
                 np.testing.assert_array_equal(row, of_image.features[name][place])
         for crowd_or_broken in (12, 11):
             assert not loader.ann_feats[name][loader.Anns[crowd_or_broken]["h5_id"]].any()
-    assert any(note.startswith("2 of the 6 annotations") for note in done.notes)
+    assert any(note.startswith("2 of 6 annotations") for note in done.notes)
 
 
 def test_masks_are_the_pixels_of_each_detection(done: Exported, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
         (anns, None, None, "has annotations"),
         (dets, dets, prepro, "has detections"),
         (dets, anns, None, "the rows of ann_feats.h5 need a data.json"),
-        (dets, one, prepro, "2 of the 3 images .* first: 4"),
+        (dets, one, prepro, "2 of 3 images .* first: 4"),
         (bare, None, None, "no feature fc7"),
         (foreign, None, prepro, "lacks all 3 images"),
         (dets, None, renamed, "category cat has id 2, but 1 in the dataset"),
