@@ -100,9 +100,9 @@ bench-train: env ## benchmark a training step, compared with torchvision's Mask 
 	@$(BIN)/python benchmarks/train.py $(if $(JSON),--json)
 
 # RESULTS=FILE keeps finished trainings, so that they can be spread over several runs.
-bench-learning: env ## compare AP with torchvision after 300 steps, three seeds, in 90 minutes (SHORT=1: one seed, 150 steps, in 15)
+bench-learning: env ## compare AP with torchvision after 300 steps, three seeds, in 90 minutes (SHORT=1: one seed of a narrow network, in 5)
 	@echo "==> bench-learning: the embedded dataset"
-	@$(BIN)/python benchmarks/learning.py $(if $(SHORT),--seeds 0 --steps 150) $(if $(RESULTS),--results $(RESULTS)) $(if $(JSON),--json)
+	@$(BIN)/python benchmarks/learning.py $(if $(SHORT),--seeds 0 --small) $(if $(RESULTS),--results $(RESULTS)) $(if $(JSON),--json)
 	@$(if $(SHORT),true,echo "==> bench-learning: memorizing real images")
 	@$(if $(SHORT),true,$(BIN)/python benchmarks/by_heart.py $(if $(JSON),--json))
 
