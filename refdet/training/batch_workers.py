@@ -116,7 +116,8 @@ class _WorkerPool:
 
     def __init__(self, batches: TrainingBatches, steps: range, workers: int, device: torch.device) -> None:
         self._steps, self._device = steps, device
-        self._received: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        # not SimpleQueue, which waits forever if a signal arrives just as a timeout ends (CPython 3.11)
+        self._received: queue.Queue[Batch | BaseException] = queue.Queue()
         self._workers: list[_Worker] = []
         multiprocessing.util.get_temp_dir()  # shared by all workers; a killed worker would leave its own behind
         for _ in range(min(workers, max(len(steps), 1))):

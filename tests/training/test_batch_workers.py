@@ -139,6 +139,33 @@ def test_a_signal_ends_the_wait_for_a_batch_that_never_comes(
     thread.join()
 
 
+def test_signals_at_the_end_of_a_timeout_do_not_make_it_endless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_workers, "_POLL_SECONDS", 0.004)
+    os.mkfifo(tmp_path / "pipe")
+    alarms: list[int] = []
+
+    def count(number: int, frame: object) -> None:
+        alarms.append(number)
+        if len(alarms) == 100:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(alarms) == 500:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pytest.fail("SIGTERM was not noticed")
+
+    before = signal.signal(signal.SIGALRM, count)
+    try:
+        with Stop.watching() as stop:
+            batches = Batches(tmp_path, 0, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
+            with prefetch_batches(batches, range(6), 1, CPU, stop) as ahead, pytest.raises(StopRequested):
+                signal.setitimer(signal.ITIMER_REAL, 0.004, 0.004)
+                next(ahead)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def signal_once_begun(begun: Path, number: signal.Signals) -> None:
     while not begun.exists():
         time.sleep(0.01)
