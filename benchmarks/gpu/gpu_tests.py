@@ -19,6 +19,7 @@ def work(step: Step) -> None:
     counts = step.work / "counts.json"
     counts.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "counting_plugin", "-p", "no:cacheprovider"]
+    command += ["-p", "no:benchmark"]  # a plugin that warns of other processes
     command += ["-n", "2" if step.small else "8", "--dist", "load", "--tb=short", "-rf", "--maxfail=50"]
     command += ["tests/ops/test_nms.py"] if step.small else []
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]

@@ -75,6 +75,8 @@ def work(step: Step) -> None:
             if rows is not None:
                 found.append(rows)
                 step.put(f"{name}_{number + 1}", {"images_per_second": speed(rows), "steps": steps})
+        if plain and alone:
+            step.put("torchrun_to_plain_so_far", max(map(speed, alone)) / max(map(speed, plain)))
     if not plain or not alone:
         return
     compare(step, "one process under torchrun", alone[0], plain[0])
