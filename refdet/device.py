@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,11 +130,6 @@ def _suppress_legacy_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         yield
-
-
-def pin_array(values: np.ndarray) -> np.ndarray:
-    """A copy in pinned memory; can be called from any thread."""
-    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().numpy()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

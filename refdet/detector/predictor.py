@@ -90,7 +90,7 @@ def start_detecting(
     sizes, inputs = _prepare_inputs(model, images)
     outputs = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
-    wait = _make_wait(inputs.device, images)
+    wait = _make_wait(inputs.device)
 
     def finish() -> list[Regions]:
         wait()
@@ -147,7 +147,7 @@ def start_describing(
     device_boxes = to_device(host_boxes, inputs.device).split(counts)
     outputs = model.extract_features(inputs, sizes, device_boxes, classes, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
-    wait = _make_wait(inputs.device, images)
+    wait = _make_wait(inputs.device)
 
     def finish() -> list[ImageFeatures]:
         wait()
@@ -176,24 +176,13 @@ def _to_float32(boxes: np.ndarray) -> np.ndarray:
     return np.asarray(boxes, np.float32).reshape(-1, 4)
 
 
-def _make_wait(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[], None]:
-    """A function that waits for the work queued on a device so far.
-
-    Args:
-        device: the model's device.
-        images: kept alive until then, as the GPU may not have copied them yet.
-    """
+def _make_wait(device: torch.device) -> Callable[[], object]:
+    """A function that waits for the work queued on a device so far."""
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event(blocking=True)  # waiting sleeps instead of occupying a core
     event.record(torch.cuda.current_stream(device))
-    kept_alive = [*images]
-
-    def wait() -> None:
-        event.synchronize()
-        kept_alive.clear()
-
-    return wait
+    return event.synchronize
 
 
 def _check_finite(outputs: BatchFeatures) -> None:

@@ -9,8 +9,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
@@ -180,17 +178,12 @@ def detect_regions(
     import torch
 
     from refdet.data.training_batches import group_by_input_size
-    from refdet.device import pin_array
     from refdet.extraction.batch_size import auto_batch_size, split_on_oom
     from refdet.extraction.computing import make_detect
     from refdet.extraction.defaults import default_batch_size, default_workers
 
     device, options = next(detector.model.parameters()).device, DetectionOptions()
     out_of_memory = f"{device} has too little memory for one image; free some of it"
-
-    def load(record: ImageRecord) -> np.ndarray:
-        pixels = source.read(record)
-        return pin_array(pixels) if device.type == "cuda" else pixels
 
     compute = split_on_oom(make_detect(detector, options, ()))
     try:
@@ -200,7 +193,7 @@ def detect_regions(
         raise RuntimeFailure(out_of_memory) from error
     batches = group_by_input_size(records, detector.meta.recipe.input, size)
     pending: deque[Finish] = deque()  # while one batch is being finished, a GPU computes the next one
-    with closing(load_ahead(load, batches, workers or default_workers(device))) as loaded:
+    with closing(load_ahead(source.read, batches, workers or default_workers(device))) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
             error_message = next((image for image in images if isinstance(image, str)), None)
             if error_message is not None:

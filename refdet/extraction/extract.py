@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.image_list import ImageList
@@ -129,7 +127,7 @@ def extract_features(
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
     from refdet.detector.profiler import Profiler
-    from refdet.device import describe_device, pin_array, resolve_device, supported_precision
+    from refdet.device import describe_device, resolve_device, supported_precision
     from refdet.extraction.batch_size import auto_batch_size
     from refdet.extraction.computing import make_compute
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
@@ -144,10 +142,6 @@ def extract_features(
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
     job.check_checkpoint()
     compute, records = make_compute(detector, job.options, None if job.given is None else job.given.of), job.records
-
-    def load(record: ImageRecord) -> np.ndarray:
-        pixels = job.source.read(record)
-        return pin_array(pixels) if torch_device.type == "cuda" else pixels
 
     def batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)
@@ -166,7 +160,7 @@ def extract_features(
                     job.header,
                     batches,
                     records,
-                    load,
+                    job.source.read,
                     compute,
                     parsed_part,
                     fixed_batch_size=job.plan.batch_size > 0,
@@ -180,7 +174,7 @@ def extract_features(
                 job.header,
                 batches(size),
                 records,
-                load,
+                job.source.read,
                 compute,
                 resume,
                 workers,

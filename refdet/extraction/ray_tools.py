@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.extraction.options import ExtractOptions
@@ -113,7 +111,7 @@ class DetectorTools:
 
         from refdet.detector import loading
         from refdet.detector.profiler import Profiler
-        from refdet.device import describe_device, pin_array, resolve_device, supported_precision
+        from refdet.device import describe_device, resolve_device, supported_precision
         from refdet.extraction.batch_size import auto_batch_size
         from refdet.extraction.computing import make_compute
         from refdet.extraction.defaults import default_workers
@@ -128,10 +126,6 @@ class DetectorTools:
         self._check_checkpoint(host)  # it may have been replaced meanwhile
         profiler = Profiler(device)
 
-        def load(record: ImageRecord) -> np.ndarray:
-            pixels = source.read(record)
-            return pin_array(pixels) if device.type == "cuda" else pixels
-
         def measure_batch_size() -> int:
             return auto_batch_size(detector, self.records, self.options, self.options.features)
 
@@ -139,7 +133,7 @@ class DetectorTools:
         name, _, _ = describe_device(self.device).partition(" (")
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
-            load,
+            source.read,
             make_compute(detector, self.options, given if self.regions_given else None),
             name,
             precision,

@@ -34,7 +34,7 @@ def test_together_as_alone(
         torch.testing.assert_close(one, network_input(image, size, options), rtol=0, atol=1e-5)
 
 
-def test_on_a_gpu_the_steps_are_as_many_as_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_copies_and_steps_are_as_many_as_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Steps(TorchDispatchMode):
         calls = 0
 
@@ -46,10 +46,13 @@ def test_on_a_gpu_the_steps_are_as_many_as_the_shapes(monkeypatch: pytest.Monkey
 
     options, images = InputOptions(min_sizes=(90,), max_size=400), images_of(SHAPES)
     sizes = [input_size(*image.shape[:2], options) for image in images]
-    grouped, counts = transforms._group_by_shape, []
+    grouped, counts, copy = transforms._group_by_shape, [], transforms.to_device
+    copies: list[torch.Tensor] = []
+    monkeypatch.setattr(transforms, "to_device", lambda values, *device: copies.append(values) or copy(values, *device))
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(transforms, "_group_by_shape", lambda images, _, d=device: grouped(images, torch.device(d)))
         with torch.inference_mode(), Steps() as steps:
             network_inputs(images, sizes, options)
-        counts.append(steps.calls)
-    assert counts == [6, 3]
+        counts.append((steps.calls, sum(values.dtype == torch.uint8 for values in copies)))
+        copies.clear()
+    assert counts == [(6, 6), (3, 3)]

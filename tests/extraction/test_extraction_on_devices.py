@@ -23,6 +23,7 @@ from trained_models import NAMES, saved_model
 
 import refdet
 from refdet import store
+from refdet.data import transforms
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.detector import loading, predictor
@@ -154,19 +155,18 @@ def test_annotations_are_described_as_on_the_cpu(device: str, root: Path, masks:
                 assert (np.linalg.norm(one - other, axis=1) <= 1e-4 * np.linalg.norm(other, axis=1)).all()
 
 
-@on_devices
-def test_images_come_from_pinned_memory_and_are_kept_until_they_are_copied(
-    device: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start, pinned = computing.start_detecting, []
+@pytest.mark.gpu
+def test_images_of_a_shape_are_copied_at_once_from_pinned_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, pinned = transforms.to_device, []
 
-    def watched(model: Any, images: list[np.ndarray], *given: Any, **named: Any) -> Any:
-        pinned.extend(torch.from_numpy(image).is_pinned() for image in images)
-        return start(model, images, *given, **named)
+    def watched(values: torch.Tensor, target: torch.device) -> torch.Tensor:
+        if values.dtype == torch.uint8 and values.dim() == 4:
+            pinned.append(values.is_pinned())
+        return copy(values, target)
 
-    monkeypatch.setattr(computing, "start_detecting", watched)
-    extract(root, device, f"pinned-{device}.h5", images=12)
-    assert pinned == [is_gpu(device)] * 12
+    monkeypatch.setattr(transforms, "to_device", watched)
+    extract(root, "cuda", "pinned.h5", images=12)
+    assert pinned and all(pinned) and len(pinned) < 12
 
 
 @on_devices
