@@ -5,6 +5,7 @@ import yaml
 
 from refdet.config import recipe
 from refdet.errors import InputError
+from refdet.training.optim import learning_rate
 
 
 def test_every_shipped_recipe_loads_and_has_its_name() -> None:
@@ -132,3 +133,20 @@ def test_the_reference_keeps_its_box_losses() -> None:
             found = recipe.load(name)
             assert (found.proposals.smooth_l1_beta, found.head.smooth_l1_beta) == (1 / 9, 1.0), name
             assert "smooth_l1_beta" not in found.to_dict()["head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("d2-c4-res50", (210000, 250000)),
+        ("d2-fpn-res50", (210000, 250000)),
+        ("c4-res101-3x", (210000, 250000)),
+        ("fpn-res50-lsj", (655556, 710184)),
+        ("reference-c4-res101-from-frcn", (350000,)),
+    ],
+)
+def test_the_learning_rate_falls_at_the_step_of_the_original(name: str, steps: tuple[int, ...]) -> None:
+    options = recipe.load(name).train
+    for step in steps:
+        before, after = (learning_rate(at, options) for at in (step - 1, step))
+        assert after == pytest.approx(before / 10)
