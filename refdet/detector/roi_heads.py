@@ -35,6 +35,7 @@ from refdet.ops.pooling import (
     roi_crop,
     roi_crop_mean,
 )
+from refdet.ops.training_epilogue import bias_relu, fuses
 
 POOL_SIZE = 7  # cells on a side of a RoI
 ALIGNED = {"align": True, "align_legacy": False}  # values of model.pooling that are RoIAlign -> its `aligned`
@@ -123,11 +124,20 @@ class MaskPredictor(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
-        hidden = self.hidden(x)
+        hidden = self._hidden(x) if fuses(x.device) else self.hidden(x)
         # compute only the mask of each RoI's class
         weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
         bias = self.logits.bias[labels].float()  # type: ignore[index]
         return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """``self.hidden(x)``, with bias and ReLU of each layer in one pass."""
+        for layer in self.hidden:
+            if isinstance(layer, nn.ConvTranspose2d) and layer.bias is not None:
+                x = bias_relu(F.conv_transpose2d(x, layer.weight, None, layer.stride), layer.bias)
+            elif not isinstance(layer, nn.ReLU):
+                x = conv_relu(layer, x)
+        return x
 
 
 def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
