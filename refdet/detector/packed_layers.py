@@ -25,6 +25,8 @@ from refdet.ops.convolution import (
     pack_conv1x1,
     pack_conv3x3,
 )
+from refdet.ops.training_convolution import conv2d
+from refdet.ops.training_epilogue import bias_relu, fuses
 
 MIN_CHANNELS = 64  # with fewer, PyTorch's convolution is faster
 
@@ -188,6 +190,10 @@ def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None)
     """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for a plain, packed or fused convolution."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, apply_relu=True)
+    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and fuses(x.device):
+        stride, padding, dilation = convolution.stride, convolution.padding, convolution.dilation
+        y = conv2d(x, convolution.weight, None, stride, padding, dilation, convolution.groups)
+        return bias_relu(y, convolution.bias, shortcut)
     return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 
 

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.detector.conv2d import Conv2d
+from refdet.ops.epilogue import HALF_DTYPES
+from refdet.ops.scaled_weight import scaled_weight
 from refdet.ops.training_convolution import conv2d
+from refdet.ops.training_epilogue import bias_relu, compute_dtype, fuses
 
 # Depth -> number of blocks in each of the four stages.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -35,36 +38,39 @@ class FrozenBatchNorm(nn.Module):
         self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((channels,), value))
-        self._folded: tuple[list[tuple[Tensor, int]], Tensor, Tensor] | None = None
+        self._folded: tuple[list[tuple[Tensor, int]], torch.dtype, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, C, H, W), in the dtype of x; computed in float32."""
         mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
-    def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def fold(self, weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Fold this norm into the convolution before it.
 
         The result is cached as far as training does not change it: the scale and bias, and frozen weights.
 
         Args:
             weight: weights (C, Cin, k, k) of the convolution, which has no bias.
+            dtype: of the result's weights; by default, that of `weight`.
 
         Returns:
             Weights (C, Cin, k, k) and bias (C,) of a convolution that computes both.
         """
+        dtype = dtype or weight.dtype
         buffers = list(self.buffers())
-        fixed = buffers if weight.requires_grad else [weight, *buffers]
-        if self._folded is None or not _unchanged(self._folded[0], fixed):
+        trained = weight.requires_grad
+        fixed, kept = (buffers, weight.dtype) if trained else ([weight, *buffers], dtype)
+        if self._folded is None or self._folded[1] != kept or not _unchanged(self._folded[0], fixed):
             with torch.no_grad():
                 norm_weight, norm_bias, mean, variance = (buffer.double() for buffer in buffers)
                 scale = norm_weight * (variance + self.eps).rsqrt()
                 bias = (norm_bias - mean * scale).to(weight.dtype)
                 factor = scale.to(weight.dtype)[:, None, None, None]
                 versions = [(tensor, tensor._version) for tensor in fixed]
-                self._folded = versions, factor if weight.requires_grad else weight * factor, bias
-        _, factor_or_weight, bias = self._folded
-        return weight * factor_or_weight if weight.requires_grad else factor_or_weight, bias
+                self._folded = versions, kept, factor if trained else (weight * factor).to(dtype), bias
+        *_, factor_or_weight, bias = self._folded
+        return scaled_weight(weight, factor_or_weight, dtype) if trained else factor_or_weight, bias
 
 
 def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
@@ -82,6 +88,52 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
     weight, bias = norm.fold(convolution.weight)
+    return _convolve(convolution, x, weight, bias)
+
+
+def conv_norm_relu(convolution: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module | None = None) -> Tensor:
+    """``pool(relu(norm(convolution(x))))``; training on a GPU adds the bias of a frozen norm in the pass of the ReLU.
+
+    There, max pooling comes before both, with which it commutes, and leaves them a smaller map.
+    """
+    if not _fuses(convolution, norm, x):
+        y = relu(conv_norm(convolution, norm, x))
+        return y if pool is None else pool(y)
+    y, bias = _conv_and_bias(convolution, norm, x)
+    return bias_relu(y if pool is None else pool(y), bias)
+
+
+def conv_norm_add_relu(
+    convolution: nn.Module, norm: nn.Module, x: Tensor, downsample: nn.Module, block_input: Tensor
+) -> Tensor:
+    """``relu(norm(convolution(x)) + downsample(block_input))``, the end of a block; see `conv_norm_relu`."""
+    if not _fuses(convolution, norm, x):
+        return add_relu(conv_norm(convolution, norm, x), downsample(block_input))
+    y, bias = _conv_and_bias(convolution, norm, x)
+    # in float32, adding the two biases first would change the order of the sums
+    if (
+        isinstance(downsample, Shortcut)
+        and y.dtype in HALF_DTYPES
+        and _fuses(downsample[0], downsample[1], block_input)
+    ):
+        shortcut, shortcut_bias = _conv_and_bias(downsample[0], downsample[1], block_input)
+        return bias_relu(y, bias + shortcut_bias, shortcut)
+    return bias_relu(y, bias, downsample(block_input))
+
+
+def _fuses(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and fuses(x.device)
+
+
+def _conv_and_bias(convolution: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a convolution with a frozen norm folded into it, and its bias (C,), which is not yet added."""
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm)
+    weight, bias = norm.fold(convolution.weight, compute_dtype(x.device, convolution.weight.dtype))
+    return _convolve(convolution, x, weight, None), bias
+
+
+def _convolve(convolution: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution with other weights and another bias than its own."""
     assert not isinstance(convolution.padding, str)
     return conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
@@ -119,9 +171,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
-        y = relu(conv_norm(self.conv1, self.bn1, x))
-        y = conv_norm(self.conv2, self.bn2, y)
-        return add_relu(y, self.downsample(x))
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        return conv_norm_add_relu(self.conv2, self.bn2, y, self.downsample, x)
 
 
 class Bottleneck(nn.Module):
@@ -144,10 +195,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
-        y = relu(conv_norm(self.conv1, self.bn1, x))
-        y = relu(conv_norm(self.conv2, self.bn2, y))
-        y = conv_norm(self.conv3, self.bn3, y)
-        return add_relu(y, self.downsample(x))
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        y = conv_norm_relu(self.conv2, self.bn2, y)
+        return conv_norm_add_relu(self.conv3, self.bn3, y, self.downsample, x)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
@@ -212,7 +262,7 @@ class ResNet(nn.Module):
             Feature maps (B, channels[i], H / s, W / s), rounded up, where s is 4 times the product of the strides of
             stages 0 to i.
         """
-        x = self.maxpool(relu(conv_norm(self.conv1, self.bn1, images)))
+        x = conv_norm_relu(self.conv1, self.bn1, images, self.maxpool)
         maps = []
         for stage in range(stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
 from refdet.detector.conv2d import Conv2d
+from refdet.detector.mask_predictor import MaskPredictor
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.res5_head import SplitRes5
 from refdet.detector.roi_chunks import Chunk, roi_chunks
@@ -101,33 +102,6 @@ class BoxPredictor(nn.Module):
         fc7 = fc7.to(self.score.weight.dtype)
         deltas = self.delta(fc7).float()
         return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
-
-
-class MaskPredictor(nn.Module):
-    """3x3 convolutions, a 2x2 transposed convolution, and a 1x1 convolution with a mask per class."""
-
-    def __init__(self, in_channels: int, channels: int, classes: int, convolutions: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(convolutions):
-            layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
-            in_channels = channels
-        layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
-        self.hidden = nn.Sequential(*layers)
-        self.logits = Conv2d(channels, classes + 1, 1)
-        for layer in (*self.hidden, self.logits):
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.logits.weight, std=0.001)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
-        hidden = self.hidden(x)
-        # compute only the mask of each RoI's class
-        weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
-        bias = self.logits.bias[labels].float()  # type: ignore[index]
-        return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
 
 
 def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from refdet.ops._library import DEVICES
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 class Epilogue(Enum):
@@ -76,21 +77,23 @@ def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor
     """
     in_place = x.is_contiguous(memory_format=torch.channels_last)
     out = x if in_place else torch.empty_like(x, memory_format=torch.channels_last)
-    if (
-        x.device.type == "cuda"
-        and "cuda" in DEVICES
-        and _has_kernel_layout(x)
-        and (shortcut is None or _has_kernel_layout(shortcut))
-    ):
+    if x.device.type == "cuda" and "cuda" in DEVICES and supports(x, shortcut):
         torch.ops.refdet.bias_relu(x, bias, shortcut, out)
         return out
     return bias_relu_plain(x, bias, shortcut, out)
 
 
 def bias_relu_plain(x: Tensor, bias: Tensor, shortcut: Tensor | None, out: Tensor) -> Tensor:
-    """`bias_relu` into `out`, in plain PyTorch."""
-    total = x.float() + bias[:, None, None]
-    return out.copy_(torch.relu(total if shortcut is None else total + shortcut.float()))
+    """`bias_relu` into `out`, in plain PyTorch; computed in the dtype of the bias."""
+    total = x.to(bias.dtype) + bias[:, None, None]
+    return out.copy_(torch.relu(total if shortcut is None else total + shortcut.to(bias.dtype)))
+
+
+def supports(x: Tensor, shortcut: Tensor | None = None) -> bool:
+    """Whether the kernel of `bias_relu` accepts tensors of these dtypes and memory layouts."""
+    if x.dtype not in KERNEL_DTYPES or not _has_kernel_layout(x):
+        return False
+    return shortcut is None or (shortcut.dtype == x.dtype and _has_kernel_layout(shortcut))
 
 
 def _has_kernel_layout(x: Tensor) -> bool:

@@ -79,6 +79,20 @@ def test_what_was_kept_follows_the_weights_and_the_norm(trained: bool) -> None:
     check()
 
 
+def test_frozen_weights_are_scaled_and_converted_once() -> None:
+    torch.manual_seed(0)
+    weight, norm = torch.randn(4, 3, 1, 1), norm_of(4)
+    half, bias = norm.fold(weight, torch.bfloat16)
+    assert norm.fold(weight, torch.bfloat16)[0] is half and bias.dtype == torch.float32
+    whole, _ = norm.fold(weight)
+    assert torch.equal(whole.bfloat16(), half) and whole.dtype == torch.float32
+    weight.mul_(2)
+    assert torch.equal(norm.fold(weight, torch.bfloat16)[0], half * 2)
+    weight.requires_grad_()
+    trained = norm.fold(weight, torch.bfloat16)[0]
+    assert torch.equal(trained, half * 2) and trained.requires_grad
+
+
 def test_nothing_of_it_is_saved() -> None:
     norm = norm_of(4)
     norm.fold(torch.ones(4, 3, 1, 1))

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 VIEWS = {"view", "permute", "transpose", "t", "slice", "split", "as_strided", "detach", "alias", "expand", "select",
          "unsqueeze", "empty", "empty_like", "reshape", "device", "split_with_sizes", "unbind", "flatten", "movedim",
          "lift_fresh", "numpy_T", "new_empty"}  # fmt: skip
-PRODUCTS = {"convolution", "_addmm_activation", "addmm", "cudnn_convolution_add_relu", "linear", "mm"}
+PRODUCTS = {"convolution", "convolution_backward", "_addmm_activation", "addmm", "cudnn_convolution_add_relu", "linear",
+            "mm", "bmm"}  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
@@ -71,22 +72,38 @@ def _size(x: Tensor) -> int:
 def on_fake_gpu(module: nn.Module) -> Iterator[Launches]:
     """Move a module to a fake GPU, in place, and count the operators called within the block."""
     with torch.inference_mode(), FakeTensorMode():
-        for parent in module.modules():
-            for name, value in parent._parameters.items():
-                if value is not None:
-                    parent._parameters[name] = nn.Parameter(_fake_of(value), requires_grad=False)
-            for name, value in parent._buffers.items():
-                if value is not None:
-                    parent._buffers[name] = _fake_of(value)
+        _make_fake(module, "cuda")
         with Launches() as counted:
             yield counted
 
 
-def fake_image(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor (N, C, H, W) on the fake GPU, channels_last."""
-    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=torch.channels_last)
+@contextmanager
+def on_fake_cpu(module: nn.Module) -> Iterator[None]:
+    """Replace the tensors of a module by fake ones, to train it within the block; autograd needs a device that exists.
+
+    Memory layouts and autocast to bfloat16 are those of a GPU.
+    """
+    with FakeTensorMode():
+        _make_fake(module, "cpu")
+        yield
 
 
-def _fake_of(value: Tensor) -> Tensor:
+def fake_image(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cuda") -> Tensor:
+    """A fake tensor (N, C, H, W), channels_last."""
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def _make_fake(module: nn.Module, device: str) -> None:
+    for parent in module.modules():
+        for name, value in parent._parameters.items():
+            if value is not None:
+                trained = value.requires_grad and not torch.is_inference_mode_enabled()
+                parent._parameters[name] = nn.Parameter(_fake_of(value, device), requires_grad=trained)
+        for name, value in parent._buffers.items():
+            if value is not None:
+                parent._buffers[name] = _fake_of(value, device)
+
+
+def _fake_of(value: Tensor, device: str) -> Tensor:
     layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-    return torch.empty(value.shape, dtype=value.dtype, device="cuda", memory_format=layout)
+    return torch.empty(value.shape, dtype=value.dtype, device=device, memory_format=layout)

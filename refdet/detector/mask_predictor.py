@@ -1,0 +1,54 @@
+"""The mask branch of the second stage.
+
+Shape shorthand in this module:
+
+    K: RoIs of the batch
+    C: channels of a feature map
+    s: side of a RoI in cells
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refdet.detector.conv2d import Conv2d
+from refdet.detector.packed_layers import conv_relu
+from refdet.ops.training_epilogue import bias_relu, fuses
+
+
+class MaskPredictor(nn.Module):
+    """3x3 convolutions, a 2x2 transposed convolution, and a 1x1 convolution with a mask per class."""
+
+    def __init__(self, in_channels: int, channels: int, classes: int, convolutions: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
+            in_channels = channels
+        layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.logits = Conv2d(channels, classes + 1, 1)
+        for layer in (*self.hidden, self.logits):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.logits.weight, std=0.001)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
+        hidden = self._hidden(x) if fuses(x.device) else self.hidden(x)
+        # compute only the mask of each RoI's class
+        weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
+        bias = self.logits.bias[labels].float()  # type: ignore[index]
+        return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """``self.hidden(x)``, with bias and ReLU of each layer in one pass."""
+        for layer in self.hidden:
+            if isinstance(layer, nn.ConvTranspose2d) and layer.bias is not None:
+                x = bias_relu(F.conv_transpose2d(x, layer.weight, None, layer.stride), layer.bias)
+            elif not isinstance(layer, nn.ReLU):
+                x = conv_relu(layer, x)
+        return x
