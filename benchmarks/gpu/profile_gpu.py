@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,10 @@ from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.detector import loading
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.optimize import optimize_for_inference
 from refdet.detector.predictor import start_detecting
 from refdet.device import exact_float32
+from refdet.ops.epilogue import Epilogue
 from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
 
@@ -127,6 +129,37 @@ def training_work(step: Step) -> Callable[..., object]:
     return compute
 
 
+def backbone_of(step: Step, model: MaskRCNN, size: tuple[int, int]) -> Callable[[], object]:
+    """A function that computes the feature maps of images of a height and width."""
+    x = torch.randn((1 if step.small else 8, 3, *size), device=step.device)
+    x = x.to(next(model.parameters()).dtype, memory_format=torch.channels_last)
+    return lambda: model.extract_feature_maps(x)
+
+
+@torch.inference_mode()
+def costs_without_fusion(step: Step) -> None:
+    """`plan_costs` of portrait images with products in place of cuDNN's fused convolutions."""
+    height, width = (64, 96) if step.small else (600, 800)
+    for name, epilogue in (("", Epilogue.LIBRARY), ("_with_products", Epilogue.PRODUCTS)):
+        model = loading.load(run_folder(step, "c4"), step.device).model
+        optimize_for_inference(model, bf16=True, epilogue=epilogue)
+        more = 0 if epilogue is Epilogue.LIBRARY else 16 * 5  # other sizes, as plans are kept for all models
+        sizes = [(width - 16 * turn, height + 16 * turn + more) for turn in range(5)]
+        extra, later = first_and_later(step, [backbone_of(step, model, size) for size in sizes])
+        step.put(f"new_portrait_size{name}_ms", 1000 * median(extra[1:]))  # the first loads libraries
+        step.put(f"known_portrait_size{name}_ms", 1000 * median(later[1:]))
+
+
+def first_and_later(step: Step, computations: Iterable[Callable[[], object]]) -> tuple[list[float], list[float]]:
+    """Seconds of the first call of each beyond those of later calls, and of later calls."""
+    extra, later = [], []
+    for compute in computations:
+        first, *others = [seconds(step, compute) for _ in range(4)]
+        extra.append(first - median(others))
+        later.append(median(others))
+    return extra, later
+
+
 @torch.inference_mode()
 def plan_costs(step: Step) -> dict[str, float]:
     """Milliseconds that a shape costs the first time, beyond what it costs later, and their share of a pass.
@@ -138,9 +171,7 @@ def plan_costs(step: Step) -> dict[str, float]:
     height, width = (64, 96) if step.small else (600, 800)
 
     def backbone(turn: int) -> Callable[[], object]:
-        shape = (1 if step.small else 8, 3, height + 16 * turn, width - 16 * turn)
-        x = torch.randn(shape, device=step.device).to(weight.dtype, memory_format=torch.channels_last)
-        return lambda: model.extract_feature_maps(x)
+        return backbone_of(step, model, (height + 16 * turn, width - 16 * turn))
 
     maps = model.extract_feature_maps(
         torch.randn(2, 3, height, width, device=step.device).to(weight.dtype, memory_format=torch.channels_last)
@@ -158,12 +189,7 @@ def plan_costs(step: Step) -> dict[str, float]:
     for name, make in (("input_size", backbone), ("number_of_rois", head)):
         for turn in range(2):  # libraries load
             make((100 if name == "number_of_rois" else 3 if step.small else 20) + turn)()
-        extra, later = [], []
-        for turn in range(3 if step.small else 8):
-            compute = make(turn)
-            times = [seconds(step, compute) for _ in range(4)]
-            extra.append(times[0] - median(times[1:]))
-            later.append(median(times[1:]))
+        extra, later = first_and_later(step, map(make, range(3 if step.small else 8)))
         found[f"new_{name}_ms"] = 1000 * median(extra)
         found[f"known_{name}_ms"] = 1000 * median(later)
     return found
@@ -206,6 +232,7 @@ def counting_waits(step: Step) -> Iterator[list[int]]:
 def work(step: Step) -> None:
     for name, value in (step.attempt("costs of plans", plan_costs, step) or {}).items():
         step.put(name, value)
+    step.attempt("costs without fusion", costs_without_fusion, step)
     made = {"extraction": (extraction_work, 3), "training": (training_work, 2)}
     parts = {name: (step.attempt(name, make, step), rounds) for name, (make, rounds) in made.items()}
     parts = {name: part for name, part in parts.items() if part[0] is not None}

@@ -25,7 +25,7 @@ class FusedConv2d(nn.Module):
 
     Args:
         convolution: one that `supports` accepts; its weight is shared, not copied.
-        epilogue: `Epilogue.KERNEL` or `Epilogue.LIBRARY`.
+        epilogue: any but `Epilogue.PLAIN`.
     """
 
     def __init__(self, convolution: nn.Conv2d, epilogue: Epilogue) -> None:
@@ -62,7 +62,8 @@ class FusedConv2d(nn.Module):
         if not apply_relu:
             y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
             return y if shortcut is None else y + shortcut
-        if self.epilogue is Epilogue.LIBRARY and shortcut is None and self.is_pointwise:
+        is_product = self.is_pointwise and self.epilogue is not Epilogue.KERNEL
+        if is_product and shortcut is None:
             return conv1x1_bias(x, self.weight[:, :, 0, 0], bias, relu=True)
         # cuDNN would first copy a shortcut of another layout
         same_layout = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
@@ -76,7 +77,10 @@ class FusedConv2d(nn.Module):
                     raise
                 log.warning("note: cuDNN does not fuse a convolution %s: %s", tuple(self.weight.shape), error)
                 self.epilogue = Epilogue.KERNEL
-        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        if is_product:
+            y = conv1x1_bias(x, self.weight[:, :, 0, 0], None, relu=False)
+        else:
+            y = F.conv2d(x, self.weight, None, self.stride, self.padding)
         return bias_relu(y, self.get_buffer("bias_float32"), shortcut)
 
 

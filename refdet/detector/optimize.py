@@ -80,7 +80,7 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
 
     Args:
         model: a network with folded norms, whose bottlenecks are `FusedBottleneck`.
-        epilogue: `Epilogue.KERNEL` or `Epilogue.LIBRARY`.
+        epilogue: any but `Epilogue.PLAIN`.
     """
     stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
     if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):

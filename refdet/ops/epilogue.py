@@ -1,7 +1,7 @@
 """The epilogue of a convolution on a GPU: bias, shortcut and ReLU, in one pass or in the convolution itself.
 
 As separate operators these are up to three passes over the output, which in bfloat16 together take as long as the
-convolution itself. There are two ways to avoid these passes, with plain PyTorch as the fallback:
+convolution itself. There are three ways to avoid these passes, with plain PyTorch as the fallback:
 
     kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
         the same numbers as plain PyTorch.
@@ -9,6 +9,8 @@ convolution itself. There are two ways to avoid these passes, with plain PyTorch
         bottleneck fused with bias, shortcut and ReLU (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for
         exact float32. The ReLU of these libraries turns NaN into 0. Other convolutions use the kernel, as cuDNN's
         fusion with ReLU alone adds 0 times its uninitialised output, which can be NaN.
+    products: like library, without cuDNN's fusion, for which cuDNN may compile code for each new size of a feature map;
+        one pass more for each bottleneck. `make gpu-check` compares the two.
 
 Shape shorthand in this module:
 
@@ -38,6 +40,7 @@ class Epilogue(Enum):
     PLAIN = "plain"
     KERNEL = "kernel"
     LIBRARY = "library"
+    PRODUCTS = "products"
 
 
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
@@ -106,13 +109,13 @@ def _has_kernel_layout(x: Tensor) -> bool:
     return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(expected, strides, strict=True))
 
 
-def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """A 1x1 convolution as one matrix product, fused with bias and ReLU on a GPU.
 
     Args:
         x: (N, C, H, W), channels_last; other layouts are copied.
         weight: (K, C) in the dtype of x.
-        bias: (K,) in the dtype of x.
+        bias: (K,) in the dtype of x; None for neither bias nor ReLU.
         relu: apply ReLU.
 
     Returns:
@@ -120,7 +123,12 @@ def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """
     images, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    y = torch.ops.aten._addmm_activation(bias, rows, weight.t()) if relu else torch.addmm(bias, rows, weight.t())
+    if bias is None:
+        y = torch.mm(rows, weight.t())
+    elif relu:
+        y = torch.ops.aten._addmm_activation(bias, rows, weight.t())
+    else:
+        y = torch.addmm(bias, rows, weight.t())
     return y.view(images, height, width, len(weight)).permute(0, 3, 1, 2)
 
 

@@ -21,7 +21,7 @@ from refdet.ops import epilogue as epilogues
 from refdet.ops.epilogue import Epilogue, best_epilogue, bias_relu
 from refdet.structures.detection_options import DetectionOptions
 
-BOTH = pytest.mark.parametrize("epilogue", [Epilogue.KERNEL, Epilogue.LIBRARY])
+EACH = pytest.mark.parametrize("epilogue", [Epilogue.KERNEL, Epilogue.LIBRARY, Epilogue.PRODUCTS])
 
 
 def bottleneck(stride: int, channels: int = 64) -> nn.Module:
@@ -51,6 +51,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
         (Epilogue.KERNEL, torch.float32, 1, {"convolution": 3, "bias_relu": 3}),
         (Epilogue.LIBRARY, torch.bfloat16, 1,
          {"_addmm_activation": 1, "convolution": 1, "bias_relu": 1, "cudnn_convolution_add_relu": 1}),
+        (Epilogue.PRODUCTS, torch.bfloat16, 1, {"_addmm_activation": 1, "convolution": 1, "mm": 1, "bias_relu": 2}),
         (Epilogue.PLAIN, torch.bfloat16, 2, {"convolution": 4, "bias": 4, "relu_": 3, "add_": 1}),
         (Epilogue.KERNEL, torch.float32, 2, {"convolution": 4, "bias_relu": 3}),
         (Epilogue.LIBRARY, torch.bfloat16, 2,
@@ -66,7 +67,7 @@ def test_launches_of_a_bottleneck(epilogue: Epilogue, dtype: torch.dtype, stride
     assert y.shape == (2, 256, 20 // stride, 30 // stride) and y.dtype == dtype and y.device.type == "cuda"
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_bottleneck_gives_the_same(epilogue: Epilogue, stride: int) -> None:
     torch.manual_seed(0)
@@ -79,7 +80,7 @@ def test_a_bottleneck_gives_the_same(epilogue: Epilogue, stride: int) -> None:
         torch.testing.assert_close(fused(block, epilogue, torch.float32)(x), block(x), rtol=1e-5, atol=1e-5)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_detector_finds_the_same(epilogue: Epilogue, variant: str) -> None:
     model = trained_model(*VARIANTS[variant][0])
@@ -192,7 +193,7 @@ def test_cuda_bias_relu_is_plain_pytorch(shape: tuple[int, ...], dtype: torch.dt
 
 
 @pytest.mark.gpu(kernels=True)
-@BOTH
+@EACH
 @pytest.mark.parametrize("stride", [1, 2])
 def test_cuda_fused_bottlenecks(epilogue: Epilogue, stride: int) -> None:
     torch.manual_seed(0)
