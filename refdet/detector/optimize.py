@@ -16,7 +16,8 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_split
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
-from refdet.detector.roi_heads import C4Head, MaskPredictor, StandardHead
+from refdet.detector.roi_heads import C4Head, StandardHead
+from refdet.detector.roi_predictors import MaskPredictor
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import is_half_fastest

@@ -1,0 +1,62 @@
+"""Last layers of the second stage: class logits, box deltas and masks.
+
+Shape shorthand in this module:
+
+    K: RoIs of the batch
+    C: channels of the cells that masks are predicted from
+    D: channels of fc7
+    s: side of a RoI in these cells
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from refdet.detector.conv2d import Conv2d
+
+
+class BoxPredictor(nn.Module):
+    """Two linear layers: class logits and per-class box deltas."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, classes + 1)
+        self.delta = nn.Linear(channels, (classes + 1) * 4)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.normal_(self.delta.weight, std=0.001)
+        nn.init.zeros_(self.score.bias)
+        nn.init.zeros_(self.delta.bias)
+
+    def forward(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """fc7 (K, D) -> logits (K, classes + 1) and deltas (K, classes + 1, 4), in float32."""
+        fc7 = fc7.to(self.score.weight.dtype)
+        deltas = self.delta(fc7).float()
+        return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
+
+
+class MaskPredictor(nn.Module):
+    """3x3 convolutions, a 2x2 transposed convolution, and a 1x1 convolution with a mask per class."""
+
+    def __init__(self, in_channels: int, channels: int, classes: int, convolutions: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
+            in_channels = channels
+        layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.logits = Conv2d(channels, classes + 1, 1)
+        for layer in (*self.hidden, self.logits):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.logits.weight, std=0.001)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
+        hidden = self.hidden(x)
+        # compute only the mask of each RoI's class
+        weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
+        bias = self.logits.bias[labels].float()  # type: ignore[index]
+        return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
