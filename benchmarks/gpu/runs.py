@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +22,15 @@ from work import (
     image_list,
     images_folder,
     instances_file,
+    largest,
     max_regions,
-    one_size,
     refdet_command,
     run_folder,
 )
 
 from refdet import store
 from refdet.detector.predictor import detect_batch
-from refdet.extraction.batch_size import auto_batch_size
+from refdet.extraction.batch_size import auto_batch_size, measure_batch_size
 from refdet.extraction.shard_folder import shards_folder
 from refdet.structures.regions import Regions
 
@@ -106,28 +105,27 @@ def same(a: Regions, b: Regions) -> bool:
 
 @torch.inference_mode()
 def automatic_batches(step: Step) -> None:
-    """The size that `auto` chooses, and how much memory such a batch takes beside what was expected."""
+    """The size that `auto` chooses, and the memory of a batch of the largest images beside what was expected."""
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
     records = image_list(step, 512).records
-    size = auto_batch_size(loaded, records, options, options.features)
-    step.put("auto_batch_size", size)
-    step.check("the automatic batch size is one or more", size >= 1)
     if step.small:
+        size = auto_batch_size(loaded, records, options, options.features)
+        step.put("auto_batch_size", size)
+        step.check("the automatic batch size is one or more", size >= 1)
         return
-    every = replace(options, score_threshold=0.0)
-    peaks = {}
-    for count in (1, 2, size):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        batch, pixels = one_size(step, "c4", count)
-        detect_batch(loaded.model, pixels, batch, loaded.meta.category_ids, every, features=options.features)
-        peaks[count] = torch.cuda.max_memory_allocated() - before
-    expected = peaks[1] + (size - 1) * (peaks[2] - peaks[1])
-    step.put("memory_of_batch_gib", peaks[size] / 2**30)
-    step.put("memory_each_image_gib", (peaks[2] - peaks[1]) / 2**30)
+    found = measure_batch_size(loaded, records, options, options.features)
+    step.put("auto_batch_size", found.size)
+    step.check("the automatic batch size is one or more", found.size >= 1)
+    batch, pixels = largest(step, "c4", found.size)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    detect_batch(loaded.model, pixels, batch, loaded.meta.category_ids, options, features=options.features)
+    peak = torch.cuda.max_memory_allocated() - before
+    step.put("memory_of_batch_gib", peak / 2**30)
+    step.put("memory_expected_of_batch_gib", found.peak_bytes / 2**30)
     step.at_most(
-        "memory of an automatic batch, difference to what was expected", abs(expected / peaks[size] - 1), WITHIN
+        "memory of an automatic batch, difference to what was expected", abs(found.peak_bytes / peak - 1), WITHIN
     )
 
 

@@ -19,6 +19,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import group_by_input_size
+from refdet.data.transforms import input_size
 from refdet.detector import loading
 from refdet.detector.loading import TrainedDetector
 from refdet.device import exact_float32
@@ -69,11 +70,27 @@ def image_list(step: Step, count: int) -> ImageList:
 
 
 def one_size(step: Step, network: str, count: int) -> tuple[list[ImageRecord], list[np.ndarray]]:
-    """Images of one input size, of the most frequent one, and their pixels; repeated if there are too few."""
+    """Images of the most frequent input size, and their pixels; repeated if there are too few."""
+    return _repeated(step, max(_groups(step, network), key=len), count)
+
+
+def largest(step: Step, network: str, count: int) -> tuple[list[ImageRecord], list[np.ndarray]]:
+    """Images of the largest input size, and their pixels; repeated if there are too few."""
+
+    def area(records: list[ImageRecord]) -> int:
+        size = input_size(records[0].height, records[0].width, recipe_of(step, network).input)
+        return size.height * size.width
+
+    return _repeated(step, max(_groups(step, network), key=area), count)
+
+
+def _groups(step: Step, network: str) -> list[list[ImageRecord]]:
     records = image_list(step, 512).records
-    groups = group_by_input_size(records, recipe_of(step, network).input, len(records))
-    most = max(groups, key=len)
-    chosen = [most[i % len(most)] for i in range(count)]
+    return group_by_input_size(records, recipe_of(step, network).input, len(records))
+
+
+def _repeated(step: Step, records: list[ImageRecord], count: int) -> tuple[list[ImageRecord], list[np.ndarray]]:
+    chosen = [records[i % len(records)] for i in range(count)]
     source = ImageSource.open(images_folder(step))
     return chosen, [source.read(record) for record in chosen]
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from refdet.detector.fused_layers import FusedConv2d, FusedStem
-from refdet.detector.mask_predictor import MaskPredictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_split
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
 from refdet.detector.roi_heads import C4Head, StandardHead
+from refdet.detector.roi_predictors import MaskPredictor
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import is_half_fastest

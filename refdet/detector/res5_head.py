@@ -4,12 +4,14 @@ Shape shorthand in this module:
 
     N: images or RoIs
     K: RoIs
-    Cin, C: input and output channels of conv5 (C' between `project` and `forward`)
+    Cin, C: input and output channels of conv5 (C' between `project` and `blocks`)
     H, W: height and width of a feature map
     m: cells on a side of a RoI
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from refdet.ops.epilogue import bias_relu
 
 
 class SplitRes5(nn.Module):
-    """A stage of bottlenecks in two steps, `project` and `forward`.
+    """A stage of bottlenecks in steps: `project`, and after pooling each of `blocks`.
 
     The first block begins with two 1x1 convolutions, one of them the shortcut. They commute with pooling, as both are
     linear and act on different axes, and a feature map has far fewer positions than hundreds of RoIs have cells.
@@ -60,16 +62,22 @@ class SplitRes5(nn.Module):
         self.reduce_bias_float32 = self.reduce_bias.detach().flatten().float()
 
     def project(self, x: Tensor) -> Tensor:
-        """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `forward`."""
+        """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `blocks`."""
         return self.first_convs(x)
 
-    def forward(self, projected: Tensor) -> Tensor:
-        """Pooled cells (K, C', m, m) of `project` -> (K, C, m, m)."""
+    def blocks(self) -> list[Callable[[Tensor], Tensor]]:
+        """Steps from pooled cells (K, C', m, m) of `project` to (K, C, m, m).
+
+        Called in a loop, as one call for all would keep the pooled cells, the largest activation, to the end.
+        """
+        return [self._first_block, *self.later_blocks]
+
+    def _first_block(self, projected: Tensor) -> Tensor:
         reduced, shortcut = projected.split(self.channels, dim=1)
         bias = self.reduce_bias_float32
         reduced = relu(reduced + self.reduce_bias) if bias is None else bias_relu(reduced, bias)
         y = conv_relu(self.conv2, reduced)
-        return self.later_blocks(conv_relu(self.conv3, y, shortcut))
+        return conv_relu(self.conv3, y, shortcut)
 
 
 def can_split(stage: nn.Module) -> bool:

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
 from refdet.detector.conv2d import Conv2d
-from refdet.detector.mask_predictor import MaskPredictor
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.res5_head import SplitRes5
-from refdet.detector.roi_chunks import Chunk, roi_chunks
+from refdet.detector.roi_chunks import Chunk, cat_chunks, pad_rows, roi_chunks
 from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
+from refdet.detector.roi_predictors import BoxPredictor, MaskPredictor
 from refdet.ops.pooling import (
     PyramidLevels,
     pyramid_levels,
@@ -83,25 +83,6 @@ class RoiHead(Protocol):
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
         """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
-
-
-class BoxPredictor(nn.Module):
-    """Two linear layers: class logits and per-class box deltas."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(channels, classes + 1)
-        self.delta = nn.Linear(channels, (classes + 1) * 4)
-        nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.normal_(self.delta.weight, std=0.001)
-        nn.init.zeros_(self.score.bias)
-        nn.init.zeros_(self.delta.bias)
-
-    def forward(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
-        """fc7 (K, D) -> logits (K, classes + 1) and deltas (K, classes + 1, 4), in float32."""
-        fc7 = fc7.to(self.score.weight.dtype)
-        deltas = self.delta(fc7).float()
-        return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
 
 
 def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
@@ -166,7 +147,8 @@ class C4Head(nn.Module):
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
-        return torch.cat([_mean(self._spatial(maps, chunk.take(rois)))[: chunk.count] for chunk in self._chunks(rois)])
+        chunks = self._chunks(maps, rois)
+        return cat_chunks([_mean(self._spatial(maps, chunk.take(rois)))[: chunk.count] for chunk in chunks])
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
@@ -182,24 +164,34 @@ class C4Head(nn.Module):
         levels: PyramidLevels | None = None,
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
-        parts = []
-        for chunk in self._chunks(rois):
-            part = chunk.take(rois)
-            features = self.features(maps, part)
-            logits = None if labels is None else self.mask_logits(maps, part, features, chunk.take(labels))
-            parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count])
-        return RoiOutput.cat(parts)
+        chunks = self._chunks(maps, rois)
+        return RoiOutput.cat([self._forward_chunk(maps, rois, labels, spatial, chunk) for chunk in chunks])
 
-    def _chunks(self, rois: Tensor) -> list[Chunk]:
-        max_rois = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
-        return roi_chunks(len(rois), rois.device, max_rois)
+    def _forward_chunk(
+        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool, chunk: Chunk
+    ) -> RoiOutput:
+        part = chunk.take(rois)
+        features = self.features(maps, part)
+        logits = None if labels is None else self.mask_logits(maps, part, features, chunk.take(labels))
+        return RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count]
+
+    def _chunks(self, maps: Sequence[Tensor], rois: Tensor) -> list[Chunk]:
+        outputs = POOL_SIZE**2 * self.box.score.in_features
+        values = [self.model.pooler_resolution**2 * maps[-1].shape[1], outputs]  # of a RoI: pooled, and after conv5
+        if self.mask is not None:
+            values.append(self.mask_size**2 * self.mask.logits.in_channels)
+        max_rois = max(CPU_CHUNK_BYTES // (4 * outputs), 1)
+        return roi_chunks(len(rois), rois.device, max(values) * maps[0].element_size(), max_rois)
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
         if not isinstance(self.conv5, SplitRes5):
             return self.conv5(self._pool(maps[0], rois))
         is_projected = len(maps) > 1
-        return self.conv5(self._pool(maps[1], rois) if is_projected else self.conv5.project(self._pool(maps[0], rois)))
+        x = self._pool(maps[1], rois) if is_projected else self.conv5.project(self._pool(maps[0], rois))
+        for block in self.conv5.blocks():
+            x = block(x)
+        return x
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
@@ -252,7 +244,7 @@ class StandardHead(nn.Module):
         """The feature maps, unchanged."""
         return maps
 
-    def levels(self, rois: Tensor) -> PyramidLevels | None:
+    def levels(self, rois: Tensor) -> PyramidLevels:
         """Pyramid levels of rois (K, 5)."""
         return pyramid_levels(rois, self.strides)
 
@@ -270,20 +262,35 @@ class StandardHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        return self._features(self.pool_cells(maps, rois))
+        return self._features(maps, rois, None)
 
-    def _features(self, pooled: Tensor) -> RoiFeatures:
-        hidden = self._apply_convs(pooled) if self.convs else pooled
-        return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
+    def _features(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None) -> RoiFeatures:
+        if not self.convs:
+            hidden = pooled = self._pool(maps, rois, POOL_SIZE, levels)
+        else:
+            chunks = self._chunks(maps, rois, POOL_SIZE**2 * maps[0].shape[1])
+            pooled = self._pool_padded(maps, rois, POOL_SIZE, levels, chunks)
+            hidden = cat_chunks([self._apply_convs(chunk.take(pooled))[: chunk.count] for chunk in chunks])
+        return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled[: len(rois)])
 
-    def _apply_convs(self, pooled: Tensor) -> Tensor:
-        parts = []
-        for chunk in roi_chunks(len(pooled), pooled.device):
-            hidden = chunk.take(pooled)
-            for convolution in self.convs:
-                hidden = conv_relu(convolution, hidden)
-            parts.append(hidden[: chunk.count])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    def _apply_convs(self, hidden: Tensor) -> Tensor:
+        for convolution in self.convs:
+            hidden = conv_relu(convolution, hidden)
+        return hidden
+
+    def _chunks(self, maps: Sequence[Tensor], rois: Tensor, values: int) -> list[Chunk]:
+        """Chunks of rois (K, 5) whose largest activation has so many values."""
+        return roi_chunks(len(rois), rois.device, values * maps[0].element_size())
+
+    def _pool_padded(
+        self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None, chunks: Sequence[Chunk]
+    ) -> Tensor:
+        """Cells of rois (K, 5) and of the last chunk's padding, which costs less than padding the cells."""
+        padded = chunks[-1].first + chunks[-1].size
+        if padded > len(rois):
+            levels = (levels or self.levels(rois)).padded(padded)
+            rois = pad_rows(rois, padded)
+        return self._pool(maps, rois, size, levels)
 
     def forward_inference(
         self,
@@ -295,12 +302,12 @@ class StandardHead(nn.Module):
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         levels = levels or self.levels(rois)
-        features = self._features(self._pool(maps, rois, POOL_SIZE, levels))
+        features = self._features(maps, rois, levels)
         logits = None
         if labels is not None and self.mask is not None:
-            pooled = self._pool(maps, rois, 2 * POOL_SIZE, levels)
-            chunks = roi_chunks(len(rois), rois.device)
-            logits = torch.cat([self.mask(c.take(pooled), c.take(labels))[: c.count] for c in chunks])
+            chunks = self._chunks(maps, rois, self.mask_size**2 * self.mask.logits.in_channels)
+            pooled = self._pool_padded(maps, rois, 2 * POOL_SIZE, levels, chunks)
+            logits = cat_chunks([self.mask(c.take(pooled), c.take(labels))[: c.count] for c in chunks])
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:

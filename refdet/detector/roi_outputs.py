@@ -55,8 +55,10 @@ class RoiOutput:
 
     @classmethod
     def cat(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
-        """Concatenate outputs that have the same fields."""
+        """Concatenate outputs that have the same fields, without a copy if there is one."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         return cls(
             torch.cat([part.fc7 for part in parts]),
             None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
 from refdet.detector.backbones import vgg_channels
 from refdet.detector.packed_layers import conv_relu
-from refdet.detector.roi_chunks import roi_chunks
-from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, BoxPredictor, pool_cells, pool_mean
+from refdet.detector.roi_chunks import cat_chunks, roi_chunks
+from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, pool_cells, pool_mean
 from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
+from refdet.detector.roi_predictors import BoxPredictor
 from refdet.ops.pooling import PyramidLevels
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # multiple of the width, number of convolutions
@@ -114,10 +114,10 @@ class VGGHead(nn.Module):
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
-        # crop_max and crop_align take four float32 samples per cell
-        max_rois = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)
-        chunks = roi_chunks(len(rois), rois.device, max_rois)
-        return torch.cat([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
+        samples = 4 * POOL_SIZE**2 * x.shape[1]  # of a RoI; crop_max and crop_align take four per cell
+        max_rois = max(CPU_CHUNK_BYTES // (4 * samples), 1)
+        chunks = roi_chunks(len(rois), rois.device, samples * x.element_size(), max_rois)
+        return cat_chunks([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
-from refdet.detector.predictor import detect_batch
+from refdet.detector.predictor import start_detecting
 from refdet.device import as_out_of_memory_error
 from refdet.extraction.memory import available_bytes
 from refdet.extraction.steps import Compute, Finish
@@ -26,43 +26,85 @@ MEMORY_FRACTION = 0.8  # of free memory; the rest is for variation between image
 CPU_IMAGE_BYTES = 2**30  # memory that an image of 600x1000 takes with the largest network, with a margin
 
 
+@dataclass(frozen=True)
+class MeasuredBatch:
+    """A batch that fits into the memory of a GPU.
+
+    Attributes:
+        size: number of images.
+        peak_bytes: memory that a batch of the largest images takes at most, beyond what is allocated between batches.
+    """
+
+    size: int
+    peak_bytes: int
+
+
 def auto_batch_size(
     detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
 ) -> int:
     """The largest power of 2 images that fits into the memory of the detector's device, at most `MAX_BATCH_SIZE`.
 
-    On a GPU the peak memory of one and of two random images of the largest size in `records` is measured, with a score
-    threshold of 0 so that ``options.max_regions`` is reached.
+    On a GPU, `measure_batch_size` finds it.
 
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.
     """
     device = next(detector.model.parameters()).device
-    limit = MAX_BATCH_SIZE.get(device.type, 1)
-    if device.type != "cuda":
-        return _power_of_2(available_bytes() * MEMORY_FRACTION / CPU_IMAGE_BYTES, limit)
+    if device.type == "cuda":
+        return measure_batch_size(detector, records, options, features).size
+    return _power_of_2(available_bytes() * MEMORY_FRACTION / CPU_IMAGE_BYTES, MAX_BATCH_SIZE.get(device.type, 1))
+
+
+def measure_batch_size(
+    detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
+) -> MeasuredBatch:
+    """The largest batch whose measured peak is at most `MEMORY_FRACTION` of a GPU's free memory.
+
+    Batches of 1, 2, 4, ... random images of the largest size in `records` are computed, with a score threshold of 0 so
+    that ``options.max_regions`` is reached. As memory does not grow evenly, the size is one that was computed; how
+    memory grew only decides whether the next size is tried.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: even one image does not fit.
+    """
+    device = next(detector.model.parameters()).device
     sizes = [(input_size(r.height, r.width, detector.meta.recipe.input), r) for r in records]
     largest = max(sizes, key=lambda pair: pair[0].height * pair[0].width)[1]
     image = np.random.default_rng(0).integers(0, 256, (largest.height, largest.width, 3), dtype=np.uint8)
     all_regions = replace(options, score_threshold=0.0)
-    peaks = []
-    for count in (1, 2):
+
+    def peak_bytes(count: int) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        try:
-            ids = detector.meta.category_ids
-            with as_out_of_memory_error():
-                detect_batch(detector.model, [image] * count, [largest] * count, ids, all_regions, features=features)
-        except torch.cuda.OutOfMemoryError:
-            if count == 1:
-                raise
-        else:
-            peaks.append(torch.cuda.max_memory_allocated(device))
+        allocated, images = torch.cuda.memory_allocated(device), [image] * count
+        ids = detector.meta.category_ids
+        with as_out_of_memory_error():
+            start_detecting(detector.model, images, [largest] * count, ids, all_regions, features=features)
+            torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - allocated
+
+    peak_bytes(1)  # libraries load, and allocate memory that they keep
+    peaks = [peak_bytes(1)]
     torch.cuda.empty_cache()
-    if len(peaks) == 1:
-        return 1
-    free, allocated = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
-    return _power_of_2((free * MEMORY_FRACTION - (peaks[0] - allocated)) / max(peaks[1] - peaks[0], 1) + 1, limit)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of blocks that are partly used
+    budget = (torch.cuda.mem_get_info(device)[0] + unused) * MEMORY_FRACTION
+    size = 1
+    while size < MAX_BATCH_SIZE["cuda"] and _expected_peak(peaks) <= budget:
+        try:
+            peak = peak_bytes(2 * size)
+        except torch.cuda.OutOfMemoryError:
+            break
+        if peak > budget:
+            break
+        size *= 2
+        peaks.append(peak)
+    torch.cuda.empty_cache()
+    return MeasuredBatch(size, peaks[-1])
+
+
+def _expected_peak(peaks: Sequence[int]) -> int:
+    """The next peak, of sizes that double, if memory grows as it did between the last two; at least the last peak."""
+    return peaks[-1] if len(peaks) == 1 else peaks[-1] + 2 * max(peaks[-1] - peaks[-2], 0)
 
 
 def _power_of_2(count: float, limit: int) -> int:

@@ -103,6 +103,11 @@ class PyramidLevels(NamedTuple):
     rows: tuple[Tensor, ...]
     inverse: Tensor
 
+    def padded(self, count: int) -> PyramidLevels:
+        """Levels of `count` RoIs, those after these ones on the coarsest level."""
+        more = torch.arange(len(self.inverse), count, device=self.inverse.device)
+        return PyramidLevels((*self.rows[:-1], torch.cat((self.rows[-1], more))), torch.cat((self.inverse, more)))
+
 
 def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
     """Assign RoIs to levels, as in `pyramid_roi_align`; waits for a GPU once, if there are several levels."""

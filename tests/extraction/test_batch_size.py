@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from trained_models import IDS, trained_model
 
 from refdet.cli.main import main
@@ -15,7 +17,7 @@ from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.device import as_out_of_memory_error
 from refdet.extraction import batch_size
-from refdet.extraction.batch_size import auto_batch_size, split_on_oom
+from refdet.extraction.batch_size import MeasuredBatch, auto_batch_size, measure_batch_size, split_on_oom
 from refdet.extraction.options import ExtractOptions
 from refdet.structures.detection_options import DetectionOptions
 
@@ -136,12 +138,21 @@ def test_on_the_cpu_it_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch, fr
 
 
 class Gpu:
-    """Memory of a GPU as PyTorch tells of it: a detector takes `held`, a batch `each` an image and `fixed` besides."""
+    """Memory of a GPU as PyTorch tells of it: a detector takes `held`, libraries `kept`, and a batch `needed`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, held: int, fixed: int, each: int) -> None:
-        self.peak, self.batches = 0, list[tuple[int, tuple[int, ...], DetectionOptions]]()
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        total: int,
+        needed: Callable[[int], int],
+        held: int = 100,
+        kept: int = 0,
+        error: RuntimeError = NO_MEMORY[0],
+    ) -> None:
+        self.peak, self.allocated = 0, held
+        self.batches = list[tuple[int, tuple[int, ...], DetectionOptions]]()
 
-        def detect(
+        def start(
             model: object,
             images: list[np.ndarray],
             records: list[ImageRecord],
@@ -150,23 +161,27 @@ class Gpu:
             *,
             features: tuple[str, ...],
         ) -> None:
+            assert len(images) == len(records)
             self.batches.append((len(images), images[0].shape, options))
-            needed = held + fixed + each * len(images)
-            if needed > total:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            self.peak = needed
+            peak = held + kept + needed(len(images))
+            if peak > total:
+                raise error
+            self.peak, self.allocated = max(self.peak, peak), held + kept
 
         def begin(device: torch.device) -> None:
-            self.peak = held
+            self.peak = self.allocated
 
-        monkeypatch.setattr(batch_size, "detect_batch", detect)
+        block = 8  # the detector's last block, of which a part is unused
+        monkeypatch.setattr(batch_size, "start_detecting", start)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begin)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - held, total))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.allocated + block)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (total - self.allocated - block, total))
 
-    def fitting(self) -> int:
+    def measured(self) -> MeasuredBatch:
         parameters = [SimpleNamespace(device=torch.device("cuda"))]
         model = SimpleNamespace(parameters=lambda: iter(parameters))
         meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
@@ -175,27 +190,69 @@ class Gpu:
             DetectionOptions(score_threshold=0.5, max_regions=36),
         )
         records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
-        return auto_batch_size(detector, records, options, ())  # type: ignore[arg-type]
+        found = measure_batch_size(detector, records, options, ())  # type: ignore[arg-type]
+        assert auto_batch_size(detector, records, options, ()) == found.size  # type: ignore[arg-type]
+        return found
+
+    def tried(self) -> list[int]:
+        return [count for count, *_ in self.batches[: len(self.batches) // 2]]  # by the first of two measurements
+
+
+def linear(count: int) -> int:
+    return 20 + 100 * count
 
 
 @pytest.mark.parametrize(("total", "size"), [(220, 1), (310, 1), (350, 1), (500, 2), (900, 4), (1700, 8), (99999, 32)])
 def test_on_a_gpu_it_is_what_was_measured(monkeypatch: pytest.MonkeyPatch, total: int, size: int) -> None:
     """Of 0.8 of the memory that the detector leaves: at 350 two images fit into all of it, but not into that."""
-    assert Gpu(monkeypatch, total, held=100, fixed=20, each=100).fitting() == size
+    assert Gpu(monkeypatch, total, linear).measured() == MeasuredBatch(size, linear(size))
+
+
+@given(
+    peaks=st.lists(st.integers(1, 1000), min_size=6, max_size=6).map(sorted),
+    kept=st.integers(0, 100),
+    total=st.integers(201, 4000),
+    error=st.sampled_from(NO_MEMORY),
+)
+def test_however_memory_grows_a_batch_that_was_computed_is_chosen(
+    peaks: list[int], kept: int, total: int, error: RuntimeError
+) -> None:
+    sizes = dict(zip((1, 2, 4, 8, 16, 32), peaks, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = Gpu(patch, total, sizes.__getitem__, kept=kept, error=error)
+        if 100 + kept + peaks[0] > total:
+            with pytest.raises(torch.cuda.OutOfMemoryError):
+                gpu.measured()
+            return
+        found = gpu.measured()
+    assert found.peak_bytes == sizes[found.size]
+    budget = 0.8 * (total - 100 - kept)
+    assert found.size == 1 or found.peak_bytes <= budget
+    tried = gpu.tried()
+    assert tried[:2] == [1, 1] and tried[-1] in (found.size, 2 * found.size)
+    for count in tried[3:]:  # expected to fit
+        assert 3 * sizes[count // 2] - 2 * sizes[count // 4] <= budget
+
+
+def test_what_memory_grows_by_once_is_not_taken_for_what_each_image_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images need much more than one, and 32 hardly more than 8, as conv5 takes RoIs in chunks."""
+    peaks = {1: 130, 2: 500, 4: 530, 8: 2020, 16: 2130, 32: 2370}
+    assert Gpu(monkeypatch, 6500, peaks.__getitem__).measured() == MeasuredBatch(32, 2370)
 
 
 def test_the_images_tried_on_a_gpu_are_the_largest_with_all_the_regions_there_may_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = Gpu(monkeypatch, 10**6, held=100, fixed=20, each=100)
-    gpu.fitting()
+    gpu = Gpu(monkeypatch, 1000, linear)
+    gpu.measured()
     most = DetectionOptions(score_threshold=0.0, max_regions=36)
-    assert gpu.batches == [(1, (200, 250, 3), most), (2, (200, 250, 3), most)]
+    assert {(shape, options) for _, shape, options in gpu.batches} == {((200, 250, 3), most)}
+    assert gpu.tried() == [1, 1, 2, 4]  # and not 8, for which it is too small
 
 
 def test_a_gpu_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        Gpu(monkeypatch, 210, held=100, fixed=20, each=100).fitting()
+        Gpu(monkeypatch, 210, linear).measured()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "1.5"])

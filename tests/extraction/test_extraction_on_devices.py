@@ -6,8 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from devices import is_gpu, on_devices, on_every_gpu
 from interrupted_extraction import environment
+from memory_limits import memory_of, too_little_memory
 from PIL import Image
 from store_examples import contents
 from trained_models import NAMES, saved_model
@@ -26,7 +26,8 @@ from refdet import store
 from refdet.data import transforms
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
-from refdet.detector import loading, predictor
+from refdet.detector import loading
+from refdet.detector.predictor import detect_batch
 from refdet.device import resolve_device
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.evaluation.detection import detect_regions, evaluate
@@ -225,50 +226,35 @@ def test_the_automatic_batch_size_fits(device: str, root: Path) -> None:
 
 @pytest.fixture
 def roomy(root: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """The images, and for a GPU a detector whose batches need more than the smallest pieces that PyTorch allocates."""
+    """The images, and a detector whose batches need more memory than its weights."""
 
     def prepared(device: str) -> Path:
-        if is_gpu(device):
-            saved_model(tmp_path / "run", "model.width=64", "input.min_sizes=[256]", "input.max_size=512")
+        width = 64 if is_gpu(device) else 8
+        saved_model(tmp_path / "run", f"model.width={width}", "input.min_sizes=[256]", "input.max_size=512")
         linked(tmp_path, root)
         return tmp_path
 
     return prepared
 
 
-@contextmanager
-def memory_for(device: str, images: int, root: Path) -> Iterator[None]:
-    """Memory for the detector and batches of so many images: of a GPU by a limit, on a CPU as if it were one."""
-    if not is_gpu(device):
-        start = predictor.start_detecting
+def computes(root: Path, device: str, images: int) -> Callable[[], bool]:
+    """A function that loads the detector and detects regions of the largest images: whether memory is enough."""
+    record = CocoIndex.load(root / "instances.json").images[3]
+    pixels = ImageSource.open(root / "images").read(record)
 
-        def limited(model: Any, batch: list[np.ndarray], *given: Any, **named: Any) -> Any:
-            if len(batch) > images:
-                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-            return start(model, batch, *given, **named)
+    def computed() -> bool:
+        try:
+            detector = loading.load(root / "run", resolve_device(device), for_inference=True)
+            with detector.inference():
+                detect_batch(detector.model, [pixels] * images, [record] * images, list(NAMES), OPTIONS)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        except RuntimeFailure as error:
+            assert "too little memory for the detector" in str(error)
+            return False
+        return True
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(computing, "start_detecting", limited)
-            yield
-        return
-    where = resolve_device(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(where)
-    detector = loading.load(root / "run", where, for_inference=True)
-    if images:
-        record = CocoIndex.load(root / "instances.json").images[3]
-        pixels = [np.zeros((record.height, record.width, 3), np.uint8)] * images
-        with detector.inference():
-            predictor.detect_batch(detector.model, pixels, [record] * images, list(NAMES), OPTIONS)
-    needed = torch.cuda.max_memory_reserved(where)
-    del detector
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(needed / torch.cuda.get_device_properties(where).total_memory, where)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, where)
-        torch.cuda.empty_cache()
+    return computed
 
 
 @on_devices
@@ -279,9 +265,11 @@ def test_batches_are_cut_where_memory_is_short(
     options = ExtractOptions(score_threshold=0.1, max_regions=10)
     extract(folder, device, "whole.h5", images=24, options=options)
     empty = torch.cuda.empty_cache
-    with memory_for(device, 2, folder), monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "empty_cache", lambda: cut.append(1) or empty())
-        done = extract(folder, device, "short.h5", images=24, batch_size=6, options=options)
+    with memory_of(device) as memory, too_little_memory(memory, computes(folder, device, 6)):
+        assert computes(folder, device, 1)()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "empty_cache", lambda: cut.append(1) or empty())
+            done = extract(folder, device, "short.h5", images=24, batch_size=6, options=options)
     assert done.errors == 0 and done.images == 24 and cut
     assert_near(folder / "short.h5", folder / "whole.h5")
 
@@ -289,7 +277,11 @@ def test_batches_are_cut_where_memory_is_short(
 @on_devices
 def test_too_little_memory_for_one_image_is_told(device: str, roomy: Callable[[str], Path]) -> None:
     folder = roomy(device)
-    with memory_for(device, 0, folder), pytest.raises(RuntimeFailure, match="too little memory for"):
+    with (
+        memory_of(device) as memory,
+        too_little_memory(memory, computes(folder, device, 1)),
+        pytest.raises(RuntimeFailure, match="too little memory for"),
+    ):
         extract(folder, device, "none.h5", images=8)
     resume = (folder / "none.h5.parts").exists()  # unless there was no room for the detector itself
     assert extract(folder, device, "none.h5", images=8, resume=resume).images == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 VIEWS = {"view", "permute", "transpose", "t", "slice", "split", "as_strided", "detach", "alias", "expand", "select",
          "unsqueeze", "empty", "empty_like", "reshape", "device", "split_with_sizes", "unbind", "flatten", "movedim",
@@ -27,16 +29,23 @@ class Launches(TorchDispatchMode):
             its own.
         bytes_of_passes: bytes read and written by all operators but convolutions and matrix products, and by the
             shortcuts that these add.
+        peak_bytes: of the tensors that were alive at once, beside those made before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.bytes_of_passes = 0
+        self.peak_bytes = 0
+        self._alive: Counter[int] = Counter()  # storage -> number of tensors
+        self._alive_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.replace("conv2d", "convolution")
         y = self._fake(name, func, args, kwargs or {})
+        for tensor in tree_leaves(y):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor)
         copied = name == "reshape" and not args[0].is_contiguous()
         if (name in VIEWS and not copied) or (name == "to" and y.dtype == args[0].dtype):
             return y
@@ -50,6 +59,19 @@ class Launches(TorchDispatchMode):
             given = [a for a in [*args, y] if isinstance(a, Tensor)]
             self.bytes_of_passes += sum(map(_size, given))
         return y
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._alive_bytes += size * (self._alive[key] == 0)
+        self._alive[key] += 1
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+        def free() -> None:
+            self._alive[key] -= 1
+            self._alive_bytes -= size * (self._alive[key] == 0)
+
+        weakref.finalize(tensor, free)
 
     def _fake(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name == "_addmm_activation":  # the fake implementation calls other operators

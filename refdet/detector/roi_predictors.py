@@ -1,10 +1,11 @@
-"""The mask branch of the second stage.
+"""Last layers of the second stage: class logits, box deltas and masks.
 
 Shape shorthand in this module:
 
     K: RoIs of the batch
-    C: channels of a feature map
-    s: side of a RoI in cells
+    C: channels of the cells that masks are predicted from
+    D: channels of fc7
+    s: side of a RoI in these cells
 """
 
 from __future__ import annotations
@@ -16,6 +17,25 @@ from torch.nn import functional as F
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
 from refdet.ops.training_epilogue import bias_relu, fuses
+
+
+class BoxPredictor(nn.Module):
+    """Two linear layers: class logits and per-class box deltas."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, classes + 1)
+        self.delta = nn.Linear(channels, (classes + 1) * 4)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.normal_(self.delta.weight, std=0.001)
+        nn.init.zeros_(self.score.bias)
+        nn.init.zeros_(self.delta.bias)
+
+    def forward(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """fc7 (K, D) -> logits (K, classes + 1) and deltas (K, classes + 1, 4), in float32."""
+        fc7 = fc7.to(self.score.weight.dtype)
+        deltas = self.delta(fc7).float()
+        return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
 
 
 class MaskPredictor(nn.Module):

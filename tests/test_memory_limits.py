@@ -1,0 +1,45 @@
+"""Limits of memory that the tests set are reached, whatever else is in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from devices import on_devices
+from memory_limits import memory_of, too_little_memory
+
+MIB = 2**20
+
+
+def allocates(device: str, *mebibytes: int) -> bool:
+    """Allocate the first of these sizes that is allowed; whether there is one."""
+    for size in mebibytes:
+        try:
+            torch.zeros(size * MIB, dtype=torch.uint8, device=device)
+        except torch.cuda.OutOfMemoryError:
+            continue
+        return True
+    return False
+
+
+@on_devices
+@pytest.mark.parametrize("sizes", [(200,), (200, 100)], ids=["fixed", "less where memory is short"])
+def test_there_is_too_little_memory_in_the_block_and_enough_after_it(device: str, sizes: tuple[int, ...]) -> None:
+    with memory_of(device) as memory:
+        kept = torch.zeros(50 * MIB, dtype=torch.uint8, device=device)
+        cached = [torch.zeros(300 * MIB, dtype=torch.uint8, device=device)]
+        cached.clear()
+        with too_little_memory(memory, lambda: allocates(device, *sizes)):
+            assert not allocates(device, *sizes)
+            assert allocates(device, sizes[-1] // 2)
+        memory.allow(None)
+        assert allocates(device, *sizes) and len(kept) == 50 * MIB
+    assert allocates(device, 500)
+
+
+def test_a_computation_that_always_fits_is_an_error() -> None:
+    with (
+        memory_of("cpu") as memory,
+        pytest.raises(AssertionError, match="is enough"),
+        too_little_memory(memory, lambda: allocates("cpu", 100, 1)),
+    ):
+        pass
