@@ -12,6 +12,7 @@ constexpr int kThreads = 1024;       // per block, a multiple of kChunk
 constexpr int kSlices = kThreads / kChunk;
 constexpr int kFast = 1024;          // kept boxes of an image that are held in shared memory
 constexpr int64_t kNoImage = INT64_MAX;  // key of a box without an image
+constexpr unsigned kWarpMask = 0xffffffffu;
 
 // Sort keys: by image, then by descending score; -0 and +0 are equal, NaN counts as -inf. A stable sort keeps ties by
 // index.
@@ -54,14 +55,20 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
   return __fdiv_rn(overlap, __fsub_rn(__fadd_rn(area_a, area_b), overlap)) > threshold;
 }
 
-// NMS of one image by each block of kThreads. The boxes of image i are those of the sorted keys in i << 32 to
-// (i + 1) << 32; `order` has their indices. Writes the indices of the kept boxes, best first, and their number.
-//
-// `kept` of image i begins at i * pitch, or, if pitch is negative, at the index of its first box among the sorted keys.
-__global__ void __launch_bounds__(kThreads)
-    greedy_kernel(const float4* boxes, const int64_t* groups, const int64_t* keys, const int64_t* order, int64_t n,
-                  float threshold, int64_t limit, int64_t pitch, int64_t* kept, int64_t* counts) {
-  __shared__ int64_t ends[2];
+// What all blocks of a launch have in common. `order` has the indices of the boxes by ascending key: by image, then by
+// descending score. Candidate number i is at place places[i] of `order`, or without `places` at place i.
+struct Candidates {
+  const float4* boxes;
+  const int64_t *groups, *order, *places;
+  float threshold;
+
+  __device__ int64_t place(int64_t number) const { return places ? places[number] : number; }
+};
+
+// NMS of the candidates begin to end - 1 by a block of kThreads, best first, until `limit` are kept. Writes the indices
+// of the kept boxes to `mine`, and to `at_place`, if given, at the place of each. Returns their number.
+inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, int64_t end, int64_t limit, int64_t* mine,
+                                        int64_t* at_place) {
   __shared__ float4 kept_boxes[kFast];
   __shared__ int64_t kept_groups[kFast];
   __shared__ float4 candidates[kChunk];
@@ -71,42 +78,42 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Bits gone;         // bit j: a kept box suppresses candidate j
   __shared__ Bits survivors;
   const int thread = threadIdx.x, column = thread % kChunk, slice = thread / kChunk;
-  const int64_t image = blockIdx.x;
-  if (thread < 2) ends[thread] = first_from(keys, n, (image + thread) << 32);
-  __syncthreads();
-  const int64_t begin = ends[0], end = ends[1];
-  int64_t* const mine = kept + (pitch < 0 ? begin : image * pitch);
+  const float threshold = all.threshold;
   int64_t total = 0;  // the same in every thread
 
   for (int64_t start = begin; start < end && total < limit; start += kChunk) {
     const int count = static_cast<int>(end - start < kChunk ? end - start : kChunk);
+    int64_t index = 0, place = 0;
     if (thread < count) {
-      const int64_t index = order[start + thread];
-      candidates[thread] = boxes[index];
+      place = all.place(start + thread);
+      index = all.order[place];
+      candidates[thread] = all.boxes[index];
       areas[thread] = area_of(candidates[thread]);
-      own_groups[thread] = groups ? groups[index] : 0;
+      own_groups[thread] = all.groups ? all.groups[index] : 0;
     }
     if (thread < kChunk) row[thread] = 0;
     if (thread == 0) gone = 0;
     __syncthreads();  // the chunk is loaded, and `mine` and kept_boxes hold what the last chunk wrote
 
-    if (column < count) {
-      const float4 box = candidates[column];
-      const float area = areas[column];
-      const int64_t group = own_groups[column];
-      bool hit = false;
-      for (int64_t k = slice; k < total; k += kSlices) {
-        const bool fast = k < kFast;
-        const int64_t index = fast ? 0 : mine[k];
-        const int64_t other_group = fast ? kept_groups[k] : groups ? groups[index] : 0;
-        if (other_group != group) continue;
-        const float4 other = fast ? kept_boxes[k] : boxes[index];
-        if (suppresses(other, box, area_of(other), area, threshold)) {
-          hit = true;
-          break;
-        }
+    // All lanes of a warp look at the same kept box. The vote brings them together again after each one: where groups
+    // differ, lanes that left each other would otherwise walk through the kept boxes one after another.
+    const bool present = column < count;
+    const float4 box = present ? candidates[column] : float4{};
+    const float area = present ? areas[column] : 0.0f;
+    const int64_t group = present ? own_groups[column] : 0;
+    bool done = !present;
+    for (int64_t k = slice; k < total; k += kSlices) {
+      const bool fast = k < kFast;
+      const int64_t other_index = fast ? 0 : mine[k];
+      const int64_t other_group = fast ? kept_groups[k] : all.groups ? all.groups[other_index] : 0;
+      if (!done && other_group == group) {
+        const float4 other = fast ? kept_boxes[k] : all.boxes[other_index];
+        done = suppresses(other, box, area_of(other), area, threshold);
       }
-      if (hit) {
+      if (__all_sync(kWarpMask, done)) break;
+    }
+    if (present) {
+      if (done) {
         atomicOr(&gone, Bits{1} << column);
       } else {
         for (int i = slice; i < column; i += kSlices) {
@@ -133,7 +140,8 @@ __global__ void __launch_bounds__(kThreads)
     const Bits alive = survivors;
     if (thread < count && (alive >> thread & 1)) {
       const int64_t k = total + __popcll(alive & ((Bits{1} << thread) - 1));
-      mine[k] = order[start + thread];
+      mine[k] = index;
+      if (at_place) at_place[place] = index;
       if (k < kFast) {
         kept_boxes[k] = candidates[thread];
         kept_groups[k] = own_groups[thread];
@@ -141,7 +149,43 @@ __global__ void __launch_bounds__(kThreads)
     }
     total += __popcll(alive);
   }
-  if (thread == 0) counts[image] = total;
+  return total;
+}
+
+// NMS of one image by each block. The boxes of image i are those of the sorted keys in i << 32 to (i + 1) << 32. Writes
+// the indices of the kept boxes, best first, and their number.
+//
+// `kept` of image i begins at i * pitch, or, if pitch is negative, at the place of its first box.
+__global__ void __launch_bounds__(kThreads)
+    greedy_kernel(Candidates all, const int64_t* keys, int64_t n, int64_t limit, int64_t pitch, int64_t* kept,
+                  int64_t* counts) {
+  __shared__ int64_t ends[2];
+  const int64_t image = blockIdx.x;
+  if (threadIdx.x < 2) ends[threadIdx.x] = first_from(keys, n, (image + threadIdx.x) << 32);
+  __syncthreads();
+  int64_t* const mine = kept + (pitch < 0 ? ends[0] : image * pitch);
+  const int64_t total = keep_greedily(all, ends[0], ends[1], limit, mine, nullptr);
+  if (threadIdx.x == 0) counts[image] = total;
+}
+
+// The same without a limit, where the groups of an image do not depend on each other: NMS of one group of one image by
+// the block that has the number of its first candidate; the others end at once. `places` sorts by group, then by place,
+// and so by group, image and score; `sorted_groups` is the group of each candidate. Writes `kept` at the place of each
+// kept box; `scratch` has room for n.
+__global__ void __launch_bounds__(kThreads)
+    group_greedy_kernel(Candidates all, const int64_t* keys, const int64_t* sorted_groups, int64_t n, int64_t* scratch,
+                        int64_t* kept) {
+  const int64_t begin = blockIdx.x, group = sorted_groups[begin], image = keys[all.places[begin]] >> 32;
+  const auto belongs = [&](int64_t number) {
+    return sorted_groups[number] == group && keys[all.places[number]] >> 32 == image;
+  };
+  if (begin > 0 && belongs(begin - 1)) return;  // the whole block
+  int64_t last = begin, end = n;                // `last` belongs to the group, `end` does not
+  while (end - last > 1) {
+    const int64_t middle = last + (end - last) / 2;
+    (belongs(middle) ? last : end) = middle;
+  }
+  keep_greedily(all, begin, end, /*limit=*/n, scratch + begin, kept);
 }
 
 }  // namespace refdet

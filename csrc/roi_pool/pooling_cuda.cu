@@ -202,22 +202,24 @@ __global__ void unpool_kernel(const T* pooled, Shape map, Lists lists, Groups gr
 
 // ---- host code
 
-// The taps of all RoIs, computed on the device, and their memory.
+// The taps of all RoIs, computed on the device, and their memory: one tensor, as each costs the host microseconds.
 struct Tables {
-  at::Tensor positions, counts, weights, windows, images;
+  at::Tensor memory;
   Lists lists;
 
   Tables(const at::Tensor& rois, const Sampling& how, const Shape& map, cudaStream_t stream) {
     const int64_t count = rois.size(0), cells = how.cells(), room = how.capacity(std::max(map.height, map.width));
-    const auto integers = rois.options().dtype(at::kInt);
-    positions = at::empty({count * 2 * cells * room}, integers), counts = at::empty({count * 2 * cells}, integers);
-    weights = at::empty({count * 2 * cells * room}, rois.options()), windows = at::empty({count, 4}, integers);
-    images = at::empty({count}, rois.options().dtype(at::kLong));
-    lists = {positions.mutable_data_ptr<int32_t>(),
-             counts.mutable_data_ptr<int32_t>(),
-             weights.mutable_data_ptr<float>(),
-             reinterpret_cast<int4*>(windows.mutable_data_ptr<int32_t>()),
-             images.mutable_data_ptr<int64_t>(),
+    const int64_t of_all = count * 2 * cells;  // lists
+    static_assert(sizeof(int4) == 4 * sizeof(int32_t) && sizeof(int64_t) == 2 * sizeof(int32_t));
+    memory = at::empty({count * (4 + 2) + of_all * (2 * room + 1)}, rois.options().dtype(at::kInt));
+    int32_t* const windows = memory.mutable_data_ptr<int32_t>();  // in descending order of alignment
+    int32_t *const images = windows + 4 * count, *const positions = images + 2 * count;
+    int32_t *const weights = positions + of_all * room, *const counts = weights + of_all * room;
+    lists = {positions,
+             counts,
+             reinterpret_cast<float*>(weights),
+             reinterpret_cast<int4*>(windows),
+             reinterpret_cast<int64_t*>(images),
              room,
              cells};
     const int threads = static_cast<int>(std::min<int64_t>(kThreads, (2 * cells + kWarp - 1) / kWarp * kWarp));
@@ -285,7 +287,7 @@ at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t si
 
 template <typename T, int numbers>
 void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
-  const at::Tensor members = at::empty({pooled.size(0) + map.batch + 1}, tables.counts.options());
+  const at::Tensor members = at::empty({pooled.size(0) + map.batch + 1}, tables.memory.options());
   const Groups groups{members.mutable_data_ptr<int32_t>(), members.mutable_data_ptr<int32_t>() + pooled.size(0)};
   group_kernel<<<blocks(map.batch, 1), kWarp, 0, stream>>>(tables.lists.image, pooled.size(0), groups);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -35,6 +35,8 @@ def load(folder: Path) -> frozenset[str]:
         # an extension built from older sources lacks the newest operator, or fails the newest kind of call
         _ = torch.ops.refdet.nms_padded
         torch.ops.refdet.match_boxes(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4))
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("refdet::roi_pool", "Autograd"):
+            raise RuntimeError("built from older sources: its RoI pooling has no gradient")
     except (OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(

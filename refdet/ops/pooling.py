@@ -251,15 +251,3 @@ if DEVICES:
     def _roi_pool_backward_fake(gradient: Tensor, rois: Tensor, shape: Sequence[int], *options: object) -> Tensor:
         batch, channels, height, width = shape
         return gradient.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
-
-    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, rois, *ctx.options = inputs
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.save_for_backward(rois)
-
-    def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rois,) = ctx.saved_tensors
-        grad_map = torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.options)
-        return grad_map.to(ctx.dtype), *(None,) * 6
-
-    torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import benchmark_module
 from detector_examples import PYRAMID, VARIANTS, small_model, some_images
 from devices import is_gpu, on_devices, runs, variants_on_devices
 from pycocotools import mask as coco_mask
@@ -26,6 +27,8 @@ from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 pytestmark = pytest.mark.slow
 
+row_difference = benchmark_module("differences").row_difference
+SAME = 1e-4  # limit of `row_difference`, as in benchmarks/gpu/network_parity.py
 BOXES = [[10, 20, 60, 70], [0.5, 1, 90, 80], [0, 0, 128, 96], [30.25, 40, 31, 41]]
 EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
 IMAGES = [*some_images(3), *some_images(2, 60, 50), *some_images(1, 200, 130)]
@@ -89,11 +92,20 @@ def test_given_boxes(device: str, variant: str, runs_of: Callable[[str], Path]) 
     for mine, theirs in zip(found, wanted, strict=True):
         for name in features_of(variant):
             one, other = ({**r.features, **r.maps}[name] for r in (mine, theirs))
-            rows = [np.linalg.norm(values.reshape(len(values), -1), axis=1) for values in (one - other, other)]
-            assert (rows[0] <= 1e-4 * rows[1].clip(1e-3)).all(), name
+            assert row_difference(*map(torch.from_numpy, (one, other))) <= SAME, name  # of the boxes, or map's channels
         for mask, other in zip(mine.rles(), theirs.rles(), strict=True):
             assert coco_mask.iou([mask], [other], [0])[0, 0] > 0.99 or coco_mask.area(other) < 50
     assert_same_bits(again, found)
+
+
+@pytest.mark.parametrize("variant", ["basic-blocks", "crop", "fpn"])
+def test_boxes_off_by_a_tenth_of_a_pixel_are_not_the_same(variant: str, runs_of: Callable[[str], Path]) -> None:
+    """So the comparison above notices a kernel that reads the map slightly beside its place."""
+    detector, names = refdet.load_detector(runs_of(variant), device="cpu"), ("pool5", "fc7")
+    moved = np.array(BOXES[:2]) + [[0.1, 0, 0.1, 0]]
+    found, wanted = (detector.describe(IMAGES[0], boxes, features=names) for boxes in (moved, BOXES[:2]))
+    for name in names:
+        assert row_difference(*(torch.from_numpy(r.features[name]) for r in (found, wanted))) > SAME, name
 
 
 @on_devices

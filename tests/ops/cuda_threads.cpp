@@ -13,10 +13,16 @@ bool keys(const float* scores, const int64_t* images, int64_t n, int64_t count, 
 bool greedy(const float* boxes, const int64_t* groups, const int64_t* sorted, const int64_t* order, int64_t n,
             float threshold, int64_t limit, int64_t pitch, int64_t count, unsigned seed, int64_t* kept,
             int64_t* counts) {
-  return threads::run(count, refdet::kThreads, seed, [=] {
-    refdet::greedy_kernel(reinterpret_cast<const float4*>(boxes), groups, sorted, order, n, threshold, limit, pitch,
-                          kept, counts);
-  });
+  const refdet::Candidates all{reinterpret_cast<const float4*>(boxes), groups, order, nullptr, threshold};
+  return threads::run(count, refdet::kThreads, seed,
+                      [=] { refdet::greedy_kernel(all, sorted, n, limit, pitch, kept, counts); });
+}
+
+bool group_greedy(const float* boxes, const int64_t* sorted_groups, const int64_t* sorted, const int64_t* order,
+                  const int64_t* places, int64_t n, float threshold, unsigned seed, int64_t* scratch, int64_t* kept) {
+  const refdet::Candidates all{reinterpret_cast<const float4*>(boxes), nullptr, order, places, threshold};
+  return threads::run(n, refdet::kThreads, seed,
+                      [=] { refdet::group_greedy_kernel(all, sorted, sorted_groups, n, scratch, kept); });
 }
 
 bool bias_relu(const float* x, int64_t x_stride, const float* bias, const float* shortcut, int64_t shortcut_stride,

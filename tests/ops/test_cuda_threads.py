@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folders = [f"-I{HERE.parents[1] / 'csrc'}", f"-I{HERE}"]
     subprocess.run(["g++", *flags, *folders, HERE / "cuda_threads.cpp", "-o", library], check=True)
     found = ctypes.CDLL(str(library))
-    for name in ("keys", "greedy", "bias_relu"):
+    for name in ("keys", "greedy", "group_greedy", "bias_relu"):
         getattr(found, name).restype = ctypes.c_bool
     return found
 
@@ -74,6 +75,29 @@ def by_threads(kernels: Any, problem: Problem, order: int, padded: bool) -> list
     return [own[first : first + number].tolist() for first, number in zip(starts, numbers, strict=True)]
 
 
+def by_groups(kernels: Any, problem: Problem, order: int) -> list[int]:
+    """What the kernels keep without a limit, a block for each group of each image; images as in `by_threads`."""
+    boxes, scores = (np.ascontiguousarray(t.numpy()) for t in (problem.boxes, problem.scores))
+    n = len(boxes)
+    nothing = np.zeros(n, np.int64)
+    images, groups = (nothing if ids is None else ids.numpy() for ids in (problem.images, problem.groups))
+    if n == 0:
+        return []
+    keys = np.zeros(n, np.int64)
+    assert kernels.keys(at(scores), at(images), long(n), long(4), order, at(keys))
+    places = np.argsort(keys, kind="stable")
+    by_group = np.argsort(groups[places], kind="stable")
+    ordered, own_groups = keys[places], groups[places][by_group]
+    kept, scratch = guarded(n, -7), guarded(n, -7)
+    assert kernels.group_greedy(
+        at(boxes), at(own_groups), at(ordered), at(places), at(by_group), long(n), ctypes.c_float(problem.threshold),
+        order, at(scratch[GUARD:]), at(kept[GUARD:]),
+    )  # fmt: skip
+    for values in (kept, scratch):
+        assert (values[:GUARD] == -7).all() and (values[-GUARD:] == -7).all()
+    return [index for index in kept[GUARD:-GUARD].tolist() if index != -7]
+
+
 def wanted(problem: Problem) -> list[list[int]]:
     images = torch.zeros(len(problem.boxes), dtype=torch.int64) if problem.images is None else problem.images
     found: list[list[int]] = [[] for _ in range(4)]
@@ -89,6 +113,23 @@ def test_nms_is_the_brute_force_in_any_order_of_threads(kernels: Any, problem: P
     answer = wanted(problem)
     for order in ORDERS:
         assert by_threads(kernels, problem, order, padded=order != 1) == answer
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_nms_of_each_group_by_a_block_is_the_brute_force(kernels: Any, problem: Problem) -> None:
+    inside = None if problem.images is None else problem.images.clamp(0, 3)
+    problem = replace(problem, max_keep=-1, images=inside)
+    answer = problem.brute_force()
+    for order in ORDERS:
+        assert by_groups(kernels, problem, order) == answer
+
+
+@pytest.mark.parametrize("groups", [1, 30])
+def test_nms_of_each_group_of_many_boxes(kernels: Any, groups: int) -> None:
+    """Of groups with more boxes than fit into shared memory, and of groups of a chunk."""
+    problem = scene(2500, groups, 2)
+    assert by_groups(kernels, problem, ORDERS[2]) == problem.brute_force()
 
 
 @pytest.mark.parametrize("max_keep", [-1, 1, 150])

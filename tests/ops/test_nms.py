@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import refdet
 from refdet.ops._library import DEVICES, load
 from refdet.ops.nms import BLOCK, nms, nms_plain
 
@@ -160,6 +161,14 @@ def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:
     (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     with pytest.warns(UserWarning, match="Reinstall refdet"):
         assert load(tmp_path) == frozenset()
+
+
+@compiled
+def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pooling had its gradient in Python, and would now have none."""
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    with pytest.warns(UserWarning, match="older sources.*Reinstall refdet"):
+        assert load(Path(refdet.__file__).parent) == frozenset()
 
 
 @cuda

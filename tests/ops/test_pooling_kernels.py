@@ -1,6 +1,8 @@
 """RoI pooling: the kernels, the fallback, torchvision and one sample at a time, all alike; and what must not crash."""
 
 import math
+import sys
+from types import FrameType
 
 import pytest
 import torch
@@ -231,3 +233,25 @@ def test_the_gradient_may_have_any_layout(kind: str) -> None:
     torch.testing.assert_close(found, wanted, **CLOSE)
     (ones,) = torch.autograd.grad(pooled.sum(), x, retain_graph=True)  # expanded from one number
     torch.testing.assert_close(ones, torch.autograd.grad(pooled, x, torch.ones_like(pooled))[0], **CLOSE)
+
+
+@compiled
+@kinds
+def test_the_gradient_runs_no_python(kind: str) -> None:
+    """Which on a GPU would take longer than the kernels of a small map, before the first of them is launched."""
+    generator = torch.Generator().manual_seed(6)
+    x, rois = some_map(generator, 2, 20, 6, 5).requires_grad_(), some_rois(generator, 4, 2)
+    _, samples, crop, mean = KINDS[kind]
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        torch.ops.refdet.roi_pool(x, rois, 7, 8.0, samples, crop, mean).sum().backward()
+    finally:
+        sys.setprofile(None)
+    assert x.grad is not None
+    assert not [name for name in called if "library" in name or "refdet" in name]
