@@ -36,7 +36,7 @@ class Legend:
     others: list[int]
 
     @classmethod
-    def of(cls, scene: Scene) -> Legend:
+    def from_scene(cls, scene: Scene) -> Legend:
         """Number the referred objects of a scene in order."""
         colours: list[str] = []
         numbers: dict[int, list[int]] = {}
@@ -110,7 +110,7 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     """
     regions = scene.regions
     scene = replace(scene, read=lambda: regions)  # read once
-    legend = Legend.of(scene)
+    legend = Legend.from_scene(scene)
     data = io.BytesIO()
     draw(scene, pixels, legend, answer).save(data, "JPEG", quality=80, optimize=True)
     drawn = len(legend.others) + len(legend.numbers)

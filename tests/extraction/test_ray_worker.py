@@ -186,7 +186,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> DetectorTools:
         folder.run, folder.images, root / "a.h5", images, options=ExtractOptions(), boxes=None, box_format="xywh",
         batch_size=None, resume=False, say=print,
     )  # fmt: skip
-    return DetectorTools.of(job, "cpu", None)
+    return DetectorTools.from_job(job, "cpu", None)
 
 
 def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path, one_thread: None) -> None:

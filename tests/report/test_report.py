@@ -128,7 +128,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Repor
         run=run, refer_root=refer_root, images=shapes_root / "train2014",
         parts=[ReferPart(work / "refcoco.h5", metrics)],
         detection={"bbox": rates, "segm": {**rates, "AP50": 0.8321}},
-        trained_on=work / "split.json", made_from=source,
+        trained_on=work / "split.json", original_instances=source,
         steps=[PipelineStep("train", "Trains.", ("refdet train --set 'a<b'",), 125.0)], pictures=6,
     )  # fmt: skip
 
@@ -233,13 +233,15 @@ def test_weights_that_validation_chose_are_not_called_clean(
 def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:
     """A detector trained on the original file."""
 
-    assert inputs.made_from is not None
+    assert inputs.original_instances is not None
     run = tmp_path / "run"
     shutil.copytree(inputs.run, run)
     meta = json.loads((run / "model.json").read_text())
-    meta["provenance"] = provenance_of_instances(CocoIndex.load(inputs.made_from)).to_json()
+    meta["provenance"] = provenance_of_instances(CocoIndex.load(inputs.original_instances)).to_json()
     (run / "model.json").write_text(json.dumps(meta))
-    leaky = dataclasses.replace(inputs, run=run, trained_on=inputs.made_from, made_from=None, parts=())
+    leaky = dataclasses.replace(
+        inputs, run=run, trained_on=inputs.original_instances, original_instances=None, parts=()
+    )
     report.write(tmp_path / "report.html", leaky)
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert "held-out images in the training file" in words and "Leak:" in words
@@ -247,9 +249,9 @@ def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:
 
 
 def test_an_audit_of_another_file_proves_nothing(inputs: ReportInputs, tmp_path: Path) -> None:
-    assert inputs.made_from is not None
+    assert inputs.original_instances is not None
     with pytest.raises(InputError, match="not the images that .* was trained on"):
-        report.write(tmp_path / "report.html", dataclasses.replace(inputs, trained_on=inputs.made_from))
+        report.write(tmp_path / "report.html", dataclasses.replace(inputs, trained_on=inputs.original_instances))
     assert not (tmp_path / "report.html").exists()
 
 
@@ -325,7 +327,7 @@ def test_hardest_is_worst_first_and_only_missed_ones() -> None:
 
 
 def test_objects_in_one_region_share_its_colour() -> None:
-    key = Legend.of(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
+    key = Legend.from_scene(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
     assert key.numbers == {1: [1, 3]}  # the second is missed
     assert key.colours == [COLOURS[0], COLOURS[1], COLOURS[0]]
     assert key.others == [0, 2]  # likely, and nobody speaks of them
@@ -333,7 +335,7 @@ def test_objects_in_one_region_share_its_colour() -> None:
 
 def test_regions_are_drawn_where_they_are() -> None:
     one = scene(1, "a", (0.9,))
-    image = draw(one, np.zeros((80, 100, 3), np.uint8), Legend.of(one))
+    image = draw(one, np.zeros((80, 100, 3), np.uint8), Legend.from_scene(one))
     assert image.size == (LONG_SIDE, round(80 * LONG_SIDE / 100))
     scale = LONG_SIDE / 100
     blue = tuple(int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))

@@ -61,7 +61,7 @@ class ScenePlan:
     persons: bool
 
     @staticmethod
-    def of_index(index: int) -> ScenePlan:
+    def for_index(index: int) -> ScenePlan:
         """Fixed fractions by index in the split, so that small datasets have every kind."""
         return ScenePlan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
