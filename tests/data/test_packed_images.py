@@ -38,7 +38,7 @@ def test_images_come_out_as_they_went_in(shapes: list[tuple[list[int], bool]]) -
 
 
 def image_by_image(images: list[np.ndarray], sizes: list, flips: list[bool], options: InputOptions) -> torch.Tensor:
-    """Each resized and normalised alone, and then zero-padded."""
+    """Each resized and normalized alone, and then zero-padded."""
     made = [network_input(i[:, ::-1] if f else i, s, options) for i, s, f in zip(images, sizes, flips, strict=True)]
     height, width = padded_shape(sizes, options.size_divisibility)
     padded = torch.zeros(len(made), 3, height, width)

@@ -113,7 +113,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "sparse": (saved({"conv1.weight": ONES.to_sparse()}), "'conv1.weight' is not a named tensor of real numbers"),
     "complex": (saved({"conv1.weight": ONES * 1j}), "'conv1.weight' is not a named tensor of real numbers"),
     "meta": (saved({"conv1.weight": ONES.to("meta")}), "'conv1.weight' is not a named tensor of real numbers"),
-    "colours": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
+    "colors": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
 }
 
 

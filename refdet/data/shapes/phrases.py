@@ -31,12 +31,12 @@ REFCOCOG = Style(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[Meaning], ...]:
     """All meanings that refer to things[target] alone: (plain, place, relation)."""
     thing = things[target]
-    name, colour = thing.category.name, thing.colour
-    bases = [Meaning(name)] + ([Meaning(name, colour)] if colour is not None else [])
+    name, color = thing.category.name, thing.color
+    bases = [Meaning(name)] + ([Meaning(name, color)] if color is not None else [])
     sized = [replace(base, size=size) for base in bases for size in ("small", "large", "smallest", "biggest")]
     if style.full:
-        # long expressions always mention a colour
-        bases, sized = bases[-1:], [m for m in sized if m.colour == colour]
+        # long expressions always mention a color
+        bases, sized = bases[-1:], [m for m in sized if m.color == color]
     plain = bases + sized
     place: list[Meaning] = []
     if style.locations:
@@ -68,8 +68,8 @@ def is_referable(target: int, things: Sequence[Thing], style: Style) -> bool:
 
 
 def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
-    name, colour = things[target].category.name, things[target].colour
-    options = [Meaning(name, colour), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
+    name, color = things[target].category.name, things[target].color
+    options = [Meaning(name, color), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
     return next((m for m in options if referent(m, things) == target), None)
 
 
@@ -87,8 +87,8 @@ def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], style: 
 
 
 def noun_phrase(meaning: Meaning) -> str:
-    """Size, colour and category: "small red star", or "shape" without a category."""
-    return " ".join(w for w in (meaning.size, meaning.colour, meaning.category or "shape") if w)
+    """Size, color and category: "small red star", or "shape" without a category."""
+    return " ".join(w for w in (meaning.size, meaning.color, meaning.category or "shape") if w)
 
 
 def sentence(rng: np.random.Generator, meaning: Meaning, style: Style) -> str:

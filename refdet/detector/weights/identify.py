@@ -18,7 +18,7 @@ from refdet.errors import InputError
 
 RESNET_PREFIXES = {"head.conv5.": "layer4.", "backbone.": ""}
 # Output variance / squared norm of the filters of the first convolution, which is proportional to the variance of the
-# input: hundreds or more for Caffe's (0..255, variance 58 ** 2), a few for torchvision's (normalised, variance 1).
+# input: hundreds or more for Caffe's (0..255, variance 58 ** 2), a few for torchvision's (normalized, variance 1).
 CAFFE_GAIN = 100.0
 
 
