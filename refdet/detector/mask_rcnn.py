@@ -140,7 +140,7 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.head.predict_boxes(features.fc7)
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
         positive = to_device(batch.sampled.positive.row, images.device)
-        box_targets = box_ops.encode(batch.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        box_targets = box_ops.encode(batch.sampled.matched_boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
         beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
             F.smooth_l1_loss(deltas[positive, labels[positive]], box_targets, beta=beta, reduction="sum") / count.rois

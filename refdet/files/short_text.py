@@ -1,4 +1,4 @@
-"""Shorten values and text to fit in a one-line error message."""
+"""Short forms of values, text, counts and sizes for one-line messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def format_count(count: int, noun: str, verb: str = "", spec: str = "") -> str:
 
 
 def format_share(count: int, total: int, noun: str, verb: str = "") -> str:
-    """A part of a number of things, with a verb: "1 of 3 images is", "2 of 3 images are"; see `format_count`."""
+    """A count out of a total, with a verb: "1 of 3 images is", "2 of 3 images are"; see `format_count`."""
     return f"{count} of {format_count(total, noun)}" + (f" {agree(count, verb)}" if verb else "")
 
 

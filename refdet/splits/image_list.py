@@ -79,7 +79,7 @@ class ImageListFile:
         text: contents of the file.
         images: its images, in file order.
         annotations: annotations of an instances file, empty for other formats.
-        members: top-level keys of an instances file, empty for other formats.
+        members: top-level keys of an instances file and their values, empty for other formats.
         info: ``info`` of an instances file, empty for other formats.
         ids_in_other_keys: other top-level keys of an instances file -> COCO ids in the names below them.
         tree: where the entries of a JSON object are, None for other formats.

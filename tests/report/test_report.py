@@ -227,7 +227,7 @@ def test_weights_that_validation_chose_are_not_called_clean(
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert ("No leaks" in words) == ("never seen" in words) == (chosen is False)
     assert ("chosen by their AP on minival.json" in words) == (chosen is True)
-    assert ("did not record on which images" in words) == (chosen is None)
+    assert ("without recording on which images" in words) == (chosen is None)
 
 
 def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:

@@ -246,6 +246,6 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
     for split_by, split_counts in counts.items():
-        mismatches = compare_with_published(dataset, split_by, split_counts, samples=False)
+        mismatches = compare_with_published(dataset, split_by, split_counts, allow_sample=False)
         if mismatches:
             raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

@@ -17,8 +17,8 @@ def _random_muted_color(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(rgb)
 
 
-def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Background (height, width, 3) float64 in 0..255: two muted colors blended by a texture, with noise."""
+def paint_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Paint a background (height, width, 3), float64 in 0..255: two muted colors blended by a texture, with noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
     angle = float(rng.uniform(0, 2 * np.pi))
@@ -41,8 +41,8 @@ def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene, mode RGB, or L for a grayscale scene."""
-    picture = background(rng, scene.height, scene.width)
+    """Paint a scene; returns an image of mode RGB, or L if the scene is grayscale."""
+    picture = paint_background(rng, scene.height, scene.width)
     padded = np.pad(scene.owner, 1, mode="edge")
     rim = np.zeros(scene.owner.shape, dtype=bool)
     for neighbor in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):

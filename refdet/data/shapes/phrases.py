@@ -15,11 +15,17 @@ ORDINALS = {2: "second", 3: "third"}
 
 @dataclass(frozen=True)
 class Style:
-    """Style of a dataset: full phrases or not, locations or not, and weights of the types of expressions."""
+    """Style of the expressions of a dataset.
+
+    Attributes:
+        full: whether they are full phrases, "the small red star in the picture", or short, "small red star".
+        locations: whether they may use location words.
+        weights: probabilities of the three types: plain attributes, place in the picture, relation to another thing.
+    """
 
     full: bool
     locations: bool
-    weights: tuple[float, float, float]  # plain attributes, place in the picture, relation to another thing
+    weights: tuple[float, float, float]
 
 
 REFCOCO = Style(full=False, locations=True, weights=(0.35, 0.45, 0.2))
@@ -29,7 +35,7 @@ REFCOCOG = Style(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 
 
 def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[Meaning], ...]:
-    """All meanings that refer to things[target] alone: (plain, place, relation)."""
+    """All meanings that refer to things[target] alone, by type: (plain, place, relation)."""
     thing = things[target]
     name, color = thing.category.name, thing.color
     bases = [Meaning(name)] + ([Meaning(name, color)] if color is not None else [])
@@ -73,9 +79,11 @@ def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
     return next((m for m in options if referent(m, things) == target), None)
 
 
-def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], style: Style, count: int) -> list[Meaning]:
-    """Up to `count` different meanings, with types sampled by the weights; [] if there are none."""
-    remaining = [list(group) for group in options]
+def sample_meanings(
+    rng: np.random.Generator, candidates: tuple[list[Meaning], ...], style: Style, count: int
+) -> list[Meaning]:
+    """Sample up to `count` different meanings, their types by the weights of the style; [] if there are none."""
+    remaining = [list(group) for group in candidates]
     chosen: list[Meaning] = []
     while len(chosen) < count:
         weights = np.array([w if group else 0.0 for w, group in zip(style.weights, remaining, strict=True)])
@@ -92,7 +100,7 @@ def noun_phrase(meaning: Meaning) -> str:
 
 
 def sentence(rng: np.random.Generator, meaning: Meaning, style: Style) -> str:
-    """A random phrasing: lower case, words separated by single spaces."""
+    """Phrase a meaning at random, in lower case and with single spaces."""
     noun = noun_phrase(meaning)
     if meaning.relation is not None and meaning.other is not None:
         other = noun_phrase(meaning.other)
