@@ -67,7 +67,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
 def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     from refdet.data.fetch.catalog import ITEMS
     from refdet.data.fetch.fetch import choose_items, is_fetched
-    from refdet.files.download import format_bytes
+    from refdet.files.short_text import format_bytes
 
     items = choose_items(only) if only else list(ITEMS)
     if as_json:

@@ -37,6 +37,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import exclusive_lock
+from refdet.files.short_text import format_missing_space
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, RawImage, encode_all
 from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read
@@ -292,8 +293,10 @@ class ShardSet:
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            why = f"the store needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
-            raise RuntimeFailure(f"{self.out}: no space left on the disk ({why})", fix=_DISK_FULL_FIX)
+            raise RuntimeFailure(
+                f"{self.out}: no space left on the disk (the store needs {format_missing_space(needed, free)})",
+                fix=_DISK_FULL_FIX,
+            )
 
 
 @contextmanager

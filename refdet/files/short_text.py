@@ -48,6 +48,19 @@ def agree(count: int, verb: str) -> str:
     return verb if count == 1 else _PLURAL_VERBS.get(verb, verb.removesuffix("s"))
 
 
+def format_bytes(number: int) -> str:
+    """Human-readable size, such as "13.5 GB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return format_count(number, "byte")
+
+
+def format_missing_space(needed: int, free: int) -> str:
+    """Required disk space in bytes, and how much of it is missing: "13.5 GB, 2.1 GB more than is free"."""
+    return f"{format_bytes(needed)}, {format_bytes(needed - free)} more than is free"
+
+
 def _plural(noun: str) -> str:
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"

@@ -177,6 +177,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "huge": (
         with_("rpn_net.bias", torch.ones((), dtype=torch.float64).expand(10**7, 10**7)), ("rpn_net.bias is (10000",)
     ),
+    "many misshapen": (
+        lambda weights: weights | {f"resnet.layer3.{i}.conv1.weight": torch.ones(1) for i in range(6)},
+        ("resnet.layer3.0.conv1.weight is (1,), not (256, 512, 1, 1)", "not (256, 1024, 1, 1) and 1 more"),
+    ),
     "damaged block": (without("resnet.layer1.0.conv3.weight"), ("missing: resnet.layer1.0.conv3.weight",)),
     "no block": (no_block, ("unknown network", "blocks per stage: 3, 4, 5, 3")),
     "another network": (
