@@ -39,10 +39,10 @@ def draw(path: Path, images: int, annotations: int, seed: int = 0) -> np.ndarray
     corners = np.clip(random.gamma(1.6, 15.0, annotations).astype(int), 4, 400)
     with path.open("w", encoding="utf-8") as file:
         info = {"description": "drawn for a benchmark", "url": "http://mscoco.org", "version": "1.0", "year": 2014}
-        licences = [{"url": "http://creativecommons.org/licenses/by/2.0/", "id": 4, "name": "Attribution License"}]
+        licenses = [{"url": "http://creativecommons.org/licenses/by/2.0/", "id": 4, "name": "Attribution License"}]
         file.write(f'{{"info": {json.dumps(info)}, "images": [')
         file.write(", ".join(json.dumps(_image(int(image_id))) for image_id in ids))
-        file.write(f'], "licenses": {json.dumps(licences)}, "annotations": [')
+        file.write(f'], "licenses": {json.dumps(licenses)}, "annotations": [')
         for number in range(annotations):
             owner, count = int(ids[owners[number]]), int(corners[number])
             separator = ", " if number else ""

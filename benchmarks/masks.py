@@ -1,6 +1,6 @@
 """Times refdet's way between masks of boxes and RLE of images beside torchvision's and pycocotools'.
 
-Objects are outlines of 24 corners about random centres in an image of 480x640, a third of it large at most. Times
+Objects are outlines of 24 corners about random centers in an image of 480x640, a third of it large at most. Times
 are medians of rounds in which all take turns.
 """
 
@@ -28,9 +28,9 @@ def outlines(count: int, random: np.random.Generator) -> list[Outline]:
     angles = np.arange(24) * (2 * np.pi / 24)
     found = []
     for _ in range(count):
-        centre, radii = random.uniform((0, 0), (WIDTH, HEIGHT)), random.uniform(8, 100, 2)
+        center, radii = random.uniform((0, 0), (WIDTH, HEIGHT)), random.uniform(8, 100, 2)
         wobble = 1 + 0.2 * random.standard_normal(24)
-        points = centre + np.stack((np.cos(angles), np.sin(angles)), 1) * radii * wobble[:, None]
+        points = center + np.stack((np.cos(angles), np.sin(angles)), 1) * radii * wobble[:, None]
         found.append([np.clip(points, 0, (WIDTH, HEIGHT)).round(2).ravel().tolist()])
     return found
 

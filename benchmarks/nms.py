@@ -58,12 +58,12 @@ def proposals(case: Case, seed: int = 0) -> Boxes:
     """Boxes in images of 1000x600 pixels."""
     random = torch.Generator().manual_seed(seed)
     count = case.boxes * case.images
-    centres = torch.rand(count // 6 + 1, 2, generator=random) * torch.tensor([1000.0, 600.0])
+    centers = torch.rand(count // 6 + 1, 2, generator=random) * torch.tensor([1000.0, 600.0])
     sizes = torch.rand(count // 6 + 1, 2, generator=random) * 200 + 16
-    chosen = torch.randint(len(centres), (count,), generator=random)
-    centre = centres[chosen] + torch.randn(count, 2, generator=random) * 6
+    chosen = torch.randint(len(centers), (count,), generator=random)
+    center = centers[chosen] + torch.randn(count, 2, generator=random) * 6
     size = sizes[chosen] * torch.exp(torch.randn(count, 2, generator=random) * 0.1)
-    boxes, scores = torch.cat((centre - size / 2, centre + size / 2), dim=1), torch.rand(count, generator=random)
+    boxes, scores = torch.cat((center - size / 2, center + size / 2), dim=1), torch.rand(count, generator=random)
     classes = torch.randint(case.classes, (count,), generator=random)
     return Boxes(boxes, scores, classes, torch.arange(case.images).repeat_interleave(case.boxes))
 

@@ -92,7 +92,7 @@ def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Ca
             boxes = model.convention.scale(torch.from_numpy(image.boxes), size.scale)
             truths.append(GroundTruth(boxes, torch.from_numpy(image.labels), rles, torch.zeros(0, 4), size.scale, None))
         packed, shape = (
-            PackedImages.of([image.pixels for image in batch]),
+            PackedImages.from_images([image.pixels for image in batch]),
             padded_shape(sizes, options.size_divisibility),
         )
         made = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])

@@ -170,7 +170,7 @@ def demo(
     steps = [{"name": name, "about": DESCRIPTIONS[name], "commands": log.commands[name], "seconds": log.seconds[name]}
              for name in log.seconds]  # fmt: skip
     write_json(out / "steps.json", steps)
-    flags = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, made_from=original)
+    flags = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, original_instances=original)
     for name, folder in folders.items():
         flags += _flags(store=_store(out, name), metrics=folder)
     if answers is not None:

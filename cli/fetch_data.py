@@ -67,7 +67,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
 def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     from refdet.data.fetch.catalog import ITEMS
     from refdet.data.fetch.fetch import choose_items, is_fetched
-    from refdet.files.download import format_bytes
+    from refdet.files.short_text import format_bytes
 
     items = choose_items(only) if only else list(ITEMS)
     if as_json:
@@ -79,7 +79,8 @@ def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
                     "size": item.size,
                     "checksum": item.checksum,
                     "default": item.default,
-                    "there": is_fetched(out, item),
+                    "present": is_fetched(out, item),
+                    "there": is_fetched(out, item),  # its older name
                     "files": list(item.outputs),
                     "sources": list(item.urls),
                 }
@@ -97,7 +98,7 @@ def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
         )
         for item in items
     ]
-    echo_table(rows, ("name", "", "size", "checksum", "contents"))
+    echo_table(rows, ("name", "status", "size", "checksum", "contents"))
     for item in items:
         echo_line()
         echo_line(f"{item.name}:")

@@ -17,13 +17,13 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 @renamed_option(
     "--weight-format",
     "--style",
-    "style",
+    "weight_format",
     type=click.Choice(["caffe", "torchvision", "tf-faster-rcnn", "pytorch-faster-rcnn"]),
     help="Preprocessing of an ImageNet network (detected by default), or the program that a detector with the "
     "reference's tensor names comes from.",
 )
 @json_option
-def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
+def command(source: Path, out: Path, trained_on: Path | None, weight_format: str | None, as_json: bool) -> None:
     """Convert another program's checkpoint to a run directory.
 
     Reads Mask and Faster R-CNN from lichengunc/mask-faster-rcnn, detectron2 and torchvision, Faster R-CNN from
@@ -38,7 +38,7 @@ def command(source: Path, out: Path, trained_on: Path | None, style: str | None,
 
     from refdet.detector.weights.import_weights import import_weights
 
-    done = import_weights(source, out, trained_on, style)
+    done = import_weights(source, out, trained_on, weight_format)
     note(f"{source.name} is {done.kind}")
     if done.untrained:
         note(

@@ -18,7 +18,7 @@ from .arguments import (
     check_run_directory,
     check_store,
 )
-from .common import echo_json, echo_line, json_option
+from .common import echo_json, echo_line, json_option, renamed_option
 
 MAX_METRICS_BYTES = 1 << 26  # bytes
 
@@ -41,7 +41,13 @@ MAX_METRICS_BYTES = 1 << 26  # bytes
 @click.option("--dataset", help="REFER dataset of the stores.  [default: what they were extracted for]")
 @click.option("--split-by", help="unc, umd or google, with --dataset.")
 @click.option("--trained-on", type=Path, help="Instances JSON that the detector was trained on, to audit it.")
-@click.option("--made-from", type=Path, help="Instances JSON that --trained-on was made from, to audit it too.")
+@renamed_option(
+    "--original-instances",
+    "--made-from",
+    "original_instances",
+    type=Path,
+    help="Instances JSON that build-split made --trained-on from, to audit it too.",
+)
 @click.option("--steps", type=Path, help="JSON list of the commands that were run: name, about, commands, seconds.")
 @click.option("--pictures", type=click.IntRange(min=0), default=12, show_default=True, help="Number of example images.")
 @click.option("--title", help="Title of the page.")
@@ -82,7 +88,7 @@ def command(
         detection=detection,
         instances=given["instances"],
         trained_on=given["trained_on"],
-        made_from=given["made_from"],
+        original_instances=given["original_instances"],
         steps=read_steps(given["steps"]) if given["steps"] else (),
         pictures=given["pictures"],
     )
@@ -101,7 +107,7 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
         check_run_directory("--run", run)
     for store in stores:
         check_store("--store", store)
-    for name in ("predictions", "instances", "trained_on", "made_from", "steps"):
+    for name in ("predictions", "instances", "trained_on", "original_instances", "steps"):
         if given[name] is not None:
             check_json("--" + name.replace("_", "-"), given[name])
     if given["images"] is not None:
@@ -111,7 +117,7 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
     for name, needs in (
         ("predictions", "refer_root"),
         ("trained_on", "refer_root"),
-        ("made_from", "trained_on"),
+        ("original_instances", "trained_on"),
     ):
         if given[name] is not None and given[needs] is None:
             raise InputError(f"`{name}` needs `{needs}`")

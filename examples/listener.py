@@ -26,7 +26,7 @@ from refdet import store
 from refdet.evaluation.metrics import box_iou
 from refer import REFER
 
-COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components that are kept: pool5 tells colours, fc7 categories
+COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components that are kept: pool5 tells colors, fc7 categories
 MIN_SCORE, MAX_REGIONS = 0.3, 16
 NO_WORD, UNKNOWN = 0, 1
 # Their ids (s), images as places in a list (s), words (s, l), and which regions (s, n) they mean.
@@ -68,7 +68,7 @@ class Senses:
             self.parts[name] = values.mean(0), axes[:, best] / np.sqrt(variance[best] + 1e-3 * variance.max())
 
     def __call__(self, images: Collection[Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """(i, n, d) features, (i, n, 5) centre, size and log area in fifths of the image, (i, n) is there a region."""
+        """(i, n, d) features, (i, n, 5) center, size and log area in fifths of the image, (i, n) is there a region."""
         features, places, there = [], [], []
         for image in images:
             told = [(image.features[name] - mean) @ axes for name, (mean, axes) in self.parts.items()]

@@ -9,9 +9,25 @@ import os
 
 
 class RefdetError(Exception):
-    """Base class of errors with a message for the user, "name: problem; fix"."""
+    """Base class of errors with a message for the user, "name: problem; fix".
+
+    Attributes:
+        fix: the fix, if a caller may have a better one; else "", and the fix is part of ``message``.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object, fix: str = "") -> None:
+        super().__init__(*args)
+        self.fix = fix
+
+    @property
+    def message(self) -> str:
+        """The message without ``fix``."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.fix}" if self.fix else self.message
 
 
 class InputError(RefdetError):
@@ -32,7 +48,9 @@ class ArgumentError(InputError, ValueError):
         super().__init__(argument, problem)
         self.argument, self.problem = argument, problem
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> str:
+        """The name of the argument and the problem."""
         return f"{self.argument}: {self.problem}"
 
 
@@ -40,6 +58,13 @@ class RuntimeFailure(RefdetError):
     """A failure at run time: a non-finite loss, a full disk or a detected leak. Exit code 1."""
 
     exit_code = 1
+
+
+class UnusableImageError(RuntimeFailure):
+    """An image cannot be used and ``strict`` is True; ``message`` is the reason. Exit code 1."""
+
+    def __str__(self) -> str:
+        return f"`strict`: {super().__str__()}"
 
 
 class Interrupted(RefdetError):

@@ -15,7 +15,7 @@ from .errors import ReferDataError, ReferError, ReferNotFoundError
 from .types import Image
 
 _MAX_BYTES = 1 << 29
-_MASK_COLOUR = (2 / 255, 166 / 255, 101 / 255, 0.5)
+_MASK_COLOR = (2 / 255, 166 / 255, 101 / 255, 0.5)
 
 
 def axes() -> Any:
@@ -97,10 +97,10 @@ def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
     if isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation):
         outlines = [np.reshape(polygon, (-1, 2)) for polygon in segmentation if polygon]
         collection = _matplotlib("collections").PolyCollection
-        for colour, width in (("yellow", 3), ("red", 1)):
-            ax.add_collection(collection(outlines, facecolors="none", edgecolors=colour, linewidths=width))
+        for color, width in (("yellow", 3), ("red", 1)):
+            ax.add_collection(collection(outlines, facecolors="none", edgecolors=color, linewidths=width))
     else:
-        ax.imshow(mask[:, :, None] * np.array(_MASK_COLOUR))
+        ax.imshow(mask[:, :, None] * np.array(_MASK_COLOR))
 
 
 def draw_box(ax: Any, box: list[float]) -> None:

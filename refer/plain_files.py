@@ -21,13 +21,13 @@ MAX_BYTES = 2**32
 _SURROGATE = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
 
 
-def read_file(path: str | Path, max_bytes: int, what: str = "such a file") -> bytes:
+def read_file(path: str | Path, max_bytes: int, what: str = "a file") -> bytes:
     """Read a regular file.
 
     Args:
         path: the file.
         max_bytes: maximum size in bytes.
-        what: what the file should be, for the message.
+        what: kind of file, such as "an image", for the message.
 
     Returns:
         Its contents.
@@ -48,8 +48,8 @@ def read_file(path: str | Path, max_bytes: int, what: str = "such a file") -> by
         os.close(descriptor)
 
 
-def check_file_size(size: int, max_bytes: int, what: str = "such a file") -> None:
-    """Raise an OSError if ``size`` exceeds ``max_bytes``, both in bytes."""
+def check_file_size(size: int, max_bytes: int, what: str = "a file") -> None:
+    """Raise an OSError if ``size`` exceeds ``max_bytes``, the limit for ``what``."""
     if size > max_bytes:
         raise OSError(f"larger than {max_bytes} bytes, the limit for {what}")
 
@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     if decode is not None:
         try:
             return decode(data)
-        except (ValueError, RecursionError):  # malformed, or supported only by Python: NaN, UTF-16
+        except (ValueError, RecursionError):  # malformed, or valid only for json: NaN, UTF-16
             pass
     with json_errors(path):
         value = json.loads(data)

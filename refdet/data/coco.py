@@ -224,7 +224,7 @@ class TrainingObjects:
     def sha256(self) -> str:
         """SHA-256 of what training reads from the file: image names and sizes, categories, boxes, masks and crowds.
 
-        Anything else, such as areas, licences and the layout of the JSON, does not affect it.
+        Anything else, such as areas, licenses and the layout of the JSON, does not affect it.
         """
         digest = hashlib.sha256(_encode([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:

@@ -117,7 +117,7 @@ def decode_any_size(data: bytes) -> Decoded:
 
 
 def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
-    """Decode an image file of any size to grey thumbnails, downscaled by averaging.
+    """Decode an image file of any size to gray thumbnails, downscaled by averaging.
 
     An image with an EXIF orientation has two, as stored and rotated upright, as a detector can be trained on either.
 
@@ -195,8 +195,8 @@ def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     if image.mode in ("L", "RGB"):
         image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster
     orientation = _orientation(image)
-    grey = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
-    stored = _undo_pillow_rotation(np.asarray(grey), image, orientation)
+    gray = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
+    stored = _undo_pillow_rotation(np.asarray(gray), image, orientation)
     return [stored] if orientation == _UPRIGHT else [stored, apply_orientation(stored, orientation)]
 
 

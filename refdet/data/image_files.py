@@ -29,7 +29,7 @@ class ImageFiles(Protocol):
     listing: Listing
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Read a listed file of at most ``max_bytes`` bytes; any exception if it cannot be read."""
+        """Read a listed file of at most ``max_bytes`` bytes; may raise any exception."""
 
     def size(self, name: str) -> int:
         """Size of a listed file in bytes, without reading it."""
@@ -68,11 +68,13 @@ def open_files(path: Path) -> ImageFiles:
         if is_system_error(error):
             raise RuntimeFailure(f"`images` {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
-        fault = "cannot be listed" if path.is_dir() else "not a readable zip"
-        raise InputError(f"`images` {path}: {fault} ({why}); give a folder or zip of images") from error
+        problem = "cannot be listed" if path.is_dir() else "not a readable zip"
+        raise InputError(f"`images` {path}: {problem} ({why}); give a folder or zip of images") from error
 
 
 class _Folder:
+    """The files of a folder."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listing = list_folder(path)
@@ -98,6 +100,8 @@ class _Folder:
 
 
 class _Zip:
+    """The files of a zip."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: tuple[int, zipfile.ZipFile] | None = None

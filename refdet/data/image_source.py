@@ -161,7 +161,7 @@ class ImageSource:
     def read(self, record: ImageRecord) -> np.ndarray:
         """Read an image.
 
-        Greyscale, palette and CMYK images are converted to RGB, 16-bit channels are reduced to their upper 8 bits,
+        Grayscale, palette and CMYK images are converted to RGB, 16-bit channels are reduced to their upper 8 bits,
         transparency is dropped, and only the first frame of an animation is read. EXIF orientation is applied only if
         ``exif`` is "apply", as COCO's boxes refer to the pixels as stored.
 

@@ -33,7 +33,7 @@ class PackedImages:
     layouts: list[tuple[torch.dtype, tuple[int, ...]]]
 
     @classmethod
-    def of(cls, images: Sequence[np.ndarray]) -> PackedImages:
+    def from_images(cls, images: Sequence[np.ndarray]) -> PackedImages:
         """Pack images of uint8 or float32."""
         tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
         buffers = [tensor.flatten().view(torch.uint8) for tensor in tensors]

@@ -20,31 +20,34 @@ def count_refs(refs: Iterable[Ref]) -> dict[str, Counts]:
     return {split: Counts(total[0], len(images[split]), total[1]) for split, total in totals.items()}
 
 
-def compare_with_published(dataset: str, split_by: str, counts: dict[str, Counts], samples: bool = True) -> list[str]:
+def compare_with_published(
+    dataset: str, split_by: str, counts: dict[str, Counts], allow_sample: bool = True
+) -> list[str]:
     """List the differences between a dataset and the published one, one line per split.
 
-    With ``samples``, a dataset with less than half of the published refs in every split is taken as an intentional
-    sample and not compared.
+    With ``allow_sample``, a dataset with less than half of the published refs in every split is taken as an
+    intentional sample and not compared.
 
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
         counts: counts of each split, from `count_refs`.
-        samples: whether the dataset may be a sample.
+        allow_sample: whether the dataset may be a sample.
 
     Returns:
-        The lines, [] if there is no difference.
+        Such as "refcoco/unc/val: 3,810 refs instead of the published 3,811"; [] if there is no difference.
     """
     published = COUNTS.get((dataset, split_by), {})
-    none = Counts(0, 0, 0)
-    if samples and not any(2 * counts.get(split, none).refs >= expected.refs for split, expected in published.items()):
+    zero = Counts(0, 0, 0)
+    is_sample = all(2 * counts.get(split, zero).refs < expected.refs for split, expected in published.items())
+    if allow_sample and is_sample:
         return []
     lines = []
     for split, expected in published.items():
-        actual = counts.get(split, none)
+        actual = counts.get(split, zero)
         mismatches = [
-            f"{actual_count:,} {what} instead of the published {expected_count:,}"
-            for what, actual_count, expected_count in zip(Counts._fields, actual, expected, strict=True)
+            f"{actual_count:,} {name} instead of the published {expected_count:,}"
+            for name, actual_count, expected_count in zip(Counts._fields, actual, expected, strict=True)
             if expected_count is not None and actual_count != expected_count
         ]
         if mismatches:

@@ -179,7 +179,7 @@ class TrainingBatches(Dataset):
         except RefdetError as error:
             return error
         return Batch(
-            PackedImages.of([image for image, _ in examples]),
+            PackedImages.from_images([image for image, _ in examples]),
             sizes[own],
             flips[own].tolist(),
             self._padded_shape(sizes),

@@ -1,4 +1,4 @@
-"""Resize and normalise images for the network."""
+"""Resize and normalize images for the network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
 
 
 def network_input(pixels: np.ndarray, size: InputSize, options: InputOptions) -> Tensor:
-    """Resize and normalise an image.
+    """Resize and normalize an image.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -62,7 +62,7 @@ def network_input(pixels: np.ndarray, size: InputSize, options: InputOptions) ->
 def network_inputs(
     images: Sequence[np.ndarray], sizes: Sequence[InputSize], options: InputOptions, device: torch.device | None = None
 ) -> Tensor:
-    """Resize (bilinear) and normalise images of equal input size.
+    """Resize (bilinear) and normalize images of equal input size.
 
     Images are copied to the device as uint8, a quarter of the size of floats, without waiting for a GPU; the arrays may
     change afterwards.
@@ -101,7 +101,7 @@ def network_inputs(
 def padded_inputs(
     images: Sequence[Tensor], sizes: Sequence[InputSize], options: InputOptions, shape: tuple[int, int]
 ) -> Tensor:
-    """Resize (bilinear) and normalise images on their device, and zero-pad them at the bottom and right.
+    """Resize (bilinear) and normalize images on their device, and zero-pad them at the bottom and right.
 
     Args:
         images: B tensors (H, W, 3) uint8 RGB; or `network_input` of an image, (3, height, width) float32.
@@ -110,14 +110,14 @@ def padded_inputs(
         shape: height and width of the result, in pixels.
 
     Returns:
-        (B, 3, *shape) float32, channels_last. Zero is the mean colour.
+        (B, 3, *shape) float32, channels_last. Zero is the mean color.
     """
     device, opencv = images[0].device, options.resize == "opencv"
     mean, std = (to_device(torch.tensor(values), device)[:, None, None] for values in (options.mean, options.std))
     # channels_last: the memory holds rows of pixels
     canvas = torch.empty(len(images), *shape, 3, device=device).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
-        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 after normalisation
+        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 after normalization
     for row, image, size in zip(canvas, images, sizes, strict=True):
         if image.dtype != torch.uint8:
             continue
@@ -164,7 +164,7 @@ def _stack_on_device(images: Sequence[np.ndarray], device: torch.device) -> Tens
 
 
 def _pad(images: Tensor, divisor: int) -> Tensor:
-    """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean colour."""
+    """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean color."""
     height, width = images.shape[2:]
     bottom, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
     if not (bottom or right):

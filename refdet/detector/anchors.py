@@ -20,7 +20,7 @@ ROUNDED_BASE = 16  # pixels: side of the square that the reference reshapes to e
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:
-    """Anchors (A, 4) centred at the origin, ratios outer, sizes inner.
+    """Anchors (A, 4) centered at the origin, ratios outer, sizes inner.
 
     Args:
         sizes: square roots of the areas, in pixels.
@@ -48,7 +48,7 @@ class AnchorGenerator(nn.Module):
         ratios: height / width, the same for all maps.
         strides: stride of each map, in pixels of the network's input.
         rounded: round the sides as the original Faster R-CNN code does.
-        offset: centre of the anchors of cell (0, 0), in strides.
+        offset: center of the anchors of cell (0, 0), in strides.
         torchvision: as in torchvision, round the corners of the anchors and derive strides from the sizes of the maps.
     """
 
@@ -73,7 +73,7 @@ class AnchorGenerator(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
-        The centre of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
+        The center of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
         the size of the padded input divided by that of the map, rounded down; the input is a multiple of 32, four times
         the size of the finest map.
         """
@@ -89,6 +89,6 @@ class AnchorGenerator(nn.Module):
             ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * stride_y
             xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * stride_x
             grid_y, grid_x = torch.meshgrid(ys, xs, indexing="ij")
-            centres = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
-            anchors.append((centres + self.get_buffer(f"cell{level}")).reshape(-1, 4))
+            centers = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
+            anchors.append((centers + self.get_buffer(f"cell{level}")).reshape(-1, 4))
         return anchors

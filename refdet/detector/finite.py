@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Real weights are below 1e3, variances of unnormalised inputs below 1e6.
+# Real weights are below 1e3, variances of unnormalized inputs below 1e6.
 MAX_WEIGHT = 1e9
 
 

@@ -1,4 +1,4 @@
-"""Numbers of samples that normalise the loss terms, of one batch or summed over several."""
+"""Numbers of samples that normalize the loss terms, of one batch or summed over several."""
 
 from __future__ import annotations
 

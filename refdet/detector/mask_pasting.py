@@ -18,7 +18,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: 
         height: height of the image in pixels.
         width: width of the image in pixels.
         pasting: how masks end at the edge of their box. "clamped": the outer cells extend to the edge. "padded": beyond
-            the centres of the outer cells, values fall to 0, as in detectron2. "torchvision": likewise, with boxes
+            the centers of the outer cells, values fall to 0, as in detectron2. "torchvision": likewise, with boxes
             rounded to whole pixels as in torchvision.
 
     Returns:
@@ -27,9 +27,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: 
     if pasting != "clamped":
         cells = masks.shape[-1]
         masks = F.pad(masks, (1, 1, 1, 1))
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+        center = (boxes[:, :2] + boxes[:, 2:]) / 2
         half = (boxes[:, 2:] - boxes[:, :2]) / 2 * ((cells + 2) / cells)
-        boxes = torch.cat((centre - half, centre + half), dim=1)
+        boxes = torch.cat((center - half, center + half), dim=1)
         if pasting == "torchvision":
             boxes = boxes.trunc() + torch.tensor([0.0, 0.0, 1.0, 1.0])
     return masks_to_rle(masks, boxes, height, width)

@@ -124,7 +124,7 @@ class MaskRCNN(nn.Module):
         The number of GPU synchronizations does not depend on the batch size.
 
         Args:
-            images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
+            images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
             targets: annotated objects of each image, on the CPU.
             generator: source of one seed per image for sampling anchors and RoIs. A generator on the CPU gives the same
@@ -140,7 +140,7 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.head.predict_boxes(features.fc7)
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
         positive = to_device(batch.sampled.positive.row, images.device)
-        box_targets = box_ops.encode(batch.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        box_targets = box_ops.encode(batch.sampled.matched_boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
         beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
             F.smooth_l1_loss(deltas[positive, labels[positive]], box_targets, beta=beta, reduction="sum") / count.rois
@@ -196,7 +196,7 @@ class MaskRCNN(nn.Module):
         """Detect objects. The number of GPU synchronizations does not depend on the batch size.
 
         Args:
-            images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
+            images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: input and original size of each image.
             options: thresholds and limits of the detections.
             features: names of the features of `BatchFeatures` to compute, and ``head``, the reference's name, for the
@@ -266,7 +266,7 @@ class MaskRCNN(nn.Module):
         """Features of given boxes, and their masks if `labels` are given; computes only what is needed.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             sizes: input and original size of each image.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
             labels: (n,) of each image, 1..classes: the class of each mask; None for no masks.

@@ -80,7 +80,7 @@ class MobileNetV1(nn.Module):
         """The first `stages` of the feature maps of strides 4, 8 and 16.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             stages: number of maps, 1 to 3.
 
         Returns:

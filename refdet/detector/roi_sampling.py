@@ -71,27 +71,27 @@ class SampledRois:
     Attributes:
         rois: (K, 5) image index and xyxy in pixels of the network's input.
         labels: (K,) int64, 0 for the background.
-        boxes: (K, 4) box of the object that each RoI overlaps most, in the same pixels.
+        matched_boxes: (K, 4) box of the object that each RoI overlaps most, in the same pixels.
         positive: the positive RoIs, on the CPU.
     """
 
     rois: Tensor
     labels: Tensor
-    boxes: Tensor
+    matched_boxes: Tensor
     positive: PositiveRois
 
 
 def sample_rois(
     proposals: Sequence[Tensor], truth: PaddedGroundTruth, options: HeadOptions, seeds: Tensor
 ) -> SampledRois:
-    """Sample RoIs of each image. Waits for a GPU once per batch.
+    """Sample RoIs of each image. Synchronizes with a GPU once per batch.
 
     The samples of an image do not depend on the other images of the batch.
 
     Args:
         proposals: (P, 4) of each image, in pixels of the network's input.
-        truth: annotated objects.
-        options: the recipe's options.
+        truth: annotated objects, with at most G per image.
+        options: ``head`` of the recipe.
         seeds: (B,) int64, from `image_seeds`.
     """
     counts = to_device(torch.tensor([len(boxes) for boxes in proposals]), truth.boxes.device)
@@ -129,19 +129,19 @@ def sample_rois(
     return _drop_invalid(wait(), *outputs)
 
 
-def _drop_invalid(table: Tensor, rois: Tensor, labels: Tensor, boxes: Tensor) -> SampledRois:
+def _drop_invalid(table: Tensor, rois: Tensor, labels: Tensor, matched_boxes: Tensor) -> SampledRois:
     """Drop the rows that are not valid.
 
     Args:
         table: (B * S, 8) on the CPU: image, object, whether it is positive, whether it is valid, and xyxy of each RoI.
         rois: (B * S, 5) RoIs.
         labels: (B * S,) labels.
-        boxes: (B * S, 4) boxes of the objects.
+        matched_boxes: (B * S, 4) boxes of the objects.
     """
     valid = table[:, 3] > 0
     if not valid.all():
         rows = to_device(valid.nonzero()[:, 0], rois.device)
-        table, rois, labels, boxes = table[valid], rois[rows], labels[rows], boxes[rows]
+        table, rois, labels, matched_boxes = table[valid], rois[rows], labels[rows], matched_boxes[rows]
     row = (table[:, 2] > 0).nonzero()[:, 0]
     image, matched = table[row, :2].long().unbind(dim=1)
-    return SampledRois(rois, labels, boxes, PositiveRois(row, image, matched, table[row, 4:]))
+    return SampledRois(rois, labels, matched_boxes, PositiveRois(row, image, matched, table[row, 4:]))

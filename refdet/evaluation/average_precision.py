@@ -53,7 +53,7 @@ def coco_ap(
     Raises:
         InputError: an annotation's polygons are too far outside the image or too long to be rasterized.
     """
-    ids = _ContiguousIds.of(index, image_ids)
+    ids = _ContiguousIds.from_index(index, image_ids)
     if not ids.images:
         return dict.fromkeys(METRICS, -1.0)
     evaluation = _evaluate(index, ids, results, iou_type)
@@ -76,7 +76,7 @@ def ap_by_category(
     Returns:
         Category id -> `METRICS`, 0..1; None if there are no such objects. Empty without images.
     """
-    ids = _ContiguousIds.of(index, image_ids)
+    ids = _ContiguousIds.from_index(index, image_ids)
     if not ids.images or not ids.categories:
         return {}
     # (IoU thresholds, recalls, categories, area ranges, limits of detections), -1 where there are no objects
@@ -160,7 +160,7 @@ class _ContiguousIds:
     categories: dict[int, int]
 
     @classmethod
-    def of(cls, index: CocoIndex, image_ids: Iterable[int]) -> _ContiguousIds:
+    def from_index(cls, index: CocoIndex, image_ids: Iterable[int]) -> _ContiguousIds:
         return cls(*({id_: n for n, id_ in enumerate(sorted(set(ids)), 1)} for ids in (image_ids, index.categories)))
 
 

@@ -109,7 +109,7 @@ def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: 
 def generalized_comprehension(
     refer: REFER, index: CocoIndex, refs: Sequence[Any], predictions: Mapping[int, Prediction]
 ) -> dict[str, Any]:
-    """`generalized_scores` of the sentences of refs; masks are compared if all predictions have them."""
+    """Compute `generalized_scores` over the sentences of refs; masks are compared if all predictions have them."""
     all_predictions = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
     available = [p for p in all_predictions if p is not None]
     with_masks = bool(available) and all(p.masks is not None for p in available)
@@ -117,7 +117,7 @@ def generalized_comprehension(
     for ref in refs:
         objects = targets.objects_of(refer, ref)
         image = index.images[ref["image_id"]]
-        # the authors' code and REFER.getMask skip the masks of crowds, but not their boxes
+        # gRefCOCO's evaluation code and REFER.getMask skip the masks of crowds, but not their boxes
         non_crowd = [annotation for annotation in objects if not annotation.get("iscrowd")]
         truth = targets.mask(refer, non_crowd, image) if with_masks else None
         for sentence in ref["sentences"]:

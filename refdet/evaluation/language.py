@@ -19,7 +19,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.entries import entries_by_id
 from refdet.files.short_text import format_share
 
-INSTALL = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
+NOT_INSTALLED = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
 # punctuation that PTBTokenizer of pycocoevalcap removes
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
@@ -36,11 +36,11 @@ class Scorers:
 
     @classmethod
     def find(cls) -> Scorers:
-        """Raises InputError if pycocoevalcap is not installed."""
+        """Find out what is installed; raises InputError if pycocoevalcap is not."""
         try:
             _import_scorer("bleu.bleu", "Bleu")
         except ImportError:
-            raise InputError(f"`expressions`: {INSTALL}") from None
+            raise InputError(f"`expressions`: {NOT_INSTALLED}") from None
         return cls(java=shutil.which("java") is not None)
 
     def scores(self, truth: Mapping[int, Sequence[str]], generated: Mapping[int, str]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Scorers:
             metrics["ROUGE-L"] = float(
                 _import_scorer("rouge.rouge", "Rouge")().compute_score(references, candidates)[0]
             )
-            has_words = any(text for ref_texts in references.values() for text in ref_texts)  # CIDEr fails without one
+            has_words = any(text for ref_texts in references.values() for text in ref_texts)  # CIDEr fails without any
             metrics["CIDEr"] = (
                 float(_import_scorer("cider.cider", "Cider")().compute_score(references, candidates)[0])
                 if has_words
@@ -140,7 +140,7 @@ def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) 
         raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA_HINT}") from error
     try:
         return float(scorer.compute_score(references, candidates)[0])
-    except (OSError, ValueError) as error:  # Java ended, or printed something else than numbers
+    except (OSError, ValueError) as error:  # Java ended, or printed something other than numbers
         raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA_HINT}") from error
     finally:
         if scorer.lock.locked():  # still held after an error; the destructor would deadlock

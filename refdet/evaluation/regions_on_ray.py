@@ -9,15 +9,13 @@ from tempfile import TemporaryDirectory
 
 from refdet import store
 from refdet.data.coco import CocoIndex
-from refdet.errors import InputError, Interrupted, RuntimeFailure
+from refdet.errors import InputError, Interrupted, RefdetError, UnusableImageError
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
-
-_UNUSABLE_PREFIX = "`strict`: "  # of the message about an image that cannot be used
 
 
 def regions_on_ray(
@@ -75,12 +73,11 @@ def regions_on_ray(
             )
         except Interrupted:  # without the extraction's message about kept shards, which are deleted here
             raise Interrupted("interrupted") from None
-        except (InputError, RuntimeFailure) as error:
-            problem, _, kept = str(error).partition("; finished shards are kept")
-            if problem.startswith(_UNUSABLE_PREFIX):
-                raise InputError(problem.removeprefix(_UNUSABLE_PREFIX)) from error
-            if kept:
-                raise type(error)(f"{problem}; run it again") from error
+        except UnusableImageError as error:
+            raise InputError(error.message) from error
+        except RefdetError as error:
+            if error.fix:  # it says how to continue, but nothing is kept
+                error.fix = "run it again"
             raise
         with store.open(out) as computed:
             for image_id in computed:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def check_images(
-    store: Store, ids: Sequence[int], images: Mapping[int, ImageRecord], listed_in: str, of_what: str, fix: str
+    store: Store, ids: Sequence[int], images: Mapping[int, ImageRecord], listed_in: str, subset: str, fix: str
 ) -> None:
     """Check that a store has images, in the size in which a dataset has them.
 
@@ -26,7 +26,7 @@ def check_images(
         ids: ids of the images.
         images: image id -> the image in the dataset.
         listed_in: the file of the dataset, for error messages.
-        of_what: what the images are those of, such as "split val".
+        subset: name of these images, such as "split val", for error messages.
         fix: how to get a store that has them.
 
     Raises:
@@ -34,21 +34,21 @@ def check_images(
     """
     if missing := [image_id for image_id in ids if image_id not in store]:
         first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        lacked = format_share(len(missing), len(ids), "image")
-        raise InputError(f"{store.path}: lacks {lacked} of {of_what} ({first}); {fix}")
+        lacks = format_share(len(missing), len(ids), "image")
+        raise InputError(f"{store.path}: lacks {lacks} of {subset} ({first}); {fix}")
     pixels = zip(store.heights.tolist(), store.widths.tolist(), strict=True)
     sizes = dict(zip(store.image_ids.tolist(), pixels, strict=True))
     if resized := [i for i in ids if sizes[i] != (images[i].height, images[i].width)]:
         image, (height, width) = images[resized[0]], sizes[resized[0]]
         raise InputError(
-            f"{store.path}: of {of_what}, {format_share(len(resized), len(ids), 'image', 'has')} another size than in "
+            f"{store.path}: of {subset}, {format_share(len(resized), len(ids), 'image', 'has')} another size than in "
             f"{listed_in}, so boxes cannot be compared (first: image {image.id} is {width}x{height}, not "
             f"{image.width}x{image.height}); {fix}"
         )
 
 
 def warn_about_categories(store: Store, names: Mapping[int, str], listed_in: str) -> None:
-    """Warn if a dataset gives the category ids of a store other names, as they are compared by id.
+    """Warn if the names of a store's category ids differ in a dataset, since categories are compared by id.
 
     Args:
         store: the store.

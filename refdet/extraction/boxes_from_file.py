@@ -46,7 +46,7 @@ class BoxFile:
     ann_ids: bool
     box_format: str = DEFAULT
 
-    def of(self, record: ImageRecord) -> Regions:
+    def for_image(self, record: ImageRecord) -> Regions:
         """Regions of an image, empty if the file has none."""
         regions = self.regions.get(record.id)
         if regions is not None:

@@ -141,7 +141,8 @@ def extract_features(
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
     job.check_checkpoint()
-    compute, records = make_compute(detector, job.options, None if job.given is None else job.given.of), job.records
+    compute = make_compute(detector, job.options, None if job.given is None else job.given.for_image)
+    records = job.records
 
     def batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)

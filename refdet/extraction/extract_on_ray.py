@@ -62,7 +62,7 @@ def extract_on_ray(
     if resume and not strict and _is_complete(job, out):
         return summary_of_store(out, None, dict, read_batch_size(out) or 0)
     with connect(address, device) as cluster:
-        tools = DetectorTools.of(job, "cuda" if cluster.gpus else "cpu", workers)
+        tools = DetectorTools.from_job(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
             first = pool.start()
             job = job.with_precision(first.precision, say)
@@ -73,7 +73,7 @@ def extract_on_ray(
                 size = CPU_BATCH_SIZE
             plan = replace(job.plan, batch_size=size or pool.auto_batch_size())
             batches = group_by_input_size(job.records, job.meta.recipe.input, plan.batch_size)
-            engine = RayEngine(pool, None if job.given is None else job.given.of, strict)
+            engine = RayEngine(pool, None if job.given is None else job.given.for_image, strict)
             try:
                 return extract(
                     out,

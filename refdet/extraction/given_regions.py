@@ -25,7 +25,7 @@ class GivenRegions:
     """Regions that are not detected.
 
     Attributes:
-        of: returns the regions of an image, without features.
+        for_image: returns the regions of an image, without features.
         count: returns the number of regions of an image; None if they must be read to know.
         categories: category id -> name.
         masks: whether all regions have masks.
@@ -33,7 +33,7 @@ class GivenRegions:
         box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMATS`.
     """
 
-    of: Callable[[ImageRecord], Regions]
+    for_image: Callable[[ImageRecord], Regions]
     count: Callable[[ImageRecord], int] | None
     categories: Mapping[int, str]
     masks: bool
@@ -104,7 +104,7 @@ def load_given_regions(
 
         file = load_boxes(boxes, index, box_format, exif)
         _check_boxes(boxes, file.count, image_list, say)
-        return GivenRegions(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
+        return GivenRegions(file.for_image, None, file.categories, file.masks, file.ann_ids, file.box_format)
     if regions == "annotations":
         _check_crowds(image_list, say)
         return GivenRegions(

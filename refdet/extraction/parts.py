@@ -40,7 +40,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
-from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
@@ -261,7 +261,7 @@ def _merge_if_last(
                     f"{again} again or compute what is missing with `resume=True`"
                 )
             if len(all_shards.errors) == len(records):
-                raise RuntimeFailure(none_usable_message(all_shards.errors, f"finished shards are kept in {folder}"))
+                raise none_usable_error(all_shards.errors, f"finished shards are kept in {folder}")
             with session.timed("merge"):
                 all_shards.merge(
                     records,

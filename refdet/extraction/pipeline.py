@@ -26,12 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, Interrupted, RuntimeFailure
+from refdet.errors import InputError, Interrupted, RuntimeFailure, UnusableImageError
 from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary, none_usable_message, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count, format_share
@@ -91,7 +91,7 @@ def extract(
     Raises:
         InputError: as `refdet.extraction.shards.open_extraction`.
         RuntimeFailure: no usable images, a full disk, a failure of the machine to read images, NaN or inf, or an
-            unusable image if ``strict``; finished shards are kept.
+            unusable image if ``strict`` (UnusableImageError); finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if engine is None:
@@ -126,9 +126,7 @@ def _compute_and_merge(
         with session.computing():
             engine(shard_set, shard_numbers, session)
         if shard_set.errors and len(shard_set.errors) == len(records):
-            raise RuntimeFailure(
-                none_usable_message(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
-            )
+            raise none_usable_error(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
         with session.timed("merge"):
             shard_set.merge(
                 records,
@@ -152,7 +150,7 @@ def compute_shards(
 ) -> None:
     """Compute shards of ``shard_set`` and write them; see `extract` for the other arguments and the errors."""
     batches = [batch for number in shard_numbers for batch in shard_set.shards[number]]
-    kept = f"finished shards are kept in {shard_set.folder}"
+    fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
@@ -163,10 +161,10 @@ def compute_shards(
                 try:
                     images = next(loaded)
                 except RuntimeFailure as error:
-                    raise RuntimeFailure(f"{error}; {kept}, continue with `resume=True`") from error
+                    raise RuntimeFailure(str(error), fix=fix) from error
             unusable = [image for image in images if isinstance(image, str)]
             if strict and unusable:
-                raise RuntimeFailure(f"`strict`: {unusable[0]}; {kept}, continue with `resume=True`")
+                raise UnusableImageError(unusable[0], fix=fix)
             with session.timed("compute"):
                 finish = start_batch(batch, images, compute)
             with session.timed("wait"):

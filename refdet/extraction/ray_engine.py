@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import RuntimeFailure
 from refdet.extraction.ray_messages import Failed, Finished, Work
 from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
@@ -98,7 +98,7 @@ class RayEngine:
                             self.oriented |= answer.oriented
                             run.accept(worker, answer, session, bar)
                     self._pool.fill_slots()
-                    self._pool.check_alive(run.hint)
+                    self._pool.check_alive(run.fix)
         finally:
             self._end(session)
             (shard_set.folder / WORKERS).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class _Run:
     Attributes:
         unfinished: numbers of the shards that are not finished.
         token: identifies this run in the folder.
-        hint: the end of error messages.
+        fix: fix of the errors, which says what is kept.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class _Run:
         self._tries: Counter[int] = Counter()
         self._last_progress = 0.0
         self.token = secrets.token_hex(8)
-        self.hint = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
+        self.fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
 
     def assign_shards(self) -> None:
         """Assign shards to the workers, first to those that have none."""
@@ -189,8 +189,8 @@ class _Run:
         self._unassigned.extendleft(number for number in reversed(retries) if number not in assigned)
         if failure is not None:
             if not failure.is_machine_error:
-                raise (InputError if failure.bad_input else RuntimeFailure)(f"{failure.message}; {self.hint}")
-            self._pool.refuse(worker, Failed(f"{worker.name}: {failure.message}", True, failure.bad_input))
+                raise failure.kind(failure.message, fix=self.fix)
+            self._pool.refuse(worker, Failed(f"{worker.name}: {failure.message}", True, failure.kind))
             return
         self._pool.drop(worker, lost=True)
         self._pool.log_once(
@@ -200,8 +200,8 @@ class _Run:
             self._tries[number] += 1
             if self._tries[number] >= MAX_LOST:
                 raise RuntimeFailure(
-                    f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of "
-                    f"memory; {self.hint}"
+                    f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of memory",
+                    fix=self.fix,
                 )
 
 

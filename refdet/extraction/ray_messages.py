@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from refdet.data.coco import ImageRecord
+from refdet.errors import RefdetError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.steps import Compute, Load
 from refdet.store import Header, ImageRow
@@ -72,12 +73,12 @@ class Failed:
     Attributes:
         message: the reason, one line.
         is_machine_error: whether its machine is the cause, so that another worker may succeed.
-        bad_input: whether the reason is invalid input.
+        kind: the exception that the driver raises.
     """
 
     message: str
     is_machine_error: bool
-    bad_input: bool = False
+    kind: type[RefdetError] = RuntimeFailure
 
 
 @dataclass(frozen=True)

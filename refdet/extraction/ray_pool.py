@@ -144,7 +144,9 @@ class Pool:
                 self._on_host[answer.host] += 1
                 return
             actual, expected = (f"{start.precision}, {start.kernels}" for start in (answer, first))
-            answer = Failed(f"{answer.host} has {actual}, and others {expected}", is_machine_error=True, bad_input=True)
+            answer = Failed(
+                f"{answer.host} has {actual}, and others {expected}", is_machine_error=True, kind=InputError
+            )
         if answer is None:
             self.drop(worker, lost=True)
         else:
@@ -166,19 +168,21 @@ class Pool:
         with suppress(Exception):
             self.ray.kill(worker.actor)
 
-    def check_alive(self, hint: str) -> None:
-        """Raise an error that ends with ``hint`` if there is no worker and none can be expected."""
+    def check_alive(self, fix: str) -> None:
+        """Raise an error with a fix, "" before any work, if there is no worker and none can be expected."""
         if self.workers:
             self._last_alive = time.monotonic()
             return
         slots = self._cluster.slots().items()
         refusal = self._refusal if all(count <= self._refused[node] for node, count in slots) else None
-        if refusal and not hint:
-            raise (InputError if refusal.bad_input else RuntimeFailure)(refusal.message)
+        if refusal and not fix:
+            raise refusal.kind(refusal.message)
         if refusal or self.lost >= MAX_LOST or time.monotonic() - self._last_alive > self._timeout:
             reason = refusal.message if refusal else self._reason
             problem = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
-            raise RuntimeFailure(f"{problem}; {hint or 'check the cluster with ray status'}")
+            if fix:
+                raise RuntimeFailure(problem, fix=fix)
+            raise RuntimeFailure(f"{problem}; check the cluster with ray status")
         time.sleep(_POLL_SECONDS / 10)
 
     def call(self, worker: Worker, method: str, *arguments: Any) -> None:

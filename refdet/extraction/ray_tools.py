@@ -78,7 +78,7 @@ class DetectorTools:
     workers: int | None
 
     @classmethod
-    def of(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
+    def from_job(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
         """The tools of the workers of an extraction."""
         return cls(
             job.checkpoint.absolute(),

@@ -17,7 +17,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_system_error
+from refdet.errors import (
+    InputError,
+    RefdetError,
+    RuntimeFailure,
+    UnusableImageError,
+    is_disk_full,
+    is_system_error,
+)
 from refdet.extraction.pipeline import BackgroundWriter, load_ahead, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
@@ -44,7 +51,6 @@ class WorkerShards(ShardSet):
     def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
         super().__init__(work.folder, work.plan, work.header, work.shards, folder, shard_numbers=())
         self.plan_hash = work.plan_hash
-        self._fix = "the other workers go on"
         self._shared, self._finished = shared, finished
         self._files: dict[Path, Path] = {}  # path of a shard -> its temporary file
 
@@ -216,7 +222,7 @@ class ShardWorker:
                         batch = queued_batches.popleft()
                         unusable = [image for image in images if isinstance(image, str)]
                         if strict and unusable:
-                            raise RuntimeFailure(f"`strict`: {unusable[0]}")
+                            raise UnusableImageError(unusable[0])
                         with session.timed("compute"):
                             finish = start_batch(batch, images, tools.compute)
                         with session.timed("wait"):
@@ -272,13 +278,17 @@ class _LogCollector(logging.Handler):
 
 
 def _failed(error: BaseException) -> Failed:
-    message = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, RefdetError):
-        message = f"{type(error).__name__}: {message}"
+    """The failure of an exception; the driver adds the fix, which is another one on a cluster."""
+    if isinstance(error, RefdetError):
+        message = error.message
+    else:
+        message = f"{type(error).__name__}: {str(error) or type(error).__name__}"
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and len(chain) < 10:
         chain.append(cause)
-    return Failed(message, any(map(_is_machine_error, chain)), isinstance(error, RefdetError) and error.exit_code == 2)
+    kinds: tuple[type[RefdetError], ...] = (InputError, UnusableImageError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeFailure)
+    return Failed(" ".join(message.split()), any(map(_is_machine_error, chain)), kind)
 
 
 def _is_machine_error(error: BaseException) -> bool:

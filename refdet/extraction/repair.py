@@ -19,7 +19,7 @@ import numpy as np
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import InputError, UnusableImageError
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
@@ -124,16 +124,18 @@ def repair(
 
     Raises:
         InputError: the store has another batch size, the folder has other files, or another process is using it.
-        RuntimeFailure: the disk is full, or an image is still unusable and ``strict`` is True.
+        UnusableImageError: an image is still unusable and ``strict`` is True.
+        RuntimeFailure: the disk is full.
     """
     folder = repair_folder(out)
     with store.open(out) as old:
         readable = find_readable(old.errors, records, load)
         remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
         if strict and remaining_errors:
-            raise RuntimeFailure(
-                f"`strict`: {remaining_errors[0]}; {out} has no regions of {format_count(len(old.errors), 'image')}; "
-                "repair the files and run it again with `resume=True`"
+            raise UnusableImageError(
+                remaining_errors[0],
+                fix=f"{out} has no regions of {format_count(len(old.errors), 'image')}; repair the files and run it "
+                "again with `resume=True`",
             )
         if not readable:
             if (folder / _REPAIR).is_file():

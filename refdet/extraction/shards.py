@@ -37,6 +37,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import exclusive_lock
+from refdet.files.short_text import format_missing_space
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, RawImage, encode_all
 from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read
@@ -45,6 +46,8 @@ from refdet.store.size import space_needed
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
+
+_DISK_FULL_FIX = "finished shards are kept; free some space and continue with `resume=True`"
 
 
 class ShardSet:
@@ -81,7 +84,6 @@ class ShardSet:
         self.out, self.folder = out, folder or shards_folder(out)
         self.plan, self.header, self.shards = plan, header, shards
         self._columns = plan.columns()
-        self._fix = "finished shards are kept; free some space and continue with `resume=True`"
         work = plan.to_json(shards, header)
         if saved_plan is not None:  # an older refdet may have written the same recipe differently
             work["header"] = saved_plan["header"]
@@ -130,8 +132,8 @@ class ShardSet:
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
                 raise RuntimeFailure(
-                    f"{path}: {name} of image {image.row.id} has shape {shape}, others have "
-                    f"{self._shapes[name]}; remove {self.folder} and start again"
+                    f"{path}: {name} of image {image.row.id} has shape {shape}, others have {self._shapes[name]}",
+                    fix=f"remove {self.folder} and start again",
                 )
         return image.row
 
@@ -179,7 +181,7 @@ class ShardSet:
             RuntimeFailure: the disk is full.
         """
         path = self._path(number)
-        with report_disk_full(path, self._fix):
+        with report_disk_full(path, _DISK_FULL_FIX):
             if isinstance(file, Path):
                 os.replace(file, path)
                 fsync(self.folder)
@@ -208,7 +210,7 @@ class ShardSet:
         """
         path = self._path(number)
         rows: list[tuple[ImageRow, BlockLocation]] = []
-        with report_disk_full(path, self._fix), self._writing(path) as temporary, temporary.open("wb", 0) as file:
+        with report_disk_full(path, _DISK_FULL_FIX), self._writing(path) as temporary, temporary.open("wb", 0) as file:
             writer = ShardWriter(file, self._shard_id(number))
 
             def add(images: Sequence[EncodedImage]) -> None:
@@ -260,7 +262,7 @@ class ShardSet:
         rows = [row for row, _ in images]
         space = space_needed(rows, columns, self.header)
         self._check_space(space)
-        with report_disk_full(path, self._fix), store.create(path, self.header, columns, rows, space) as writer:
+        with report_disk_full(path, _DISK_FULL_FIX), store.create(path, self.header, columns, rows, space) as writer:
             with closing(read_ahead(images, columns)) as groups:
                 for group in groups:
                     writer.put(*group)
@@ -284,15 +286,17 @@ class ShardSet:
         except ShardError as error:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
-                f"{path}: {error}, after it was written, and removed; check the disk and compute its "
-                "images again with `resume=True`"
+                f"{path}: {error}, after it was written, and removed",
+                fix="check the disk and compute its images again with `resume=True`",
             ) from None
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            why = f"the store needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
-            raise RuntimeFailure(f"{self.out}: no space left on the disk ({why}); {self._fix}")
+            raise RuntimeFailure(
+                f"{self.out}: no space left on the disk (the store needs {format_missing_space(needed, free)})",
+                fix=_DISK_FULL_FIX,
+            )
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def summary_of_store(
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if errors and len(errors) == images:
-        raise RuntimeFailure(none_usable_message(errors, f"{out} has no regions"))
+        raise none_usable_error(errors, f"{out} has no regions")
     computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
     return Summary(
         images,
@@ -83,9 +83,9 @@ def summary_of_store(
     )
 
 
-def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
-    """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
-    return (
-        f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))}); {kept}, "
-        "check the files or `images` and run it again with `resume=True`"
+def none_usable_error(errors: Mapping[int, str], kept: str) -> RuntimeFailure:
+    """Error of an extraction without usable images; ``kept`` says what it leaves behind."""
+    return RuntimeFailure(
+        f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))})",
+        fix=f"{kept}, check the files or `images` and run it again with `resume=True`",
     )

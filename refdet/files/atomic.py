@@ -125,7 +125,7 @@ def report_disk_full(path: Path, fix: str) -> Iterator[None]:
         if not is_disk_full(error) or isinstance(error, RuntimeFailure):
             raise
         name = error.filename if isinstance(error, OSError) and error.filename else path
-        raise RuntimeFailure(f"{name}: no space left on the disk; {fix}") from error
+        raise RuntimeFailure(f"{name}: no space left on the disk", fix=fix) from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:

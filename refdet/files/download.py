@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.progress import progress_bar
-from refdet.files.short_text import shorten
+from refdet.files.short_text import format_missing_space, shorten
 
 RESERVED_BYTES = 2**26  # disk space to leave free
 _CHUNK_BYTES = 2**20
@@ -160,9 +160,10 @@ class ResumingDownloader:
     def _check_space(self, url: str, needed: int | None) -> None:
         free = shutil.disk_usage(self._part.parent).free
         if needed is not None and free < needed + RESERVED_BYTES:
+            missing = format_missing_space(needed + RESERVED_BYTES, free)
             raise RuntimeFailure(
-                f"{url}: needs {format_bytes(needed)}, {self._part.parent} has {format_bytes(free)} left; free some "
-                "space and run it again (finished downloads are kept)"
+                f"{url}: needs {missing} in {self._part.parent}; free some space and run it again (finished downloads "
+                "are kept)"
             )
 
     def _bar(self, total: int | None, start: int) -> tqdm[Any]:
@@ -241,14 +242,6 @@ def check_file(path: Path, name: str, checksum: str | None, remove: bool = False
             path.unlink()
         raise WrongDownload(f"{name}: checksum mismatch ({algorithm} {actual} instead of {expected})")
     return sha256
-
-
-def format_bytes(number: int) -> str:
-    """Human-readable size, such as "13.5 GB"."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
 
 
 def _content_range(response: requests.Response) -> tuple[int, int | None]:

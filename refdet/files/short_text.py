@@ -1,4 +1,4 @@
-"""Shorten values and text to fit in a one-line error message."""
+"""Short forms of values, text, counts and sizes for one-line messages."""
 
 from __future__ import annotations
 
@@ -39,13 +39,26 @@ def format_count(count: int, noun: str, verb: str = "", spec: str = "") -> str:
 
 
 def format_share(count: int, total: int, noun: str, verb: str = "") -> str:
-    """A part of a number of things, with a verb: "1 of 3 images is", "2 of 3 images are"; see `format_count`."""
+    """A count out of a total, with a verb: "1 of 3 images is", "2 of 3 images are"; see `format_count`."""
     return f"{count} of {format_count(total, noun)}" + (f" {agree(count, verb)}" if verb else "")
 
 
 def agree(count: int, verb: str) -> str:
     """A verb, given in the singular, that agrees with a count: "is" or "are"."""
     return verb if count == 1 else _PLURAL_VERBS.get(verb, verb.removesuffix("s"))
+
+
+def format_bytes(number: int) -> str:
+    """Human-readable size, such as "13.5 GB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return format_count(number, "byte")
+
+
+def format_missing_space(needed: int, free: int) -> str:
+    """Required disk space in bytes, and how much of it is missing: "13.5 GB, 2.1 GB more than is free"."""
+    return f"{format_bytes(needed)}, {format_bytes(needed - free)} more than is free"
 
 
 def _plural(noun: str) -> str:

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import report_disk_full
-from refdet.files.short_text import short_repr
+from refdet.files.short_text import format_missing_space, short_repr
 
-_RESERVED_BYTES = 2**26
+_RESERVED_BYTES = 2**26  # disk space to leave free
 _DRIVE = re.compile(r"[A-Za-z]:")
 _ARCHIVE_ERRORS = (
     zipfile.BadZipFile,
@@ -124,7 +124,8 @@ def _extract(members: list[_Member], name: str, target_path: Callable[[str], str
     free = shutil.disk_usage(folder).free
     if free < size + _RESERVED_BYTES:
         raise RuntimeFailure(
-            f"{name}: unpacks to {size:,} bytes, {folder.parent} has {free:,} left; free some space and run it again"
+            f"{name}: unpacking in {folder.parent} needs {format_missing_space(size + _RESERVED_BYTES, free)}; free "
+            "some space and run it again"
         )
     for target, member in selected.items():
         path = folder / target

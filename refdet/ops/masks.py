@@ -26,7 +26,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
     """Paste masks of boxes into the image as RLE, at sub-pixel precision.
 
-    Each pixel whose centre is in the box is interpolated bilinearly from the values at the cell centres, clamped at the
+    Each pixel whose center is in the box is interpolated bilinearly from the values at the cell centers, clamped at the
     outer cells, and thresholded. Boxes are not rounded. A box with a NaN or infinite coordinate has an empty mask.
     Computed in float32 in a fixed order, so that the result is the same with and without the compiled kernels. Tensors
     on a GPU are copied to the CPU first.
@@ -87,7 +87,7 @@ def masks_to_rle_plain(
 
 @dataclass(frozen=True)
 class _Interpolation:
-    """Linear interpolation of the pixels along an axis, each between two neighbouring cells.
+    """Linear interpolation of the pixels along an axis, each between two neighboring cells.
 
     Attributes:
         cell: (pixels,) int64, the first of the two cells.
@@ -105,7 +105,7 @@ class _Interpolation:
 
 
 def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
-    """The first pixel whose centre is in [low, high), and the interpolation of all such pixels."""
+    """The first pixel whose center is in [low, high), and the interpolation of all such pixels."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
     first, last = (int(np.clip(np.ceil(np.float64(edge) - 0.5), 0, limit)) for edge in (low, high))
@@ -113,8 +113,8 @@ def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> 
         return first, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
     half = np.float32(0.5)
     scale = np.float32(size / (np.float64(high) - np.float64(low)))
-    centres = np.arange(first, last).astype(np.float32) + half
-    position = np.clip((centres - low) * scale - half, np.float32(0), np.float32(size - 1))
+    centers = np.arange(first, last).astype(np.float32) + half
+    position = np.clip((centers - low) * scale - half, np.float32(0), np.float32(size - 1))
     cell = position.astype(np.int64)
     return first, _Interpolation(cell, np.float32(1) - (position - cell.astype(np.float32)))
 

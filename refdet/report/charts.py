@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by matplotlib: for the page in its light and dark colours, or as a standalone file."""
+"""Charts as SVG, drawn by matplotlib: for the page in its light and dark colors, or as a standalone file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refdet.files.spreadsheet_text import xml_characters
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-# Ink, soft text, lines, and the colours of six series, as the page has them in its light and dark style.
+# Ink, soft text, lines, and the colors of six series, as the page has them in its light and dark style.
 LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
@@ -42,7 +42,7 @@ class Series:
     Attributes:
         name: label in the legend.
         points: (x, y), ascending in x; points that are not finite, or not below `MAX_VALUE`, are left out.
-        style: index of the page's series colours, 0 to 5.
+        style: index of the page's series colors, 0 to 5.
         dashed: whether it is a reference line, drawn dashed and without dots.
     """
 
@@ -195,17 +195,17 @@ def _matplotlib() -> Iterator[Any]:
 
 
 def _apply_theme(svg: str) -> str:
-    """Make the colours of a chart follow the page's light or dark style; prints are light."""
+    """Make the colors of a chart follow the page's light or dark style; prints are light."""
     if not svg:
         return ""
 
     def use_variables(match: re.Match[str]) -> str:
         style = match[0]
-        for i, colour in enumerate(LIGHT):
-            style = style.replace(colour, f"var(--C{i})")
+        for i, color in enumerate(LIGHT):
+            style = style.replace(color, f"var(--C{i})")
         return style
 
-    light, dark = (";".join(f"--C{i}:{c}" for i, c in enumerate(colours)) for colours in (LIGHT, DARK))
+    light, dark = (";".join(f"--C{i}:{c}" for i, c in enumerate(colors)) for colors in (LIGHT, DARK))
     rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     rules += "text{font-family:system-ui,Arial,sans-serif!important}</style>"
     head, rest = svg.split(">", 1)

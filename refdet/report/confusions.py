@@ -74,9 +74,9 @@ def _draw(plot: Plot, shares: np.ndarray, labels: list[str]) -> None:
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     full, empty = to_rgba(SERIES[1], 0.85), to_rgba(SERIES[1], 0.0)
-    colours = LinearSegmentedColormap.from_list("share", [empty, full])
+    colors = LinearSegmentedColormap.from_list("share", [empty, full])
     plot.grid(visible=False)
-    plot.pcolormesh(shares, cmap=colours, vmin=0, vmax=1, shading="nearest", edgecolors="none")
+    plot.pcolormesh(shares, cmap=colors, vmin=0, vmax=1, shading="nearest", edgecolors="none")
     plot.set_yticks(range(len(labels)), labels)
     plot.invert_yaxis()
     plot.set_aspect("equal")

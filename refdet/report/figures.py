@@ -12,45 +12,45 @@ from pycocotools import mask as coco_mask
 
 from refdet.files.short_text import format_count, format_share
 from refdet.report.samples import Answer, Scene
-from refdet.structures.drawing import COLOURS, Box, Canvas, paint_mask, text_colour
+from refdet.structures.drawing import COLORS, Box, Canvas, paint_mask, text_color
 
 LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
 MAX_OTHER_REGIONS = 12  # regions drawn without a sentence
-GREY = "#9aa0aa"
+GRAY = "#9aa0aa"
 WRONG = "#d8403f"
 
 
 @dataclass(frozen=True)
 class Legend:
-    """Numbers and colours of the referred objects and regions of a scene.
+    """Numbers and colors of the referred objects and regions of a scene.
 
     Attributes:
-        colours: colour of each referred object; objects found in the same region share one.
+        colors: color of each referred object; objects found in the same region share one.
         numbers: region -> the numbers, from 1, of the referred objects found in it.
         others: regions without a sentence: the `MAX_OTHER_REGIONS` best-scoring ones with `SHOWN_SCORE` or more.
     """
 
-    colours: list[str]
+    colors: list[str]
     numbers: dict[int, list[int]]
     others: list[int]
 
     @classmethod
-    def of(cls, scene: Scene) -> Legend:
+    def from_scene(cls, scene: Scene) -> Legend:
         """Number the referred objects of a scene in order."""
-        colours: list[str] = []
+        colors: list[str] = []
         numbers: dict[int, list[int]] = {}
         for i, obj in enumerate(scene.referred):
             first = i
             if obj.found and obj.region is not None:
                 numbers.setdefault(obj.region, []).append(i + 1)
                 first = numbers[obj.region][0] - 1
-            colours.append(COLOURS[first % len(COLOURS)])
+            colors.append(COLORS[first % len(COLORS)])
         scores = scene.regions.scores
         others = [
             r for r in np.argsort(-scores, kind="stable").tolist() if scores[r] >= SHOWN_SCORE and r not in numbers
         ]
-        return cls(colours, numbers, others[:MAX_OTHER_REGIONS])
+        return cls(colors, numbers, others[:MAX_OTHER_REGIONS])
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Caption:
 
     Attributes:
         number: number of the object in the picture.
-        colour: "#rrggbb" of the chip with the number.
-        ink: colour of the number.
+        color: "#rrggbb" of the chip with the number.
+        ink: color of the number.
         fill: whether the chip is filled, as the object was found.
         sentences: its referring expressions.
         text: what was found.
@@ -69,7 +69,7 @@ class Caption:
     """
 
     number: int
-    colour: str
+    color: str
     ink: str
     fill: bool
     sentences: tuple[str, ...]
@@ -110,7 +110,7 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     """
     regions = scene.regions
     scene = replace(scene, read=lambda: regions)  # read once
-    legend = Legend.of(scene)
+    legend = Legend.from_scene(scene)
     data = io.BytesIO()
     draw(scene, pixels, legend, answer).save(data, "JPEG", quality=80, optimize=True)
     drawn = len(legend.others) + len(legend.numbers)
@@ -133,8 +133,8 @@ def _alt(scene: Scene) -> str:
 
 
 def _caption(scene: Scene, i: int, legend: Legend) -> Caption:
-    obj, colour = scene.referred[i], legend.colours[i]
-    head = (i + 1, colour, text_colour(colour), obj.found, obj.sentences)
+    obj, color = scene.referred[i], legend.colors[i]
+    head = (i + 1, color, text_color(color), obj.found, obj.sentences)
     if obj.found:
         assert obj.region is not None
         category = int(scene.regions.category_ids[obj.region])
@@ -150,33 +150,33 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    # nearly transparent, since sentences name the colours of things
-    painted = [(row, GREY, 0.15) for row in legend.others]
-    painted += [(row, legend.colours[numbers[0] - 1], 0.25) for row, numbers in legend.numbers.items()]
+    # nearly transparent, since sentences name the colors of things
+    painted = [(row, GRAY, 0.15) for row in legend.others]
+    painted += [(row, legend.colors[numbers[0] - 1], 0.25) for row, numbers in legend.numbers.items()]
     if regions.masks is not None:
         rles = regions.rles()
-        for row, colour, opacity in painted:
-            paint_mask(image, np.asarray(coco_mask.decode(rles[row])), colour, opacity, edge=5)
+        for row, color, opacity in painted:
+            paint_mask(image, np.asarray(coco_mask.decode(rles[row])), color, opacity, edge=5)
     canvas = Canvas(ImageDraw.Draw(image), size)
-    for row, colour, _ in painted:
-        canvas.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
+    for row, color, _ in painted:
+        canvas.outline(_scale(regions.boxes[row], scale), color, 2 if color == GRAY else 4, halo=color != GRAY)
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            canvas.dashed_outline(_scale(obj.box, scale), legend.colours[i])
+            canvas.dashed_outline(_scale(obj.box, scale), legend.colors[i])
     if answer is not None:
         canvas.dashed_outline(_scale(answer.box, scale), WRONG)
         canvas.label(_scale(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
-    for row, colour, _ in reversed(painted):
+    for row, color, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, legend.numbers.get(row, [])))
         canvas.label(
-            _scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19
+            _scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), color, 15 if color == GRAY else 19
         )
     for i, obj in enumerate(scene.referred):
         if not obj.found:
-            canvas.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colours[i], 19)
+            canvas.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colors[i], 19)
     return image
 
 

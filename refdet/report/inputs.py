@@ -73,7 +73,7 @@ class ReportInputs:
         detection: output of ``refdet evaluate --json``.
         instances: instances file with the objects of the stores' images; None for that of a REFER dataset.
         trained_on: instances file that the detector was trained on, to be audited again against ``refer_root``.
-        made_from: the instances file from which the split ``trained_on`` was built, audited for comparison.
+        original_instances: the instances file that the split ``trained_on`` was built from, audited for comparison.
         steps: the commands that were run.
         pictures: approximate number of example images; a third as many of the worst and of the best are added.
     """
@@ -85,7 +85,7 @@ class ReportInputs:
     detection: Mapping[str, Any] | None = None
     instances: Path | None = None
     trained_on: Path | None = None
-    made_from: Path | None = None
+    original_instances: Path | None = None
     steps: Sequence[PipelineStep] = ()
     pictures: int = 12
 

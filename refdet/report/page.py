@@ -60,7 +60,7 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
     for kind, rates in (inputs.detection or {}).items():
         for name in sections.AP_NAMES if rates else ():
             optional_number(rates, name, f"metrics of evaluate, {kind}")
-    proof, source_audit = _audits(inputs)
+    proof, original_audit = _audits(inputs)
     if proof is not None and provenance is not None and proof.image_ids_sha256 != provenance.image_ids_sha256:
         raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
     proven = False
@@ -78,7 +78,7 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
         chosen = validated if provenance.selection is None else provenance.selection.by_validation
         unproven = [] if proof is None else why_unproven(provenance, proof, str(inputs.run), inputs.trained_on)
         proven = proof is not None and not proof.leaked and not unproven and not chosen
-        content = sections.leak_section(provenance, proof, source_audit, validated, unproven)
+        content = sections.leak_section(provenance, proof, original_audit, validated, unproven)
         add("leak", "No leaks" if proven else "Training data", content)
     if inputs.run is not None:
         log = read_log(inputs.run / "metrics.jsonl")
@@ -203,11 +203,11 @@ def _highlights(
 
 
 def _audits(inputs: ReportInputs) -> tuple[AuditResult | None, AuditResult | None]:
-    """Audits of the training file, and of the file that it was made from."""
+    """Audits of the training file, and of the original file that build-split made it from."""
     if inputs.trained_on is None:
         return None, None
     if inputs.refer_root is None:
         raise InputError("`trained_on` needs `refer_root`, whose val and test images it must not have")
-    paths = (inputs.trained_on, inputs.made_from)
+    paths = (inputs.trained_on, inputs.original_instances)
     first, second = (None if path is None else audit(path, inputs.refer_root) for path in paths)
     return first, second

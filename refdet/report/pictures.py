@@ -105,7 +105,7 @@ def _of_store(store: Store, count: int) -> list[Scene]:
     """Evenly spaced usable images of a store, without refs."""
     ids = [image_id for image_id in store if image_id not in store.errors]
     images = images_of(store)
-    return [Scene.of_store(store.path.name, store, images[i], ()) for i in sample_evenly(ids, count)]
+    return [Scene.from_store(store.path.name, store, images[i], ()) for i in sample_evenly(ids, count)]
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Scene:
     read: Callable[[], Regions]
 
     @classmethod
-    def of_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referred, ...]) -> Scene:
+    def from_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referred, ...]) -> Scene:
         """An image of a store."""
         return cls(split, image, referred, store.names, lambda: store.read(image.id, ()))
 
@@ -110,7 +110,7 @@ def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> l
     """
     images = images_of(store)
     return [
-        Scene.of_store(f"{dataset}/{split}", store, images[image_id], referred)
+        Scene.from_store(f"{dataset}/{split}", store, images[image_id], referred)
         for split in splits
         for image_id, referred in _of_split(store, refer, split)
     ]
@@ -163,7 +163,7 @@ def answers(
                     box = predicted.boxes[0]
                     iou = float(box_iou(box[None], obj.box[None], protocol)[0, 0])
                     right = bool(box_overlap(box[None], obj.box[None], protocol)[0, 0] >= FOUND)
-                    scene = Scene.of_store(f"{dataset}/{split}", store, images[image_id], (alone,))
+                    scene = Scene.from_store(f"{dataset}/{split}", store, images[image_id], (alone,))
                     results.append(Answer(scene, box, iou, right))
     return results
 

@@ -45,7 +45,7 @@ def steps_section(steps: Sequence[PipelineStep]) -> Markup:
 def leak_section(
     provenance: Provenance,
     audit: AuditResult | None,
-    source_audit: AuditResult | None,
+    original_audit: AuditResult | None,
     validated: bool = False,
     unproven: Sequence[str] = (),
 ) -> Markup:
@@ -54,23 +54,23 @@ def leak_section(
     Args:
         provenance: of the detector.
         audit: audit of the training file.
-        source_audit: audit of the file that the training file was made from.
+        original_audit: audit of the original file that build-split made the training file from.
         validated: whether the run has a validation, which may have chosen the weights.
         unproven: why the audit does not prove that the detector has seen no held-out image.
     """
     header, rows = ["held-out split", "images"], []
-    if source_audit is not None:
+    if original_audit is not None:
         header.append("in the original file")
     header.append("in the training file")
-    in_source = {leak.name: len(leak.image_ids) for leak in source_audit.splits} if source_audit else {}
+    in_original = {leak.name: len(leak.image_ids) for leak in original_audit.splits} if original_audit else {}
     for leak in audit.splits if audit else ():
-        before = [in_source[leak.name]] if source_audit else []
+        before = [in_original[leak.name]] if original_audit else []
         rows.append([leak.name, leak.images, *before, len(leak.image_ids)])
     return render(
         "leak.html",
         provenance=provenance,
         audit=audit,
-        source_audit=source_audit,
+        original_audit=original_audit,
         validated=validated,
         header=header,
         rows=rows,

@@ -44,7 +44,7 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
         images, is_list = _parquet_images(path), False
     else:
         image_list = read_image_list(path)
-        images, is_list = image_list.images, image_list.form == LINES
+        images, is_list = image_list.images, image_list.format == LINES
     # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
     unknown = [image for image in images if image.unknown and not image.evidence.named]
     coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]

@@ -88,7 +88,7 @@ def build_split(
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
     check = InstancesCheck(Path(instances))
     images = read_image_list(instances, check)
-    if images.form == INSTANCES:
+    if images.format == INSTANCES:
         check.finish(images)
 
     held_out_ids = frozenset().union(*(split.image_ids for split in splits))
@@ -144,7 +144,7 @@ def build_split(
         "refer_images_missing": len(held_out_ids - present_ids),
         "removed_image_ids": sorted(images.ids - ids),
     }
-    if images.form != INSTANCES:
+    if images.format != INSTANCES:
         report["provenance"] = provenance.to_json()
     with atomic_write(report_file_path) as report_file, atomic_write(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -242,7 +242,7 @@ def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
     Height and width are 0 where the list does not give them.
     """
     image = image_list.images[index]
-    if image_list.form == INSTANCES:
+    if image_list.format == INSTANCES:
         entry = json.loads(image_list.text[image.start : image.end])
         name = entry.get("file_name")
         id_ = -1 if image.id is None else image.id

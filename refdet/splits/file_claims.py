@@ -32,13 +32,13 @@ class FileRole:
     """What a detector used a file for, in the words of messages.
 
     Attributes:
-        done: "trained", as in "was trained on F.json".
+        action: "trained", as in "was trained on F.json".
         data: "training data".
         verb: "train", as in "train on another file".
         argument: name of the argument that takes the file.
     """
 
-    done: str
+    action: str
     data: str
     verb: str
     argument: str
@@ -80,12 +80,13 @@ def file_problem(
     if proof is not None:
         if proof.image_ids_sha256 != provenance.image_ids_sha256:
             return (
-                f"{subject}: was not {role.done} on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
-                f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was {role.done} on"
+                f"{subject}: was not {role.action} on {instances}: its image ids hash to "
+                f"{proof.image_ids_sha256[:12]}, but the provenance has {provenance.image_ids_sha256[:12]}; give the "
+                f"file it was {role.action} on"
             )
         if proof.leaked:
             leaked = format_count(len(proof.leaked), "held-out image")
-            return f"{subject}: was {role.done} on {instances}, which contains {leaked}"
+            return f"{subject}: was {role.action} on {instances}, which contains {leaked}"
         # Without exclusions the provenance has the hash of the whole file, which covers the names too.
         same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
         if proof.not_known_by_id and not same_file:
@@ -96,11 +97,11 @@ def file_problem(
             )
         if NAMES_DIFFER in provenance.note and not same_file:
             return (
-                f"{subject}: cannot be proven: the file it was {role.done} on has file names that do not match its "
+                f"{subject}: cannot be proven: the file it was {role.action} on has file names that do not match its "
                 f"image ids, so {instances} has the same ids but maybe other images; give the identical file"
             )
         return ""
-    give = f"give the file it was {role.done} on with `{role.argument}`"
+    give = f"give the file it was {role.action} on with `{role.argument}`"
     if not provenance.excluded:
         why = provenance.note or "its provenance excludes no split"
         return f"{subject}: {role.data} unknown: {why}; {give}"

@@ -75,18 +75,18 @@ class ImageListFile:
 
     Attributes:
         path: the file.
-        form: INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES or LINES.
+        format: INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES or LINES.
         text: contents of the file.
         images: its images, in file order.
         annotations: annotations of an instances file, empty for other formats.
-        members: top-level keys of an instances file, empty for other formats.
+        members: top-level keys of an instances file and their values, empty for other formats.
         info: ``info`` of an instances file, empty for other formats.
         ids_in_other_keys: other top-level keys of an instances file -> COCO ids in the names below them.
         tree: where the entries of a JSON object are, None for other formats.
     """
 
     path: Path
-    form: str
+    format: str
     text: str
     images: list[ImageEntry]
     annotations: list[ListedAnnotation] = field(default_factory=list)
@@ -101,7 +101,7 @@ class ImageListFile:
         return {image.id for image in self.images if image.id is not None}
 
     def write(self, file: IO[str], keep: Sequence[bool], info: object) -> None:
-        """Write the list in its original form, with the exact text of each entry.
+        """Write the list in its original format, with the exact text of each entry.
 
         Args:
             file: a text file open for writing.
@@ -110,9 +110,9 @@ class ImageListFile:
         """
         images = [image for image, kept in zip(self.images, keep, strict=True) if kept]
         entries = (self.text[image.start : image.end] for image in images)
-        if self.form in (LINES, JSON_LINES):
+        if self.format in (LINES, JSON_LINES):
             file.writelines(f"{entry}\n" for entry in entries)
-        elif self.form == JSON_LIST:
+        elif self.format == JSON_LIST:
             _write_entries(file, entries, ",\n")
             file.write("\n")
         elif self.tree is not None:

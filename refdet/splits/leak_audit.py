@@ -38,7 +38,7 @@ class AuditResult:
     """Result of `audit`.
 
     Attributes:
-        form: form of the list: "instances", "JSON list", "JSON object", "JSON lines" or "lines of text".
+        form: format of the list: "instances", "JSON list", "JSON object", "JSON lines" or "lines of text".
         images: number of entries in the list.
         unidentified: number of entries that cannot be identified as an image of COCO or of another source.
         unknown: labels of the unidentified entries.
@@ -146,7 +146,7 @@ def audit(
         )
     unknown = [image.label for image in images.images if image.unknown]
     return AuditResult(
-        form=images.form,
+        form=images.format,
         images=len(images.images),
         unidentified=len(unknown),
         unknown=unknown,

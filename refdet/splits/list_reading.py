@@ -62,7 +62,7 @@ def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None 
         if not image_list.images:
             raise InputError(f"{path}: no images in it; give an instances JSON or a list of images")
         images = identify_images(image_list.images)
-        if image_list.form != INSTANCES and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
+        if image_list.format != INSTANCES and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
             raise InputError(
                 f"{path}: its {format_count(len(images), 'entry', 'has')} no COCO image id (first: "
                 f"{images[0].name or images[0].label!r:.60}); {_fix(images)}"

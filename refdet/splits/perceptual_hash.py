@@ -1,7 +1,7 @@
 """Find files that show the same picture by a perceptual hash, confirmed by correlation.
 
 The hash is the DCT hash known as pHash (Zauner, "Implementation and benchmarking of perceptual image hash
-functions", 2010), with 143 bits instead of 64: the 12x12 lowest frequencies of a 32x32 grey thumbnail, without the
+functions", 2010), with 143 bits instead of 64: the 12x12 lowest frequencies of a 32x32 gray thumbnail, without the
 mean, thresholded at their median. Between two different pictures about half of the bits differ (71.5, standard
 deviation 6), between a picture and its resized or recompressed copy at most a dozen.
 """
@@ -42,7 +42,7 @@ class Match(NamedTuple):
 
 
 def thumbnails(data: bytes) -> list[np.ndarray]:
-    """Decode an image file to a (32, 32) uint8 grey thumbnail, with a second one rotated by its EXIF orientation."""
+    """Decode an image file to a (32, 32) uint8 gray thumbnail, with a second one rotated by its EXIF orientation."""
     return image_decoder.thumbnails(data, SIDE)
 
 
@@ -56,22 +56,22 @@ def hashes(thumbnails: np.ndarray) -> np.ndarray:
 def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
     """Find pairs of thumbnails that show the same picture, mirrored or not.
 
-    A picture of a single colour matches nothing.
+    A picture of a single color matches nothing.
 
     Args:
-        first: (N, 32, 32) uint8 grey thumbnails.
-        second: (M, 32, 32) uint8 grey thumbnails.
+        first: (N, 32, 32) uint8 gray thumbnails.
+        second: (M, 32, 32) uint8 gray thumbnails.
 
     Returns:
         The matches, ordered by rows.
     """
     if not len(first) or not len(second):
         return []
-    first_hashes, first_flat = hashes(first), _normalise(first)
+    first_hashes, first_flat = hashes(first), _normalize(first)
     pairs = []
     for mirrored in (False, True):
         second_images = second[:, :, ::-1] if mirrored else second
-        second_hashes, second_flat = hashes(second_images), _normalise(second_images)
+        second_hashes, second_flat = hashes(second_images), _normalize(second_images)
         for start in range(0, len(first_hashes), _ROWS_AT_ONCE):
             distances = (BITS - first_hashes[start : start + _ROWS_AT_ONCE] @ second_hashes.T) / 2
             for row, column in np.argwhere(distances <= MAX_HAMMING_DISTANCE).tolist():
@@ -87,8 +87,8 @@ def _dct() -> np.ndarray:
     return np.cos(np.pi * (2 * position + 1) * frequency / (2 * SIDE)).astype(np.float32)
 
 
-def _normalise(thumbnails: np.ndarray) -> np.ndarray:
-    """Flatten (N, 32, 32) to (N, 1024) float32 of mean 0 and norm 1, or all 0 for a single colour."""
+def _normalize(thumbnails: np.ndarray) -> np.ndarray:
+    """Flatten (N, 32, 32) to (N, 1024) float32 of mean 0 and norm 1, or all 0 for a single color."""
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat * flat).sum(axis=1, keepdims=True))

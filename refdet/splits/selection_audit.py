@@ -27,7 +27,7 @@ class SelectionAudit:
         selection: record of the selection, None if there is none.
         proof: audit of the validation file, None if none was given.
         problem: why the selection is not clean, "" if it is.
-        proven: whether it is clean according to more than the validation file's own claim.
+        proven: whether it is clean, and not only according to the validation file's own claim.
         notes: human-readable notes.
     """
 
@@ -108,8 +108,8 @@ def _problem_without_record(path: Path, subject: str, trust_weights: bool) -> st
         if not was_validated(path):
             return ""
         return (
-            f"{subject}: cannot be proven: an older refdet validated this run and did not record on which images; they "
-            "may have chosen its weights; train again"
+            f"{subject}: cannot be proven: an older refdet validated this run without recording on which images, "
+            "which may have chosen its weights; train again"
         )
     if trust_weights or _is_from_before_validation(path):
         return ""
@@ -137,6 +137,6 @@ def _last_step_note(subject: str, file: Provenance, splits: Sequence[HeldOut], p
     else:
         held_out = ", without held-out images according to its record"
     return (
-        f"{subject}: validated while it was trained on {file.source} ({format_count(file.images, 'image')}{held_out}); "
-        "that did not choose these weights, which are those of the last step"
+        f"{subject}: was validated on {file.source} during training ({format_count(file.images, 'image')}{held_out}), "
+        "which did not choose these weights: they are those of the last step"
     )

@@ -52,12 +52,12 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
         with path.open("rb") as start:
             if start.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{path}: not a readable HDF5 file; give a file written by refdet extract-features")
-        before = FileState.of(path)
+        before = FileState.from_path(path)
         is_known = not again and before in known_files
         if not is_known and (problem := check_in_subprocess(path)):
             raise InputError(f"{path}: {problem}")
         file = h5py.File(path, "r")
-        after = FileState.of(path)
+        after = FileState.from_path(path)
     except OSError as error:
         raise InputError(f"{path}: not a readable HDF5 file: {error}") from None
     if after != before:
@@ -92,4 +92,4 @@ def check_regular(path: Path) -> None:
 
 def remember(path: Path) -> None:
     """Remember a file that refdet has just written."""
-    known_files.add(FileState.of(path))
+    known_files.add(FileState.from_path(path))

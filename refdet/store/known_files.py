@@ -34,7 +34,7 @@ class FileState(NamedTuple):
     changed: int
 
     @classmethod
-    def of(cls, path: str | Path) -> FileState:
+    def from_path(cls, path: str | Path) -> FileState:
         """Return the current state of a file; raises OSError if it does not exist."""
         real = os.path.realpath(path)
         status = os.stat(real)

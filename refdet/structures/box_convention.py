@@ -107,9 +107,9 @@ class BoxConvention:
         """Boxes (..., 4) xyxy as RoI pooling takes them: with the reference's arithmetic, up to the last pixel."""
         return self._shift_max(boxes, -self._corner_offset)
 
-    def _shift_max(self, boxes: Tensor, by: float) -> Tensor:
-        """Add to x2 and y2."""
-        return torch.cat((boxes[..., :2], boxes[..., 2:] + by), dim=-1) if by else boxes
+    def _shift_max(self, boxes: Tensor, offset: float) -> Tensor:
+        """Add an offset in pixels to x2 and y2."""
+        return torch.cat((boxes[..., :2], boxes[..., 2:] + offset), dim=-1) if offset else boxes
 
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:

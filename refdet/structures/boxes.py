@@ -71,7 +71,7 @@ def clip_to_images(boxes: Tensor, limits: Tensor) -> Tensor:
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
     """Deltas (N, 4) that transform anchors (N, 4) into boxes (N, 4).
 
-    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)``, likewise for y and h, where x, y are centres, w, h sizes, and a
+    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)``, likewise for y and h, where x, y are centers, w, h sizes, and a
     stands for the anchor (Girshick et al., "Rich feature hierarchies", appendix C, with weights added).
 
     Args:
@@ -99,6 +99,6 @@ def decode(
     """
     deltas = deltas / new_tensor(weights, deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
-    centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
+    center = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
     half_size = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))
-    return torch.cat((centre - half_size, centre + half_size), dim=-1)
+    return torch.cat((center - half_size, center + half_size), dim=-1)

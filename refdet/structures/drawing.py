@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
 """Half-open ``x1 y1 x2 y2`` in pixels."""
 
-COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
+COLORS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
 MAX_LABEL_LENGTH = 60  # characters
 MAX_LABELED_AREA = 1 / 3  # fraction of the image that labels may cover
 
@@ -37,7 +37,7 @@ class DrawnRegion:
 
 
 def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Image:
-    """A copy of an image with regions drawn on it, the first on top, in different colours.
+    """A copy of an image with regions drawn on it, the first on top, in different colors.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -46,39 +46,39 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Im
     image = Image.fromarray(pixels)
     long_side = max(image.size)
     line, font_size = max(1, round(long_side / 320)), min(max(10, round(long_side / 40)), 24)
-    coloured = [(region, COLOURS[i % len(COLOURS)]) for i, region in enumerate(regions)]
-    for region, colour in reversed(coloured):
+    colored = [(region, COLORS[i % len(COLORS)]) for i, region in enumerate(regions)]
+    for region, color in reversed(colored):
         if region.mask is not None:
-            paint_mask(image, region.mask, colour, opacity=0.35, edge=1 + 2 * line)
+            paint_mask(image, region.mask, color, opacity=0.35, edge=1 + 2 * line)
     canvas = Canvas(ImageDraw.Draw(image), image.size)
-    for region, colour in reversed(coloured):
-        canvas.outline(region.box, colour, line, halo=False)
+    for region, color in reversed(colored):
+        canvas.outline(region.box, color, line, halo=False)
     remaining_area = MAX_LABELED_AREA * image.width * image.height
-    for index, (region, colour) in enumerate(coloured):
+    for index, (region, color) in enumerate(colored):
         width, height = canvas.label_size(region.label, font_size)
         if width * height > remaining_area or width > image.width:
-            unlabeled = format_share(len(coloured) - index, len(coloured), "region", "has")
+            unlabeled = format_share(len(colored) - index, len(colored), "region", "has")
             log.warning("note: %s no label, as labels would cover the picture", unlabeled)
             break
         remaining_area -= width * height
-        canvas.label(region.box, region.label, colour, font_size)
+        canvas.label(region.box, region.label, color, font_size)
     return image
 
 
-def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float, edge: int) -> None:
+def paint_mask(image: Image.Image, mask: np.ndarray, color: str, opacity: float, edge: int) -> None:
     """Paint a mask onto an image, translucent and with an opaque edge.
 
     Args:
         image: in mode RGB; modified in place.
         mask: (H, W) uint8 of 0 and 1, resized to the image if necessary.
-        colour: "#rrggbb".
+        color: "#rrggbb".
         opacity: opacity of the inside, 0..1.
         edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
     """
     full = Image.fromarray(mask * np.uint8(255))
     if full.size != image.size:
         full = full.resize(image.size, Image.Resampling.BICUBIC).point(lambda v: 255 if v >= 128 else 0)
-    paint = Image.new("RGB", image.size, colour)
+    paint = Image.new("RGB", image.size, color)
     image.paste(paint, mask=full.point(lambda v: round(v * opacity)))
     image.paste(paint, mask=ImageChops.subtract(full, full.filter(ImageFilter.MinFilter(edge))))
 
@@ -97,17 +97,17 @@ class Canvas:
     size: tuple[int, int]
     occupied: list[Box] = field(default_factory=list)
 
-    def outline(self, box: Box, colour: str, width: int, *, halo: bool) -> None:
+    def outline(self, box: Box, color: str, width: int, *, halo: bool) -> None:
         """Draw a box, with a white line around it if ``halo``."""
         x1, y1, x2, y2 = self._clip(box)
         if halo:
             self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=width + 2)
-        self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
+        self.draw.rectangle((x1, y1, x2, y2), outline=color, width=width)
 
-    def dashed_outline(self, box: Box, colour: str) -> None:
+    def dashed_outline(self, box: Box, color: str) -> None:
         """Draw a dashed box."""
         x1, y1, x2, y2 = self._clip(box)
-        for width, ink in ((7, "white"), (4, colour)):
+        for width, ink in ((7, "white"), (4, color)):
             for x in np.arange(x1, x2, 20):
                 for y in (y1, y2):
                     self.draw.line((x, y, min(x + 11, x2), y), fill=ink, width=width)
@@ -115,13 +115,13 @@ class Canvas:
                 for x in (x1, x2):
                     self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
 
-    def label(self, box: Box, text: str, colour: str, font_size: int) -> None:
-        """Write a text next to a box, on a background of the box's colour.
+    def label(self, box: Box, text: str, color: str, font_size: int) -> None:
+        """Write a text next to a box, on a background of the box's color.
 
         Args:
             box: half-open xyxy in pixels of the image.
             text: the text, truncated to `MAX_LABEL_LENGTH`.
-            colour: colour of the background, "#rrggbb".
+            color: color of the background, "#rrggbb".
             font_size: in pixels.
         """
         font = ImageFont.load_default(size=font_size)
@@ -140,9 +140,9 @@ class Canvas:
         candidates = [self._move_inside(x, y, width, height) for x, y in corners]
         place = min(candidates, key=lambda place: sum(_intersection_area(place, other) for other in self.occupied))
         self.occupied.append(place)
-        self.draw.rounded_rectangle(place, radius=4, fill=colour, outline="white")
+        self.draw.rounded_rectangle(place, radius=4, fill=color, outline="white")
         self.draw.text(
-            (place[0] + 5, place[1] + height / 2), _printable(text), fill=text_colour(colour), font=font, anchor="lm"
+            (place[0] + 5, place[1] + height / 2), _printable(text), fill=text_color(color), font=font, anchor="lm"
         )
 
     def label_size(self, text: str, font_size: int) -> tuple[float, float]:
@@ -162,7 +162,7 @@ class Canvas:
         return x1, y1, max(x1, x2), max(y1, y2)
 
 
-def text_colour(background: str) -> str:
+def text_color(background: str) -> str:
     """Black or white, whichever is more legible on a background "#rrggbb"."""
     red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

@@ -53,13 +53,13 @@ class KnownFile:
         model: its name in the program that published it.
         trained_on: its training set.
         norm_eps: epsilon of its frozen norms, added to their variances.
-        style: its format if its tensors do not show it, a value of ``import-weights --weight-format``.
+        weight_format: its format if its tensors do not show it, a value of ``import-weights --weight-format``.
     """
 
     model: str
     trained_on: TrainingSet
     norm_eps: float = 1e-5
-    style: str | None = None
+    weight_format: str | None = None
 
 
 _DETECTRON2 = {  # start of the MD5 -> configuration
@@ -99,8 +99,8 @@ _TORCHVISION = {  # start of the SHA-256 -> model
     "cd907fc2": KnownFile("torchvision's resnet101 IMAGENET1K_V2", IMAGENET),
     "394f9c45": KnownFile("torchvision's resnet152 IMAGENET1K_V1", IMAGENET),
     "f82ba261": KnownFile("torchvision's resnet152 IMAGENET1K_V2", IMAGENET),
-    "397923af": KnownFile("torchvision's vgg16 IMAGENET1K_V1", IMAGENET, style="torchvision"),
-    "00b39a1b": KnownFile("jcjohnson/pytorch-vgg's vgg16", IMAGENET, style="caffe"),
+    "397923af": KnownFile("torchvision's vgg16 IMAGENET1K_V1", IMAGENET, weight_format="torchvision"),
+    "00b39a1b": KnownFile("jcjohnson/pytorch-vgg's vgg16", IMAGENET, weight_format="caffe"),
 }
 
 

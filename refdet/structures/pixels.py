@@ -34,7 +34,7 @@ def open_image(path: str | Path) -> Image.Image:
 def rgb_pixels(image: np.ndarray | Image.Image) -> np.ndarray:
     """The pixels of an image, (H, W, 3) uint8 RGB. Arrays are returned as they are.
 
-    16-bit greyscale keeps its upper 8 bits; transparency is dropped.
+    16-bit grayscale keeps its upper 8 bits; transparency is dropped.
 
     Args:
         image: (H, W, 3) uint8 RGB, or a PIL image of a mode with a known range.

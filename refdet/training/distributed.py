@@ -98,7 +98,7 @@ class ProcessGroup(Processes):
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process only; all processes return its result or raise its error."""
         result: Any = None
-        if self.first:
+        if self.is_first:
             try:
                 result = work()
             except Exception as error:
@@ -215,7 +215,7 @@ class ProcessGroup(Processes):
                 self.share_error(error)
             except Exception as agreed:
                 error = error if self.lost else agreed
-        if self.first or not (self.ended or self.lost):
+        if self.is_first or not (self.ended or self.lost):
             return error
         code = error.exit_code if isinstance(error, RefdetError) else RuntimeFailure.exit_code
         if not self.lost:  # torchrun ends all others as soon as one has ended

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 
-# prefixes of the layers that depend on the classes, which `train.reset_predictors` reinitialises
+# prefixes of the layers that depend on the classes, which `train.reset_predictors` reinitializes
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
 # options that change the inputs of a trained RPN or head, but not the shapes of its weights
@@ -30,7 +30,7 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
     """Prefixes of the names of the parameters that pretrained weights do not provide.
 
     All trained parameters are loaded, such as the convolutions of an ImageNet network, or everything except the mask
-    branch from a Faster R-CNN. Classes must be the same unless the layers that depend on them are reinitialised.
+    branch from a Faster R-CNN. Classes must be the same unless the layers that depend on them are reinitialized.
 
     Raises:
         InputError: the weights have other classes, another network or another input format.

@@ -1,4 +1,4 @@
-"""`Processes`: interface to the processes that train together, implemented here for a single one. No torch."""
+"""`Processes`: interface to the processes that train together, implemented here for one. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ReportedElsewhere(RefdetError):
 
 
 class LostProcess(RuntimeFailure):
-    """Another process of the training ended without sharing an error, for example because it was killed."""
+    """Another process of the training run ended without sharing an error, for example because it was killed."""
 
 
 class Processes:
-    """The single process of a training; `refdet.training.distributed.ProcessGroup` is one of several.
+    """The single process of a training run; `refdet.training.distributed.ProcessGroup` is one of several.
 
     The images of a step are divided among the processes, and counts, losses and gradients are summed. All processes
     must call the methods in the same order.
@@ -50,7 +50,7 @@ class Processes:
     rank, world_size, local_world_size, lost = 0, 1, 1, False
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that writes files and reports to the user."""
         return self.rank == 0
 

@@ -97,7 +97,7 @@ class SavedRun:
             for key, old, new in changes
             if new != old and (key, new) not in same
         ]
-        if saved.model.zero_init_residual:  # without a note, as weights are initialised once
+        if saved.model.zero_init_residual:  # without a note, as weights are initialized once
             changes.append(("model.zero_init_residual", True, current.model.zero_init_residual))
         return current.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in changes]), notes
 

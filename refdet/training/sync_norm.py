@@ -49,7 +49,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 class _BatchNormFunction(torch.autograd.Function):
-    """Normalise with the mean and variance over all processes, merged from those of each (Chan et al., 1979)."""
+    """Normalize with the mean and variance over all processes, merged from those of each (Chan et al., 1979)."""
 
     @staticmethod
     def forward(
@@ -67,22 +67,22 @@ class _BatchNormFunction(torch.autograd.Function):
         mean = (means * counts).sum(0) / count
         variance = (gathered[:, channels:-1] + counts * (means - mean).square()).sum(0) / count
         scale = (variance + eps).rsqrt()
-        normalised = (x - mean[:, None, None]) * scale[:, None, None]
-        ctx.save_for_backward(normalised, weight, scale, count)
+        normalized = (x - mean[:, None, None]) * scale[:, None, None]
+        ctx.save_for_backward(normalized, weight, scale, count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, variance, count)
-        return normalised * weight[:, None, None] + bias[:, None, None], mean, variance, count
+        return normalized * weight[:, None, None] + bias[:, None, None], mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of x, weight and bias; weight and bias get only the gradient of this process."""
-        normalised, weight, scale, count = ctx.saved_tensors
-        grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalised).sum(_DIMS)
+        normalized, weight, scale, count = ctx.saved_tensors
+        grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalized).sum(_DIMS)
         means = torch.cat((grad_bias, grad_weight)) / count
         dist.all_reduce(means, group=ctx.group)
         mean_grad, mean_product = means.chunk(2)
-        grad_input = grad_output - mean_grad[:, None, None] - normalised * mean_product[:, None, None]
+        grad_input = grad_output - mean_grad[:, None, None] - normalized * mean_product[:, None, None]
         return grad_input * (weight * scale)[:, None, None], grad_weight, grad_bias, None, None
 
 

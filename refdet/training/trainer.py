@@ -84,7 +84,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     saved_state = new_prefixes = None
     if inputs.saved_run is not None:
-        if processes.first:
+        if processes.is_first:
             saved_state = state.newest(out)
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
@@ -96,7 +96,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     validated_on = None if inputs.validation is None else inputs.validation.provenance
     meta = dataclasses.replace(meta, provenance=provenance_of_last_step(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
-    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
+    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.is_first else None
     if saved_state is not None:
         saved_state.restore(model, sgd, average)
     start = f"starts from {meta.provenance.weights or 'random weights'}"
@@ -120,8 +120,8 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     )
     check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
     processes.check_same({"the initial weights": meta.provenance.weights})
-    with _lock(out) if processes.first else nullcontext():
-        if processes.first:
+    with _lock(out) if processes.is_first else nullcontext():
+        if processes.is_first:
             if state_paths(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
             state.clean(out)
@@ -182,8 +182,8 @@ class _Training:
             Stop.watching() as stop,
             _freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
-            MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
-            progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
+            MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,
+            progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.is_first) as bar,
             prefetch_batches(self.batches, steps, options.workers, device, stop) as prefetched,
         ):
             clock = TrainingClock(first, options.steps)

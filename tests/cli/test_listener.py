@@ -22,7 +22,7 @@ from refdet.structures.regions import Regions
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "listener.py"
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +36,26 @@ def listener() -> ModuleType:
 
 
 def scenes(folder: Path, planted: bool, images: int = 90) -> tuple[Path, Path, Path]:
-    """Three regions an image, of three colours or two alike; sentences name a colour, or one of two by its side."""
+    """Three regions an image, of three colors or two alike; sentences name a color, or one of two by its side."""
     rng = np.random.default_rng(0)
     objects, stores = [], {"train": [], "val": []}
-    directions = rng.normal(size=(len(COLOURS), 8))
+    directions = rng.normal(size=(len(COLORS), 8))
     for image_id in range(1, images + 1):
         split = "train" if image_id <= images * 2 // 3 else "val"
         places = rng.permutation([5, 45, 85])
-        colours = rng.choice(4, 3, replace=False)
+        colors = rng.choice(4, 3, replace=False)
         if twins := image_id % 2:
-            colours[1] = colours[0]
+            colors[1] = colors[0]
         boxes = [[float(x), 20.0, float(x) + 20, 60.0] for x in places]
         for i in range(3):
             side = ""
             if twins and i < 2:
                 side = "left " if places[i] == min(places[:2]) else "right "
-            said = f"the {side}{COLOURS[colours[i]]} one"
+            said = f"the {side}{COLORS[colors[i]]} one"
             x1, y1, x2, y2 = boxes[i]
             objects.append({"image_id": image_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": 1,
                             "split": split, "sents": (said,)})  # fmt: skip
-        shown = directions[colours] if planted else np.zeros((3, 8))
+        shown = directions[colors] if planted else np.zeros((3, 8))
         features = {name: (shown + 0.3 * rng.normal(size=(3, 8))).astype(np.float32) for name in ("pool5", "fc7")}
         stores[split].append(replace(regions(image_id, boxes), features=features))
     for split, made in stores.items():

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from refdet.cli import audit, evaluate_on_refer, export, extract_features, import_weights
+from refdet.cli import audit, evaluate_on_refer, export, extract_features, import_weights, report
 from refdet.cli.common import renamed_option, store_option
 from refdet.errors import InputError
 
@@ -72,7 +72,7 @@ def test_the_commands_show_the_new_name(module: Any) -> None:
 
 RENAMED = [
     (audit, "--find-duplicates", "--by-content"), (extract_features, "--lower-threshold-if-empty", "--at-least-one"),
-    (import_weights, "--weight-format", "--style"),
+    (import_weights, "--weight-format", "--style"), (report, "--original-instances", "--made-from"),
 ]  # fmt: skip
 
 

@@ -223,7 +223,9 @@ def test_box_files_of_each_form(dataset: tuple, tmp_path: Path, caplog: pytest.L
     found = load_boxes(tmp_path / "b.json", index, name)
     assert found.box_format == form and "warning" not in caplog.text
     for i, record in index.images.items():
-        np.testing.assert_allclose(found.of(record).boxes, corners[i : i + 1].astype(np.float32), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            found.for_image(record).boxes, corners[i : i + 1].astype(np.float32), rtol=1e-5, atol=1e-4
+        )
     caplog.clear()
     try:
         load_boxes(tmp_path / "b.json", index, "xywh")

@@ -1,4 +1,4 @@
-"""Damaged images cost themselves alone: no run stops, no neighbour changes, each is named with its reason."""
+"""Damaged images cost themselves alone: no run stops, no neighbor changes, each is named with its reason."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_space_is_checked_before(site: Site, tmp_path: Path, refcoco: bytes, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
     item = replace(refcoco_item(site, refcoco), size=10**10)
-    with pytest.raises(RuntimeFailure, match=r"refcoco need 10\.0 GB, 1\.0 MB are left; .* fewer with `only`"):
+    with pytest.raises(RuntimeFailure, match=r"refcoco need 10\.1 GB, 10\.1 GB more than is free; .* `only`"):
         get(item, tmp_path)
     assert file.requests == []
 

@@ -45,10 +45,10 @@ FILES: dict[str, Callable[[], bytes]] = {
     "16-bit PPM": lambda: encoded(DEEP, "PPM"),
     "dark 16-bit PNG": lambda: encoded(DEEP >> 4, "PNG"),
     "BMP": lambda: encoded(PHOTO, "BMP"),
-    "grey": lambda: encoded(PHOTO[:, :, 1], "PNG"),
+    "gray": lambda: encoded(PHOTO[:, :, 1], "PNG"),
     "palette": lambda: encoded(RGB.quantize(64), "PNG", transparency=3),
     "alpha": lambda: encoded(np.dstack([PHOTO, DEEP.astype(np.uint8)]), "PNG"),
-    "grey and alpha": lambda: encoded(np.dstack([PHOTO[:, :, 0], DEEP.astype(np.uint8)]), "PNG"),
+    "gray and alpha": lambda: encoded(np.dstack([PHOTO[:, :, 0], DEEP.astype(np.uint8)]), "PNG"),
     "CMYK TIFF": lambda: encoded(RGB.convert("CMYK"), "TIFF"),
     "GIF": lambda: encoded(RGB.quantize(64), "GIF"),
     "WebP": lambda: encoded(PHOTO, "WEBP", lossless=True),
@@ -108,10 +108,10 @@ def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> No
 def test_orientation_of_16_bits(orientation: int) -> None:
     for kind in ("PNG", "TIFF"):
         data = oriented(orientation, kind, DEEP)
-        grey = np.stack([(DEEP >> 8).astype(np.uint8)] * 3, axis=2)
-        np.testing.assert_array_equal(decode(data, 120, 160).pixels, grey)
+        gray = np.stack([(DEEP >> 8).astype(np.uint8)] * 3, axis=2)
+        np.testing.assert_array_equal(decode(data, 120, 160).pixels, gray)
         size = (160, 120) if orientation > 4 else (120, 160)
-        np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, apply_orientation(grey, orientation))
+        np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, apply_orientation(gray, orientation))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 2)])

@@ -46,11 +46,11 @@ def test_an_image_is_found_in_a_folder_and_in_a_zip(tmp_path: Path, on_disk: str
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(record), pixels)
 
 
-def test_greyscale_becomes_rgb(tmp_path: Path) -> None:
-    grey = some_pixels()[:, :, 0]
-    write_png(tmp_path / "a.png", grey)
+def test_grayscale_becomes_rgb(tmp_path: Path) -> None:
+    gray = some_pixels()[:, :, 0]
+    write_png(tmp_path / "a.png", gray)
     found = ImageSource.open(tmp_path).read(ImageRecord(1, "a.png", 6, 9))
-    np.testing.assert_array_equal(found, np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(found, np.stack([gray] * 3, axis=2))
 
 
 def test_bad_images_are_named(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_image_of_a_pixel_keeps_one() -> None:
     assert input_size(1, 5000, InputOptions()).height == 1
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     options = InputOptions(mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 8.0))
     pixels = some_pixels()
     found = network_input(pixels, InputSize(6, 9, 1.0, 1.0, 6, 9), options)

@@ -30,7 +30,7 @@ def test_images_come_out_as_they_went_in(shapes: list[tuple[list[int], bool]]) -
         random.normal(size=shape).astype(np.float32) if floats else random.integers(0, 256, shape, dtype=np.uint8)
         for shape, floats in shapes
     ]
-    packed = PackedImages.of(images)
+    packed = PackedImages.from_images(images)
     assert packed.data.dtype == torch.uint8 and packed.data.dim() == 1
     assert packed.data.numel() <= sum(image.nbytes + 3 for image in images)
     for image, found in zip(images, packed.unpack(CPU), strict=True):
@@ -38,7 +38,7 @@ def test_images_come_out_as_they_went_in(shapes: list[tuple[list[int], bool]]) -
 
 
 def image_by_image(images: list[np.ndarray], sizes: list, flips: list[bool], options: InputOptions) -> torch.Tensor:
-    """Each resized and normalised alone, and then zero-padded."""
+    """Each resized and normalized alone, and then zero-padded."""
     made = [network_input(i[:, ::-1] if f else i, s, options) for i, s, f in zip(images, sizes, flips, strict=True)]
     height, width = padded_shape(sizes, options.size_divisibility)
     padded = torch.zeros(len(made), 3, height, width)
@@ -59,14 +59,14 @@ def test_a_batch_is_the_same_to_the_bit_as_its_images(
     images = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     sizes, flips = [input_size(*shape, options) for shape in shapes], [False, True, True, False, True, True]
     wanted = image_by_image(images, sizes, flips, options)
-    batch = Batch(PackedImages.of(images), sizes, flips, padded_shape(sizes, divisor), [], [])
+    batch = Batch(PackedImages.from_images(images), sizes, flips, padded_shape(sizes, divisor), [], [])
     found = batch.inputs(options, CPU)
     assert torch.equal(found, wanted) and found.is_contiguous(memory_format=torch.channels_last)
     assert [side % divisor for side in found.shape[2:]] == [0, 0]
     # the largest as its input, which is smaller
     assert [input_is_smaller(size) for size in sizes] == [False] * 5 + [True]
     small = network_input(images[5][:, ::-1], sizes[5], options).numpy()
-    mixed = Batch(PackedImages.of([*images[:5], small]), sizes, flips, batch.shape, [], [])
+    mixed = Batch(PackedImages.from_images([*images[:5], small]), sizes, flips, batch.shape, [], [])
     assert torch.equal(mixed.inputs(options, CPU), wanted)
     assert mixed.images.data.numel() < batch.images.data.numel()
 

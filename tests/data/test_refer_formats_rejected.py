@@ -349,3 +349,20 @@ def test_expressions_of_conversations(
         (expression, [0.1, 0.2, 0.3, 0.4]),
         ("the dog", [0.5, 0.5, 0.6, 0.7]),
     ]
+    assert not source.notes
+
+
+@pytest.mark.parametrize(
+    ("turns", "skipped"),
+    [
+        (("What is in [0.1, 0.2, 0.3, 0.4]?",), 1),  # without an answer
+        (("What is in [0.1, 0.2, 0.3, 0.4]?", " "), 1),
+        (("What is in [0.1, 0.2, 0.3, 0.4]?", "", "Hello", "Hello", "And [0, 0, 1, 1]?"), 3),
+    ],
+)
+def test_questions_of_conversations_are_used_or_counted(tmp_path: Path, turns: tuple[str, ...], skipped: int) -> None:
+    used = ("What is in [0.5, 0.5, 0.6, 0.7]?", "the dog")
+    conversation = [{"from": "human", "value": turn} for turn in (*used, *turns)]
+    source = read_list(tmp_path / "x.json", [{"image": "9.jpg", "conversations": conversation}], "val")
+    assert [ref.sentences[0].sent for ref in source.refs] == ["the dog"]
+    assert f" {skipped} question{'s' * (skipped > 1)} without a box or an expression" in source.notes[0]

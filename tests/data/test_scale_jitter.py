@@ -115,9 +115,9 @@ def test_boxes_lie_on_what_is_drawn(tmp_path: Path, scales: str) -> None:
         for image, target, (height, width) in zip(
             found.inputs(options, CPU), found.targets, found.input_sizes, strict=True
         ):
-            colours = (image * std + mean)[:, :height, :width]
+            colors = (image * std + mean)[:, :height, :width]
             for box, label in zip(target.boxes, target.labels.tolist(), strict=True):
-                y, x = (colours[0 if label == 1 else 2] > 127).nonzero().unbind(1)
+                y, x = (colors[0 if label == 1 else 2] > 127).nonzero().unbind(1)
                 if len(x):  # not less than half a pixel of it is seen
                     seen = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1))
                     assert (seen - box).abs().max() <= 1

@@ -60,7 +60,7 @@ def test_layout_and_pixels_agree(shapes_root: Path, split: str) -> None:
             x, y, w, h = annotation["bbox"]
             assert (x, y, x + w, y + h) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
             assert annotation["area"] == mask.sum()
-            # One paint: inside the mask most pixels are near its median colour, around it they are not.
+            # One paint: inside the mask most pixels are near its median color, around it they are not.
             paint = np.median(pixels[mask], axis=0)
             near = np.abs(pixels - paint).max(axis=2) < 40
             inside = near[mask].mean()

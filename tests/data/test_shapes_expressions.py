@@ -1,7 +1,7 @@
 """Every sentence of the embedded dataset, read as English and looked up in the files, means its object alone.
 
 Nothing of the generator is used here: words are parsed from the text, categories and boxes come from the JSON
-and colours from the pixels of the JPEG.
+and colors from the pixels of the JPEG.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RELATIONS = {
 class Object:
     ann_id: int
     category: str
-    colour: str | None
+    color: str | None
     box: tuple[float, float, float, float]  # x1 y1 x2 y2
 
     @property
@@ -47,20 +47,20 @@ class Object:
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
     def ahead(self, way: str) -> float:
-        """Coordinate of the centre that is the smaller the further the object lies that way."""
+        """Coordinate of the center that is the smaller the further the object lies that way."""
         x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
         return {"left": x, "right": -x, "top": y, "bottom": -y}[way]
 
 
 def nouns(text: str, objects: list[Object]) -> list[Object]:
-    """The objects that "[size] [colour] category" describes, borderline sizes included."""
+    """The objects that "[size] [color] category" describes, borderline sizes included."""
     words = text.split()
     found = objects
     if words[-1] != "shape":
         found = [o for o in found if o.category == words[-1]]
     for word in reversed(words[:-1]):
         if word in PALETTE:
-            found = [o for o in found if o.colour == word]
+            found = [o for o in found if o.color == word]
         elif word == "small":
             found = [o for o in found if o.side <= 33]
         elif word == "large":
@@ -129,13 +129,13 @@ def objects_of(root: Path) -> dict[int, list[Object]]:
         image = images[a["image_id"]]
         parts = coco_mask.frPyObjects(a["segmentation"], image["height"], image["width"])
         mask = coco_mask.decode(coco_mask.merge(parts) if isinstance(parts, list) else parts).astype(bool)
-        colour = None
+        color = None
         picked = pixels[image["id"]]
         if picked is not None:
             median = np.median(picked[mask], axis=0)
-            colour = min(PALETTE, key=lambda name: float(np.abs(median - PALETTE[name]).sum()))
+            color = min(PALETTE, key=lambda name: float(np.abs(median - PALETTE[name]).sum()))
         x, y, w, h = a["bbox"]
-        found[image["id"]].append(Object(a["id"], names[a["category_id"]], colour, (x, y, x + w, y + h)))
+        found[image["id"]].append(Object(a["id"], names[a["category_id"]], color, (x, y, x + w, y + h)))
     return found
 
 

@@ -34,7 +34,7 @@ def _flood_parts(mask: np.ndarray) -> int:
 
 
 def _has_hole(mask: np.ndarray) -> bool:
-    """Whether background is cut off from the outside, moving to all 8 neighbours."""
+    """Whether background is cut off from the outside, moving to all 8 neighbors."""
     free = np.pad(~mask, 1, constant_values=True)
     left = {(int(y), int(x)) for y, x in np.argwhere(free)}
     left.remove((0, 0))

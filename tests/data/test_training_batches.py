@@ -106,7 +106,7 @@ def test_boxes_follow_the_image(tmp_path: Path) -> None:
     assert seen[True] > 3 and seen[False] > 3
 
 
-def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
+def test_padding_is_zero_after_normalization(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60), (40, 60), (50, 52)])
     batches = TrainingBatches(index, source, small_recipe("input.min_sizes=[50]"))
     batch = batches[0]

@@ -182,9 +182,9 @@ def test_cell_anchors_have_the_area_and_the_ratio_asked_for() -> None:
 def test_anchors_stand_in_the_order_of_the_scores() -> None:
     maps = [torch.zeros(1, 1, 2, 3)]
     anchors = AnchorGenerator([[8.0, 16.0]], [1.0], [10])(maps)[0]
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     expected = [[x, y] for y in (5, 15) for x in (5, 15, 25) for _ in range(2)]
-    assert centres.tolist() == expected
+    assert centers.tolist() == expected
 
 
 def test_roi_align_reads_a_linear_map_exactly() -> None:
@@ -204,7 +204,7 @@ def test_pyramid_reads_each_roi_from_its_level() -> None:
     assert found.flatten().tolist() == [0, 0, 1, 2, 3, 3]
 
 
-def test_masks_are_computed_for_the_labelled_class() -> None:
+def test_masks_are_computed_for_the_labeled_class() -> None:
     predictor = small_model().head.mask
     x, labels = torch.randn(3, 64, 7, 7), torch.tensor([1, 4, 2])
     every_class = predictor.logits(predictor.hidden(x))

@@ -108,8 +108,8 @@ def test_arrays_that_are_read_only_are_taken_without_a_warning(detector: refdet.
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
 def test_pil_images_and_files_of_a_mode_are_read_alike(tmp_path: Path, detector: refdet.Detector, mode: str) -> None:
-    grey = (IMAGES[0][..., 0].astype(np.uint16) << 8) + 77
-    image = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(IMAGES[0]).convert(mode)
+    gray = (IMAGES[0][..., 0].astype(np.uint16) << 8) + 77
+    image = Image.fromarray(gray) if mode == "I;16" else Image.fromarray(IMAGES[0]).convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     image.save(path)
     same(detector.detect(image, max_regions=5), detector.detect(path, max_regions=5))
@@ -167,7 +167,7 @@ def test_boxes_are_cut_to_the_image(detector: refdet.Detector) -> None:
 
 BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "floats": (np.zeros((3, 64, 64), np.float32), r"image: uint8 \(H, W, 3\) RGB is needed, not float32 \(3, 64, 64\)"),
-    "grey": (np.zeros((64, 64), np.uint8), r"image: uint8 \(H, W, 3\) RGB is needed, not uint8 \(64, 64\)"),
+    "gray": (np.zeros((64, 64), np.uint8), r"image: uint8 \(H, W, 3\) RGB is needed, not uint8 \(64, 64\)"),
     "alpha": (np.zeros((64, 64, 4), np.uint8), r"image: uint8 .* not uint8 \(64, 64, 4\)"),
     "int64": (np.zeros((64, 64, 3), np.int64), "image: uint8 .* not int64"),
     "a batch": (np.zeros((2, 64, 64, 3), np.uint8), r"image: uint8 .* not uint8 \(2, 64, 64, 3\)"),

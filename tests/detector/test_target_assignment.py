@@ -150,7 +150,7 @@ def test_each_roi_gets_the_mask_of_its_object() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), images=st.integers(1, 4), best=st.booleans(), shared=st.booleans())
-def test_a_batch_is_labelled_as_its_images_are(seed: int, images: int, best: bool, shared: bool) -> None:
+def test_a_batch_is_labeled_as_its_images_are(seed: int, images: int, best: bool, shared: bool) -> None:
     random = np.random.default_rng(seed)
 
     def boxes(count: int) -> list[list[float]]:

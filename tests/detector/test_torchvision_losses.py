@@ -131,7 +131,7 @@ class SecondStage:
 def test_classes_and_boxes(monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
     stage = SecondStage(monkeypatch, "head.smooth_l1_beta=0.1111111111111111", *changes)
     sampled, logits, deltas = stage.sampled, stage.inputs["logits"], stage.inputs["deltas"]
-    wanted = box_ops.encode(sampled.boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
+    wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
     score, box = fastrcnn_loss(logits, deltas.flatten(1), [sampled.labels], [wanted])
     assert (sampled.labels > 0).sum() > 3
     assert_equal(stage.losses["loss_classifier"], score, [logits])
@@ -143,7 +143,7 @@ def test_the_box_loss_of_other_betas(monkeypatch: pytest.MonkeyPatch) -> None:
         stage = SecondStage(monkeypatch, f"head.smooth_l1_beta={beta}")
         sampled, deltas = stage.sampled, stage.inputs["deltas"]
         positive = sampled.labels > 0
-        wanted = box_ops.encode(sampled.boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
+        wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
         distance = (deltas[positive, sampled.labels[positive]] - wanted).abs()
         loss = distance if beta == 0 else torch.where(distance < 1, distance**2 / 2, distance - 0.5)
         assert_equal(stage.losses["loss_box_reg"], loss.sum() / len(sampled.labels), [deltas])

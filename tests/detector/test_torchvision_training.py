@@ -96,7 +96,7 @@ LAYERS = {
     "head.mask.hidden.{0}": "roi_heads.mask_head.{1}.0",
     "head.mask.hidden.8": "roi_heads.mask_predictor.conv5_mask",
 }
-# initialised as in detectron2: standard deviations there, and in torchvision
+# initialized as in detectron2: standard deviations there, and in torchvision
 DIFFERENT = {
     "head.fc6": ("roi_heads.box_head.fc6", (256 * 49) ** -0.5, (3 * 256 * 49) ** -0.5),
     "head.fc7": ("roi_heads.box_head.fc7", 1024**-0.5, (3 * 1024) ** -0.5),
@@ -157,7 +157,7 @@ def test_initial_weights_of_the_resnet(networks: tuple[dict[str, nn.Module], ...
 
 
 def test_initial_weights_of_conv5_on_rois() -> None:
-    """The C4 head, which torchvision does not have: He initialisation and detectron2's predictors."""
+    """The C4 head, which torchvision does not have: He initialization and detectron2's predictors."""
     torch.manual_seed(0)
     model = MaskRCNN(small_recipe("model.width=64", "model.mask_channels=256", "model.depth=18"), 80)
     head = dict(model.head.named_modules())

@@ -39,7 +39,9 @@ def batch_of(count: int, options: InputOptions) -> Batch:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), dtype=np.uint8)
     sizes = [input_size(96, 128, options)] * count
     flips = [bool(image % 2) for image in range(count)]
-    return Batch(PackedImages.of(list(pixels)), sizes, flips, (96, 128), [*map(truth, range(count))], [*range(count)])
+    return Batch(
+        PackedImages.from_images(list(pixels)), sizes, flips, (96, 128), [*map(truth, range(count))], [*range(count)]
+    )
 
 
 REFERENCE = ["head.append_gt_boxes=false", "head.sample_with_replacement=true", "proposals.inside_only=true"]

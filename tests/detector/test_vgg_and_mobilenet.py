@@ -41,8 +41,8 @@ def images() -> Tensor:
     return torch.from_numpy(np.random.default_rng(1).normal(0, 60, (1, 3, 105, 141)).astype(np.float32))
 
 
-def detector(weights: Tensors, form: str, style: str | None = None) -> MaskRCNN:
-    found = identify_checkpoint(weights, style)
+def detector(weights: Tensors, form: str, weight_format: str | None = None) -> MaskRCNN:
+    found = identify_checkpoint(weights, weight_format)
     assert found.classes is not None and not found.missing_prefixes
     model = loading.build_on_meta(found.recipe, found.classes)
     loading.load_weights(model, found.tensors, Path("weights"))
@@ -77,11 +77,11 @@ def test_a_vgg_computes_what_torchvisions_layers_do(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["trained", "used"])
-@pytest.mark.parametrize(("style", "eps"), [(None, 1e-5), ("tf-faster-rcnn", 1e-3)])
+@pytest.mark.parametrize(("weight_format", "eps"), [(None, 1e-5), ("tf-faster-rcnn", 1e-3)])
 @torch.inference_mode()
-def test_a_mobilenet_computes_what_its_formulas_say(form: str, style: str | None, eps: float) -> None:
-    weights = mobilenet_weights(counters=style is None)
-    model = detector(weights, form, style)
+def test_a_mobilenet_computes_what_its_formulas_say(form: str, weight_format: str | None, eps: float) -> None:
+    weights = mobilenet_weights(counters=weight_format is None)
+    model = detector(weights, form, weight_format)
     assert model.recipe.name == "reference-mobilenet-v1" and network_name(model.recipe.model).endswith("of width 8")
     wanted = mobilenet_layers(weights, images(), range(12), eps)
     (found,) = model.extract_feature_maps(images())
@@ -141,9 +141,9 @@ def test_what_is_wrong_is_said(kind: str) -> None:
 
 
 def test_formats_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="`style` caffe: this is a detector, for which only tf-faster-rcnn and"):
+    with pytest.raises(InputError, match="`weight_format` caffe: .* for which only tf-faster-rcnn and"):
         identify_checkpoint(vgg_weights(), "caffe")
-    with pytest.raises(InputError, match="`style` tf-faster-rcnn: the tensors do not have the names of its detectors"):
+    with pytest.raises(InputError, match="`weight_format` tf-faster-rcnn: the tensors do not have the names"):
         identify_checkpoint(torchvision_vgg().state_dict(), "tf-faster-rcnn")
 
 
@@ -171,7 +171,7 @@ def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.Monke
     torch.save(torchvision_vgg().state_dict(), tmp_path / "vgg16.pth")
     with pytest.raises(InputError, match="vgg16.pth: an ImageNet VGG-16, whose tensors do not show its preprocessing"):
         import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
-    known = KnownFile("somebody's vgg16", IMAGENET, style="torchvision")
+    known = KnownFile("somebody's vgg16", IMAGENET, weight_format="torchvision")
     monkeypatch.setitem(known_weights._TORCHVISION, file_sha256(tmp_path / "vgg16.pth")[:8], known)
     found = import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
     assert found.kind == "an ImageNet VGG-16 in torchvision style" and found.provenance.training_set is IMAGENET
@@ -179,7 +179,7 @@ def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_imagenet_networks_start_the_training() -> None:
     theirs = torchvision_vgg().state_dict()
-    with pytest.raises(InputError, match="`style='torchvision'` for torchvision's, `style='caffe'`"):
+    with pytest.raises(InputError, match="`weight_format='torchvision'` for torchvision's, `weight_format='caffe'`"):
         identify_checkpoint(theirs)
     ours = identify_checkpoint(theirs, "torchvision")
     assert ours.kind == "an ImageNet VGG-16 in torchvision style" and ours.recipe.input.order == "rgb"

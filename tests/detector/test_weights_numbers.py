@@ -116,10 +116,10 @@ def test_a_network_of_another_width_is_refused_before_it_is_made(
     meta["recipe"]["model"]["width"] = 128
     (tmp_path / "run" / checkpoint.META).write_text(json.dumps(meta))
     made: list[bool] = []
-    initialise = torch.nn.init.kaiming_normal_
+    initialize = torch.nn.init.kaiming_normal_
     monkeypatch.setattr(
         torch.nn.init, "kaiming_normal_",
-        lambda weight, *a, **k: (made.append(weight.is_meta), initialise(weight, *a, **k))[1],
+        lambda weight, *a, **k: (made.append(weight.is_meta), initialize(weight, *a, **k))[1],
     )  # fmt: skip
     with pytest.raises(InputError, match=r"backbone\.conv1\.weight is \(8, 3, 7, 7\), the recipe expects \(128, 3"):
         loading.load(tmp_path / "run")

@@ -113,7 +113,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "sparse": (saved({"conv1.weight": ONES.to_sparse()}), "'conv1.weight' is not a named tensor of real numbers"),
     "complex": (saved({"conv1.weight": ONES * 1j}), "'conv1.weight' is not a named tensor of real numbers"),
     "meta": (saved({"conv1.weight": ONES.to("meta")}), "'conv1.weight' is not a named tensor of real numbers"),
-    "colours": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
+    "colors": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
 }
 
 
@@ -177,6 +177,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "huge": (
         with_("rpn_net.bias", torch.ones((), dtype=torch.float64).expand(10**7, 10**7)), ("rpn_net.bias is (10000",)
     ),
+    "many misshapen": (
+        lambda weights: weights | {f"resnet.layer3.{i}.conv1.weight": torch.ones(1) for i in range(6)},
+        ("resnet.layer3.0.conv1.weight is (1,), not (256, 512, 1, 1)", "not (256, 1024, 1, 1) and 1 more"),
+    ),
     "damaged block": (without("resnet.layer1.0.conv3.weight"), ("missing: resnet.layer1.0.conv3.weight",)),
     "no block": (no_block, ("unknown network", "blocks per stage: 3, 4, 5, 3")),
     "another network": (
@@ -209,7 +213,7 @@ def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> N
 
 
 def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
-    with pytest.raises(InputError, match="`style` caffe: this is a detector"):
+    with pytest.raises(InputError, match="`weight_format` caffe: this is a detector"):
         identify_checkpoint(seed50, "caffe")
     with pytest.raises(InputError, match="no recipe for a Caffe ResNet of fewer than 50"):
         identify_checkpoint(of_one_number(resnet_shapes(18)), "caffe")

@@ -8,18 +8,18 @@ from typing import NoReturn
 import pytest
 from detector_folder import DetectorFolder
 
-from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure
+from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure, UnusableImageError
 from refdet.evaluation import regions_on_ray
 
-KEPT = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with `resume=True`"
+FIX = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with `resume=True`"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (RuntimeFailure(f"no worker is left (disk full); {KEPT}"), 1, "no worker is left (disk full); run it again"),
-        (InputError(f"1.jpg: too wide; {KEPT}"), 2, "1.jpg: too wide; run it again"),
-        (RuntimeFailure(f"`strict`: 1.jpg: not a readable image; {KEPT}"), 2, "1.jpg: not a readable image\n"),
+        (RuntimeFailure("no worker is left (disk full)", fix=FIX), 1, "no worker is left (disk full); run it again"),
+        (InputError("1.jpg: too wide", fix=FIX), 2, "1.jpg: too wide; run it again"),
+        (UnusableImageError("1.jpg: not a readable image", fix=FIX), 2, "1.jpg: not a readable image\n"),
         (InputError("`ray` a:1: does not answer"), 2, "--ray a:1: does not answer\n"),
         (Interrupted("stopped: 3 of 4 images are finished and kept in /tmp/refdet-1"), 130, "interrupted\n"),
     ],

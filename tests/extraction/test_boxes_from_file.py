@@ -49,11 +49,11 @@ def results(tmp_path: Path, *entries: Any) -> Path:
 def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
     over = {"image_id": 7, "category_id": 44, "bbox": [-5, 90, 300, 30.5]}
     found = load_boxes(results(tmp_path, GOOD, {**GOOD, "image_id": 9}, over), index)
-    regions = found.of(index.images[7])
+    regions = found.for_image(index.images[7])
     assert regions.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 128, 96]]
     assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
     assert regions.masks is None and regions.ann_ids is None and not found.masks
-    assert (len(found.of(index.images[9])), len(found.of(index.images[5]))) == (1, 0)
+    assert (len(found.for_image(index.images[9])), len(found.for_image(index.images[5]))) == (1, 0)
     assert [found.count(i) for i in (5, 7, 9)] == [0, 2, 1]
     assert found.categories == {3: "car", 44: "bottle"}
 
@@ -64,8 +64,8 @@ def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> No
     rle = coco_mask.encode(drawn)
     written = {"size": rle["size"], "counts": rle["counts"].decode()}
     found = load_boxes(results(tmp_path, {**GOOD, "segmentation": written}), index)
-    assert found.masks and found.of(index.images[7]).masks == (rle["counts"],)
-    assert found.of(index.images[5]).masks == ()
+    assert found.masks and found.for_image(index.images[7]).masks == (rle["counts"],)
+    assert found.for_image(index.images[5]).masks == ()
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
     found = load_boxes(path, index)
     assert [found.count(i) for i in (5, 7, 9, 8)] == [0, 2, 3, 0]
     assert asked == [] and found.masks and not found.ann_ids
-    regions = found.of(index.images[7])
+    regions = found.for_image(index.images[7])
     assert asked == [7]
     assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
     assert (regions.file_name, regions.masks) == ("7.png", (empty_mask(96, 128)["counts"],) * 2)
-    assert [len(found.of(index.images[i])) for i in (5, 9)] == [0, 3]
+    assert [len(found.for_image(index.images[i])) for i in (5, 9)] == [0, 3]
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def assert_near(found: Regions, expected: Regions) -> None:
 
 
 @pytest.mark.parametrize("regions", ["detections", "annotations"])
-def test_broken_images_change_no_neighbour(
+def test_broken_images_change_no_neighbor(
     detector: Path, folder: Path, images: ImageList, tmp_path: Path, regions: str
 ) -> None:
     run(tmp_path / "whole.h5", detector, folder, images, regions)

@@ -230,3 +230,7 @@ def test_commands_with_a_detector(tmp_path: Path, cluster: Any, one_thread: None
     evaluated = [folder.command("evaluate", "--json", *more) for more in ((), ("--ray", cluster.address))]
     assert [one.exit_code for one in evaluated] == [0, 0], evaluated[1].output
     assert evaluated[0].stdout == evaluated[1].stdout
+    (folder.images / "1.png").write_bytes(b"no image")
+    broken = folder.command("evaluate", "--ray", cluster.address)
+    assert broken.exit_code == 2 and "1.png: not a readable image" in broken.stderr.splitlines()[-1]
+    assert "strict" not in broken.stderr and "resume" not in broken.stderr

@@ -18,7 +18,7 @@ from interrupted_extraction import BATCHES, RECORDS, compute, load
 from store_examples import HEADER, PLAN, make_regions
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import RuntimeFailure
+from refdet.errors import InputError, RefdetError, RuntimeFailure, UnusableImageError
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
 from refdet.extraction.options import ExtractOptions
@@ -110,22 +110,24 @@ def failing(error: BaseException) -> Make:
 
 
 @pytest.mark.parametrize(
-    ("make", "strict", "of_machine", "says"),
+    ("make", "strict", "of_machine", "kind", "says"),
     [
-        (plain, True, False, "`strict`: .*: not a readable image"),
-        (failing(OSError(errno.ENOSPC, "No space left on device")), False, True, "No space left on device"),
-        (failing(MemoryError("too little")), False, True, "MemoryError: too little"),
-        (failing(ValueError("a bug")), False, False, "ValueError: a bug"),
+        (plain, True, False, UnusableImageError, "^ümlaut_.*.jpg: not a readable image$"),
+        (failing(OSError(errno.ENOSPC, "No space left on device")), False, True, RuntimeFailure, "No space left on"),
+        (failing(MemoryError("too little")), False, True, RuntimeFailure, "MemoryError: too little$"),
+        (failing(ValueError("a bug")), False, False, RuntimeFailure, "ValueError: a bug$"),
+        (failing(InputError("a bad file")), False, False, InputError, "a bad file$"),
+        (failing(RuntimeFailure("no", fix="free it")), False, False, RuntimeFailure, "no$"),  # the driver adds its fix
     ],
 )
 def test_what_fails_is_reported_for_every_shard(
-    tmp_path: Path, make: Make, strict: bool, of_machine: bool, says: str
+    tmp_path: Path, make: Make, strict: bool, of_machine: bool, kind: type[RefdetError], says: str
 ) -> None:
     with working(tmp_path / "a.h5.parts", make, strict) as worker:
         failed = [one for one in all_of(worker) if isinstance(one, Failed)]
         failed.append(worker.compute(0, {}))  # it computes nothing more
     for one in failed:
-        assert one.is_machine_error == of_machine and re.search(says, one.message)
+        assert (one.is_machine_error, one.kind) == (of_machine, kind) and re.search(says, one.message), one
 
 
 def without_images(given: Callable[[ImageRecord], Regions]) -> Tools:
@@ -184,7 +186,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> DetectorTools:
         folder.run, folder.images, root / "a.h5", images, options=ExtractOptions(), boxes=None, box_format="xywh",
         batch_size=None, resume=False, say=print,
     )  # fmt: skip
-    return DetectorTools.of(job, "cpu", None)
+    return DetectorTools.from_job(job, "cpu", None)
 
 
 def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path, one_thread: None) -> None:
@@ -211,5 +213,5 @@ def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tm
         ),
     ]:
         failed = ShardWorker(other).start()
-        assert isinstance(failed, Failed) and failed.bad_input and not failed.is_machine_error
+        assert isinstance(failed, Failed) and failed.kind is InputError and not failed.is_machine_error
         assert re.search(says, failed.message), failed.message

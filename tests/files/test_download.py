@@ -12,7 +12,8 @@ import pytest
 from loopback_server import Site, serving
 
 from refdet.errors import RuntimeFailure
-from refdet.files.download import DownloadFailure, WrongDownload, download, format_bytes
+from refdet.files.download import DownloadFailure, WrongDownload, download
+from refdet.files.short_text import format_bytes
 
 DATA = b"PK\x03\x04" + random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -185,7 +186,7 @@ def test_a_disk_without_room(site: Site, tmp_path: Path, monkeypatch: pytest.Mon
     site.add("/a.zip", DATA)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 400_000))
-    with pytest.raises(RuntimeFailure, match=r"needs 300.0 kB, .* has 400.0 kB left; free some space"):
+    with pytest.raises(RuntimeFailure, match=r"needs 67\.4 MB, 67\.0 MB more than is free in .*; free some space"):
         get(site, tmp_path)
     assert not (tmp_path / "a.zip").exists()
 

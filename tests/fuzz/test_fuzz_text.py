@@ -207,7 +207,7 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
 
         def work() -> None:
             for record in index.images.values():
-                load_boxes(source, index).of(record)
+                load_boxes(source, index).for_image(record)
 
         fuzz(writer(source, boxes), work, tmp_path)
 

@@ -42,7 +42,7 @@ class Damaged:
 
 
 def photograph(random: Random, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A synthetic image (H, W, 3) uint8: coloured waves, which JPEG preserves well, with some noise."""
+    """A synthetic image (H, W, 3) uint8: colored waves, which JPEG preserves well, with some noise."""
     y, x = np.mgrid[:height, :width]
     phase, slope = random.random((2, 3)) * 6, random.random((2, 3)) * 0.2
     waves = np.sin(y[..., None] * slope[0] + x[..., None] * slope[1] + phase[0])
@@ -153,25 +153,25 @@ def _usable(random: Random) -> Iterator[Damaged]:
         inks = Image.fromarray(pixels).convert("CMYK")
         yield Damaged("CMYK", file_of(encoded(inks, "JPEG", quality=100)), np.asarray(inks.convert("RGB")), 8)
     for number in range(15):
-        grey = photograph(random)[:, :, 0]
+        gray = photograph(random)[:, :, 0]
         kind = ("PNG", "JPEG", "BMP", "TIFF", "PPM")[number % 5]
-        data = encoded(grey, kind, **({"quality": 100} if kind == "JPEG" else {}))
-        yield Damaged(f"grey {kind}", file_of(data), np.stack([grey] * 3, axis=2), 3 if kind == "JPEG" else 0)
+        data = encoded(gray, kind, **({"quality": 100} if kind == "JPEG" else {}))
+        yield Damaged(f"gray {kind}", file_of(data), np.stack([gray] * 3, axis=2), 3 if kind == "JPEG" else 0)
     for number in range(15):
         deep = random.integers(0, 2**16, (HEIGHT, WIDTH)).astype(np.uint16)
         kind = ("PNG", "TIFF", "PPM")[number % 3]
         yield Damaged(
-            f"16-bit grey {kind}", file_of(encoded(deep, kind)), np.stack([(deep >> 8).astype(np.uint8)] * 3, 2)
+            f"16-bit gray {kind}", file_of(encoded(deep, kind)), np.stack([(deep >> 8).astype(np.uint8)] * 3, 2)
         )
     for _ in range(5):
         deep = random.integers(0, 2**16, (HEIGHT, WIDTH, 3)).astype(">u2")
         rows = b"".join(b"\0" + row.tobytes() for row in deep)
         data = png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0), rows)
-        yield Damaged("16-bit colour", file_of(data), (deep >> 8).astype(np.uint8))
+        yield Damaged("16-bit color", file_of(data), (deep >> 8).astype(np.uint8))
     for number in range(10):
         palette = Image.fromarray(photograph(random)).quantize(40)
         right = np.asarray(palette.convert("RGB"))
-        clear = [int(number), bytes(range(40))][number % 2]  # one colour, or more or less of each
+        clear = [int(number), bytes(range(40))][number % 2]  # one color, or more or less of each
         yield Damaged("palette and transparency", file_of(encoded(palette, "PNG", transparency=clear)), right)
     for number in range(8):
         pixels = photograph(random)

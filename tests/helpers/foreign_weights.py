@@ -63,7 +63,7 @@ def refused(done: Result, *names: str) -> None:
 
 
 def photographs(spread: float) -> Tensor:
-    """Images (4, 3, 96, 96) of smooth colours, like photographs: neighbouring pixels are similar."""
+    """Images (4, 3, 96, 96) of smooth colors, like photographs: neighboring pixels are similar."""
     torch.manual_seed(0)
     return F.interpolate(torch.randn(4, 3, 12, 12), size=96, mode="bilinear") * spread
 

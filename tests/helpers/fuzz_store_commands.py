@@ -57,7 +57,7 @@ def read_boxes(store: str, instances: str) -> tuple[int, str, str]:
         index = CocoIndex.load(instances)
         found = load_boxes(Path(store), index)
         for record in index.images.values():
-            found.of(record)
+            found.for_image(record)
     except Exception as error:
         code, text = describe(error)
         return code, f"error: {escape_unprintable(text)}", ""
@@ -73,7 +73,7 @@ def run(*words: str) -> tuple[int, str, str]:
 
 def trial(path: Path) -> str:
     """Like `hdf5_sandbox.check_in_subprocess`, but in a fork, which starts faster, and once per file."""
-    state = FileState.of(path)
+    state = FileState.from_path(path)
     if state not in _verdicts:
         _verdicts[state] = _forked(path)
     return _verdicts[state]

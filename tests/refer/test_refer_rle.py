@@ -78,7 +78,7 @@ def test_one_unsound_rle_among_others_is_seen(bad: bytes, place: int) -> None:
     assert together([rle for rle in rles if rle != bad]) == [12, 15]
 
 
-def test_an_rle_that_takes_from_its_neighbour_is_seen() -> None:
+def test_an_rle_that_takes_from_its_neighbor_is_seen() -> None:
     """Cut elsewhere, the same bytes are two numbers that do not end."""
     counts = np.frombuffer(encoded([100, 200]) + encoded([300]), np.uint8)
     good = len(encoded([100, 200]))

@@ -27,7 +27,7 @@ from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Legend, draw
 from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
 from refdet.splits.build import build_split
-from refdet.structures.drawing import COLOURS
+from refdet.structures.drawing import COLORS
 from refdet.structures.provenance import Provenance, Selection
 from refdet.structures.regions import Regions
 from refer import REFER
@@ -128,7 +128,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Repor
         run=run, refer_root=refer_root, images=shapes_root / "train2014",
         parts=[ReferPart(work / "refcoco.h5", metrics)],
         detection={"bbox": rates, "segm": {**rates, "AP50": 0.8321}},
-        trained_on=work / "split.json", made_from=source,
+        trained_on=work / "split.json", original_instances=source,
         steps=[PipelineStep("train", "Trains.", ("refdet train --set 'a<b'",), 125.0)], pictures=6,
     )  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_charts_and_pictures_are_there(page: str, inputs: ReportInputs) -> None:
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme:dark" in svg
         assert not [e for e in root.iter() if e.tag.endswith("}script") or any(k.startswith("on") for k in e.attrib)]
-        assert not re.search(r"style=\"[^\"]*#[0-9a-f]{6}", svg)  # every colour follows the page
+        assert not re.search(r"style=\"[^\"]*#[0-9a-f]{6}", svg)  # every color follows the page
     legends = [item for item in found.of("i") if str(item.get("class", "")).startswith("s")]
     assert len(legends) == 6 + 2 + 2 * len(inputs.parts[0].metrics["splits"])  # type: ignore[index]
     images = [image for image in found.of("img") if (image["src"] or "").startswith("data:image/jpeg")]
@@ -227,19 +227,21 @@ def test_weights_that_validation_chose_are_not_called_clean(
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert ("No leaks" in words) == ("never seen" in words) == (chosen is False)
     assert ("chosen by their AP on minival.json" in words) == (chosen is True)
-    assert ("did not record on which images" in words) == (chosen is None)
+    assert ("without recording on which images" in words) == (chosen is None)
 
 
 def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:
     """A detector trained on the original file."""
 
-    assert inputs.made_from is not None
+    assert inputs.original_instances is not None
     run = tmp_path / "run"
     shutil.copytree(inputs.run, run)
     meta = json.loads((run / "model.json").read_text())
-    meta["provenance"] = provenance_of_instances(CocoIndex.load(inputs.made_from)).to_json()
+    meta["provenance"] = provenance_of_instances(CocoIndex.load(inputs.original_instances)).to_json()
     (run / "model.json").write_text(json.dumps(meta))
-    leaky = dataclasses.replace(inputs, run=run, trained_on=inputs.made_from, made_from=None, parts=())
+    leaky = dataclasses.replace(
+        inputs, run=run, trained_on=inputs.original_instances, original_instances=None, parts=()
+    )
     report.write(tmp_path / "report.html", leaky)
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert "held-out images in the training file" in words and "Leak:" in words
@@ -247,9 +249,9 @@ def test_a_leak_is_called_one(inputs: ReportInputs, tmp_path: Path) -> None:
 
 
 def test_an_audit_of_another_file_proves_nothing(inputs: ReportInputs, tmp_path: Path) -> None:
-    assert inputs.made_from is not None
+    assert inputs.original_instances is not None
     with pytest.raises(InputError, match="not the images that .* was trained on"):
-        report.write(tmp_path / "report.html", dataclasses.replace(inputs, trained_on=inputs.made_from))
+        report.write(tmp_path / "report.html", dataclasses.replace(inputs, trained_on=inputs.original_instances))
     assert not (tmp_path / "report.html").exists()
 
 
@@ -324,22 +326,22 @@ def test_hardest_is_worst_first_and_only_missed_ones() -> None:
     assert [s.regions.image_id for s in hardest_scenes(every, 1)] == [3]
 
 
-def test_objects_in_one_region_share_its_colour() -> None:
-    key = Legend.of(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
+def test_objects_in_one_region_share_its_color() -> None:
+    key = Legend.from_scene(scene(1, "a", (0.9, 0.4, 0.7), regions=(1, 2, 1)))
     assert key.numbers == {1: [1, 3]}  # the second is missed
-    assert key.colours == [COLOURS[0], COLOURS[1], COLOURS[0]]
+    assert key.colors == [COLORS[0], COLORS[1], COLORS[0]]
     assert key.others == [0, 2]  # likely, and nobody speaks of them
 
 
 def test_regions_are_drawn_where_they_are() -> None:
     one = scene(1, "a", (0.9,))
-    image = draw(one, np.zeros((80, 100, 3), np.uint8), Legend.of(one))
+    image = draw(one, np.zeros((80, 100, 3), np.uint8), Legend.from_scene(one))
     assert image.size == (LONG_SIDE, round(80 * LONG_SIDE / 100))
     scale = LONG_SIDE / 100
-    blue = tuple(int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
+    blue = tuple(int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5))
     assert image.getpixel((round(25 * scale), round(40 * scale) - 1)) == blue  # lower side of region 0
     assert image.getpixel((round(70 * scale), round(45 * scale))) == (0, 0, 0)  # region 1 is unlikely
-    assert image.getpixel((round(17 * scale), round(75 * scale) - 1)) != (0, 0, 0)  # region 2 in grey
+    assert image.getpixel((round(17 * scale), round(75 * scale) - 1)) != (0, 0, 0)  # region 2 in gray
 
 
 @EXAMPLES

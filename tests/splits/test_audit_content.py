@@ -21,7 +21,7 @@ from refdet.splits.perceptual_hash import BITS, hashes, matches, thumbnails
 
 
 def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """A picture of patches of colour, another one for every seed."""
+    """A picture of patches of color, another one for every seed."""
     random = np.random.default_rng(seed)
     patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
@@ -48,7 +48,7 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
     "square": lambda image: jpeg(image.resize((224, 224), Image.Resampling.BILINEAR)),
     "quality 30": lambda image: jpeg(image, 30),
     "quality 95": lambda image: jpeg(image, 95),
-    "grey": lambda image: jpeg(image.convert("L")),
+    "gray": lambda image: jpeg(image.convert("L")),
     "cropped by a hundredth": lambda image: jpeg(cropped(image, 0.01)),
     "mirrored": lambda image: jpeg(ImageOps.mirror(image)),
 }
@@ -99,7 +99,7 @@ def test_matches_equal_a_plain_comparison_of_all_pairs() -> None:
     assert matches(first[:0], second) == [] and matches(first, second[:0]) == []
 
 
-def test_a_picture_of_one_colour_matches_nothing() -> None:
+def test_a_picture_of_one_color_matches_nothing() -> None:
     plain = np.full((2, 32, 32), 7, np.uint8)
     assert matches(plain, plain) == []
 

@@ -47,7 +47,7 @@ LEAKS: dict[str, Any] = {
     "in info": {"train": [FREE_NAME], "info": {"more": [HELD_NAME]}},
     "in categories": {"train": [FREE_NAME], "categories": {"dog": [HELD_NAME]}},
     "beside images": {"images": [{"id": FREE, "file_name": FREE_NAME}], "val": [HELD_NAME]},
-    "a licence of that number": [{"id": HELD_OUT, "file_name": "x.jpg", "license": "http://l/000000000001.html"}],
+    "a license of that number": [{"id": HELD_OUT, "file_name": "x.jpg", "license": "http://l/000000000001.html"}],
 }
 
 

@@ -90,7 +90,7 @@ def test_it_is_clean_exactly_if_no_held_out_image_chose_the_weights(
     provenance = replace(of_file(world / "split.json"), selection=Selection(chosen, (of_file(file),)))
     path = store(folder / "f.h5", provenance) if is_store else run_directory(folder / "run", provenance)
     found = audited(world, path, val_instances=file if shown else None)
-    about = [note for note in found.notes if "validated while it was trained on" in note]
+    about = [note for note in found.notes if ": was validated on " in note]
     if not chosen:
         assert not found.problem and found.proven and len(about) == 1
         if shown:
@@ -139,7 +139,7 @@ def test_without_a_record_a_validated_run_is_not_clean(world: Path, tmp_path: Pa
     for path in (run, best):
         for trust in (False, True):
             found = audited(world, path, trust_weights=trust)
-            assert "did not record on which images" in found.problem and not found.proven
+            assert "without recording on which images" in found.problem and not found.proven
     assert audited(world, store(tmp_path / "old.h5", older, OLD_RECIPE)).proven  # before there was a best/
     unknown = store(tmp_path / "f.h5", older)
     assert "whether its weights are those of a run's best/" in audited(world, unknown).problem

@@ -116,7 +116,7 @@ def test_visual_genome_is_matched_by_coco_id_alone(root: Path, tmp_path: Path) -
 def test_plain_lists_keep_their_form(root: Path, tmp_path: Path, text: str, form: str, kept: list) -> None:
     source = tmp_path / ("ids.txt" if form == LINES else "ids.json")
     source.write_bytes(text.encode())
-    assert audit(source, root).leaked and read_image_list(source).form == form
+    assert audit(source, root).leaked and read_image_list(source).format == form
     result = build_split(source, root, tmp_path / f"out{source.suffix}")
     written = result.out.read_text()
     assert (written.splitlines() if form == LINES else json.loads(written)) == kept
@@ -280,11 +280,11 @@ def test_any_json_is_read_as_python_reads_it_or_refused(
         assert "any.json" in str(error) and "\n" not in str(error)
         return
     whole = json.loads(source.read_text())
-    if listed.form == JSON_OBJECT:
+    if listed.format == JSON_OBJECT:
         assert listed.tree is not None
         assert repr(json.loads(listed.tree.render(listed.text, [True] * len(listed.images)))) == repr(whole)
         return
-    entries = whole["images"] if listed.form == INSTANCES else whole
+    entries = whole["images"] if listed.format == INSTANCES else whole
     assert repr([json.loads(listed.text[i.start : i.end]) for i in listed.images]) == repr(entries)  # nan is not nan
     try:
         result = build_split(source, root, out)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,8 +194,17 @@ def test_a_long_name_and_a_deep_one_are_made(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path / "out", 1)
-    with pytest.raises(RuntimeFailure, match=r"out: disk full, the export needs 1000000000 GB but .* are free"):
+    with pytest.raises(
+        RuntimeFailure, match=r"out: disk full: the export needs 1000000000\.0 GB, .* more than is free"
+    ):
         require_space(tmp_path / "out", 10**18)
+
+
+def test_a_message_about_space_does_not_contradict_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**11))
+    require_space(tmp_path / "out", 10**11)
+    with pytest.raises(RuntimeFailure, match=r"needs 100\.0 GB, 1 byte more than is free"):
+        require_space(tmp_path / "out", 10**11 + 1)
 
 
 def test_the_record_is_of_the_file_that_was_read(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def test_a_changed_store_is_tried_again(foreign: Path, tried: list[str], content
 def test_another_process_knows_it_too(foreign: Path, tried: list[str]) -> None:
     store.open(foreign).close()
     other = KnownFiles(f"HDF5 {hdf5_access.h5py.version.hdf5_version} by h5py {hdf5_access.h5py.__version__}")
-    assert FileState.of(foreign) in other
-    assert FileState.of(foreign) not in KnownFiles("another check")
-    assert FileState.of(foreign)._replace(changed=1) not in other
+    assert FileState.from_path(foreign) in other
+    assert FileState.from_path(foreign) not in KnownFiles("another check")
+    assert FileState.from_path(foreign)._replace(changed=1) not in other
     cache = foreign.parent / "cache" / "refdet" / "stores.json"
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
 
@@ -100,15 +100,15 @@ def test_another_process_knows_it_too(foreign: Path, tried: list[str]) -> None:
      lambda cache: (cache.unlink(), cache.mkdir())],
 )  # fmt: skip
 def test_a_cache_of_others_or_a_damaged_one_is_none(foreign: Path, spoil: Callable[[Path], object]) -> None:
-    KnownFiles("a").add(FileState.of(foreign))
-    assert FileState.of(foreign) in KnownFiles("a")
+    KnownFiles("a").add(FileState.from_path(foreign))
+    assert FileState.from_path(foreign) in KnownFiles("a")
     spoil(foreign.parent / "cache" / "refdet" / "stores.json")
-    assert FileState.of(foreign) not in KnownFiles("a")
-    KnownFiles("a").add(FileState.of(foreign))  # no error, whether it can be written or not
+    assert FileState.from_path(foreign) not in KnownFiles("a")
+    KnownFiles("a").add(FileState.from_path(foreign))  # no error, whether it can be written or not
 
 
 def test_the_cache_keeps_the_newest(foreign: Path) -> None:
-    known_files, state = KnownFiles("a"), FileState.of(foreign)
+    known_files, state = KnownFiles("a"), FileState.from_path(foreign)
     (foreign.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
     cache = foreign.parent / "cache" / "refdet" / "stores.json"
     cache.write_text(json.dumps({"check": known_files._check, "files": {str(i): [0] * 4 for i in range(600)}}))

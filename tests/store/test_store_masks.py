@@ -65,7 +65,7 @@ CHANGES: dict[str, Change] = {
     "none": lambda random, masks: [b"" for _ in masks],
     "cut": lambda random, masks: [mask[:-1] for mask in masks],
     "longer": lambda random, masks: [mask + b"1" for mask in masks],
-    "of a neighbour": lambda random, masks: [masks[0] + masks[1][:2], masks[1][2:], masks[2]],
+    "of a neighbor": lambda random, masks: [masks[0] + masks[1][:2], masks[1][2:], masks[2]],
 }
 
 

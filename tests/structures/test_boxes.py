@@ -42,7 +42,7 @@ def test_decode_undoes_encode(seed: int, count: int) -> None:
 
 def test_encode_is_the_papers_formula() -> None:
     box, anchor = torch.tensor([[10.0, 20, 30, 60]]), torch.tensor([[0.0, 10, 40, 30]])
-    # centres (20, 40) and (20, 20), sizes 20x40 and 40x20
+    # centers (20, 40) and (20, 20), sizes 20x40 and 40x20
     expected = torch.tensor([[0.0, 10 * (40 - 20) / 20, 5 * np.log(0.5), 5 * np.log(2)]], dtype=torch.float32)
     torch.testing.assert_close(box_ops.encode(box, anchor, WEIGHTS), expected)
 

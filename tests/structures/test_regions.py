@@ -15,11 +15,11 @@ from store_examples import HEADER, contents, make_regions, record
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.structures.drawing import COLOURS
+from refdet.structures.drawing import COLORS
 from refdet.structures.regions import NO_CATEGORY, Regions
 
 BLACK = np.zeros((60, 80, 3), np.uint8)
-BLUE, ORANGE = (tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in COLOURS[:2])
+BLUE, ORANGE = (tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in COLORS[:2])
 
 
 def two(masks: bool = True) -> Regions:

@@ -60,7 +60,7 @@ def test_held_out_images_that_choose_the_best_weights_are_told(data: Path, caplo
     out = trained(data, "leaking")
     assert "leaking.json: 2 of 3 images are held out of split.json" in caplog.text
     last = audited(data, out, "leaking")
-    assert last.proven and any("(3 images, with 2 held-out images); that did not choose" in note for note in last.notes)
+    assert last.proven and any("(3 images, with 2 held-out images), which did not" in note for note in last.notes)
     for path in (out / "best", store_of(data, out / "best")):
         found = audited(data, path, "leaking")
         assert "leaking.json, which contains 2 held-out images" in found.problem and not found.proven
@@ -107,7 +107,7 @@ def test_a_validation_that_was_not_recorded_stays_unknown(data: Path) -> None:
         del tree["provenance"]["selection"]
         path.write_text(json.dumps(tree))
     for path in (out, out / "best"):
-        assert "did not record on which images" in audited(data, path, "clean").problem
+        assert "without recording on which images" in audited(data, path, "clean").problem
     assert "is not recorded" in audited(data, store_of(data, out / "best")).problem
 
 

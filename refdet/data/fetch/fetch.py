@@ -14,8 +14,9 @@ from refdet.data.fetch.catalog import ITEMS, Item, mirror_url
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
-from refdet.files.download import RESERVED_BYTES, check_file, download, format_bytes
+from refdet.files.download import RESERVED_BYTES, check_file, download
 from refdet.files.lock import exclusive_lock
+from refdet.files.short_text import format_missing_space
 from refdet.files.unpack import move_files, remove_unfinished, unpack_temporarily
 from refer import ReferError
 from refer.files import available, read_instances, read_refs
@@ -143,7 +144,7 @@ def _check_space(out: Path, items: Sequence[Item]) -> None:
     if free < needed + RESERVED_BYTES:
         names = ", ".join(item.name for item in items)
         raise RuntimeFailure(
-            f"{out}: {names} need {format_bytes(needed)}, {format_bytes(free)} are left; free some space or choose "
+            f"{out}: {names} need {format_missing_space(needed + RESERVED_BYTES, free)}; free some space or choose "
             "fewer with `only`"
         )
 
@@ -246,6 +247,6 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
     for split_by, split_counts in counts.items():
-        mismatches = compare_with_published(dataset, split_by, split_counts, samples=False)
+        mismatches = compare_with_published(dataset, split_by, split_counts, allow_sample=False)
         if mismatches:
             raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

@@ -15,17 +15,18 @@ from refdet.data.refer_formats.records import Row, Source, SourceRef, SourceSent
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_count
 
-# In order of preference.
+# Keys of the image, the expression and the box, in order of preference.
 _IMAGES = ("image", "img_path", "image_path", "file_name", "image_file", "img_name")
 _SENTENCES = ("sent", "expression", "normal_caption", "sentence", "phrase", "refexp", "caption", "text")
 _BOXES = ("bbox", "box", "solution", "gt_bbox")
+# Names of box layouts, by the range of their numbers.
 _PIXELS = ("xyxy", "xywh")
 _NORMALIZED = ("normalized-xyxy", "padded-xyxy")
 _THOUSANDTHS = ("thousandths-xyxy", "xyxy")
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_MARKED = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
+_REF_TAG = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
 
 
 def read_list(path: Path, entries: list[Any], split: str) -> Source:
@@ -48,7 +49,7 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
     if "conversations" in first.value:
         return _read_conversations(path, entries, split)
     image, sentence, box = (
-        _key(first, keys, what)
+        _first_key(first, keys, what)
         for keys, what in ((_IMAGES, "the image"), (_SENTENCES, "the expression"), (_BOXES, "the box"))
     )
     refs = []
@@ -64,24 +65,24 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
                 box=row.box(box),
             )
         )
-    return Source("a JSON list", refs, True, _layouts(refs))
+    return Source("a JSON list", refs, True, _possible_layouts(refs))
 
 
-def _key(row: Row, keys: Sequence[str], what: str) -> str:
+def _first_key(row: Row, keys: Sequence[str], what: str) -> str:
     for key in keys:
         if key in row.value:
             return key
     raise InputError(f"{row.where}: no field with {what}; it must be one of {', '.join(keys)}")
 
 
-def _layouts(refs: list[SourceRef]) -> tuple[str, ...]:
-    """The box layouts that numbers of this size may have."""
+def _possible_layouts(refs: list[SourceRef]) -> tuple[str, ...]:
+    """The layouts that the boxes may have, by the largest of their numbers."""
     numbers = [number for ref in refs if ref.box for number in ref.box]
     largest = max(numbers, default=0.0)
     if largest <= 1:
         return _NORMALIZED
-    whole = all(number == int(number) for number in numbers)
-    return (*_THOUSANDTHS, "xywh") if whole and largest <= 1000 else _PIXELS
+    all_integers = all(number == int(number) for number in numbers)
+    return (*_THOUSANDTHS, "xywh") if all_integers and largest <= 1000 else _PIXELS
 
 
 def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
@@ -89,8 +90,9 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
     skipped = 0
     for number, entry in enumerate(entries):
         row = Row(f"{path}: [{number}]", entry)
-        entries_of_turns = [Row(f"{row.where}: a turn", turn) for turn in row.items("conversations")]
-        turns = [turn.text("value") for turn in entries_of_turns if turn.value.get("from") != "system"]
+        turn_rows = [Row(f"{row.where}: a turn", turn) for turn in row.items("conversations")]
+        turns = [turn.text("value") for turn in turn_rows if turn.value.get("from") != "system"]
+        skipped += len(turns) % 2  # a question without an answer
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
             parsed = _box_and_expression(question, answer)
             if parsed is None or "image" not in row.value:
@@ -102,17 +104,19 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
         raise InputError(f"{path}: no question with a box [x1, y1, x2, y2] in it or in its answer")
     questions = f"{format_count(skipped, 'question')} without a box or an expression {agree(skipped, 'was')} skipped"
     notes = [f"{path}: {questions}"] if skipped else []
-    return Source("LLaVA-like JSON", refs, True, _layouts(refs), notes=notes)
+    return Source("LLaVA-like JSON", refs, True, _possible_layouts(refs), notes=notes)
 
 
 def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
+    """The box in the question or the answer, and the expression in the other one; None without both."""
     in_question, in_answer = _BOX.findall(question), _BOX.findall(answer)
     if len(in_question) + len(in_answer) != 1:
         return None
     box = [float(number) for number in (in_question or in_answer)[0]]
     if in_question:
-        return box, answer.strip()
-    marked = _MARKED.search(question) or _MARKED.search(answer)
-    # the image is before the question or after it
-    text = marked[1] if marked else question.replace("<image>", "").strip().rpartition(":")[2].rpartition("\n")[2]
+        text = answer
+    elif tagged := _REF_TAG.search(question) or _REF_TAG.search(answer):
+        text = tagged[1]
+    else:  # the image is before the question or after it
+        text = question.replace("<image>", "").strip().rpartition(":")[2].rpartition("\n")[2]
     return (box, text.strip()) if text.strip() else None

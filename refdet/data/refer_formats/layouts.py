@@ -16,7 +16,7 @@ def _normalized(x: float, y: float, w: float, h: float, width: int, height: int)
 
 
 def _padded(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
-    """Relative to the image centred in a square of its longer side, as LLaVA pads it."""
+    """Relative to the image centered in a square of its longer side, as LLaVA pads it."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     return _normalized(x + left, y + top, w, h, side, side)

@@ -82,7 +82,7 @@ def _draw_split(out: Path, split: str, ids: list[int], seed: list[int], first_an
     next_annotation = first_annotation
     for index, image_id in enumerate(ids):
         rng = np.random.default_rng([*seed, index])
-        scene = draw_scene(rng, ScenePlan.of_index(index))
+        scene = draw_scene(rng, ScenePlan.for_index(index))
         name = file_name(split, image_id)
         paint(scene, rng).save(folder / name, quality=92, subsampling=0)
         numbers = annotation_ids(scene.things, image_id, next_annotation)

@@ -1,4 +1,4 @@
-"""Categories with their ids, and named colours."""
+"""Categories with their ids, and named colors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CATEGORIES: tuple[Category, ...] = (
 PERSON = CATEGORIES[0]
 
 # RGB, distinct from each other and from the muted backgrounds even after JPEG compression.
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
     "orange": (246, 138, 22),
     "yellow": (246, 226, 48),
@@ -41,5 +41,5 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 242),
 }
 
-# Levels in a greyscale picture; they have no names.
-GREYS: tuple[int, ...] = (18, 56, 204, 244)
+# Levels in a grayscale picture; they have no names.
+GRAYS: tuple[int, ...] = (18, 56, 204, 244)

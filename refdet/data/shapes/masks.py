@@ -50,8 +50,8 @@ def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
         (padded[2:, 1:-1], (1, 1), (-1, 0)),
         (padded[1:-1, :-2], (0, 1), (0, -1)),
     )
-    for neighbour, (x0, y0), move in sides:
-        for y, x in np.argwhere(core & ~neighbour).tolist():
+    for neighbor, (x0, y0), move in sides:
+        for y, x in np.argwhere(core & ~neighbor).tolist():
             step.setdefault((x + x0, y + y0), []).append(move)
     polygons: list[list[float]] = []
     hole = False

@@ -13,7 +13,7 @@ from refdet.data.shapes.scene import Thing
 
 # Pixels: longest side of the box at which small ends and large begins, and the margin of the borderline range.
 SMALL, LARGE, SIZE_MARGIN = 31.0, 45.0, 3.0
-# "biggest" and "smallest": ratio of the longest sides. Positions: pixels between box centres.
+# "biggest" and "smallest": ratio of the longest sides. Positions: pixels between box centers.
 SIZE_RATIO, PLACE_MARGIN = 1.2, 8.0
 # "next to": pixels between the boxes.
 NEAR, NEAR_MARGIN = 16.0, 8.0
@@ -33,7 +33,7 @@ class Meaning:
     """
 
     category: str | None = None
-    colour: str | None = None
+    color: str | None = None
     size: str | None = None
     place: str | None = None
     rank: int = 1
@@ -41,8 +41,8 @@ class Meaning:
     other: Meaning | None = None
 
 
-def centre(thing: Thing) -> tuple[float, float]:
-    """Centre of the box, x y in pixels."""
+def center(thing: Thing) -> tuple[float, float]:
+    """Center of the box, x y in pixels."""
     return (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
 
 
@@ -78,7 +78,7 @@ def _match_attributes(meaning: Meaning, things: Sequence[Thing], loose: bool) ->
     for i, thing in enumerate(things):
         if thing.crowd or meaning.category not in (None, thing.category.name):
             continue
-        if meaning.colour not in (None, thing.colour):
+        if meaning.color not in (None, thing.color):
             continue
         if meaning.size == "small" and side(thing) > SMALL + tolerance:
             continue
@@ -112,7 +112,7 @@ def _is_extreme(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[
 def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, rank: int, loose: bool) -> bool:
     axis = 0 if place in ("left", "right") else 1
     sign = 1 if place in ("left", "top") else -1
-    gaps = [sign * (centre(things[j])[axis] - centre(things[i])[axis]) for j in rivals]
+    gaps = [sign * (center(things[j])[axis] - center(things[i])[axis]) for j in rivals]
     before = sum(gap < -PLACE_MARGIN for gap in gaps)
     after = sum(gap > PLACE_MARGIN for gap in gaps)
     if loose:
@@ -122,12 +122,12 @@ def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, r
 
 
 def is_related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
-    """Whether a relation holds between two boxes, by their centres, or by their gap for "next to"."""
+    """Whether a relation holds between two boxes, by their centers, or by their gap for "next to"."""
     if relation == NEXT_TO:
         a, b = thing.box, anchor.box
         gap = max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0.0)
         return gap <= NEAR + (NEAR_MARGIN if loose else -NEAR_MARGIN)
-    (x, y), (ax, ay) = centre(thing), centre(anchor)
+    (x, y), (ax, ay) = center(thing), center(anchor)
     dx, dy = x - ax, y - ay
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     # within about 40 degrees of the direction strictly, 60 loosely

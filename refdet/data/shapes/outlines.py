@@ -22,13 +22,13 @@ class Outline:
     holes: tuple[Points, ...] = ()
 
 
-def _arc(radius: float, start: float, stop: float, count: int, centre: tuple[float, float] = (0.0, 0.0)) -> Points:
+def _arc(radius: float, start: float, stop: float, count: int, center: tuple[float, float] = (0.0, 0.0)) -> Points:
     angles = np.linspace(start, stop, count)
-    return np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], axis=1)
+    return np.stack([center[0] + radius * np.cos(angles), center[1] + radius * np.sin(angles)], axis=1)
 
 
-def _disc(radius: float, count: int = 28, centre: tuple[float, float] = (0.0, 0.0)) -> Points:
-    return _arc(radius, 0.0, 2 * math.pi, count + 1, centre)[:-1]
+def _disc(radius: float, count: int = 28, center: tuple[float, float] = (0.0, 0.0)) -> Points:
+    return _arc(radius, 0.0, 2 * math.pi, count + 1, center)[:-1]
 
 
 def _points(*pairs: tuple[float, float]) -> Points:
@@ -99,11 +99,11 @@ def unit_outline(name: str) -> Outline:
     return makers[name]()
 
 
-def place(outline: Outline, centre: tuple[float, float], size: tuple[float, float], angle: float) -> Outline:
-    """Scale to `size` (width, height in pixels), rotate by `angle` (radians, clockwise), move to `centre` (x, y)."""
+def place(outline: Outline, center: tuple[float, float], size: tuple[float, float], angle: float) -> Outline:
+    """Scale to `size` (width, height in pixels), rotate by `angle` (radians, clockwise), move to `center` (x, y)."""
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos * size[0], -sin * size[1]], [sin * size[0], cos * size[1]]])
-    move = np.array(centre)
+    move = np.array(center)
     return Outline(tuple(p @ matrix.T + move for p in outline.parts), tuple(p @ matrix.T + move for p in outline.holes))
 
 

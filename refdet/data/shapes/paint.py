@@ -12,13 +12,13 @@ from refdet.data.shapes.scene import Scene
 TEXTURES = ("gradient", "clouds", "stripes", "checks")
 
 
-def _random_muted_colour(rng: np.random.Generator) -> np.ndarray:
+def _random_muted_color(rng: np.random.Generator) -> np.ndarray:
     rgb = colorsys.hsv_to_rgb(float(rng.random()), float(rng.uniform(0.05, 0.28)), float(rng.uniform(0.36, 0.62)))
     return 255 * np.array(rgb)
 
 
-def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Background (height, width, 3) float64 in 0..255: two muted colours blended by a texture, with noise."""
+def paint_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Paint a background (height, width, 3), float64 in 0..255: two muted colors blended by a texture, with noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
     angle = float(rng.uniform(0, 2 * np.pi))
@@ -34,19 +34,19 @@ def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         cell = float(rng.uniform(7, 20))
         across = y * np.cos(angle) - x * np.sin(angle)
         mix = ((np.floor(along / cell) + np.floor(across / cell)) % 2).astype(np.float64)
-    first, second = _random_muted_colour(rng), _random_muted_colour(rng)
+    first, second = _random_muted_color(rng), _random_muted_color(rng)
     second = first + (second - first) * (0.5 if texture in ("stripes", "checks") else 1.0)
     grain = rng.normal(0, float(rng.uniform(1, 6)), (height, width, 1))
     return first + np.clip(mix, 0, 1)[..., None] * (second - first) + grain
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene, mode RGB, or L for a greyscale scene."""
-    picture = background(rng, scene.height, scene.width)
+    """Paint a scene; returns an image of mode RGB, or L if the scene is grayscale."""
+    picture = paint_background(rng, scene.height, scene.width)
     padded = np.pad(scene.owner, 1, mode="edge")
     rim = np.zeros(scene.owner.shape, dtype=bool)
-    for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-        rim |= neighbour != scene.owner
+    for neighbor in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+        rim |= neighbor != scene.owner
     for i, thing in enumerate(scene.things):
         if thing.crowd:
             rim &= scene.owner != i  # its shapes are too small for a rim
@@ -57,4 +57,4 @@ def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
         visible = scene.owner == i
         picture[visible] = shade[visible][:, None] * np.array(thing.rgb, dtype=np.float64)
     image = Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
-    return image.convert("L") if scene.grey else image
+    return image.convert("L") if scene.gray else image

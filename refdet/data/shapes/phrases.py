@@ -15,11 +15,17 @@ ORDINALS = {2: "second", 3: "third"}
 
 @dataclass(frozen=True)
 class Style:
-    """Style of a dataset: full phrases or not, locations or not, and weights of the types of expressions."""
+    """Style of the expressions of a dataset.
+
+    Attributes:
+        full: whether they are full phrases, "the small red star in the picture", or short, "small red star".
+        locations: whether they may use location words.
+        weights: probabilities of the three types: plain attributes, place in the picture, relation to another thing.
+    """
 
     full: bool
     locations: bool
-    weights: tuple[float, float, float]  # plain attributes, place in the picture, relation to another thing
+    weights: tuple[float, float, float]
 
 
 REFCOCO = Style(full=False, locations=True, weights=(0.35, 0.45, 0.2))
@@ -29,14 +35,14 @@ REFCOCOG = Style(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 
 
 def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[Meaning], ...]:
-    """All meanings that refer to things[target] alone: (plain, place, relation)."""
+    """All meanings that refer to things[target] alone, by type: (plain, place, relation)."""
     thing = things[target]
-    name, colour = thing.category.name, thing.colour
-    bases = [Meaning(name)] + ([Meaning(name, colour)] if colour is not None else [])
+    name, color = thing.category.name, thing.color
+    bases = [Meaning(name)] + ([Meaning(name, color)] if color is not None else [])
     sized = [replace(base, size=size) for base in bases for size in ("small", "large", "smallest", "biggest")]
     if style.full:
-        # long expressions always mention a colour
-        bases, sized = bases[-1:], [m for m in sized if m.colour == colour]
+        # long expressions always mention a color
+        bases, sized = bases[-1:], [m for m in sized if m.color == color]
     plain = bases + sized
     place: list[Meaning] = []
     if style.locations:
@@ -68,14 +74,16 @@ def is_referable(target: int, things: Sequence[Thing], style: Style) -> bool:
 
 
 def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
-    name, colour = things[target].category.name, things[target].colour
-    options = [Meaning(name, colour), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
+    name, color = things[target].category.name, things[target].color
+    options = [Meaning(name, color), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
     return next((m for m in options if referent(m, things) == target), None)
 
 
-def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], style: Style, count: int) -> list[Meaning]:
-    """Up to `count` different meanings, with types sampled by the weights; [] if there are none."""
-    remaining = [list(group) for group in options]
+def sample_meanings(
+    rng: np.random.Generator, candidates: tuple[list[Meaning], ...], style: Style, count: int
+) -> list[Meaning]:
+    """Sample up to `count` different meanings, their types by the weights of the style; [] if there are none."""
+    remaining = [list(group) for group in candidates]
     chosen: list[Meaning] = []
     while len(chosen) < count:
         weights = np.array([w if group else 0.0 for w, group in zip(style.weights, remaining, strict=True)])
@@ -87,12 +95,12 @@ def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], style: 
 
 
 def noun_phrase(meaning: Meaning) -> str:
-    """Size, colour and category: "small red star", or "shape" without a category."""
-    return " ".join(w for w in (meaning.size, meaning.colour, meaning.category or "shape") if w)
+    """Size, color and category: "small red star", or "shape" without a category."""
+    return " ".join(w for w in (meaning.size, meaning.color, meaning.category or "shape") if w)
 
 
 def sentence(rng: np.random.Generator, meaning: Meaning, style: Style) -> str:
-    """A random phrasing: lower case, words separated by single spaces."""
+    """Phrase a meaning at random, in lower case and with single spaces."""
     noun = noun_phrase(meaning)
     if meaning.relation is not None and meaning.other is not None:
         other = noun_phrase(meaning.other)

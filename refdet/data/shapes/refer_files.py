@@ -11,7 +11,7 @@ import numpy as np
 
 from refdet.data.shapes import refer_splits
 from refdet.data.shapes.coco_files import Picture, write_instances
-from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, choose, meanings, sentence
+from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, meanings, sample_meanings, sentence
 from refdet.data.shapes.refer_splits import Referred
 
 
@@ -27,7 +27,7 @@ def ref_records(
     for ref_id, referred in enumerate(objects):
         picture, thing = referred.picture, referred.thing
         options = meanings(thing, picture.things, style)
-        chosen = choose(rng, options, style, int(rng.integers(counts[0], counts[1] + 1)))
+        chosen = sample_meanings(rng, options, style, int(rng.integers(counts[0], counts[1] + 1)))
         sents: list[str] = []
         for k in range(max(counts[0], len(chosen))):
             # repeat a meaning if there are too few, as if two annotators had the same idea

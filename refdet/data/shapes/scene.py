@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refdet.data.shapes import masks
-from refdet.data.shapes.categories import CATEGORIES, COLOURS, GREYS, PERSON, Category
+from refdet.data.shapes.categories import CATEGORIES, COLORS, GRAYS, PERSON, Category
 from refdet.data.shapes.outlines import area, place, unit_outline
 
 Box = tuple[float, float, float, float]
@@ -25,12 +25,12 @@ _NOTHING = 255
 class Thing:
     """The visible part of one annotated thing.
 
-    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` the pixels of that mask, and `colour` the
-    name of `rgb`, None in a greyscale picture. A crowd is one Thing for the whole cluster.
+    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` the pixels of that mask, and `color` the
+    name of `rgb`, None in a grayscale picture. A crowd is one Thing for the whole cluster.
     """
 
     category: Category
-    colour: str | None
+    color: str | None
     rgb: tuple[int, int, int]
     box: Box
     area: int
@@ -47,23 +47,23 @@ class Scene:
 
     height: int
     width: int
-    grey: bool
+    gray: bool
     things: tuple[Thing, ...]
     owner: np.ndarray
 
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Requirements of a scene: a greyscale file, a crowd, several persons."""
+    """Requirements of a scene: a grayscale file, a crowd, several persons."""
 
-    grey: bool
+    gray: bool
     crowd: bool
     persons: bool
 
     @staticmethod
-    def of_index(index: int) -> ScenePlan:
+    def for_index(index: int) -> ScenePlan:
         """Fixed fractions by index in the split, so that small datasets have every kind."""
-        return ScenePlan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
+        return ScenePlan(gray=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _DrawnShape:
     """A shape before occlusion: `box` encloses `mask`, `full_area` is its area without clipping."""
 
     category: Category
-    colour: str
+    color: str
     rgb: tuple[int, int, int]
     mask: np.ndarray
     box: Box
@@ -106,7 +106,7 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
         owner[crowd.mask] = _CROWD
     for k in order.tolist():
         for _ in range(30):
-            shape = _draw_shape(rng, categories[k], SIDES[int(sizes[k])], plan.grey, height, width)
+            shape = _draw_shape(rng, categories[k], SIDES[int(sizes[k])], plan.gray, height, width)
             if shape is not None and _fits(shape, drawn, owner):
                 owner[shape.mask] = len(drawn)
                 drawn.append(shape)
@@ -115,26 +115,26 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
         return None
     if not 0.12 < float(np.mean(owner != _NOTHING)) < 0.6:
         return None
-    things = [_thing(shape, owner == i, plan.grey) for i, shape in enumerate(drawn)]
+    things = [_thing(shape, owner == i, plan.gray) for i, shape in enumerate(drawn)]
     if crowd is not None:
         owner[owner == _CROWD] = len(things)
-        things.append(_thing(crowd, crowd.mask, plan.grey, crowd=True))
-    return Scene(height, width, plan.grey, tuple(things), owner)
+        things.append(_thing(crowd, crowd.mask, plan.gray, crowd=True))
+    return Scene(height, width, plan.gray, tuple(things), owner)
 
 
-def _random_paint(rng: np.random.Generator, grey: bool) -> tuple[str, tuple[int, int, int]]:
-    if grey:
-        level = GREYS[int(rng.integers(len(GREYS)))]
+def _random_paint(rng: np.random.Generator, gray: bool) -> tuple[str, tuple[int, int, int]]:
+    if gray:
+        level = GRAYS[int(rng.integers(len(GRAYS)))]
         return str(level), (level, level, level)
-    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    return name, COLOURS[name]
+    name = list(COLORS)[int(rng.integers(len(COLORS)))]
+    return name, COLORS[name]
 
 
 def _draw_shape(
     rng: np.random.Generator,
     category: Category,
     sides: tuple[float, float],
-    grey: bool,
+    gray: bool,
     height: int,
     width: int,
 ) -> _DrawnShape | None:
@@ -145,22 +145,22 @@ def _draw_shape(
     angle = math.radians(float(rng.uniform(-20, 20)) * (0.5 if category == PERSON else 1.0))
     # one in eight extends beyond the picture
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
-    centre = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
-    colour, rgb = _random_paint(rng, grey)
-    return _rasterise(category, colour, rgb, centre, size, angle, height, width)
+    center = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
+    color, rgb = _random_paint(rng, gray)
+    return _rasterise(category, color, rgb, center, size, angle, height, width)
 
 
 def _rasterise(
     category: Category,
-    colour: str,
+    color: str,
     rgb: tuple[int, int, int],
-    centre: tuple[float, float],
+    center: tuple[float, float],
     size: tuple[float, float],
     angle: float,
     height: int,
     width: int,
 ) -> _DrawnShape | None:
-    outline = place(unit_outline(category.name), centre, size, angle)
+    outline = place(unit_outline(category.name), center, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
     full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
     mask = masks.rasterise(polygons, height, width)
@@ -168,11 +168,11 @@ def _rasterise(
         mask &= ~masks.rasterise(holes, height, width)
     if not mask.any():
         return None
-    return _DrawnShape(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
+    return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
 
 
 def _fits(shape: _DrawnShape, drawn: list[_DrawnShape], owner: np.ndarray) -> bool:
-    """Whether the shape, painted on top, leaves everything recognisable, including itself at the border."""
+    """Whether the shape, painted on top, leaves everything recognizable, including itself at the border."""
     if shape.mask.sum() < MIN_VISIBLE * shape.full_area or (owner[shape.mask] == _CROWD).any():
         return False
     for i, other in enumerate(drawn):
@@ -181,7 +181,7 @@ def _fits(shape: _DrawnShape, drawn: list[_DrawnShape], owner: np.ndarray) -> bo
         visible = owner == i
         remaining = visible & ~shape.mask
         overlaps = int(visible.sum()) != int(remaining.sum())
-        # overlapping shapes must differ in category and clearly in colour
+        # overlapping shapes must differ in category and clearly in color
         contrast = max(abs(a - b) for a, b in zip(shape.rgb, other.rgb, strict=True))
         if overlaps and (shape.category == other.category or contrast < 100):
             return False
@@ -207,7 +207,7 @@ def _draw_crowd(
     """A cluster of tiny shapes of a category that is not elsewhere in the scene."""
     unused = [c for c in CATEGORIES if c not in used]
     category = unused[int(rng.integers(len(unused)))]
-    colour, rgb = _random_paint(rng, plan.grey)
+    color, rgb = _random_paint(rng, plan.gray)
     columns, rows = int(rng.integers(4, 6)), int(rng.integers(2, 4))
     pitch = 13.0
     left = float(rng.uniform(8, width - 8 - columns * pitch))
@@ -216,15 +216,15 @@ def _draw_crowd(
     for row in range(rows):
         for column in range(columns):
             x, y = rng.uniform(-2, 2, 2).tolist()
-            centre = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
+            center = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
             size = float(rng.uniform(10, 13))
-            shape = _rasterise(category, colour, rgb, centre, (size, size), 0.0, height, width)
+            shape = _rasterise(category, color, rgb, center, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
-    return _DrawnShape(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
+    return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
 
 
-def _thing(shape: _DrawnShape, visible: np.ndarray, grey: bool, crowd: bool = False) -> Thing:
+def _thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
     segmentation: list[list[float]] | dict[str, Any]
     if crowd:
         segmentation = masks.uncompressed_rle(visible)
@@ -234,7 +234,7 @@ def _thing(shape: _DrawnShape, visible: np.ndarray, grey: bool, crowd: bool = Fa
         segmentation = shape.polygons
     return Thing(
         shape.category,
-        None if grey else shape.colour,
+        None if gray else shape.color,
         shape.rgb,
         masks.box_of(visible),
         int(visible.sum()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -213,7 +213,7 @@ def convert_tensors(
     if missing or unexpected or problems:
         raise InputError(
             f"looks like the weights of {recipe.name}, but "
-            + "; ".join(filter(None, (describe_mismatch(missing, unexpected), ", ".join(problems[:5]))))
+            + "; ".join(filter(None, (describe_mismatch(missing, unexpected), _list_first(problems, 5))))
         )
     return converted
 
@@ -223,9 +223,14 @@ def describe_mismatch(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     parts = []
     for label, keys in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
         if keys:
-            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-            parts.append(f"{label}: {', '.join(map(shorten, keys[:8]))}{more}")
+            parts.append(f"{label}: {_list_first([shorten(key) for key in keys], 8)}")
     return "; ".join(parts)
+
+
+def _list_first(texts: Sequence[str], count: int) -> str:
+    """The first texts, separated by commas, and the number of the others."""
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + more
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:

@@ -25,20 +25,20 @@ def is_network(state_dict: Mapping[str, Tensor]) -> bool:
     return _VGG in state_dict or any(name.removeprefix("features.") == _MOBILENET for name in state_dict)
 
 
-def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
+def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
     """Identify a VGG-16 or a MobileNet v1.
 
     Args:
         state_dict: name -> tensor.
-        style: "caffe" for the reference's preprocessing, "torchvision" for torchvision's; None to detect it.
+        weight_format: "caffe" for the reference's preprocessing, "torchvision" for torchvision's; None to detect it.
 
     Raises:
-        InputError: missing or unexpected tensors, or a style that cannot be detected.
+        InputError: missing or unexpected tensors, or a weight format that cannot be detected.
     """
     if _VGG in state_dict:
-        return _vgg(state_dict, style)
-    if style == "torchvision":
-        raise InputError("`style='torchvision'`: torchvision has no MobileNet v1")
+        return _vgg(state_dict, weight_format)
+    if weight_format == "torchvision":
+        raise InputError("`weight_format='torchvision'`: torchvision has no MobileNet v1")
     prefix = "features." if f"features.{_MOBILENET}" in state_dict else ""
     recipe = recipes.load("reference-mobilenet-v1").with_changes(mobilenet_changes(state_dict, prefix))
     tensors = convert_tensors(
@@ -52,22 +52,23 @@ def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWe
     return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEAD_PREFIXES)
 
 
-def _vgg(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
+def _vgg(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
     has_caffe_indices = "classifier.1.weight" in state_dict  # in the conversions from Caffe, layer 0 flattens
-    style = style or ("caffe" if has_caffe_indices else None)
-    if style is None:
+    weight_format = weight_format or ("caffe" if has_caffe_indices else None)
+    if weight_format is None:
         raise InputError(
-            "an ImageNet VGG-16, whose tensors do not show its preprocessing; give `style='torchvision'` for "
-            "torchvision's, `style='caffe'` for one converted from Caffe (BGR, not divided by a standard deviation)"
+            "an ImageNet VGG-16, whose tensors do not show its preprocessing; give `weight_format='torchvision'` for "
+            "torchvision's, `weight_format='caffe'` for one converted from Caffe (BGR, not divided by a standard "
+            "deviation)"
         )
     recipe = recipes.load("reference-vgg16")
     changes = vgg_changes(state_dict, "", fc6=int(has_caffe_indices))
-    recipe = recipe.with_changes(changes if style == "caffe" else [*_TORCHVISION, *changes])
+    recipe = recipe.with_changes(changes if weight_format == "caffe" else [*_TORCHVISION, *changes])
     prefixes = vgg_prefixes("", fc6=int(has_caffe_indices))
     used_prefixes = tuple(prefixes.values())
     unused = [name for name in _classifier(state_dict) if not name.startswith(used_prefixes)]
     tensors = convert_tensors(recipe, 0, state_dict, NameMapping(prefixes, {}), unused, missing_prefixes=HEAD_PREFIXES)
-    return ConvertedWeights(f"an ImageNet VGG-16 in {style} style", recipe, None, tensors, HEAD_PREFIXES)
+    return ConvertedWeights(f"an ImageNet VGG-16 in {weight_format} style", recipe, None, tensors, HEAD_PREFIXES)
 
 
 def _classifier(state_dict: Mapping[str, Tensor]) -> list[str]:

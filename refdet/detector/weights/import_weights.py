@@ -66,7 +66,7 @@ class ImportedWeights:
 
 
 def import_weights(
-    source: Path, out: Path, trained_on: Path | None = None, style: str | None = None
+    source: Path, out: Path, trained_on: Path | None = None, weight_format: str | None = None
 ) -> ImportedWeights:
     """Import another program's weights as a run directory.
 
@@ -74,7 +74,7 @@ def import_weights(
         source: a ``.pth`` written by torch.save, a ``.pkl`` of detectron2, or safetensors.
         out: the run directory to create.
         trained_on: the split the weights were trained on, if known.
-        style: "caffe" or "torchvision" for an ImageNet network, "tf-faster-rcnn" or "pytorch-faster-rcnn" for a
+        weight_format: "caffe" or "torchvision" for an ImageNet network, "tf-faster-rcnn" or "pytorch-faster-rcnn" for a
             detector with the reference's names; None to detect it.
 
     Raises:
@@ -89,8 +89,8 @@ def import_weights(
         known = identify_known_file(source, sha256)
         if known is not None and known.norm_eps != EPS:
             tensors = convert_eps(tensors, known.norm_eps)
-        known_style = None if known is None else known.style
-        converted = identify_checkpoint(tensors, style or known_style)
+        known_format = None if known is None else known.weight_format
+        converted = identify_checkpoint(tensors, weight_format or known_format)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)

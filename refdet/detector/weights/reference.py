@@ -33,7 +33,7 @@ from refdet.errors import InputError
 IMAGENET_CLASSIFIER = ("fc.weight", "fc.bias")  # unused by a detector
 TENSORFLOW_EPS = 1e-3  # of a MobileNet's norms in tf-faster-rcnn; the other two programs use 1e-5
 # programs whose checkpoints have the same names but compute differently
-STYLES = ("tf-faster-rcnn", "pytorch-faster-rcnn")
+WEIGHT_FORMATS = ("tf-faster-rcnn", "pytorch-faster-rcnn")
 _PREFIXES = {
     "rpn.conv.": "rpn_net.",
     "rpn.score.": "rpn_cls_score_net.",
@@ -56,12 +56,12 @@ def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(("resnet.", "vgg.", "mobilenet.", "rpn_")) for name in state_dict)
 
 
-def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
+def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
     """Identify a detector and convert its weights.
 
     Args:
         state_dict: name -> tensor.
-        style: one of `STYLES`; None for lichengunc/mask-faster-rcnn.
+        weight_format: one of `WEIGHT_FORMATS`; None for lichengunc/mask-faster-rcnn.
 
     Raises:
         InputError: an unsupported network; the message says what is supported.
@@ -77,15 +77,15 @@ def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWe
     recipe = _identify_recipe(state_dict, prefix, anchors)
     if masks != recipe.model.masks:
         recipe = recipe.with_changes([f"model.masks={str(masks).lower()}"])
-    if style == "pytorch-faster-rcnn":
+    if weight_format == "pytorch-faster-rcnn":
         recipe = recipe.with_changes(["model.pooling=align_legacy", "model.sampling_ratio=0"])
-    if style == "tf-faster-rcnn" and prefix == "mobilenet.":
+    if weight_format == "tf-faster-rcnn" and prefix == "mobilenet.":
         state_dict = convert_eps(state_dict, TENSORFLOW_EPS)
     ignored = [f"{prefix}{name}" for name in IMAGENET_CLASSIFIER]
     tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe), ignored)
     kind = (
-        f"{style or 'the reference'}'s {'Mask' if masks else 'Faster'} R-CNN with a {network_name(recipe.model)}, "
-        f"{anchors} anchors per cell"
+        f"{weight_format or 'the reference'}'s {'Mask' if masks else 'Faster'} R-CNN with a "
+        f"{network_name(recipe.model)}, {anchors} anchors per cell"
     )
     return ConvertedWeights(kind, recipe, classes, tensors, ())
 

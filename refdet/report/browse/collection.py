@@ -83,7 +83,7 @@ class Collection:
             raise ArgumentError("stores", f"{len(inputs.stores)} stores; give one, or two to show side by side")
         self.generalized = False
         self.sentence_images: dict[int, ImageRecord] = {}
-        self._states = [FileState.of(path) if path.is_file() else None for path in inputs.stores]
+        self._states = [FileState.from_path(path) if path.is_file() else None for path in inputs.stores]
         self.stores = [stores.open(path) for path in inputs.stores]
         first = self.stores[0]
         self.names: list[dict[int, str]] = [dict(store.names) for store in self.stores]
@@ -322,6 +322,6 @@ def _record(image: Any) -> ImageRecord:
 
 def _state(store: Store) -> FileState | None:
     try:
-        return FileState.of(store.path)
+        return FileState.from_path(store.path)
     except OSError:
         return None

@@ -24,7 +24,7 @@ from refdet.structures.regions import Regions
 
 
 @dataclass(frozen=True)
-class _DisplayedImage:
+class _ExportedImage:
     """An image to export.
 
     Attributes:
@@ -57,7 +57,7 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         InputError: FiftyOne is not installed, ``out`` is not empty, images are missing or in a zip.
         RuntimeFailure: FiftyOne cannot use its database.
     """
-    fiftyone = _fiftyone()
+    fiftyone = _import_fiftyone()
     if not images.is_dir():
         raise ArgumentError("images", f"{images} is not a folder; FiftyOne needs a folder of image files")
     with Source(store) as source, new_folder(out) as folder:
@@ -75,11 +75,11 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         ]
         files = ImageSource.open(images, "apply" if reader.options.get("exif") == "apply" else "ignore")
         files.check(records, store)
-        shown, rejected = _find_readable(records, files)
+        usable, rejected = _find_readable(records, files)
         dataset = _new_dataset(fiftyone)
         try:
-            samples = (_sample(fiftyone, source, images, image) for image in shown)
-            dataset.add_samples(progress(samples, "export", "image", total=len(shown)), num_samples=len(shown))
+            samples = (_make_sample(fiftyone, source, images, image) for image in usable)
+            dataset.add_samples(progress(samples, "export", "image", total=len(usable)), num_samples=len(usable))
             dataset_type = fiftyone.types.FiftyOneDataset
             dataset.export(export_dir=str(folder), dataset_type=dataset_type, export_media=False)
         finally:
@@ -89,18 +89,19 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         if reader.errors:
             notes.append(_left_out(len(reader.errors), "that could not be used"))
         if rejected:
-            notes.append(f"{_left_out(len(rejected), 'whose file is not as the store says')}, first: {rejected[0]}")
-        if turned := sum(image.orientation != 1 for image in shown):
-            images_turned = format_count(turned, "image")
-            notes.append(f"regions of {images_turned} are turned by EXIF orientation, as FiftyOne turns the pixels")
+            left_out = _left_out(len(rejected), "whose file cannot be read in the size of the store")
+            notes.append(f"{left_out}, first: {rejected[0]}")
+        if num_rotated := sum(image.orientation != 1 for image in usable):
+            rotated = format_count(num_rotated, "image")
+            notes.append(f"regions of {rotated} are turned by EXIF orientation, as FiftyOne turns the pixels")
         names = sorted(path.name for path in folder.iterdir())
-        num_regions = sum(len(reader.rows(image.record.id)) for image in shown)
-        exported = Exported("fiftyone", len(shown), num_regions, names, empty, notes)
+        num_regions = sum(len(reader.rows(image.record.id)) for image in usable)
+        exported = Exported("fiftyone", len(usable), num_regions, names, empty, notes)
         write_record(folder, exported, {"images": images.name}, {"features": source})
     return exported
 
 
-def _fiftyone() -> Any:
+def _import_fiftyone() -> Any:
     try:
         import fiftyone
     except ImportError as error:
@@ -119,15 +120,15 @@ def _new_dataset(fiftyone: Any) -> Any:
     """A temporary dataset in FiftyOne's own database."""
     try:
         return fiftyone.Dataset(f"refdet-{secrets.token_hex(8)}")
-    except Exception as error:  # of its database, which FiftyOne starts here
+    except Exception as error:  # any, as FiftyOne starts its database here
         raise RuntimeFailure(
             f"FiftyOne cannot use its database ({error}); repair it, or export with `format='coco'`, which it imports"
         ) from error
 
 
-def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_DisplayedImage], list[str]]:
-    """The images whose files can be read and have the same size as in the store, and the errors of the others."""
-    shown, rejected = [], []
+def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_ExportedImage], list[str]]:
+    """The images whose files can be read in the size that the store has, and the errors of the others."""
+    usable, rejected = [], []
     for record in progress(records, "check", "image", total=len(records)):
         name = files.find(record)
         assert name is not None  # as `files.check` found all of them
@@ -136,12 +137,12 @@ def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[
         except ImageError as error:
             rejected.append(str(error))
         else:
-            shown.append(_DisplayedImage(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
-    return shown, rejected
+            usable.append(_ExportedImage(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
+    return usable, rejected
 
 
-def _sample(fiftyone: Any, source: Source, images: Path, shown: _DisplayedImage) -> Any:
-    record, orientation = shown.record, shown.orientation
+def _make_sample(fiftyone: Any, source: Source, images: Path, image: _ExportedImage) -> Any:
+    record, orientation = image.record, image.orientation
     regions = source.read(record.id, ())
     rows = source.store.rows(record.id)
     boxes = relative_boxes(regions, orientation)
@@ -155,7 +156,7 @@ def _sample(fiftyone: Any, source: Source, images: Path, shown: _DisplayedImage)
         )
         for i, row in enumerate(rows)
     ]
-    path = str((images / shown.name).absolute())
+    path = str((images / image.name).absolute())
     return fiftyone.Sample(path, image_id=record.id, regions=fiftyone.Detections(detections=detections))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
+from refdet.files.short_text import format_missing_space
 
 _MAX_BYTES = 200  # of the folder's name in the temporary name, which may have 255
 _EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename to an existing path
@@ -61,21 +62,21 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def require_space(out: Path, space: int) -> None:
+def require_space(out: Path, num_bytes: int) -> None:
     """Check the free disk space before starting an export.
 
     Args:
         out: the folder, whose parent exists.
-        space: required space in bytes.
+        num_bytes: required space.
 
     Raises:
         RuntimeFailure: there is less.
     """
     free = shutil.disk_usage(out.resolve().parent).free
-    if free < space:
+    if free < num_bytes:
         raise RuntimeFailure(
-            f"{out}: disk full, the export needs {_human_readable(space)} but {_human_readable(free)} are free; "
-            "free some space or choose another `out`"
+            f"{out}: disk full: the export needs {format_missing_space(num_bytes, free)}; free some space or choose "
+            "another `out`"
         )
 
 
@@ -171,11 +172,3 @@ def _not_creatable(out: Path, error: Exception) -> Exception:
         return error
     why = error.strerror if isinstance(error, OSError) else "loop of symbolic links"
     return InputError(f"`out` {out}: cannot be created ({why}); choose another folder")
-
-
-def _human_readable(space: int) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if space < 1000:
-            return f"{space:.0f} {unit}"
-        space = -(-space // 1000)
-    return f"{space} GB"

@@ -106,5 +106,5 @@ def _vilbert(regions: Regions, feature: str) -> dict[str, Any]:
 
 
 def _msgpack_numpy(values: np.ndarray) -> dict[bytes, Any]:
-    """Encode an array as msgpack-numpy does, which recognises arrays by the bytes key ``nd``."""
+    """Encode an array as msgpack-numpy does, which recognizes arrays by the bytes key ``nd``."""
     return {b"nd": True, b"type": values.dtype.str, b"kind": b"", b"shape": values.shape, b"data": values.tobytes()}

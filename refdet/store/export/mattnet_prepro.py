@@ -23,7 +23,7 @@ from refer.validation import Types, box_of, check_fields
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
-ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # in Kazemzadeh et al.: category, colour and other attributes
+ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # in Kazemzadeh et al.: category, color and other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word for no attribute
 _IMAGE: dict[str, Types] = {"file_name": str, "height": int, "width": int}
 _ANNOTATION: dict[str, Types] = {"category_id": int}

@@ -56,7 +56,7 @@ def export_npz(
             regions = source.read(image_id, (feature,))
             try:
                 write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, category_index))
-            except FileExistsError:  # on a file system that ignores case or normalises accents
+            except FileExistsError:  # on a file system that ignores case or normalizes accents
                 raise unusable_names(
                     store, f"the file system mistakes {name!r} of image {image_id} for another name"
                 ) from None
