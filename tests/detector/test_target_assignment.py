@@ -232,7 +232,7 @@ def test_rois_of_a_batch() -> None:
     assert positive.image.tolist() == [0, 0, 0, 2] and found.labels[positive.row].tolist() == [1] * 4
     for row, image, index, box in zip(positive.row, positive.image, positive.object, positive.boxes, strict=True):
         assert torch.equal(found.rois[row, 1:], box) and found.rois[row, 0] == image
-        assert torch.equal(found.boxes[row], truths[image].boxes[index])
+        assert torch.equal(found.matched_boxes[row], truths[image].boxes[index])
     assert len(rois_of(proposals, truths, append=True, count=2).rois) == 4  # at most half of two are objects
 
 

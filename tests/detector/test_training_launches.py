@@ -5,6 +5,8 @@ The numbers of docs/performance.md. Left out are the losses, sampling and poolin
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from fake_gpu import Launches, fake_image, on_fake_cpu
@@ -42,7 +44,8 @@ def outputs(model: MaskRCNN) -> list[Tensor]:
         spatial = head.get_submodule("conv5")(cells)
         fc7, of_positive = spatial.mean((2, 3), dtype=torch.float32), spatial[:POSITIVE]
     else:
-        fc7 = head._features(cells).fc7  # type: ignore[operator]
+        with patch.object(head, "_pool", return_value=cells):
+            fc7 = head.features(maps, torch.empty(rois, 5)).fc7
         of_positive = fake_image((POSITIVE, channels, 2 * size, 2 * size), torch.bfloat16, "cpu").requires_grad_()
     masks = head.get_submodule("mask")(of_positive, torch.empty(POSITIVE, dtype=torch.int64))
     return [*maps, rpn.logits, rpn.deltas, fc7, masks]
