@@ -128,9 +128,9 @@ gpu-check: ## test and benchmark everything on a GPU, in 9 minutes (DEVICE=cpu r
 gpu-pack: ## download the wheels that a GPU machine without a network may lack, into build/gpu-pack
 	@$(GPU_PYTHON) benchmarks/gpu/pack.py
 
-parity: env ## compare with the reference, if its golden files are next to the repository
-	@echo "==> parity: comparing with outputs of the reference's own code"
-	@$(BIN)/pytest tests/detector/test_reference_parity.py -rP
+parity: env ## compare with the reference, detectron2 (if their golden files are next to the repository) and torchvision
+	@echo "==> parity: comparing with outputs of the reference's, detectron2's and torchvision's own code, in minutes"
+	@REFDET_THOROUGH=1 $(BIN)/pytest -rP -m slow $(addprefix tests/detector/test_,$(addsuffix _parity.py,reference detectron2 torchvision))
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)
