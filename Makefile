@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # torch's builder looks for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start many processes, each of which would compile refdet anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
 CUDA_SOURCES := $(wildcard csrc/*/*.cu)
