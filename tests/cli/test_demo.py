@@ -17,11 +17,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]
 COMMANDS = [step for step in STEPS if step not in ("dataset", "listener")]
-TINY = (
-    "train.steps=4", "train.batch_size=2", "train.workers=0", "train.log_every=2", "model.width=8",
-    "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16", "model.fpn_hidden=32",
-    "input.min_sizes=[96]",
-)  # fmt: skip
+TINY = ("train.steps=8", "train.batch_size=2", "train.workers=0", "train.log_every=4", "model.width=8")
 
 
 @pytest.fixture(scope="module")
