@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # torch's builder looks for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start many processes, each of which would compile refdet anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
 CUDA_SOURCES := $(wildcard csrc/*/*.cu)
@@ -128,9 +130,9 @@ gpu-check: ## test and benchmark everything on a GPU, in 9 minutes (DEVICE=cpu r
 gpu-pack: ## download the wheels that a GPU machine without a network may lack, into build/gpu-pack
 	@$(GPU_PYTHON) benchmarks/gpu/pack.py
 
-parity: env ## compare with the reference, if its golden files are next to the repository
-	@echo "==> parity: comparing with outputs of the reference's own code"
-	@$(BIN)/pytest tests/detector/test_reference_parity.py -rP
+parity: env ## compare with the reference, detectron2 (if their golden files are next to the repository) and torchvision
+	@echo "==> parity: comparing with outputs of the reference's, detectron2's and torchvision's own code, in minutes"
+	@REFDET_THOROUGH=1 $(BIN)/pytest -rP -m slow $(addprefix tests/detector/test_,$(addsuffix _parity.py,reference detectron2 torchvision))
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)

@@ -69,7 +69,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU, several, or the compiled kernels for it, where they are missing."""
+    """Skip what needs a GPU, several, or the compiled kernels for it, where they are missing; and thorough tests."""
+    if item.get_closest_marker("thorough") and not os.environ.get("REFDET_THOROUGH"):
+        pytest.skip("runs with REFDET_THOROUGH=1")
     mark = item.get_closest_marker("gpu")
     if mark is None:
         return

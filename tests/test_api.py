@@ -47,6 +47,9 @@ def test_the_import_brings_nothing_large() -> None:
 def test_each_name_is_found_in_a_fresh_process() -> None:
     names = ", ".join(refdet.__all__)
     code = f"import refdet; before = dir(refdet); from refdet import {names}; assert {{*refdet.__all__}} <= {{*before}}"
+    # nor does a detector load what takes a second to import
+    code += "; import sys; from refdet.config import recipe; from refdet.detector.loading import build_on_meta"
+    code += "; build_on_meta(recipe.load('demo'), 9); assert not {'torchvision', 'torch._dynamo'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from refdet.config.recipe import Recipe
 from refdet.detector import optimize
@@ -100,13 +102,23 @@ def from_tensors(
     return TrainedDetector(model, meta, folder, precision)
 
 
+class _SkipInit(TorchFunctionMode):
+    """Draws no initial weights: for the meta device, torch would import its compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
         InputError: its parameters and buffers have more than `MAX_NUMBERS` values.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         model = MaskRCNN(recipe, classes)
     numbers = sum(value.numel() for value in model.state_dict().values())
     if numbers > MAX_NUMBERS:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align as torchvision_roi_align
 
 MAX_CELLS = 1024  # cells on a side of a RoI, and samples on a side of a cell
 CHUNK = 64  # RoIs per matrix product, to bound the memory of intermediate results
@@ -55,12 +54,12 @@ def pool_plain(
         empty = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
         return empty if mean else empty.to(x.dtype)
     if x.device.type != "cpu" and sampling_ratio and not crop and not mean:
+        from torchvision.ops import roi_align  # imports torch's compiler, which takes a second
+
         outside = -1e6 * stride
         finite_rois = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
         finite_rois = torch.cat((rois[:, :1], finite_rois), dim=1)
-        pooled = torchvision_roi_align(
-            values, finite_rois, size, 1.0 / stride, sampling_ratio=sampling_ratio, aligned=True
-        )
+        pooled = roi_align(values, finite_rois, size, 1.0 / stride, sampling_ratio=sampling_ratio, aligned=True)
     else:
         across = _taps(rois[:, 1] / stride, rois[:, 3] / stride, size, x.shape[3], sampling_ratio, crop)
         down = _taps(rois[:, 2] / stride, rois[:, 4] / stride, size, x.shape[2], sampling_ratio, crop)

@@ -69,28 +69,31 @@ def texts(path: Path) -> Iterator[str]:
     """Every string of a module that is not a docstring, of an f-string with {} for its values."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    statements = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    skipped = parts | {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {node} & (parts | statements):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
             yield node.value
 
 
-MESSAGES = {
-    (str(path.relative_to(LIBRARY)), text)
-    for path in LIBRARY.rglob("*.py")
-    if path.relative_to(LIBRARY).parts[0] != "cli"
-    for text in texts(path)
-}
+@pytest.fixture(scope="module")
+def messages() -> set[tuple[str, str]]:
+    """The strings of each module outside the commands."""
+    return {
+        (str(path.relative_to(LIBRARY)), text)
+        for path in LIBRARY.rglob("*.py")
+        if path.relative_to(LIBRARY).parts[0] != "cli"
+        for text in texts(path)
+    }
 
 
-def test_the_library_names_no_option_outside_a_command() -> None:
-    assert len(MESSAGES) > 1000
-    assert not [(place, text) for place, text in MESSAGES if OPTION.search(COMMAND.sub("", text))]
+def test_the_library_names_no_option_outside_a_command(messages: set[tuple[str, str]]) -> None:
+    assert len(messages) > 1000
+    assert not [(place, text) for place, text in messages if OPTION.search(COMMAND.sub("", text))]
 
 
-def test_every_argument_in_a_message_is_one_and_has_an_option() -> None:
+def test_every_argument_in_a_message_is_one_and_has_an_option(messages: set[tuple[str, str]]) -> None:
     options, arguments = {"--set"}, {"changes"}
     for name in COMMANDS:
         command = importlib.import_module(f"refdet.cli.{name.replace('-', '_')}").command
@@ -101,7 +104,7 @@ def test_every_argument_in_a_message_is_one_and_has_an_option() -> None:
                 arguments.add(node.arg)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field
                 arguments.add(node.target.id)
-    found = {(place, match[0]) for place, text in MESSAGES for match in ARGUMENT.finditer(text)}
+    found = {(place, match[0]) for place, text in messages for match in ARGUMENT.finditer(text)}
     assert len(found) > 50
     for place, written in found:
         printed = as_options(written)

@@ -1,12 +1,13 @@
 """Parity with detectron2: what it computes of real images with weights as in its model zoo, and what refdet does.
 
-``pytest tests/detector/test_detectron2_parity.py -rP`` prints the errors measured.
+``make parity`` runs all images with both forms of a network and prints the errors measured.
 """
 
+import functools
 import importlib
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,18 +32,27 @@ IMAGES = ("000000194322", "000000466137")
 CASES = [(name, image, fast) for name in ("C4", "FPN") for image in IMAGES for fast in (False, True)]
 # without the kernels, conv5 of 1000 proposals takes half a minute an image; its layers are the same in any
 CASES.remove(("C4", IMAGES[1], False))
+USUAL = [("C4", IMAGES[0], True), ("FPN", IMAGES[0], False), ("FPN", IMAGES[1], True)]
 # detectron2's defaults at test time
 OPTIONS = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)
 Arrays = dict[str, np.ndarray]
+Networks = Callable[[str, bool], loading.TrainedDetector]
 
 
 @pytest.fixture(scope="module")
-def network(
-    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, dict[bool, loading.TrainedDetector]]]:
-    """The detector of a checkpoint through import-weights, as trained and optimized for inference."""
-    name, folder = request.param, tmp_path_factory.mktemp("detectron2")
+def networks(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
+    """The detectors of checkpoints through import-weights, by name, as trained or optimized for inference."""
+    folder = tmp_path_factory.mktemp("detectron2")
+    imported = functools.cache(lambda name: import_checkpoint(shared, name, folder / name))
+    yield functools.cache(lambda name, fast: loading.load(imported(name), for_inference=fast))
+    for model in folder.glob(f"*/run/{checkpoint.MODEL}"):
+        model.unlink()
+
+
+def import_checkpoint(shared: Path, name: str, folder: Path) -> Path:
+    """The run directory of a checkpoint."""
     state = state_dict(shared, name)
+    folder.mkdir()
     if name == "C4":  # as in the model zoo
         with (folder / "model.pkl").open("wb") as file:
             pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, file)
@@ -52,8 +62,8 @@ def network(
     (source,) = folder.iterdir()
     done = import_weights(source, folder / "run")
     assert done.recipe == f"d2-{name.lower()}-res50" and done.classes == 80
-    yield name, {fast: loading.load(folder / "run", for_inference=fast) for fast in (False, True)}
-    (folder / "run" / checkpoint.MODEL).unlink()
+    source.unlink()
+    return folder / "run"
 
 
 def state_dict(shared: Path, name: str) -> Arrays:
@@ -77,14 +87,19 @@ def state_dict(shared: Path, name: str) -> Arrays:
 
 
 @pytest.mark.parametrize(
-    ("network", "image", "fast"),
-    [pytest.param(*case, id=f"{case[0]}-{case[1]}-{'used' if case[2] else 'trained'}") for case in CASES],
-    indirect=["network"],
+    ("name", "image", "fast"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}-{'used' if case[2] else 'trained'}",
+            marks=[] if case in USUAL else pytest.mark.thorough,
+        )
+        for case in CASES
+    ],
 )
 @torch.inference_mode()
-def test_parity(network: tuple[str, dict[bool, loading.TrainedDetector]], shared: Path, image: str, fast: bool) -> None:
-    name, detectors = network
-    detector = detectors[fast]
+def test_parity(networks: Networks, shared: Path, name: str, image: str, fast: bool) -> None:
+    detector = networks(name, fast)
     model, options = detector.model, detector.meta.recipe.input
     with np.load(shared / "detectron2" / f"golden_{name}_{image}.npz") as file:
         golden = {key: file[key] for key in file.files}

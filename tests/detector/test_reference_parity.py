@@ -1,10 +1,11 @@
 """Parity with the reference: what its own code computed of real images, and what refdet does.
 
-``pytest tests/detector/test_reference_parity.py -rP`` prints the errors measured.
+``make parity`` runs all images and prints the errors measured.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from PIL import Image
 from recorded_results import results_of
 from torch import Tensor
 
+from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
@@ -36,6 +38,7 @@ IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 
 # "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for convolutions
 CASES = [(depth, image, "trained") for depth, images in IMAGES.items() for image in images]
 CASES += [(50, "000000249346", "used"), (101, "000000466137", "used")]
+USUAL = [(50, "000000249346", "trained"), *CASES[-2:]]  # the others differ in the image or in the form alone
 # Least numbers of proposals and detections where more cannot be asked: in the first, 858 anchors have a probability of
 # exactly 1 and an unstable sort leaves them as the processor's vectors have it; in the second, 101 layers add up to
 # float rounding by which refdet differs as much from itself in float64.
@@ -45,13 +48,12 @@ TIED = {
     (101, "000000466137", "used"): (288, 97),
 }
 Key = tuple[int, str, str]
+Detectors = Callable[[int, str], loading.TrainedDetector]
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(scope="module")
-def detectors(
-    shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[int, str], loading.TrainedDetector]]:
+def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Detectors]:
     """The detectors of the reference's checkpoints, through import-weights, by depth and form."""
     sys.path.insert(0, str(shared / "seed"))
     try:
@@ -59,19 +61,22 @@ def detectors(
     finally:
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("seed")
-    found = {}
-    for depth in IMAGES:
+
+    @functools.cache
+    def imported(depth: int) -> Path:
         torch.save(make_state_dict(depth), folder / "seed.pth")
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
-        for form in ("trained", "used", *(["bfloat16"] if BFLOAT16 else [])):
-            found[depth, form] = loading.load(
-                folder / str(depth),
-                for_inference=form != "trained",
-                precision="bfloat16" if form == "bfloat16" else "float32",
-            )
-        (folder / str(depth) / checkpoint.MODEL).unlink()
-    yield found
+        return folder / str(depth)
+
+    @functools.cache
+    def detector(depth: int, form: str) -> loading.TrainedDetector:
+        precision = "bfloat16" if form == "bfloat16" else "float32"
+        return loading.load(imported(depth), for_inference=form != "trained", precision=precision)
+
+    yield detector
+    for model in folder.glob(f"*/{checkpoint.MODEL}"):
+        model.unlink()
 
 
 @dataclass(frozen=True)
@@ -90,15 +95,30 @@ class Case:
     found: Detections
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[f"res{depth}-{image}-{form}" for depth, image, form in CASES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="res{}-{}-{}".format(*case), marks=[] if case in USUAL else pytest.mark.thorough)
+        for case in CASES
+    ],
+)
 def key(request: pytest.FixtureRequest) -> Key:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def case(key: Key, detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path) -> Case:
+def case(key: Key, cases: Callable[[Key], Case]) -> Case:
+    return cases(key)
+
+
+@pytest.fixture(scope="module")
+def cases(detectors: Detectors, shared: Path) -> Callable[[Key], Case]:
+    return functools.cache(functools.partial(make_case, detectors, shared))
+
+
+def make_case(detectors: Detectors, shared: Path, key: Key) -> Case:
     depth, image, form = key
-    model = detectors[depth, form].model
+    model = detectors(depth, form).model
     with np.load(shared / "seed" / f"golden_res{depth}_{image}.npz") as file:
         golden = {name: file[name] for name in file.files}
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
@@ -185,11 +205,11 @@ def test_given_boxes(case: Case) -> None:
     reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
 )
 @torch.inference_mode()
-def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str], loading.TrainedDetector]) -> None:
+def test_bfloat16_is_near(case: Case, key: Key, detectors: Detectors) -> None:
     """Of given boxes. The 101 layers were not trained, and untrained ones add up what rounding does to each."""
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
     used = key[2] == "used"  # as extract-features --precision bfloat16 has it
-    model = detectors[key[0], "bfloat16"].model if used else case.model
+    model = detectors(key[0], "bfloat16").model if used else case.model
     with torch.autocast("cpu", torch.bfloat16, enabled=not used):
         (found,) = model.extract_features(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
     wanted = torch.from_numpy(case.golden["given_fc7"])
@@ -198,23 +218,20 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str],
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 
 
-def test_the_store_holds_the_seeds_boxes(
-    detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path
-) -> None:
+def test_the_store_holds_the_seeds_boxes(cases: Callable[[Key], Case], detectors: Detectors) -> None:
     """Through what extract-features calls, boxes are half-open: a pixel further than the reference's last one."""
-    image, detector = IMAGES[50][1], detectors[50, "used"]
-    pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
-    from refdet.data.coco import ImageRecord
-
-    record = ImageRecord(1, f"{image}.png", *pixels.shape[:2])
-    with torch.inference_mode():
-        (found,) = detect_batch(
-            detector.model, [pixels], [record], detector.meta.category_ids, DetectionOptions(score_threshold=0.0)
-        )
-    with np.load(shared / "seed" / f"golden_res50_{image}.npz") as golden:
-        order = np.argsort(-golden["dets_score"], kind="stable")
-        boxes, scores = golden["dets_xyxy"][order] + ONE_FURTHER, golden["dets_score"][order]
-        categories = np.array(detector.meta.category_ids)[golden["dets_label"][order] - 1]
+    image, detector = IMAGES[50][1], detectors(50, "used")
+    case, ids = cases((50, image, "used")), detector.meta.category_ids
+    record = ImageRecord(1, f"{image}.png", *case.pixels.shape[:2])
+    options = DetectionOptions(score_threshold=0.0)
+    with torch.inference_mode(), patch.object(case.model, "predict", return_value=case.found) as predict:
+        (found,) = detect_batch(case.model, [case.pixels], [record], ids, options)
+    inputs, sizes, *_ = predict.call_args.args  # of which the prediction is that of the case
+    assert torch.equal(inputs, case.inputs) and sizes == [case.size] and predict.call_args.args[2] == options
+    golden = case.golden
+    order = np.argsort(-golden["dets_score"], kind="stable")
+    boxes, scores = golden["dets_xyxy"][order] + ONE_FURTHER, golden["dets_score"][order]
+    categories = np.array(ids)[golden["dets_label"][order] - 1]
     same = np.abs(found.boxes - boxes).max(axis=1) < 0.05
     assert same.sum() >= 95  # near ties change places
     np.testing.assert_array_equal(found.category_ids[same], categories[same])
@@ -222,10 +239,10 @@ def test_the_store_holds_the_seeds_boxes(
 
 
 @pytest.mark.parametrize("image", ["000000249346", "000000466137"])
-def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path, image: str) -> None:
+def test_anchor_labels(detectors: Detectors, shared: Path, image: str) -> None:
     with np.load(shared / "seed" / f"golden_anchor_labels_{image}.npz") as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim}
-    rpn = detectors[50, "trained"].model.rpn
+    rpn = detectors(50, "trained").model.rpn
     height, width = golden["feature_hw"].tolist()
     (anchors,) = rpn.anchors([torch.zeros(1, 1, height, width)])
     one = torch.from_numpy(ONE_FURTHER)

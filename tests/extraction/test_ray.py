@@ -20,7 +20,7 @@ from ray_extraction import ENVIRONMENT, NODE, SlowTools, cluster_of, run_on, tim
 from store_examples import contents
 
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction.ray_cluster import check_address, connect
+from refdet.extraction.ray_cluster import Cluster, check_address, connect
 from refdet.extraction.workers_file import engine_token, note_workers, who_computes
 
 _ = one_thread  # a fixture
@@ -212,9 +212,13 @@ def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
             pass
 
 
-def test_commands_with_a_detector(tmp_path: Path, cluster: Any, one_thread: None) -> None:
-    """Parts, and workers on the cluster, give the store and the AP of one process, to the bit."""
-    signal.alarm(240)  # several processes import torch
+def test_commands_with_a_detector(
+    tmp_path: Path, cluster: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts, and a worker on the cluster, give the store and the AP of one process, to the bit."""
+    signal.alarm(240)  # each worker imports torch, so there is one at a time
+    slots = Cluster.slots
+    monkeypatch.setattr(Cluster, "slots", lambda self: dict([*slots(self).items()][:1]))
     folder, given = DetectorFolder(tmp_path / "d", 70), ("--regions", "annotations")  # three shards
     plain, parts, on_ray = (tmp_path / name for name in ("plain.h5", "parts.h5", "ray.h5"))
     for out, *more in [

@@ -17,7 +17,7 @@ from refdet.detector.checkpoint import read_tensors
 SIZES = ((96, 64), (90, 60), (64, 80), (96, 70), (70, 70), (80, 60), (64, 96), (60, 90), (50, 96), (64, 90), (60, 80),
          (70, 96))  # fmt: skip
 # make the numbers of anchors, proposals and RoIs differ from image to image
-CHANGES = (*TINY, "train.batch_size=4", "train.steps=10", "input.min_sizes=[48,64]", "train.lr=0.005",
+CHANGES = (*TINY, "train.batch_size=4", "train.steps=6", "input.min_sizes=[48,64]", "train.lr=0.005",
            "proposals.batch_size_per_image=1500", "proposals.nms_threshold=0.3",
            "head.batch_size_per_image=64")  # fmt: skip
 

@@ -203,6 +203,8 @@ def _serve() -> None:
     """Run the work on each line of stdin, and print its result as a line."""
     import tempfile
 
+    import torch._dynamo  # noqa: F401  # by each optimizer, in a second
+
     import refdet.cli.train
     import refdet.training.distributed
     import refdet.training.trainer  # noqa: F401

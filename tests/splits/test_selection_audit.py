@@ -64,7 +64,7 @@ def audited(world: Path, path: Path, *more: Any, **options: Any) -> ProvenanceAu
     return audit_provenance(path, world / "refer", world / "split.json", *more, **options)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     ids=st.sets(st.integers(1, 9), min_size=1),
     chosen=st.booleans(),

@@ -118,7 +118,7 @@ def test_a_disk_that_is_really_full_of_compressed_chunks(tmp_path: Path, compres
         pytest.skip("no file system can be mounted here")
     code = f"import test_compressed_space as t; t.on_a_small_disk('{out}', '{compression}')"
     ends = []
-    for kib in (24_500, 25_100, 25_200, 25_300, 25_400, 27_500):
+    for kib in (24_500, 25_200, 25_300, 27_500):
         script = f'mount -t tmpfs -o size={kib}k none {disk} && {sys.executable} -c "{code}"'
         done = subprocess.run(
             ["unshare", "-rm", "sh", "-c", script],
