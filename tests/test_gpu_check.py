@@ -247,6 +247,6 @@ def test_a_rehearsal(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert not step.failed()
     env, parity = (read(out, group) for group in ("env", "parity"))
     assert env["env"]["status"] == "passed" and env["env"]["product_tflops_bf16"] > 0 and env["draw"]["images"] == 24
-    assert len(parity["network_parity"]["checks"]) == 16
+    assert len(parity["network_parity"]["checks"]) == 20
     gpu.sanitizer_case.main("cpu")
     assert capsys.readouterr().out.endswith("every kernel ran\n")
