@@ -64,8 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave the million objects of the imports and of the tests themselves to no later round of garbage collection."""
-    gc.freeze()
+    """Collect garbage seldom: each time, the million objects of the imports and of the tests themselves are looked at.
+
+    They are not frozen, as counting frozen objects, which reading large files does, would look at them as well.
+    """
+    gc.set_threshold(50_000, 50, 50)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -36,6 +36,7 @@ class Memory(Protocol):
 @contextmanager
 def memory_of(device: str) -> Iterator[Memory]:
     """The memory of a device, without a limit again after the block."""
+    gc.collect()
     memory = _GpuMemory(device) if is_gpu(device) else _CpuMemory()
     try:
         if isinstance(memory, _CpuMemory):
@@ -71,7 +72,7 @@ class _GpuMemory:
         self._total = torch.cuda.get_device_properties(self._device).total_memory
 
     def allow(self, more: float | None) -> None:
-        gc.collect()
+        gc.collect(1)  # cycles of a computation that failed; older garbage is collected once, by memory_of
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)  # by what is left of earlier tests
@@ -96,7 +97,7 @@ class _CpuMemory(TorchDispatchMode):
         self._lock = threading.RLock()
 
     def allow(self, more: float | None) -> None:
-        gc.collect()
+        gc.collect(1)
         self._limit = None if more is None else self._allocated + more
 
     def need(self, compute: Callable[[], object]) -> int:
