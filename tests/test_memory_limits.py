@@ -14,7 +14,7 @@ def allocates(device: str, *mebibytes: int) -> bool:
     """Allocate the first of these sizes that is allowed; whether there is one."""
     for size in mebibytes:
         try:
-            torch.zeros(size * MIB, dtype=torch.uint8, device=device)
+            torch.empty(size * MIB, dtype=torch.uint8, device=device)
         except torch.cuda.OutOfMemoryError:
             continue
         return True
@@ -25,8 +25,8 @@ def allocates(device: str, *mebibytes: int) -> bool:
 @pytest.mark.parametrize("sizes", [(200,), (200, 100)], ids=["fixed", "less where memory is short"])
 def test_there_is_too_little_memory_in_the_block_and_enough_after_it(device: str, sizes: tuple[int, ...]) -> None:
     with memory_of(device) as memory:
-        kept = torch.zeros(50 * MIB, dtype=torch.uint8, device=device)
-        cached = [torch.zeros(300 * MIB, dtype=torch.uint8, device=device)]
+        kept = torch.empty(50 * MIB, dtype=torch.uint8, device=device)
+        cached = [torch.empty(300 * MIB, dtype=torch.uint8, device=device)]
         cached.clear()
         with too_little_memory(memory, lambda: allocates(device, *sizes)):
             assert not allocates(device, *sizes)

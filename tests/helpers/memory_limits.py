@@ -36,8 +36,9 @@ class Memory(Protocol):
 @contextmanager
 def memory_of(device: str) -> Iterator[Memory]:
     """The memory of a device, without a limit again after the block."""
-    gc.collect()
     memory = _GpuMemory(device) if is_gpu(device) else _CpuMemory()
+    gc.collect()
+    gc.freeze()  # for quick collections in the block
     try:
         if isinstance(memory, _CpuMemory):
             with memory:
@@ -45,6 +46,7 @@ def memory_of(device: str) -> Iterator[Memory]:
         else:
             yield memory
     finally:
+        gc.unfreeze()
         memory.allow(None)
 
 
@@ -72,7 +74,7 @@ class _GpuMemory:
         self._total = torch.cuda.get_device_properties(self._device).total_memory
 
     def allow(self, more: float | None) -> None:
-        gc.collect(1)  # cycles of a computation that failed; older garbage is collected once, by memory_of
+        gc.collect()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)  # by what is left of earlier tests
@@ -97,7 +99,7 @@ class _CpuMemory(TorchDispatchMode):
         self._lock = threading.RLock()
 
     def allow(self, more: float | None) -> None:
-        gc.collect(1)
+        gc.collect()
         self._limit = None if more is None else self._allocated + more
 
     def need(self, compute: Callable[[], object]) -> int:

@@ -128,7 +128,7 @@ def test_nms_of_each_group_by_a_block_is_the_brute_force(kernels: Any, problem: 
 @pytest.mark.parametrize("groups", [1, 30])
 def test_nms_of_each_group_of_many_boxes(kernels: Any, groups: int) -> None:
     """Of groups with more boxes than fit into shared memory, and of groups of a chunk."""
-    problem = scene(2500, groups, 2)
+    problem = scene(1300, groups, 2)
     assert by_groups(kernels, problem, ORDERS[2]) == problem.brute_force()
 
 
