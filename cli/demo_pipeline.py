@@ -19,7 +19,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import write_json
 
 DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
-# The examples are not part of an installed package, in which the demo skips the listener.
+# An installed package lacks the examples; the demo then skips the listener.
 LISTENER = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
 
 DESCRIPTIONS = {
@@ -29,8 +29,8 @@ DESCRIPTIONS = {
     "train": "Trained a Mask R-CNN from scratch on the split.",
     "evaluate": "Computed COCO box and mask AP on the val images.",
     "extract-features": "Detected regions on REFER's val and test images and stored boxes, masks and features.",
-    "listener": "Trained a small model of words and stored features on the train refs and ran it on the sentences of "
-    "RefCOCO's val and test images.",
+    "listener": "Trained a small model, which takes words and stored features, on the train refs and ran it on the "
+    "sentences of RefCOCO's val and test images.",
     "evaluate-on-refer": "Measured how many referred objects the regions cover, and how often the listener finds them.",
 }
 

@@ -148,7 +148,7 @@ class CocoIndex:
             if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
                     f"{path}: its {format_count(len(objects), 'object', 'has')} no segmentation; train without masks "
-                    "by `model.masks=false`"
+                    "with `model.masks=false`"
                 )
         log.info(
             "%s: %s, %s, %s",
@@ -315,7 +315,7 @@ def _why_empty(index: CocoIndex, crowds: int) -> str:
     if crowds:
         which = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         return (
-            f"{index.path}: no objects to train on, iscrowd is 1 on {which} (CVAT writes this for masks); "
+            f"{index.path}: no objects to train on: iscrowd is 1 on {which} (CVAT writes this for masks); "
             f"add `crowd_as_object=True` to train on them as objects"
         )
     if index.raw["annotations"]:

@@ -44,7 +44,7 @@ def sample_jittered_size(height: int, width: int, options: InputOptions, random:
 
 
 def visible_window(size: InputSize, flip: bool) -> Window:
-    """The part of the original image that the network's input shows; if `flip`, the mirror image was resized."""
+    """The part of the original image that the network's input shows; with `flip`, that of the mirrored image."""
     (x, y), (sx, sy) = size.crop_origin, size.scale
     left, right = x / sx, min((x + size.width) / sx, size.image_width)
     if flip:

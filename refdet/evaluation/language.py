@@ -19,7 +19,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.entries import entries_by_id
 from refdet.files.short_text import format_share
 
-NOT_INSTALLED = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
+NOT_INSTALLED = "pycocoevalcap, which computes these metrics, is not installed: pip install pycocoevalcap"
 # punctuation that PTBTokenizer of pycocoevalcap removes
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
@@ -140,10 +140,10 @@ def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) 
         raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA_HINT}") from error
     try:
         return float(scorer.compute_score(references, candidates)[0])
-    except (OSError, ValueError) as error:  # Java ended, or printed something other than numbers
+    except (OSError, ValueError) as error:  # Java exited, or printed something other than numbers
         raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA_HINT}") from error
     finally:
         if scorer.lock.locked():  # still held after an error; the destructor would deadlock
             scorer.lock.release()
-        with contextlib.suppress(OSError):  # otherwise the destructor fails if Java has ended
+        with contextlib.suppress(OSError):  # otherwise the destructor fails if Java has exited
             scorer.meteor_p.stdin.close()

@@ -40,7 +40,7 @@ class Legend:
         """Number the referred objects of a scene in order."""
         colors: list[str] = []
         numbers: dict[int, list[int]] = {}
-        for i, obj in enumerate(scene.referred):
+        for i, obj in enumerate(scene.referents):
             first = i
             if obj.found and obj.region is not None:
                 numbers.setdefault(obj.region, []).append(i + 1)
@@ -117,7 +117,7 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
     where = f"{scene.split}, image {scene.regions.image_id}: {format_count(drawn, 'region')}{less_likely}"
-    items = tuple(_caption(scene, i, legend) for i in range(len(scene.referred)))
+    items = tuple(_caption(scene, i, legend) for i in range(len(scene.referents)))
     if answer is not None:
         items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)
     return Picture(_alt(scene), data.getvalue(), where, items)
@@ -125,15 +125,15 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
 
 def _alt(scene: Scene) -> str:
     title = f"Image {scene.regions.image_id} with its detected regions outlined"
-    if not scene.referred:
+    if not scene.referents:
         return title
-    found = sum(obj.found for obj in scene.referred)
-    names = ", ".join(obj.category for obj in scene.referred)
-    return f"{title}; {format_share(found, len(scene.referred), 'referred object')} found ({names})"
+    found = sum(obj.found for obj in scene.referents)
+    names = ", ".join(obj.category for obj in scene.referents)
+    return f"{title}; {format_share(found, len(scene.referents), 'referred object')} found ({names})"
 
 
 def _caption(scene: Scene, i: int, legend: Legend) -> Caption:
-    obj, color = scene.referred[i], legend.colors[i]
+    obj, color = scene.referents[i], legend.colors[i]
     head = (i + 1, color, text_color(color), obj.found, obj.sentences)
     if obj.found:
         assert obj.region is not None
@@ -160,7 +160,7 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
     canvas = Canvas(ImageDraw.Draw(image), size)
     for row, color, _ in painted:
         canvas.outline(_scale(regions.boxes[row], scale), color, 2 if color == GRAY else 4, halo=color != GRAY)
-    for i, obj in enumerate(scene.referred):
+    for i, obj in enumerate(scene.referents):
         if not obj.found:
             canvas.dashed_outline(_scale(obj.box, scale), legend.colors[i])
     if answer is not None:
@@ -174,7 +174,7 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
         canvas.label(
             _scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), color, 15 if color == GRAY else 19
         )
-    for i, obj in enumerate(scene.referred):
+    for i, obj in enumerate(scene.referents):
         if not obj.found:
             canvas.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colors[i], 19)
     return image

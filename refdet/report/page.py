@@ -115,7 +115,7 @@ def _add_regions(
     if metrics:
         add("refer", "Referring expressions", sections.refer_section(metrics))
     scenes = all_scenes(parts, inputs.pictures)
-    referred = [obj for scene in scenes for obj in scene.referred]
+    referred = [obj for scene in scenes for obj in scene.referents]
     if referred:
         add("ceiling", "What no region covers", sections.ceiling_section(referred))
     pictures = None

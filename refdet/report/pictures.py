@@ -117,18 +117,18 @@ def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: i
                 part.store, part.refer, part.dataset, part.splits, part.predictions, part.protocol, part.box_format
             )
     wrong = [answer for answer in all_answers if not answer.right]
-    unanswerable = sum(not answer.scene.referred[0].found for answer in wrong)
+    unanswerable = sum(not answer.scene.referents[0].found for answer in wrong)
     drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
     return {"answers": len(all_answers), "wrong": len(wrong), "unanswerable": unanswerable, "pictures": drawn}
 
 
 def pictures_section(scenes: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
     """Example images, then those whose objects are covered worst and best; ``count``: see `ReportInputs.pictures`."""
-    with_refs = [scene for scene in scenes if scene.referred]
+    with_refs = [scene for scene in scenes if scene.referents]
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(scenes, count))
-    missed = sum(not obj.found for scene in scenes for obj in scene.referred)
+    missed = sum(not obj.found for scene in scenes for obj in scene.referents)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)

@@ -10,7 +10,7 @@ from refdet.files.atomic import atomic_write
 from refdet.report.charts import Axes, Chart, Series, line_chart, recall_svg
 
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
-PANEL_SIZE: Any = {"width": 320, "height": 220}  # of one of several charts in a row, in points
+PANEL_SIZE: Any = {"width": 320, "height": 220}  # of each chart where several share a row, in points
 
 
 def split_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -54,7 +54,7 @@ def _by_regions(metrics: Mapping[str, Any]) -> list[Series]:
 
 
 def _axes(metrics: Mapping[str, Any], **size: Any) -> Axes:
-    """Evenly spaced ticks of x, one per number of regions."""
+    """Axes whose x ticks are evenly spaced, one per number of regions."""
     counts = list(next(iter(metrics["splits"].values()))["recall@k"])
     label = "top-scoring regions per image"
     return Axes(label, "referent recall at IoU 0.5", range(len(counts)), (0.0, 1.0), x_names=counts, **size)

@@ -23,7 +23,7 @@ FOUND = 0.5  # IoU from which a referred object counts as found
 
 
 @dataclass(frozen=True)
-class Referred:
+class Referent:
     """One referred object of an image.
 
     Attributes:
@@ -55,19 +55,19 @@ class Scene:
     Attributes:
         split: the split, such as "refcoco/unc/val".
         image: the image.
-        referred: its referred objects.
+        referents: its referred objects.
         names: the store's categories.
         read: reads the regions.
     """
 
     split: str
     image: ImageRecord
-    referred: tuple[Referred, ...]
+    referents: tuple[Referent, ...]
     names: Mapping[int, str]
     read: Callable[[], Regions]
 
     @classmethod
-    def from_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referred, ...]) -> Scene:
+    def from_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referent, ...]) -> Scene:
         """An image of a store."""
         return cls(split, image, referred, store.names, lambda: store.read(image.id, ()))
 
@@ -79,7 +79,7 @@ class Scene:
     @property
     def worst(self) -> float:
         """The lowest IoU of its referred objects, 1 without any."""
-        return min((obj.iou for obj in self.referred), default=1.0)
+        return min((obj.iou for obj in self.referents), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Answer:
     """A model's answer to one sentence.
 
     Attributes:
-        scene: its image; the referred object is the only one, with that sentence alone.
+        scene: its image, with only the referred object, and only this sentence on it.
         box: (4,) the answer, half-open xyxy in pixels of the image.
         iou: IoU with the referred object.
         right: whether it is correct by the protocol of the evaluation.
@@ -100,7 +100,7 @@ class Answer:
 
 
 def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
-    """All usable images of the splits that the store has, in the order of the splits and ascending image id.
+    """All usable images of the splits that the store has, in the order of the splits, then by ascending image id.
 
     Args:
         store: the store.
@@ -112,7 +112,7 @@ def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> l
     return [
         Scene.from_store(f"{dataset}/{split}", store, images[image_id], referred)
         for split in splits
-        for image_id, referred in _of_split(store, refer, split)
+        for image_id, referred in _referents_by_image(store, refer, split)
     ]
 
 
@@ -183,7 +183,7 @@ def _refs_of(refer: REFER, split: str) -> dict[int, list[int]]:
     return dict(sorted(refs_of.items()))
 
 
-def _of_split(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tuple[Referred, ...]]]:
+def _referents_by_image(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tuple[Referent, ...]]]:
     unusable = store.errors
     for image_id, ref_ids in _refs_of(refer, split).items():
         if image_id in store and image_id not in unusable:
@@ -191,13 +191,13 @@ def _of_split(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tup
             yield image_id, tuple(_referred(refer, ref_id, boxes) for ref_id in ref_ids)
 
 
-def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referred:
+def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referent:
     x, y, width, height = refer.getRefBox(ref_id)
     box = np.array([x, y, x + width, y + height], np.float64)
     ious = box_iou(box[None], boxes)[0]
     best = int(ious.argmax()) if len(ious) else None
     ref = refer.Refs[ref_id]
-    return Referred(
+    return Referent(
         category_id=int(ref["category_id"]),
         category=str(refer.Cats.get(ref["category_id"], ref["category_id"])),
         sentences=tuple(str(sentence["sent"]) for sentence in ref["sentences"]),
@@ -209,19 +209,19 @@ def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referred:
 
 def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     """A sample of `count` images, balanced over the splits and evenly spaced within each, without duplicates."""
-    of_split: dict[str, list[Scene]] = {}
+    by_split: dict[str, list[Scene]] = {}
     for scene in all_scenes:
-        of_split.setdefault(scene.split, []).append(scene)
+        by_split.setdefault(scene.split, []).append(scene)
     chosen: dict[int, Scene] = {}
-    share = -(-count // max(len(of_split), 1))
+    share = -(-count // max(len(by_split), 1))
     for turn in range(share):
-        for split_scenes in of_split.values():
+        for split_scenes in by_split.values():
             start = (2 * turn + 1) * len(split_scenes) // (2 * share)
             # RefCOCO and RefCOCO+ share images: take the next one that is new
             new = (s for s in [*split_scenes[start:], *split_scenes[:start]] if s.image.id not in chosen)
             if len(chosen) < count and (found := next(new, None)) is not None:
                 chosen[found.image.id] = found
-    order = list(of_split)
+    order = list(by_split)
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
 
@@ -235,7 +235,7 @@ def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
 
 
 def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """Images whose objects all have regions, highest IoU of the worst of them first, without duplicates."""
+    """Images whose objects are all found, by the lowest IoU of their objects, highest first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
         if scene.worst >= FOUND and len(chosen) < count:

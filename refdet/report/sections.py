@@ -14,7 +14,7 @@ from refdet.report.confusions import confusion_map
 from refdet.report.fields import GENERALIZED
 from refdet.report.inputs import LOSS_LABELS, PipelineStep
 from refdet.report.recall_charts import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
-from refdet.report.samples import Referred
+from refdet.report.samples import Referent
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import validation_chart
 from refdet.splits.leak_audit import AuditResult
@@ -168,10 +168,10 @@ def _split_label(part: Mapping[str, Any], split: str) -> str:
     return f"{part['dataset']} {part['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
 
 
-def ceiling_section(referred: Sequence[Referred]) -> Markup:
+def ceiling_section(referred: Sequence[Referent]) -> Markup:
     """The referred objects without a region, by size and category."""
 
-    def size(obj: Referred) -> str:
+    def size(obj: Referent) -> str:
         area = float(np.prod(obj.box[2:] - obj.box[:2]))
         return next(name for name, max_area in SIZES if area <= max_area)
 
@@ -189,7 +189,7 @@ def ceiling_section(referred: Sequence[Referred]) -> Markup:
     )
 
 
-def _count_misses(referred: Sequence[Referred], group: Callable[[Referred], str]) -> dict[str, tuple[int, int, float]]:
+def _count_misses(referred: Sequence[Referent], group: Callable[[Referent], str]) -> dict[str, tuple[int, int, float]]:
     """Group of objects -> their number, the number of missed ones, and the sum of their best IoUs."""
     counts: dict[str, tuple[int, int, float]] = {}
     for obj in referred:

@@ -86,7 +86,8 @@ def check_regular(path: Path) -> None:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if kind != stat.S_IFREG:
         raise InputError(
-            f"{path}: {_SPECIAL_FILES.get(kind, 'special')}, not a file; give one of refdet extract-features"
+            f"{path}: {_SPECIAL_FILES.get(kind, 'a special file')}, not a regular file; "
+            "give one written by refdet extract-features"
         )
 
 

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a training.
+    """Result of a training run.
 
     Attributes:
         steps: number of steps done, including those before resuming.
@@ -104,7 +104,9 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         start = f"resumes from step {meta.step}"
     disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
     warn_of_plain_pytorch(target)
-    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
+    precision = supported_precision(
+        "tf32" if recipe.train.tf32 else "float32", target
+    )  # of operations that do not run in bfloat16
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         describe_device(device),
@@ -142,7 +144,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 
 def _concurrent_write_error(out: Path) -> InputError:
-    return InputError(f"{out}: another process was writing it just now; run it again")
+    return InputError(f"{out}: another process has just written to this folder; run the command again")
 
 
 @dataclass
@@ -175,7 +177,7 @@ class _Training:
         self.processes.convert_norms(self.model, device)
         passes = Passes(self.model, self.processes, list(momentum_of(self.model, self.sgd).values()))
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
-        step, loss, rates = first, None, ""
+        step, loss, ap_text = first, None, ""
         steps = range(first, options.steps)
         self.model.train()
         with (
@@ -190,19 +192,17 @@ class _Training:
             if validate_first:
                 self.processes.on_first(self._write)  # now with the validation file in its provenance
                 with clock.pause(bar):
-                    rates = self._validate(step, metrics, stop)
+                    ap_text = self._validate(step, metrics, stop)
             while step < options.steps:
                 batch = self._next(prefetched, step, stop)
                 orientations.add(self._oriented_files(batch, step + 1, first))
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 torch.manual_seed(options.seed * 1_000_003 + step)  # for dropout in a VGG's head
-                rate = learning_rate(step, options)
+                lr = learning_rate(step, options)
                 try:
                     with self.processes.computing():
-                        new_step = start_step(
-                            self.model, self.sgd, batch, rate, options.max_grad_norm, generator, passes
-                        )
+                        new_step = start_step(self.model, self.sgd, batch, lr, options.max_grad_norm, generator, passes)
                 except LostProcess as error:
                     passes.restore_buffers()
                     raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
@@ -219,25 +219,25 @@ class _Training:
                     seconds = clock.lap()
                     row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
                     parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
-                    row = {"loss": sum(row.values()), **row, "lr": rate}
+                    row = {"loss": sum(row.values()), **row, "lr": lr}
                     row["images_per_second"] = len(self.losses) * options.batch_size / seconds
                     if metrics is not None:
                         metrics.write(step, row)
                     loss = row["loss"]
-                    speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
+                    status = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
                     validations_left = (
                         0 if self.validation is None else validations_after(step, options) + validation_due
                     )
                     if validations_left and (left := clock.time_left(step, validations_left)):
-                        speed = f"{left} left with {format_count(validations_left, 'validation')}, {speed}"
-                    bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
+                        status = f"{left} left with {format_count(validations_left, 'validation')}, {status}"
+                    bar.set_postfix_str(f"{ap_text}, {status}" if ap_text else status, refresh=False)
                     self.losses = []
                 if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:
                     self._save(step)
                 if validation_due:
                     with clock.pause(bar):
-                        rates = self._validate(step, metrics, stop)
-                    bar.set_postfix_str(rates, refresh=False)
+                        ap_text = self._validate(step, metrics, stop)
+                    bar.set_postfix_str(ap_text, refresh=False)
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
@@ -254,7 +254,10 @@ class _Training:
             ) from error
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
-        """Files with an EXIF orientation in a batch; after an epoch or in the last step, in all processes so far."""
+        """Files with an EXIF orientation in a batch.
+
+        At the end of the run's first epoch and in the last step, all that all processes have seen so far.
+        """
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.oriented
         files = {**self.batches.source.oriented, **batch.oriented}
@@ -283,9 +286,9 @@ class _Training:
         try:
             return self.processes.on_first(work)
         except Interrupted as error:
-            raise Interrupted(f"{error} in the validation {self._save_before_exit(step)}") from None
+            raise Interrupted(f"{error} during validation, {self._save_before_exit(step)}") from None
         except (InputError, RuntimeFailure) as error:
-            raise type(error)(f"{error} (stopped in the validation {self._save_before_exit(step)})") from error
+            raise type(error)(f"{error} (stopped during validation, {self._save_before_exit(step)})") from error
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
         """Save a step; returns the end of a message, with ``advice`` on what to do before resuming the run."""

@@ -104,7 +104,7 @@ def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytes
     with store.open(tmp_path / "s.h5") as opened:
         monkeypatch.setattr(store.Store, "read", lambda self, i, *more: read.append(i) or of_store(self, i, *more))
         every = scenes(opened, REFER(write_refer(tmp_path, objects), "toy", "me"), "toy/me", ["val"])
-        assert len(every) == 8 and all(scene.referred[0].iou == 1 for scene in every) and read == []
+        assert len(every) == 8 and all(scene.referents[0].iou == 1 for scene in every) and read == []
         assert every[2].regions.image_id == 3 and read == [3]
         assert images_of(opened)[3] == every[2].image
 

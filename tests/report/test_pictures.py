@@ -9,14 +9,14 @@ from PIL import Image
 from store_examples import record
 
 from refdet.report.pictures import Pictures, pictures_section
-from refdet.report.samples import Referred, Scene
+from refdet.report.samples import Referent, Scene
 from refdet.structures.regions import Regions
 
 
 def scene(image_id: int, split: str, *ious: float) -> Scene:
     boxes = np.float32([[10, 10, 40, 40], [50, 20, 90, 70]])
     regions = Regions(image_id, f"{image_id}.png", 80, 100, boxes, np.float32([0.9, 0.2]), np.array([1, 1]))
-    referred = tuple(Referred(1, "cat", ("it",), boxes[row], row, iou) for row, iou in enumerate(ious))
+    referred = tuple(Referent(1, "cat", ("it",), boxes[row], row, iou) for row, iou in enumerate(ious))
     return Scene(split, record(regions), referred, {1: "cat"}, lambda: regions)
 
 

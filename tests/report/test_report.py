@@ -25,7 +25,7 @@ from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import PipelineStep, ReferPart, ReportInputs
 from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Legend, draw
-from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
+from refdet.report.samples import Referent, Scene, hardest_scenes, sample, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLORS
 from refdet.structures.provenance import Provenance, Selection
@@ -295,7 +295,7 @@ def test_scenes_agree_with_the_metrics(inputs: ReportInputs) -> None:
     for split, values in (part.metrics or {})["splits"].items():
         with store.open(part.store) as regions:  # type: ignore[arg-type]
             of_split = scenes(regions, REFER(inputs.refer_root, "refcoco", "unc"), "refcoco/unc", [split])
-        ious = [one.iou for scene in of_split for one in scene.referred]
+        ious = [one.iou for scene in of_split for one in scene.referents]
         assert (len(of_split), len(ious)) == (values["images"], values["refs"])
         assert np.mean(ious) == pytest.approx(values["referent_recall"]["mean_best_iou"])
         assert np.mean([iou >= 0.5 for iou in ious]) == pytest.approx(values["referent_recall"]["0.5"])
@@ -306,7 +306,7 @@ def scene(image_id: int, split: str, ious: tuple[float, ...], regions: tuple[int
     scores = np.array([0.9, 0.2, 0.8], np.float32)
     of = Regions(image_id, "", 80, 100, boxes, scores, np.array([1, 1, 2]))
     rows = regions if regions is not None else tuple(range(len(ious)))
-    referred = [Referred(1, "cat", ("it",), boxes[row].astype(float), row, iou)
+    referred = [Referent(1, "cat", ("it",), boxes[row].astype(float), row, iou)
                 for row, iou in zip(rows, ious, strict=True)]  # fmt: skip
     return Scene(split, record(of), tuple(referred), {1: "cat", 2: "dog"}, lambda: of)
 

@@ -25,7 +25,7 @@ from refdet.report import PipelineStep, ReferPart, ReportInputs, charts
 from refdet.report.charts import Axes, Series, line_chart, recall_svg
 from refdet.report.fields import check_metrics
 from refdet.report.figures import picture
-from refdet.report.samples import Answer, Referred, Scene
+from refdet.report.samples import Answer, Referent, Scene
 from refdet.report.sections import ceiling_section, errors_section
 from refdet.report.templates import ENVIRONMENT
 from refdet.structures.regions import Regions
@@ -200,8 +200,8 @@ def test_the_policy_stands_before_everything_that_it_rules(made: Callable[..., s
 def scene(text: str, found: bool) -> Scene:
     boxes = np.array([[2, 2, 20, 20], [30, 5, 60, 40]], np.float32)
     of = Regions(7, text, 48, 64, boxes, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
-    one = Referred(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
-    other = Referred(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
+    one = Referent(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
+    other = Referent(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
     return Scene(text, record(of), (one, other), {1: text, 2: text}, lambda: of)
 
 
@@ -221,7 +221,7 @@ def test_pictures_and_tables_are_escaped(hostile: str) -> None:
         same_tags(gallery, hostile)
     body = "{{ ui.table(x, [x, x], [[x, x]], [(1, x)]) }}{{ ui.tiles([(x, x)]) }}"
     same_tags(lambda text: fragment(body, x=text), hostile)
-    same_tags(lambda text: ceiling_section(scene(text, False).referred), hostile)
+    same_tags(lambda text: ceiling_section(scene(text, False).referents), hostile)
     errors = DetectionErrors(1, 2, objects_by_category=Counter({1: 2}), confusions=Counter({(1, 2): 2}))
     rates = {1: {**RATES, "APl": 0.1}}
     same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text), hostile)

@@ -136,9 +136,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "folder.h5").mkdir()
     (tmp_path / "loop.h5").symlink_to(tmp_path / "loop.h5")
     for path, says in (
-        (tmp_path / "pipe.h5", "a named pipe, not a file"),
-        (tmp_path / "folder.h5", "a folder, not a file"),
-        (Path("/dev/zero"), "a device, not a file"),
+        (tmp_path / "pipe.h5", "a named pipe, not a regular file"),
+        (tmp_path / "folder.h5", "a folder, not a regular file"),
+        (Path("/dev/zero"), "a device, not a regular file"),
         (tmp_path / "no.h5", "no such file"),
         (tmp_path / "loop.h5", "cannot be read"),
     ):

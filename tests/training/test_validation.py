@@ -230,7 +230,7 @@ def test_a_signal_ends_a_validation_and_resuming_repeats_it(data: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(validator, "detection_ap", signalled)
         with pytest.raises(
-            Interrupted, match="stopped by SIGTERM in the validation after step 2, which is saved; continue with"
+            Interrupted, match="stopped by SIGTERM during validation, after step 2, which is saved; continue with"
         ):
             train(data, *EVERY_2)
     assert not validations(data / "run") and not (data / "run/best").exists()

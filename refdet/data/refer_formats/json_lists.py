@@ -1,4 +1,4 @@
-"""JSON and JSON-lines lists of boxes and expressions, as vision-language models are trained and tested on.
+"""JSON and JSON-lines lists of boxes and expressions, of the kind that vision-language models are trained on.
 
 Flat lists have an entry per expression: ``{"image": ..., "sent": ..., "bbox": [...]}``, under various names. LLaVA-like
 lists have conversations, in which a question or its answer holds the box and the other one the expression.
@@ -117,6 +117,6 @@ def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] |
         text = answer
     elif tagged := _REF_TAG.search(question) or _REF_TAG.search(answer):
         text = tagged[1]
-    else:  # the image is before the question or after it
+    else:  # <image> may precede or follow the question; the expression follows its last colon
         text = question.replace("<image>", "").strip().rpartition(":")[2].rpartition("\n")[2]
     return (box, text.strip()) if text.strip() else None

@@ -12,11 +12,11 @@ import numpy as np
 from refdet.data.shapes import refer_splits
 from refdet.data.shapes.coco_files import Picture, write_instances
 from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, meanings, sample_meanings, sentence
-from refdet.data.shapes.refer_splits import Referred
+from refdet.data.shapes.refer_splits import Referent
 
 
 def ref_records(
-    rng: np.random.Generator, objects: Sequence[Referred], style: Style, counts: tuple[int, int]
+    rng: np.random.Generator, objects: Sequence[Referent], style: Style, counts: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """One record per object, as in REFER's pickles, with `counts` (min, max) sentences each.
 

@@ -25,7 +25,7 @@ MAX_REFS = 3
 
 
 @dataclass(frozen=True)
-class Referred:
+class Referent:
     """A referred object: index `thing` of a picture, in an image-wise split."""
 
     picture: Picture
@@ -58,13 +58,13 @@ def _at_least_one(share: float, total: int) -> int:
     return max(1, round(share * total))
 
 
-def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
+def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
     """Objects of RefCOCO and RefCOCO+ with their unc split: train, val, testA or testB."""
     total = len(pictures)
     held_out = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
     held_out["val"] = _at_least_one(UNC_VAL, total)
     remaining = {**held_out, "train": max(1, round(UNC_SHARE * total) - sum(held_out.values()))}
-    referred: list[Referred] = []
+    referred: list[Referent] = []
     for k in rng.permutation(total).tolist():
         picture = pictures[k]
         persons = [i for i, t in enumerate(picture.things) if t.category == PERSON]
@@ -80,19 +80,19 @@ def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]
                 allowed = referable
             if allowed and remaining[split]:
                 remaining[split] -= 1
-                referred += [Referred(picture, i, split) for i in _sample_things(rng, picture, allowed)]
+                referred += [Referent(picture, i, split) for i in _sample_things(rng, picture, allowed)]
                 break
         if not any(remaining.values()):
             break
     return referred
 
 
-def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
+def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
     """Objects of RefCOCOg with their umd split: train, val or test."""
     total = len(pictures)
     remaining = {"val": _at_least_one(UMD_VAL, total), "test": _at_least_one(UMD_TEST, total)}
     remaining["train"] = max(1, round(UMD_SHARE * total) - sum(remaining.values()))
-    referred: list[Referred] = []
+    referred: list[Referent] = []
     for k in rng.permutation(total).tolist():
         split = next((s for s in remaining if remaining[s]), None)
         if split is None:
@@ -100,7 +100,7 @@ def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]
         referable = _referable(pictures[k], (REFCOCOG,))
         if referable:
             remaining[split] -= 1
-            referred += [Referred(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
+            referred += [Referent(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
     return referred
 
 

@@ -35,7 +35,7 @@ class BrowseInputs:
     Attributes:
         stores: one store, or two to show side by side; images and their order are those of the first.
         images: folder or zip of the images; None shows boxes without them.
-        refer_root: folder of the REFER data, with ``dataset`` and ``split_by``; None for none.
+        refer_root: folder of the REFER data; needs ``dataset`` and ``split_by``. None for no refs.
         dataset: folder in ``refer_root``.
         split_by: the division into splits.
         predictions: JSON of a model's answers on the first store; needs refs.
@@ -138,11 +138,11 @@ class Collection:
 
         Args:
             position: position of the image.
-            count: number of top-scoring regions that are wanted; at most `MAX_PREVIEW_REGIONS` are returned.
-            score: lowest score of them, None for all.
+            count: at most so many top-scoring regions; of these, `MAX_PREVIEW_REGIONS` are returned.
+            score: minimum score, None for all.
 
         Returns:
-            "boxes", and the number of regions that are "wanted".
+            "boxes", and as "wanted" the number of regions within both limits.
         """
         first = self.stores[0]
         begin, end = (int(row) for row in first.region_start[position : position + 2])
@@ -156,7 +156,7 @@ class Collection:
         return {"boxes": to_json_numbers(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
 
     def box(self, position: int, region: int) -> list[float]:
-        """Box xyxy in pixels of a region, by its index in an image of the first store."""
+        """A region's box, xyxy in pixels, by its index in an image of the first store."""
         first = self.stores[0]
         row = int(first.region_start[position]) + region
         try:
@@ -165,9 +165,9 @@ class Collection:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
         return box
 
-    def regions(self, number: int, image_id: int) -> dict[str, Any]:
+    def regions(self, store_index: int, image_id: int) -> dict[str, Any]:
         """The regions of an image in a store: boxes, scores, categories and masks."""
-        store = self.stores[number]
+        store = self.stores[store_index]
         if image_id not in store:
             return {"path": store.path.name, "absent": f"{store.path.name} has no image {image_id}", "regions": []}
         image_regions, rows = store.read(image_id, features=()), store.rows(image_id)
@@ -210,7 +210,7 @@ class Collection:
             self._note(f"not shown: {format_count(extra, 'image')} of {second.path.name} that {first.path.name} lacks")
         modes = [str(store.options.get("exif", "ignore")) for store in self.stores]
         if modes[0] != modes[1]:
-            self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not fit together")
+            self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not line up")
         sizes = [
             {i: (h, w) for i, h, w in zip(s.image_ids.tolist(), s.heights.tolist(), s.widths.tolist(), strict=True)}
             for s in self.stores
@@ -218,7 +218,7 @@ class Collection:
         resized = [id_ for id_, size in sizes[1].items() if sizes[0].get(id_, size) != size]
         if resized:
             self._note(
-                f"{format_count(len(resized), 'image', 'has')} another size in {second.path.name} than in "
+                f"{format_count(len(resized), 'image', 'has')} a different size in {second.path.name} than in "
                 f"{first.path.name}, first: {resized[0]}; boxes and overlaps are not comparable there"
             )
         other = [i for i, name in second.names.items() if first.names.get(i, name) != name]
@@ -235,8 +235,8 @@ class Collection:
         if other:
             self._note(
                 f"{file} and {first.path.name} name {format_count(len(other), 'category')} differently, first: "
-                f"{other[0]} is {names[other[0]]!r} and {first.names[other[0]]!r}; objects have the names of the one, "
-                "regions of the other"
+                f"{other[0]} is {names[other[0]]!r} and {first.names[other[0]]!r}; objects are shown with the "
+                "former's names, regions with the latter's"
             )
         self.names = [{**names, **store_names} for store_names in self.names]
 
@@ -247,7 +247,7 @@ class Collection:
         resized = [i for i, size in zip(self._positions, pixels, strict=True) if sizes.get(i, size) != size]
         if resized:
             self._note(
-                f"{format_count(len(resized), 'image', 'has')} another size in {file} than in {first.path.name}, "
+                f"{format_count(len(resized), 'image', 'has')} a different size in {file} than in {first.path.name}, "
                 f"first: {resized[0]}; "
                 "boxes and overlaps of these are not comparable"
             )
@@ -305,13 +305,13 @@ class Collection:
 
 
 def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """Convert to numbers for JSON, which a damaged store's may not be: NaN becomes 0, and infinity 1e9."""
+    """Convert to finite numbers, as JSON requires; those of a damaged store may not be: NaN becomes 0, infinity 1e9."""
     numbers: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
     return numbers
 
 
 def _shortest(scores: np.ndarray) -> list[float]:
-    """The shortest decimals that are the float32 scores, so that 0.7 is compared as 0.7."""
+    """The shortest decimals that round to the float32 scores, so that 0.7 is compared as 0.7."""
     finite = np.nan_to_num(scores.astype(np.float32), posinf=1e9, neginf=-1e9)
     return [float(str(score)) for score in finite]
 

@@ -378,5 +378,5 @@ def test_images_of_another_size_are_noted(data: Path, with_refs: bool) -> None:
     refs = {"refer_root": data, "dataset": "toy", "split_by": "me"}
     collection = Collection(BrowseInputs([data / "s.h5"], **(refs if with_refs else {"instances": file})))
     what = "the refs of toy" if with_refs else "instances.json"
-    assert f"1 image has another size in {what} than in s.h5, first: 1; " in "".join(collection.notes)
+    assert f"1 image has a different size in {what} than in s.h5, first: 1; " in "".join(collection.notes)
     collection.close()
