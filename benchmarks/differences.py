@@ -1,12 +1,8 @@
-"""How far apart two computations of the same numbers are, and how far they may be."""
+"""How far apart two computations of the same numbers are."""
 
 from __future__ import annotations
 
 from torch import Tensor
-
-# How many times the error of float32 on the CPU another float32 may have: four of its 24 bits. Winograd's algorithm
-# with tiles of 4x4 outputs, which cuDNN may choose, has ten times the error of plain sums. TF32 loses thirteen bits.
-FLOAT32_ERRORS = 16.0
 
 
 def row_difference(found: Tensor, wanted: Tensor) -> float:
@@ -29,16 +25,3 @@ def row_difference(found: Tensor, wanted: Tensor) -> float:
     norms = expected.norm(dim=1)
     scale = norms.clamp(min=float(norms.square().mean().sqrt()))
     return float(((found.double().flatten(1) - expected).norm(dim=1) / scale.clamp(min=1e-30)).max())
-
-
-def float32_limit(own: float, limit: float) -> float:
-    """The error that a float32 computation may have against float64.
-
-    A limit below a few times the error that float32 has anyway says nothing about the computation: float32 sums in any
-    two orders differ by so much.
-
-    Args:
-        own: the error of float32 on the CPU against the same float64.
-        limit: the error to allow where it is far above `own`.
-    """
-    return max(limit, FLOAT32_ERRORS * own)

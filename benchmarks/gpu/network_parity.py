@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from differences import float32_limit, row_difference
+from differences import row_difference
 from results import Step, run
 from torch import Tensor
 from work import detector, drawn, extract_options, image_list, one_size, recipe_of, relative, run_folder
@@ -42,8 +42,7 @@ def reference(step: Step, network: str) -> MaskRCNN:
 def check_float32(step: Step, name: str, there: float, here: float, limit: float, **details: object) -> None:
     """Check the errors against float64 of float32 on the device and on the CPU."""
     step.at_most(f"{name} of the CPU, relative error", here, limit)
-    allowed = float32_limit(here, limit)
-    step.check(f"{name}, relative error", there <= allowed, value=there, limit=allowed, **details)
+    step.check(f"{name}, relative error", there <= limit, value=there, limit=limit, **details)
 
 
 @torch.inference_mode()
