@@ -118,6 +118,20 @@ def test_a_length_that_is_not_said(site: Site, tmp_path: Path) -> None:
     assert get(site, tmp_path) == SHA256
 
 
+def test_without_a_length_an_early_end_is_resumed(site: Site, tmp_path: Path) -> None:
+    file = site.add("/a.zip", DATA, lengths=False, cuts=[1000, 1200])
+    assert get(site, tmp_path, size=len(DATA)) == SHA256
+    assert file.requests == ["", "bytes=1000-", "bytes=1200-"]
+
+
+@pytest.mark.parametrize("data", [DATA[:-1], DATA + b"?"])
+def test_without_a_length_another_size_is_rejected(site: Site, tmp_path: Path, data: bytes) -> None:
+    site.add("/a.zip", data, lengths=False, ranges=False)
+    with pytest.raises((DownloadFailure, WrongDownload), match=r"closed early|of 300,005 bytes instead of 300,004"):
+        get(site, tmp_path, size=len(DATA))
+    assert not (tmp_path / "a.zip").exists()
+
+
 def test_redirects(site: Site, tmp_path: Path) -> None:
     site.add("/a.zip", status=302, location="/moved/a.zip")
     site.add("/moved/a.zip", DATA, cuts=[7000])
