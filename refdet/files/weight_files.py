@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.file_kinds import HDF5_MAGIC
 from refdet.files.short_text import shorten
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.files.weight_programs import REFDET, TRAINING_STATE, describe_checkpoint, has_all
 
 MAX_HEADER_BYTES = 2**24  # of a safetensors file
 MAX_TENSORS = 20_000  # of a file; a ResNet-152 with its momentum has 1,400
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _START_BYTES = 2**20  # enough to tell JSON files apart
 
 
@@ -22,7 +22,7 @@ def describe_file(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         start = file.read(_START_BYTES)
-    if start.startswith(_HDF5_MAGIC):
+    if start.startswith(HDF5_MAGIC):
         return "an HDF5 file, such as a feature store"
     if is_safetensors(start):
         return _describe_safetensors(path)
@@ -48,11 +48,6 @@ def _describe_safetensors(path: Path) -> str:
         return "the weights of a run directory (give the folder with them and model.json)"
     description = describe_checkpoint(names) or "weights of another program"
     return f"{description} (convert it with refdet import-weights)"
-
-
-def is_url(path: Path) -> bool:
-    """Whether a path is a URL, whose double slash Path turns into a single one."""
-    return path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",), ("ftp:",), ("hf:",))
 
 
 def is_safetensors(start: bytes) -> bool:

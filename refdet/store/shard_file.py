@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from refdet.files.parts import write_parts
+from refdet.files.buffers import write_buffers
 from refdet.files.short_text import shorten
 from refdet.store.codec import (
     MASK_COUNTS,
@@ -121,7 +121,7 @@ class ShardWriter:
         return [_BLOCK.pack(sum(map(len, parts)), crc), *parts]
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
-        self._size += write_parts(self._file, parts)
+        self._size += write_buffers(self._file, parts)
 
 
 def _header(image: EncodedImage) -> bytes:
