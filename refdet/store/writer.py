@@ -29,7 +29,7 @@ from refdet.store.schema import (
     ImageRow,
     attributes_checksum,
     image_checksum,
-    starts_of,
+    starts_from_counts,
 )
 from refdet.store.size import contiguous_space
 from refdet.structures.regions import Regions
@@ -62,9 +62,9 @@ class StoreWriter:
         if len({image.id for image in images}) != len(images):
             raise ValueError("duplicate image")
         self._next = 0  # index of the next image
-        self._region_start = starts_of([image.regions for image in images])
-        self._mask_start = starts_of([image.mask_bytes for image in images])
-        self._head_start = starts_of([math.prod(image.map_shape) for image in images])
+        self._region_start = starts_from_counts([image.regions for image in images])
+        self._mask_start = starts_from_counts([image.mask_bytes for image in images])
+        self._head_start = starts_from_counts([math.prod(image.map_shape) for image in images])
         self._finished = False
         self._names = columns.names()
         self._column_index = {name: column for column, name in enumerate(self._names)}
