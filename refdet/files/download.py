@@ -134,6 +134,9 @@ class ResumingDownloader:
                 return False
             chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
             self._check(url, response, chunk if start == 0 else b"", total)
+            if start > 0 and total is not None and record.get("total") not in (None, total):
+                self._discard()  # the file has changed, or the two URLs serve different files
+                return False
             downloaded = self._downloaded_bytes()
             self._check_space(url, None if total is None else total - downloaded)
             if start == 0 and downloaded:

@@ -57,6 +57,15 @@ def test_a_file_that_changed_in_between_is_not_mixed(site: Site, tmp_path: Path)
     assert get(site, tmp_path) == SHA256
 
 
+@pytest.mark.parametrize("other", [bytes(len(DATA) + 10), bytes(len(DATA) - 10)])
+def test_a_change_is_seen_by_the_size_if_the_server_names_no_version(site: Site, tmp_path: Path, other: bytes) -> None:
+    site.add("/a.zip", DATA, cuts=[5000] * 7, etag="")
+    with pytest.raises(DownloadFailure):
+        get(site, tmp_path)
+    file = site.add("/a.zip", other, etag="")
+    assert get(site, tmp_path) == hashlib.sha256(other).hexdigest() and file.requests == ["bytes=5000-", ""]
+
+
 def test_the_next_run_continues(site: Site, tmp_path: Path) -> None:
     file = site.add("/a.zip", DATA, cuts=[5000] * 7)
     with pytest.raises(DownloadFailure):
