@@ -1,4 +1,4 @@
-"""Detect from its first bytes what a file given as weights is, without torch."""
+"""Describe files that were given as weights, and check headers of safetensors. No torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from refdet.files.weight_programs import REFDET, TRAINING_STATE, describe_checkp
 
 MAX_HEADER_BYTES = 2**24  # of a safetensors file
 MAX_TENSORS = 20_000  # of a file; a ResNet-152 with its momentum has 1,400
-_START_BYTES = 2**20  # enough to tell JSON files apart
+_START_BYTES = 2**20  # enough to reach "images" or "annotations" in a COCO file
 
 
 def describe_file(path: Path) -> str | None:
-    """Describe a file, and where it belongs if it is one of refdet's; None if unknown."""
+    """Describe a file by its first bytes, and say how to use it; None if its kind is unknown."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -51,7 +51,7 @@ def _describe_safetensors(path: Path) -> str:
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether the first bytes of a file may be safetensors: the length of a header, then JSON."""
+    """Whether the first bytes of a file may be safetensors: the length of a header (u64), then JSON."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
