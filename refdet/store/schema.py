@@ -93,7 +93,7 @@ class Columns:
         large = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
         return large and self.compression != "none"
 
-    def names(self) -> tuple[str, ...]:
+    def checksum_names(self) -> tuple[str, ...]:
         """Names of the columns of ``/checksums/crc32``: datasets, and "images" for an image's row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]

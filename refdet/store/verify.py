@@ -204,8 +204,9 @@ def _inconsistencies(
         yield "regions/category_id", "a category is not in the file's classes"
     ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
     if ends is not None and counts is not None and len(ends):
-        cuts = (ends - (ends[-1] - len(counts)))[:-1]
-        if any(rle_pixels(part.tobytes()) != height * width for part in np.split(counts, cuts)):
+        first = ends[-1] - len(counts)  # of the image's bytes in the dataset
+        masks = np.split(counts, ends[:-1] - first)
+        if any(rle_pixels(mask.tobytes()) != height * width for mask in masks):
             yield "regions/mask_counts", f"a mask does not cover the image of {width}x{height}"
     for name, values in columns.items():
         if values.dtype.kind == "f" and name.startswith(("features/", "maps/")) and not np.isfinite(values).all():

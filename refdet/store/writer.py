@@ -66,11 +66,11 @@ class StoreWriter:
         self._mask_start = starts_from_counts([image.mask_bytes for image in images])
         self._head_start = starts_from_counts([math.prod(image.map_shape) for image in images])
         self._finished = False
-        self._names = columns.names()
-        self._column_index = {name: column for column, name in enumerate(self._names)}
+        self._checksum_names = columns.checksum_names()
+        self._column_index = {name: column for column, name in enumerate(self._checksum_names)}
         self._raw_names = [*region_bytes(columns)]
         self._raw_columns = [self._column_index[name] for name in self._raw_names]
-        self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
+        self._checksums = np.zeros((len(images), len(self._checksum_names)), np.uint32)
         self._checksums[:, 0] = [
             image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
             for row, (first, last) in zip(images, pairwise(self._region_start.tolist()), strict=True)
@@ -235,7 +235,7 @@ class StoreWriter:
         for writer in self._writers.values():
             writer.finish()
         table = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
-        table.attrs["columns"] = json.dumps(self._names)
+        table.attrs["columns"] = json.dumps(self._checksum_names)
         table.attrs["attributes"] = attributes_checksum(self._file.attrs)
         if run:
             self._file.attrs["run"] = json.dumps(dict(run))

@@ -112,7 +112,7 @@ def export_mattnet(
     return result
 
 
-def detection(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
+def _detection_record(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
     """Create the record of a detection.
 
     The reference's width ``x2 - x1 + 1`` of an inclusive box is ``x2 - x1`` of a half-open one.
@@ -238,7 +238,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
             rles = regions.rles()
             for det_id, index in enumerate(order.tolist(), start=first):
                 category = source.names[int(regions.category_ids[index])]
-                record = detection(regions, index, category, det_id, rows[index])
+                record = _detection_record(regions, index, category, det_id, rows[index])
                 add(record)
                 if add_mask is not None:
                     add_mask(record | {"rle": rles[index] | {"counts": rles[index]["counts"].decode("ascii")}})

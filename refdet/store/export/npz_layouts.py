@@ -111,7 +111,7 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, category_inde
     }
 
 
-def transposed(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
+def openvqa_vqa(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """As `bottom_up_attention` with ``x`` (width, N), which openvqa's VQA loader and mcan-vqa transpose back."""
     x = np.ascontiguousarray(_features(regions, feature).T)
     return bottom_up_attention(regions, feature, name, category_index) | {"x": x}
@@ -163,13 +163,13 @@ def _before_first_dot(name: str) -> str:
 
 LAYOUTS = {
     "bottom-up-attention": Layout(bottom_up_attention, notes=(OBJECTS_ID_NOTE,)),
-    "openvqa": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
+    "openvqa": Layout(openvqa_vqa, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "openvqa-gqa": Layout(
         openvqa_gqa,
         image_id=_before_first_dot,
         notes=("openvqa's GQA loader also reads grid features, which are not exported",),
     ),
-    "mcan": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
+    "mcan": Layout(openvqa_vqa, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "rosita": Layout(
         rosita,
         "file",

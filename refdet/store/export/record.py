@@ -11,8 +11,6 @@ from refdet.files.atomic import write_json
 from refdet.files.version import __version__
 from refdet.store.export.source import Source
 
-NAME = "provenance.json"
-
 
 @dataclass(frozen=True)
 class ExportResult:
@@ -50,4 +48,4 @@ def write_record(folder: Path, result: ExportResult, options: Mapping[str, Any],
     """
     source_records = {name: source.describe() for name, source in sources.items()}
     record = {"refdet": __version__, "export": result.to_json(), "options": dict(options), "sources": source_records}
-    write_json(folder / NAME, record)
+    write_json(folder / "provenance.json", record)
