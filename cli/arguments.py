@@ -32,7 +32,7 @@ def check_run_directory(option: str, path: Path) -> None:
     if kind is FileKind.RUNS:
         names = ", ".join(map(str, runs_in(path)[:3]))
         raise InputError(f"{option} {path}: {kind.value}, not a run directory; give one of them: {names}")
-    if nearby_run is not None and kind is not FileKind.ADDRESS:
+    if nearby_run is not None and kind is not FileKind.URL:
         raise InputError(f"{option} {path}: {kind.value}; give the run directory {nearby_run}")
     if kind in _WEIGHTS:
         raise InputError(f"{option} {path}: {kind.value}, not a run directory; convert it with refdet import-weights")
@@ -116,7 +116,7 @@ def check_weights(option: str, path: Path) -> None:
         )
     if kind.is_folder:
         raise InputError(f"{option} {path}: a folder; give a file in it")
-    if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
+    if kind in (FileKind.MISSING, FileKind.URL, FileKind.FORBIDDEN, FileKind.SPECIAL):
         _raise_wrong_kind(option, path, kind, "a weights file")
     if kind not in (*_WEIGHTS, FileKind.ZIP, FileKind.BINARY):
         raise InputError(
@@ -157,7 +157,7 @@ def check_refer_root(path: Path, dataset: str) -> None:
     kind = kind_of(path)
     if kind is FileKind.DATASET and not (dataset and (path / dataset).is_dir()):
         raise InputError(f"--refer-root {path}: {kind.value}; give the folder above it: {path.resolve().parent}")
-    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
+    if kind in (FileKind.URL, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
         kind.is_folder or kind is FileKind.MISSING  # reported later, with the download command
     ):
         _raise_wrong_kind("--refer-root", path, kind, "the REFER data folder")
@@ -239,17 +239,15 @@ def check_not_empty(option: str, values: Iterable[str]) -> None:
 
 
 def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, description: str = "") -> None:
-    if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
-        needed = (
-            f"; {expected} is needed" + f", {description}" * bool(description) if kind is not FileKind.ADDRESS else ""
-        )
+    if kind in (FileKind.MISSING, FileKind.URL, FileKind.FORBIDDEN, FileKind.SPECIAL):
+        needed = f"; {expected} is needed" + f", {description}" * bool(description) if kind is not FileKind.URL else ""
         hint = how_to_fetch(path) if kind is FileKind.MISSING else ""
         raise InputError(f"{option} {path}: {kind.value}{needed}{hint}")
     raise InputError(f"{option} {path}: {kind.value}, not {expected}" + f"; give {description}" * bool(description))
 
 
 def _check_name(option: str, path: Path) -> None:
-    if kind_of(path) is FileKind.ADDRESS:
+    if kind_of(path) is FileKind.URL:
         raise InputError(f"{option} {path}: a URL; give a local path")
     try:
         encoded = path.name.encode()

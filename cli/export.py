@@ -16,7 +16,7 @@ from .common import echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
-    from refdet.store.export.record import Exported
+    from refdet.store.export.record import ExportResult
 
 # Parameters of each format.
 FORMAT_OPTIONS = {
@@ -103,7 +103,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
     echo_table([row], header=("format", "images", "regions", "files"))
 
 
-def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> Exported:
+def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> ExportResult:
     if format_ == "npz":
         from refdet.store.export.npz import export_npz
 

@@ -130,7 +130,7 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
     """The output of evaluate, None without, and the metrics of evaluate-on-refer."""
     from refdet.files.json_files import read_bytes
     from refdet.files.short_text import shorten
-    from refdet.files.small_files import strict_json
+    from refdet.files.strict_json import strict_json
 
     detection, refer = None, []
     for path in paths:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from refdet.config.recipe import Recipe, from_dict
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write, write_json
+from refdet.files.file_kinds import is_url
 from refdet.files.json_files import read_bytes
 from refdet.files.short_text import short_repr, shorten
-from refdet.files.small_files import strict_json
-from refdet.files.weight_files import check_safetensors, describe_file, is_url
+from refdet.files.strict_json import strict_json
+from refdet.files.weight_files import check_safetensors, describe_file
 from refdet.structures.known_weights import LEAKS
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 

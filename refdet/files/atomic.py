@@ -20,7 +20,9 @@ from refdet.errors import RuntimeFailure, is_disk_full
 TEMPORARY_MARK = "refdet-tmp"
 # Errors of os.link on file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
-_RENAME_TIMEOUT = 5.0  # seconds to wait for the rename by another process
+_RENAME_TIMEOUT = 5.0  # seconds to wait until another process has renamed its file
+# Errors of os.fsync on file systems that cannot sync folders.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 _MAX_NAME_BYTES = 255  # on most file systems
 _MAX_SUFFIX_LENGTH = 32  # characters; anything longer is not a file format
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{TEMPORARY_MARK}(\.[^.]*)?", re.DOTALL)
@@ -104,8 +106,8 @@ def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
         matches = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    wanted = None if name is None else _temporary_stem_and_suffix(Path(name))
-    return sorted(path for path, match in matches if match and wanted in (None, (match[1], match[2] or "")))
+    only = None if name is None else _temporary_stem_and_suffix(Path(name))
+    return sorted(path for path, match in matches if match and only in (None, (match[1], match[2] or "")))
 
 
 @contextmanager
@@ -150,6 +152,7 @@ def write_json_once(path: Path, obj: Any) -> bool:
 
     Raises:
         OSError: the file cannot be written.
+        RuntimeFailure: on a file system without hard links, a process was killed while writing it.
     """
     try:
         with _temporary_file(path) as temporary:
@@ -170,14 +173,27 @@ def write_json_once(path: Path, obj: Any) -> bool:
 
 
 def _rename_once(temporary: Path, path: Path) -> None:
-    """Rename a temporary file to ``path`` without hard links; raises FileExistsError if another process did or does."""
+    """Rename a temporary file to ``path`` without hard links.
+
+    Args:
+        temporary: the file.
+        path: its new path.
+
+    Raises:
+        FileExistsError: another process has written ``path``.
+        RuntimeFailure: another process started to, but was probably killed.
+    """
     stem, suffix = _temporary_stem_and_suffix(path)
     claim = path.with_name(f".{stem}.00000000.{TEMPORARY_MARK}{suffix}")
     try:
         claim.touch(exist_ok=False)
     except FileExistsError:
         deadline = time.monotonic() + _RENAME_TIMEOUT
-        while not os.path.lexists(path) and time.monotonic() < deadline:
+        while not os.path.lexists(path):
+            if time.monotonic() >= deadline:
+                raise RuntimeFailure(
+                    f"{path}: another process started to write it but did not finish; remove {claim} and try again"
+                ) from None
             time.sleep(0.01)
         raise
     try:
@@ -189,9 +205,12 @@ def _rename_once(temporary: Path, path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or directory to disk."""
+    """Flush a file or folder to disk; folders are skipped on file systems that cannot sync them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

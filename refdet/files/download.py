@@ -7,17 +7,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pooch
 import requests
 import urllib3
-from tqdm import tqdm
 
-from refdet.errors import InputError, RuntimeFailure, is_disk_full
+from refdet.errors import InputError, RuntimeFailure
+from refdet.files.atomic import report_disk_full
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_missing_space, shorten
 
@@ -82,6 +80,10 @@ class ResumingDownloader:
             if tries >= _MAX_TRIES:
                 raise DownloadFailure(f"{url}: {problem}")
             time.sleep(self._wait * tries)
+        size = self._downloaded_bytes()
+        if self._size not in (None, size):
+            self._discard()
+            raise self._wrong_size(url, size)
         self._record.unlink(missing_ok=True)
         os.replace(self._part, output_file)
 
@@ -132,6 +134,9 @@ class ResumingDownloader:
                 return False
             chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
             self._check(url, response, chunk if start == 0 else b"", total)
+            if start > 0 and total is not None and record.get("total") not in (None, total):
+                self._discard()  # the file has changed, or the two URLs serve different files
+                return False
             downloaded = self._downloaded_bytes()
             self._check_space(url, None if total is None else total - downloaded)
             if start == 0 and downloaded:
@@ -143,19 +148,28 @@ class ResumingDownloader:
             if version is not None and version.startswith("W/"):  # may not be used with ranges
                 version = response.headers.get("Last-Modified")
             self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
-            with self._bar(total, start) as bar, self._part.open("ab") as file, self._report_disk_full(file.name):
+            with (
+                progress_bar(total, self._part.stem, "byte", initial=start, scale=True) as bar,
+                self._part.open("ab") as file,
+                report_disk_full(self._part, "free some space and run it again (the partial download is kept)"),
+            ):
                 while chunk:
                     file.write(chunk)
                     bar.update(len(chunk))
                     chunk = response.raw.read1(_CHUNK_BYTES)
-        return total is None or self._part.stat().st_size >= total
+        expected_size = self._size if total is None else total
+        return expected_size is None or self._downloaded_bytes() >= expected_size
 
-    def _check(self, url: str, response: requests.Response, start: bytes, total: int | None) -> None:
+    def _check(self, url: str, response: requests.Response, first_bytes: bytes, total: int | None) -> None:
         """Raise WrongDownload if the first bytes, the type or the size show that it is not the file."""
-        if _HTML.match(start) or (start and response.headers.get("Content-Type", "").startswith("text/html")):
+        declared_html = response.headers.get("Content-Type", "").startswith("text/html")
+        if first_bytes and (declared_html or _HTML.match(first_bytes)):
             raise WrongDownload(f"{url}: an HTML page, not the file")
         if self._size is not None and total is not None and total != self._size:
-            raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
+            raise self._wrong_size(url, total)
+
+    def _wrong_size(self, url: str, size: int) -> WrongDownload:
+        return WrongDownload(f"{url}: another file, of {size:,} bytes instead of {self._size:,}")
 
     def _check_space(self, url: str, needed: int | None) -> None:
         free = shutil.disk_usage(self._part.parent).free
@@ -165,20 +179,6 @@ class ResumingDownloader:
                 f"{url}: needs {missing} in {self._part.parent}; free some space and run it again (finished downloads "
                 "are kept)"
             )
-
-    def _bar(self, total: int | None, start: int) -> tqdm[Any]:
-        return progress_bar(total, self._part.stem, "byte", initial=start, scale=True)
-
-    @contextmanager
-    def _report_disk_full(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise RuntimeFailure(
-                f"{name}: no space left on the disk; free some space and run it again (the partial download is kept)"
-            ) from error
 
 
 def download(url: str, destination: Path, checksum: str | None, size: int | None, wait: float = 1.0) -> str:
@@ -196,8 +196,8 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
     Raises:
         DownloadFailure: the server or the network failed; the partial download is kept.
-        WrongDownload: an HTML page or a file of another size (a partial download is kept), or a checksum mismatch
-            (nothing is kept).
+        WrongDownload: an HTML page or a file whose announced size is wrong (a partial download is kept), or a file
+            whose actual size or checksum is wrong (nothing is kept).
         RuntimeFailure: not enough disk space.
     """
     part = destination.with_name(destination.name + ".part")
@@ -205,18 +205,19 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
     pooch.get_logger().setLevel("ERROR")
     while True:
         downloader = ResumingDownloader(part, size, wait, same_bytes)
-        pooch.retrieve(
-            url,
-            known_hash=None,  # checked below, with a message of one line
-            fname=destination.name,
-            path=destination.parent,
-            downloader=downloader,
-        )
         try:
+            pooch.retrieve(
+                url,
+                known_hash=None,  # checked below, with a message of one line
+                fname=destination.name,
+                path=destination.parent,
+                downloader=downloader,
+            )
             return check_file(destination, url, checksum, remove=True)
         except WrongDownload:
-            if not downloader.mixed:  # otherwise the other URL's part may be wrong, so this URL is tried from the start
+            if not downloader.mixed:
                 raise
+            # the part from the other URL may be wrong, so download all of it from this one
 
 
 def check_file(path: Path, name: str, checksum: str | None, remove: bool = False) -> str:
@@ -245,7 +246,7 @@ def check_file(path: Path, name: str, checksum: str | None, remove: bool = False
 
 
 def _content_range(response: requests.Response) -> tuple[int, int | None]:
-    """Where the contents begin in the file, and the size of the file if known."""
+    """Offset in the file of the first byte of a response, -1 if unknown; and the size of the file, None if unknown."""
     if response.status_code == 206:
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None:

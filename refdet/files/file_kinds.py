@@ -11,14 +11,15 @@ from enum import Enum
 from pathlib import Path
 
 _START_BYTES = 4096
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path turns the double slash into a single one
 
 
 class FileKind(Enum):
     """Kind of file or folder; the value is its description in messages."""
 
     MISSING = "no such file or folder"
-    ADDRESS = "a URL; download it and give the file's path"
+    URL = "a URL; download it and give the file's path"
     FORBIDDEN = "cannot be read (permission denied)"
     SPECIAL = "a pipe or a device, not a regular file"
     EMPTY = "an empty file"
@@ -57,7 +58,7 @@ _FOLDERS = {
     FileKind.FOLDER,
 }
 _MAGIC = (
-    (b"\x89HDF\r\n\x1a\n", FileKind.STORE),
+    (HDF5_MAGIC, FileKind.STORE),
     (b"\x89PNG", FileKind.IMAGE),
     (b"\xff\xd8\xff", FileKind.IMAGE),
     (b"GIF8", FileKind.IMAGE),
@@ -68,10 +69,15 @@ _MAGIC = (
 )
 
 
+def is_url(path: Path) -> bool:
+    """Whether a path is a URL, of any scheme."""
+    return _URL.match(str(path)) is not None
+
+
 def kind_of(path: Path) -> FileKind:
     """Detect what a path is. Only regular files are opened, as opening a pipe would block."""
-    if _ADDRESS.match(str(path)):
-        return FileKind.ADDRESS
+    if is_url(path):
+        return FileKind.URL
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 LINE_INTERVAL = 30  # seconds between two lines without a terminal
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
-
-
 _CURSOR_UP = "\x1b[A"  # written by tqdm for nested bars
 
 

@@ -1,4 +1,4 @@
-"""Detect from its first bytes what a file given as weights is, without torch."""
+"""Describe files that were given as weights, and check headers of safetensors. No torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.file_kinds import HDF5_MAGIC
 from refdet.files.short_text import shorten
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.files.weight_programs import REFDET, TRAINING_STATE, describe_checkpoint, has_all
 
 MAX_HEADER_BYTES = 2**24  # of a safetensors file
 MAX_TENSORS = 20_000  # of a file; a ResNet-152 with its momentum has 1,400
-_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_START_BYTES = 2**20  # enough to tell JSON files apart
+_START_BYTES = 2**20  # enough to reach "images" or "annotations" in a COCO file
 
 
 def describe_file(path: Path) -> str | None:
-    """Describe a file, and where it belongs if it is one of refdet's; None if unknown."""
+    """Describe a file by its first bytes, and say how to use it; None if its kind is unknown."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
         start = file.read(_START_BYTES)
-    if start.startswith(_HDF5_MAGIC):
+    if start.startswith(HDF5_MAGIC):
         return "an HDF5 file, such as a feature store"
     if is_safetensors(start):
         return _describe_safetensors(path)
@@ -50,13 +50,8 @@ def _describe_safetensors(path: Path) -> str:
     return f"{description} (convert it with refdet import-weights)"
 
 
-def is_url(path: Path) -> bool:
-    """Whether a path is a URL, whose double slash Path turns into a single one."""
-    return path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",), ("ftp:",), ("hf:",))
-
-
 def is_safetensors(start: bytes) -> bool:
-    """Whether the first bytes of a file may be safetensors: the length of a header, then JSON."""
+    """Whether the first bytes of a file may be safetensors: the length of a header (u64), then JSON."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# The first entry applies all of whose expressions match the start of some tensor name.
+# A description, and regular expressions each of which must match the start of some tensor name. The first match counts.
 _BY_TENSOR_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
     ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
@@ -50,7 +50,7 @@ _BY_TENSOR_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a DenseNet", (r"features\.denseblock1\.",)),
     ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
 )
-# By top-level module of a class in the file.
+# Descriptions by the top-level module of a class that the pickle imports.
 _BY_CLASS_MODULES = {
     "ultralytics": "an Ultralytics YOLO model",
     "models": "a YOLOv5 or YOLOv7 model",

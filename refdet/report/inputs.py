@@ -11,7 +11,7 @@ from refdet.config.renamed_keys import LOSSES
 from refdet.detector.checkpoint import MAX_META_BYTES
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.report.fields import count, field, optional_number, text
 from refdet.structures.provenance import Provenance
 from refdet.training.run_folder import MAX_LOG_BYTES

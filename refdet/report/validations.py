@@ -9,7 +9,7 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
 from refdet.files.short_text import shorten
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.fields import count, optional_number
 from refdet.training.metrics_rows import DATA_HASH_KEY

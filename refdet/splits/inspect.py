@@ -15,11 +15,11 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.extraction.shard_folder import progress, shards_folder
 from refdet.extraction.workers_file import who_computes
-from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
+from refdet.files.file_kinds import HDF5_MAGIC, FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.files.short_text import agree, format_share
 from refdet.store import CORRUPTION_ERRORS
-from refdet.store.hdf5_access import MAGIC, check_regular, open_store_file
+from refdet.store.hdf5_access import check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
 from refdet.store.verify import Verification, verify
 from refdet.structures.limits import is_id
@@ -46,7 +46,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     kind = kind_of(path)
     if kind is FileKind.MISSING:
         raise InputError(f"{path}: {_missing_message(path, 'file or folder')}")
-    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
+    if kind in (FileKind.URL, FileKind.SPECIAL, FileKind.FORBIDDEN):
         raise InputError(f"{path}: {kind.value}")
     if path.name in ("model.json", "model.safetensors"):
         return _describe_checkpoint(path.parent)
@@ -216,7 +216,7 @@ def check(path: str | Path) -> Verification:
         raise InputError(f"{path}: {_missing_message(path, 'file')}")
     check_regular(path)
     with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
+        if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
             raise InputError(
                 f"{path}: not a feature store; only a file written by refdet extract-features can be verified"
             )

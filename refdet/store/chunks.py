@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import h5py
 import numpy as np
 
-from refdet.files.parts import write_parts
+from refdet.files.buffers import write_buffers
 
 GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
 THREADS = min(8, os.cpu_count() or 1)  # for compression; with more, writing is the bottleneck
@@ -89,7 +89,7 @@ class ContiguousWriter:
 
     def finish(self) -> None:
         """Write all appended rows."""
-        self._offset += write_parts(self._file, self._pending, self._offset)
+        self._offset += write_buffers(self._file, self._pending, self._offset)
         self._pending, self._pending_bytes, self._borrowed = [], 0, False
 
 

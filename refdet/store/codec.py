@@ -21,8 +21,8 @@ from refdet.structures.regions import Regions
 
 MASK_COUNTS, MASK_START = "regions/mask_counts", "regions/mask_start"
 REGION_BYTES = {"regions/box": 16, "regions/score": 4, "regions/category_id": 8, "regions/ann_id": 8}  # per region
-_FEATURE, _MAP, _IM_INFO = "features/", "maps/", "maps/im_info"
-_HALF_INF, _HALF_MINUS_INF = 0x7C00, 0xFC00  # float16 as integers
+_FEATURE_PREFIX, _MAP_PREFIX, _IM_INFO = "features/", "maps/", "maps/im_info"
+_HALF_INF, _HALF_MINUS_INF = 0x7C00, 0xFC00  # bits of these float16 values
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _dtypes(features: tuple[str, ...], maps: tuple[str, ...], dtype: str) -> Map
         "regions/ann_id": "<i8",
         _IM_INFO: "<f4",
     }
-    named = [_FEATURE + name for name in features] + [_MAP + name for name in maps]
+    named = [_FEATURE_PREFIX + name for name in features] + [_MAP_PREFIX + name for name in maps]
     feature_dtype = np.dtype(dtype).newbyteorder("<")
     return {name: np.dtype(code) for name, code in fixed.items()} | dict.fromkeys(named, feature_dtype)
 
@@ -89,8 +89,8 @@ def region_bytes(columns: Columns) -> dict[str, int]:
     """Bytes per region of each array of an image without maps, in the order of a shard; 0 for masks, which vary."""
     sizes = {MASK_COUNTS: 0} if columns.masks else {}
     sizes |= {name: size for name, size in REGION_BYTES.items() if columns.ann_ids or name != "regions/ann_id"}
-    width = np.dtype(columns.dtype).itemsize
-    return sizes | {_FEATURE + name: math.prod(shape) * width for name, shape in columns.features.items()}
+    itemsize = np.dtype(columns.dtype).itemsize
+    return sizes | {_FEATURE_PREFIX + name: math.prod(shape) * itemsize for name, shape in columns.features.items()}
 
 
 def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage]:
@@ -113,7 +113,7 @@ def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage
     encoded = [encode(image, columns) for image in images]
     with np.errstate(over="ignore", invalid="ignore"):
         return [
-            replace(image, checksums=_checksums_of_finite(image, regions))
+            replace(image, checksums=_check_and_checksum(image, regions))
             for image, regions in zip(encoded, images, strict=True)
         ]
 
@@ -123,13 +123,13 @@ def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {name: crc32(raw_bytes(values)) for name, values in arrays.items()}
 
 
-def _checksums_of_finite(image: EncodedImage, regions: Regions) -> dict[str, int]:
-    """CRC-32 of each array, right after checking that it is finite, while it is in the processor's cache."""
-    sums = {}
+def _check_and_checksum(image: EncodedImage, regions: Regions) -> dict[str, int]:
+    """Check that each array is finite and return its CRC-32, in one pass while it is in the processor's cache."""
+    checksums = {}
     for name, values in image.arrays.items():
         _check_finite(name, values, regions)
-        sums[name] = crc32(raw_bytes(values))
-    return sums
+        checksums[name] = crc32(raw_bytes(values))
+    return checksums
 
 
 def encode(regions: Regions, columns: Columns) -> EncodedImage:
@@ -145,10 +145,11 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
     Raises:
         ValueError: a column is missing.
     """
-    n, where, masks = len(regions), f"image {regions.image_id}", regions.masks or () if columns.masks else ()
+    n, where = len(regions), f"image {regions.image_id}"
+    masks = (regions.masks or ()) if columns.masks else ()
     if columns.masks and len(masks) != n:
         raise ValueError(f"{where}: no masks, which are required")
-    raw: dict[str, np.ndarray | None] = {
+    values_of: dict[str, np.ndarray | None] = {
         MASK_COUNTS: np.frombuffer(b"".join(masks), np.uint8) if columns.masks else None,
         "regions/box": regions.boxes,
         "regions/score": regions.scores,
@@ -157,28 +158,39 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
     if columns.ann_ids and n:
         if regions.ann_ids is None:
             raise ValueError(f"{where}: no annotation ids, which are required")
-        raw["regions/ann_id"] = regions.ann_ids
+        values_of["regions/ann_id"] = regions.ann_ids
     for name in columns.features:
         if n and name not in regions.features:
             raise ValueError(f"{where}: no {name} features")
-        raw[_FEATURE + name] = regions.features.get(name)  # without regions, they may still have a known shape
+        values_of[_FEATURE_PREFIX + name] = regions.features.get(name)  # without regions, (0, D) or None
     for name in columns.maps:
         if name not in regions.maps and not regions.error:
             raise ValueError(f"{where}: no {name} map")
-        raw[_MAP + name] = regions.maps.get(name)
-        raw[_IM_INFO] = regions.im_info
+        values_of[_MAP_PREFIX + name] = regions.maps.get(name)
+        values_of[_IM_INFO] = regions.im_info
     types = dtypes(columns)
     with np.errstate(over="ignore"):
-        arrays = {name: np.ascontiguousarray(values, types[name]) for name, values in raw.items() if values is not None}
-    head = (regions.image_id, regions.file_name, regions.height, regions.width, regions.error)
-    return EncodedImage(row_of(head, arrays), [len(mask) for mask in masks], arrays)
+        arrays = {
+            name: np.ascontiguousarray(values, types[name]) for name, values in values_of.items() if values is not None
+        }
+    row = image_row(
+        arrays,
+        image_id=regions.image_id,
+        file_name=regions.file_name,
+        height=regions.height,
+        width=regions.width,
+        error=regions.error,
+    )
+    return EncodedImage(row, [len(mask) for mask in masks], arrays)
 
 
-def row_of(head: tuple[int, str, int, int, str], arrays: Mapping[str, np.ndarray]) -> ImageRow:
-    """Row in a store, from an image's id, file name, height, width and error, and its arrays."""
+def image_row(
+    arrays: Mapping[str, np.ndarray], *, image_id: int, file_name: str, height: int, width: int, error: str
+) -> ImageRow:
+    """Row in a store of an image with these arrays."""
     mask_bytes = arrays[MASK_COUNTS].nbytes if MASK_COUNTS in arrays else 0
-    row = ImageRow(*head, regions=len(arrays["regions/box"]), mask_bytes=mask_bytes)
-    head_map = arrays.get(_MAP + "head")
+    row = ImageRow(image_id, file_name, height, width, error, len(arrays["regions/box"]), mask_bytes)
+    head_map = arrays.get(_MAP_PREFIX + "head")
     return row if head_map is None else row._replace(map_shape=head_map.shape)
 
 
@@ -202,7 +214,7 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
         if offsets[-1] != len(text):
             raise ValueError(f"{len(text)} bytes of masks, expected {offsets[-1]}")
         masks = tuple(text[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
-    maps = _strip_prefix(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
+    maps = _strip_prefix(_MAP_PREFIX, {name: values for name, values in arrays.items() if name != _IM_INFO})
     return Regions(
         row.id,
         row.file_name,
@@ -213,7 +225,7 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
         category_ids=arrays["regions/category_id"],
         ann_ids=arrays.get("regions/ann_id"),
         masks=masks,
-        features=_strip_prefix(_FEATURE, arrays),
+        features=_strip_prefix(_FEATURE_PREFIX, arrays),
         error=row.error,
         maps=maps,
         im_info=arrays.get(_IM_INFO),
@@ -227,8 +239,8 @@ def _strip_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np
 
 def missing_arrays(image: EncodedImage, columns: Columns) -> set[str]:
     """Required arrays that an image lacks."""
-    per_region = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
-    maps = [] if image.row.error else [_MAP + name for name in columns.maps]
+    per_region = ["regions/ann_id"] * columns.ann_ids + [_FEATURE_PREFIX + name for name in columns.features]
+    maps = [] if image.row.error else [_MAP_PREFIX + name for name in columns.maps]
     return {*maps, *(per_region if image.row.regions else [])} - image.arrays.keys()
 
 
@@ -239,17 +251,17 @@ def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
     name = name.split("/")[-1]
     where = f"image {regions.image_id} ({regions.file_name}): {name}"
     original, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
-    limit = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
+    out_of_range = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
     if original is not None and _is_finite(original):
-        raise RuntimeFailure(f"{where} reaches {float(np.abs(original).max()):g}, {limit}")
+        raise RuntimeFailure(f"{where} reaches {float(np.abs(original).max()):g}, {out_of_range}")
     if dtype == "float16" and original is not None and original.dtype == dtype and not np.isnan(original).any():
-        raise RuntimeFailure(f"{where} is {limit}")  # converted on the device, after a check there
+        raise RuntimeFailure(f"{where} is {out_of_range}")  # converted on the device, after a check there
     raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype != np.float16:
-        # summing is faster; a finite sum means that every number is finite, otherwise it may have overflowed
+        # summing is faster: a finite sum proves that every number is finite; another may only have overflowed
         return math.isfinite(np.add.reduce(values, axis=None)) or bool(np.isfinite(values).all())
     # numpy's check is slow for float16; read as integers, inf and NaN are the largest values of each sign
     positive, negative = values.view(np.int16).max(initial=0), values.view(np.uint16).max(initial=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from refdet import store
 from refdet.errors import ArgumentError, InputError
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, short_repr
 from refdet.store.hdf5_access import known_files
 
 
@@ -45,7 +46,7 @@ class RegionsDataset(Dataset):
         masks: whether to read masks.
 
     Raises:
-        ArgumentError: ``features`` is not a list.
+        ArgumentError: ``features`` is not a list, or ``image_ids`` are not integers.
         InputError: the store cannot be opened (`refdet.store.open`), or lacks a feature, masks or an image.
     """
 
@@ -68,7 +69,7 @@ class RegionsDataset(Dataset):
             missing = sorted(set(self.features or ()) - {*opened.feature_names, *opened.map_names})
             if missing or (masks and not opened.has_masks):
                 raise InputError(f"{self.path}: no {missing[0] if missing else 'masks'}; extract it with them")
-            self.image_ids = [int(i) for i in (opened if image_ids is None else image_ids)]
+            self.image_ids = _as_ints(opened if image_ids is None else image_ids)
             unknown = [i for i in self.image_ids if i not in opened]
         if unknown:
             missing_images = format_count(len(unknown), "requested image")
@@ -108,3 +109,14 @@ class RegionsDataset(Dataset):
                 known_files.add_in_process(self._state)  # the parent of a spawned worker has checked it
             self._store, self._pid = store.open(self.path), os.getpid()
         return self._store
+
+
+def _as_ints(image_ids: Iterable[Any]) -> list[int]:
+    """Convert ids, which may be numpy or PyTorch integers, to ints; raises ArgumentError for other values."""
+    ids = []
+    for image_id in image_ids:
+        try:
+            ids.append(operator.index(image_id))
+        except TypeError:
+            raise ArgumentError("image_ids", f"integers are needed, not {short_repr(image_id)}") from None
+    return ids

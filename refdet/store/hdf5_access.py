@@ -14,12 +14,12 @@ from pathlib import Path
 import h5py
 
 from refdet.errors import InputError
+from refdet.files.file_kinds import HDF5_MAGIC
 from refdet.store.hdf5_sandbox import check_in_subprocess
 from refdet.store.known_files import FileState, KnownFiles
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"\x89HDF\r\n\x1a\n"
 _SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -50,7 +50,7 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     check_regular(path)
     try:
         with path.open("rb") as start:
-            if start.read(len(MAGIC)) != MAGIC:
+            if start.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
                 raise InputError(f"{path}: not a readable HDF5 file; give a file written by refdet extract-features")
         before = FileState.from_path(path)
         is_known = not again and before in known_files

@@ -7,7 +7,6 @@ a small file can take any amount of memory.
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 from h5py import h5d, h5p, h5z
 
+from refdet.store.chunks import THREADS
+
 MAX_CHUNK = 2**26  # bytes; chunks of a store have a quarter of a megabyte, or the features of one region
 _LZF = 32000  # filter id of h5py's LZF, registered with the HDF Group
-THREADS = min(8, os.cpu_count() or 1)  # for decompressing gzip
 
 _COMPRESSION_FILTERS = (h5z.FILTER_DEFLATE, _LZF)
 _ALLOWED_FILTERS = (
@@ -29,7 +29,7 @@ _ALLOWED_FILTERS = (
 
 
 class StructureError(ValueError):
-    """A file has something that no store has; the message names the part and the problem."""
+    """A file has a structure that no store has; the message names the part and the problem."""
 
 
 def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ...]:
@@ -95,10 +95,10 @@ def check_chunks(
         )
     seen = np.zeros(grid, bool)
 
-    chunks = _chunks(data)
-    for info in chunks:
+    infos = _chunk_infos(data)
+    for info in infos:
         index = [first // step for first, step in zip(info.chunk_offset, chunk, strict=True)]
-        if any(p >= n for p, n in zip(index, grid, strict=True)) or seen[tuple(index)]:
+        if any(i >= n for i, n in zip(index, grid, strict=True)) or seen[tuple(index)]:
             raise StructureError(f"{name} has a duplicate chunk or one outside its shape")
         seen[tuple(index)] = True
         if info.byte_offset is None or info.byte_offset + info.size > size:
@@ -106,12 +106,12 @@ def check_chunks(
         if info.size > chunk_size + chunk_size // 100 + 1024:
             raise StructureError(f"{name} has a chunk that is larger compressed than uncompressed")
     with ThreadPoolExecutor(THREADS) as pool:
-        for length in pool.map(lambda info: _length(data, info, filters, chunk_size), chunks):
+        for length in pool.map(lambda info: _length(data, info, filters, chunk_size), infos):
             if length is not None and length != chunk_size:
                 raise StructureError(f"{name} has a chunk of {length} bytes instead of {chunk_size}")
 
 
-def _chunks(data: h5d.DatasetID) -> list[Any]:
+def _chunk_infos(data: h5d.DatasetID) -> list[Any]:
     """Offset, size and filter mask of each chunk, as h5py's StoreInfo."""
     infos: list[Any] = []
     if hasattr(data, "chunk_iter"):
@@ -123,7 +123,8 @@ def _chunks(data: h5d.DatasetID) -> list[Any]:
 
 def _length(data: h5d.DatasetID, info: Any, filters: tuple[int, ...], chunk_size: int) -> int | None:
     """Decompressed length of a chunk, None if it cannot be decompressed."""
-    if not filters or info.filter_mask >> len(filters) - 1 & 1:  # a chunk may be stored without the filter
+    uncompressed = not filters or (info.filter_mask >> (len(filters) - 1)) & 1  # the bit of a filter that was skipped
+    if uncompressed:
         length: int = info.size
         return length
     _, content = data.read_direct_chunk(info.chunk_offset)

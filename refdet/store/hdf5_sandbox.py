@@ -16,22 +16,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from refdet.store.schema import FAMILY, SCHEMA
+from refdet.store.schema import SCHEMA, SCHEMA_PREFIX
 
 log = logging.getLogger(__name__)
 
 MEMORY_LIMIT = 3 << 29  # bytes of address space; Python with h5py uses a tenth of it, and a store adds little
-CPU_SECONDS = 2.5  # limit of CPU time for any file, plus
-CPU_SECONDS_PER_GB = 200.0  # for the file's size, as chunks are decompressed (lzf in Python)
+CPU_SECONDS = 2.5  # limit of CPU time for an empty file
+CPU_SECONDS_PER_GB = 200.0  # added for the file's size, as chunks are decompressed (lzf in Python)
 WALL_TIME_FACTOR = 6  # limit of wall time / limit of CPU time, as the disk may be slow
 _NOTE_AFTER = 3.0  # seconds until a note is logged
 
 _STARTED = b"started\n"
+_KILLED_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 # The current folder may be untrusted, so python -I removes it and PYTHON* variables from the import path.
 _CHILD_CODE = """
 import sys
-at = next((i for i, p in enumerate(sys.path) if p.endswith(("site-packages", "dist-packages"))), len(sys.path))
-sys.path[at:at] = sys.argv[4:]
+packages = ("site-packages", "dist-packages")
+before_packages = next((i for i, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
+sys.path[before_packages:before_packages] = sys.argv[4:]
 from refdet.store.hdf5_sandbox import main
 main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
 """
@@ -100,28 +102,30 @@ def _interpret_output(output: bytes, code: int, seconds: float) -> str:
         The problem as the end of an error message, "" if there is none.
     """
     with suppress(ValueError):
-        return str(json.loads(output.removeprefix(_STARTED))["wrong"])
+        return str(json.loads(output.removeprefix(_STARTED))["problem"])
     if code >= 0:
         return _damage_message(f"HDF5 exits with {code}")
     name = signal.Signals(-code).name
     if name == "SIGXCPU":
         return _damage_message(f"HDF5 does not finish within {seconds:.3g} seconds of CPU time")
+    if name in _KILLED_FROM_OUTSIDE:
+        return f"not checked: the process that checks it was killed ({name}); free some memory and try again"
     return _damage_message(f"HDF5 crashes ({name})")
 
 
-def _check_without_sandbox(path: Path, why: str) -> str:
-    log.warning("note: %s: checked without a separate process (%s)", path, why)
+def _check_without_sandbox(path: Path, reason: str) -> str:
+    log.warning("note: %s: checked without a separate process (%s)", path, reason)
     return check_in_process(path)
 
 
 def _import_paths() -> list[str]:
-    """Folders of the packages that the process needs to import."""
+    """Folders from which the process imports refdet, h5py and numpy."""
     import h5py
     import numpy
 
-    here = Path(__file__).resolve().parents[2]
+    own = Path(__file__).resolve().parents[2]
     others = (Path(module.__file__).resolve().parents[1] for module in (h5py, numpy) if module.__file__)
-    return list(dict.fromkeys(map(str, (here, *others))))
+    return list(dict.fromkeys(map(str, (own, *others))))
 
 
 def _environment() -> dict[str, str]:
@@ -149,7 +153,7 @@ def main(path: str, memory: int, seconds: float) -> None:
             _, hard = resource.getrlimit(resource_id)
             resource.setrlimit(resource_id, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     print(_STARTED.decode(), end="", flush=True)
-    print(json.dumps({"wrong": check_in_process(Path(path))}), flush=True)
+    print(json.dumps({"problem": check_in_process(Path(path))}), flush=True)
 
 
 def check_in_process(path: Path) -> str:
@@ -177,15 +181,17 @@ def _check(path: Path) -> str:
         raise OSError(f"not a readable HDF5 file: {error}") from None
     with file:
         schema = file.attrs.get("schema")
-        if not (isinstance(schema, str) and schema.startswith(FAMILY)):
-            found = "no schema" if schema is None else f"schema {schema!r:.60}"
-            return f"not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet extract-features"
+        if not (isinstance(schema, str) and schema.startswith(SCHEMA_PREFIX)):
+            actual = "no schema" if schema is None else f"schema {schema!r:.60}"
+            return (
+                f"not a feature store: {actual} instead of {SCHEMA!r}; give a file written by refdet extract-features"
+            )
         check_structure(file)
     return ""
 
 
-def _damage_message(how: str) -> str:
-    return f"damaged: {how}; extract it again"
+def _damage_message(problem: str) -> str:
+    return f"damaged: {problem}; extract it again"
 
 
 def _one_line(error: Exception) -> str:

@@ -34,6 +34,7 @@ MAX_RATIO = 32
 
 _VLEN_STRING = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable-length string on disk
 _STRING_BLOCK = 10_000  # strings to read at once
+_LINK_KINDS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
 
 
 def check_structure(file: h5py.File) -> None:
@@ -71,7 +72,7 @@ def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
         for name, kind in _links(parent, group):
             path = f"{parent}/{name}"
             if kind != h5l.TYPE_HARD:
-                raise StructureError(f"{path} is {_LINKS.get(kind, 'a user-defined link')}")
+                raise StructureError(f"{path} is {_LINK_KINDS.get(kind, 'a user-defined link')}")
             node = h5o.open(group, name.encode())
             address = h5o.get_info(node).addr
             if isinstance(node, h5g.GroupID):
@@ -87,9 +88,6 @@ def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
                 yield path, node
             if len(seen) > MAX_OBJECTS:
                 raise StructureError(f"it has more than {MAX_OBJECTS} groups and datasets")
-
-
-_LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
 
 
 def _links(parent: str, group: h5g.GroupID) -> list[tuple[str, int]]:
@@ -133,11 +131,11 @@ def _check_attributes(path: str, node: Any) -> None:
     for raw in names:
         name = f"attribute {_name(path, raw)} of {path}"
         attribute = h5a.open(node, raw)
-        kind, shape = _type_class(name, attribute.get_type()), _shape(name, attribute.get_space())
+        is_text, shape = _check_type(name, attribute.get_type()), _check_shape(name, attribute.get_space())
         if math.prod(shape) > MAX_ATTRIBUTE_VALUES:
             raise StructureError(f"{name} has {math.prod(shape)} values")
         value = owner.attrs[raw.decode()]
-        if kind == "text" and isinstance(value, str) and len(value) > MAX_TEXT:
+        if is_text and isinstance(value, str) and len(value) > MAX_TEXT:
             raise StructureError(f"{name} has {len(value)} characters")
 
 
@@ -149,21 +147,21 @@ def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -
     layout = dcpl.get_layout()
     if layout not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
         raise StructureError(f"{name} is a virtual dataset")
-    kind, shape = _type_class(name, data.get_type()), _shape(name, data.get_space())
-    itemsize = _VLEN_STRING.itemsize if kind == "text" else data.get_type().get_size()
+    is_text, shape = _check_type(name, data.get_type()), _check_shape(name, data.get_space())
+    itemsize = _VLEN_STRING.itemsize if is_text else data.get_type().get_size()
     filters = check_filters(name, dcpl, itemsize)
     declared, stored = math.prod(shape) * itemsize, data.get_storage_size()
     if not name.startswith(_COMPRESSIBLE) and declared > max(MAX_UNCOMPRESSED, MAX_RATIO * stored):
         raise StructureError(f"{name} declares {declared} bytes but has {stored}")
     if layout == h5d.CHUNKED:
-        if kind == "text":
+        if is_text:
             raise StructureError(f"{name} has chunked strings")
         check_chunks(name, data, shape, itemsize, dcpl.get_chunk(), filters, size)
         return stored
     offset = data.get_offset() if layout == h5d.CONTIGUOUS else 0
     if declared and (stored != declared or offset is None or offset + stored > size):
         raise StructureError(f"{name} declares {declared} bytes but has {stored}")
-    if kind == "text" and declared:
+    if is_text and declared:
         if layout != h5d.CONTIGUOUS:
             raise StructureError(f"{name} has strings in the header")
         _check_strings(name, data, shape, offset, size, descriptor)
@@ -185,25 +183,36 @@ def _check_strings(
         texts[first : first + _STRING_BLOCK]
 
 
-def _type_class(name: str, type_id: h5t.TypeID) -> str:
-    """Classify a type as "number" or "text"; raises StructureError for other types and numbers that NumPy lacks."""
+def _check_type(name: str, type_id: h5t.TypeID) -> bool:
+    """Check that a store may use a type.
+
+    Args:
+        name: the dataset or attribute, for error messages.
+        type_id: its type.
+
+    Returns:
+        True for variable-length strings; False for numbers, bools and short fixed-length strings.
+
+    Raises:
+        StructureError: another type, or numbers that NumPy lacks.
+    """
     if type_id.committed():
         raise StructureError(f"{name} has a committed type")
-    kind = type_id.get_class()
-    if kind == h5t.STRING:
+    type_class, size = type_id.get_class(), type_id.get_size()
+    if type_class == h5t.STRING:
         if type_id.is_variable_str():
-            return "text"
-        if type_id.get_size() <= MAX_FIXED_TEXT:
-            return "number"  # stored with a fixed size, as numbers are
-    elif kind in (h5t.INTEGER, h5t.FLOAT) and type_id.get_size() <= 8:
-        if type_id.equal(h5t.py_create(type_id.dtype)):
-            return "number"
-    elif kind == h5t.ENUM and type_id.equal(h5t.py_create(np.dtype(bool), logical=True)):
-        return "number"
-    raise StructureError(f"{name} has an unsupported type")
+            return True
+        allowed = size <= MAX_FIXED_TEXT
+    elif type_class in (h5t.INTEGER, h5t.FLOAT):
+        allowed = size <= 8 and type_id.equal(h5t.py_create(type_id.dtype))
+    else:
+        allowed = type_class == h5t.ENUM and type_id.equal(h5t.py_create(np.dtype(bool), logical=True))
+    if not allowed:
+        raise StructureError(f"{name} has an unsupported type")
+    return False
 
 
-def _shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:
+def _check_shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:
     """Check and return the shape of a dataspace."""
     if space.get_simple_extent_type() not in (h5s.SCALAR, h5s.SIMPLE):
         raise StructureError(f"{name} has no shape")

@@ -76,11 +76,11 @@ class KnownFiles:
         known[state.path] = list(state[1:])
         newest = dict(list(known.items())[-_MAX_FILES:])
         with suppress(OSError, RuntimeError):  # RuntimeError: no home directory
-            _replace(_cache(), json.dumps({"check": self._check, "files": newest}))
+            _replace(_cache_path(), json.dumps({"check": self._check, "files": newest}))
 
     def _read(self) -> dict[str, list[int]]:
         try:
-            path = _cache()
+            path = _cache_path()
             status = path.stat()
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return {}
@@ -102,7 +102,7 @@ def _replace(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cache() -> Path:
+def _cache_path() -> Path:
     """Path of the cache file."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "refdet" / "stores.json"

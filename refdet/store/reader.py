@@ -15,7 +15,7 @@ import numpy as np
 
 from refdet.errors import ArgumentError, InputError
 from refdet.files.short_text import format_count
-from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, row_of
+from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, image_row
 from refdet.store.hdf5_access import open_store_file
 from refdet.store.schema import (
     MAPS,
@@ -37,7 +37,7 @@ from refer.rle import covered_pixels
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
+__all__ = ["CORRUPTION_ERRORS", "SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
 # What h5py, numpy and json raise on damaged contents.
 CORRUPTION_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
@@ -219,8 +219,14 @@ class Store:
         for name in requested:
             if name in self.map_names and self._map_shapes[name][i].any():
                 arrays[f"maps/{name}"], arrays["maps/im_info"] = self._map(name, i), self.data["maps/im_info"][i]
-        metadata = (int(image_id), str(self.file_names[i]), int(self.heights[i]), int(self.widths[i]))
-        row = row_of((*metadata, str(self.image_errors[i])), arrays)
+        row = image_row(
+            arrays,
+            image_id=int(image_id),
+            file_name=str(self.file_names[i]),
+            height=int(self.heights[i]),
+            width=int(self.widths[i]),
+            error=str(self.image_errors[i]),
+        )
         return decode(EncodedImage(row, sizes, arrays), self.names)
 
     def _masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:

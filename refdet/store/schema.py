@@ -15,11 +15,11 @@ import numpy as np
 
 from refdet.errors import InputError
 
-FAMILY = "refdet-features/"
-SCHEMA = FAMILY + "1"
+SCHEMA_PREFIX = "refdet-features/"
+SCHEMA = SCHEMA_PREFIX + "1"
 CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
-MAPS = ("head",)
+MAPS = ("head",)  # feature maps of whole images; MAttNet calls those from which regions are pooled "head"
 
 # Columns of every store; image columns with their kind of dtype.
 IMAGE_COLUMNS = {
@@ -39,8 +39,9 @@ DTYPES = {
     "uint8": ("uint8",),
     "text": ("object",),
 }
-# Largest size of an image in memory, unless 4 times the file size is more; zeros compress a thousandfold.
-MAX_UNPACKED = 2**30
+# Largest size in memory of a feature or map of one image, unless 4 times the file size is more; zeros compress a
+# thousandfold.
+MAX_IMAGE_BYTES = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
 
@@ -92,7 +93,7 @@ class Columns:
         large = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
         return large and self.compression != "none"
 
-    def names(self) -> tuple[str, ...]:
+    def checksum_names(self) -> tuple[str, ...]:
         """Names of the columns of ``/checksums/crc32``: datasets, and "images" for an image's row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]
@@ -128,8 +129,8 @@ class ImageRow(NamedTuple):
     map_shape: tuple[int, int, int] = (0, 0, 0)
 
 
-def starts_of(counts: Sequence[int]) -> np.ndarray:
-    """Offsets of N consecutive runs of these lengths, and the end of the last, (N + 1,) int64."""
+def starts_from_counts(counts: Sequence[int]) -> np.ndarray:
+    """Start of each of N consecutive runs of these lengths, and the end of the last, (N + 1,) int64."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64), dtype=np.int64)])
 
 
@@ -195,26 +196,27 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
         ValueError: a dataset has an invalid type or shape, or is missing although another one requires it.
     """
     images, regions = len(file["images/id"]), len(file["regions/box"])
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {  # kind of dtype, shape
         f"images/{name}": (kind, (images + (name == "region_start"),)) for name, kind in IMAGE_COLUMNS.items()
     }
-    shapes["regions/box"] = ("float32", (regions, 4))
-    shapes["regions/score"], shapes["regions/category_id"] = ("float32", (regions,)), ("int", (regions,))
+    expected["regions/box"] = ("float32", (regions, 4))
+    expected["regions/score"] = ("float32", (regions,))
+    expected["regions/category_id"] = ("int", (regions,))
     if "ann_id" in file["regions"]:
-        shapes["regions/ann_id"] = ("int", (regions,))
+        expected["regions/ann_id"] = ("int", (regions,))
     if "mask_counts" in file["regions"] or "mask_start" in file["regions"]:
-        shapes["regions/mask_counts"] = ("uint8", file["regions/mask_counts"].shape[:1])
-        shapes["regions/mask_start"] = ("int", (regions + 1,))
+        expected["regions/mask_counts"] = ("uint8", file["regions/mask_counts"].shape[:1])
+        expected["regions/mask_start"] = ("int", (regions + 1,))
     for name in file["features"]:
-        shapes[f"features/{name}"] = ("float", (regions, *file[f"features/{name}"].shape[1:]))
+        expected[f"features/{name}"] = ("float", (regions, *file[f"features/{name}"].shape[1:]))
     for name in MAPS:
         if f"maps/{name}" in file:
-            shapes[f"maps/{name}"] = ("float", file[f"maps/{name}"].shape[:1])
-            shapes[f"maps/{name}_start"] = ("int", (images + 1,))
-            shapes[f"maps/{name}_shape"] = ("int", (images, 3))
-            shapes["maps/im_info"] = ("float32", (images, 3))
-    data = {name: file[name] for name in shapes}
-    for name, (kind, shape) in shapes.items():
+            expected[f"maps/{name}"] = ("float", file[f"maps/{name}"].shape[:1])
+            expected[f"maps/{name}_start"] = ("int", (images + 1,))
+            expected[f"maps/{name}_shape"] = ("int", (images, 3))
+            expected["maps/im_info"] = ("float32", (images, 3))
+    data = {name: file[name] for name in expected}
+    for name, (kind, shape) in expected.items():
         if data[name].dtype not in DTYPES[kind] or data[name].shape != shape:
             raise ValueError(f"{name} has dtype {data[name].dtype} and shape {data[name].shape}")
         if kind == "text" and h5py.check_string_dtype(data[name].dtype) is None:
@@ -223,7 +225,16 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def check_starts(name: str, starts: np.ndarray, end: int) -> None:
-    """Check that offsets ascend from 0 to ``end``; raises ValueError otherwise."""
+    """Check the starts of consecutive runs.
+
+    Args:
+        name: their dataset, for error messages.
+        starts: (N + 1,) start of each of N runs, and the end of the last.
+        end: total length of the runs.
+
+    Raises:
+        ValueError: they do not ascend from 0 to ``end``.
+    """
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{name} does not ascend from 0 to {end}")
 
@@ -247,7 +258,7 @@ def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
 
 
 def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarray], size: int) -> None:
-    """Check that no image takes far more memory than the size of the file.
+    """Check that no feature or map of an image takes far more memory than the size of the file.
 
     Args:
         data: datasets by name.
@@ -255,10 +266,10 @@ def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarr
         size: size of the file in bytes.
 
     Raises:
-        ValueError: an image takes too much memory.
+        ValueError: one takes too much memory.
     """
     for name, image_starts in starts.items():
         rows = int(np.diff(image_starts).max(initial=0))
         nbytes = rows * math.prod(data[name].shape[1:]) * data[name].dtype.itemsize
-        if nbytes > max(MAX_UNPACKED, 4 * size):
+        if nbytes > max(MAX_IMAGE_BYTES, 4 * size):
             raise ValueError(f"{name} of an image takes {nbytes} bytes, but the file has {size}")

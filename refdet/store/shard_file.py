@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from refdet.files.parts import write_parts
+from refdet.files.buffers import write_buffers
 from refdet.files.short_text import shorten
 from refdet.store.codec import (
     MASK_COUNTS,
@@ -35,17 +35,17 @@ from refdet.store.codec import (
     checksums_of,
     decode,
     dtypes,
+    image_row,
     missing_arrays,
     raw_bytes,
-    row_of,
 )
 from refdet.store.crc import crc32, crc32_of_parts
 from refdet.store.schema import Columns
 from refdet.structures.limits import is_id, size_problem
 
 _MAGIC = b"refdet-shard/2\n"
-_BLOCK = struct.Struct("<QI")
-_NUMBER = struct.Struct("<I")
+_BLOCK_HEADER = struct.Struct("<QI")  # length, CRC-32
+_UINT32 = struct.Struct("<I")
 
 
 class ShardError(Exception):
@@ -103,30 +103,30 @@ class ShardWriter:
             header = _header(image)
             data = [raw_bytes(values) for values in image.arrays.values()]
             block = self._block([header, *data], [crc32(header), *image.checksums.values()])
-            length, crc = _BLOCK.unpack(block[0])
-            locations.append(_block_location(image, start + _BLOCK.size, length, crc, len(header)))
-            start += _BLOCK.size + length
+            length, crc = _BLOCK_HEADER.unpack(block[0])
+            locations.append(_block_location(image, start + _BLOCK_HEADER.size, length, crc, len(header)))
+            start += _BLOCK_HEADER.size + length
             parts += block
         self._write(parts)
         return locations
 
     def finish(self) -> None:
         """Write the end marker and the checksum of all blocks."""
-        self._write([_BLOCK.pack(0, self._crc)])
+        self._write([_BLOCK_HEADER.pack(0, self._crc)])
 
     def _block(self, parts: Sequence[bytes | memoryview], part_crcs: Sequence[int]) -> list[bytes | memoryview]:
         """A block whose data are these parts."""
         crc = crc32_of_parts(parts, part_crcs)
-        self._crc = crc32(_NUMBER.pack(crc), self._crc)
-        return [_BLOCK.pack(sum(map(len, parts)), crc), *parts]
+        self._crc = crc32(_UINT32.pack(crc), self._crc)
+        return [_BLOCK_HEADER.pack(sum(map(len, parts)), crc), *parts]
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
-        self._size += write_parts(self._file, parts)
+        self._size += write_buffers(self._file, parts)
 
 
 def _header(image: EncodedImage) -> bytes:
     """The length of the header and the header itself, which precede the arrays of an image."""
-    row, arrays = image.row, {_short(name): values for name, values in image.arrays.items()}
+    row, arrays = image.row, {_shard_name(name): values for name, values in image.arrays.items()}
     arrays.pop("mask_counts", None)
     header = json.dumps(
         {
@@ -139,7 +139,7 @@ def _header(image: EncodedImage) -> bytes:
             "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
         }
     ).encode()
-    return _NUMBER.pack(len(header)) + header
+    return _UINT32.pack(len(header)) + header
 
 
 def _block_location(image: EncodedImage, start: int, length: int, crc: int, header_bytes: int) -> BlockLocation:
@@ -166,10 +166,10 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
     with path.open("rb") as file:
         blocks = _blocks(file)
         try:
-            found = json.loads(next(blocks)[0])
+            actual_id = json.loads(next(blocks)[0])
         except (ValueError, RecursionError):
             raise ShardError("damaged: no shard_id") from None
-        if found != shard_id:
+        if actual_id != shard_id:
             raise ShardError("belongs to another extraction")
         for data, start, crc in blocks:
             with as_shard_error():
@@ -184,26 +184,27 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Iterate over the data, start and CRC of each block of a shard, checking each and then that none is missing."""
-    left = os.fstat(file.fileno()).st_size - len(_MAGIC)
+    size = os.fstat(file.fileno()).st_size
     if file.read(len(_MAGIC)) != _MAGIC:
-        raise ShardError("damaged: not a shard" if left > -len(_MAGIC) else "damaged: empty")
+        raise ShardError("damaged: not a shard" if size else "damaged: empty")
+    remaining = size - len(_MAGIC)
     blocks = 0
     all_crcs = 0
     while True:
-        if left < _BLOCK.size:
+        if remaining < _BLOCK_HEADER.size:
             raise ShardError("damaged: truncated")
-        length, crc = _BLOCK.unpack(file.read(_BLOCK.size))
-        left -= _BLOCK.size + length
+        length, crc = _BLOCK_HEADER.unpack(file.read(_BLOCK_HEADER.size))
+        remaining -= _BLOCK_HEADER.size + length
         if not length:
             break
-        if left < 0:  # checked before allocating `length` bytes
+        if remaining < 0:  # checked before allocating `length` bytes
             raise ShardError("damaged: truncated")
         start, data = file.tell(), file.read(length)
         check_block(data, length, crc)
         yield data, start, crc
-        all_crcs = crc32(_NUMBER.pack(crc), all_crcs)
+        all_crcs = crc32(_UINT32.pack(crc), all_crcs)
         blocks += 1
-    if crc != all_crcs or left or not blocks:
+    if crc != all_crcs or remaining or not blocks:
         raise ShardError("damaged: wrong end marker or checksum")
 
 
@@ -244,11 +245,12 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
     Returns:
         The image, whose arrays are views of the data and may be unaligned; and the offset of the first array in bytes.
     """
-    (length,) = _NUMBER.unpack_from(data)
-    start = offset = _NUMBER.size + length
-    header = json.loads(bytes(data[_NUMBER.size : offset]))
+    (length,) = _UINT32.unpack_from(data)
+    start = offset = _UINT32.size + length
+    header = json.loads(bytes(data[_UINT32.size : offset]))
     _check_header(header)
-    types, arrays = {_short(name): (name, dtype) for name, dtype in dtypes(columns).items()}, {}
+    types = {_shard_name(dataset): (dataset, dtype) for dataset, dtype in dtypes(columns).items()}
+    arrays = {}
     text = np.frombuffer(data[offset : offset + sum(header["masks"])], types.pop("mask_counts")[1])
     if columns.masks:
         arrays[MASK_COUNTS] = text
@@ -262,9 +264,16 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
             raise ValueError(f"{name} has a negative size")
         arrays[dataset] = np.frombuffer(data, dtype, count, offset).reshape(shape) if count else np.zeros(shape, dtype)
         offset += count * expected.itemsize
-    fields = (header["id"], header["file_name"], header["height"], header["width"], header["error"])
-    sizes = header["masks"] if columns.masks else ()
-    return EncodedImage(row_of(fields, arrays), sizes, arrays, checksums_of(arrays)), start
+    row = image_row(
+        arrays,
+        image_id=header["id"],
+        file_name=header["file_name"],
+        height=header["height"],
+        width=header["width"],
+        error=header["error"],
+    )
+    mask_sizes = header["masks"] if columns.masks else ()
+    return EncodedImage(row, mask_sizes, arrays, checksums_of(arrays)), start
 
 
 def _check_header(header: Mapping[str, Any]) -> None:
@@ -275,15 +284,15 @@ def _check_header(header: Mapping[str, Any]) -> None:
     if problem := size_problem(*size):
         raise ValueError(problem)
     if min(header["masks"], default=0) < 0:
-        raise ValueError("mask with a negative length")
+        raise ValueError("a mask has a negative length")
     if any("\0" in text for text in texts):
-        raise ValueError("NUL in a text")
+        raise ValueError("NUL in file_name or error")
     for text in texts:
         text.encode("utf-8", "surrogateescape")
 
 
 def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
-    """Raise a ValueError if arrays are not where `refdet.store.shard_images` expects them."""
+    """Raise a ValueError if the arrays have another order or size than `refdet.store.shard_images` assumes."""
     arrays = image.arrays
     order = [MASK_COUNTS, *REGION_BYTES, *(f"features/{name}" for name in columns.features)]
     if [name for name in arrays if name in order] != [name for name in order if name in arrays]:
@@ -292,9 +301,9 @@ def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
         if name in arrays and arrays[name].nbytes != region_bytes * image.row.regions:
             raise ValueError(f"{name} has another shape")
     if sum(values.nbytes for values in arrays.values()) != size:
-        raise ValueError("bytes of no array")
+        raise ValueError("unused bytes")
 
 
-def _short(dataset: str) -> str:
-    """Name in a shard of the array of a dataset."""
+def _shard_name(dataset: str) -> str:
+    """Name in a shard's headers of an array that is named like a dataset of a store."""
     return "im_info" if dataset == "maps/im_info" else dataset.removeprefix("regions/")

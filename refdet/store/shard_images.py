@@ -22,21 +22,21 @@ class ImageReader:
 
     Args:
         columns: columns of the regions.
-        size: expected size of a group in bytes; more is allocated if necessary.
-        valid: number of groups whose memory is valid at the same time.
+        group_bytes: expected size of a group in bytes; more is allocated if necessary.
+        num_groups: number of groups whose images are valid at the same time, the current one included.
     """
 
-    def __init__(self, columns: Columns, size: int = 0, valid: int = 1) -> None:
+    def __init__(self, columns: Columns, group_bytes: int = 0, num_groups: int = 1) -> None:
         self._columns = columns
         self._region_bytes = list(region_bytes(columns).values())
-        self._size = size + _HEADER_BYTES
-        self._memory = deque(memoryview(bytearray()) for _ in range(valid))  # that of the current group first
-        self._used = 0  # bytes of the current group's memory
+        self._buffer_bytes = group_bytes + _HEADER_BYTES
+        self._buffers = deque(memoryview(bytearray()) for _ in range(num_groups))  # the current group's first
+        self._used = 0  # bytes of the current group's buffer
         self._files: dict[Path, FileIO] = {}  # least recently used first
 
     def next_group(self) -> None:
-        """Start a group of images, which reuses the memory of the group that was read ``valid`` groups ago."""
-        self._memory.rotate()
+        """Start a group of images, which reuses the memory of the group that was read ``num_groups`` groups ago."""
+        self._buffers.rotate()
         self._used = 0
 
     def close(self) -> None:
@@ -58,10 +58,12 @@ class ImageReader:
         Raises:
             ShardError: the shard is damaged or missing.
         """
-        if self._used + location.length > len(self._memory[0]):  # earlier images of the group keep the old memory
-            self._memory[0], self._used = memoryview(bytearray(max(self._size, location.length))), 0
-        data, file = self._memory[0][self._used : self._used + location.length], self._open(path)
+        if self._used + location.length > len(self._buffers[0]):  # earlier images of the group keep the old buffer
+            self._buffers[0] = memoryview(bytearray(max(self._buffer_bytes, location.length)))
+            self._used = 0
+        data = self._buffers[0][self._used : self._used + location.length]
         self._used += location.length
+        file = self._open(path)
         file.seek(location.start)
         filled = 0
         while filled < len(data) and (count := file.readinto(data[filled:])):
@@ -70,7 +72,7 @@ class ImageReader:
         if self._columns.maps:
             with as_shard_error():
                 return parse_image(data, self._columns)[0]
-        # not parsed: the checksum shows that it is the data that was checked when it was written, or on resuming
+        # need not be parsed, as its checksum is that of the data checked when they were written or on resuming
         sizes = [size * row.regions for size in self._region_bytes]
         if self._columns.masks:
             sizes[0] = row.mask_bytes

@@ -19,7 +19,7 @@ from refdet.store.crc import crc32
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
-_TOLERANCE = 1.0  # pixels by which boxes in the reference's inclusive convention may exceed the image after scaling
+_TOLERANCE = 1.0  # pixels outside the image that scaled boxes in the reference's inclusive convention may reach
 _MAP_STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "no checksums (an older store); only the consistency of its parts was checked, not every byte"
 
@@ -154,7 +154,7 @@ def _check_image(
         if name.startswith("images/") or name in _MAP_STARTS:
             continue
         try:
-            columns[name] = _slice(store, name, i, rows)
+            columns[name] = _read_column(store, name, i, rows)
         except CORRUPTION_ERRORS as exception:
             problems.append((name, f"cannot be read: {exception}"))
             continue
@@ -164,22 +164,22 @@ def _check_image(
     result.problems += [Problem(image_id, part, what) for part, what in problems]
 
 
-def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
-    """Rows of a dataset that belong to an image."""
+def _read_column(store: Store, name: str, i: int, rows: range) -> np.ndarray:
+    """Read the rows of a dataset that belong to the image at a position in the file, whose regions have ``rows``."""
     data = store.data[name]
     first, last = rows.start, rows.stop
     if name == "regions/mask_start" and len(rows):
-        first, last = rows.start + 1, rows.stop + 1  # ends of its masks
+        first, last = rows.start + 1, rows.stop + 1  # the ends of its masks
     elif name == "regions/mask_counts" and len(rows):
         starts = store.data["regions/mask_start"][rows.start : rows.stop + 1]
         first, last = int(starts[0]), int(starts[-1])
-        check_starts("its masks", starts - first, last - first)
+        check_starts("regions/mask_start", starts - first, last - first)
     elif f"{name}_start" in _MAP_STARTS:
         first, last = store.data[f"{name}_start"][i : i + 2].tolist()
     elif name.startswith("maps/"):
         first, last = i, i + 1
     if not 0 <= first <= last <= len(data):
-        raise ValueError("rows outside the dataset")
+        raise ValueError(f"its rows {first} to {last} are outside the dataset of {len(data)}")
     values: np.ndarray = data[first:last]
     return values
 
@@ -204,8 +204,9 @@ def _inconsistencies(
         yield "regions/category_id", "a category is not in the file's classes"
     ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
     if ends is not None and counts is not None and len(ends):
-        cuts = (ends - (ends[-1] - len(counts)))[:-1]
-        if any(rle_pixels(part.tobytes()) != height * width for part in np.split(counts, cuts)):
+        first = ends[-1] - len(counts)  # of the image's bytes in the dataset
+        masks = np.split(counts, ends[:-1] - first)
+        if any(rle_pixels(mask.tobytes()) != height * width for mask in masks):
             yield "regions/mask_counts", f"a mask does not cover the image of {width}x{height}"
     for name, values in columns.items():
         if values.dtype.kind == "f" and name.startswith(("features/", "maps/")) and not np.isfinite(values).all():

@@ -29,7 +29,7 @@ from refdet.store.schema import (
     ImageRow,
     attributes_checksum,
     image_checksum,
-    starts_of,
+    starts_from_counts,
 )
 from refdet.store.size import contiguous_space
 from refdet.structures.regions import Regions
@@ -60,17 +60,17 @@ class StoreWriter:
         self._columns = columns
         self._images = images
         if len({image.id for image in images}) != len(images):
-            raise ValueError("duplicate image")
+            raise ValueError("duplicate image id")
         self._next = 0  # index of the next image
-        self._region_start = starts_of([image.regions for image in images])
-        self._mask_start = starts_of([image.mask_bytes for image in images])
-        self._head_start = starts_of([math.prod(image.map_shape) for image in images])
+        self._region_start = starts_from_counts([image.regions for image in images])
+        self._mask_start = starts_from_counts([image.mask_bytes for image in images])
+        self._head_start = starts_from_counts([math.prod(image.map_shape) for image in images])
         self._finished = False
-        self._names = columns.names()
-        self._column_index = {name: column for column, name in enumerate(self._names)}
+        self._checksum_names = columns.checksum_names()
+        self._column_index = {name: column for column, name in enumerate(self._checksum_names)}
         self._raw_names = [*region_bytes(columns)]
         self._raw_columns = [self._column_index[name] for name in self._raw_names]
-        self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
+        self._checksums = np.zeros((len(images), len(self._checksum_names)), np.uint32)
         self._checksums[:, 0] = [
             image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
             for row, (first, last) in zip(images, pairwise(self._region_start.tolist()), strict=True)
@@ -83,7 +83,7 @@ class StoreWriter:
         file.attrs["complete"] = False
         self._data: dict[str, h5py.Dataset] = {}  # kept open, as closing a dataset on a full disk crashes HDF5
         self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # of nonempty datasets
-        self._rows: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of each dataset
+        self._row_types: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of each dataset
         self._pool = pool
         self._write_image_columns(images)
         self._create_columns()
@@ -108,7 +108,7 @@ class StoreWriter:
         self._new("images/region_start", self._region_start.shape, np.dtype(np.int64), self._region_start)
 
     def _create_columns(self) -> None:
-        columns, n, count = self._columns, int(self._region_start[-1]), len(self._images)
+        columns, n, num_images = self._columns, int(self._region_start[-1]), len(self._images)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "regions/box": ((n, 4), np.float32),
             "regions/score": ((n,), np.float32),
@@ -124,16 +124,16 @@ class StoreWriter:
         self._file.create_group("features")
         for name in columns.maps:
             shapes[f"maps/{name}"] = ((int(self._head_start[-1]),), np.dtype(columns.dtype))
-            shapes[f"maps/{name}_shape"] = ((count, 3), np.int32)
-            shapes["maps/im_info"] = ((count, 3), np.float32)
+            shapes[f"maps/{name}_shape"] = ((num_images, 3), np.int32)
+            shapes["maps/im_info"] = ((num_images, 3), np.float32)
             self._new(f"maps/{name}_start", self._head_start.shape, np.dtype(np.int64), self._head_start)
         for name, (shape, dtype) in shapes.items():
             data = self._new(name, shape, np.dtype(dtype))
-            self._rows[name] = data.dtype, shape[1:]
+            self._row_types[name] = data.dtype, shape[1:]
             if data.size:
                 self._writers[name] = ChunkedWriter(data, self._pool) if data.chunks else ContiguousWriter(data)
         if columns.masks:
-            self._writers[MASK_START].append(memoryview(bytes(8)))
+            self._writers[MASK_START].append(memoryview(bytes(8)))  # its first value, 0
 
     def _new(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
@@ -180,8 +180,9 @@ class StoreWriter:
             self._put_arrays(i, image)
         if row.regions and self._columns.masks:
             sizes = image.mask_sizes
-            numbers = np.frombuffer(sizes, np.uint32) if isinstance(sizes, bytes) else np.array(sizes, np.int64)
-            self._append(i, MASK_START, self._mask_start[i] + np.cumsum(numbers, dtype=np.int64), row.regions)
+            mask_sizes = np.frombuffer(sizes, np.uint32) if isinstance(sizes, bytes) else np.array(sizes, np.int64)
+            mask_ends = self._mask_start[i] + np.cumsum(mask_sizes, dtype=np.int64)
+            self._append(i, MASK_START, mask_ends, row.regions)
 
     def _put_raw(self, i: int, image: RawImage) -> None:
         for name, part in zip(self._raw_names, image.parts, strict=True):
@@ -206,7 +207,7 @@ class StoreWriter:
 
     def _append(self, i: int, name: str, values: np.ndarray, rows: int, checksum: int | None = None) -> None:
         """Append to a dataset and record the checksum for image ``i``."""
-        dtype, shape = self._rows[name]
+        dtype, shape = self._row_types[name]
         if values.shape != (rows, *shape) or values.dtype != dtype:
             raise ValueError(
                 f"image {self._images[i].id}: {name} has dtype {values.dtype} and shape {values.shape}, "
@@ -234,7 +235,7 @@ class StoreWriter:
         for writer in self._writers.values():
             writer.finish()
         table = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
-        table.attrs["columns"] = json.dumps(self._names)
+        table.attrs["columns"] = json.dumps(self._checksum_names)
         table.attrs["attributes"] = attributes_checksum(self._file.attrs)
         if run:
             self._file.attrs["run"] = json.dumps(dict(run))

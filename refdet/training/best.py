@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync, write_json
 from refdet.files.json_files import read_bytes
 from refdet.files.short_text import short_repr
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.training.run_card import write_card
 
 _MAX_BYTES = 2**16  # of validation.json

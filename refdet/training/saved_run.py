@@ -15,7 +15,7 @@ from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
 from refdet.files.short_text import format_count, short_repr, shorten
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
 from refdet.training.pretrained import Categories, describe_difference

@@ -75,8 +75,8 @@ def test_kinds(files: Files) -> None:
         (files.instances, FileKind.JSON), (files.refer, FileKind.REFER), (files.refer / "refcoco", FileKind.DATASET),
         (image, FileKind.IMAGE), (files.images, FileKind.FOLDER), (lone, FileKind.SAFETENSORS),
         (files.root / "no", FileKind.MISSING), (Path("a\0b"), FileKind.MISSING), (Path("x" * 5000), FileKind.MISSING),
-        (files.text / "below", FileKind.MISSING), (Path("http://a.org/b"), FileKind.ADDRESS),
-        (Path("s3://b/k"), FileKind.ADDRESS),
+        (files.text / "below", FileKind.MISSING), (Path("http://a.org/b"), FileKind.URL),
+        (Path("s3://b/k"), FileKind.URL),
     ):  # fmt: skip
         assert kind_of(path) is kind, path
 

@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from refdet.errors import RuntimeFailure
+from refdet.files import atomic
 from refdet.files.atomic import TEMPORARY_MARK, atomic_write, find_temporary_files, write_json, write_json_once
 
 
@@ -134,3 +137,44 @@ def test_without_hard_links_the_file_is_there_for_the_second(
     monkeypatch.setattr(os, "replace", while_another_waits)
     assert write_json_once(target, {"part": 1}) and wrote == [False]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_without_hard_links_a_killed_writer_is_reported(
+    tmp_path: Path, no_links: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_RENAME_TIMEOUT", 0.0)
+    target = tmp_path / "plan.json"
+    claim = tmp_path / f".plan.00000000.{TEMPORARY_MARK}.json"
+    claim.touch()
+    with pytest.raises(RuntimeFailure, match=r"plan\.json: .* did not finish; remove .*00000000.* and try again"):
+        write_json_once(target, {"part": 1})
+    claim.unlink()
+    assert write_json_once(target, {"part": 1}) and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF])
+def test_file_systems_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", [1])
+    assert write_json_once(tmp_path / "b.json", [2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize(("number", "folder"), [(errno.EIO, True), (errno.EINVAL, False)])
+def test_other_errors_of_syncing_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, folder: bool
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folder:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_json(tmp_path / "a.json", [1])

@@ -57,6 +57,15 @@ def test_a_file_that_changed_in_between_is_not_mixed(site: Site, tmp_path: Path)
     assert get(site, tmp_path) == SHA256
 
 
+@pytest.mark.parametrize("other", [bytes(len(DATA) + 10), bytes(len(DATA) - 10)])
+def test_a_change_is_seen_by_the_size_if_the_server_names_no_version(site: Site, tmp_path: Path, other: bytes) -> None:
+    site.add("/a.zip", DATA, cuts=[5000] * 7, etag="")
+    with pytest.raises(DownloadFailure):
+        get(site, tmp_path)
+    file = site.add("/a.zip", other, etag="")
+    assert get(site, tmp_path) == hashlib.sha256(other).hexdigest() and file.requests == ["bytes=5000-", ""]
+
+
 def test_the_next_run_continues(site: Site, tmp_path: Path) -> None:
     file = site.add("/a.zip", DATA, cuts=[5000] * 7)
     with pytest.raises(DownloadFailure):
@@ -116,6 +125,20 @@ def test_another_source_continues_what_has_a_checksum(site: Site, tmp_path: Path
 def test_a_length_that_is_not_said(site: Site, tmp_path: Path) -> None:
     site.add("/a.zip", DATA, lengths=False)
     assert get(site, tmp_path) == SHA256
+
+
+def test_without_a_length_an_early_end_is_resumed(site: Site, tmp_path: Path) -> None:
+    file = site.add("/a.zip", DATA, lengths=False, cuts=[1000, 1200])
+    assert get(site, tmp_path, size=len(DATA)) == SHA256
+    assert file.requests == ["", "bytes=1000-", "bytes=1200-"]
+
+
+@pytest.mark.parametrize("data", [DATA[:-1], DATA + b"?"])
+def test_without_a_length_another_size_is_rejected(site: Site, tmp_path: Path, data: bytes) -> None:
+    site.add("/a.zip", data, lengths=False, ranges=False)
+    with pytest.raises((DownloadFailure, WrongDownload), match=r"closed early|of 300,005 bytes instead of 300,004"):
+        get(site, tmp_path, size=len(DATA))
+    assert not (tmp_path / "a.zip").exists()
 
 
 def test_redirects(site: Site, tmp_path: Path) -> None:

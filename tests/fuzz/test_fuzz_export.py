@@ -13,7 +13,7 @@ import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, write_dataset, write_store
 from fuzzing import changed_bytes, changed_tree, fuzz
 
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.store.export.mattnet import export_mattnet
 from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 

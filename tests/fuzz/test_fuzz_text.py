@@ -23,7 +23,7 @@ from refdet.evaluation.language import load_expressions
 from refdet.evaluation.predictions import load_predictions
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.extraction.boxes_from_file import load_boxes
-from refdet.files.small_files import strict_json
+from refdet.files.strict_json import strict_json
 from refdet.splits.build import build_split
 from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe

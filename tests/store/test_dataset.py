@@ -99,3 +99,11 @@ def test_one_name_is_no_list_of_names(path: Path) -> None:
         RegionsDataset(path, features="pool5")
     with store.open(path) as found, pytest.raises(ValueError, match="^features: a list of names is needed"):
         found.read(9, "pool5")
+
+
+def test_ids_are_integers_of_any_library(path: Path) -> None:
+    for ids in (np.array([30, 9]), torch.tensor([30, 9]), (30, np.int32(9))):
+        assert RegionsDataset(path, image_ids=ids).image_ids == [30, 9]  # type: ignore[arg-type]
+    for ids in ([9.0], np.array([30.7]), torch.tensor([9.5]), ["9"], [None]):
+        with pytest.raises(ValueError, match="^image_ids: integers are needed, not "):
+            RegionsDataset(path, image_ids=ids)  # type: ignore[arg-type]

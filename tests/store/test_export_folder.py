@@ -149,7 +149,7 @@ NAMES = [
     ("file.txt/deep/out", "parent is a file"),
     ("new/../file.txt/out", "parent is a file"),
     ("full", "exists and is not an empty folder"),
-    ("x" * 300, "cannot be created \(File name too long"),
+    ("x" * 300, r"cannot be created \(File name too long"),
     ("loop", "cannot be created|exists and is not an empty folder"),
     (os.fsdecode(b"caf\xe9"), "name is not valid UTF-8"),
     (os.fsdecode(b"caf\xe9/out"), "name is not valid UTF-8"),

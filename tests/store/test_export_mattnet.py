@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 from refdet.errors import InputError
 from refdet.store.export.mattnet import export_mattnet
 from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
-from refdet.store.export.record import Exported
+from refdet.store.export.record import ExportResult
 
 HEADS = [np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4), np.ones((2, 1, 5), np.float32), None]
 INFOS = [(480.0, 640.0, 2.5), (200.0, 300.0, 1.5), (0.0, 0.0, 0.0)]
@@ -71,14 +71,14 @@ def prepro(tmp_path: Path) -> Prepro:
 
 
 @pytest.fixture
-def done(tmp_path: Path, prepro: Prepro) -> Exported:
+def done(tmp_path: Path, prepro: Prepro) -> ExportResult:
     dets = write_store(tmp_path / "dets.h5", DETECTIONS, "float16")
     add_heads(dets, HEADS, INFOS)
     anns = write_store(tmp_path / "anns.h5", ANNOTATIONS)
     return export_mattnet(dets, tmp_path / "out", anns, prepro, {"dataset": "refcoco"})
 
 
-def test_detections_are_found_image_by_image(done: Exported, tmp_path: Path) -> None:
+def test_detections_are_found_image_by_image(done: ExportResult, tmp_path: Path) -> None:
     loader = Loader(tmp_path / "out")
     assert loader.splits == {3: "train", 4: "testB", 5: "val"}
     assert loader.Images[4]["det_ids"] == [0, 1, 2, 3] and loader.Images[3]["det_ids"] == [4]
@@ -89,13 +89,13 @@ def test_detections_are_found_image_by_image(done: Exported, tmp_path: Path) -> 
     assert all(det["h5_id"] == det_id for det_id, det in loader.Dets.items())
 
 
-def test_boxes_are_those_of_the_inclusive_arithmetic(done: Exported, tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_inclusive_arithmetic(done: ExportResult, tmp_path: Path) -> None:
     loader = Loader(tmp_path / "out")
     half_open = DETECTIONS[0].boxes[[3, 1, 2, 0]].astype(np.float64)
     np.testing.assert_allclose(loader.corners([0, 1, 2, 3]), half_open - [0, 0, 1, 1], rtol=0, atol=1e-12)
 
 
-def test_features_lie_in_the_rows_of_h5_id(done: Exported, tmp_path: Path) -> None:
+def test_features_lie_in_the_rows_of_h5_id(done: ExportResult, tmp_path: Path) -> None:
     loader = Loader(tmp_path / "out")
     for name in ("pool5", "fc7"):
         values = loader.det_feats[name][loader.Dets[1]["h5_id"]]
@@ -111,7 +111,7 @@ def test_features_lie_in_the_rows_of_h5_id(done: Exported, tmp_path: Path) -> No
     assert any(note.startswith("2 of 6 annotations") for note in done.notes)
 
 
-def test_masks_are_the_pixels_of_each_detection(done: Exported, tmp_path: Path) -> None:
+def test_masks_are_the_pixels_of_each_detection(done: ExportResult, tmp_path: Path) -> None:
     masks = {m["det_id"]: m for m in json.loads((tmp_path / "out" / "masks.json").read_text())}
     dets = json.loads((tmp_path / "out" / "dets.json").read_text())
     assert [{k: v for k, v in masks[d["det_id"]].items() if k != "rle"} for d in dets] == dets
@@ -123,7 +123,7 @@ def test_masks_are_the_pixels_of_each_detection(done: Exported, tmp_path: Path) 
         np.testing.assert_array_equal(pixels, expected)
 
 
-def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
+def test_heads_are_a_file_an_image(done: ExportResult, tmp_path: Path) -> None:
     loader = Loader(tmp_path / "out")
     head, info = loader.head(4)
     assert head.dtype == info.dtype == np.float32
@@ -134,7 +134,7 @@ def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
     assert "1 of 3 images has no head map" in done.notes
 
 
-def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> None:
+def test_hdf5_of_python_2_reads_its_files(done: ExportResult, tmp_path: Path) -> None:
     """h5py of MAttNet's time knows the oldest layout alone; nothing is left of the space that was set aside."""
     for name in ("det_feats.h5", "ann_feats.h5", "head/4.h5", "data.h5"):
         path = tmp_path / "out" / name
@@ -144,7 +144,7 @@ def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> Non
         assert values < path.stat().st_size < values + 8192
 
 
-def test_what_has_no_detections_is_told(done: Exported) -> None:
+def test_what_has_no_detections_is_told(done: ExportResult) -> None:
     assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
     assert any("`lower_threshold_if_empty=True`" in note for note in done.notes)
     assert not any("values per region" in note for note in done.notes)
@@ -196,6 +196,8 @@ def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
     one = write_store(tmp_path / "one.h5", ANNOTATIONS[:1])
     bare = write_store(tmp_path / "bare.h5", [replace(r, features={}) for r in DETECTIONS])
     other = replace(DETECTIONS[0], image_id=99)
+    renumbered = [replace(r, ann_ids=None if r.ann_ids is None else r.ann_ids + 1000) for r in ANNOTATIONS]
+    strange = write_store(tmp_path / "strange.h5", renumbered)
     foreign = write_store(tmp_path / "foreign.h5", [other])
     renamed = replace(prepro, data=prepro.data | {"cat_to_ix": {"dog": 2, "cat": 1}})
     cases: list[tuple[Path, Path | None, Prepro | None, str]] = [
@@ -203,6 +205,7 @@ def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
         (dets, dets, prepro, "has detections"),
         (dets, anns, None, "the rows of ann_feats.h5 need a data.json"),
         (dets, one, prepro, "2 of 3 images .* first: 4"),
+        (dets, strange, prepro, "lacks all 6 annotations of the dataset"),
         (bare, None, None, "no feature fc7"),
         (foreign, None, prepro, "lacks all 3 images"),
         (dets, None, renamed, "category cat has id 2, but 1 in the dataset"),

@@ -88,7 +88,7 @@ def test_what_becomes_of_a_name(name: str, stem: str, file: str) -> None:
 def test_two_images_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
     path = write_store(tmp_path / "a.h5", images)
-    with pytest.raises(InputError, match="images 4 and 3 are both named 'a'\); export with `names='id'`"):
+    with pytest.raises(InputError, match=r"images 4 and 3 are both named 'a'\); export with `names='id'`"):
         export_npz(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_npz(path, tmp_path / "out", names="id").images == 2
@@ -99,7 +99,7 @@ def test_a_disk_that_takes_two_names_for_one_loses_nothing(tmp_path: Path, monke
     write = npz_module.write_npz
     monkeypatch.setattr(npz_module, "write_npz", lambda path, values: write(path.with_name(path.name.lower()), values))
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], ("a.jpg", "A.jpg"), strict=True)]
-    with pytest.raises(InputError, match="mistakes 'A' of image 3 for another name\); export with `names='id'`"):
+    with pytest.raises(InputError, match=r"mistakes 'A' of image 3 for another name\); export with `names='id'`"):
         export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 

@@ -108,7 +108,12 @@ def test_its_own_data_json_is_read(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     assert [ann["h5_id"] for ann in Prepro.read(path).data["anns"]] == list(range(6))
     names: Any = {"images": [], "anns": [], "cat_to_ix": {"dog": "a\nb"}}
-    for wrong in ([], {"images": []}, {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}, names):
+    image = {"image_id": 1}
+    twice = {"images": [image, image], "anns": []}
+    same = {"images": [image], "anns": [{"ann_id": 1, "h5_id": 0}, {"ann_id": 1, "h5_id": 1}]}
+    text = {"images": [image], "anns": [{"ann_id": "1", "h5_id": 0}]}
+    gap = {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}
+    for wrong in ([], {"images": []}, gap, names, twice, same, text, {"images": [{"image_id": 1.0}], "anns": []}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="`data_json`"):
             Prepro.read(path)

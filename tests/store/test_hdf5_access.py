@@ -218,3 +218,16 @@ def test_opening_a_known_store_starts_no_process(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
     os.utime(path)
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 7
+
+
+@pytest.mark.parametrize(("name", "problem"), [("SIGKILL", "not checked: "), ("SIGSEGV", "damaged: HDF5 crashes")])
+def test_only_crashes_are_taken_for_damage(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
+) -> None:
+    """A check that the system kills, such as for lack of memory, says nothing about the file."""
+    kill = f'import os, signal; print("started", flush=True); os.kill(os.getpid(), signal.{name})'
+    monkeypatch.setattr(hdf5_sandbox, "_CHILD_CODE", kill)
+    with pytest.raises(InputError, match=rf"a\.h5: {problem}.*\({name}\)"):
+        store.open(foreign)
+    monkeypatch.undo()
+    store.open(foreign).close()

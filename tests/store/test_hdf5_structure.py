@@ -175,7 +175,7 @@ def test_one_image_may_not_take_much_more_memory_than_the_file_has_bytes(
         data = np.zeros((5, 2**18), np.float32)
         file.create_dataset("features/zeros", data=data, chunks=(1, 2**18), compression="gzip")
     store.open(path).close()
-    monkeypatch.setattr(schema, "MAX_UNPACKED", 2**20)
+    monkeypatch.setattr(schema, "MAX_IMAGE_BYTES", 2**20)
     says = re.escape(f"features/zeros of an image takes {3 * 2**20} bytes, but the file has {path.stat().st_size}")
     with pytest.raises(InputError, match=says):
         store.open(path)

@@ -75,7 +75,7 @@ def test_each_image_is_read_alone_in_any_order(tmp_path: Path, size: int) -> Non
     images = encode_all([make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))], COLUMNS)
     places = write(tmp_path / "a", [make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))])
     assert [place for _, place in read(tmp_path / "a", {"shard": 0}, PLAN)] == places
-    reader, before = ImageReader(COLUMNS, size, valid=2), []
+    reader, before = ImageReader(COLUMNS, size, num_groups=2), []
     for k in (2, 0, 3, 1, 3):
         reader.next_group()
         found = reader.read(tmp_path / "a", images[k].row, places[k])

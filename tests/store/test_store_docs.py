@@ -49,5 +49,5 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_page_names_all_datasets() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name in store.Columns({}, masks=True, ann_ids=True, maps=("head",)).names()[1:]:
+    for name in store.Columns({}, masks=True, ann_ids=True, maps=("head",)).checksum_names()[1:]:
         assert f"`/{name}`" in text

@@ -13,15 +13,15 @@ from refdet.files.progress import progress
 from refdet.files.short_text import format_count, format_share
 from refdet.files.version import __version__
 from refdet.store.export.folder import json_list, new_folder, require_space
-from refdet.store.export.record import Exported, write_record
+from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
 
-SCORE_THRESHOLD = 0.5  # below it, most regions are duplicates or mistakes, which a detector should not be trained on
-_REGION_BYTES = 500  # of a region in both files together, with its mask
+SCORE_THRESHOLD = 0.5  # below it, most regions are duplicates or mistakes, on which no detector should be trained
+_REGION_BYTES = 500  # approximate size of a region with its mask, in both files together
 
 
-def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD) -> Exported:
+def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD) -> ExportResult:
     """Write ``results.json`` and ``instances.json``.
 
     The results are a list as pycocotools' ``loadRes`` reads it, with all regions in the order of the store. The
@@ -42,16 +42,16 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
     """
     with Source(store) as source, new_folder(out) as folder:
         require_space(out, source.store.regions * _REGION_BYTES)
-        kept, row = 0, 0
+        kept = row = 0
         with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
             for image_id in progress(source.store, "export", "image", total=len(source.store)):
                 regions = source.read(image_id, ())
-                kept_rows = regions.score_at_least(score_threshold).tolist()
-                for annotation in compress(_annotations(regions, row), kept_rows):
+                is_kept = regions.score_at_least(score_threshold).tolist()
+                for annotation in compress(_annotations(regions, row), is_kept):
                     add_annotation(annotation)
-                kept += sum(kept_rows)
-                for result in regions.to_coco():
-                    add_result(result)
+                kept += sum(is_kept)
+                for entry in regions.to_coco():
+                    add_result(entry)
                 row += len(regions)
         _write_instances(folder, source)
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
@@ -62,9 +62,9 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
             notes.append(f"instances.json leaves out {unusable} that could not be used")
         if not source.store.has_masks:
             notes.append("the store has no masks, so no region has a segmentation")
-        done = Exported("coco", len(source.store), row, ["instances.json", "results.json"], empty, notes)
-        write_record(folder, done, {"score_threshold": score_threshold}, {"features": source})
-    return done
+        result = ExportResult("coco", len(source.store), row, ["instances.json", "results.json"], empty, notes)
+        write_record(folder, result, {"score_threshold": score_threshold}, {"features": source})
+    return result
 
 
 def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:

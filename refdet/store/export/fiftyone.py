@@ -18,7 +18,7 @@ from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
 from refdet.files.short_text import agree, format_count
 from refdet.store.export.folder import new_folder
-from refdet.store.export.record import Exported, write_record
+from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
 
@@ -38,7 +38,7 @@ class _ExportedImage:
     orientation: int
 
 
-def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
+def export_fiftyone(store: Path, out: Path, images: Path) -> ExportResult:
     """Write a ``FiftyOneDataset`` folder, whose samples refer to the original image files.
 
     Each sample has its image, ``image_id``, and ``regions``: detections with label, box, score, mask and ``region``,
@@ -89,16 +89,16 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         if reader.errors:
             notes.append(_left_out(len(reader.errors), "that could not be used"))
         if rejected:
-            left_out = _left_out(len(rejected), "whose file cannot be read in the size of the store")
+            left_out = _left_out(len(rejected), "whose file cannot be read or has another size than in the store")
             notes.append(f"{left_out}, first: {rejected[0]}")
         if num_rotated := sum(image.orientation != 1 for image in usable):
             rotated = format_count(num_rotated, "image")
             notes.append(f"regions of {rotated} are turned by EXIF orientation, as FiftyOne turns the pixels")
         names = sorted(path.name for path in folder.iterdir())
         num_regions = sum(len(reader.rows(image.record.id)) for image in usable)
-        exported = Exported("fiftyone", len(usable), num_regions, names, empty, notes)
-        write_record(folder, exported, {"images": images.name}, {"features": source})
-    return exported
+        result = ExportResult("fiftyone", len(usable), num_regions, names, empty, notes)
+        write_record(folder, result, {"images": images.name}, {"features": source})
+    return result
 
 
 def _import_fiftyone() -> Any:
@@ -112,8 +112,8 @@ def _import_fiftyone() -> Any:
     return fiftyone
 
 
-def _left_out(count: int, which: str) -> str:
-    return f"{format_count(count, 'image')} {which} {agree(count, 'is')} left out"
+def _left_out(count: int, relative_clause: str) -> str:
+    return f"{format_count(count, 'image')} {relative_clause} {agree(count, 'is')} left out"
 
 
 def _new_dataset(fiftyone: Any) -> Any:
@@ -127,7 +127,7 @@ def _new_dataset(fiftyone: Any) -> Any:
 
 
 def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_ExportedImage], list[str]]:
-    """The images whose files can be read in the size that the store has, and the errors of the others."""
+    """The images whose files can be read and have the size recorded in the store, and the errors of the others."""
     usable, rejected = [], []
     for record in progress(records, "check", "image", total=len(records)):
         name = files.find(record)
@@ -169,14 +169,20 @@ def relative_boxes(regions: Regions, orientation: int = 1) -> list[list[float]]:
     return relative
 
 
-def crop_mask(regions: Regions, row: int, orientation: int = 1) -> np.ndarray | None:
-    """The part of a mask in the pixels that its box touches, (h, w) bool, after applying an EXIF orientation.
+def crop_mask(regions: Regions, index: int, orientation: int = 1) -> np.ndarray | None:
+    """Crop the mask of a region to the pixels that its box touches.
 
-    None if the regions have no masks, or the box has no pixels in the image.
+    Args:
+        regions: regions of an image.
+        index: index of the region.
+        orientation: EXIF orientation to apply to the cropped mask, 1 for none.
+
+    Returns:
+        (h, w) bool; None if the regions have no masks, or the box has no pixels in the image.
     """
     if regions.masks is None:
         return None
-    low, high = np.floor(regions.boxes[row, :2]).astype(int), np.ceil(regions.boxes[row, 2:]).astype(int)
+    low, high = np.floor(regions.boxes[index, :2]).astype(int), np.ceil(regions.boxes[index, 2:]).astype(int)
     x1, y1 = np.maximum(low, 0)
-    mask = np.asarray(coco_mask.decode(regions.rles()[row]))[y1 : max(high[1], y1), x1 : max(high[0], x1)]
+    mask = np.asarray(coco_mask.decode(regions.rles()[index]))[y1 : max(high[1], y1), x1 : max(high[0], x1)]
     return apply_orientation(mask.astype(bool), orientation) if mask.size else None

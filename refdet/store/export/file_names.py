@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from refdet.errors import InputError
 from refdet.store import Store
 
-_MAX_BYTES = 255  # bytes of a name, on all common file systems
+_MAX_NAME_BYTES = 255  # bytes of a name, on all common file systems
 _FORBIDDEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line separators
 
 
@@ -61,6 +61,6 @@ def _problem(name: str, suffix: str) -> str:
         return "has no name"
     if any(unicodedata.category(character) in _FORBIDDEN for character in name):
         return "has a name with control characters"
-    if len(os.fsencode(name + suffix)) > _MAX_BYTES:
-        return f"has a name longer than {_MAX_BYTES} bytes"
+    if len(os.fsencode(name + suffix)) > _MAX_NAME_BYTES:
+        return f"has a name longer than {_MAX_NAME_BYTES} bytes"
     return ""

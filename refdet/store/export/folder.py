@@ -16,10 +16,10 @@ from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
 from refdet.files.short_text import format_missing_space
 
-_MAX_BYTES = 200  # of the folder's name in the temporary name, which may have 255
-_EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename to an existing path
-# errors of paths that the user must change
-_UNUSABLE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
+_MAX_NAME_BYTES = 200  # of the folder's name in the temporary folder's name, which may have 255
+_EXISTS_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
+# Of a path that the user must change.
+_PATH_ERRNOS = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
 @contextmanager
@@ -134,14 +134,14 @@ def _exists(path: Path) -> bool:
 
 
 def _truncate(name: str) -> str:
-    return os.fsencode(name)[:_MAX_BYTES].decode("utf-8", "ignore")
+    return os.fsencode(name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
 
 
 def _publish(temporary: Path, path: Path) -> None:
     try:
         temporary.replace(path)
     except OSError as error:
-        if error.errno in _EXISTS:
+        if error.errno in _EXISTS_ERRNOS:
             raise InputError(
                 f"`out` {path}: written by another program in the meantime, and left unchanged; choose another `out`"
             ) from None
@@ -167,8 +167,8 @@ def _raise_if_full(path: Path, error: BaseException) -> None:
 
 
 def _not_creatable(out: Path, error: Exception) -> Exception:
-    """Exception for a folder that cannot be created."""
-    if isinstance(error, OSError) and error.errno not in _UNUSABLE:
+    """Error for a folder that cannot be created; the system's own if another path would not help."""
+    if isinstance(error, OSError) and error.errno not in _PATH_ERRNOS:
         return error
     why = error.strerror if isinstance(error, OSError) else "loop of symbolic links"
     return InputError(f"`out` {out}: cannot be created ({why}); choose another folder")

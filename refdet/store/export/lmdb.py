@@ -19,7 +19,7 @@ from refdet.files.short_text import agree, format_count
 from refdet.store.export import consumers, lmdb_records, portable_pickle
 from refdet.store.export.folder import new_folder, require_space
 from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
-from refdet.store.export.record import Exported, write_record
+from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 
 IMAGES_PER_COMMIT = 32  # held in memory until then
@@ -36,21 +36,21 @@ class _Layout:
     Attributes:
         key: returns the key of an image's record, from the image id.
         record: returns an image's record, from the image id.
-        keys: returns the key and value of the entry that lists all keys.
-        space: minimum size of a region in bytes.
+        list_keys: returns the key and value of the entry that lists all keys.
+        region_bytes: minimum size of a region in bytes.
         folder: folder of the database in the export.
         notes: human-readable notes.
     """
 
     key: Callable[[int], str]
     record: Callable[[int], bytes]
-    keys: Callable[[list[str]], tuple[bytes, bytes]]
-    space: int
+    list_keys: Callable[[list[str]], tuple[bytes, bytes]]
+    region_bytes: int
     folder: str = ""
     notes: list[str] = field(default_factory=list)
 
 
-def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | None = None) -> Exported:
+def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | None = None) -> ExportResult:
     """Write an LMDB with a record per image (`refdet.store.export.lmdb_records`) and a list of its keys.
 
     Images without regions are omitted: ViLBERT's reader divides by their number, and UNITER indexes into them.
@@ -70,13 +70,14 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
             out of range.
         RuntimeFailure: the disk is full, or lmdb fails for another reason.
     """
-    consumers.check_consumer("lmdb", consumer or consumers.LMDB[0])
+    program = consumer or consumers.LMDB[0]
+    consumers.check_consumer("lmdb", program)
     lmdb = _import_lmdb()
     with Source(store) as source, new_folder(out) as folder:
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         nonempty = [i for i in source.store if i not in empty]
-        layout = _layout(source, feature, consumer or consumers.LMDB[0])
-        require_space(out, source.store.regions * layout.space)
+        layout = _layout(source, feature, program)
+        require_space(out, source.store.regions * layout.region_bytes)
         database = folder / layout.folder
         database.mkdir(exist_ok=True)
         _write(lmdb, database, _records(layout, nonempty), out)
@@ -94,40 +95,38 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
         if layout.folder and source.store.has_ann_ids:
             write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, nonempty)})
             files.append("iid_to_ann_ids.json")
-        result = Exported("lmdb", len(nonempty), source.store.regions, files, empty, notes)
-        options = {"for": consumer or consumers.LMDB[0], "feature": feature}
+        result = ExportResult("lmdb", len(nonempty), source.store.regions, files, empty, notes)
+        options = {"for": program, "feature": feature}
         write_record(folder, result, options, {"features": source})
     return result
 
 
 def _layout(source: Source, feature: str, consumer: str) -> _Layout:
-    width = source.width(feature)
-    notes = consumers.width_note(feature, width, consumer)
-    probabilities = CLASS_PROB in source.store.feature_names
-    features = (feature, CLASS_PROB) if probabilities else (feature,)
-    n_values = width + 4 + (source.width(CLASS_PROB) if probabilities else 0)
+    notes = consumers.width_note(feature, source.width(feature), consumer)
+    features = (feature, CLASS_PROB) if CLASS_PROB in source.store.feature_names else (feature,)
     if consumer == "uniter":
-        return _uniter(source, feature, features, notes)
-    arrays = consumer == "vilbert-multi-task"
-    pack = lmdb_records.vilbert_multi_task if arrays else lmdb_records.vilbert_beta
+        return _uniter_layout(source, feature, features, notes)
+    n_values = 4 + sum(source.width(name) for name in features)
+    as_arrays = consumer == "vilbert-multi-task"
+    encode = lmdb_records.vilbert_multi_task if as_arrays else lmdb_records.vilbert_beta
 
-    def keys(names: list[str]) -> tuple[bytes, bytes]:
+    def list_keys(names: list[str]) -> tuple[bytes, bytes]:
         return b"keys", portable_pickle.dumps([name.encode() for name in names], PROTOCOL)
 
     return _Layout(
         str,
-        lambda image_id: pack(source.read(image_id, features, categories=False), feature),
-        keys,
-        4 * n_values if arrays else 16 * n_values // 3,
+        lambda image_id: encode(source.read(image_id, features, categories=False), feature),
+        list_keys,
+        4 * n_values if as_arrays else 16 * n_values // 3,  # base64 has 4 characters for 3 bytes
         notes=notes,
     )
 
 
-def _uniter(source: Source, feature: str, features: tuple[str, ...], notes: list[str]) -> _Layout:
+def _uniter_layout(source: Source, feature: str, features: tuple[str, ...], notes: list[str]) -> _Layout:
     prefix = "visual_grounding_coco_gt" if source.store.has_ann_ids else "visual_grounding_det_coco"
-    columns = {category: i for i, category in enumerate(source.names, start=1)}
-    probabilities = CLASS_PROB in features
-    if not probabilities:
+    column_of = {category: i for i, category in enumerate(source.names, start=1)}
+    has_probabilities = CLASS_PROB in features
+    if not has_probabilities:
         notes.append(
             f"soft_labels are derived from scores and categories, as {source.path.name} has no {CLASS_PROB}; "
             "UNITER reads them only in pretraining"
@@ -138,17 +137,20 @@ def _uniter(source: Source, feature: str, features: tuple[str, ...], notes: list
         notes.append(f"{images} more than {UNITER_REGIONS} regions; UNITER reads only the first {UNITER_REGIONS}")
 
     def record(image_id: int) -> bytes:
-        regions = source.read(image_id, features, categories=not probabilities)
-        labels = regions.features[CLASS_PROB] if probabilities else lmdb_records.soft_labels_of(regions, columns)
-        return lmdb_records.uniter(regions, feature, labels)
+        regions = source.read(image_id, features, categories=not has_probabilities)
+        if has_probabilities:
+            soft_labels = regions.features[CLASS_PROB]
+        else:
+            soft_labels = lmdb_records.derive_soft_labels(regions, column_of)
+        return lmdb_records.uniter(regions, feature, soft_labels)
 
-    def keys(names: list[str]) -> tuple[bytes, bytes]:
+    def list_keys(names: list[str]) -> tuple[bytes, bytes]:
         return b"__keys__", json.dumps(names).encode()
 
     return _Layout(
         lambda image_id: f"{prefix}_{image_id:012}.npz",
         record,
-        keys,
+        list_keys,
         2 * (source.width(feature) + 7),
         UNITER_FOLDER,
         notes,
@@ -159,7 +161,7 @@ def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, byt
     names = [layout.key(image_id) for image_id in image_ids]
     for image_id, name in zip(progress(image_ids, "export", "image"), names, strict=True):
         yield name.encode(), layout.record(image_id)
-    yield layout.keys(names)
+    yield layout.list_keys(names)
 
 
 def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
@@ -200,11 +202,11 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
                         size *= 2
                         database.set_mapsize(size)
     except lmdb.Error as error:
-        raise _as_os_error(error, folder, out) from error
+        raise _convert_error(error, folder, out) from error
 
 
-def _as_os_error(error: Exception, folder: Path, out: Path) -> Exception:
-    """The system error behind an error of lmdb, so that all formats report it in the same way."""
+def _convert_error(error: Exception, folder: Path, out: Path) -> Exception:
+    """The OSError behind an error of lmdb, so that all formats report it in the same way; else a RuntimeFailure."""
     if os.strerror(errno.EFBIG) in str(error):
         return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     # lmdb may report a full disk as "input/output error".

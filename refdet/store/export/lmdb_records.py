@@ -73,7 +73,7 @@ def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
     return msgspec.msgpack.encode({name: _msgpack_numpy(values) for name, values in halves.items()})
 
 
-def soft_labels_of(regions: Regions, column_of: dict[int, int]) -> np.ndarray:
+def derive_soft_labels(regions: Regions, column_of: dict[int, int]) -> np.ndarray:
     """Derive probabilities from scores: a region's score for its category, the rest for the background.
 
     Args:

@@ -16,7 +16,7 @@ from refdet.files.progress import progress
 from refdet.files.short_text import agree, format_count, format_share
 from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.store.export.mattnet_prepro import METADATA_BYTES, Prepro
-from refdet.store.export.record import Exported, write_record
+from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 from refdet.store.hdf5_file import OLDEST_READERS, new_file
 from refdet.structures.regions import Regions
@@ -47,7 +47,7 @@ class _Export:
 
 def export_mattnet(
     store: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
-) -> Exported:
+) -> ExportResult:
     """Write the files that the stores and the dataset allow, with notes about the others.
 
     - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: the detections;
@@ -84,8 +84,8 @@ def export_mattnet(
             )
         folder = stack.enter_context(new_folder(out))
         work = _Export(folder, detections, annotation_source, prepro, [])
-        image_ids = _images(work)
-        require_space(out, _space(work, image_ids))
+        image_ids = _image_ids(work)
+        require_space(out, _min_space(work, image_ids))
         regions = _write_detections(work, image_ids)
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
@@ -107,12 +107,12 @@ def export_mattnet(
             {"annotations": annotation_source} if annotation_source is not None else {}
         )
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
-        result = Exported("mattnet", len(image_ids), regions, files, empty, work.notes)
+        result = ExportResult("mattnet", len(image_ids), regions, files, empty, work.notes)
         write_record(folder, result, options, sources)
     return result
 
 
-def detection(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
+def _detection_record(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
     """Create the record of a detection.
 
     The reference's width ``x2 - x1 + 1`` of an inclusive box is ``x2 - x1`` of a half-open one.
@@ -141,8 +141,8 @@ def detection(regions: Regions, index: int, name: str, det_id: int, row: int) ->
     }
 
 
-def _images(work: _Export) -> list[int]:
-    """Ids of the images to export, in the order of the store."""
+def _image_ids(work: _Export) -> list[int]:
+    """Ids of the images to export, in the order of the store; notes those that only the store or the dataset has."""
     source = work.detections
     if work.prepro is None:
         return list(source.store)
@@ -170,7 +170,7 @@ def _images(work: _Export) -> list[int]:
     return image_ids
 
 
-def _space(work: _Export, image_ids: list[int]) -> int:
+def _min_space(work: _Export, image_ids: list[int]) -> int:
     """Minimum size of features and head maps in bytes."""
     rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
     sources = [(work.detections, rows)]
@@ -179,29 +179,33 @@ def _space(work: _Export, image_ids: list[int]) -> int:
     n_values = sum(
         n * source.width(name) for source, n in sources for name in FEATURES if name in source.store.feature_names
     )
-    return 4 * (n_values + sum(work.detections.head_size(image_id) for image_id in image_ids))
+    return 4 * (n_values + sum(work.detections.head_map_size(image_id) for image_id in image_ids))
 
 
-def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
+def _create_datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
     """Create float32 datasets for features, which must be kept open until the file is closed."""
     return {
         name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False) for name in names
     }
 
 
-def _file_space(source: Source, names: list[str], rows: int) -> int:
+def _max_file_size(source: Source, names: list[str], rows: int) -> int:
     """Maximum size in bytes of a file of features."""
     return 4 * rows * sum(source.width(name) for name in names) + METADATA_BYTES
 
 
-def _names(work: _Export, source: Source) -> list[str]:
-    """Names of the features of a store to export."""
+def _feature_names(work: _Export, source: Source) -> list[str]:
+    """Names of the features of a store to export; notes a missing pool5 and unexpected widths.
+
+    Raises:
+        InputError: the store lacks fc7, or a feature is not a vector.
+    """
     names = [name for name in FEATURES if name in source.store.feature_names]
     for name in FEATURES:
         if name not in names and name != "fc7":
             work.notes.append(f"{source.path.name} has no {name}")
             continue
-        width = source.width(name)
+        width = source.width(name)  # raises if fc7 is missing
         if width != WIDTHS[name]:
             work.notes.append(
                 f"{name} of {source.path.name} has {width} values per region, but "
@@ -216,7 +220,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
     Detections are numbered as in run_detect.py: by image, class and descending score.
     """
     source, store = work.detections, work.detections.store
-    names = _names(work, source)
+    names = _feature_names(work, source)
     total = sum(len(store.rows(image_id)) for image_id in image_ids)
     rank = {category_id: i for i, category_id in enumerate(source.names)}
     if not store.has_masks:
@@ -224,9 +228,9 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
     with ExitStack() as stack:
         add = stack.enter_context(json_list(work.folder / "dets.json"))
         add_mask = stack.enter_context(json_list(work.folder / "masks.json")) if store.has_masks else None
-        space = _file_space(source, names, total)
+        space = _max_file_size(source, names, total)
         file = stack.enter_context(new_file(work.folder / "det_feats.h5", space, OLDEST_READERS))
-        datasets = _datasets(file, source, names, total)
+        datasets = _create_datasets(file, source, names, total)
         first = 0
         for image_id in progress(image_ids, "detections", "image"):
             regions, rows = source.read(image_id, names), store.rows(image_id)
@@ -234,14 +238,15 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
             rles = regions.rles()
             for det_id, index in enumerate(order.tolist(), start=first):
                 category = source.names[int(regions.category_ids[index])]
-                record = detection(regions, index, category, det_id, rows[index])
+                record = _detection_record(regions, index, category, det_id, rows[index])
                 add(record)
                 if add_mask is not None:
                     add_mask(record | {"rle": rles[index] | {"counts": rles[index]["counts"].decode("ascii")}})
+            end = first + len(rows)
             if len(rows):
                 for name in names:
-                    datasets[name][first : first + len(rows)] = regions.features[name][order]
-            first += len(rows)
+                    datasets[name][first:end] = regions.features[name][order]
+            first = end
     return total
 
 
@@ -259,9 +264,10 @@ def _write_annotations(work: _Export) -> None:
             f"{agree(len(missing), 'is')} missing, first: {missing[0]}; extract all splits"
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
-    names, written = _names(work, source), 0
-    with new_file(work.folder / "ann_feats.h5", _file_space(source, names, len(anns)), OLDEST_READERS) as file:
-        datasets = _datasets(file, source, names, len(anns))
+    names = _feature_names(work, source)
+    written = 0
+    with new_file(work.folder / "ann_feats.h5", _max_file_size(source, names, len(anns)), OLDEST_READERS) as file:
+        datasets = _create_datasets(file, source, names, len(anns))
         for image in progress(images, "annotations", "image"):
             regions = source.read(image["image_id"], names, categories=False)
             assert regions.ann_ids is not None
@@ -275,17 +281,20 @@ def _write_annotations(work: _Export) -> None:
                 for name in names:
                     datasets[name][rows[order]] = regions.features[name][order]
             written += len(order)
+    if anns and not written:
+        lacking = format_count(len(anns), "annotation")
+        raise InputError(f"`annotations` {source.path}: lacks all {lacking} of the dataset; extract them")
     if written < len(anns):
         absent = len(anns) - written
         work.notes.append(
             f"{format_share(absent, len(anns), 'annotation')} of the dataset {agree(absent, 'is')} not in "
-            f"{source.path.name} (crowds or unusable images); rows of zeros"
+            f"{source.path.name} (crowds or unusable images); their rows of ann_feats.h5 are zeros"
         )
 
 
 def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
     """Write ``head`` (1, C, H, W) and ``im_info`` (1, 3) of each image, from the stores that have head maps."""
-    sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
+    sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_head_maps]
     if not sources:
         work.notes.append(
             f"no {HEAD_FOLDER}/*.h5, which MAttNet needs for training and evaluation; "
@@ -295,12 +304,12 @@ def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
     dataset_ids = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
     (work.folder / HEAD_FOLDER).mkdir()
     missing = 0
-    for image_id in progress(dataset_ids, "heads", "image"):
-        head_map = next((head for source in sources if (head := source.head(image_id)) is not None), None)
+    for image_id in progress(dataset_ids, "head maps", "image"):
+        head_map = next(filter(None, (source.read_head_map(image_id) for source in sources)), None)
         if head_map is None:
             missing += 1
             continue
-        arrays = {"head": head_map[0][None], "im_info": head_map[1][None]}
+        arrays = {"head": head_map.values[None], "im_info": head_map.im_info[None]}
         space = sum(values.nbytes for values in arrays.values()) + METADATA_BYTES
         with new_file(work.folder / HEAD_FOLDER / f"{image_id}.h5", space, OLDEST_READERS) as file:
             datasets = [

@@ -18,6 +18,7 @@ from refdet.errors import InputError
 from refdet.files.json_files import read_json
 from refdet.files.short_text import shorten
 from refdet.store.hdf5_file import OLDEST_READERS, new_file
+from refdet.structures.limits import is_id
 from refer import REFER
 from refer.validation import Types, box_of, check_fields
 
@@ -72,20 +73,26 @@ class Prepro:
             Its contents.
 
         Raises:
-            InputError: it is not such a file.
+            InputError: it is not such a file, or has duplicate ids.
         """
         data = read_json(data_json)
         try:
-            ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
-            rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
+            image_ids = [image["image_id"] for image in data["images"]]
+            ann_ids = [ann["ann_id"] for ann in data["anns"]]
+            rows = [ann["h5_id"] for ann in data["anns"]]
             categories = data.get("cat_to_ix", {})
-            if not isinstance(categories, dict) or not all(type(number) is int for number in categories.values()):
+            if not isinstance(categories, dict) or not all(map(is_id, categories.values())):
                 raise TypeError("cat_to_ix is not an object of numbers")
+            if not all(map(is_id, [*image_ids, *ann_ids, *rows])):
+                raise TypeError("image_id, ann_id or h5_id is not an integer")
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"`data_json` {data_json}: not a data.json of MAttNet's tools/prepro.py ({error!r})"
             ) from None
-        if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
+        for name, ids in (("image_id", image_ids), ("ann_id", ann_ids)):
+            if len(set(ids)) < len(ids):
+                raise InputError(f"`data_json` {data_json}: duplicate {name}; create it again")
+        if sorted(rows) != list(range(len(rows))):
             raise InputError(f"`data_json` {data_json}: h5_id does not number its annotations from 0; create it again")
         return cls(data)
 
@@ -132,7 +139,9 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
         raise InputError(f"`dataset` {dataset}: MAttNet has no default sentence length for it; give `max_length`")
     refer = REFER(root, dataset, split_by)
     if refer.generalized:
-        raise InputError(f"`dataset` {dataset}: refs with any number of targets; give a dataset with one each")
+        raise InputError(
+            f"`dataset` {dataset}: its refs have any number of targets; give a dataset whose refs have one target each"
+        )
     instances = root / dataset / "instances.json"
     check_fields(instances, "image number {}", list(refer.Imgs.values()), _IMAGE)
     check_fields(instances, "annotation number {}", list(refer.Anns.values()), _ANNOTATION)
@@ -207,11 +216,11 @@ def vocabulary(
         Word -> number, and sentence id -> tokens with ``<UNK>`` for rare words.
     """
     counts = Counter(word for words in sentences.values() for word in words)
-    known = {word: None for word, n in counts.items() if n > threshold}
-    rare = len(known) < len(counts)
-    known |= {word: None for name in [*categories, "__background__"] for word in name.split()}
-    words = [PAD, *known, *([UNKNOWN] if rare else []), BEGIN, END]
-    with_unknown = {sent_id: [w if w in known else UNKNOWN for w in tokens] for sent_id, tokens in sentences.items()}
+    frequent = {word: None for word, n in counts.items() if n > threshold}  # a dict, as sets have no order
+    has_rare_words = len(frequent) < len(counts)
+    kept = frequent | {word: None for name in [*categories, "__background__"] for word in name.split()}
+    words = [PAD, *kept, *([UNKNOWN] if has_rare_words else []), BEGIN, END]
+    with_unknown = {sent_id: [w if w in kept else UNKNOWN for w in tokens] for sent_id, tokens in sentences.items()}
     return {word: i for i, word in enumerate(words)}, with_unknown
 
 
@@ -226,17 +235,17 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
         Word -> number of refs with it, by descending frequency and then alphabetically, and ref id -> its words.
 
     Raises:
-        InputError: the file of attributes does not match the dataset.
+        InputError: ``options.attributes`` is not a sents.json of the dataset.
     """
     if options.attributes is None:
         return {}, {}
     words_by_ref: dict[int, dict[str, None]] = {}
-    no_words = {NO_ATTRIBUTE, *refer.Cats.values()}
+    excluded = {NO_ATTRIBUTE, *refer.Cats.values()}
     try:
         for sentence in read_json(options.attributes):
             ref = refer.sentToRef[sentence["sent_id"]]
             for attribute_type in ATTRIBUTE_TYPES:
-                words = {str(word): None for word in sentence["atts"][attribute_type] if word not in no_words}
+                words = {str(word): None for word in sentence["atts"][attribute_type] if word not in excluded}
                 words_by_ref.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
         raise InputError(

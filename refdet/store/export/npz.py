@@ -14,13 +14,13 @@ from refdet.store.export import consumers, portable_pickle
 from refdet.store.export.file_names import file_names, unusable_names
 from refdet.store.export.folder import new_folder, require_space
 from refdet.store.export.npz_layouts import LAYOUTS, check_names
-from refdet.store.export.record import Exported, write_record
+from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 
 
 def export_npz(
     store: Path, out: Path, feature: str = "fc7", names: str | None = None, consumer: str = consumers.NPZ[0]
-) -> Exported:
+) -> ExportResult:
     """Write ``NAME.npz`` for each image of a store, in the layouts of `refdet.store.export.npz_layouts`.
 
     An image without regions gets a file with 0 regions, which models that pad to a fixed number accept.
@@ -66,7 +66,7 @@ def export_npz(
         if names != layout.names and consumer == "rosita":
             notes.append("ROSITA expects files named after the image file with its suffix (`names='file'`)")
         pattern = "/".join(filter(None, (layout.folder, "*.npz")))
-        result = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
+        result = ExportResult("npz", len(name_of), source.store.regions, [pattern], empty, notes)
         write_record(folder, result, {"for": consumer, "feature": feature, "names": names}, {"features": source})
     return result
 

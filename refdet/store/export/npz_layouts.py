@@ -57,23 +57,23 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
     """
     if layout.image_id is None:
         return []
-    owner: dict[str, int] = {}
+    image_of: dict[str, int] = {}  # id that the program parses -> image id
     for image_id, name in names.items():
         try:
-            read = layout.image_id(name)
+            parsed = layout.image_id(name)
         except ValueError:
             raise unusable_names(path, f"no image id in {name!r} of image {image_id}") from None
-        other = owner.setdefault(read, image_id)
+        other = image_of.setdefault(parsed, image_id)
         if other != image_id:
-            raise unusable_names(path, f"images {other} and {image_id} are both read as {read!r}")
-    mismatched = [image_id for read, image_id in owner.items() if read != str(image_id)]
+            raise unusable_names(path, f"images {other} and {image_id} are both read as {parsed!r}")
+    mismatched = [(image_id, parsed) for parsed, image_id in image_of.items() if parsed != str(image_id)]
     if not mismatched:
         return []
-    read = layout.image_id(names[mismatched[0]])
+    image_id, parsed = mismatched[0]
+    images = format_count(len(mismatched), "image", "is")
     return [
-        f"{format_count(len(mismatched), 'image', 'is')} read with another id than in the store (image {mismatched[0]} "
-        f"as {read!r}); "
-        "if that is wrong, export with `names='id'`"
+        f"{images} read with another id than in the store (image {image_id} as {parsed!r}); if that is wrong, export "
+        "with `names='id'`"
     ]
 
 
@@ -111,14 +111,14 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, category_inde
     }
 
 
-def transposed(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
+def openvqa_vqa(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """As `bottom_up_attention` with ``x`` (width, N), which openvqa's VQA loader and mcan-vqa transpose back."""
     x = np.ascontiguousarray(_features(regions, feature).T)
     return bottom_up_attention(regions, feature, name, category_index) | {"x": x}
 
 
 def openvqa_gqa(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
-    """Contents for openvqa's GQA loader: ``x`` (N, width), ``bbox`` (N, 4) xyxy in pixels, ``height``, ``width``."""
+    """Contents of a file for openvqa's GQA loader: `bottom_up_attention` with shorter names and without ``info``."""
     return {
         "x": _features(regions, feature),
         "bbox": regions.boxes,
@@ -129,7 +129,7 @@ def openvqa_gqa(regions: Regions, feature: str, name: str, category_index: Mappi
 
 
 def rosita(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
-    """Contents for ROSITA's loaders and TSV converter, with zero attributes."""
+    """Contents of a file for ROSITA's loaders and TSV converter: its attributes are zeros."""
     n = len(regions)
     return {
         "filename": base_name(regions.file_name),
@@ -163,13 +163,13 @@ def _before_first_dot(name: str) -> str:
 
 LAYOUTS = {
     "bottom-up-attention": Layout(bottom_up_attention, notes=(OBJECTS_ID_NOTE,)),
-    "openvqa": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
+    "openvqa": Layout(openvqa_vqa, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "openvqa-gqa": Layout(
         openvqa_gqa,
         image_id=_before_first_dot,
         notes=("openvqa's GQA loader also reads grid features, which are not exported",),
     ),
-    "mcan": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
+    "mcan": Layout(openvqa_vqa, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "rosita": Layout(
         rosita,
         "file",

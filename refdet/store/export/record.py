@@ -11,11 +11,9 @@ from refdet.files.atomic import write_json
 from refdet.files.version import __version__
 from refdet.store.export.source import Source
 
-NAME = "provenance.json"
-
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """Result of an export.
 
     Attributes:
@@ -39,15 +37,15 @@ class Exported:
         return asdict(self)
 
 
-def write_record(folder: Path, done: Exported, options: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
+def write_record(folder: Path, result: ExportResult, options: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
     """Write `provenance.json`: the export, its source files and the provenance of their detectors.
 
     Args:
         folder: the folder of the export.
-        done: result of the export.
+        result: its result.
         options: options of the export.
         sources: the stores by name.
     """
     source_records = {name: source.describe() for name, source in sources.items()}
-    record = {"refdet": __version__, "export": done.to_json(), "options": dict(options), "sources": source_records}
-    write_json(folder / NAME, record)
+    record = {"refdet": __version__, "export": result.to_json(), "options": dict(options), "sources": source_records}
+    write_json(folder / "provenance.json", record)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,18 @@ from refdet import store
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
+
+
+class HeadMap(NamedTuple):
+    """The feature map of an image from which regions are pooled.
+
+    Attributes:
+        values: (C, H, W) float32.
+        im_info: (3,) float32 height, width and scale of the network input.
+    """
+
+    values: np.ndarray
+    im_info: np.ndarray
 
 
 class Source:
@@ -26,23 +38,19 @@ class Source:
     Attributes:
         path: the store.
         store: its reader.
-        has_heads: whether it has head maps, the feature maps from which regions are pooled.
+        has_head_maps: whether it has a `HeadMap` of each usable image.
         names: category id -> name, in the order of the detector's classes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.store = store.open(path)
-        self.has_heads = "head" in self.store.map_names
-        self._errors = self.store.errors
-        try:
-            self.names: dict[int, str] = {int(category["id"]): str(category["name"]) for category in self.store.classes}
-            starts = self.store.data["maps/head_start"][:].tolist() if self.has_heads else []
-        except (TypeError, KeyError, ValueError, OSError) as error:
-            self.store.close()
-            raise InputError(f"{path}: damaged: {error!r}; extract it again") from None
-        ends = zip(starts[:-1], starts[1:], strict=True)
-        self._head_sizes = dict(zip(self.store, (last - first for first, last in ends), strict=False))
+        self.names = self.store.names
+        self.has_head_maps = "head" in self.store.map_names
+        self._head_map_sizes: dict[int, int] = {}
+        if self.has_head_maps:
+            sizes = np.diff(self.store.data["maps/head_start"][:])
+            self._head_map_sizes = dict(zip(self.store, sizes.tolist(), strict=True))
 
     def __enter__(self) -> Source:
         return self
@@ -105,31 +113,23 @@ class Source:
             )
         return regions
 
-    def head_size(self, image_id: int) -> int:
+    def head_map_size(self, image_id: int) -> int:
         """Number of values in the head map of an image, 0 if it has none."""
-        return int(self._head_sizes.get(image_id, 0))
+        return self._head_map_sizes.get(image_id, 0)
 
-    def head(self, image_id: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Read the head map of an image.
-
-        Args:
-            image_id: the image.
-
-        Returns:
-            (C, H, W) float32, and (3,) float32 height, width and scale of the network input; None if the image has no
-            map, because it is unusable or not in the store.
-        """
-        if not self.head_size(image_id):
+    def read_head_map(self, image_id: int) -> HeadMap | None:
+        """Read the head map of an image, None if it has none because it is unusable or not in the store."""
+        if not self.head_map_size(image_id):
             return None
         regions = self.store.read(image_id, ("head",))
         assert regions.im_info is not None
-        return regions.maps["head"].astype(np.float32), regions.im_info
+        return HeadMap(regions.maps["head"].astype(np.float32), regions.im_info)
 
     def why_empty(self, image_id: int) -> str:
         """Why an image has no regions, "" if it has any."""
         if self.store.rows(image_id):
             return ""
-        return self._errors.get(image_id) or "no regions"
+        return self.store.errors.get(image_id) or "no regions"
 
     def describe(self) -> dict[str, Any]:
         """File, hash, provenance and options of the store, for `provenance.json`."""

@@ -1,4 +1,4 @@
-"""Parse small, untrusted JSON strictly."""
+"""Parse untrusted JSON strictly."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from itertools import islice
 _BUFFERS_PER_CALL = 512  # half of IOV_MAX on Linux and macOS
 
 
-def write_parts(file: int, parts: Iterable[bytes | bytearray | memoryview], offset: int | None = None) -> int:
+def write_buffers(file: int, buffers: Iterable[bytes | bytearray | memoryview], offset: int | None = None) -> int:
     """Write buffers one after another.
 
     Args:
         file: a file descriptor.
-        parts: the buffers.
+        buffers: what to write.
         offset: where to start in the file, in bytes; None for its current position.
 
     Returns:
@@ -24,18 +24,19 @@ def write_parts(file: int, parts: Iterable[bytes | bytearray | memoryview], offs
     Raises:
         OSError: the disk is full, or writing failed for another reason.
     """
-    remaining, done = deque(memoryview(part) for part in parts if part), 0
-    while remaining:  # a call may write only part of its buffers, such as the last one before the disk is full
-        chunk = list(islice(remaining, _BUFFERS_PER_CALL))
+    remaining = deque(memoryview(buffer) for buffer in buffers if buffer)
+    total = 0
+    while remaining:  # a call may write less than its buffers, such as the last one before the disk is full
+        batch = list(islice(remaining, _BUFFERS_PER_CALL))
         if offset is None:
-            written = os.writev(file, chunk)
+            written = os.writev(file, batch)
         elif hasattr(os, "pwritev"):
-            written = os.pwritev(file, chunk, offset + done)
+            written = os.pwritev(file, batch, offset + total)
         else:
-            written = os.pwrite(file, chunk[0], offset + done)
-        done += written
+            written = os.pwrite(file, batch[0], offset + total)
+        total += written
         while remaining and written >= len(remaining[0]):
             written -= len(remaining.popleft())
         if written:
             remaining[0] = remaining[0][written:]
-    return done
+    return total

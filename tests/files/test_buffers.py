@@ -1,0 +1,33 @@
+"""Buffers are written whole, however much of them the system takes at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from refdet.files.buffers import write_buffers
+
+BUFFERS = [b"", b"abc", bytearray(b"defg"), memoryview(b"h"), b"", *[bytes([i % 256]) for i in range(1500)]]
+
+
+@pytest.mark.parametrize("at", [None, 7])
+@pytest.mark.parametrize("most", [1, 5, 10**6])
+def test_all_buffers_are_written_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None, most: int
+) -> None:
+    write, pwrite = os.write, os.pwrite
+    monkeypatch.setattr(os, "writev", lambda file, buffers: write(file, b"".join(buffers)[:most]))
+    monkeypatch.setattr(os, "pwritev", lambda file, buffers, at: pwrite(file, b"".join(buffers)[:most], at))
+    with (tmp_path / "a").open("wb", 0) as file:
+        assert write_buffers(file.fileno(), BUFFERS, at) == sum(map(len, BUFFERS))
+    assert (tmp_path / "a").read_bytes() == bytes(at or 0) + b"".join(BUFFERS)
+
+
+def test_the_system_takes_as_many_buffers_as_are_given_to_it(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("wb", 0) as file:
+        write_buffers(file.fileno(), BUFFERS)
+        write_buffers(file.fileno(), BUFFERS, 3)
+    whole = b"".join(BUFFERS)
+    assert (tmp_path / "a").read_bytes() == whole[:3] + whole
