@@ -141,7 +141,7 @@ def extract_features(
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
     job.check_checkpoint()
-    compute = make_compute(detector, job.options, None if job.given is None else job.given.for_image)
+    compute = make_compute(detector, job.options, None if job.given_regions is None else job.given_regions.for_image)
     records = job.records
 
     def batches(size: int) -> list[list[ImageRecord]]:

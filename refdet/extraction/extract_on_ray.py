@@ -73,7 +73,7 @@ def extract_on_ray(
                 size = CPU_BATCH_SIZE
             plan = replace(job.plan, batch_size=size or pool.auto_batch_size())
             batches = group_by_input_size(job.records, job.meta.recipe.input, plan.batch_size)
-            engine = RayEngine(pool, None if job.given is None else job.given.for_image, strict)
+            engine = RayEngine(pool, None if job.given_regions is None else job.given_regions.for_image, strict)
             try:
                 return extract(
                     out,

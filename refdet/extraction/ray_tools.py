@@ -90,13 +90,13 @@ class DetectorTools:
             job.records,
             list(job.image_list.index.images.values()),
             job.options,
-            job.given is not None,
+            job.given_regions is not None,
             device,
             software(),
             workers,
         )
 
-    def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+    def __call__(self, given_regions: Callable[[ImageRecord], Regions]) -> Tools:
         """Check the software, checkpoint and images of this machine, and load the detector.
 
         Raises:
@@ -134,7 +134,7 @@ class DetectorTools:
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
             source.read,
-            make_compute(detector, self.options, given if self.regions_given else None),
+            make_compute(detector, self.options, given_regions if self.regions_given else None),
             name,
             precision,
             kernels_state(),

@@ -94,7 +94,7 @@ class ShardWorker:
     def __init__(self, make: MakeTools) -> None:
         self._make = make
         self._thread = ThreadPoolExecutor(1, "compute")
-        self._given: dict[int, Regions] = {}
+        self._given_regions: dict[int, Regions] = {}
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._futures: dict[int, Future[None]] = {}  # shard number -> its future
         self._failed: BaseException | None = None
@@ -106,7 +106,7 @@ class ShardWorker:
     def start(self) -> Started | Failed:
         """Check what the worker needs and load the detector."""
         try:
-            self._tools = self._thread.submit(self._make, lambda record: self._given[record.id]).result()
+            self._tools = self._thread.submit(self._make, lambda record: self._given_regions[record.id]).result()
         except Exception as error:
             return _failed(error)
         tools = self._tools
@@ -140,18 +140,18 @@ class ShardWorker:
         self._thread.submit(self._run, work.strict)
         return shared
 
-    def compute(self, number: int, given: RegionsById) -> Finished | Failed:
+    def compute(self, number: int, given_regions: RegionsById) -> Finished | Failed:
         """Compute a shard.
 
         Args:
             number: its number.
-            given: the regions of its images; empty if they are to be detected.
+            given_regions: the regions of its images; empty if they are to be detected.
 
         Returns:
             The finished shard.
         """
         with self._lock:
-            self._given |= given
+            self._given_regions |= given_regions
             future = self._futures.setdefault(number, Future())
             if self._failed is not None:
                 return _failed(self._failed)
@@ -176,7 +176,7 @@ class ShardWorker:
         with self._lock:
             for batch in self._shard_set.shards[number]:
                 for record in batch:
-                    self._given.pop(record.id, None)
+                    self._given_regions.pop(record.id, None)
             future = self._futures.pop(number, None)
         if future is not None:  # None if the worker has failed
             future.set_result(None)

@@ -29,7 +29,7 @@ def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
 
 def estimate_bytes(
     records: Sequence[ImageRecord],
-    regions: Callable[[ImageRecord], int],
+    counts: Sequence[int],
     recipe: Recipe,
     header: Header,
     columns: Columns,
@@ -39,7 +39,7 @@ def estimate_bytes(
 
     Args:
         records: the images.
-        regions: returns the number of regions of an image, or its limit.
+        counts: number of regions of each image, or its limit.
         recipe: the recipe of the detector.
         header: the header of the store.
         columns: the columns of the store, with `feature_shapes`.
@@ -47,8 +47,7 @@ def estimate_bytes(
     """
     channels = feature_shapes(recipe, 0)["pool5"][0]
     rows = []
-    for record in records:
-        count = regions(record)
+    for record, count in zip(records, counts, strict=True):
         masks = count * _MASK_BYTES * columns.masks
         shape = (channels, *map_size(record)) if columns.maps else (0, 0, 0)
         rows.append(ImageRow(record.id, record.file_name, record.height, record.width, "", count, masks, shape))
