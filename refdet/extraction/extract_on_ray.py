@@ -21,7 +21,7 @@ from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.shard_folder import read_batch_size, read_plan, shards_folder
 from refdet.extraction.start_lines import start_lines
-from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.summary import Summary, summarize_store
 
 
 def extract_on_ray(
@@ -60,7 +60,7 @@ def extract_on_ray(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if resume and not strict and _is_complete(job, out):
-        return summary_of_store(out, None, dict, read_batch_size(out) or 0)
+        return summarize_store(out, None, dict, read_batch_size(out) or 0)
     with connect(address, device) as cluster:
         tools = DetectorTools.from_job(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:

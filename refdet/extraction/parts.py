@@ -40,7 +40,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
-from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
@@ -115,7 +115,7 @@ def extract_part(
                 merged = _merge_if_last(shard_set, records, session, compute_seconds)
             if not merged:
                 return shard_set.summary(session, compute_seconds())
-    return summary_of_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
+    return summarize_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count, format_share
@@ -110,7 +110,7 @@ def extract(
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:
                 session = compute_and_merge(repaired, repaired.missing_shards())
-    return summary_of_store(out, session, compute_seconds, plan.batch_size)
+    return summarize_store(out, session, compute_seconds, plan.batch_size)
 
 
 def _compute_and_merge(
@@ -275,7 +275,7 @@ class BackgroundWriter:
                 add(images)
                 self._bar.update(len(batch))
         stages["write"] += time.perf_counter() - started - waited
-        self._session.finished(sum(map(len, batches)))
+        self._session.record_shard(sum(map(len, batches)))
 
 
 def load_ahead(

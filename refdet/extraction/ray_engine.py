@@ -22,7 +22,7 @@ from refdet.extraction.ray_messages import Failed, Finished, Work
 from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import STAGES, Session
-from refdet.extraction.workers_file import WORKERS, note_workers
+from refdet.extraction.workers_file import WORKERS, write_workers
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
@@ -68,7 +68,7 @@ class RayEngine:
             return
         run = _Run(self._pool, shard_set, shard_numbers, self._given_regions)
         images = sum(len(batch) for number in shard_numbers for batch in shard_set.shards[number])
-        note_workers(shard_set.folder, run.token, [])
+        write_workers(shard_set.folder, run.token, [])
         work = Work(
             shard_set.folder.absolute(),
             run.token,
@@ -83,13 +83,13 @@ class RayEngine:
             with progress_bar(images, "extract", "image") as bar:
                 while run.unfinished:
                     for worker in self._pool.workers:
-                        if worker.started and not worker.has_work:
-                            worker.has_work, worker.started_at = True, time.monotonic()
+                        if worker.started and not worker.work_sent:
+                            worker.work_sent, worker.work_sent_at = True, time.monotonic()
                             self._pool.call(worker, "begin", shared_work)
                     run.assign_shards()
                     for worker, method, answer in self._pool.answers():
                         if method == "start":
-                            self._pool.note_start(worker, answer)
+                            self._pool.handle_start(worker, answer)
                         elif answer is None or isinstance(answer, Failed):
                             run.drop_failed(worker, answer)
                         elif method == "begin":
@@ -171,14 +171,14 @@ class _Run:
         if number in self.unfinished:
             self._shard_set.adopt(number, done.file, done.rows, done.shapes)
             self.unfinished.discard(number)
-            session.finished(len(done.rows))
+            session.record_shard(len(done.rows))
             bar.update(len(done.rows))
         elif isinstance(done.file, Path):
             done.file.unlink(missing_ok=True)
         bar.set_postfix_str(_speeds(self._pool.workers), refresh=False)
         if worker.updated - self._last_progress > _PROGRESS_SECONDS:
             self._last_progress = worker.updated
-            note_workers(
+            write_workers(
                 self._shard_set.folder, self.token, [other.state() for other in self._pool.workers if other.started]
             )
 

@@ -51,7 +51,7 @@ class Tools:
 class MakeTools(Protocol):
     """Prepares a worker, to which it is sent by pickle."""
 
-    def __call__(self, given_regions: Callable[[ImageRecord], Regions]) -> Tools:
+    def __call__(self, given_regions: Callable[[ImageRecord], Regions], /) -> Tools:
         """Check what the worker needs and load the detector; ``given_regions`` returns the regions of an image."""
 
 

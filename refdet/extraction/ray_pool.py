@@ -34,11 +34,11 @@ class Worker:
         node: Ray's id of its machine.
         name: host and a number, "" before it has started.
         started: its message when it had started.
-        has_work: whether it was sent the `Work`.
+        work_sent: whether it was sent the `Work`.
         ready: whether it accepts shards.
         shards: numbers of the shards assigned to it, in the order of computation.
         finished: number of images that it has finished.
-        started_at: when it was sent the `Work`, in seconds of ``time.monotonic``.
+        work_sent_at: when it was sent the `Work`, in seconds of ``time.monotonic``.
         updated: when it last finished a shard, likewise.
     """
 
@@ -46,20 +46,20 @@ class Worker:
     node: str
     name: str = ""
     started: Started | None = None
-    has_work: bool = False
+    work_sent: bool = False
     ready: bool = False
     shards: list[int] = field(default_factory=list)
     finished: int = 0
-    started_at: float = 0.0
+    work_sent_at: float = 0.0
     updated: float = 0.0
 
     @property
     def speed(self) -> float:
         """Images per second up to the last finished shard."""
-        return self.finished / (self.updated - self.started_at) if self.finished else 0.0
+        return self.finished / (self.updated - self.work_sent_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Its progress, as in `refdet.extraction.workers_file.who_computes`."""
+        """Its progress, as in `refdet.extraction.workers_file.read_workers`."""
         assert self.started is not None
         now = time.monotonic()
         return {
@@ -70,7 +70,7 @@ class Worker:
             "shards": self.shards,
             "finished": self.finished,
             "images_per_second": round(self.speed, 2),
-            "updated": time.time() - (now - (self.updated or self.started_at or now)),
+            "updated": time.time() - (now - (self.updated or self.work_sent_at or now)),
         }
 
 
@@ -113,7 +113,7 @@ class Pool:
         while True:
             self.fill_slots()
             for worker, _, answer in self.answers():
-                self.note_start(worker, answer)
+                self.handle_start(worker, answer)
             for worker in self.workers:
                 if worker.started:
                     return worker.started
@@ -134,7 +134,7 @@ class Pool:
                 self.workers.append(worker)
                 self.call(worker, "start")
 
-    def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
+    def handle_start(self, worker: Worker, answer: Started | Failed | None) -> None:
         """Handle the answer of a worker that was started; None if it was lost."""
         if isinstance(answer, Started):
             first = next((other.started for other in self.workers if other.started), answer)
@@ -248,7 +248,7 @@ class Pool:
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Stop the workers; returns the results of `ShardWorker.stop` of those that stopped in time."""
-        calls = [worker.actor.stop.remote() for worker in self.workers if worker.has_work]
+        calls = [worker.actor.stop.remote() for worker in self.workers if worker.work_sent]
         reports = []
         with suppress(self.ray.exceptions.RayError):
             for call in self._wait(calls, len(calls), _STOP_TIMEOUT) if calls else ():

@@ -29,7 +29,7 @@ from refdet.extraction.pipeline import BackgroundWriter, load_ahead, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
-from refdet.extraction.workers_file import engine_token
+from refdet.extraction.workers_file import read_token
 from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions
@@ -132,7 +132,7 @@ class ShardWorker:
             return replace(_failed(error), is_machine_error=True)
 
     def _begin(self, work: Work) -> bool:
-        shared = engine_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
+        shared = read_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
         self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
         folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)
         self._shard_set = WorkerShards(work, folder, shared, self._finish)

@@ -1,6 +1,6 @@
 """Folder of an unfinished extraction: read its plan and check whether it can be resumed.
 
-Without torch, so that mismatches are found before the detector is loaded.
+No torch, so that mismatches are found before the detector is loaded.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def shards_folder(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
-def progress(folder: Path) -> dict[str, Any] | None:
-    """Read the plan of an unfinished extraction.
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Read the plan and progress of an unfinished extraction.
 
     Args:
         folder: folder of the shards.
 
     Returns:
-        Contents of ``plan.json`` and the number of shards as "finished"; None if it is not such a folder.
+        Contents of ``plan.json``, and "finished": the number of finished shards. None if there is no plan.
 
     Raises:
         InputError: the plan is damaged.
@@ -68,10 +68,10 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         folder: folder of the shards.
 
     Returns:
-        Contents of ``plan.json``; None if it does not exist, or is damaged and there are no shards.
+        Contents of ``plan.json``. None if it does not exist, or is damaged and the folder has no shards.
 
     Raises:
-        InputError: it is damaged and there are shards.
+        InputError: it is damaged, and the folder has shards.
     """
     path = folder / PLAN
     try:
@@ -79,7 +79,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise InputError(f"{path}: not a JSON object")
     except InputError as error:
-        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # perhaps removed just now
+        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # another process may have removed it
             return None
         raise InputError(
             f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
@@ -119,7 +119,7 @@ def check_resumable(
 
     Raises:
         InputError: ``out`` or its shards exist and ``resume`` is False; they have another plan or header; or the
-            folder has foreign files.
+            folder contains other files.
     """
     if not resume:
         check_new(out)
@@ -172,7 +172,7 @@ def _merged_inodes(folder: Path) -> list[int]:
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what killed processes left of an extraction into ``out``; no other process may be writing it."""
+    """Remove what killed processes left of an extraction into ``out``; no other process may be using it."""
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
     partial += find_temporary_files(out.parent, out.name)

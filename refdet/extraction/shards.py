@@ -22,7 +22,7 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.merge_reading import ImageToMerge, read_ahead
-from refdet.extraction.part import no_part_running
+from refdet.extraction.part import lock_all_parts
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
     LOCK,
@@ -335,7 +335,7 @@ def open_extraction(
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), no_part_running(folder):
+        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), lock_all_parts(folder):
             current_plan = read_plan(folder)
             if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")

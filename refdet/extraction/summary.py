@@ -50,7 +50,7 @@ class Summary:
         return shares(self.seconds, self.stages)
 
 
-def summary_of_store(
+def summarize_store(
     out: Path, session: Session | None, compute_seconds: Callable[[], dict[str, float]], batch_size: int
 ) -> Summary:
     """The numbers of a finished store, and the times of the process that finished it.

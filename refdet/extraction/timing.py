@@ -83,7 +83,7 @@ class Session:
             if stage == "merge":  # no shard is finished after it
                 self._append_record()
 
-    def finished(self, images: int) -> None:
+    def record_shard(self, images: int) -> None:
         """Record that a shard with a number of images was finished."""
         self.images += images
         self._append_record()

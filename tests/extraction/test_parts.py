@@ -26,8 +26,8 @@ from refdet.cli.main import main
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import parts
-from refdet.extraction.part import Part, no_part_running
-from refdet.extraction.workers_file import who_computes
+from refdet.extraction.part import Part, lock_all_parts
+from refdet.extraction.workers_file import read_workers
 from refdet.files.lock import exclusive_lock
 from refdet.splits.inspect import describe
 from refdet.structures.regions import Regions
@@ -92,7 +92,7 @@ def test_parts_at_the_same_time(tmp_path: Path, whole: Path) -> None:
 def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: str) -> None:
     out = tmp_path / "a.h5"
     assert ended(start_part(out, "1/2", kill))[0] == -9
-    assert [one["state"] for one in who_computes(folder_of(out))] == ["stopped"]
+    assert [one["state"] for one in read_workers(folder_of(out))] == ["stopped"]
     assert not run_part(out, "2/2").merged
     if kill.startswith("add"):
         assert len(list(folder_of(out).glob(".*.shard"))) == 1  # half-written, and left alone by other parts
@@ -146,8 +146,8 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
         pytest.raises(InputError, match="another process is writing to it; wait for it to finish"),
     ):
         run_part(out, "2/2")
-    with no_part_running(folder):
-        assert [one["state"] for one in who_computes(folder)] == ["finished"]
+    with lock_all_parts(folder):
+        assert [one["state"] for one in read_workers(folder)] == ["finished"]
     assert run_part(out, "2/2").merged
 
 
