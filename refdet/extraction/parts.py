@@ -92,7 +92,7 @@ def extract_part(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of computing.
+        compute_seconds: called at the end; returns the seconds per part of the network.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -269,7 +269,7 @@ def _merge_if_last(
                         **session.summary(),
                         "batch_size": shard_set.plan.batch_size,
                         "parts": shard_set.part.count,
-                        "computing": {part: round(seconds, 3) for part, seconds in compute_seconds().items()},
+                        "computing": {name: round(seconds, 3) for name, seconds in compute_seconds().items()},
                     },
                 )
             return True

@@ -81,7 +81,7 @@ def extract(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of computing.
+        compute_seconds: called at the end; returns the seconds per part of the network.
         engine: called instead of `compute_shards` with the shards, the numbers of those to compute, and the session;
             this process merges the shards.
 
@@ -133,7 +133,7 @@ def _compute_and_merge(
                 lambda: {
                     **session.summary(),
                     "batch_size": shard_set.plan.batch_size,
-                    "computing": {part: round(took, 3) for part, took in compute_seconds().items()},
+                    "computing": {name: round(seconds, 3) for name, seconds in compute_seconds().items()},
                 },
             )
     return session

@@ -40,7 +40,7 @@ class RayEngine:
         strict: fail at an unusable image.
 
     Attributes:
-        computing: seconds per part of computing, mean over the workers.
+        computing: seconds per part of the network, mean over the workers.
         oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 

@@ -32,7 +32,7 @@ class Tools:
         threads: number of threads that prefetch images.
         auto_batch_size: returns the number of images that fit into memory.
         context: returns the context manager to compute in.
-        compute_seconds: returns the seconds per part of computing.
+        compute_seconds: returns the seconds per part of the network.
         oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 

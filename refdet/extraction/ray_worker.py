@@ -164,7 +164,7 @@ class ShardWorker:
         return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Stop after the batches being computed; returns the seconds per stage and per part of computing."""
+        """Stop after the batches being computed; returns the seconds per stage and per part of the network."""
         self._stopping = True
         self._todo.put(_END)
         self._thread.shutdown()
