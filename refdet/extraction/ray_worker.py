@@ -62,7 +62,7 @@ class WorkerShards(ShardSet):
         self._finished(number)
 
     @contextmanager
-    def _writing(self, path: Path) -> Iterator[Path]:
+    def _temporary_file(self, path: Path) -> Iterator[Path]:
         temporary = temporary_path(path)
         try:
             yield temporary

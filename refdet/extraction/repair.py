@@ -20,6 +20,7 @@ import numpy as np
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
+from refdet.extraction.merge_reading import ImageToMerge
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
@@ -82,7 +83,9 @@ class Repair(ShardSet):
             )
         for image_id, _ in lost:
             del computed[image_id]
-        images = [computed.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
+        images = [
+            computed.get(r.id) or ImageToMerge(self._old_rows[r.id], partial(self._read_old, r.id)) for r in records
+        ]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
         os.replace(new, self.out)

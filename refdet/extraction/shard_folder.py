@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files
+from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -126,11 +126,7 @@ def check_resumable(
     folder = shards_folder(out)
     saved_plan = read_plan(folder)
     if saved_plan is not None:
-        if difference := plan.differing_options(header, saved_plan, ignored):
-            raise InputError(
-                f"{folder} was started with different settings: {difference}; use the same options and "
-                "checkpoint, or remove it"
-            )
+        check_same_settings(folder, plan.differing_options(header, saved_plan, ignored))
     elif out.exists():
         with store.open(out) as finished:
             stored = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
@@ -140,6 +136,15 @@ def check_resumable(
     elif unexpected := _find_unexpected(folder):
         raise InputError(f"{folder}: contains {unexpected}, not part of an extraction; move it or choose another `out`")
     return saved_plan
+
+
+def check_same_settings(folder: Path, difference: str) -> None:
+    """Raise an InputError if the plan of a folder of shards has a difference, "" for none."""
+    if difference:
+        raise InputError(
+            f"{folder} was started with different settings: {difference}; use the same options and checkpoint, or "
+            "remove it"
+        )
 
 
 def _find_unexpected(folder: Path) -> str:
@@ -190,3 +195,10 @@ def remove_owned_files(folder: Path) -> None:
             if OWNED_FILES.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()
+
+
+def remove_merged(folder: Path) -> None:
+    """Remove a folder whose shards are merged into the store."""
+    (folder / PLAN).unlink()  # first, so that an interrupted removal is not resumed
+    fsync(folder)
+    remove_owned_files(folder)
