@@ -113,12 +113,12 @@ class RayEngine:
 
 
 class _Run:
-    """Assignment of shards to workers.
+    """Assignment of the shards to compute to the workers.
 
     Attributes:
         unfinished: numbers of the shards that are not finished.
         token: identifies this run in the folder.
-        fix: fix of the errors, which says what is kept.
+        fix: fix of its errors, which says where finished shards are kept.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class _Run:
     ) -> None:
         self._pool, self._shard_set, self._given_regions = pool, shard_set, given_regions
         self._unassigned, self.unfinished = deque(shard_numbers), set(shard_numbers)
-        self._tries: Counter[int] = Counter()
-        self._last_progress = 0.0
+        self._losses: Counter[int] = Counter()  # shard number -> workers lost while they computed it
+        self._last_progress = 0.0  # when the workers were last written, in seconds of time.monotonic
         self.token = secrets.token_hex(8)
         self.fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
 
@@ -196,13 +196,15 @@ class _Run:
         self._pool.log_once(
             f"note: worker {worker.name} was lost; {format_count(len(retries), 'shard')} will be computed again"
         )
-        for number in retries[:1]:
-            self._tries[number] += 1
-            if self._tries[number] >= MAX_LOST:
-                raise RuntimeFailure(
-                    f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of memory",
-                    fix=self.fix,
-                )
+        if not retries:
+            return
+        number = retries[0]  # the one it was computing
+        self._losses[number] += 1
+        if self._losses[number] >= MAX_LOST:
+            raise RuntimeFailure(
+                f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of memory",
+                fix=self.fix,
+            )
 
 
 def _speeds(workers: Sequence[Worker]) -> str:
