@@ -156,7 +156,7 @@ def extract_features(
                 or (batch_size is None and default_batch_size(torch_device))
                 or auto_batch_size(detector, records, job.options, job.options.features)
             )
-            detector.model.profiler = profiler = Profiler(torch_device)  # after measuring batch sizes
+            detector.model.profiler = profiler = Profiler(torch_device)
             plan, workers = replace(job.plan, batch_size=size), workers or default_workers(torch_device)
             if parsed_part is not None:
                 return extract_part(

@@ -1,4 +1,4 @@
-"""Regions that are given instead of detected: annotated objects or boxes from a file."""
+"""Regions to extract features for instead of detections: annotated objects or boxes from a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GivenRegions:
         categories: category id -> name.
         has_masks: whether all regions have masks.
         has_ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMATS`.
+        box_format: format of the boxes in their file, a key of `refdet.data.box_format.FORMATS`.
     """
 
     for_image: Callable[[ImageRecord], Regions]

@@ -33,8 +33,8 @@ class Plan:
         dtype: of features and maps, "float16" or "float32".
         masks: whether masks are stored.
         ann_ids: whether annotation ids are stored.
-        batch_size: maximum number of images per batch. Not an option of the store, as it depends on the machine and
-            affects results only by rounding, but shards of different batch sizes cannot be combined.
+        batch_size: maximum number of images per batch; 0 if not chosen yet. Not an option of the store, as it depends
+            on the machine and affects results only by rounding, but shards of different batch sizes cannot be combined.
         maps: names of the feature maps stored for each image.
         compression: of features and maps, "none", "gzip" or "lzf".
     """
@@ -90,7 +90,7 @@ class Plan:
         """Describe the differences to the options and header in another ``plan.json``.
 
         A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
-        may be of another detector. The batch size is compared unless it is 0.
+        may be of another detector. The batch size is compared unless that of this plan is 0.
 
         Args:
             header: metadata of the store.
@@ -176,7 +176,7 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
         The shards.
     """
     shards: list[Shard] = []
-    size = images
+    size = images  # so that the first batch starts a shard
     for batch in batches:
         if size >= images:
             shards.append([])
