@@ -226,7 +226,7 @@ def _check_orientation(path: Path, source: store.Store, exif: str) -> None:
 
 
 def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
-    """Check that a store's images are in the index and that each box has area inside its image."""
+    """Check that a store's images are in the index, and its categories in its classes, and that boxes have area."""
     for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
         record = index.images.get(image_id)
         if record is None:
@@ -245,3 +245,10 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
             image_id = int(source.image_ids[image_rows[row]])
             problem = _describe_misplaced(boxes[row], index.images[image_id])
             raise InputError(f"`boxes` {path}: image {image_id}: {problem}")
+        categories = source.data["regions/category_id"][first : first + _ROWS_AT_ONCE]
+        for row in np.flatnonzero(~np.isin(categories, list(source.names))).tolist():
+            image_id = int(source.image_ids[image_rows[row]])
+            raise InputError(
+                f"`boxes` {path}: image {image_id}: category {categories[row]} is not in the classes of the store; "
+                "extract it again"
+            )

@@ -15,7 +15,7 @@ _RES5_SIZE = 7  # height and width of res5's output
 
 
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each feature of one region, for a detector of this recipe."""
+    """Shape of each feature of one region, for a detector of this recipe and number of classes without background."""
     model = recipe.model
     pooled, fc7 = roi_channels(model)
     return {
@@ -45,7 +45,7 @@ def estimate_bytes(
         columns: the columns of the store, with `feature_shapes`.
         map_size: returns the height and width of an image's feature map, for stores with feature maps.
     """
-    channels = feature_shapes(recipe, 0)["pool5"][0]
+    channels, _ = roi_channels(recipe.model)
     rows = []
     for record, count in zip(records, counts, strict=True):
         masks = count * _MASK_BYTES * columns.masks

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -154,6 +155,14 @@ def test_a_store_of_boxes_is_checked_before_the_work(
     path.rename(tmp_path / "c.h5")  # and it was closed
     with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):
         load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
+
+
+def test_a_store_with_a_category_of_no_class_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+    path = boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]] * 2, 7: [[1, 2, 3, 4]] * 2})
+    with h5py.File(path, "r+") as file:
+        file["regions/category_id"][3] = 99
+    with pytest.raises(InputError, match="`boxes` .*b.h5: image 7: category 99 is not in the classes of the store"):
+        load_boxes(path, index)
 
 
 def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, index: CocoIndex) -> None:
