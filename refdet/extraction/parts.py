@@ -235,9 +235,12 @@ def _merge_if_last(
                 return True
             finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
             if finished < count:
+                missing = format_share(count - finished, count, "shard", "is")
                 log.warning(
                     "note: part %s is finished; %s missing: the last part to finish writes %s",
-                    *(shard_set.part, format_share(count - finished, count, "shard", "is"), out),
+                    shard_set.part,
+                    missing,
+                    out,
                 )
                 return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}

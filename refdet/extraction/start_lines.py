@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.data.coco import ImageRecord
 from refdet.extraction.size_estimate import estimate_bytes, feature_shapes
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_bytes, format_count
 from refdet.store import Columns
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     compression = " before compression" if plan.compression != "none" else ""
     return [
         f"device: {device}, {options.precision}, {kernels}",
-        f"images: {len(job.records)} of {job.image_list.name}; file size: {bound} {_format_size(size)}{compression}",
+        f"images: {len(job.records)} of {job.image_list.name}; file size: {bound} {format_bytes(size)}{compression}",
         f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}",
     ]
-
-
-def _format_size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
