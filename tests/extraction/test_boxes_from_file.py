@@ -221,6 +221,7 @@ def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
     usual = extract("a.h5", results(tmp_path, GOOD))
     other = extract("b.h5", results(tmp_path, {**GOOD, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
     assert usual.exit_code == other.exit_code == 0
+    assert "images: 3 of i.json; file size: about " in usual.stderr
     with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
         assert "box_format" not in a.options and b.options["box_format"] == "xyxy"
         np.testing.assert_array_equal(a[7].boxes, b[7].boxes)
