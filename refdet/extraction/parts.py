@@ -31,6 +31,7 @@ from refdet.extraction.shard_folder import (
     MERGED,
     OWNED_FILES,
     PLAN,
+    batch_size_of,
     check_merged_file,
     check_resumable,
     check_same_settings,
@@ -202,8 +203,8 @@ def _agree_on_plan(
         write_json_once(folder / PLAN, plan.to_json(shards, header))
         fsync(folder.parent)
     saved_plan = read_plan(folder) or {}
-    size = saved_plan.get("batch_size")
-    if isinstance(size, int) and size != plan.batch_size:
+    size = batch_size_of(saved_plan)
+    if size is not None and size != plan.batch_size:
         plan = replace(plan, batch_size=size)
         shards = split_into_shards(make_batches(size), shard_images)
     check_same_settings(folder, plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan))

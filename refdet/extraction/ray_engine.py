@@ -36,7 +36,7 @@ class RayEngine:
 
     Args:
         pool: the workers, at least one of which has started.
-        given_regions: returns the regions of an image; None if they are to be detected.
+        given_regions: returns the regions of an image; None to detect them.
         strict: fail at an unusable image.
 
     Attributes:
@@ -60,9 +60,8 @@ class RayEngine:
             session: timing; its stages become the means over the workers.
 
         Raises:
-            InputError: an image is unusable.
-            RuntimeFailure: a shard cannot be computed, no worker is left, or the disk is full; finished shards are
-                kept.
+            RuntimeFailure: a shard cannot be computed, no worker is left, the disk is full, or an image is unusable and
+                ``strict`` is True (UnusableImageError); finished shards are kept.
         """
         if not shard_numbers:
             return
@@ -70,13 +69,13 @@ class RayEngine:
         images = sum(len(batch) for number in shard_numbers for batch in shard_set.shards[number])
         write_workers(shard_set.folder, run.token, [])
         work = Work(
-            shard_set.folder.absolute(),
-            run.token,
-            shard_set.plan,
-            shard_set.header,
-            shard_set.shards,
-            shard_set.plan_hash,
-            self._strict,
+            folder=shard_set.folder.absolute(),
+            token=run.token,
+            plan=shard_set.plan,
+            header=shard_set.header,
+            shards=shard_set.shards,
+            plan_hash=shard_set.plan_hash,
+            strict=self._strict,
         )
         shared_work = self._pool.ray.put(work)
         try:

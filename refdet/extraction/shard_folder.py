@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ def read_batch_size(out: Path) -> int | None:
     if plan is None and out.exists():
         with store.open(out) as finished:
             plan = finished.run
-    size = (plan or {}).get("batch_size")
+    return None if plan is None else batch_size_of(plan)
+
+
+def batch_size_of(plan: Mapping[str, Any]) -> int | None:
+    """Batch size in the contents of ``plan.json`` or a store's information about its run, None if it is invalid."""
+    size = plan.get("batch_size")
     return size if type(size) is int and 0 < size <= _MAX_BATCH_SIZE else None
 
 

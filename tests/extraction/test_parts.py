@@ -220,6 +220,15 @@ def test_what_is_no_part(text: str) -> None:
         Part.parse(text)
 
 
+@pytest.mark.parametrize("size", [0, -1, True, 10**6, None, "4"])
+def test_no_part_computes_with_a_damaged_batch_size(tmp_path: Path, size: Any) -> None:
+    run_part(tmp_path / "a.h5", "1/2")
+    path = folder_of(tmp_path / "a.h5") / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
+    with pytest.raises(InputError, match=f"`batch_size` was {json.dumps(size).strip(chr(34))} and is now 4"):
+        run_part(tmp_path / "a.h5", "2/2", fixed_batch_size=False)
+
+
 def test_the_batch_size_is_that_of_the_first_part_unless_one_is_asked_for(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "a.h5"
     run_part(out, "1/2")
