@@ -267,5 +267,5 @@ def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -
     with store.open(sure) as c:
         assert c[7].scores.tolist() == [12.5, -3]  # of a detector that does not give rates
     assert verify(sure).problems == [] and verify(first).problems == []
-    with pytest.raises(InputError, match="another boxes"):
+    with pytest.raises(InputError, match="another file of boxes"):
         extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)

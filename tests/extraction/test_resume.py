@@ -52,7 +52,9 @@ def test_another_model_beside_the_same_weights_is_refused(
 def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
     run(tmp_path / "a.h5")
     many = replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
-    with pytest.raises(InputError, match="a was null and is now 1; b was null .*; c was null and is now 1; \\.\\.\\."):
+    with pytest.raises(
+        InputError, match="a was not set and is now 1; b was not set .*; c was not set and is now 1; \\.\\.\\."
+    ):
         run(tmp_path / "a.h5", header=many, resume=True)
 
 
