@@ -113,7 +113,7 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
             pool.start()
             while sum(worker.started is not None for worker in pool.workers) < workers:
                 for worker, _, answer in pool.answers():
-                    pool.note_start(worker, answer)
+                    pool.handle_start(worker, answer)
             started, before = time.perf_counter() - begun, time.process_time()
             done = extract(
                 folder / "a.h5",

@@ -269,7 +269,7 @@ def _note_unused(regions: str, lower_threshold_if_empty: bool) -> None:
 
 
 def _show_stages(done: Summary) -> None:
-    """The time of each stage, and of each part of computing, with bars. Finishing and writing overlap the others."""
+    """The time of each stage, and of each part of the network, with bars. Finishing and writing overlap the others."""
     stages: dict[str, float] = {}
     for name, value in done.stages.items():
         stages[name] = value

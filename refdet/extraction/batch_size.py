@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,11 @@ from refdet.structures.detection_options import DetectionOptions
 
 if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
+    from refdet.detector.mask_rcnn import MaskRCNN
 
 MAX_BATCH_SIZE = {"cpu": 4, "cuda": 32}  # larger batches are not faster
 MEMORY_FRACTION = 0.8  # of free memory; the rest is for variation between images and for other processes
-CPU_IMAGE_BYTES = 2**30  # memory that an image of 600x1000 takes with the largest network, with a margin
+CPU_IMAGE_BYTES = 2**30  # memory of an input of 600x1000 in the largest network, with a margin
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def measure_batch_size(
     """The largest batch whose measured peak is at most `MEMORY_FRACTION` of a GPU's free memory.
 
     Batches of 1, 2, 4, ... random images of the largest size in `records` are computed, with a score threshold of 0 so
-    that ``options.max_regions`` is reached. As memory does not grow evenly, the size is one that was computed; how
-    memory grew only decides whether the next size is tried.
+    that ``options.max_regions`` is reached. Memory need not grow evenly, so only a measured size is returned; its
+    growth only decides whether the next size is tried. The model's profiler does not count the time.
 
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.
@@ -78,15 +80,15 @@ def measure_batch_size(
         torch.cuda.reset_peak_memory_stats(device)
         allocated, images = torch.cuda.memory_allocated(device), [image] * count
         ids = detector.meta.category_ids
-        with as_out_of_memory_error():
+        with as_out_of_memory_error(), _without_profiler(detector.model):
             start_detecting(detector.model, images, [largest] * count, ids, all_regions, features=features)
             torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - allocated
 
-    peak_bytes(1)  # libraries load, and allocate memory that they keep
+    peak_bytes(1)  # warm up: libraries allocate memory that they keep
     peaks = [peak_bytes(1)]
     torch.cuda.empty_cache()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of blocks that are partly used
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in partly used blocks
     budget = (torch.cuda.mem_get_info(device)[0] + unused) * MEMORY_FRACTION
     size = 1
     while size < MAX_BATCH_SIZE["cuda"] and _expected_peak(peaks) <= budget:
@@ -102,8 +104,18 @@ def measure_batch_size(
     return MeasuredBatch(size, peaks[-1])
 
 
+@contextmanager
+def _without_profiler(model: MaskRCNN) -> Iterator[None]:
+    """Detach the profiler of a model within the block."""
+    profiler, model.profiler = model.profiler, None
+    try:
+        yield
+    finally:
+        model.profiler = profiler
+
+
 def _expected_peak(peaks: Sequence[int]) -> int:
-    """The next peak, of sizes that double, if memory grows as it did between the last two; at least the last peak."""
+    """The peak of the next size, twice the last, extrapolated from the last two peaks; at least the last peak."""
     return peaks[-1] if len(peaks) == 1 else peaks[-1] + 2 * max(peaks[-1] - peaks[-2], 0)
 
 
@@ -115,9 +127,9 @@ def _power_of_2(count: float, limit: int) -> int:
 
 
 def split_on_oom(compute: Compute) -> Compute:
-    """Wrap `compute` to halve a batch when the GPU runs out of memory, and later batches of that size right away.
+    """Wrap `compute` to halve a batch when the GPU runs out of memory, and later batches of that size at once.
 
-    Failed allocations of cuBLAS and cuDNN count as PyTorch's own.
+    Failed allocations in cuBLAS and cuDNN count as out of memory too.
 
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.

@@ -1,13 +1,13 @@
-"""Read boxes to extract features for from COCO results or another store."""
+"""Read the boxes to extract features for, from COCO results or another store."""
 
 from __future__ import annotations
 
 import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from refdet.data.box_format import DEFAULT, FORMATS, resolve_box_format
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
+from refdet.extraction.given_regions import GivenRegions
 from refdet.files.json_files import read_json
+from refdet.files.short_text import agree, format_count, format_share
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
@@ -26,36 +28,7 @@ log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1 << 16  # boxes to check at once
 
 
-@dataclass(frozen=True)
-class BoxFile:
-    """Boxes of a file.
-
-    Attributes:
-        regions: image id -> regions without features, in file order; read lazily from a store.
-        count: returns the number of boxes of an image id, 0 if the file does not have it.
-        categories: category id -> name.
-        masks: whether all regions have masks.
-        ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes, a key of `refdet.data.box_format.FORMATS`.
-    """
-
-    regions: Mapping[int, Regions]
-    count: Callable[[int], int]
-    categories: Mapping[int, str]
-    masks: bool
-    ann_ids: bool
-    box_format: str = DEFAULT
-
-    def for_image(self, record: ImageRecord) -> Regions:
-        """Regions of an image, empty if the file has none."""
-        regions = self.regions.get(record.id)
-        if regions is not None:
-            return regions
-        empty = Regions.empty(record.id, record.file_name, record.height, record.width)
-        return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
-
-
-def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: str = "ignore") -> BoxFile:
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: str = "ignore") -> GivenRegions:
     """Read and check the boxes of a file.
 
     Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
@@ -70,12 +43,12 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
         exif: "ignore" or "apply" the EXIF orientation of the images, as was done for those of a store.
 
     Returns:
-        The boxes, clipped, as half-open ``x1 y1 x2 y2`` in pixels.
+        The regions, with clipped half-open boxes ``x1 y1 x2 y2`` in pixels. Those of a store are read when requested.
 
     Raises:
-        InputError: an image or category that is not in the instances file; a box that is not finite, has no area or is
-            outside its image; another image size; images of a store in another orientation; or an invalid mask. The
-            message has the file and the entry.
+        InputError: an image or category is not in the instances file; a box is not finite, has no area in float32 or is
+            outside its image; a mask is invalid; or the images of a store have another size or orientation. The
+            message names the file and the entry.
     """
     if path.suffix in (".h5", ".hdf5"):
         if box_format != DEFAULT:
@@ -85,15 +58,15 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
     if not isinstance(entries, list):
         raise InputError(f"`boxes` {path}: not a list of entries; give COCO results or a store (.h5)")
     records: list[ImageRecord] = []
-    rows: dict[int, list[int]] = {}  # image id -> its entries
-    masks: dict[int, list[bytes]] = {}
-    with_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
+    rows: dict[int, list[int]] = {}  # image id -> positions of its entries
+    masks: dict[int, list[bytes]] = {}  # image id -> RLE counts
+    has_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
     for number, entry in enumerate(entries):
         with _add_entry_to_errors(path, number):
             record = _parse_entry(entry, index)
-            if ("segmentation" in entry) != with_masks:
+            if ("segmentation" in entry) != has_masks:
                 raise InputError("segmentation missing in some entries; give it in all or none")
-            if with_masks:
+            if has_masks:
                 rle = to_rle(entry["segmentation"], record.height, record.width)
                 masks.setdefault(record.id, []).append(rle["counts"])
         records.append(record)
@@ -104,29 +77,56 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
     for warning in warnings:
         level, _, text = warning.partition(": ")
         log.warning("%s: `boxes` %s: %s", level, path, text)
-    corners = FORMATS[format_name].to_pixels(boxes, sizes)
-    for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
+    corners = FORMATS[format_name].to_pixels(boxes, sizes).astype(np.float32)  # as stored
+    for number in np.flatnonzero(~_has_area_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
-            _check_inside(corners[number].tolist(), records[number], FORMATS[format_name].text)
+            raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].text))
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
-    regions = {}
-    for image_id, indices in rows.items():
-        record = index.images[image_id]
-        regions[image_id] = Regions(
-            image_id,
+
+    def for_image(record: ImageRecord) -> Regions:
+        indices = rows.get(record.id, [])
+        return Regions(
+            record.id,
             record.file_name,
             record.height,
             record.width,
             boxes=clipped[indices],
             scores=scores[indices],
             category_ids=categories[indices],
-            masks=tuple(masks[image_id]) if with_masks else None,
+            masks=tuple(masks.get(record.id, ())) if has_masks else None,
         )
-    return BoxFile(
-        regions, lambda i: len(rows.get(i, ())), index.categories, with_masks, ann_ids=False, box_format=format_name
+
+    return GivenRegions(
+        for_image,
+        lambda image_id: len(rows.get(image_id, ())),
+        index.categories,
+        has_masks=has_masks,
+        has_ann_ids=False,
+        box_format=format_name,
     )
+
+
+def report_images_without_boxes(
+    path: Path, count: Callable[[int], int], records: Sequence[ImageRecord], say: Callable[[str], object]
+) -> None:
+    """Report the number of images that have no boxes in a file.
+
+    Args:
+        path: the file.
+        count: returns the number of boxes of an image id.
+        records: the images.
+        say: called with the line.
+    """
+    images, empty = len(records), sum(not count(record.id) for record in records)
+    if empty == images:
+        say(f"`boxes` {path}: no boxes of the {format_count(images, 'image')}, so the store has no regions")
+    elif empty:
+        say(
+            f"note: `boxes` {path}: {format_share(empty, images, 'image', 'has')} no boxes and so "
+            f"{agree(empty, 'gets')} no regions"
+        )
 
 
 @contextmanager
@@ -158,23 +158,20 @@ def _parse_entry(entry: Any, index: CocoIndex) -> ImageRecord:
     return record
 
 
-def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _has_area_inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Whether boxes (N, 4) xyxy in pixels have area inside their images of (N, 2) width and height, (N,) bool."""
     low, high = corners[:, :2], corners[:, 2:]
     inside: np.ndarray = (low < high) & (low.clip(0) < np.minimum(high, sizes))
     return np.asarray(inside.all(axis=1))
 
 
-def _check_inside(corners: list[float], record: ImageRecord, format_text: str = "") -> None:
-    """Raise an InputError if a box xyxy in pixels has no area inside its image."""
-    x1, y1, x2, y2 = corners
+def _describe_misplaced(corners: np.ndarray, record: ImageRecord, format_text: str = "") -> str:
+    """Describe the problem of a box (4,) xyxy in pixels that has no area inside its image."""
+    box = ", ".join(f"{value:.7g}" for value in corners.tolist())
     suffix = f", read as {format_text}," if format_text else ""
-    if not (x1 < x2 and y1 < y2):
-        raise InputError(f"box {corners} (x1, y1, x2, y2){suffix} has no area")
-    if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
-        raise InputError(
-            f"box {corners} (x1, y1, x2, y2){suffix} is outside its image of {record.width}x{record.height}"
-        )
+    if not (corners[:2] < corners[2:]).all():
+        return f"box [{box}] (x1, y1, x2, y2){suffix} has no area"
+    return f"box [{box}] (x1, y1, x2, y2){suffix} is outside its image of {record.width}x{record.height}"
 
 
 def _is_number(value: object) -> bool:
@@ -182,31 +179,7 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
 
 
-class _StoreRegions(Mapping[int, Regions]):
-    """Regions of an open store, read image by image, as with masks they may not fit in memory."""
-
-    def __init__(self, source: store.Store, index: CocoIndex) -> None:
-        self._source, self._index = source, index
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._source)
-
-    def __getitem__(self, image_id: int) -> Regions:
-        stored, record = self._source.read(image_id, features=()), self._index.images[image_id]
-        return replace(
-            Regions.empty(image_id, record.file_name, record.height, record.width),
-            boxes=stored.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
-            scores=stored.scores,
-            category_ids=stored.category_ids,
-            ann_ids=stored.ann_ids,
-            masks=stored.masks,
-        )
-
-
-def _load_store(path: Path, index: CocoIndex, exif: str) -> BoxFile:
+def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
     source = store.open(path)
     try:
         _check_orientation(path, source, exif)
@@ -216,21 +189,36 @@ def _load_store(path: Path, index: CocoIndex, exif: str) -> BoxFile:
         if isinstance(error, store.CORRUPTION_ERRORS):
             raise InputError(f"`boxes` {path}: damaged: {error}; extract it again") from None
         raise
-    categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
-    return BoxFile(
-        _StoreRegions(source, index),
-        lambda i: len(source.rows(i)) if i in source else 0,
-        categories,
-        source.has_masks,
-        source.has_ann_ids,
+
+    def for_image(record: ImageRecord) -> Regions:
+        empty = Regions.empty(record.id, record.file_name, record.height, record.width)
+        if record.id not in source:
+            ann_ids = np.zeros(0, np.int64) if source.has_ann_ids else None
+            return replace(empty, masks=() if source.has_masks else None, ann_ids=ann_ids)
+        stored = source.read(record.id, features=())
+        return replace(
+            empty,
+            boxes=stored.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
+            scores=stored.scores,
+            category_ids=stored.category_ids,
+            ann_ids=stored.ann_ids,
+            masks=stored.masks,
+        )
+
+    return GivenRegions(
+        for_image,
+        lambda image_id: len(source.rows(image_id)) if image_id in source else 0,
+        {int(entry["id"]): str(entry["name"]) for entry in source.classes},
+        has_masks=source.has_masks,
+        has_ann_ids=source.has_ann_ids,
     )
 
 
 def _check_orientation(path: Path, source: store.Store, exif: str) -> None:
     """Check that a store's boxes are of images in the orientation in which they will be read."""
-    of_store = source.options.get("exif", "ignore")
-    if of_store != exif:
-        turned = of_store == "apply"
+    stored_exif = source.options.get("exif", "ignore")
+    if stored_exif != exif:
+        turned = stored_exif == "apply"
         raise InputError(
             f"`boxes` {path}: its boxes are of images {'turned upright by' if turned else 'as stored, regardless of'} "
             f"their EXIF orientation; {'add' if turned else 'omit'} `exif='apply'`"
@@ -238,7 +226,7 @@ def _check_orientation(path: Path, source: store.Store, exif: str) -> None:
 
 
 def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
-    """Check that a store's images are in the index and that each box has area inside its image."""
+    """Check that a store's images are in the index, and its categories in its classes, and that boxes have area."""
     for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
         record = index.images.get(image_id)
         if record is None:
@@ -253,9 +241,14 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
         boxes = source.data["regions/box"][first : first + _ROWS_AT_ONCE]
         rows = np.arange(first, first + len(boxes))
         image_rows = np.searchsorted(source.region_start, rows, side="right") - 1
-        for row in np.flatnonzero(~_inside(boxes, sizes[image_rows])).tolist():
+        for row in np.flatnonzero(~_has_area_inside(boxes, sizes[image_rows])).tolist():
             image_id = int(source.image_ids[image_rows[row]])
-            try:
-                _check_inside(boxes[row].tolist(), index.images[image_id])
-            except InputError as error:
-                raise InputError(f"`boxes` {path}: image {image_id}: {error}") from None
+            problem = _describe_misplaced(boxes[row], index.images[image_id])
+            raise InputError(f"`boxes` {path}: image {image_id}: {problem}")
+        categories = source.data["regions/category_id"][first : first + _ROWS_AT_ONCE]
+        for row in np.flatnonzero(~np.isin(categories, list(source.names))).tolist():
+            image_id = int(source.image_ids[image_rows[row]])
+            raise InputError(
+                f"`boxes` {path}: image {image_id}: category {categories[row]} is not in the classes of the store; "
+                "extract it again"
+            )

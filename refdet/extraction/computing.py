@@ -1,4 +1,4 @@
-"""The functions that compute the regions of a batch with a detector."""
+"""Functions that compute the regions of a batch of images with a detector."""
 
 from __future__ import annotations
 
@@ -19,23 +19,21 @@ from refdet.structures.regions import Regions
 
 
 def make_compute(
-    detector: TrainedDetector, options: ExtractOptions, given: Callable[[ImageRecord], Regions] | None
+    detector: TrainedDetector, options: ExtractOptions, given_regions: Callable[[ImageRecord], Regions] | None
 ) -> Compute:
     """The function that an extraction calls with each batch of one input size.
 
     Args:
         detector: loaded with ``for_inference=True``.
         options: what to compute.
-        given: returns the regions of an image, without features; None to detect them.
+        given_regions: returns the regions of an image, without features; None to detect them.
 
     Returns:
-        The function. It halves batches that do not fit into memory.
+        The function, which halves batches that do not fit into memory.
     """
-    return split_on_oom(
-        make_detect(detector, options, options.features, options.dtype)
-        if given is None
-        else _make_describe(detector, given, options)
-    )
+    if given_regions is None:
+        return split_on_oom(make_detect(detector, options, options.features, options.dtype))
+    return split_on_oom(_make_describe(detector, given_regions, options))
 
 
 def make_detect(
@@ -51,19 +49,18 @@ def make_detect(
 
 
 def _make_describe(
-    detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions
+    detector: TrainedDetector, given_regions: Callable[[ImageRecord], Regions], options: ExtractOptions
 ) -> Compute:
+    """The function to call with a batch of one input size to extract the features of given regions."""
     dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predict_masks = options.masks == "predicted"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        regions = [given(record) for record in batch]
-        labels = (
-            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions]
-            if predict_masks
-            else None
-        )
+        regions = [given_regions(record) for record in batch]
+        labels = None
+        if predict_masks:
+            labels = [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions]
         boxes = [r.boxes for r in regions]
         finish = start_describing(detector.model, images, boxes, features=options.features, labels=labels, dtype=dtype)
         return lambda: [

@@ -63,10 +63,10 @@ def extract_features(
         workers: threads that read images ahead; None for 2, or on a GPU 8, but not more than there are cores.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         resume: continue an interrupted extraction into ``out``.
-        part: "3/8" to compute the third of eight parts, which other processes see in the same folder; the part that
-            ends last writes ``out``. A part continues what was started, with or without ``resume``.
-        ray: compute on all GPUs, or else CPUs, of a Ray cluster: "local" for this machine's, "auto" for the cluster
-            that this machine belongs to, or its address "HOST:PORT".
+        part: "3/8" to compute the third of eight parts, while other processes compute the others into the same folder;
+            the part that finishes last writes ``out``. A part resumes what was started, with or without ``resume``.
+        ray: compute on all GPUs, or else CPUs, of a Ray cluster: "local" to start one on this machine, "auto" for the
+            cluster that this machine belongs to, or an address "HOST:PORT".
         strict: stop at an image that cannot be used, instead of recording the reason in its row.
         say: called with each warning.
         announce: called with lines about the device, the images, the detector and the size of the store.
@@ -75,10 +75,10 @@ def extract_features(
         The numbers of images, regions and unusable images, and the time.
 
     Raises:
-        ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has or has an image
-            twice, or ``batch_size`` or ``workers`` is not a number of 1 or more.
-        InputError: there is no checkpoint or it is replaced meanwhile, none of the images is found, ``out`` exists,
-            the extraction to resume was started with different settings, or the Ray cluster cannot be used.
+        ArgumentError: ``image_list`` contains an image twice or was read with another ``crowd_as_object`` than that of
+            ``options``, or ``batch_size`` or ``workers`` is not an integer of 1 or more.
+        InputError: the checkpoint is missing or is replaced while it is loaded, none of the images is found, ``out``
+            exists, the extraction to resume was started with different settings, or the Ray cluster cannot be used.
         RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
@@ -91,6 +91,7 @@ def extract_features(
         check_address(ray)
         if part is not None:
             raise InputError(f"`part` {part}: not together with `ray`, which divides the work itself; give one of them")
+    resume_or_part = resume or part is not None
     job = prepare(
         checkpoint,
         images,
@@ -100,7 +101,7 @@ def extract_features(
         boxes=boxes,
         box_format=box_format,
         batch_size=batch_size,
-        resume=resume or part is not None,
+        resume=resume_or_part,
         say=say,
     )
     if parsed_part is not None:
@@ -141,7 +142,7 @@ def extract_features(
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
     job.check_checkpoint()
-    compute = make_compute(detector, job.options, None if job.given is None else job.given.for_image)
+    compute = make_compute(detector, job.options, None if job.given_regions is None else job.given_regions.for_image)
     records = job.records
 
     def batches(size: int) -> list[list[ImageRecord]]:
@@ -149,10 +150,13 @@ def extract_features(
 
     try:
         with detector.inference(), OrientationNote(job.source):
-            size = job.plan.batch_size or ((resume or part is not None) and read_batch_size(out))
-            size = size or (default_batch_size(torch_device) if batch_size is None else None)
-            size = size or auto_batch_size(detector, records, job.options, job.options.features)
-            detector.model.profiler = profiler = Profiler(torch_device)  # after measuring batch sizes
+            size = (
+                job.plan.batch_size
+                or (resume_or_part and read_batch_size(out))
+                or (batch_size is None and default_batch_size(torch_device))
+                or auto_batch_size(detector, records, job.options, job.options.features)
+            )
+            detector.model.profiler = profiler = Profiler(torch_device)
             plan, workers = replace(job.plan, batch_size=size), workers or default_workers(torch_device)
             if parsed_part is not None:
                 return extract_part(

@@ -21,7 +21,7 @@ from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.shard_folder import read_batch_size, read_plan, shards_folder
 from refdet.extraction.start_lines import start_lines
-from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.summary import Summary, summarize_store
 
 
 def extract_on_ray(
@@ -41,7 +41,7 @@ def extract_on_ray(
 
     Args:
         job: the extraction.
-        out: the store. The workers write to its folder of shards if they see it, and else send their shards.
+        out: the store. Workers write their shards to its folder of shards if they see it, otherwise they send them.
         address: "local", "auto" or "HOST:PORT".
         device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
         batch_size: as in `refdet.extraction.extract.extract_features`.
@@ -52,7 +52,7 @@ def extract_on_ray(
         announce: called with lines about the workers, the images, the detector and the size of the store.
 
     Returns:
-        Numbers and timings; the stages are means of the workers.
+        Numbers and timings; those of the stages are means over the workers.
 
     Raises:
         InputError: the cluster cannot be used, or no worker sees the checkpoint and the images.
@@ -60,7 +60,7 @@ def extract_on_ray(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if resume and not strict and _is_complete(job, out):
-        return summary_of_store(out, None, dict, read_batch_size(out) or 0)
+        return summarize_store(out, None, dict, read_batch_size(out) or 0)
     with connect(address, device) as cluster:
         tools = DetectorTools.from_job(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
@@ -68,12 +68,15 @@ def extract_on_ray(
             job = job.with_precision(first.precision, say)
             for line in start_lines(job, pool.description(), first.kernels):
                 announce(line)
-            size = job.plan.batch_size or (resume and read_batch_size(out)) or 0
-            if not size and batch_size is None and not cluster.gpus:
-                size = CPU_BATCH_SIZE
-            plan = replace(job.plan, batch_size=size or pool.auto_batch_size())
-            batches = group_by_input_size(job.records, job.meta.recipe.input, plan.batch_size)
-            engine = RayEngine(pool, None if job.given is None else job.given.for_image, strict)
+            size = (
+                job.plan.batch_size
+                or (resume and read_batch_size(out))
+                or (batch_size is None and not cluster.gpus and CPU_BATCH_SIZE)
+                or pool.auto_batch_size()
+            )
+            plan = replace(job.plan, batch_size=size)
+            batches = group_by_input_size(job.records, job.meta.recipe.input, size)
+            engine = RayEngine(pool, None if job.given_regions is None else job.given_regions.for_image, strict)
             try:
                 return extract(
                     out,
@@ -97,7 +100,7 @@ def _is_complete(job: Job, out: Path) -> bool:
     if read_plan(shards_folder(out)) is not None or not out.exists():
         return False
     with store.open(out) as finished:
-        if finished.options.get("precision") != job.options.precision:  # the workers' may be another
+        if finished.options.get("precision") != job.options.precision:  # unless the workers' GPUs lack it
             return False
         errors = finished.errors
     for record in job.records:

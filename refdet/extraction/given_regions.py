@@ -1,10 +1,9 @@
-"""Regions that are given instead of detected: annotated objects or boxes from a file."""
+"""Regions to extract features for instead of detections: annotated objects or boxes from a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,19 +25,40 @@ class GivenRegions:
 
     Attributes:
         for_image: returns the regions of an image, without features.
-        count: returns the number of regions of an image; None if they must be read to know.
+        count: returns the number of regions of an image id.
         categories: category id -> name.
-        masks: whether all regions have masks.
-        ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMATS`.
+        has_masks: whether all regions have masks.
+        has_ann_ids: whether all regions have annotation ids.
+        box_format: format of the boxes in their file, a key of `refdet.data.box_format.FORMATS`.
     """
 
     for_image: Callable[[ImageRecord], Regions]
-    count: Callable[[ImageRecord], int] | None
+    count: Callable[[int], int]
     categories: Mapping[int, str]
-    masks: bool
-    ann_ids: bool
+    has_masks: bool
+    has_ann_ids: bool
     box_format: str = "xywh"
+
+
+def annotated_regions(image_list: ImageList, say: Callable[[str], object]) -> GivenRegions:
+    """The annotated objects of images.
+
+    Args:
+        image_list: the images.
+        say: called with a line about annotations that are not used.
+
+    Raises:
+        InputError: all annotations are crowds.
+    """
+    _check_crowds(image_list, say)
+    index = image_list.index
+    return GivenRegions(
+        lambda record: regions_from_annotations(record, index.annotations[record.id]),
+        lambda image_id: sum(not annotation.iscrowd for annotation in index.annotations[image_id]),
+        index.categories,
+        has_masks=True,
+        has_ann_ids=True,
+    )
 
 
 def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
@@ -60,61 +80,6 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
             f"iscrowd 1 and {agree(crowds, 'is')} not used as regions; add `crowd_as_object=True` to use crowds as "
             "objects"
         )
-
-
-def _check_boxes(path: Path, count: Callable[[int], int], image_list: ImageList, say: Callable[[str], object]) -> None:
-    """Report the number of images of the list that a file of boxes has none of."""
-    images, empty = len(image_list.records), sum(not count(record.id) for record in image_list.records)
-    if empty == images:
-        say(f"`boxes` {path}: no boxes of the {format_count(images, 'image')}, so the store has no regions")
-    elif empty:
-        say(
-            f"note: `boxes` {path}: {format_share(empty, images, 'image', 'has')} no boxes and so "
-            f"{agree(empty, 'gets')} no regions"
-        )
-
-
-def load_given_regions(
-    image_list: ImageList,
-    regions: str,
-    boxes: Path | None,
-    box_format: str,
-    exif: str,
-    say: Callable[[str], object],
-) -> GivenRegions | None:
-    """Select the regions to extract features for, unless they are to be detected.
-
-    Args:
-        image_list: the images.
-        regions: "annotations" for the annotated objects of the images.
-        boxes: COCO results or a store with the boxes, None for none.
-        box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
-        exif: "ignore" or "apply" the EXIF orientation of the images.
-        say: called with a line about annotations that are not used, or images without boxes.
-
-    Returns:
-        The regions, None if they are to be detected.
-
-    Raises:
-        InputError: the file is invalid, or all annotations are crowds.
-    """
-    index = image_list.index
-    if boxes is not None:
-        from refdet.extraction.boxes_from_file import load_boxes
-
-        file = load_boxes(boxes, index, box_format, exif)
-        _check_boxes(boxes, file.count, image_list, say)
-        return GivenRegions(file.for_image, None, file.categories, file.masks, file.ann_ids, file.box_format)
-    if regions == "annotations":
-        _check_crowds(image_list, say)
-        return GivenRegions(
-            lambda record: regions_from_annotations(record, index.annotations[record.id]),
-            lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
-            index.categories,
-            masks=True,
-            ann_ids=True,
-        )
-    return None
 
 
 def regions_from_annotations(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:

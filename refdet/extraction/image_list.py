@@ -35,7 +35,7 @@ class ImageList:
 
         Args:
             path: the instances JSON.
-            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+            crowd_as_object: read annotations of ``iscrowd`` 1 as objects.
 
         Raises:
             InputError: the file is damaged.
@@ -59,9 +59,9 @@ class ImageList:
         Args:
             root: folder of the REFER data.
             dataset: "refcoco", "refcoco+", "refcocog", ...: a folder in ``root``.
-            split_by: "unc", "umd" or "google".
-            splits: the splits to take; all if empty.
-            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+            split_by: "unc", "umd", "google" or "berkeley".
+            splits: the splits to use; all if empty.
+            crowd_as_object: read annotations of ``iscrowd`` 1 as objects.
 
         Raises:
             InputError: unknown split, or instances.json lacks an image or annotation of a ref.

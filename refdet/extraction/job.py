@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import ArgumentError, InputError
-from refdet.extraction.given_regions import GivenRegions, load_given_regions
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
+from refdet.extraction.given_regions import GivenRegions, annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
@@ -34,8 +35,8 @@ class Job:
         options: what to compute and write.
         meta: metadata of the detector.
         source: the files of the images, already located.
-        given: the regions, None if they are to be detected.
-        plan: what determines the store; its batch size is 0 unless one was asked for.
+        given_regions: the regions to extract features for; None to detect them.
+        plan: what determines the store; its batch size is 0 unless one was requested.
         header: metadata of the store.
     """
 
@@ -44,7 +45,7 @@ class Job:
     options: ExtractOptions
     meta: CheckpointMetadata
     source: ImageSource
-    given: GivenRegions | None
+    given_regions: GivenRegions | None
     plan: Plan
     header: Header
 
@@ -54,10 +55,10 @@ class Job:
         return self.image_list.records
 
     def check_checkpoint(self) -> None:
-        """Check that the checkpoint is still the one that the store names; called once its weights are loaded.
+        """Check, after loading the weights, that the checkpoint is still the one whose hash the store records.
 
         Raises:
-            InputError: it has been replaced meanwhile.
+            InputError: it has been replaced.
         """
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
         from refdet.structures.provenance import file_sha256
@@ -65,12 +66,12 @@ class Job:
         sha256 = file_sha256(run_directory(self.checkpoint) / MODEL)
         if sha256 != self.plan.options["checkpoint_sha256"] or load_meta(self.checkpoint) != self.meta:
             raise InputError(
-                f"`checkpoint` {self.checkpoint}: was replaced while it was loaded, as by a training that goes on; "
-                "copy it and give the copy"
+                f"`checkpoint` {self.checkpoint}: was replaced while it was loaded, perhaps by a running training; "
+                "copy it and use the copy"
             )
 
     def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
-        """The job in the arithmetic that the device has; ``say`` is called with a line if it is another."""
+        """The job in a precision that the device supports; ``say`` is called if it is not the one requested."""
         requested = self.options.precision
         if precision == requested:
             return self
@@ -105,11 +106,11 @@ def prepare(
     if boxes is not None:
         options = replace(options, regions="boxes")
     elif options.regions == "boxes":
-        raise InputError("`regions='boxes'`: needs a file of them; give `boxes=FILE`")
+        raise InputError("`regions='boxes'`: no file with the boxes; give `boxes=FILE`")
     if options.regions == "annotations" and options.crowd_as_object != image_list.crowd_as_object:
         raise ArgumentError(
             "crowd_as_object",
-            f"is {options.crowd_as_object}, but the image list was read with {image_list.crowd_as_object}",
+            f"is {options.crowd_as_object}, but {image_list.crowd_as_object} for the image list; use the same for both",
         )
     from refdet.data.image_source import ImageSource
     from refdet.detector.checkpoint import load_meta
@@ -123,7 +124,7 @@ def prepare(
         say(line)
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
-        raise InputError(f"{image_list.index.path}: has no images to extract")
+        raise InputError(f"{image_list.index.path}: no images to extract; give a file with images")
     if repeated := [image_id for image_id, count in Counter(record.id for record in records).items() if count > 1]:
         raise ArgumentError("image_list", f"has image {repeated[0]} more than once")
     missing = source.locate(records, image_list.index.images.values())
@@ -135,19 +136,24 @@ def prepare(
             f"{agree(len(missing), 'is')} missing and {agree(len(missing), 'gets')} no regions"
             f"{', unless they have them already' if resume else ''}; the first is {missing[0]}"
         )
-    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, options.exif, say)
+    given_regions = None
+    if boxes is not None:
+        given_regions = load_boxes(boxes, image_list.index, box_format, options.exif)
+        report_images_without_boxes(boxes, given_regions.count, records, say)
+    elif options.regions == "annotations":
+        given_regions = annotated_regions(image_list, say)
     _check_masks(options, meta, given_regions, checkpoint)
 
     explicit = batch_size if isinstance(batch_size, int) else None
     plan, header = _make_plan(image_list, given_regions, boxes, options, explicit, meta, checkpoint)
-    # whether the device has another arithmetic is known only after torch is imported
+    # whether the device supports the precision is known only after torch is imported
     check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given_regions, plan, header)
 
 
 def _make_plan(
     image_list: ImageList,
-    given: GivenRegions | None,
+    given_regions: GivenRegions | None,
     boxes: Path | None,
     options: ExtractOptions,
     batch_size: int | None,
@@ -166,22 +172,21 @@ def _make_plan(
         "precision": options.precision,
         "compression": options.compression,
     }
-    if boxes is not None:
-        plan_options |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
-        if given is not None and given.box_format != "xywh":
-            plan_options["box_format"] = given.box_format
-    elif given is not None:
-        plan_options["instances_sha256"] = file_sha256(image_list.index.path)
-        plan_options["masks"] = options.masks
-        if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
-            plan_options["crowd_as_object"] = True
-    else:
+    if given_regions is None:
         plan_options |= {
             "score_threshold": options.score_threshold,
             "nms_threshold": options.nms_threshold,
             "max_regions": options.max_regions,
             "at_least_one": options.lower_threshold_if_empty,
         }
+    elif boxes is None:
+        plan_options |= {"instances_sha256": file_sha256(image_list.index.path), "masks": options.masks}
+        if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
+            plan_options["crowd_as_object"] = True
+    else:
+        plan_options |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        if given_regions.box_format != "xywh":
+            plan_options["box_format"] = given_regions.box_format
     if options.exif != "ignore":  # the default is left out
         plan_options["exif"] = options.exif
     plan_options |= {
@@ -189,37 +194,39 @@ def _make_plan(
         "image_list_sha256": image_list.sha256(),
         "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
     }
-    predicted = options.masks == "predicted" or given is None
-    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
-    categories = dict(meta.categories) if given is None else given.categories
+    if given_regions is None or options.masks == "predicted":
+        masks = meta.recipe.model.masks
+    else:
+        masks = given_regions.has_masks
+    categories = dict(meta.categories) if given_regions is None else given_regions.categories
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
         plan_options,
-        region_features(options.features),
-        options.dtype,
-        masks,
-        given is not None and given.ann_ids,
-        batch_size or 0,
-        tuple(name for name in options.features if name == FEATURE_MAP),
-        options.compression,
+        features=region_features(options.features),
+        dtype=options.dtype,
+        masks=masks,
+        ann_ids=given_regions is not None and given_regions.has_ann_ids,
+        batch_size=batch_size or 0,
+        maps=tuple(name for name in options.features if name == FEATURE_MAP),
+        compression=options.compression,
     )
     return plan, header
 
 
 def _check_masks(
-    options: ExtractOptions, meta: CheckpointMetadata, given: GivenRegions | None, checkpoint: Path
+    options: ExtractOptions, meta: CheckpointMetadata, given_regions: GivenRegions | None, checkpoint: Path
 ) -> None:
     """Raise InputError if masks cannot be predicted."""
     if options.masks != "predicted":
         return
-    if given is None:
+    if given_regions is None:
         raise InputError(
             "`masks='predicted'`: detections have their own masks; it is for `regions='annotations'` or `boxes`"
         )
     if not meta.recipe.model.masks:
         raise InputError(f"`masks='predicted'`: {checkpoint} has no mask branch")
-    unknown = sorted(given.categories.items() - dict(meta.categories).items())
+    unknown = sorted(given_regions.categories.items() - dict(meta.categories).items())
     if unknown:
         raise InputError(
             f"`masks='predicted'`: the detector has no category {unknown[0][0]} ({unknown[0][1]}), "

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-UNKNOWN = 2**32  # bytes; assumed if nothing is known
+FALLBACK_BYTES = 2**32  # assumed if the available memory is unknown
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that can be allocated without swapping, in bytes.
 
     The minimum of the machine's available memory and of the limits of the process's control groups, as set by
-    containers and batch systems. `UNKNOWN` if not on Linux.
+    containers and batch systems. `FALLBACK_BYTES` if neither is known, as on systems other than Linux.
 
     Args:
         proc: mount point of procfs.
         cgroups: mount point of the control groups.
     """
     limits = [bytes_ for bytes_ in (_machine_memory(proc), *_cgroup_memory(proc, cgroups)) if bytes_ is not None]
-    return max(min(limits, default=UNKNOWN), 0)
+    return max(min(limits, default=FALLBACK_BYTES), 0)
 
 
 def _machine_memory(proc: Path) -> int | None:
@@ -51,13 +51,13 @@ def _cgroup_memory(proc: Path, cgroups: Path) -> list[int | None]:
 
 def _memory_left(group: Path, limit: str, used: str, cached: str) -> int | None:
     """Memory left in a group; None if it has no limit. The page cache counts as free."""
-    limit_bytes, used_bytes = _number(group / limit), _number(group / used)
+    limit_bytes, used_bytes = _read_integer(group / limit), _read_integer(group / used)
     if limit_bytes is None or used_bytes is None:
         return None
     return limit_bytes - used_bytes + (_read_field(group / "memory.stat", cached) or 0)
 
 
-def _number(path: Path) -> int | None:
+def _read_integer(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):  # missing, or "max"

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,25 +22,35 @@ _GROUP_BYTES, _GROUP_IMAGES = 2**23, 32
 _GROUPS_AHEAD = 1  # groups that are read while one is written
 
 ReadImage = Regions | EncodedImage | RawImage
-# row in the store, and a function that reads the image
-ImageToMerge = tuple[ImageRow, Callable[[ImageReader], ReadImage]]
+
+
+class ImageToMerge(NamedTuple):
+    """An image of a finished shard or of an older store.
+
+    Attributes:
+        row: its row in the store.
+        read: reads it with a reader.
+    """
+
+    row: ImageRow
+    read: Callable[[ImageReader], ReadImage]
 
 
 def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[list[ReadImage], None, None]:
     """Read images in order, in groups.
 
     Args:
-        images: the images.
+        images: the images, in the order of the store.
         columns: columns of the store.
 
     Yields:
-        The images of the next group, which are valid until the group after it is requested.
+        The images of the next group; they are valid until the next one is requested.
     """
     reader = ImageReader(columns, _GROUP_BYTES, _GROUPS_AHEAD + 1)
 
     def read(group: Sequence[ImageToMerge]) -> list[ReadImage]:
         reader.next_group()
-        return [image(reader) for _, image in group]
+        return [image.read(reader) for image in group]
 
     pool = ThreadPoolExecutor(1, "read shards")
     waiting: deque[Future[list[ReadImage]]] = deque()
@@ -60,7 +71,7 @@ def _groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[I
     group: list[ImageToMerge] = []
     size = 0
     for image in images:
-        row = image[0]
+        row = image.row
         image_size = row.regions * region_size + row.mask_bytes + math.prod(row.map_shape) * itemsize
         if group and (size + image_size > _GROUP_BYTES or len(group) == _GROUP_IMAGES):
             yield group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -48,25 +49,29 @@ class ExtractOptions(DetectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        features: Any = self.features  # a caller without a type checker may give a string
-        if isinstance(features, str):
+        features: Any = self.features  # a caller without a type checker may give anything
+        is_list = isinstance(features, Iterable) and not isinstance(features, str)
+        names = tuple(features) if is_list else ()
+        if not is_list or not all(isinstance(name, str) for name in names):
             raise ArgumentError("features", f"a list of names is needed, not {features!r}")
-        object.__setattr__(self, "features", tuple(dict.fromkeys(self.features)))  # each one once
+        object.__setattr__(self, "features", tuple(dict.fromkeys(names)))  # without duplicates
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:  # a dtype of NumPy equals its name
                 raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {value!r}")
+        if self.crowd_as_object not in (True, False):
+            raise ArgumentError("crowd_as_object", f"must be a bool, not {self.crowd_as_object!r}")
 
 
 def check_count(argument: str, value: Any) -> int | None:
-    """A number of images or of threads, as a plain int; None if it is None.
+    """Check a number of images or threads, and return it as a plain int; None if it is None.
 
     Args:
         argument: name of the argument.
         value: its value.
 
     Raises:
-        ArgumentError: it is not a whole number of 1 or more.
+        ArgumentError: it is not an integer of 1 or more.
     """
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""`Part`: one of several processes that compute an extraction together without Ray, and their files. No torch.
+"""`Part`: the share of one of several processes that compute an extraction without Ray, and its files. No torch.
 
 The parts share the folder of the shards. ``parts.json`` holds the number of parts, ``part-3.lock`` is held by the
 process that computes part 3, and ``part-3.json`` holds its progress.
@@ -52,12 +52,14 @@ class Part:
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if match and 1 <= int(match[1]) <= int(match[2]) <= MAX_PARTS:
             return cls(int(match[1]), int(match[2]))
-        why = ""
-        if match and int(match[2]) < 1 or match and int(match[2]) > MAX_PARTS:
-            why = f"there can be 1 to {MAX_PARTS} parts"
-        elif match:
-            why = f"the parts of {int(match[2])} are 1/{int(match[2])} to {int(match[2])}/{int(match[2])}"
-        raise InputError(f"`part` {text}: {why or 'not K/N'}; give the number of this part and of all, such as 3/8")
+        count = int(match[2]) if match else None
+        if count is None:
+            problem = "not K/N"
+        elif 1 <= count <= MAX_PARTS:
+            problem = f"the parts of {count} are 1/{count} to {count}/{count}"
+        else:
+            problem = f"there can be 1 to {MAX_PARTS} parts"
+        raise InputError(f"`part` {text}: {problem}; give the number of this part and of all, such as 3/8")
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -71,7 +73,7 @@ class Part:
         """Hold the lock of this part within the block.
 
         Raises:
-            Locked: another process computes the same part.
+            Locked: another process is computing this part.
         """
         activity = f"another process is computing part {self}"
         with exclusive_lock(
@@ -80,14 +82,14 @@ class Part:
             yield locked
 
     def record_count(self, folder: Path) -> None:
-        """Record the number of parts unless another part has; raises InputError if that recorded another number."""
-        if parts_of(folder) is None:
+        """Record the number of parts in the folder; raises an InputError if another part recorded another number."""
+        if read_part_count(folder) is None:
             write_json_once(folder / PARTS, {"parts": self.count})
         self.check(folder)
 
     def check(self, folder: Path) -> None:
         """Raise an InputError if a folder was started with another number of parts."""
-        count = parts_of(folder)
+        count = read_part_count(folder)
         if count not in (None, self.count):
             raise InputError(
                 f"`part` {self}: {folder} was started in {format_count(count or 0, 'part')}; use the same number, or "
@@ -95,13 +97,13 @@ class Part:
             )
 
     def write_progress(self, folder: Path, **state: Any) -> None:
-        """Write the progress of this part for `progress_of_parts`; ignored if the file cannot be written."""
+        """Write the progress of this part for `read_progress_of_parts`; ignored if the file cannot be written."""
         owner = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):
             write_json(folder / f"part-{self.number}.json", owner | state | {"updated": time.time()})
 
 
-def parts_of(folder: Path) -> int | None:
+def read_part_count(folder: Path) -> int | None:
     """The number of parts that a folder was started with, None if it was not started in parts."""
     if not os.path.lexists(folder / PARTS):
         return None
@@ -115,28 +117,29 @@ def parts_of(folder: Path) -> int | None:
 
 
 @contextmanager
-def no_part_running(folder: Path) -> Iterator[None]:
-    """Hold the locks of all parts that were ever started in a folder.
+def lock_all_parts(folder: Path) -> Iterator[None]:
+    """Hold the locks of all parts that were ever started in a folder within the block.
 
     Raises:
-        Locked: a process computes one of them.
+        Locked: another process is computing one of them.
     """
     with ExitStack() as stack:
         for path in sorted(folder.glob("part-*.lock")):
             if match := _LOCK_NAME.fullmatch(path.name):
-                part = Part(int(match[1]), parts_of(folder) or int(match[1]))
+                part = Part(int(match[1]), read_part_count(folder) or int(match[1]))
                 stack.enter_context(part.lock(folder))
         yield
 
 
-def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
+def read_progress_of_parts(folder: Path) -> list[dict[str, Any]]:
     """Read the progress of each part.
 
     Args:
         folder: folder of the shards.
 
     Returns:
-        What `Part.write_progress` wrote, by number, with "state" "stopped" if the process ended before its part did.
+        The objects that `Part.write_progress` wrote, by part number, with the "state" "stopped" if the process ended
+        without finishing its part.
     """
     states = {}
     for path in folder.glob("part-*.json"):
@@ -145,13 +148,15 @@ def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
         with suppress(InputError):
             state = read_small_json(path)
             if isinstance(state, dict):
-                ended = state.get("state") != "finished" and not _is_running(folder, int(match[1]))
-                states[int(match[1])] = state | ({"state": "stopped"} if ended else {})
+                number = int(match[1])
+                if state.get("state") != "finished" and not _is_running(folder, number):
+                    state["state"] = "stopped"
+                states[number] = state
     return [states[number] for number in sorted(states)]
 
 
 def _is_running(folder: Path, number: int) -> bool:
-    """Whether a process computes a part; True if that cannot be determined."""
+    """Whether a process is computing a part; True if that cannot be determined."""
     try:
         with exclusive_lock(folder, f"part-{number}.lock", "") as locked:
             return not locked

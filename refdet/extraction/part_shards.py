@@ -67,9 +67,9 @@ class PartSession(Session):
         super().__init__(shard_set.folder, shard_set.part.number)
         self.report("computing")
 
-    def finished(self, images: int) -> None:
-        """Like `Session.finished`, and report the progress."""
-        super().finished(images)
+    def record_shard(self, images: int) -> None:
+        """Like `Session.record_shard`, and report the progress."""
+        super().record_shard(images)
         self.report("computing")
 
     def report(self, state: str) -> None:

@@ -23,7 +23,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartSession, PartShards
-from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
+from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import find_retries
 from refdet.extraction.shard_folder import (
@@ -31,8 +31,10 @@ from refdet.extraction.shard_folder import (
     MERGED,
     OWNED_FILES,
     PLAN,
+    batch_size_of,
     check_merged_file,
     check_resumable,
+    check_same_settings,
     read_batch_size,
     read_plan,
     remove_owned_files,
@@ -40,7 +42,7 @@ from refdet.extraction.shard_folder import (
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
-from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
@@ -49,7 +51,7 @@ from refdet.store import Header
 
 log = logging.getLogger(__name__)
 
-MERGING = "merging.json"  # names the part that merges, for file systems without locks
+MERGING = "merging.json"  # names the merging part; keeps others from merging on file systems without locks
 _LOCK_TIMEOUT = 60.0  # seconds to wait while another part starts or merges
 _SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # finished or temporary
 
@@ -81,18 +83,17 @@ def extract_part(
         out: the store, at a path that all parts see.
         plan: what to compute; must be the same for all parts.
         header: metadata of the store.
-        make_batches: divides the images into batches of at most a given size, as those of
-            `refdet.extraction.pipeline.extract`.
+        make_batches: divides the images into batches of at most a given size; see `refdet.extraction.pipeline.extract`.
         records: all images in the order of the store.
         load: as in `refdet.extraction.pipeline.extract`.
         compute: as in `refdet.extraction.pipeline.extract`.
         part: the part to compute.
-        fixed_batch_size: whether the batch size of the plan was requested; otherwise that of the part that started
-            first is used.
+        fixed_batch_size: whether the batch size of the plan was requested. Otherwise all parts use that of the part
+            that started first.
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of computing.
+        compute_seconds: called at the end; returns the seconds per part of the network.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -115,7 +116,7 @@ def extract_part(
                 merged = _merge_if_last(shard_set, records, session, compute_seconds)
             if not merged:
                 return shard_set.summary(session, compute_seconds())
-    return summary_of_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
+    return summarize_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
 
 
 @contextmanager
@@ -196,21 +197,17 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 def _agree_on_plan(
     folder: Path, plan: Plan, header: Header, make_batches: MakeBatches, shard_images: int
 ) -> tuple[Plan, list[Shard], dict[str, Any]]:
-    """The plan and shards of the part that wrote ``plan.json`` first, which all parts use, and the file's contents."""
+    """Write ``plan.json``, unless another part has; returns the plan and shards in it, and its contents."""
     shards = split_into_shards(make_batches(plan.batch_size), shard_images)
     if read_plan(folder) is None:
         write_json_once(folder / PLAN, plan.to_json(shards, header))
         fsync(folder.parent)
     saved_plan = read_plan(folder) or {}
-    size = saved_plan.get("batch_size")
-    if isinstance(size, int) and size != plan.batch_size:
+    size = batch_size_of(saved_plan)
+    if size is not None and size != plan.batch_size:
         plan = replace(plan, batch_size=size)
         shards = split_into_shards(make_batches(size), shard_images)
-    if difference := plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan):
-        raise InputError(
-            f"{folder} was started with different settings: {difference}; use the same options and "
-            "checkpoint, or remove it"
-        )
+    check_same_settings(folder, plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan))
     return plan, shards, saved_plan
 
 
@@ -239,9 +236,12 @@ def _merge_if_last(
                 return True
             finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
             if finished < count:
+                missing = format_share(count - finished, count, "shard", "is")
                 log.warning(
                     "note: part %s is finished; %s missing: the last part to finish writes %s",
-                    *(shard_set.part, format_share(count - finished, count, "shard", "is"), out),
+                    shard_set.part,
+                    missing,
+                    out,
                 )
                 return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
@@ -253,24 +253,13 @@ def _merge_if_last(
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
             if damaged := all_shards.missing_shards():
-                parts = shard_set.part.count
-                numbers = sorted({1 + shard % parts for shard in damaged})
-                again = ", ".join(str(Part(number, parts)) for number in numbers)
-                raise RuntimeFailure(
-                    f"{folder}: {format_count(len(damaged), 'damaged shard')} removed; check the disk, and run part "
-                    f"{again} again or compute what is missing with `resume=True`"
-                )
+                raise _damaged_shards_error(folder, damaged, shard_set.part.count)
             if len(all_shards.errors) == len(records):
                 raise none_usable_error(all_shards.errors, f"finished shards are kept in {folder}")
             with session.timed("merge"):
                 all_shards.merge(
                     records,
-                    lambda: {
-                        **session.summary(),
-                        "batch_size": shard_set.plan.batch_size,
-                        "parts": shard_set.part.count,
-                        "computing": {part: round(seconds, 3) for part, seconds in compute_seconds().items()},
-                    },
+                    lambda: run_information(shard_set, session, compute_seconds) | {"parts": shard_set.part.count},
                 )
             return True
     except Locked:
@@ -280,3 +269,12 @@ def _merge_if_last(
         if read_plan(folder) is None and out.exists():  # another part has just removed the folder
             return True
         raise
+
+
+def _damaged_shards_error(folder: Path, damaged: Sequence[int], part_count: int) -> RuntimeFailure:
+    """The error of a merge that found and removed damaged shards, with the parts to run again."""
+    parts = [Part(number, part_count) for number in sorted({1 + shard % part_count for shard in damaged})]
+    return RuntimeFailure(
+        f"{folder}: {format_count(len(damaged), 'damaged shard')} removed; check the disk, and run part "
+        f"{', '.join(map(str, parts))} again or compute what is missing with `resume=True`"
+    )

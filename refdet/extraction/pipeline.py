@@ -1,4 +1,4 @@
-"""Extraction pipeline, independent of how regions are computed, so it does not import torch.
+"""Extraction pipeline, independent of how regions are computed. No torch.
 
 Four stages overlap, the last two in order:
 
@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary, none_usable_error, summary_of_store
+from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count, format_share
@@ -43,8 +44,8 @@ from refdet.structures.regions import Regions
 log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 32  # the most work that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
-_PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
-# computed batches that wait to be finished; with the one being finished and the one being queued, 4 are in GPU memory
+_PIXELS_AHEAD = 1 << 28  # maximum number of pixels of prefetched images; 0.8 GB
+# Computed batches that wait to be finished. With those being computed and finished, 4 are in GPU memory.
 _MAX_QUEUED = 2
 
 
@@ -73,25 +74,26 @@ def extract(
         records: the same images in the order of the store.
         load: loads an image as (H, W, 3) uint8 of its record's size. If it raises InputError, the reason is stored
             instead of regions. Other exceptions abort the extraction.
-        compute: called with a batch in the main thread. Returns a function that is called once, in another thread and
-            in batch order, and returns the `Regions` of each image. Thread-local state (``torch.inference_mode``, CUDA
-            stream) is not passed on. Another image of the batch replaces one that could not be loaded. None with an
-            ``engine``.
-        resume: continue from finished shards. In a finished store, retry unusable images, with their whole batches.
+        compute: called with each batch in the main thread; an image that could not be loaded is replaced by another one
+            of the batch. Returns a function that is called once, in another thread and in batch order, and returns the
+            `Regions` of each image; thread-local state (``torch.inference_mode``, CUDA stream) is not passed on to that
+            thread. None with an ``engine``.
+        resume: continue from finished shards. If the store is finished, retry its unusable images, with the other
+            images of their batches.
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of computing.
-        engine: called instead of `compute_shards` with the shards, the numbers of those to compute, and the session;
-            this process merges the shards.
+        compute_seconds: called at the end; returns the seconds per part of the network.
+        engine: called instead of `compute_shards` with the shards, the numbers of those to compute, and the session.
+            This process merges the shards that it computes.
 
     Returns:
         Numbers and timings.
 
     Raises:
         InputError: as `refdet.extraction.shards.open_extraction`.
-        RuntimeFailure: no usable images, a full disk, a failure of the machine to read images, NaN or inf, or an
-            unusable image if ``strict`` (UnusableImageError); finished shards are kept.
+        RuntimeFailure: no image is usable, the disk is full, the machine fails to read images, a feature is NaN or inf,
+            or an image is unusable and ``strict`` is True (UnusableImageError); finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if engine is None:
@@ -110,7 +112,7 @@ def extract(
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:
                 session = compute_and_merge(repaired, repaired.missing_shards())
-    return summary_of_store(out, session, compute_seconds, plan.batch_size)
+    return summarize_store(out, session, compute_seconds, plan.batch_size)
 
 
 def _compute_and_merge(
@@ -128,15 +130,19 @@ def _compute_and_merge(
         if shard_set.errors and len(shard_set.errors) == len(records):
             raise none_usable_error(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
         with session.timed("merge"):
-            shard_set.merge(
-                records,
-                lambda: {
-                    **session.summary(),
-                    "batch_size": shard_set.plan.batch_size,
-                    "computing": {part: round(took, 3) for part, took in compute_seconds().items()},
-                },
-            )
+            shard_set.merge(records, lambda: run_information(shard_set, session, compute_seconds))
     return session
+
+
+def run_information(
+    shard_set: ShardSet, session: Session, compute_seconds: Callable[[], dict[str, float]]
+) -> dict[str, Any]:
+    """Information about a run for the store, JSON: its timing and batch size."""
+    return {
+        **session.summary(),
+        "batch_size": shard_set.plan.batch_size,
+        "computing": {name: round(seconds, 3) for name, seconds in compute_seconds().items()},
+    }
 
 
 def compute_shards(
@@ -172,10 +178,18 @@ def compute_shards(
 
 
 def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
-    """Start computing a batch of (H, W, 3) uint8 images; a string is the reason why an image could not be loaded.
+    """Start computing a batch of images.
 
-    Such an image gets empty regions with the reason. Another image is computed in its place, to keep the batch size,
+    An unusable image gets empty regions with the reason. Another image is computed in its place to keep the batch size,
     which can affect rounding.
+
+    Args:
+        batch: the records of the images.
+        images: (H, W, 3) uint8 RGB each, or the reason why an image is unusable.
+        compute: as in `extract`.
+
+    Returns:
+        A function that returns the regions of each image.
     """
     loaded = [(record, image) for record, image in zip(batch, images, strict=True) if not isinstance(image, str)]
     unusable = {
@@ -220,8 +234,8 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C must
-        # wait too, or another process could write to the folder at the same time as the thread.
+        # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C does
+        # not end the wait, as the folder would be unlocked while the thread still writes to it.
         interrupted: KeyboardInterrupt | None = None
         with self._session.timed("wait"):
             while not self._ended.is_set():
@@ -275,22 +289,30 @@ class BackgroundWriter:
                 add(images)
                 self._bar.update(len(batch))
         stages["write"] += time.perf_counter() - started - waited
-        self._session.finished(sum(map(len, batches)))
+        self._session.record_shard(sum(map(len, batches)))
 
 
 def load_ahead(
     load: Load, batches: Iterable[list[ImageRecord] | None], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one.
+    """Prefetch the images of batches.
 
-    A batch of None means that there is no other batch yet, so that a prefetched one is yielded instead of waiting.
+    Args:
+        load: loads an image, raising InputError if it is unusable.
+        batches: the batches. None in between means that the next one is not known yet; then a prefetched batch is
+            yielded instead of waiting for it.
+        workers: number of threads.
+        ahead: maximum number of prefetched batches.
+
+    Yields:
+        The images of the next batch, with the reason in place of an unusable image.
     """
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
         try:
             return load(record)
         except InputError as error:
-            # file names need not be valid Unicode, but strings in the store must be
+            # the message may contain a file name that is not valid Unicode, but strings in the store must be
             return str(error).replace("\0", "?").encode(errors="replace").decode()
 
     pool = ThreadPoolExecutor(max(1, workers))

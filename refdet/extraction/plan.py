@@ -17,7 +17,14 @@ from refdet.store.schema import Columns, Header
 Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER_CHANGES = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
-_DEFAULTS = {"exif": "ignore"}  # options that are stored only if they differ from the default
+# options that are stored only if they differ from the default
+_DEFAULTS = {"exif": "ignore", "box_format": "xywh", "crowd_as_object": False}
+_HASH_CHANGES = {
+    "boxes_sha256": "another file of boxes",
+    "instances_sha256": "another instances file",
+    "image_list_sha256": "another image list",
+    "checkpoint_sha256": "another checkpoint",
+}
 # stored name -> name in messages, if that is not the argument of the same name
 _SHOWN_NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
 _MAX_CHANGES = 3  # changed keys of a recipe in a message
@@ -33,8 +40,8 @@ class Plan:
         dtype: of features and maps, "float16" or "float32".
         masks: whether masks are stored.
         ann_ids: whether annotation ids are stored.
-        batch_size: maximum number of images per batch. Not an option of the store, as it depends on the machine and
-            affects results only by rounding, but shards of different batch sizes cannot be combined.
+        batch_size: maximum number of images per batch; 0 if not chosen yet. Not an option of the store, as it depends
+            on the machine and affects results only by rounding, but shards of different batch sizes cannot be combined.
         maps: names of the feature maps stored for each image.
         compression: of features and maps, "none", "gzip" or "lzf".
     """
@@ -69,12 +76,8 @@ class Plan:
             old, new = (options.get(name, _DEFAULTS.get(name)) for options in (other, new_options))
             if old == new or name in ignored:
                 continue
-            if name.endswith("_sha256"):
-                lines.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
-            else:
-                lines.append(
-                    f"{_SHOWN_NAMES.get(name, f'`{name}`')} was {_short_value(old)} and is now {_short_value(new)}"
-                )
+            shown = _SHOWN_NAMES.get(name, f"`{name}`")
+            lines.append(_HASH_CHANGES.get(name) or f"{shown} was {_short_value(old)} and is now {_short_value(new)}")
         return "; ".join(lines)
 
     def to_json(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class Plan:
         """Describe the differences to the options and header in another ``plan.json``.
 
         A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
-        may be of another detector. The batch size is compared unless it is 0.
+        may be of another detector. The batch size is compared unless that of this plan is 0.
 
         Args:
             header: metadata of the store.
@@ -176,7 +179,7 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
         The shards.
     """
     shards: list[Shard] = []
-    size = images
+    size = images  # so that the first batch starts a shard
     for batch in batches:
         if size >= images:
             shards.append([])
@@ -187,4 +190,6 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
 
 
 def _short_value(value: object) -> str:
+    if value is None:
+        return "not set"
     return shorten(value if isinstance(value, str) else json.dumps(value))

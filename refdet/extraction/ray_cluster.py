@@ -48,7 +48,7 @@ class Cluster:
 
 
 def check_address(address: str) -> None:
-    """Check what was given as a cluster, before slow imports.
+    """Check the address of a cluster, before slow imports.
 
     Raises:
         InputError: it is not "local", "auto" or HOST:PORT.
@@ -70,8 +70,8 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
     """Connect to a Ray cluster, or start one on this machine, within the block.
 
     Args:
-        address: "local" for one of this machine's GPUs, or else CPUs; "auto" for the one that this machine belongs to;
-            or its address, HOST:PORT.
+        address: "local" to start one with this machine's GPUs, or else CPUs; "auto" for the one that this machine
+            belongs to; or its address, HOST:PORT.
         device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
 
     Raises:

@@ -22,7 +22,7 @@ from refdet.extraction.ray_messages import Failed, Finished, Work
 from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import STAGES, Session
-from refdet.extraction.workers_file import WORKERS, note_workers
+from refdet.extraction.workers_file import WORKERS, write_workers
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
@@ -36,11 +36,11 @@ class RayEngine:
 
     Args:
         pool: the workers, at least one of which has started.
-        given_regions: returns the regions of an image; None if they are to be detected.
+        given_regions: returns the regions of an image; None to detect them.
         strict: fail at an unusable image.
 
     Attributes:
-        computing: seconds per part of computing, mean over the workers.
+        computing: seconds per part of the network, mean over the workers.
         oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 
@@ -60,36 +60,35 @@ class RayEngine:
             session: timing; its stages become the means over the workers.
 
         Raises:
-            InputError: an image is unusable.
-            RuntimeFailure: a shard cannot be computed, no worker is left, or the disk is full; finished shards are
-                kept.
+            RuntimeFailure: a shard cannot be computed, no worker is left, the disk is full, or an image is unusable and
+                ``strict`` is True (UnusableImageError); finished shards are kept.
         """
         if not shard_numbers:
             return
         run = _Run(self._pool, shard_set, shard_numbers, self._given_regions)
         images = sum(len(batch) for number in shard_numbers for batch in shard_set.shards[number])
-        note_workers(shard_set.folder, run.token, [])
+        write_workers(shard_set.folder, run.token, [])
         work = Work(
-            shard_set.folder.absolute(),
-            run.token,
-            shard_set.plan,
-            shard_set.header,
-            shard_set.shards,
-            shard_set.plan_hash,
-            self._strict,
+            folder=shard_set.folder.absolute(),
+            token=run.token,
+            plan=shard_set.plan,
+            header=shard_set.header,
+            shards=shard_set.shards,
+            plan_hash=shard_set.plan_hash,
+            strict=self._strict,
         )
         shared_work = self._pool.ray.put(work)
         try:
             with progress_bar(images, "extract", "image") as bar:
                 while run.unfinished:
                     for worker in self._pool.workers:
-                        if worker.started and not worker.has_work:
-                            worker.has_work, worker.started_at = True, time.monotonic()
+                        if worker.started and not worker.work_sent:
+                            worker.work_sent, worker.work_sent_at = True, time.monotonic()
                             self._pool.call(worker, "begin", shared_work)
                     run.assign_shards()
                     for worker, method, answer in self._pool.answers():
                         if method == "start":
-                            self._pool.note_start(worker, answer)
+                            self._pool.handle_start(worker, answer)
                         elif answer is None or isinstance(answer, Failed):
                             run.drop_failed(worker, answer)
                         elif method == "begin":
@@ -113,12 +112,12 @@ class RayEngine:
 
 
 class _Run:
-    """Assignment of shards to workers.
+    """Assignment of the shards to compute to the workers.
 
     Attributes:
         unfinished: numbers of the shards that are not finished.
         token: identifies this run in the folder.
-        fix: fix of the errors, which says what is kept.
+        fix: fix of its errors, which says where finished shards are kept.
     """
 
     def __init__(
@@ -130,8 +129,8 @@ class _Run:
     ) -> None:
         self._pool, self._shard_set, self._given_regions = pool, shard_set, given_regions
         self._unassigned, self.unfinished = deque(shard_numbers), set(shard_numbers)
-        self._tries: Counter[int] = Counter()
-        self._last_progress = 0.0
+        self._losses: Counter[int] = Counter()  # shard number -> workers lost while they computed it
+        self._last_progress = 0.0  # when the workers were last written, in seconds of time.monotonic
         self.token = secrets.token_hex(8)
         self.fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
 
@@ -171,14 +170,14 @@ class _Run:
         if number in self.unfinished:
             self._shard_set.adopt(number, done.file, done.rows, done.shapes)
             self.unfinished.discard(number)
-            session.finished(len(done.rows))
+            session.record_shard(len(done.rows))
             bar.update(len(done.rows))
         elif isinstance(done.file, Path):
             done.file.unlink(missing_ok=True)
         bar.set_postfix_str(_speeds(self._pool.workers), refresh=False)
         if worker.updated - self._last_progress > _PROGRESS_SECONDS:
             self._last_progress = worker.updated
-            note_workers(
+            write_workers(
                 self._shard_set.folder, self.token, [other.state() for other in self._pool.workers if other.started]
             )
 
@@ -196,13 +195,15 @@ class _Run:
         self._pool.log_once(
             f"note: worker {worker.name} was lost; {format_count(len(retries), 'shard')} will be computed again"
         )
-        for number in retries[:1]:
-            self._tries[number] += 1
-            if self._tries[number] >= MAX_LOST:
-                raise RuntimeFailure(
-                    f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of memory",
-                    fix=self.fix,
-                )
+        if not retries:
+            return
+        number = retries[0]  # the one it was computing
+        self._losses[number] += 1
+        if self._losses[number] >= MAX_LOST:
+            raise RuntimeFailure(
+                f"shard {number}: {MAX_LOST} workers were lost while they computed it, perhaps for lack of memory",
+                fix=self.fix,
+            )
 
 
 def _speeds(workers: Sequence[Worker]) -> str:

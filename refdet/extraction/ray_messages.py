@@ -32,7 +32,7 @@ class Tools:
         threads: number of threads that prefetch images.
         auto_batch_size: returns the number of images that fit into memory.
         context: returns the context manager to compute in.
-        compute_seconds: returns the seconds per part of computing.
+        compute_seconds: returns the seconds per part of the network.
         oriented: file -> EXIF orientation, of the files that were read and have one.
     """
 
@@ -51,8 +51,8 @@ class Tools:
 class MakeTools(Protocol):
     """Prepares a worker, to which it is sent by pickle."""
 
-    def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
-        """Check what the worker needs and load the detector; ``given`` returns the given regions of an image."""
+    def __call__(self, given_regions: Callable[[ImageRecord], Regions], /) -> Tools:
+        """Check what the worker needs and load the detector; ``given_regions`` returns the regions of an image."""
 
 
 @dataclass(frozen=True)

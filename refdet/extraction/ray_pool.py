@@ -19,7 +19,7 @@ from refdet.files.short_text import format_count
 log = logging.getLogger(__name__)
 
 SHARDS_PER_WORKER = 2  # one that it computes, and one whose images it loads
-MAX_LOST = 3  # workers that may be lost while they compute a shard, or in a row without a finished shard
+MAX_LOST = 3  # fail when so many workers are lost while they compute a shard, or in a row without a finished shard
 _POLL_SECONDS = 1.0  # seconds between checks of the cluster
 _STOP_TIMEOUT = 5.0  # seconds for workers to end on their own
 _SLOW_START = 60.0  # seconds without a worker until a note is logged
@@ -30,36 +30,36 @@ class Worker:
     """The driver's view of a worker.
 
     Attributes:
-        actor: its Ray actor.
+        actor: its Ray actor, of a `ShardWorker`.
         node: Ray's id of its machine.
         name: host and a number, "" before it has started.
-        started: its message when it had started.
-        has_work: whether it was sent the `Work`.
+        started: its message after it has started.
+        work_sent: whether the `Work` was sent to it.
         ready: whether it accepts shards.
         shards: numbers of the shards assigned to it, in the order of computation.
         finished: number of images that it has finished.
-        started_at: when it was sent the `Work`, in seconds of ``time.monotonic``.
-        updated: when it last finished a shard, likewise.
+        work_sent_at: when the `Work` was sent to it, in seconds of ``time.monotonic``.
+        updated: when it last finished a shard, in seconds of ``time.monotonic``; 0 before the first.
     """
 
     actor: Any
     node: str
     name: str = ""
     started: Started | None = None
-    has_work: bool = False
+    work_sent: bool = False
     ready: bool = False
     shards: list[int] = field(default_factory=list)
     finished: int = 0
-    started_at: float = 0.0
+    work_sent_at: float = 0.0
     updated: float = 0.0
 
     @property
     def speed(self) -> float:
         """Images per second up to the last finished shard."""
-        return self.finished / (self.updated - self.started_at) if self.finished else 0.0
+        return self.finished / (self.updated - self.work_sent_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Its progress, as in `refdet.extraction.workers_file.who_computes`."""
+        """Its progress, as in `refdet.extraction.workers_file.read_workers`."""
         assert self.started is not None
         now = time.monotonic()
         return {
@@ -70,7 +70,7 @@ class Worker:
             "shards": self.shards,
             "finished": self.finished,
             "images_per_second": round(self.speed, 2),
-            "updated": time.time() - (now - (self.updated or self.started_at or now)),
+            "updated": time.time() - (now - (self.updated or self.work_sent_at or now)),
         }
 
 
@@ -79,7 +79,7 @@ class Pool:
 
     Args:
         cluster: the cluster.
-        make: prepares a worker.
+        make: prepares a worker, on its machine.
         timeout: seconds without any worker after which the extraction fails.
 
     Attributes:
@@ -97,7 +97,7 @@ class Pool:
         self._calls: dict[Any, tuple[Worker, str]] = {}  # reference -> worker and method
         self._refused: Counter[str] = Counter()  # node -> number of its slots that cannot be used
         self._refusal: Failed | None = None  # the last reason why a slot cannot be used
-        self._reason = ""  # why the last worker was lost
+        self._loss_reason = ""  # why the last worker was lost
         self._on_host: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._last_alive = time.monotonic()
@@ -113,7 +113,7 @@ class Pool:
         while True:
             self.fill_slots()
             for worker, _, answer in self.answers():
-                self.note_start(worker, answer)
+                self.handle_start(worker, answer)
             for worker in self.workers:
                 if worker.started:
                     return worker.started
@@ -128,14 +128,14 @@ class Pool:
         used = self._refused + Counter(worker.node for worker in self.workers)
         for node, count in self._cluster.slots().items():
             for _ in range(count - used[node]):
-                here = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-                actor = self._actor.options(scheduling_strategy=here).remote(self._make)
+                on_node = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+                actor = self._actor.options(scheduling_strategy=on_node).remote(self._make)
                 worker = Worker(actor, node)
                 self.workers.append(worker)
                 self.call(worker, "start")
 
-    def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
-        """Handle the answer of a worker that was started; None if it was lost."""
+    def handle_start(self, worker: Worker, answer: Started | Failed | None) -> None:
+        """Handle the answer of a worker to ``start``, None if it was lost."""
         if isinstance(answer, Started):
             first = next((other.started for other in self.workers if other.started), answer)
             if (answer.precision, answer.kernels) == (first.precision, first.kernels):
@@ -153,14 +153,14 @@ class Pool:
             self.refuse(worker, answer)
 
     def refuse(self, worker: Worker, failure: Failed) -> None:
-        """Drop a worker that cannot do the work, and do not use its slot again."""
+        """Drop a worker that cannot compute here, and do not use its slot again."""
         self._refused[worker.node] += 1
         self._refusal = failure
         self.drop(worker)
         self.log_once(f"note: a worker is left out: {failure.message}")
 
     def drop(self, worker: Worker, lost: bool = False) -> None:
-        """Remove a worker; ``lost`` if it ended on its own."""
+        """Kill and remove a worker; ``lost`` if it ended on its own."""
         if worker in self.workers:
             self.workers.remove(worker)
             self.lost += lost
@@ -169,7 +169,15 @@ class Pool:
             self.ray.kill(worker.actor)
 
     def check_alive(self, fix: str) -> None:
-        """Raise an error with a fix, "" before any work, if there is no worker and none can be expected."""
+        """Raise an error if there is no worker and none can be expected; without a worker, wait a moment.
+
+        Args:
+            fix: the fix of the error, "" before any shard is computed.
+
+        Raises:
+            InputError: no worker finds the software, checkpoint or images, and ``fix`` is "".
+            RuntimeFailure: all workers were lost or refused, or there has been none for the timeout.
+        """
         if self.workers:
             self._last_alive = time.monotonic()
             return
@@ -178,7 +186,7 @@ class Pool:
         if refusal and not fix:
             raise refusal.kind(refusal.message)
         if refusal or self.lost >= MAX_LOST or time.monotonic() - self._last_alive > self._timeout:
-            reason = refusal.message if refusal else self._reason
+            reason = refusal.message if refusal else self._loss_reason
             problem = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
             if fix:
                 raise RuntimeFailure(problem, fix=fix)
@@ -186,7 +194,7 @@ class Pool:
         time.sleep(_POLL_SECONDS / 10)
 
     def call(self, worker: Worker, method: str, *arguments: Any) -> None:
-        """Call a method of a worker, for `answers`."""
+        """Call a method of a worker; `answers` returns its answer."""
         self._calls[getattr(worker.actor, method).remote(*arguments)] = (worker, method)
 
     def answers(self) -> Iterator[tuple[Worker, str, Any]]:
@@ -208,7 +216,7 @@ class Pool:
                 answer = Failed(one_line(error), is_machine_error=False)
             except self.ray.exceptions.RayError as error:
                 log.info("%s: %s", call[0].name, error)
-                self._reason = one_line(error)
+                self._loss_reason = one_line(error)
             yield (*call, answer)
 
     def _wait(self, calls: list[Any], count: int, seconds: float | None = None) -> list[Any]:
@@ -248,7 +256,7 @@ class Pool:
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Stop the workers; returns the results of `ShardWorker.stop` of those that stopped in time."""
-        calls = [worker.actor.stop.remote() for worker in self.workers if worker.has_work]
+        calls = [worker.actor.stop.remote() for worker in self.workers if worker.work_sent]
         reports = []
         with suppress(self.ray.exceptions.RayError):
             for call in self._wait(calls, len(calls), _STOP_TIMEOUT) if calls else ():

@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ class DetectorTools:
         records: the images.
         list_records: all images of their list.
         options: what to compute.
-        regions_given: whether the regions are given.
+        regions_given: whether the driver sends the regions with each shard; otherwise they are detected.
         device: "cpu" or "cuda".
         software: versions that the worker must have, from the function `software`.
         workers: number of threads that read images; None for the default.
@@ -81,22 +81,22 @@ class DetectorTools:
     def from_job(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
         """The tools of the workers of an extraction."""
         return cls(
-            job.checkpoint.absolute(),
-            job.plan.options["checkpoint_sha256"],
-            job.header.recipe,
-            job.meta.categories,
-            job.source.path.absolute(),
-            images_sha256(job.source, job.records),
-            job.records,
-            list(job.image_list.index.images.values()),
-            job.options,
-            job.given is not None,
-            device,
-            software(),
-            workers,
+            checkpoint=job.checkpoint.absolute(),
+            checkpoint_sha256=job.plan.options["checkpoint_sha256"],
+            recipe=job.header.recipe,
+            categories=job.meta.categories,
+            images=job.source.path.absolute(),
+            images_sha256=images_sha256(job.source, job.records),
+            records=job.records,
+            list_records=list(job.image_list.index.images.values()),
+            options=job.options,
+            regions_given=job.given_regions is not None,
+            device=device,
+            software=software(),
+            workers=workers,
         )
 
-    def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+    def __call__(self, given_regions: Callable[[ImageRecord], Regions]) -> Tools:
         """Check the software, checkpoint and images of this machine, and load the detector.
 
         Raises:
@@ -124,25 +124,20 @@ class DetectorTools:
         precision = supported_precision(self.options.precision, device)
         detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
         self._check_checkpoint(host)  # it may have been replaced meanwhile
-        profiler = Profiler(device)
-
-        def measure_batch_size() -> int:
-            return auto_batch_size(detector, self.records, self.options, self.options.features)
-
-        detector.model.profiler = profiler
+        detector.model.profiler = profiler = Profiler(device)
         name, _, _ = describe_device(self.device).partition(" (")
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
-            source.read,
-            make_compute(detector, self.options, given if self.regions_given else None),
-            name,
-            precision,
-            kernels_state(),
-            self.workers or default_workers(device),
-            measure_batch_size,
-            detector.inference,
-            profiler.seconds,
-            source.oriented,
+            load=source.read,
+            compute=make_compute(detector, self.options, given_regions if self.regions_given else None),
+            device=name,
+            precision=precision,
+            kernels=kernels_state(),
+            threads=self.workers or default_workers(device),
+            auto_batch_size=partial(auto_batch_size, detector, self.records, self.options, self.options.features),
+            context=detector.inference,
+            compute_seconds=profiler.seconds,
+            oriented=source.oriented,
         )
 
     def _check_checkpoint(self, host: str) -> None:

@@ -1,4 +1,4 @@
-"""A process that computes shards for `refdet.extraction.ray_engine`. Imports no Ray, and torch only once started."""
+"""A process that computes shards for `refdet.extraction.ray_engine`. No Ray, and no torch until it is started."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from refdet.extraction.pipeline import BackgroundWriter, load_ahead, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
-from refdet.extraction.workers_file import engine_token
+from refdet.extraction.workers_file import read_token
 from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions
@@ -42,16 +42,22 @@ class _MachineFailure(RuntimeFailure):
 
 
 class WorkerShards(ShardSet):
-    """The shards that a worker writes, to the folder of the extraction or to one of its own.
+    """The shards that a worker writes, to the folder of the extraction or to a temporary one.
 
     They keep their temporary names until the driver renames one of them: two workers may compute the same shard, with
     rounding that differs between GPUs, and the driver must not combine the rows of one with the file of the other.
+
+    Args:
+        work: the extraction.
+        folder: folder to write to.
+        shared: whether it is the folder of the extraction.
+        on_finished: called with the number of each finished shard.
     """
 
-    def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
+    def __init__(self, work: Work, folder: Path, shared: bool, on_finished: Callable[[int], object]) -> None:
         super().__init__(work.folder, work.plan, work.header, work.shards, folder, shard_numbers=())
         self.plan_hash = work.plan_hash
-        self._shared, self._finished = shared, finished
+        self._shared, self._on_finished = shared, on_finished
         self._files: dict[Path, Path] = {}  # path of a shard -> its temporary file
 
     @contextmanager
@@ -59,10 +65,10 @@ class WorkerShards(ShardSet):
         """Like `ShardSet.write`, and report the finished shard."""
         with super().write(number) as add:
             yield add
-        self._finished(number)
+        self._on_finished(number)
 
     @contextmanager
-    def _writing(self, path: Path) -> Iterator[Path]:
+    def _temporary_file(self, path: Path) -> Iterator[Path]:
         temporary = temporary_path(path)
         try:
             yield temporary
@@ -73,7 +79,7 @@ class WorkerShards(ShardSet):
         self._files[path] = temporary
 
     def take(self, number: int) -> Finished:
-        """Return a shard that was written, with its contents if it is not in the shared folder."""
+        """Remove and return a finished shard, with its contents if it is not in the folder of the extraction."""
         rows, path = self._rows.pop(number), self._files.pop(self._path(number))
         file: Path | bytes = path
         if not self._shared:
@@ -85,19 +91,19 @@ class WorkerShards(ShardSet):
 class ShardWorker:
     """Computes shards one after the other, and loads the images of the next one meanwhile.
 
-    Its methods are called from several threads; all computing is done in one thread.
+    Its methods are called from several threads; all shards are computed in one thread.
 
     Args:
-        make: prepares the worker.
+        make: loads the detector and returns the `Tools`.
     """
 
     def __init__(self, make: MakeTools) -> None:
         self._make = make
         self._thread = ThreadPoolExecutor(1, "compute")
-        self._given: dict[int, Regions] = {}
-        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._given_regions: dict[int, Regions] = {}
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()  # shard numbers
         self._futures: dict[int, Future[None]] = {}  # shard number -> its future
-        self._failed: BaseException | None = None
+        self._error: BaseException | None = None
         self._temporary_folder: TemporaryDirectory[str] | None = None
         self._stopping = False
         self._lock = threading.Lock()
@@ -106,9 +112,9 @@ class ShardWorker:
     def start(self) -> Started | Failed:
         """Check what the worker needs and load the detector."""
         try:
-            self._tools = self._thread.submit(self._make, lambda record: self._given[record.id]).result()
+            self._tools = self._thread.submit(self._make, lambda record: self._given_regions[record.id]).result()
         except Exception as error:
-            return _failed(error)
+            return _failed_message(error)
         tools = self._tools
         return Started(socket.gethostname(), os.getpid(), tools.device, tools.precision, tools.kernels)
 
@@ -122,49 +128,49 @@ class ShardWorker:
         try:
             return self._thread.submit(measure).result()
         except Exception as error:
-            return _failed(error)
+            return _failed_message(error)
 
     def begin(self, work: Work) -> bool | Failed:
-        """Prepare to compute shards of an extraction; returns whether the worker sees their folder."""
+        """Prepare to compute shards of an extraction; returns whether the worker sees the folder of the extraction."""
         try:
             return self._begin(work)
         except OSError as error:  # for example no space for a temporary folder
-            return replace(_failed(error), is_machine_error=True)
+            return replace(_failed_message(error), is_machine_error=True)
 
     def _begin(self, work: Work) -> bool:
-        shared = engine_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
+        shared = read_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
         self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
         folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)
-        self._shard_set = WorkerShards(work, folder, shared, self._finish)
+        self._shard_set = WorkerShards(work, folder, shared, self._on_finished)
         self._session = _UnrecordedSession(folder)
         self._thread.submit(self._run, work.strict)
         return shared
 
-    def compute(self, number: int, given: RegionsById) -> Finished | Failed:
+    def compute(self, number: int, given_regions: RegionsById) -> Finished | Failed:
         """Compute a shard.
 
         Args:
             number: its number.
-            given: the regions of its images; empty if they are to be detected.
+            given_regions: the regions of its images; empty if they are to be detected.
 
         Returns:
             The finished shard.
         """
         with self._lock:
-            self._given |= given
+            self._given_regions |= given_regions
             future = self._futures.setdefault(number, Future())
-            if self._failed is not None:
-                return _failed(self._failed)
+            if self._error is not None:
+                return _failed_message(self._error)
             self._todo.put(number)
         try:
             future.result()
             done = self._shard_set.take(number)
         except Exception as error:
-            return _failed(error)
+            return _failed_message(error)
         return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Stop after the batches being computed; returns the seconds per stage and per part of computing."""
+        """Stop after the current batch; returns the seconds per stage and per part of the network."""
         self._stopping = True
         self._todo.put(_END)
         self._thread.shutdown()
@@ -172,27 +178,27 @@ class ShardWorker:
             self._temporary_folder.cleanup()
         return self._session.stages, self._tools.compute_seconds()
 
-    def _finish(self, number: int) -> None:
+    def _on_finished(self, number: int) -> None:
         with self._lock:
             for batch in self._shard_set.shards[number]:
                 for record in batch:
-                    self._given.pop(record.id, None)
+                    self._given_regions.pop(record.id, None)
             future = self._futures.pop(number, None)
         if future is not None:  # None if the worker has failed
             future.set_result(None)
 
-    def _fail(self, error: BaseException) -> None:
+    def _on_failed(self, error: BaseException) -> None:
         with self._lock:
-            self._failed = error
+            self._error = error
             futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.set_exception(error)
 
     def _run(self, strict: bool) -> None:
-        """Compute the shards of the queue until something fails."""
+        """Compute the shards in the queue, until `_END` or an error."""
         tools, session = self._tools, self._session
         queued_batches: deque[list[ImageRecord]] = deque()  # loaded or being loaded
-        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of their shards
+        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # for the writer, which ends at _END
 
         def batches() -> Generator[list[ImageRecord] | None, None, None]:
             while True:
@@ -213,8 +219,8 @@ class ShardWorker:
                 tools.context(),
                 closing(load_ahead(tools.load, batches(), tools.threads)) as loaded,
                 progress_bar(None, "", "image", disable=True) as bar,
-                _ReportingBackground(
-                    self._shard_set, iter(shard_numbers.get, _END), session, bar, self._fail
+                _ReportingWriter(
+                    self._shard_set, iter(shard_numbers.get, _END), session, bar, on_failed=self._on_failed
                 ) as background,
             ):
                 try:
@@ -230,7 +236,7 @@ class ShardWorker:
                 finally:
                     shard_numbers.put(_END)
         except BaseException as error:
-            self._fail(error)
+            self._on_failed(error)
 
 
 def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | None:
@@ -241,21 +247,21 @@ def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | No
         raise _MachineFailure(str(error)) from error
 
 
-class _ReportingBackground(BackgroundWriter):
-    """A `BackgroundWriter` that reports the failure of its threads at once."""
+class _ReportingWriter(BackgroundWriter):
+    """A `BackgroundWriter` that reports an error in its threads at once, even if the main thread waits for work."""
 
-    def __init__(self, *args: Any) -> None:
-        *others, self._report = args
-        super().__init__(*others)
+    def __init__(self, *args: Any, on_failed: Callable[[BaseException], object]) -> None:
+        super().__init__(*args)
+        self._on_failed = on_failed
 
     def _run(self) -> None:
         super()._run()
         if self._error is not None:
-            self._report(self._error)
+            self._on_failed(self._error)
 
 
 class _UnrecordedSession(Session):
-    """A session without a file of its own; the driver records its timing."""
+    """A session that is not written to a file; the driver records its timing."""
 
     def _append_record(self) -> None:
         pass
@@ -277,8 +283,8 @@ class _LogCollector(logging.Handler):
         return tuple(messages)
 
 
-def _failed(error: BaseException) -> Failed:
-    """The failure of an exception; the driver adds the fix, which is another one on a cluster."""
+def _failed_message(error: BaseException) -> Failed:
+    """Message of an exception, without its fix: the driver adds the one for a cluster."""
     if isinstance(error, RefdetError):
         message = error.message
     else:

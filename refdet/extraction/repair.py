@@ -20,7 +20,9 @@ import numpy as np
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
+from refdet.extraction.merge_reading import ImageToMerge
 from refdet.extraction.plan import Plan, Shard, split_into_shards
+from refdet.extraction.shard_folder import LOCK
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
@@ -74,15 +76,20 @@ class Repair(ShardSet):
             RuntimeFailure: the disk is full, or a shard is damaged.
         """
         computed = self._by_id()
-        lost = [(i, row.error) for i, (row, _) in computed.items() if row.error and not self._old_rows[i].error]
+        lost = {i: row.error for i, (row, _) in computed.items() if row.error and not self._old_rows[i].error}
         if lost:
             log.warning(
                 "note: %s beside repaired ones can no longer be read (first: %s); %s keeps the regions it has of %s",
-                *(format_count(len(lost), "image"), lost[0][1], self.out, "it" if len(lost) == 1 else "them"),
+                format_count(len(lost), "image"),
+                next(iter(lost.values())),
+                self.out,
+                "it" if len(lost) == 1 else "them",
             )
-        for image_id, _ in lost:
+        for image_id in lost:
             del computed[image_id]
-        images = [computed.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
+        images = [
+            computed.get(r.id) or ImageToMerge(self._old_rows[r.id], partial(self._read_old, r.id)) for r in records
+        ]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
         os.replace(new, self.out)
@@ -154,12 +161,12 @@ def repair(
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with exclusive_lock(folder, "lock", "wait for it to finish"):
+            with exclusive_lock(folder, LOCK, "wait for it to finish"):
                 work = {"inode": out.stat().st_ino, "plan": plan.to_json(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     if any(folder.glob(_SHARDS)):
                         log.warning("note: finished shards in %s are of another repair and are discarded", folder)
-                    _remove(folder, out, keep=("lock",))
+                    _remove(folder, out, keep_lock=True)
                     write_json(folder / _REPAIR, work)
                 for path in (folder / out.name, *find_temporary_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
@@ -195,8 +202,8 @@ def find_retries(
     """Find the unusable images in finished shards to try again.
 
     These are the images that can now be read, or all if ``strict``, so that one that is still unusable is reported. As
-    a shard is computed as a whole, those of a shard in which another image can no longer be read are left out: its
-    regions would be lost.
+    a shard is always computed as a whole, a shard in which another image can no longer be read is left out, or the
+    regions of that image would be lost.
 
     Args:
         shard_set: the shards.
@@ -211,7 +218,7 @@ def find_retries(
         return set(shard_set.errors)
     errors = shard_set.errors
     readable = find_readable(errors, records, load)
-    kept, first = 0, ""
+    unreadable = []  # of each shard left out, why another image cannot be read
     for number in sorted({*shard_set.missing_shards(readable)} - {*shard_set.missing_shards()}):
         images = [record for batch in shard_set.shards[number] for record in batch]
         try:
@@ -220,12 +227,12 @@ def find_retries(
                     load(record)
         except InputError as error:
             readable -= {record.id for record in images}
-            kept, first = kept + 1, first or str(error)
-    if kept:
+            unreadable.append(str(error))
+    if unreadable:
         log.warning(
             "note: %s not computed again for repaired images, as others in it can no longer be read (first: %s)",
-            format_count(kept, "finished shard", "is"),
-            first,
+            format_count(len(unreadable), "finished shard", "is"),
+            unreadable[0],
         )
     return readable
 
@@ -240,7 +247,7 @@ def _read_repair(folder: Path) -> Any:
 
 def _clean_up(folder: Path, out: Path) -> None:
     """Remove the folder of a repair that had already replaced the store; keep the shards of an unfinished one."""
-    with exclusive_lock(folder, "lock", "wait for it to finish"):
+    with exclusive_lock(folder, LOCK, "wait for it to finish"):
         work = _read_repair(folder)
         unfinished = isinstance(work, dict) and work.get("inode") == out.stat().st_ino
         if unfinished and any(folder.glob(_SHARDS)):
@@ -253,19 +260,17 @@ def _clean_up(folder: Path, out: Path) -> None:
             _remove(folder, out)
 
 
-def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
-    """Remove the files of a repair, but not ``keep``, `_REPAIR` last, and the folder if it is then empty."""
-    owned = [*folder.glob(_SHARDS), *find_temporary_files(folder), folder / "sessions.jsonl", folder / out.name]
-    owned.append(folder / "workers.json")
-    for path in (*owned, folder / "lock", folder / _REPAIR):
-        if path.name not in keep:
-            path.unlink(missing_ok=True)
+def _remove(folder: Path, out: Path, keep_lock: bool = False) -> None:
+    """Remove the files of a repair, `_REPAIR` last, and the folder if it is then empty."""
+    names = ["sessions.jsonl", "workers.json", out.name, *([] if keep_lock else [LOCK]), _REPAIR]
+    for path in (*folder.glob(_SHARDS), *find_temporary_files(folder), *(folder / name for name in names)):
+        path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:
-    """What a writer needs to know about each image of a store.
+    """Read the rows of the images of a store, to write another one.
 
     Args:
         old: the store.

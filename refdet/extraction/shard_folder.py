@@ -1,13 +1,13 @@
 """Folder of an unfinished extraction: read its plan and check whether it can be resumed.
 
-Without torch, so that mismatches are found before the detector is loaded.
+No torch, so that mismatches are found before the detector is loaded.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files
+from refdet.files.atomic import TEMPORARY_MARK, find_temporary_files, fsync
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -35,14 +35,14 @@ def shards_folder(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
-def progress(folder: Path) -> dict[str, Any] | None:
-    """Read the plan of an unfinished extraction.
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Read the plan and progress of an unfinished extraction.
 
     Args:
         folder: folder of the shards.
 
     Returns:
-        Contents of ``plan.json`` and the number of shards as "finished"; None if it is not such a folder.
+        Contents of ``plan.json``, and "finished": the number of finished shards. None if there is no plan.
 
     Raises:
         InputError: the plan is damaged.
@@ -57,7 +57,12 @@ def read_batch_size(out: Path) -> int | None:
     if plan is None and out.exists():
         with store.open(out) as finished:
             plan = finished.run
-    size = (plan or {}).get("batch_size")
+    return None if plan is None else batch_size_of(plan)
+
+
+def batch_size_of(plan: Mapping[str, Any]) -> int | None:
+    """Batch size in the contents of ``plan.json`` or a store's information about its run, None if it is invalid."""
+    size = plan.get("batch_size")
     return size if type(size) is int and 0 < size <= _MAX_BATCH_SIZE else None
 
 
@@ -68,10 +73,10 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         folder: folder of the shards.
 
     Returns:
-        Contents of ``plan.json``; None if it does not exist, or is damaged and there are no shards.
+        Contents of ``plan.json``. None if it does not exist, or is damaged and the folder has no shards.
 
     Raises:
-        InputError: it is damaged and there are shards.
+        InputError: it is damaged, and the folder has shards.
     """
     path = folder / PLAN
     try:
@@ -79,7 +84,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise InputError(f"{path}: not a JSON object")
     except InputError as error:
-        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # perhaps removed just now
+        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # another process may have removed it
             return None
         raise InputError(
             f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
@@ -119,18 +124,14 @@ def check_resumable(
 
     Raises:
         InputError: ``out`` or its shards exist and ``resume`` is False; they have another plan or header; or the
-            folder has foreign files.
+            folder contains other files.
     """
     if not resume:
         check_new(out)
     folder = shards_folder(out)
     saved_plan = read_plan(folder)
     if saved_plan is not None:
-        if difference := plan.differing_options(header, saved_plan, ignored):
-            raise InputError(
-                f"{folder} was started with different settings: {difference}; use the same options and "
-                "checkpoint, or remove it"
-            )
+        check_same_settings(folder, plan.differing_options(header, saved_plan, ignored))
     elif out.exists():
         with store.open(out) as finished:
             stored = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
@@ -140,6 +141,15 @@ def check_resumable(
     elif unexpected := _find_unexpected(folder):
         raise InputError(f"{folder}: contains {unexpected}, not part of an extraction; move it or choose another `out`")
     return saved_plan
+
+
+def check_same_settings(folder: Path, difference: str) -> None:
+    """Raise an InputError if the plan of a folder of shards has a difference, "" for none."""
+    if difference:
+        raise InputError(
+            f"{folder} was started with different settings: {difference}; use the same options and checkpoint, or "
+            "remove it"
+        )
 
 
 def _find_unexpected(folder: Path) -> str:
@@ -172,7 +182,7 @@ def _merged_inodes(folder: Path) -> list[int]:
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what killed processes left of an extraction into ``out``; no other process may be writing it."""
+    """Remove what killed processes left of an extraction into ``out``; no other process may be using it."""
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
     partial += find_temporary_files(out.parent, out.name)
@@ -190,3 +200,10 @@ def remove_owned_files(folder: Path) -> None:
             if OWNED_FILES.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()
+
+
+def remove_merged(folder: Path) -> None:
+    """Remove a folder whose shards are merged into the store."""
+    (folder / PLAN).unlink()  # first, so that an interrupted removal is not resumed
+    fsync(folder)
+    remove_owned_files(folder)

@@ -22,7 +22,7 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.merge_reading import ImageToMerge, read_ahead
-from refdet.extraction.part import no_part_running
+from refdet.extraction.part import lock_all_parts
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
     LOCK,
@@ -30,7 +30,9 @@ from refdet.extraction.shard_folder import (
     PLAN,
     check_merged_file,
     check_resumable,
+    check_same_settings,
     read_plan,
+    remove_merged,
     remove_owned_files,
     remove_partial_files,
     shards_folder,
@@ -97,8 +99,8 @@ class ShardSet:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.shard"
 
-    def _writing(self, path: Path) -> AbstractContextManager[Path]:
-        """Context manager with the file to write a shard to."""
+    def _temporary_file(self, path: Path) -> AbstractContextManager[Path]:
+        """Context manager with a temporary file, which becomes the shard ``path`` at the end of the block."""
         return atomic_write(path)
 
     def _shard_id(self, number: int) -> dict[str, Any]:
@@ -110,8 +112,9 @@ class ShardSet:
             raise InputError(f"{path}: not a file; remove it so that the shard can be written")
         try:
             for image, location in read(path, self._shard_id(number), self._columns):
-                rows.append((self._row(image, path), location))
-            if not self._matches(number, rows):
+                self._check_shapes(image, path)
+                rows.append((image.row, location))
+            if not self._matches_plan(number, rows):
                 raise ShardError("damaged: its images differ from the plan")
         except ShardError as error:
             log.warning("note: %s: %s; removed, computing its images again", path, error)
@@ -119,12 +122,12 @@ class ShardSet:
         else:
             self._rows[number] = rows
 
-    def _matches(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
+    def _matches_plan(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
         """Whether the rows are of the images of a shard in the plan, in the same order."""
         return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
-    def _row(self, image: EncodedImage, path: Path) -> ImageRow:
-        """Row of an image, which the store needs before it is written."""
+    def _check_shapes(self, image: EncodedImage, path: Path) -> None:
+        """Check that the features of an image have the same shapes per region as those of other images."""
         for name in self.plan.features:
             values = image.arrays.get(f"features/{name}")
             if values is None:
@@ -135,7 +138,6 @@ class ShardSet:
                     f"{path}: {name} of image {image.row.id} has shape {shape}, others have {self._shapes[name]}",
                     fix=f"remove {self.folder} and start again",
                 )
-        return image.row
 
     @property
     def finished_images(self) -> int:
@@ -210,17 +212,21 @@ class ShardSet:
         """
         path = self._path(number)
         rows: list[tuple[ImageRow, BlockLocation]] = []
-        with report_disk_full(path, _DISK_FULL_FIX), self._writing(path) as temporary, temporary.open("wb", 0) as file:
+        with (
+            report_disk_full(path, _DISK_FULL_FIX),
+            self._temporary_file(path) as temporary,
+            temporary.open("wb", 0) as file,
+        ):
             writer = ShardWriter(file, self._shard_id(number))
 
             def add(images: Sequence[EncodedImage]) -> None:
                 locations = writer.add(images)
-                rows.extend(
-                    (self._row(image, path), location) for image, location in zip(images, locations, strict=True)
-                )
+                for image, location in zip(images, locations, strict=True):
+                    self._check_shapes(image, path)
+                    rows.append((image.row, location))
 
             yield add
-            if not self._matches(number, rows):
+            if not self._matches_plan(number, rows):
                 raise ValueError(f"{path}: images differ from the plan")
             writer.finish()
         self._rows[number] = rows
@@ -232,7 +238,7 @@ class ShardSet:
 
         Args:
             records: images in the order of the store.
-            run: called after writing; returns the store's information about its run.
+            run: called after writing; returns the information about the run for the store.
 
         Raises:
             InputError: another program has created a file at the path of the store.
@@ -248,7 +254,7 @@ class ShardSet:
 
         by_id = self._by_id()
         self._write_store(self.out, [by_id[record.id] for record in records], run, seal)
-        _remove(self.folder)
+        remove_merged(self.folder)
 
     def _write_store(
         self,
@@ -259,7 +265,7 @@ class ShardSet:
     ) -> None:
         """Write images to a store at ``path``; ``seal`` is called with the file before it is renamed to ``path``."""
         columns = self.plan.columns(self._shapes)
-        rows = [row for row, _ in images]
+        rows = [image.row for image in images]
         space = space_needed(rows, columns, self.header)
         self._check_space(space)
         with report_disk_full(path, _DISK_FULL_FIX), store.create(path, self.header, columns, rows, space) as writer:
@@ -272,7 +278,7 @@ class ShardSet:
     def _by_id(self) -> dict[int, ImageToMerge]:
         """Images in finished shards by id."""
         return {
-            row.id: (row, partial(self._read, number, row, location))
+            row.id: ImageToMerge(row, partial(self._read, number, row, location))
             for number, rows in self._rows.items()
             for row, location in rows
         }
@@ -326,16 +332,13 @@ def open_extraction(
         remove_owned_files(folder)  # in case its removal was interrupted
         yield None
         return
-    if saved_plan is not None and (difference := plan.differing_shards(shards, saved_plan)):
-        raise InputError(
-            f"{folder} was started with different settings: {difference}; use the same options and "
-            "checkpoint, or remove it"
-        )
-    if saved_plan is None and resume:
+    if saved_plan is not None:
+        check_same_settings(folder, plan.differing_shards(shards, saved_plan))
+    elif resume:
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), no_part_running(folder):
+        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), lock_all_parts(folder):
             current_plan = read_plan(folder)
             if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
@@ -345,10 +348,3 @@ def open_extraction(
                 write_json(folder / PLAN, plan.to_json(shards, header))
                 fsync(out.parent)
             yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)
-
-
-def _remove(folder: Path) -> None:
-    # The plan first, so that an interrupted removal is not resumed.
-    (folder / PLAN).unlink()
-    fsync(folder)
-    remove_owned_files(folder)

@@ -15,7 +15,7 @@ _RES5_SIZE = 7  # height and width of res5's output
 
 
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each feature of one region, for a detector of this recipe."""
+    """Shape of each feature of one region, for a detector of this recipe and number of classes without background."""
     model = recipe.model
     pooled, fc7 = roi_channels(model)
     return {
@@ -29,7 +29,7 @@ def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
 
 def estimate_bytes(
     records: Sequence[ImageRecord],
-    regions: Callable[[ImageRecord], int],
+    counts: Sequence[int],
     recipe: Recipe,
     header: Header,
     columns: Columns,
@@ -39,16 +39,15 @@ def estimate_bytes(
 
     Args:
         records: the images.
-        regions: returns the number of regions of an image, or its limit.
+        counts: number of regions of each image, or its limit.
         recipe: the recipe of the detector.
         header: the header of the store.
         columns: the columns of the store, with `feature_shapes`.
         map_size: returns the height and width of an image's feature map, for stores with feature maps.
     """
-    channels = feature_shapes(recipe, 0)["pool5"][0]
+    channels, _ = roi_channels(recipe.model)
     rows = []
-    for record in records:
-        count = regions(record)
+    for record, count in zip(records, counts, strict=True):
         masks = count * _MASK_BYTES * columns.masks
         shape = (channels, *map_size(record)) if columns.maps else (0, 0, 0)
         rows.append(ImageRow(record.id, record.file_name, record.height, record.width, "", count, masks, shape))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.data.coco import ImageRecord
 from refdet.extraction.size_estimate import estimate_bytes, feature_shapes
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_bytes, format_count
 from refdet.store import Columns
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     from refdet.data.transforms import input_size
 
     meta, options, plan = job.meta, job.options, job.plan
-    region_count = None if job.given is None else job.given.count
 
     def map_size(record: ImageRecord) -> tuple[int, int]:
         size = input_size(record.height, record.width, meta.recipe.input)
@@ -34,21 +33,19 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
             return max(size.height // stride, 1), max(size.width // stride, 1)
         return math.ceil(size.height / stride), math.ceil(size.width / stride)
 
-    lines = [f"device: {device}, {options.precision}, {kernels}"]
-    size = ""
-    if region_count is not None or options.regions == "detections":
-        shapes = feature_shapes(meta.recipe, len(meta.categories))
-        features = {name: shapes[name] for name in plan.features}
-        columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
-        regions = region_count or (lambda _: options.max_regions)
-        bytes_ = estimate_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
-        at_most = f"at most, with {format_count(options.max_regions, 'region')} per image,"
-        size = f"; file size: {'about' if region_count is not None else at_most} {_format_size(bytes_)}"
-        size += " before compression" if plan.compression != "none" else ""
-    lines.append(f"images: {len(job.records)} of {job.image_list.name}{size}")
-    lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")
-    return lines
-
-
-def _format_size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    shapes = feature_shapes(meta.recipe, len(meta.categories))
+    features = {name: shapes[name] for name in plan.features}
+    columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
+    if job.given_regions is None:
+        bound = f"at most, with {format_count(options.max_regions, 'region')} per image,"
+        counts = [options.max_regions] * len(job.records)
+    else:
+        bound = "about"
+        counts = [job.given_regions.count(record.id) for record in job.records]
+    size = estimate_bytes(job.records, counts, meta.recipe, job.header, columns, map_size)
+    compression = " before compression" if plan.compression != "none" else ""
+    return [
+        f"device: {device}, {options.precision}, {kernels}",
+        f"images: {len(job.records)} of {job.image_list.name}; file size: {bound} {format_bytes(size)}{compression}",
+        f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}",
+    ]

@@ -24,12 +24,12 @@ class Summary:
         seconds: duration of computing them.
         bytes: size of the store.
         images_per_second: of this run, without the merge; 0 if nothing was computed.
-        stages: seconds per stage: load (waiting for images), compute and wait (for the background threads) in the
-            main thread, finish and write in a background thread each, and merge at the end.
+        stages: seconds per stage: in the main thread "load" (waiting for images), "compute", and "wait" (for the
+            background threads); in one background thread each "finish" and "write"; and "merge" at the end.
         batch_size: maximum number of images per batch.
-        computing: seconds per part of computing, if measured (`refdet.detector.profiler`).
-        merged: whether the store is written. Otherwise this process has finished its part of the extraction, and the
-            numbers of images, regions, unusable images and bytes are of that part.
+        computing: seconds per part of the network, if measured (`refdet.detector.profiler`).
+        merged: whether the store is written. Otherwise this process has finished its part of the extraction, and
+            ``images``, ``regions``, ``errors`` and ``bytes`` are of that part.
     """
 
     images: int
@@ -50,15 +50,15 @@ class Summary:
         return shares(self.seconds, self.stages)
 
 
-def summary_of_store(
+def summarize_store(
     out: Path, session: Session | None, compute_seconds: Callable[[], dict[str, float]], batch_size: int
 ) -> Summary:
-    """The numbers of a finished store, and the times of the process that finished it.
+    """Summarize a finished store and the process that finished it.
 
     Args:
         out: the store.
-        session: the times; None if there was nothing to do.
-        compute_seconds: returns the seconds per part of computing.
+        session: the timing of the process; None if there was nothing to do.
+        compute_seconds: returns the seconds per part of the network.
         batch_size: maximum number of images per batch.
 
     Raises:
@@ -70,21 +70,21 @@ def summary_of_store(
         raise none_usable_error(errors, f"{out} has no regions")
     computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
     return Summary(
-        images,
-        regions,
-        len(errors),
-        computed,
-        seconds,
-        out.stat().st_size,
-        computed / seconds if computed else 0.0,
-        session.stages if session else dict.fromkeys(STAGES, 0.0),
-        batch_size,
-        compute_seconds(),
+        images=images,
+        regions=regions,
+        errors=len(errors),
+        computed=computed,
+        seconds=seconds,
+        bytes=out.stat().st_size,
+        images_per_second=computed / seconds if computed else 0.0,
+        stages=session.stages if session else dict.fromkeys(STAGES, 0.0),
+        batch_size=batch_size,
+        computing=compute_seconds(),
     )
 
 
 def none_usable_error(errors: Mapping[int, str], kept: str) -> RuntimeFailure:
-    """Error of an extraction without usable images; ``kept`` says what it leaves behind."""
+    """The error of an extraction without usable images; ``kept`` says what it leaves behind."""
     return RuntimeFailure(
         f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))})",
         fix=f"{kept}, check the files or `images` and run it again with `resume=True`",

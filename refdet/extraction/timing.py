@@ -64,7 +64,7 @@ class Session:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Time all stages except the merge."""
+        """Add the duration of the block, which contains all stages except the merge, to `seconds`."""
         self._since["computing"] = time.perf_counter()
         try:
             yield
@@ -74,7 +74,7 @@ class Session:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Time a part of a stage; a stage must be timed by one thread only."""
+        """Add the duration of the block to a stage, which only one thread may time."""
         self._since[stage] = time.perf_counter()
         try:
             yield
@@ -83,13 +83,13 @@ class Session:
             if stage == "merge":  # no shard is finished after it
                 self._append_record()
 
-    def finished(self, images: int) -> None:
-        """Record that a shard with a number of images was finished."""
+    def record_shard(self, images: int) -> None:
+        """Record a finished shard by its number of images."""
         self.images += images
         self._append_record()
 
     def summary(self) -> dict[str, Any]:
-        """Summary of all sessions for the store, JSON."""
+        """Summary of all sessions, for the store, as JSON."""
         others = sorted(path for path in self._path.parent.glob(_ALL_FILES) if path != self._path)  # of other parts
         other_sessions = [session for path in others for session in _read(path).values()]
         sessions = [*other_sessions, *self._earlier.values(), self._record()]
@@ -121,7 +121,7 @@ class Session:
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """Session -> its last complete line."""
+    """Session number -> its last complete line."""
     sessions: dict[int, dict[str, Any]] = {}
     with suppress(OSError):
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # opening a pipe would block

@@ -1,4 +1,4 @@
-"""Who computes an unfinished extraction: its parts, or the workers of a Ray engine. No torch."""
+"""The processes that compute an unfinished extraction: its parts, or the workers of a Ray engine. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.extraction.part import progress_of_parts
+from refdet.extraction.part import read_progress_of_parts
 from refdet.files.atomic import write_json
 from refdet.files.json_files import read_small_json
 
@@ -27,27 +27,32 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def who_computes(folder: Path) -> list[dict[str, Any]]:
-    """Describe the processes that compute the shards in a folder.
+def read_workers(folder: Path) -> list[dict[str, Any]]:
+    """Read the progress of the processes that compute the shards in a folder.
 
     Args:
         folder: folder of the shards.
 
     Returns:
-        An object for each: "worker", "host", "pid", "state" ("computing", "finished", "stopped" or "lost"), "shards"
-        (those it computes now, if known), "finished" and "images" (the numbers of images, the latter if it is fixed),
-        "images_per_second", and "seconds_ago", when it last finished a shard. Values of a damaged file are None.
+        A JSON object for each process; a value is None if it is unknown or the file is damaged.
+
+        - "worker": name of the part or worker; "host" and "pid": where it runs
+        - "state": "computing", "finished" or "stopped"
+        - "shards": numbers of the shards assigned to a Ray worker
+        - "finished": number of finished images; "images": number of all images of a part
+        - "images_per_second": its speed
+        - "seconds_ago": seconds since it last finished a shard
     """
-    return [_valid_fields(worker) for worker in [*progress_of_parts(folder), *_engine_workers(folder)]]
+    return [_valid_fields(worker) for worker in [*read_progress_of_parts(folder), *_engine_workers(folder)]]
 
 
-def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
+def write_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
     """Write the workers of a Ray engine, and a token by which they check whether they see the same folder."""
     with suppress(FileNotFoundError):
         write_json(folder / WORKERS, {"token": token, "workers": list(workers)})
 
 
-def engine_token(folder: Path) -> str | None:
+def read_token(folder: Path) -> str | None:
     """The token in a folder, None if there is none."""
     token = _read_file(folder).get("token")
     return token if isinstance(token, str) else None
@@ -67,9 +72,9 @@ def _read_file(folder: Path) -> dict[str, Any]:
 
 
 def _valid_fields(worker: Any) -> dict[str, Any]:
-    """The fields of a worker that have the right types."""
+    """The fields of a worker, None for each that is missing or has a wrong type."""
     worker = worker if isinstance(worker, dict) else {}
     checked = {name: worker.get(name) if type(worker.get(name)) in types else None for name, types in _FIELDS.items()}
     updated = worker.get("updated")
-    known = type(updated) in (int, float) and math.isfinite(updated)
-    return {**checked, "seconds_ago": round(max(0.0, time.time() - updated), 1) if known else None}
+    is_time = type(updated) in (int, float) and math.isfinite(updated)
+    return {**checked, "seconds_ago": round(max(0.0, time.time() - updated), 1) if is_time else None}

@@ -13,8 +13,8 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
-from refdet.extraction.shard_folder import progress, shards_folder
-from refdet.extraction.workers_file import who_computes
+from refdet.extraction.shard_folder import read_progress, shards_folder
+from refdet.extraction.workers_file import read_workers
 from refdet.files.file_kinds import HDF5_MAGIC, FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.files.short_text import agree, format_share
@@ -41,7 +41,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        plan = progress(path)
+        plan = read_progress(path)
         return _describe_checkpoint(path) if plan is None else _describe_unfinished(path, plan)
     kind = kind_of(path)
     if kind is FileKind.MISSING:
@@ -159,7 +159,7 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "batch_size": _count(plan, "batch_size"),
         "categories": len(classes) if isinstance(classes, list) else None,
         "options": plan.get("options"),
-        "workers": who_computes(folder),
+        "workers": read_workers(folder),
         "provenance": _provenance(folder / "plan.json", header.get("provenance")),
     }
 
@@ -185,7 +185,7 @@ def _count(plan: dict[str, Any], name: str) -> int | None:
 def _missing_message(path: Path, what: str) -> str:
     """Error message for a missing path."""
     folder = shards_folder(path)
-    plan = progress(folder) if folder.is_dir() else None
+    plan = read_progress(folder) if folder.is_dir() else None
     return f"no such {what}" if plan is None else f"not finished yet: in {folder}, {_state(plan)}"
 
 
@@ -209,7 +209,7 @@ def check(path: str | Path) -> Verification:
     """
     path = Path(path)
     if path.is_dir():
-        plan = progress(path)
+        plan = read_progress(path)
         what = "a folder; only a file written by refdet extract-features can be verified"
         raise InputError(f"{path}: {what if plan is None else f'an unfinished store: {_state(plan)}'}")
     if not path.exists():

@@ -153,7 +153,7 @@ class Gpu:
         self.batches = list[tuple[int, tuple[int, ...], DetectionOptions]]()
 
         def start(
-            model: object,
+            model: SimpleNamespace,
             images: list[np.ndarray],
             records: list[ImageRecord],
             ids: object,
@@ -161,7 +161,7 @@ class Gpu:
             *,
             features: tuple[str, ...],
         ) -> None:
-            assert len(images) == len(records)
+            assert len(images) == len(records) and model.profiler is None
             self.batches.append((len(images), images[0].shape, options))
             peak = held + kept + needed(len(images))
             if peak > total:
@@ -183,7 +183,8 @@ class Gpu:
 
     def measured(self) -> MeasuredBatch:
         parameters = [SimpleNamespace(device=torch.device("cuda"))]
-        model = SimpleNamespace(parameters=lambda: iter(parameters))
+        profiler = object()
+        model = SimpleNamespace(parameters=lambda: iter(parameters), profiler=profiler)
         meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
         detector, options = (
             SimpleNamespace(model=model, meta=meta),
@@ -192,6 +193,7 @@ class Gpu:
         records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
         found = measure_batch_size(detector, records, options, ())  # type: ignore[arg-type]
         assert auto_batch_size(detector, records, options, ()) == found.size  # type: ignore[arg-type]
+        assert model.profiler is profiler
         return found
 
     def tried(self) -> list[int]:

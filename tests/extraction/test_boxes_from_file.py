@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -18,9 +19,8 @@ from refdet.detector import checkpoint
 from refdet.errors import InputError
 from refdet.evaluation.targets import empty_mask
 from refdet.extraction import boxes_from_file
-from refdet.extraction.boxes_from_file import load_boxes
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
 from refdet.extraction.extract import extract_features
-from refdet.extraction.given_regions import load_given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.store.verify import verify
@@ -52,7 +52,7 @@ def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
     regions = found.for_image(index.images[7])
     assert regions.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 128, 96]]
     assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
-    assert regions.masks is None and regions.ann_ids is None and not found.masks
+    assert regions.masks is None and regions.ann_ids is None and not found.has_masks
     assert (len(found.for_image(index.images[9])), len(found.for_image(index.images[5]))) == (1, 0)
     assert [found.count(i) for i in (5, 7, 9)] == [0, 2, 1]
     assert found.categories == {3: "car", 44: "bottle"}
@@ -64,7 +64,7 @@ def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> No
     rle = coco_mask.encode(drawn)
     written = {"size": rle["size"], "counts": rle["counts"].decode()}
     found = load_boxes(results(tmp_path, {**GOOD, "segmentation": written}), index)
-    assert found.masks and found.for_image(index.images[7]).masks == (rle["counts"],)
+    assert found.has_masks and found.for_image(index.images[7]).masks == (rle["counts"],)
     assert found.for_image(index.images[5]).masks == ()
 
 
@@ -80,7 +80,9 @@ def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> No
         ({**GOOD, "bbox": [1, 2, 10**400, 4]}, "four finite numbers"),
         ({**GOOD, "bbox": [1, 2, 0, 4]}, "no area"),
         ({**GOOD, "bbox": [1, 2, 3, -4]}, "no area"),
+        ({**GOOD, "bbox": [90, 2, 1e-6, 4]}, r"box \[90, 2, 90, 6\] .* has no area"),  # in float32
         ({**GOOD, "bbox": [128, 2, 3, 4]}, "outside its image of 128x96"),
+        ({**GOOD, "bbox": [128 - 1e-6, 2, 3, 4]}, "outside its image of 128x96"),
         ({**GOOD, "score": None}, "score must be a finite number"),
         ({**GOOD, "segmentation": {"size": [96, 128], "counts": "0"}}, "segmentation missing in some entries"),
     ],
@@ -126,7 +128,7 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
     monkeypatch.setattr(store.Store, "read", notes)
     found = load_boxes(path, index)
     assert [found.count(i) for i in (5, 7, 9, 8)] == [0, 2, 3, 0]
-    assert asked == [] and found.masks and not found.ann_ids
+    assert asked == [] and found.has_masks and not found.has_ann_ids
     regions = found.for_image(index.images[7])
     assert asked == [7]
     assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
@@ -155,6 +157,14 @@ def test_a_store_of_boxes_is_checked_before_the_work(
         load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
 
 
+def test_a_store_with_a_category_of_no_class_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+    path = boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]] * 2, 7: [[1, 2, 3, 4]] * 2})
+    with h5py.File(path, "r+") as file:
+        file["regions/category_id"][3] = 99
+    with pytest.raises(InputError, match="`boxes` .*b.h5: image 7: category 99 is not in the classes of the store"):
+        load_boxes(path, index)
+
+
 def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, index: CocoIndex) -> None:
     upright = boxes_store(tmp_path / "a.h5", {7: [[1, 2, 3, 4]]}, exif="apply")
     stored = boxes_store(tmp_path / "b.h5", {7: [[1, 2, 3, 4]]})
@@ -177,11 +187,11 @@ def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, inde
 def test_images_without_boxes_are_counted(
     tmp_path: Path, index: CocoIndex, ids: tuple[int, ...], says: list[str], kind: str
 ) -> None:
-    images, said = ImageList.of_instances(index.path), list[str]()
+    said = list[str]()
     boxes = results(tmp_path, *({**GOOD, "image_id": i} for i in ids))
     if kind == "store":
         boxes = boxes_store(tmp_path / "b.h5", {i: [[1, 2, 3, 4]] for i in ids})
-    load_given_regions(images, "boxes", boxes, "xywh", "ignore", said.append)
+    report_images_without_boxes(boxes, load_boxes(boxes, index).count, list(index.images.values()), said.append)
     assert said == [line.format(boxes) for line in says]
 
 
@@ -211,6 +221,7 @@ def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
     usual = extract("a.h5", results(tmp_path, GOOD))
     other = extract("b.h5", results(tmp_path, {**GOOD, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
     assert usual.exit_code == other.exit_code == 0
+    assert "images: 3 of i.json; file size: about " in usual.stderr
     with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
         assert "box_format" not in a.options and b.options["box_format"] == "xyxy"
         np.testing.assert_array_equal(a[7].boxes, b[7].boxes)
@@ -256,5 +267,5 @@ def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -
     with store.open(sure) as c:
         assert c[7].scores.tolist() == [12.5, -3]  # of a detector that does not give rates
     assert verify(sure).problems == [] and verify(first).problems == []
-    with pytest.raises(InputError, match="another boxes"):
+    with pytest.raises(InputError, match="another file of boxes"):
         extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)

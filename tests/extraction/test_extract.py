@@ -120,7 +120,10 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
     for key, value, says in (
         ("score_threshold", 0.1, "`score_threshold` was 0.05 and is now 0.1"),
         ("image_list_sha256", "0", "another image list"),
-        ("regions", "annotations", "`regions` was null and is now annotations"),
+        ("boxes_sha256", "0", "another file of boxes"),
+        ("crowd_as_object", True, "`crowd_as_object` was false and is now true"),
+        ("box_format", "xyxy", "`box_format` was xywh and is now xyxy"),
+        ("regions", "annotations", "`regions` was not set and is now annotations"),
     ):
         with pytest.raises(InputError, match=says):
             run(tmp_path / "a.h5", resume=True, options={**PLAN.options, key: value})

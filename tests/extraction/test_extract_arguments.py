@@ -76,7 +76,7 @@ def test_options_of_detections_are_not_ignored_without_a_word(
     monkeypatch.chdir(tmp_path)
     paths = ["--checkpoint", "run", "--images", "images", "--out", "a.h5", "--instances", "instances.json"]
     done = CliRunner().invoke(main, ["extract-features", *paths, *words])
-    assert done.exit_code == 2 and "instances.json: has no images to extract" in done.stderr
+    assert done.exit_code == 2 and "instances.json: no images to extract" in done.stderr
     note = f"note: {unused}: for detections only, not used with {of}\n"
     assert note in done.stderr if unused else "for detections only" not in done.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.extraction.memory import UNKNOWN, available_bytes
+from refdet.extraction.memory import FALLBACK_BYTES, available_bytes
 
 KILOBYTES = "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n"
 
@@ -50,7 +50,7 @@ def test_the_least_counts(tmp_path: Path, groups: str, files: dict[str, str], ex
 
 
 def test_where_no_one_tells(tmp_path: Path) -> None:
-    assert available_bytes(tmp_path / "proc", tmp_path / "cgroup") == UNKNOWN
+    assert available_bytes(tmp_path / "proc", tmp_path / "cgroup") == FALLBACK_BYTES
 
 
 def test_here_it_is_a_number_of_bytes() -> None:

@@ -26,8 +26,8 @@ from refdet.cli.main import main
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import parts
-from refdet.extraction.part import Part, no_part_running
-from refdet.extraction.workers_file import who_computes
+from refdet.extraction.part import Part, lock_all_parts
+from refdet.extraction.workers_file import read_workers
 from refdet.files.lock import exclusive_lock
 from refdet.splits.inspect import describe
 from refdet.structures.regions import Regions
@@ -92,7 +92,7 @@ def test_parts_at_the_same_time(tmp_path: Path, whole: Path) -> None:
 def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: str) -> None:
     out = tmp_path / "a.h5"
     assert ended(start_part(out, "1/2", kill))[0] == -9
-    assert [one["state"] for one in who_computes(folder_of(out))] == ["stopped"]
+    assert [one["state"] for one in read_workers(folder_of(out))] == ["stopped"]
     assert not run_part(out, "2/2").merged
     if kill.startswith("add"):
         assert len(list(folder_of(out).glob(".*.shard"))) == 1  # half-written, and left alone by other parts
@@ -146,8 +146,8 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
         pytest.raises(InputError, match="another process is writing to it; wait for it to finish"),
     ):
         run_part(out, "2/2")
-    with no_part_running(folder):
-        assert [one["state"] for one in who_computes(folder)] == ["finished"]
+    with lock_all_parts(folder):
+        assert [one["state"] for one in read_workers(folder)] == ["finished"]
     assert run_part(out, "2/2").merged
 
 
@@ -218,6 +218,15 @@ def test_a_damaged_number_of_parts_is_said(tmp_path: Path) -> None:
 def test_what_is_no_part(text: str) -> None:
     with pytest.raises(InputError, match=f"^`part` {text}: .*such as 3/8$"):
         Part.parse(text)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 10**6, None, "4"])
+def test_no_part_computes_with_a_damaged_batch_size(tmp_path: Path, size: Any) -> None:
+    run_part(tmp_path / "a.h5", "1/2")
+    path = folder_of(tmp_path / "a.h5") / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
+    with pytest.raises(InputError, match=f"`batch_size` was {json.dumps(size).strip(chr(34))} and is now 4"):
+        run_part(tmp_path / "a.h5", "2/2", fixed_batch_size=False)
 
 
 def test_the_batch_size_is_that_of_the_first_part_unless_one_is_asked_for(tmp_path: Path, whole: Path) -> None:

@@ -21,7 +21,7 @@ from store_examples import contents
 
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.ray_cluster import Cluster, check_address, connect
-from refdet.extraction.workers_file import engine_token, note_workers, who_computes
+from refdet.extraction.workers_file import read_token, read_workers, write_workers
 
 _ = one_thread  # a fixture
 pytestmark = [
@@ -81,7 +81,7 @@ def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any)
     shown: list[dict[str, Any]] = []
     folder = tmp_path / "a.h5.parts"
     watch = when(
-        lambda: list(folder.glob("*.shard")) and who_computes(folder), lambda: shown.extend(who_computes(folder))
+        lambda: list(folder.glob("*.shard")) and read_workers(folder), lambda: shown.extend(read_workers(folder))
     )
     done = run_on(cluster.address, out, SlowTools(who, seconds=0.3, together=2))
     watch.join()
@@ -128,8 +128,8 @@ def test_a_worker_without_images_is_left_out_and_one_without_the_folder_sends_it
     tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, who = tmp_path / "a.h5", tmp_path / "who"
-    unseen = lambda folder, token, workers: note_workers(folder, "of another folder", workers)  # noqa: E731
-    monkeypatch.setattr("refdet.extraction.ray_engine.note_workers", unseen)
+    unseen = lambda folder, token, workers: write_workers(folder, "of another folder", workers)  # noqa: E731
+    monkeypatch.setattr("refdet.extraction.ray_engine.write_workers", unseen)
     run_on(cluster.address, out, SlowTools(who, missing_on=0))
     assert "note: a worker is left out: `images` /data: not found on node 0" in caplog.text
     assert len(computed_by(who)) == 1
@@ -173,7 +173,7 @@ def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster
     when(lambda: list(folder.glob("[0-9]*.shard")), lambda: driver.send_signal(signal.SIGKILL)).join()
     assert driver.wait(30) == -9
     kept = len(list(folder.glob("[0-9]*.shard")))
-    assert kept and engine_token(folder)
+    assert kept and read_token(folder)
     done = run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
     assert done.computed < len(RECORDS)
     is_whole(out, whole)

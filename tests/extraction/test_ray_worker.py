@@ -28,7 +28,7 @@ from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.ray_worker import ShardWorker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Finish
-from refdet.extraction.workers_file import note_workers
+from refdet.extraction.workers_file import write_workers
 from refdet.structures.regions import Regions
 
 SHARDS = split_into_shards(BATCHES, 2)
@@ -71,7 +71,7 @@ def all_of(worker: ShardWorker, given: dict[int, Regions] | None = None) -> list
 def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     folder = tmp_path / "a.h5.parts"
     folder.mkdir()
-    note_workers(folder, "token" if shared else "of another folder", [])
+    write_workers(folder, "token" if shared else "of another folder", [])
     with working(folder, plain) as worker:
         done = all_of(worker)
     for one in done:
@@ -94,7 +94,7 @@ def test_regions_that_are_given(tmp_path: Path) -> None:
 
     with working(tmp_path / "a.h5.parts", described) as worker:
         done = all_of(worker, {record.id: make_regions(record.id, 2 + record.id % 3) for record in RECORDS})
-        assert worker._given == {}  # forgotten
+        assert worker._given_regions == {}  # forgotten
     counts = {row.id: row.regions for one in done for row, _ in one.rows if not row.error}
     assert counts == {record.id: 2 + record.id % 3 for record in RECORDS if record.id in counts} and len(counts) == 9
 
@@ -167,7 +167,7 @@ def rounding(difference: float) -> Make:
 def test_a_shard_that_two_workers_compute_differently_is_that_of_one(tmp_path: Path) -> None:
     folder = tmp_path / "a.h5.parts"
     folder.mkdir()
-    note_workers(folder, "token", [])
+    write_workers(folder, "token", [])
     adopted = shards_in(folder)
     with working(folder, rounding(0)) as first, working(folder, rounding(0.5)) as second:
         done = all_of(first)

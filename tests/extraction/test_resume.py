@@ -52,7 +52,9 @@ def test_another_model_beside_the_same_weights_is_refused(
 def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
     run(tmp_path / "a.h5")
     many = replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
-    with pytest.raises(InputError, match="a was null and is now 1; b was null .*; c was null and is now 1; \\.\\.\\."):
+    with pytest.raises(
+        InputError, match="a was not set and is now 1; b was not set .*; c was not set and is now 1; \\.\\.\\."
+    ):
         run(tmp_path / "a.h5", header=many, resume=True)
 
 
@@ -93,7 +95,7 @@ def test_a_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) 
 def test_a_file_put_in_the_place_of_a_store_that_was_merged_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(shards, "_remove", interrupt)
+        patch.setattr(shards, "remove_merged", interrupt)
         run(out)
     other = tmp_path / "other"
     other.write_bytes(b"somebody's")
@@ -140,7 +142,7 @@ def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
     """After the rename, and then three times before the next one: the file that is there stays known as its own."""
     out = tmp_path / "a.h5"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_remove", interrupt)
+        patch.setattr(shards, "remove_merged", interrupt)
         with pytest.raises(Interrupted, match="stopped"):
             run(out)
     replace = os.replace

@@ -76,5 +76,5 @@ def test_shares_of_one_run(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_costs_no_work(tmp_path: Path) -> None:
     session = Session(tmp_path / "gone")
-    session.finished(3)
+    session.record_shard(3)
     assert session.summary()["images"] == 3 and session.summary()["sessions"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
@@ -52,8 +53,11 @@ def test_choices_of_an_extraction_are_checked() -> None:
         ExtractOptions(dtype="float64")
     with pytest.raises(ValueError, match="^dtype: must be one of float32, float16, not dtype"):
         ExtractOptions(dtype=np.dtype(np.float16))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'$"):
-        ExtractOptions(features="fc7")  # type: ignore[arg-type]
+    for features in ("fc7", b"fc7", 7, None, [["fc7"]], ("fc7", 7)):
+        with pytest.raises(ValueError, match=f"^features: a list of names is needed, not {re.escape(repr(features))}$"):
+            ExtractOptions(features=features)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^crowd_as_object: must be a bool, not 'no'$"):
+        ExtractOptions(crowd_as_object="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "4", "auto"])
