@@ -147,8 +147,8 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
             f"{part.predictions}: {store.path} has all images of no split of {name} but train, so its answers cannot "
             "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
         )
-    protocol = metrics.get("protocol", "standard") if metrics else "standard"
-    box_format = metrics.get("box_format", DEFAULT) if metrics else DEFAULT
+    protocol: Protocol = metrics.get("protocol", "standard") if metrics else "standard"
+    box_format: str = metrics.get("box_format", DEFAULT) if metrics else DEFAULT
     if splits and (metrics is None or (part.predictions is not None and not _has_answers(metrics))):
         metrics = evaluate_on_refer(
             store.path,

@@ -219,9 +219,9 @@ def sample_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
         for split_scenes in by_split.values():
             start = (2 * turn + 1) * len(split_scenes) // (2 * per_split)
             from_start = [*split_scenes[start:], *split_scenes[:start]]
-            scene = next((scene for scene in from_start if scene.image.id not in chosen), None)
-            if scene is not None and len(chosen) < count:
-                chosen[scene.image.id] = scene
+            new = next((scene for scene in from_start if scene.image.id not in chosen), None)
+            if new is not None and len(chosen) < count:
+                chosen[new.image.id] = new
     order = list(by_split)
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
