@@ -117,7 +117,7 @@ def _of_other_detectors(parts: Sequence[OpenPart], provenance: Provenance) -> li
             sources.append((f"the metrics of {part.dataset}", part.metrics["provenance"]))
         others += [name for name, tree in sources if not _is_same_detector(tree, provenance)]
     if others:
-        log.warning("note: report: not of the detector of the run, as their provenance differs: %s", ", ".join(others))
+        log.warning("note: report: of another detector than the run, as the provenance differs: %s", ", ".join(others))
     return others
 
 

@@ -78,7 +78,7 @@ def pair_up(
             names.append(dataset or dataset_of(store))
             provenances.append(store.provenance)
     chosen: dict[int, Mapping[str, Any]] = {}  # index of a store -> its metrics
-    if len(paths) == len(metrics) == 1:
+    if len(paths) == len(metrics) == 1 and dataset in ("", _dataset_name(unpaired[0])):
         chosen[0] = unpaired.pop()
     # metrics of a store's own detector first, so that no other store of the dataset takes them
     for same_detector_only in (True, False):

@@ -102,6 +102,14 @@ def test_metrics_of_a_single_store_are_its_own(folder: Path, dataset: str) -> No
     assert [one.metrics and one.metrics["dataset"] for one in rest] == [None, "toy", "other"]
 
 
+def test_metrics_of_another_dataset_than_the_given_one_stand_alone(folder: Path) -> None:
+    parts = pair_up([folder / "a.h5"], [metrics_of(folder)], None, "toy/other")
+    assert [(part.store is None, part.metrics is None, part.dataset) for part in parts] == [
+        (False, True, "toy/other"),
+        (True, False, ""),
+    ]
+
+
 def test_answers_are_never_dropped(folder: Path) -> None:
     """Of a store without all images of a split, or of a dataset that is not there."""
     (folder / "a.h5").unlink()
