@@ -42,10 +42,14 @@ def check_run_directory(option: str, path: Path) -> None:
 
 
 def check_ray(address: str | None, part: str | None = None) -> None:
-    """Check ``--ray``: that it can be an address, that Ray is installed, and that there is no ``--part``.
+    """Check ``--ray``.
+
+    Args:
+        address: the address, None if the option was not given.
+        part: the value of ``--part``, None if it was not given.
 
     Raises:
-        InputError: one of these does not hold.
+        InputError: it cannot be an address, ``--part`` is given too, or Ray is not installed.
     """
     if address is None:
         return
@@ -68,12 +72,14 @@ def check_store(option: str, path: Path) -> None:
         path: the path that was given.
 
     Raises:
-        InputError: it is not; the message says what it is and what to give.
+        InputError: it is not an HDF5 file; the message says what it is and what to give.
     """
     kind = kind_of(path)
     if kind is FileKind.STORE:
         return
-    unfinished = path if kind is FileKind.UNFINISHED else path.with_name(path.name + ".parts") if path.name else path
+    unfinished = path
+    if kind is not FileKind.UNFINISHED and path.name:
+        unfinished = path.with_name(path.name + ".parts")
     if kind in (FileKind.UNFINISHED, FileKind.MISSING) and (unfinished / "plan.json").is_file():
         raise InputError(
             f"{option} {path}: not finished yet (parts in {unfinished}); finish it with the same refdet "
@@ -239,11 +245,14 @@ def check_not_empty(option: str, values: Iterable[str]) -> None:
 
 
 def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, description: str = "") -> None:
-    if kind in (FileKind.MISSING, FileKind.URL, FileKind.FORBIDDEN, FileKind.SPECIAL):
-        needed = f"; {expected} is needed" + f", {description}" * bool(description) if kind is not FileKind.URL else ""
+    problem = f"{option} {path}: {kind.value}"
+    if kind is FileKind.URL:
+        raise InputError(problem)
+    if kind in (FileKind.MISSING, FileKind.FORBIDDEN, FileKind.SPECIAL):
+        details = f", {description}" if description else ""
         hint = how_to_fetch(path) if kind is FileKind.MISSING else ""
-        raise InputError(f"{option} {path}: {kind.value}{needed}{hint}")
-    raise InputError(f"{option} {path}: {kind.value}, not {expected}" + f"; give {description}" * bool(description))
+        raise InputError(f"{problem}; {expected} is needed{details}{hint}")
+    raise InputError(f"{problem}, not {expected}" + (f"; give {description}" if description else ""))
 
 
 def _check_name(option: str, path: Path) -> None:

@@ -1,18 +1,18 @@
-"""``refdet audit``."""
+"""``refdet audit``: look for REFER's val and test images in the training data of a detector."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from refdet.errors import RuntimeFailure
 from refdet.files.short_text import format_count
 
-from .arguments import check_json, check_refer_root, check_run_directory, check_store
+from .arguments import check_images, check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
 from .option_names import as_options
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from refdet.splits.duplicates import ContentResult
     from refdet.splits.leak_audit import AuditResult
 
-MAX_SHOWN = 10
+MAX_SHOWN = 10  # image ids in a cell of the table
 
 
 @click.command("audit", short_help="Check training data for REFER's val and test images.")
 @click.option("--instances", metavar="F.json", help="COCO instances file or image list to audit.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
 @click.option("--checkpoint", metavar="RUN_DIR", help="Run directory of the detector whose provenance to audit.")
-@store_option(name="features", metavar="F.h5", help="Store whose detector's provenance to audit.")
+@store_option(metavar="F.h5", help="Store whose detector's provenance to audit.")
 @click.option(
     "--exclude",
     multiple=True,
@@ -51,7 +51,7 @@ MAX_SHOWN = 10
 @renamed_option(
     "--find-duplicates",
     "--by-content",
-    "by_content",
+    "find_duplicates",
     is_flag=True,
     help="Also find copies under other ids, by image content.",
 )
@@ -62,13 +62,13 @@ def command(
     instances: str | None,
     refer_root: str,
     checkpoint: str | None,
-    features: str | None,
+    store: str | None,
     exclude: tuple[str, ...],
     benchmark: tuple[str, ...],
     val_instances: str | None,
     trust_weights: bool,
     allow_unidentified: bool,
-    by_content: bool,
+    find_duplicates: bool,
     images: str | None,
     refer_images: str | None,
     as_json: bool,
@@ -81,15 +81,15 @@ def command(
     clean: exits 1 unless --allow-unidentified is given. A store of val images is not a leak: what counts is what its
     detector was trained on.
     """
-    if instances is None and checkpoint is None and features is None:
+    if instances is None and checkpoint is None and store is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
-    if checkpoint is not None and features is not None:
+    if checkpoint is not None and store is not None:
         raise click.UsageError("--checkpoint and --store: audit them one after the other")
-    if by_content and (instances is None or images is None):
+    if find_duplicates and (instances is None or images is None):
         raise click.UsageError("--find-duplicates needs --instances and --images")
-    if not by_content and (images is not None or refer_images is not None):
+    if not find_duplicates and (images is not None or refer_images is not None):
         raise click.UsageError("--images and --refer-images are for --find-duplicates; add it or leave them out")
-    detector = checkpoint if checkpoint is not None else features
+    detector = checkpoint if checkpoint is not None else store
     if benchmark and detector is not None:
         raise click.UsageError("--benchmark is for --instances alone; audit the detector without it")
     if trust_weights and detector is None:
@@ -103,8 +103,11 @@ def command(
         check_json("--val-instances", Path(val_instances), "an instances JSON or a list of images")
     if checkpoint is not None:
         check_run_directory("--checkpoint", Path(checkpoint))
-    if features is not None:
-        check_store("--store", Path(features))
+    if store is not None:
+        check_store("--store", Path(store))
+    for option, path in (("--images", images), ("--refer-images", refer_images)):
+        if path is not None:
+            check_images(option, Path(path))
     provenance_audit: ProvenanceAudit | None = None
     result: AuditResult | None = None
     content: ContentResult | None = None
@@ -118,33 +121,28 @@ def command(
             notes=[as_options(text) for text in provenance_audit.notes],
         )
         result, notes = provenance_audit.proof, provenance_audit.notes
-    elif instances is not None:
+    else:
         from refdet.splits.leak_audit import audit
 
+        assert instances is not None
         result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark)
         notes = result.notes
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content
 
         content = audit_content(instances, refer_root, images, refer_images, exclude, benchmark)
-        notes = notes + [f"--find-duplicates: {text}" for text in content.notes()]
+        notes = [*notes, *(f"--find-duplicates: {text}" for text in content.notes())]
     for text in notes:
         note(f"note: {text}")
-    unproven = "" if allow_unidentified else _unproven(result, content)
-    if not (unproven or allow_unidentified) and provenance_audit is not None:
-        unproven = _unproven_selection(provenance_audit, str(val_instances))
+    unproven = ""
+    if not allow_unidentified:
+        unproven = _unproven(result, content)
+        if not unproven and provenance_audit is not None:
+            unproven = _unproven_selection(provenance_audit, str(val_instances))
     if as_json:
-        tree = result.to_json() if provenance_audit is None and result is not None else {}
-        if provenance_audit is not None:
-            tree = provenance_audit.to_json()
-        if content is not None:
-            tree |= {"clean": tree["clean"] and not content.copies, "content": content.to_json()}
-        tree |= {"clean": tree["clean"] and not unproven, "unproven": unproven}
-        if provenance_audit is not None:
-            tree |= {"proven": provenance_audit.proven and tree["clean"]}
-        echo_json(tree)
+        echo_json(_to_json(result, provenance_audit, content, unproven))
     else:
-        _tables(result, provenance_audit, content)
+        _print_tables(result, provenance_audit, content)
     _raise_leaks(instances, result, provenance_audit, content)
     if unproven:
         raise RuntimeFailure(
@@ -157,7 +155,26 @@ def command(
             echo_line(line)
 
 
-def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
+def _to_json(
+    result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None, unproven: str
+) -> dict[str, Any]:
+    """The results as a JSON object; ``unproven`` are the images that are not proven clean, "" if all are."""
+    if detector is not None:
+        tree = detector.to_json()
+    else:
+        assert result is not None
+        tree = result.to_json()
+    is_clean = tree["clean"] and not unproven
+    if content is not None:
+        is_clean = is_clean and not content.copies
+        tree["content"] = content.to_json()
+    tree |= {"clean": is_clean, "unproven": unproven}
+    if detector is not None:
+        tree["proven"] = detector.proven and is_clean
+    return tree
+
+
+def _print_tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
     rows: list[tuple[str, ...]]
     if result is not None:
         rows = [
@@ -184,7 +201,7 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
             )
             for copy in content.copies
         ]
-        echo_table(rows, ("image", "copy of", "hamming_distance", "correlation", "", "splits"))
+        echo_table(rows, ("image", "copy of", "hamming distance", "correlation", "", "splits"))
 
 
 def _first_ids(ids: Sequence[int]) -> str:
@@ -194,6 +211,7 @@ def _first_ids(ids: Sequence[int]) -> str:
 def _raise_leaks(
     instances: str | None, result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None
 ) -> None:
+    """Raise RuntimeFailure if a held-out image or a copy was found, or the provenance has a problem."""
     if detector is not None and detector.problem:
         raise RuntimeFailure(detector.problem)
     if result is not None and result.leaked:
@@ -214,14 +232,15 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
     if content is None:
         unknown = [] if result is None else result.unknown
         return f"{format_count(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
-    list_images = [*content.missing, *content.unreadable]
-    held_out_images = [*content.refer_missing, *content.refer_unreadable]
-    parts = [f"{format_count(len(list_images), 'image')} not compared (first: {list_images[0]})"] if list_images else []
-    if held_out_images:
-        parts.append(
-            f"{format_count(len(held_out_images), 'held-out image')} not compared (first: {held_out_images[0]})"
-        )
-    return ", ".join(parts)
+    not_compared = {
+        "image": [*content.missing, *content.unreadable],
+        "held-out image": [*content.refer_missing, *content.refer_unreadable],
+    }
+    return ", ".join(
+        f"{format_count(len(images), noun)} not compared (first: {images[0]})"
+        for noun, images in not_compared.items()
+        if images
+    )
 
 
 def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
@@ -250,6 +269,7 @@ def _unproven_selection(detector: ProvenanceAudit, val_instances: str) -> str:
 
 
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
+    """Lines about what was found to be clean, and whether this is a proof or a claim."""
     lines = []
     if detector is not None and detector.provenance is not None:
         subject = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"

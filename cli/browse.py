@@ -11,7 +11,7 @@ import click
 from refdet.errors import InputError
 
 from .arguments import check_images, check_json, check_refer_root, check_store
-from .common import echo_line, note
+from .common import box_format_option, echo_line, note
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -23,11 +23,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option("--dataset", help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", help="unc, umd or google.")
 @click.option("--predictions", type=Path, help="JSON of a model's answers on the first store.")
+@box_format_option("--predictions")
 @click.option("--instances", type=Path, help="Instances JSON whose boxes are shown too.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; unless it is a loopback "
-              "address, anyone on the network who has the token can connect.")  # fmt: skip
-@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on, 0 for any free one.  [default: "
-              "8765, or the next free one]")  # fmt: skip
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; unless it is a loopback address, anyone on the network who has the token can connect.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port to listen on, 0 for any free one.  [default: 8765, or the next free one]",
+)
 def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any) -> None:
     """Show the regions of one store, or of two side by side, in the browser; Ctrl-C stops it."""
     if len(stores) > 2:
@@ -41,9 +49,11 @@ def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any)
     for name in ("predictions", "instances"):
         if given[name] is not None:
             check_json(f"--{name}", given[name])
-    lacking = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise InputError(f"browse needs {' and '.join(lacking)}: pip install 'refdet[browse]'")
+    if given["predictions"] is None and given["box_format"] != "xywh":
+        raise InputError(f"--box-format {given['box_format']} is for --predictions; give these or omit it")
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"browse needs {' and '.join(missing)}: pip install 'refdet[browse]'")
 
     from refdet.report.browse.collection import BrowseInputs, Collection
     from refdet.report.browse.guard import new_token

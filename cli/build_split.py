@@ -1,4 +1,4 @@
-"""``refdet build-split``."""
+"""``refdet build-split``: remove REFER's val and test images from training data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_share
 
 from .arguments import check_json, check_new_file, check_refer_root
 from .common import echo_json, echo_line, echo_table, json_option, note
@@ -68,12 +68,12 @@ def command(
     ]
     echo_table(rows, ("kept" if keep_only else "held out", "images", "found", "not found"))
     echo_line()
-    rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in ("images", "annotations")]
+    rows = [(noun, str(report[f"{noun}_before"]), str(report[f"{noun}_after"])) for noun in ("images", "annotations")]
     echo_table(rows, ("", "before", "after"))
     echo_line()
-    total = format_count(report["refer_images"], "image" if keep_only else "held-out image")
-    echo_line(
-        f"found {report['refer_images_found']} of {total}{' to keep' if keep_only else ''} in {instances}, "
-        f"{report['refer_images_missing']} missing"
+    found = format_share(
+        report["refer_images_found"], report["refer_images"], "image" if keep_only else "held-out image"
     )
+    to_keep = " to keep" if keep_only else ""
+    echo_line(f"found {found}{to_keep} in {instances}, {report['refer_images_missing']} missing")
     echo_line(f"wrote {result.out} and {result.report_path}")

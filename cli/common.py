@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OutputLost(Exception):
-    """Stdout cannot be written to: the pipe was closed, or the disk is full."""
+    """Stdout cannot be written to: its reader has closed the pipe, or the disk is full."""
 
 
 # The names of refdet.data.box_format, which imports numpy: too slow for --help.
@@ -43,7 +43,7 @@ def json_option(command: F) -> F:
 
 
 def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
-    """Add ``--exif`` to a command; the default is None for the command whose recipe also has the setting."""
+    """Add ``--exif`` to a command; the default is None where the option overrides a recipe key."""
     return click.option(
         "--exif",
         type=click.Choice(["ignore", "apply"]),
@@ -102,7 +102,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
     help_ = attributes.pop("help") + ("  [required]" if required else "")
 
     def print_note() -> None:
-        if sys.exc_info()[0] is None:  # an error must stay one line
+        if sys.exc_info()[0] is None:  # an error message must stay the only line
             note(f"note: {old} was renamed to {new}; the old name works until the next version")
 
     def read_old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -116,7 +116,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
             raise click.UsageError(f"{old} is the old name of {new}; give {new} alone", context)
         if required and value is None and old_value is None:
             raise click.MissingParameter(ctx=context, param=parameter)
-        return value or old_value or value
+        return value or old_value or value  # not None for a flag that was not given
 
     def decorate(command: F) -> F:
         # Help lists options in the order of their decorators; eager options are processed first.
@@ -134,9 +134,9 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
     return decorate
 
 
-def store_option(*, required: bool = False, name: str = "store", **attributes: Any) -> Callable[[F], F]:
-    """Add ``--store``, formerly ``--features``, to a command, passed as ``name``; see `renamed_option`."""
-    return renamed_option("--store", "--features", name, required=required, **attributes)
+def store_option(*, required: bool = False, **attributes: Any) -> Callable[[F], F]:
+    """Add ``--store``, formerly ``--features``, to a command; see `renamed_option`."""
+    return renamed_option("--store", "--features", "store", required=required, **attributes)
 
 
 def box_format_option(option: str) -> Callable[[F], F]:
@@ -176,13 +176,13 @@ def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) ->
 
 
 def set_level(level: int) -> None:
-    """Set the level of the loggers of refdet and refer; notes and progress bars count as warnings."""
+    """Set the level of the loggers of refdet and refer; notes and progress bars have the level WARNING."""
     for name in _PACKAGES:
         logging.getLogger(name).setLevel(level)
 
 
 def note(text: str) -> None:
-    """Print a note on stderr, with arguments as options, unless ``--quiet`` was given."""
+    """Print a note on stderr, unless ``--quiet`` was given; Python arguments in it become options (`as_options`)."""
     _print_note(as_options(text))
 
 
@@ -193,13 +193,12 @@ def print_error(text: str) -> None:
 
 
 class NoteHandler(logging.Handler):
-    """Prints log records as notes: those of refdet and refer, and warnings of other libraries."""
+    """Prints log records as notes: all of refdet and refer, and warnings and errors of other libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record without its traceback."""
-        text, is_ours = record.getMessage(), record.name.partition(".")[0] in _PACKAGES
-        if is_ours:
-            text = as_options(text)
+        """Print the message of a record, without a traceback."""
+        is_ours = record.name.partition(".")[0] in _PACKAGES
+        text = as_options(record.getMessage()) if is_ours else record.getMessage()
         if record.levelno >= logging.ERROR:
             print_error(text)
         elif record.levelno >= logging.WARNING or is_ours:
@@ -219,6 +218,7 @@ def _print(text: str) -> None:
 
 
 def _is_number(text: str) -> bool:
+    """Whether a cell is a number or percentage, or a placeholder for one."""
     digits = text.strip().rstrip("%")
     try:
         float(digits.replace(",", ""))

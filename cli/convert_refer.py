@@ -1,4 +1,4 @@
-"""``refdet convert-refer``."""
+"""``refdet convert-refer``: convert REFER from other formats."""
 
 from __future__ import annotations
 

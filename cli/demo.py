@@ -27,12 +27,15 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     from .demo_pipeline import demo
     from .main import main
 
+    options = click.get_current_context().find_root().params
+    verbosity = [f"--{name}" for name in ("verbose", "quiet") if options.get(name)]
+
     def run(args: list[str], output: Path | None = None) -> None:
         if output is None:
-            main(args, standalone_mode=False)
+            main([*verbosity, *args], standalone_mode=False)
             return
         with output.open("w", encoding="utf-8") as file, redirect_stdout(file):
-            main(args, standalone_mode=False)
+            main([*verbosity, *args], standalone_mode=False)
 
     fix = "free some space, remove it and run it again"
     with report_disk_full(out, fix), redirect_stdout(sys.stderr if as_json else sys.stdout):

@@ -1,4 +1,4 @@
-"""The whole pipeline on the synthetic dataset, through the public commands, from drawing the images to the report."""
+"""Run the whole pipeline on the synthetic dataset by the public commands, from drawing the images to the report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _CommandLog:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a block."""
+        """Time a block of commands as a step."""
         self.say(f"\n--- {name}")
         self.commands[name] = []
         started = time.perf_counter()
@@ -69,11 +69,11 @@ class _CommandLog:
         self.say(f"$ {line}")
         self.run(arguments, output)
 
-    def python(self, name: str, script: Path, *args: str | Path) -> None:
+    def python(self, step: str, script: Path, *args: str | Path) -> None:
         """Print and run a Python script of a step; raises RuntimeFailure if it fails."""
         arguments = [str(script), *map(str, args)]
         line = shlex.join(["python", *arguments])
-        self.commands[name].append(line)
+        self.commands[step].append(line)
         self.say(f"$ {line}")
         completed = subprocess.run(
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -167,8 +167,10 @@ def demo(
         "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
     }
     write_json(out / "metrics.json", metrics)
-    steps = [{"name": name, "about": DESCRIPTIONS[name], "commands": log.commands[name], "seconds": log.seconds[name]}
-             for name in log.seconds]  # fmt: skip
+    steps = [
+        {"name": name, "about": DESCRIPTIONS[name], "commands": log.commands[name], "seconds": seconds}
+        for name, seconds in log.seconds.items()
+    ]
     write_json(out / "steps.json", steps)
     flags = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, original_instances=original)
     for name, folder in folders.items():
@@ -206,6 +208,7 @@ def _run_listener(log: _CommandLog, out: Path, model: Path, images: Path, refer_
 
 
 def _expect_leak(log: _CommandLog, original: Path, refer_root: Path) -> None:
+    """Audit the original instances file, which must leak."""
     try:
         log.refdet("audit", *_flags(instances=original, refer_root=refer_root))
     except RuntimeFailure as error:
@@ -215,6 +218,7 @@ def _expect_leak(log: _CommandLog, original: Path, refer_root: Path) -> None:
 
 
 def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]:
+    """Names of the splits other than train."""
     from refdet.data.refer_splits import choose_splits
     from refer import REFER
 

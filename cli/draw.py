@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Draw the regions of an IMAGE, found by a detector or read from a store, and save the picture."""
     if (checkpoint is None) == (store is None):
-        raise InputError("give one of --checkpoint, to detect regions, and --store, to read them")
+        raise InputError("give either --checkpoint, to detect regions, or --store, to read them")
     check_new_file("--out", out)
     check_device("--device", device)
 
@@ -65,10 +65,10 @@ def command(
     from refdet.files.atomic import atomic_write, report_disk_full
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"--out {out}: not a name of a picture; end it in .png, .jpg or .webp")
+        raise InputError(f"--out {out}: not the name of a picture; end it in .png, .jpg or .webp")
     if checkpoint is not None:
         if image_id is not None:
-            raise InputError("--image-id is for --store")
+            raise InputError("--image-id is for --store; omit it with --checkpoint")
         check_run_directory("--checkpoint", checkpoint)
         regions, pixels = _detect(image, checkpoint, score_threshold, max_regions, device)
     else:
@@ -107,11 +107,11 @@ def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions
     """Read the regions of an image from a store; returns them and its pixels, oriented as in the extraction."""
     from refdet import store as stores
     from refdet.data.image_pixels import read_pixels
-    from refdet.report.image_lookup import image_of_file
+    from refdet.report.image_lookup import find_image_id
 
     with stores.open(path) as store:
         if image_id is None:
-            image_id = image_of_file(store, image)
+            image_id = find_image_id(store, image)
         if image_id not in store:
             raise InputError(f"{path}: has no image {image_id}; give an --image-id that it has")
         regions = store.read(image_id, ())

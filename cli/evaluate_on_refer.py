@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from refdet.errors import InputError
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_share
 
 from .arguments import check_json, check_new_folder, check_not_empty, check_refer_root, check_store
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
@@ -56,6 +57,8 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     for name in ("predictions", "expressions"):
         if options[name] is not None:
             check_json(f"--{name}", options[name])
+    if options["predictions"] is None and options["box_format"] != "xywh":
+        raise InputError(f"--box-format {options['box_format']} is for --predictions; give these or omit it")
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.renamed_metrics import with_old_names
@@ -63,19 +66,15 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     from refdet.report.recall_charts import write_recall_figure
     from refdet.structures.provenance import Provenance
 
-    if options["predictions"] is None and options["box_format"] != "xywh":
-        raise InputError(f"--box-format {options['box_format']} is for --predictions; give these or omit it")
     metrics = evaluate_on_refer(**options)
     write(out, metrics)
     write_recall_figure(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
-        for group, noun in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
+        for group, noun in (("comprehension", "sentence"), ("generalized", "sentence"), ("language", "ref")):
             missing = values.get(group, {}).get("missing", 0)
             if missing:
-                note(
-                    f"{split}: {missing} of {format_count(values[noun], noun[:-1])} without an answer, counted as wrong"
-                )
+                note(f"{split}: {format_share(missing, values[f'{noun}s'], noun, 'has')} no answer, counted as wrong")
         if values.get("language", {}).get("METEOR", 0) is None:
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
@@ -91,6 +90,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Rows and header of a table with the main metrics of each split."""
     import pandas as pd
 
     recall = by_group["referent_recall"]
@@ -104,16 +104,20 @@ def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]],
         "with category": recall["with_category@0.5"],
         "best IoU": recall["mean_best_iou"],
     }
-    table = pd.DataFrame(columns, index=by_group["counts"].index)
-    return _as_text(table)
+    return _as_text(pd.DataFrame(columns, index=by_group["counts"].index))
 
 
 def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header for `echo_table`; integers in columns of counts, a dash for undefined values."""
+    """Rows and header for `echo_table`; integers in columns of counts, a dash for NaN, which is an undefined value."""
     counts = {"images", "unusable", "refs", "sentences", "missing", "no_target"}
 
-    def text(name: str, value: float) -> str:
-        return "-" if value != value else f"{value:.0f}" if name in counts else f"{value:.3f}"
+    def format_cell(column: str, value: float) -> str:
+        if math.isnan(value):
+            return "-"
+        return f"{value:.0f}" if column in counts else f"{value:.3f}"
 
-    rows = [(str(split), *(text(str(n), v) for n, v in row.items())) for split, row in table.iterrows()]
-    return rows, ("split", *(str(name).replace("_", " ") for name in table))
+    rows = [
+        (str(split), *(format_cell(str(column), value) for column, value in row.items()))
+        for split, row in table.iterrows()
+    ]
+    return rows, ("split", *(str(column).replace("_", " ") for column in table))

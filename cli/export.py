@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
     from refdet.store.export.record import ExportResult
 
-# Parameters of each format.
+# Parameters that are for some formats only.
 FORMAT_OPTIONS = {
     "mattnet": (
         "annotations",
@@ -84,7 +84,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
     given = {name: value for name, value in options.items() if value is not None}
     unsupported = [name for name in given if name not in FORMAT_OPTIONS[format_]]
     if unsupported:
-        raise InputError(f"`{unsupported[0]}` is not for --format {format_}")
+        raise InputError(f"`{unsupported[0]}` is not for --format {format_}; omit it")
     check_store("--store", store)
     if "annotations" in given:
         check_store("--annotations", given["annotations"])
@@ -104,6 +104,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
 
 
 def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> ExportResult:
+    """Export a store with the options of its format."""
     if format_ == "npz":
         from refdet.store.export.npz import export_npz
 
@@ -127,7 +128,7 @@ def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> Expo
 
 
 def _prepro(given: dict[str, Any]) -> Prepro | None:
-    """MAttNet's data.json according to the options, None if there is none."""
+    """MAttNet's data.json, read or created according to the options; None without any."""
     from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
     if not given:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.core import ParameterSource
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, format_share
 
 from .arguments import (
     check_device,
@@ -172,8 +172,10 @@ def command(
     check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object is for --regions annotations; give this or omit it")
-    of_refer = refer_root is not None and dataset and split_by and instances is None
-    if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
+    has_all_refer_options = refer_root is not None and bool(dataset) and bool(split_by)
+    has_any_refer_option = refer_root is not None or bool(dataset) or bool(split_by) or bool(splits)
+    is_clear = has_all_refer_options if instances is None else not has_any_refer_option
+    if not is_clear:
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     if boxes is not None and regions != "detections":
         raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
@@ -215,7 +217,7 @@ def command(
     else:
         assert refer_root is not None and dataset and split_by
         image_list = ImageList.of_refer(refer_root, dataset, split_by, splits=splits, crowd_as_object=crowd_as_object)
-    done = extract_features(
+    summary = extract_features(
         checkpoint,
         images,
         out,
@@ -233,56 +235,71 @@ def command(
         say=note,
         announce=note,
     )
-    if done.computed == 0 and part is None:
+    if summary.computed == 0 and part is None:
         note(f"{out} is complete")
-    if done.errors and done.merged:
+    if summary.errors and summary.merged:
         note(
-            f"{done.errors} of {format_count(done.images, 'image')} could not be used; see /images/error in {out}; "
+            f"{format_share(summary.errors, summary.images, 'image')} could not be used; see /images/error in {out}; "
             f"once the files are repaired, repeat the command with --resume"
             f"{'' if part is None else ', without --part,'} to recompute their batches"
         )
     if as_json:
-        echo_json({**asdict(done), "shares": done.shares})
+        echo_json({**asdict(summary), "shares": summary.shares})
         return
-    if done.computed == 0 and part is not None:
-        complete = f"{out} is complete" if done.merged else f"part {part} was complete"
-        echo_line(f"{complete}: {format_count(done.images, 'image')}, {format_count(done.regions, 'region')}")
+    if summary.computed == 0 and part is not None:
+        complete = f"{out} is complete" if summary.merged else f"part {part} was complete"
+        echo_line(f"{complete}: {format_count(summary.images, 'image')}, {format_count(summary.regions, 'region')}")
         return
-    speed = f"{done.images_per_second:.2f}" if done.computed else "-"
-    batch = str(done.batch_size) if done.computed else "-"
-    row = (str(done.images), str(done.regions), str(done.errors), speed, batch, f"{done.bytes / 2**20:.1f} MiB")
+    speed = f"{summary.images_per_second:.2f}" if summary.computed else "-"
+    batch = str(summary.batch_size) if summary.computed else "-"
+    row = (
+        str(summary.images),
+        str(summary.regions),
+        str(summary.errors),
+        speed,
+        batch,
+        f"{summary.bytes / 2**20:.1f} MiB",
+    )
     echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
-    if done.computed:
-        echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
+    if summary.computed:
+        echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in summary.shares.items()))
     if profile:
-        _show_stages(done)
+        _print_stages(summary)
 
 
 def _note_unused(regions: str, lower_threshold_if_empty: bool) -> None:
-    """Note the options for detections that were given although nothing is detected."""
+    """Print a note about options for detections that were given although nothing is detected.
+
+    Args:
+        regions: what is extracted instead, as an argument in backquotes.
+        lower_threshold_if_empty: whether this option was given.
+    """
     source_of = click.get_current_context().get_parameter_source
     names = ("score_threshold", "nms_threshold", "max_regions")
     unused = [name for name in names if source_of(name) is ParameterSource.COMMANDLINE]
-    unused += ["lower_threshold_if_empty"] * lower_threshold_if_empty
+    if lower_threshold_if_empty:
+        unused.append("lower_threshold_if_empty")
     if unused:
         note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {regions}")
 
 
-def _show_stages(done: Summary) -> None:
-    """The time of each stage, and of each part of the network, with bars. Finishing and writing overlap the others."""
+def _print_stages(summary: Summary) -> None:
+    """Print the time of each stage, and of the parts of computing, with bars; finishing and writing overlap others."""
     stages: dict[str, float] = {}
-    for name, value in done.stages.items():
-        stages[name] = value
+    for name, seconds in summary.stages.items():
+        stages[name] = seconds
         if name == "compute":
-            stages |= {f"- {part}": seconds for part, seconds in done.computing.items()}
+            stages |= {f"- {part}": part_seconds for part, part_seconds in summary.computing.items()}
     longest = max(stages.values(), default=0.0) or 1.0
-    rows = [(name, f"{value:.2f}", "#" * round(40 * value / longest)) for name, value in stages.items()]
+    rows = [(name, f"{seconds:.2f}", "#" * round(40 * seconds / longest)) for name, seconds in stages.items()]
     echo_table(rows, header=("stage", "seconds", ""))
 
 
 def _parse_batch_size(text: str | None) -> int | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return cast(Literal["auto"] | None, text)
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise InputError(f"--batch-size {text}: a number from 1 up is needed, or auto")
+    raise InputError(f"--batch-size {text}: not a number of images; give an integer of 1 or more, or auto")

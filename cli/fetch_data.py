@@ -1,4 +1,4 @@
-"""``refdet fetch-data``."""
+"""``refdet fetch-data``: download COCO and REFER."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
 
 
 def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
+    """Print the items, and whether they are in the data folder ``out``."""
     from refdet.data.fetch.catalog import ITEMS
     from refdet.data.fetch.fetch import choose_items, is_fetched
     from refdet.files.short_text import format_bytes

@@ -38,15 +38,14 @@ def command(source: Path, out: Path, trained_on: Path | None, weight_format: str
 
     from refdet.detector.weights.import_weights import import_weights
 
-    done = import_weights(source, out, trained_on, weight_format)
-    note(f"{source.name} is {done.kind}")
-    if done.untrained:
-        note(
-            f"it has no {', '.join(part.rstrip('.') for part in done.untrained)}: use it as initial weights (--weights)"
-        )
-    note(f"trained on: {done.provenance.one_line()}")
+    imported = import_weights(source, out, trained_on, weight_format)
+    note(f"{source.name} is {imported.kind}")
+    if imported.untrained:
+        missing = ", ".join(part.rstrip(".") for part in imported.untrained)
+        note(f"it has no {missing}: use it as initial weights (--weights)")
+    note(f"trained on: {imported.provenance.one_line()}")
     if as_json:
-        echo_json(asdict(done))
+        echo_json(asdict(imported))
         return
-    row = (done.recipe, str(done.classes), f"{done.numbers:,}", str(out))
+    row = (imported.recipe, str(imported.classes), f"{imported.numbers:,}", str(out))
     echo_table([row], header=("recipe", "classes", "parameters", "run directory"))

@@ -1,4 +1,4 @@
-"""``refdet inspect``."""
+"""``refdet inspect``: show the contents and provenance of a split, checkpoint or store."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _print_verification(result: Verification, as_json: bool) -> None:
             echo_line(str(problem))
         if len(result.problems) > MAX_SHOWN:
             echo_line(f"... and {len(result.problems) - MAX_SHOWN} more (--json lists all)")
-        for what in result.unchecked:
-            echo_line(f"not checked: {what}")
+        for name in result.unchecked:
+            echo_line(f"not checked: {name}")
     if result.problems:
         images = f" in {format_count(len(result.damaged_images), 'image')}" if result.damaged_images else ""
         raise RuntimeFailure(
@@ -72,20 +72,20 @@ def _print_verification(result: Verification, as_json: bool) -> None:
 
 
 def _print_workers(workers: list[dict[str, Any]]) -> None:
-    """Print who computes an unfinished store."""
+    """Print a table of the processes that compute an unfinished store."""
     if not workers:
         return
     rows = []
     for worker in workers:
         finished = "?" if worker["finished"] is None else str(worker["finished"])
         shards = ", ".join(str(number) for number in worker["shards"] or [])
-        of = "" if worker["images"] is None else f" of {worker['images']}"
+        total = "" if worker["images"] is None else f" of {worker['images']}"
         where = f"{worker['host'] or '?'} ({worker['pid'] or '?'})"
-        speed, ago = (
-            _text(worker[name]) if worker[name] is not None else "-" for name in ("images_per_second", "seconds_ago")
+        speed, age = (
+            "-" if worker[key] is None else _text(worker[key]) for key in ("images_per_second", "seconds_ago")
         )
         rows.append(
-            (worker["worker"] or "?", where, worker["state"] or "?", f"{finished}{of}", speed, ago, shards or "-")
+            (worker["worker"] or "?", where, worker["state"] or "?", f"{finished}{total}", speed, age, shards or "-")
         )
     echo_line()
     echo_table(rows, ("worker", "host (process)", "state", "images", "images/s", "seconds ago", "shards"))

@@ -1,4 +1,4 @@
-"""The ``refdet`` command: dispatches to its subcommands and turns every error into one line and an exit code."""
+"""The ``refdet`` command: runs its subcommands and reports every error as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except KeyboardInterrupt:  # before there is anything to handle it
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 
-# In the order of use, in which `--help` lists them. Each is `command` in the module of its name.
+# In the order in which `--help` lists them, that of their use. Each is the function `command` of a module of its name.
 COMMANDS = (
     "fetch-data",
     "convert-refer",
@@ -49,8 +49,8 @@ COMMANDS = (
 )
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-# The exit code of a program killed by SIGPIPE in a shell (128 + SIGPIPE). It has no other meaning, so that
-# `refdet audit ... | head` is never mistaken for a leak.
+# 128 + SIGPIPE, the exit code that a shell reports for a program killed by SIGPIPE. Code 1 would make
+# `refdet audit ... | head` look like a leak.
 OUTPUT_LOST = 141
 # Errors about a path that the user can fix; any other OSError is a failure of the machine.
 INPUT_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -104,8 +104,8 @@ class LazyGroup(click.Group):
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             similar = _similar_commands(name)
-            meant = f"; did you mean {' or '.join(similar)}?" if similar else ""
-            raise click.UsageError(f"{name}: no such command{meant}", ctx)
+            suggestion = f"; did you mean {' or '.join(similar)}?" if similar else ""
+            raise click.UsageError(f"{name}: no such command{suggestion}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -123,7 +123,7 @@ def _similar_commands(name: str) -> list[str]:
 def _open_closed_streams() -> None:
     """Open /dev/null for standard streams that are closed.
 
-    Otherwise the next file to be opened gets its descriptor, and output is written into that file.
+    Otherwise the next file to be opened gets the descriptor, and output is written into that file.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -135,7 +135,7 @@ def _open_closed_streams() -> None:
 
 
 def _show_notes() -> None:
-    """Print log records of the libraries, one line each."""
+    """Print log records, one line each."""
     root = logging.getLogger()
     if not any(isinstance(handler, NoteHandler) for handler in root.handlers):
         root.addHandler(NoteHandler(logging.NOTSET))
@@ -159,7 +159,7 @@ def fail(error: Exception, debug: bool) -> NoReturn:
         error.show()  # the help is the message
         sys.exit(BAD_INPUT)
     if isinstance(error, ReportedElsewhere) or (isinstance(error, click.UsageError) and repeats_usage_errors()):
-        sys.exit(describe(error)[0])  # another process of torchrun says it
+        sys.exit(describe(error)[0])  # another process of torchrun prints it
     if debug:
         for line in "".join(traceback.format_exception(error)).split("\n")[:-1]:
             print_error(line)

@@ -20,7 +20,7 @@ _RENAMED = {
     "splits": "split",
     "style": "weight_format",
 }
-# A whole word between spaces or punctuation, so that backquotes in file names are most likely left alone.
+# A whole word between spaces or punctuation, so that backquotes in file names are rarely matched.
 _ARGUMENT = re.compile(r"(?<![^\s(])`(?P<name>[a-z_]+)(?P<key>(?:\.\w+)*)(?:=(?P<value>[^`\n]+))?`(?![^\s:;,.?)])")
 
 
@@ -30,6 +30,7 @@ def as_options(text: str) -> str:
 
 
 def _option(match: re.Match[str]) -> str:
+    """The option for a match of `_ARGUMENT`; a recipe key without a value stays as it is."""
     name, key, value = match["name"], match["key"], match["value"]
     if value is not None and len(value) > 2 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]  # Python's quotes

@@ -37,4 +37,4 @@ def command(name: str | None, as_json: bool) -> None:
             )
             for summary in recipe_summaries()
         ]
-        echo_table(rows, header=("recipe", "network", "steps", "batch", "published AP, or what it is"))
+        echo_table(rows, header=("recipe", "network", "steps", "batch", "published AP, or description"))

@@ -1,4 +1,4 @@
-"""``refdet report``: one HTML page of a run, a store and a model's answers."""
+"""``refdet report``: one HTML page about a run, a store and a model's answers."""
 
 from __future__ import annotations
 
@@ -71,15 +71,16 @@ def command(
     if (dataset is None) != (split_by is None):
         raise InputError("--dataset and --split-by: give both, or neither")
     _check_paths(run, stores, dataset, given)
+    if run is not None and not run.is_dir():  # a file in it
+        run = run.parent
 
     from refdet.files.atomic import report_disk_full
-    from refdet.report.inputs import ReferPart, ReportInputs, read_steps
+    from refdet.report.inputs import ReportInputs, read_steps
     from refdet.report.page import TITLE, write
     from refdet.report.refer_parts import pair_up
 
-    detection, refer = _read_metrics(metrics)
-    name = f"{dataset}/{split_by}" if dataset else ""
-    parts: list[ReferPart] = pair_up(stores, refer, given["predictions"], name)
+    detection, refer_metrics = _read_metrics(metrics)
+    parts = pair_up(stores, refer_metrics, given["predictions"], f"{dataset}/{split_by}" if dataset else "")
     inputs = ReportInputs(
         run=run,
         refer_root=given["refer_root"],
@@ -102,7 +103,7 @@ def command(
 
 
 def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, given: dict[str, Any]) -> None:
-    """Check the paths, and that no option lacks another."""
+    """Check the paths, and that options are given together with those that they need."""
     if run is not None:
         check_run_directory("--run", run)
     for store in stores:
@@ -114,25 +115,25 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
         check_images("--images", given["images"])
     if given["refer_root"] is not None:
         check_refer_root(given["refer_root"], dataset or "")
-    for name, needs in (
+    for name, needed in (
         ("predictions", "refer_root"),
         ("trained_on", "refer_root"),
         ("original_instances", "trained_on"),
     ):
-        if given[name] is not None and given[needs] is None:
-            raise InputError(f"`{name}` needs `{needs}`")
+        if given[name] is not None and given[needed] is None:
+            raise InputError(f"`{name}` needs `{needed}`")
     for name in ("predictions", "images", "instances"):
         if given[name] is not None and not stores:
             raise InputError(f"`{name}` needs --store")
 
 
 def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The output of evaluate, None without, and the metrics of evaluate-on-refer."""
+    """Read the output of evaluate, None if there is none, and the metrics of evaluate-on-refer."""
     from refdet.files.json_files import read_bytes
     from refdet.files.short_text import shorten
     from refdet.files.strict_json import strict_json
 
-    detection, refer = None, []
+    detection, refer_metrics = None, []
     for path in paths:
         file = path / "metrics.json" if path.is_dir() else path
         check_json("--metrics", file, "metrics of evaluate-on-refer or evaluate --json")
@@ -141,14 +142,15 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
         except InputError as error:
             raise InputError(f"--metrics {file}: not JSON ({error})") from None
         if isinstance(tree, dict) and "splits" in tree:
-            refer.append(tree)
+            refer_metrics.append(tree)
         elif isinstance(tree, dict) and isinstance(tree.get("bbox"), dict):
             if detection is not None:
                 raise InputError(f"--metrics {file}: a second output of evaluate; give one")
             detection = tree
         else:
-            kinds = shorten(", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__)
+            contents = shorten(", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__)
             raise InputError(
-                f"--metrics {file}: not metrics of evaluate-on-refer or evaluate --json, but {kinds}; give one of these"
+                f"--metrics {file}: not metrics of evaluate-on-refer or evaluate --json, but {contents}; give one of "
+                "these"
             )
-    return detection, refer
+    return detection, refer_metrics

@@ -1,4 +1,4 @@
-"""``refdet train``: a split and a recipe make a detector."""
+"""``refdet train``: train a detector on a split, as a recipe says."""
 
 from __future__ import annotations
 

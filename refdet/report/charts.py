@@ -17,12 +17,12 @@ from refdet.files.spreadsheet_text import xml_characters
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-# Ink, soft text, lines, and the colors of six series, as the page has them in its light and dark style.
+# --ink, --soft, --line and --s1 to --s5 of page.html in its light and dark style
 LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
 SERIES = (INK, *LIGHT[3:])
-MAX_VALUE = 1e30  # values from here on are not drawn, as their ticks would overflow
+MAX_VALUE = 1e30  # larger values are not drawn, as their ticks would overflow
 MAX_NAME_LENGTH = 40  # characters of a name in a chart
 
 _STYLE = re.compile(r'style="[^"]*"')
@@ -41,8 +41,8 @@ class Series:
 
     Attributes:
         name: label in the legend.
-        points: (x, y), ascending in x; points that are not finite, or not below `MAX_VALUE`, are left out.
-        style: index of the page's series colors, 0 to 5.
+        points: (x, y), ascending in x; NaN, and values of `MAX_VALUE` or more, are left out.
+        style: index of its color in `SERIES`, 0 to 5.
         dashed: whether it is a reference line, drawn dashed and without dots.
     """
 
@@ -82,10 +82,10 @@ class Chart:
     """A chart of the page.
 
     Attributes:
-        title: what it shows.
+        title: the heading.
         description: its values in words, for screen readers.
-        svg: the picture, "" where there is nothing to show.
-        legend: style and name of each line.
+        svg: the SVG document, "" if there is nothing to draw.
+        legend: (`Series.style`, name) of each line.
     """
 
     title: str
@@ -95,7 +95,7 @@ class Chart:
 
     @property
     def uri(self) -> str:
-        """The picture as a data URI: an image runs no script and shares no names with the page."""
+        """The SVG as a data URI; as an image, it can neither run scripts nor share ids with the page."""
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode("ascii")
 
 
@@ -103,8 +103,8 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     """A line chart, with the first line on top.
 
     Args:
-        title: what it shows.
-        description: its values in words.
+        title: the heading.
+        description: its values in words, for screen readers.
         series: the lines.
         axes: the axes.
         dots: mark each point.
@@ -130,8 +130,8 @@ def custom_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot]
 
 
 def short_name(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
-    """A name from a file, shortened for a chart."""
-    return _text(text, max_length)
+    """Text from a file, shortened and without characters that XML forbids."""
+    return shorten(xml_characters(text), max_length)
 
 
 def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
@@ -139,10 +139,12 @@ def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
 
     def draw(plot: Plot) -> None:
         _draw_lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
-        plot.set_title(_text(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
+        plot.set_title(short_name(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
         for i, curve in enumerate(series):
             at = (i / max(len(series), 1), 1.03)
-            plot.text(*at, _text(curve.name), color=SERIES[curve.style], transform=plot.transAxes, fontweight="bold")
+            plot.text(
+                *at, short_name(curve.name), color=SERIES[curve.style], transform=plot.transAxes, fontweight="bold"
+            )
 
     return _svg(axes, draw, "white")
 
@@ -169,11 +171,11 @@ def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> 
         drawn = figure(figsize=(axes.width / 72, axes.height / 72), layout="constrained", facecolor=background)
         plot: Plot = drawn.add_subplot(facecolor=background)
         draw(plot)
-        plot.set_xlabel(_text(axes.x_label))
-        plot.set_ylabel(_text(axes.y_label))
+        plot.set_xlabel(short_name(axes.x_label))
+        plot.set_ylabel(short_name(axes.y_label))
         if axes.x_ticks is not None:
             names = axes.x_names or [f"{tick:g}" for tick in axes.x_ticks]
-            plot.set_xticks(list(axes.x_ticks), [_text(name) for name in names])
+            plot.set_xticks(list(axes.x_ticks), [short_name(name) for name in names])
         if axes.y_range is not None:
             low, high = axes.y_range
             plot.set_ylim(low, high + 0.02 * (high - low))
@@ -185,12 +187,12 @@ def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> 
 
 @contextmanager
 def _matplotlib() -> Iterator[Any]:
-    """Matplotlib's class of figures, with our settings; pyplot would keep the figures in memory."""
+    """Matplotlib's `Figure`, under `_SETTINGS`; pyplot would keep the figures in memory."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), rc_context(_SETTINGS):
-        warnings.simplefilter("ignore")  # about letters that matplotlib's font lacks; the reader's font has them
+        warnings.simplefilter("ignore")  # about characters that matplotlib's font lacks; the reader's font has them
         yield Figure
 
 
@@ -213,20 +215,15 @@ def _apply_theme(svg: str) -> str:
 
 
 def _drop_undrawable(series: Sequence[Series], log_y: bool) -> list[Series]:
-    kept = [
-        replace(
-            curve, points=[p for p in curve.points if all(abs(v) < MAX_VALUE for v in p) and (p[1] > 0 or not log_y)]
-        )
-        for curve in series
-    ]
+    """The series without points that cannot be drawn; series without points are left out."""
+
+    def can_be_drawn(x: float, y: float) -> bool:
+        return abs(x) < MAX_VALUE and abs(y) < MAX_VALUE and (y > 0 or not log_y)
+
+    kept = [replace(curve, points=[point for point in curve.points if can_be_drawn(*point)]) for curve in series]
     return [curve for curve in kept if curve.points]
 
 
 def _spacing(positions: Sequence[float]) -> float:
-    """Distance of evenly spaced positions, 1 for a single one."""
+    """Distance between evenly spaced positions, 1 for a single one."""
     return positions[1] - positions[0] if len(positions) > 1 else 1.0
-
-
-def _text(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
-    """Text that SVG can hold, shortened."""
-    return shorten(xml_characters(text), max_length)

@@ -1,4 +1,4 @@
-"""The confusions of categories as a heat map."""
+"""A heat map of the confused categories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MAX_CATEGORIES = 16
 MAX_NAME_LENGTH = 18
-_CELL = 26  # points
+_CELL_SIZE = 26  # points
+_MARGIN = 150  # points, for the names
 
 
 def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
@@ -51,7 +52,7 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
     )
     axes = Axes(
         "category of the best-scoring region", "object", range(len(columns)), x_names=columns,
-        width=150 + _CELL * len(columns), height=150 + _CELL * len(labels),
+        width=_MARGIN + _CELL_SIZE * len(columns), height=_MARGIN + _CELL_SIZE * len(labels),
     )  # fmt: skip
     return custom_chart(title, description, axes, lambda plot: _draw(plot, shares, labels))
 
@@ -65,9 +66,11 @@ def _row(errors: DetectionErrors, category: int, shown: list[int]) -> list[float
 
 
 def _most_confused(row: np.ndarray, own: int, columns: list[str]) -> str:
-    others = np.where(np.arange(len(row)) == own, -1, row)[:-1]
-    best = int(others.argmax())
-    return f"{columns[best]} ({others[best]:.0%})" if others[best] > 0 else "nothing else"
+    """The most frequent wrong category of a row, whose right one is in the column ``own``."""
+    others = np.where(np.arange(len(row)) == own, -1, row)[:-1]  # without "no region"
+    most_frequent = int(others.argmax())
+    share = others[most_frequent]
+    return f"{columns[most_frequent]} ({share:.0%})" if share > 0 else "nothing else"
 
 
 def _draw(plot: Plot, shares: np.ndarray, labels: list[str]) -> None:

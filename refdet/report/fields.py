@@ -1,4 +1,4 @@
-"""Validation of the JSON values that a report shows."""
+"""Validate the JSON values that a report shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ GENERALIZED = ("N-acc", "T-acc", "precision@F1=1,IoU>=0.5", "gIoU", "cIoU")
 
 
 def field(tree: Any, key: str, where: str) -> Any:
-    """The value of a key. InputError, with `where`, if `tree` is not an object or lacks it."""
+    """The value of a key.
+
+    Args:
+        tree: a JSON object.
+        key: the key.
+        where: the file and the position in it, for error messages.
+
+    Raises:
+        InputError: ``tree`` is not an object, or lacks the key.
+    """
     if not isinstance(tree, Mapping) or key not in tree:
         raise InputError(f"{where}: {shorten(key)!r} is missing")
     return tree[key]
@@ -34,15 +43,23 @@ def count(tree: Any, key: str, where: str) -> int:
     """An integer, 0 or more; InputError otherwise."""
     value = field(tree, key, where)
     if type(value) is not int or value < 0:
-        raise InputError(f"{where}: {shorten(key)!r} must be a count, not {short_repr(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} must be an integer of 0 or more, not {short_repr(value)}")
     return value
 
 
 def optional_number(tree: Any, key: str, where: str) -> float | None:
-    """A finite number, or None if undefined; InputError otherwise."""
+    """A finite number, or None for null, which stands for an undefined rate; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
         raise InputError(f"{where}: {shorten(key)!r} must be a number, not {short_repr(value)}")
+    return value
+
+
+def finite_number(tree: Any, key: str, where: str) -> float:
+    """A finite number; InputError otherwise."""
+    value = optional_number(tree, key, where)
+    if value is None:
+        raise InputError(f"{where}: {shorten(key)!r} must be a number, not null")
     return value
 
 
@@ -59,16 +76,16 @@ def check_metrics(metrics: Any, where: str) -> None:
     """
     text(metrics, "dataset", where)
     text(metrics, "split_by", where)
-    for key, known in (("protocol", get_args(Protocol)), ("box_format", BOX_FORMATS)):
-        if key in metrics and text(metrics, key, where) not in known:
-            raise InputError(f"{where}: {key!r} must be one of {', '.join(known)}, not {short_repr(metrics[key])}")
+    for key, choices in (("protocol", get_args(Protocol)), ("box_format", BOX_FORMATS)):
+        if key in metrics and text(metrics, key, where) not in choices:
+            raise InputError(f"{where}: {key!r} must be one of {', '.join(choices)}, not {short_repr(metrics[key])}")
     splits = field(metrics, "splits", where)
     if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
         raise InputError(f"{where}: 'splits' must be an object with at least one split, not {short_repr(splits)}")
     for name, values in splits.items():
         _check_split(values, f"{where}, split {shorten(name)}")
-    ticks = [list(values["recall@k"]) for values in splits.values()]
-    if any(other != ticks[0] for other in ticks):
+    region_counts = [list(values["recall@k"]) for values in splits.values()]
+    if any(other != region_counts[0] for other in region_counts):
         raise InputError(f"{where}: 'recall@k' must have the same numbers of regions in every split")
 
 
@@ -81,11 +98,10 @@ def _check_split(values: Any, where: str) -> None:
         optional_number(detection["segm"], "AP50", where)
     recall = field(values, "referent_recall", where)
     for key in ("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"):
-        if optional_number(recall, key, where) is None:
-            raise InputError(f"{where}: {key!r} of referent_recall must be a number")
-    kept = field(values, "recall@k", where)
-    if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
-        raise InputError(f"{where}: 'recall@k' must be an object of numbers, not {short_repr(kept)}")
+        finite_number(recall, key, f"{where}, referent_recall")
+    recall_at_k = field(values, "recall@k", where)
+    if not isinstance(recall_at_k, Mapping) or not recall_at_k or not all(map(is_number, recall_at_k.values())):
+        raise InputError(f"{where}: 'recall@k' must be an object of numbers, not {short_repr(recall_at_k)}")
     if "comprehension" in values:
         for key in ("random_baseline@0.5", "accuracy@0.5"):
             optional_number(values["comprehension"], key, where)

@@ -1,4 +1,4 @@
-"""Picture of an image with its regions, and captions with the sentences that refer to them."""
+"""Draw an image with its regions, and caption it with the sentences that refer to them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from refdet.files.short_text import format_count, format_share
 from refdet.report.samples import Answer, Scene
 from refdet.structures.drawing import COLORS, Box, Canvas, paint_mask, text_color
 
-LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
-SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
-MAX_OTHER_REGIONS = 12  # regions drawn without a sentence
+LONG_SIDE = 640  # pixels; a picture of this size takes about 60 kB
+MIN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
+MAX_OTHER_REGIONS = 12  # drawn regions that no sentence refers to
 GRAY = "#9aa0aa"
 WRONG = "#d8403f"
 
 
 @dataclass(frozen=True)
 class Legend:
-    """Numbers and colors of the referred objects and regions of a scene.
+    """Numbers and colors of the referents and regions of a scene.
 
     Attributes:
-        colors: color of each referred object; objects found in the same region share one.
-        numbers: region -> the numbers, from 1, of the referred objects found in it.
-        others: regions without a sentence: the `MAX_OTHER_REGIONS` best-scoring ones with `SHOWN_SCORE` or more.
+        colors: color of each referent; referents covered by the same region share one.
+        numbers: region -> the numbers, from 1, of the referents that it covers.
+        others: the `MAX_OTHER_REGIONS` top-scoring regions that cover no referent and have a score of `MIN_SCORE` or
+            more.
     """
 
     colors: list[str]
@@ -37,45 +38,42 @@ class Legend:
 
     @classmethod
     def from_scene(cls, scene: Scene) -> Legend:
-        """Number the referred objects of a scene in order."""
+        """Number the referents of a scene in order."""
         colors: list[str] = []
         numbers: dict[int, list[int]] = {}
-        for i, obj in enumerate(scene.referents):
-            first = i
-            if obj.found and obj.region is not None:
-                numbers.setdefault(obj.region, []).append(i + 1)
-                first = numbers[obj.region][0] - 1
-            colors.append(COLORS[first % len(COLORS)])
+        for number, referent in enumerate(scene.referents, 1):
+            first = number  # of the referents that the region covers
+            if referent.is_covered and referent.region is not None:
+                numbers.setdefault(referent.region, []).append(number)
+                first = numbers[referent.region][0]
+            colors.append(COLORS[(first - 1) % len(COLORS)])
         scores = scene.regions.scores
-        others = [
-            r for r in np.argsort(-scores, kind="stable").tolist() if scores[r] >= SHOWN_SCORE and r not in numbers
-        ]
+        ranked = np.argsort(-scores, kind="stable").tolist()
+        others = [region for region in ranked if scores[region] >= MIN_SCORE and region not in numbers]
         return cls(colors, numbers, others[:MAX_OTHER_REGIONS])
 
 
 @dataclass(frozen=True)
 class Caption:
-    """The caption of one referred object.
+    """The caption of one referent.
 
     Attributes:
-        number: number of the object in the picture.
+        number: number of the referent in the picture.
         color: "#rrggbb" of the chip with the number.
-        ink: color of the number.
-        fill: whether the chip is filled, as the object was found.
+        text_color: "#rrggbb" of the number.
+        is_covered: whether a region covers the referent; the chip is then filled.
         sentences: its referring expressions.
-        text: what was found.
-        bad_first: a warning before the text, or "".
-        bad: a warning after the text, or "".
+        text: the region that covers it, or how close the best one comes.
+        warning: what is wrong besides a missed referent, "" if nothing is.
     """
 
     number: int
     color: str
-    ink: str
-    fill: bool
+    text_color: str
+    is_covered: bool
     sentences: tuple[str, ...]
     text: str
-    bad_first: str = ""
-    bad: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,16 @@ class Picture:
     """An image with its regions drawn, and its captions.
 
     Attributes:
-        alt: what it shows, in words.
+        alt: the image's alternative text.
         jpeg: the file.
-        where: split and image.
-        items: captions of the referred objects.
+        title: split, image id and number of drawn regions.
+        captions: captions of the referents.
     """
 
     alt: str
     jpeg: bytes
-    where: str
-    items: tuple[Caption, ...]
+    title: str
+    captions: tuple[Caption, ...]
 
     @property
     def uri(self) -> str:
@@ -100,11 +98,11 @@ class Picture:
         return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode("ascii")
 
 
-def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> Picture:
-    """The picture of an image with its regions.
+def draw_picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> Picture:
+    """Draw the picture of an image with its regions.
 
     Args:
-        scene: regions and referred objects of the image.
+        scene: regions and referents of the image.
         pixels: the image, (height, width, 3) uint8 RGB.
         answer: a model's answer to draw too.
     """
@@ -114,43 +112,45 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     data = io.BytesIO()
     draw(scene, pixels, legend, answer).save(data, "JPEG", quality=80, optimize=True)
     drawn = len(legend.others) + len(legend.numbers)
-    left_out = len(scene.regions) - drawn
-    less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
-    where = f"{scene.split}, image {scene.regions.image_id}: {format_count(drawn, 'region')}{less_likely}"
-    items = tuple(_caption(scene, i, legend) for i in range(len(scene.referents)))
+    left_out = f"; {len(regions) - drawn} with lower scores not drawn" if drawn < len(regions) else ""
+    title = f"{scene.split}, image {regions.image_id}: {format_count(drawn, 'region')}{left_out}"
+    captions = tuple(_caption(scene, i, legend) for i in range(len(scene.referents)))
     if answer is not None:
-        items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)
-    return Picture(_alt(scene), data.getvalue(), where, items)
+        captions = tuple(replace(caption, warning=f"answer: IoU {answer.iou:.2f}") for caption in captions)
+    return Picture(_alt(scene), data.getvalue(), title, captions)
 
 
 def _alt(scene: Scene) -> str:
     title = f"Image {scene.regions.image_id} with its detected regions outlined"
     if not scene.referents:
         return title
-    found = sum(obj.found for obj in scene.referents)
-    names = ", ".join(obj.category for obj in scene.referents)
-    return f"{title}; {format_share(found, len(scene.referents), 'referred object')} found ({names})"
+    n_covered = sum(referent.is_covered for referent in scene.referents)
+    names = ", ".join(referent.category for referent in scene.referents)
+    return f"{title}; {format_share(n_covered, len(scene.referents), 'referred object')} found ({names})"
 
 
 def _caption(scene: Scene, i: int, legend: Legend) -> Caption:
-    obj, color = scene.referents[i], legend.colors[i]
-    head = (i + 1, color, text_color(color), obj.found, obj.sentences)
-    if obj.found:
-        assert obj.region is not None
-        category = int(scene.regions.category_ids[obj.region])
-        wrong = f"(actual category: {obj.category})" if category != obj.category_id else ""
-        return Caption(*head, f"found as {scene.names.get(category, str(category))}, IoU {obj.iou:.2f}", bad=wrong)
-    near = f"best IoU {obj.iou:.2f}" if obj.region is not None else "no regions"
-    return Caption(*head, f": {obj.category}; {near}", bad_first="missed")
+    referent, color = scene.referents[i], legend.colors[i]
+    warning = ""
+    if referent.is_covered:
+        assert referent.region is not None
+        category = int(scene.regions.category_ids[referent.region])
+        text = f"found as {scene.names.get(category, str(category))}, IoU {referent.iou:.2f}"
+        if category != referent.category_id:
+            warning = f"(actual category: {referent.category})"
+    else:
+        nearest = f"best IoU {referent.iou:.2f}" if referent.region is not None else "no regions"
+        text = f"{referent.category}; {nearest}"
+    return Caption(i + 1, color, text_color(color), referent.is_covered, referent.sentences, text, warning)
 
 
 def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None = None) -> Image.Image:
-    """The image with a long side of `LONG_SIDE`, regions, missed objects and an answer drawn on it."""
+    """The image, resized to a long side of `LONG_SIDE`, with regions, missed referents and an answer drawn on it."""
     regions = scene.regions
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    # nearly transparent, since sentences name the colors of things
+    # region, color, opacity; nearly transparent, as sentences name the colors of things
     painted = [(row, GRAY, 0.15) for row in legend.others]
     painted += [(row, legend.colors[numbers[0] - 1], 0.25) for row, numbers in legend.numbers.items()]
     if regions.masks is not None:
@@ -160,23 +160,21 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
     canvas = Canvas(ImageDraw.Draw(image), size)
     for row, color, _ in painted:
         canvas.outline(_scale(regions.boxes[row], scale), color, 2 if color == GRAY else 4, halo=color != GRAY)
-    for i, obj in enumerate(scene.referents):
-        if not obj.found:
-            canvas.dashed_outline(_scale(obj.box, scale), legend.colors[i])
+    for i, referent in enumerate(scene.referents):
+        if not referent.is_covered:
+            canvas.dashed_outline(_scale(referent.box, scale), legend.colors[i])
     if answer is not None:
         canvas.dashed_outline(_scale(answer.box, scale), WRONG)
         canvas.label(_scale(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, color, _ in reversed(painted):
         category = int(regions.category_ids[row])
-        text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, legend.numbers.get(row, [])))
-        canvas.label(
-            _scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), color, 15 if color == GRAY else 19
-        )
-    for i, obj in enumerate(scene.referents):
-        if not obj.found:
-            canvas.label(_scale(obj.box, scale), f"{i + 1}  missed", legend.colors[i], 19)
+        text = f"{numbers}  {scene.names.get(category, category)} {regions.scores[row]:.2f}".strip()
+        canvas.label(_scale(regions.boxes[row], scale), text, color, 15 if color == GRAY else 19)
+    for i, referent in enumerate(scene.referents):
+        if not referent.is_covered:
+            canvas.label(_scale(referent.box, scale), f"{i + 1}  missed", legend.colors[i], 19)
     return image
 
 

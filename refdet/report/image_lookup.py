@@ -1,17 +1,17 @@
-"""Find the image of a store by the name of an image file."""
+"""Find an image in a store by the path of its file."""
 
 from __future__ import annotations
 
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
 from refdet.store import Store
 
 
-def image_of_file(store: Store, file: Path) -> int:
-    """The id of the image whose name in the store has the most folders in common with a path, from the file name up.
+def find_image_id(store: Store, file: Path) -> int:
+    """The id of the image whose name in the store shares the longest suffix of whole components with a path.
 
     Args:
         store: the store.
@@ -20,13 +20,13 @@ def image_of_file(store: Store, file: Path) -> int:
     Raises:
         InputError: the store has no image of that file name, or several that fit equally well.
     """
-    parts = file.absolute().parts
-    shared: dict[int, int] = {}  # image id -> number of trailing path components in common
-    for image_id, name in zip(store.image_ids.tolist(), store.file_names, strict=True):
-        pairs = zip(reversed(PurePosixPath(str(name).replace("\\", "/")).parts), reversed(parts), strict=False)
-        if count := sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)):
-            shared[image_id] = count
-    best = [image_id for image_id, count in shared.items() if count == max(shared.values())]
+    path = file.absolute()
+    suffix_lengths = {
+        image_id: _common_suffix_length(PurePosixPath(str(name).replace("\\", "/")), path)
+        for image_id, name in zip(store.image_ids.tolist(), store.file_names, strict=True)
+    }
+    longest = max(suffix_lengths.values(), default=0)
+    best = [image_id for image_id, length in suffix_lengths.items() if length == longest > 0]
     if not best:
         raise InputError(f"{store.path}: has no image named {shorten(file.name)}; give its `image_id` in the store")
     if len(best) > 1:
@@ -34,3 +34,9 @@ def image_of_file(store: Store, file: Path) -> int:
             f"{store.path}: images {best[0]} and {best[1]} both fit the name {shorten(file.name)}; give `image_id`"
         )
     return best[0]
+
+
+def _common_suffix_length(a: PurePath, b: PurePath) -> int:
+    """Number of trailing components that two paths have in common."""
+    pairs = zip(reversed(a.parts), reversed(b.parts), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

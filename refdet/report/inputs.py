@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refdet.config.renamed_keys import LOSSES
 from refdet.detector.checkpoint import MAX_META_BYTES
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
+from refdet.files.short_text import short_repr
 from refdet.files.strict_json import strict_json
-from refdet.report.fields import count, field, optional_number, text
+from refdet.report.fields import count, field, finite_number, optional_number, text
 from refdet.structures.provenance import Provenance
 from refdet.training.run_folder import MAX_LOG_BYTES
 
-# Names of the losses in metrics.jsonl, and their labels in the chart.
+# Names of the losses in metrics.jsonl, and their labels in the chart
 LOSS_LABELS = (
     ("loss", "total"),
     ("loss_classifier", "class: which category is it?"),
@@ -51,8 +52,9 @@ class ReferPart:
     Attributes:
         store: the store; None for metrics alone.
         metrics: the metrics.json of evaluate-on-refer; None if the store was not evaluated.
-        predictions: predictions JSON: a model's answers to the sentences; their regions are rows of the store.
-        dataset: dataset and split_by, such as "refcoco/unc", if there are no metrics; "" to use those in the store.
+        predictions: JSON of a model's answers to the sentences; a "region" in it is a row of the store.
+        dataset: dataset and split_by, such as "refcoco/unc", if there are no metrics; "" for those that the store was
+            extracted for.
     """
 
     store: Path | None
@@ -90,8 +92,26 @@ class ReportInputs:
     pictures: int = 12
 
 
-def read_meta(path: Path) -> tuple[str, int, Provenance]:
-    """Name of the recipe, number of training steps and provenance in a ``model.json``."""
+class RunMetadata(NamedTuple):
+    """What the report shows of a run's ``model.json``.
+
+    Attributes:
+        recipe_name: name of the recipe, "" for a custom one.
+        step: number of training steps.
+        provenance: its training data.
+    """
+
+    recipe_name: str
+    step: int
+    provenance: Provenance
+
+
+def read_meta(path: Path) -> RunMetadata:
+    """Read a ``model.json``.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file; give a run directory that refdet train wrote")
     data = read_bytes(path, MAX_META_BYTES)
@@ -105,13 +125,16 @@ def read_meta(path: Path) -> tuple[str, int, Provenance]:
         provenance = Provenance.from_json(field(tree, "provenance", str(path)))
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return name, count(tree, "step", str(path)), provenance
+    return RunMetadata(name, count(tree, "step", str(path)), provenance)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The training steps in metrics.jsonl, without validations; empty without a log, as for imported weights.
+    """The rows of training steps in metrics.jsonl, without validations; none without a log, as for imported weights.
 
     The last line is skipped if it was truncated when the run was killed. Old names of losses are converted.
+
+    Raises:
+        InputError: another line is not JSON, or a step or a loss is not a number.
     """
     if not path.exists():
         return []
@@ -124,16 +147,16 @@ def read_log(path: Path) -> list[dict[str, float]]:
         try:
             row = strict_json(line)
         except InputError as error:
-            if number == len(lines):  # truncated when the run was killed
+            if number == len(lines):
                 break
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
-        if isinstance(row, dict):
-            if "loss" not in row and any(key.startswith("val_") for key in row):
-                continue  # a validation
-            row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
-        for name in ("step", "loss", *(key for key, _ in LOSS_LABELS if isinstance(row, dict) and key in row)):
-            if optional_number(row, name, where) is None:
-                raise InputError(f"{where}: {name!r} is not a number")
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: must be a JSON object, not {short_repr(row)}")
+        if "loss" not in row and any(key.startswith("val_") for key in row):
+            continue  # a validation
+        row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
+        for name in ("step", "loss", *(key for key, _ in LOSS_LABELS if key in row)):
+            finite_number(row, name, where)
         rows.append(row)
     return rows
 
@@ -152,9 +175,6 @@ def read_steps(path: Path) -> list[PipelineStep]:
         commands, seconds = field(entry, "commands", where), optional_number(entry, "seconds", where)
         if not isinstance(commands, list) or not all(isinstance(line, str) for line in commands):
             raise InputError(f"{where}: 'commands' is not a list of strings")
-        steps.append(
-            PipelineStep(
-                text(entry, "name", where), text(entry, "about", where), tuple(commands), max(seconds or 0.0, 0)
-            )
-        )
+        name, about = text(entry, "name", where), text(entry, "about", where)
+        steps.append(PipelineStep(name, about, tuple(commands), max(seconds or 0.0, 0.0)))
     return steps

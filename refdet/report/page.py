@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refdet.data.coco import CocoIndex
 from refdet.detector.checkpoint import was_validated
@@ -19,7 +20,7 @@ from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.report import sections
 from refdet.report.fields import optional_number
-from refdet.report.inputs import ReportInputs, read_log, read_meta
+from refdet.report.inputs import ReportInputs, RunMetadata, read_log, read_meta
 from refdet.report.pictures import Pictures, all_scenes, pictures_section, wrong_answers
 from refdet.report.refer_parts import OpenPart, open_part
 from refdet.report.samples import sample_evenly
@@ -28,6 +29,10 @@ from refdet.report.templates import Markup, number, render
 from refdet.report.validations import read_validations
 from refdet.splits.detector_audit import why_unproven
 from refdet.splits.leak_audit import AuditResult, audit
+from refdet.structures.provenance import Provenance
+from refdet.structures.regions import Regions
+
+log = logging.getLogger(__name__)
 
 MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
 TITLE = "refdet: regions for referring expressions"
@@ -54,89 +59,133 @@ def render_page(inputs: ReportInputs, title: str) -> str:
         return _render(inputs, parts, title)
 
 
+class _Section(NamedTuple):
+    """A section of the page, of which `id` is the anchor."""
+
+    id: str
+    heading: str
+    content: Markup
+
+
 def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
-    recipe_name, steps, provenance = ("", 0, None) if inputs.run is None else read_meta(inputs.run / "model.json")
+    meta = None if inputs.run is None else read_meta(inputs.run / "model.json")
     metrics = [part.metrics for part in parts if part.metrics is not None]
     for kind, rates in (inputs.detection or {}).items():
         for name in sections.AP_NAMES if rates else ():
             optional_number(rates, name, f"metrics of evaluate, {kind}")
     proof, original_audit = _audits(inputs)
-    if proof is not None and provenance is not None and proof.image_ids_sha256 != provenance.image_ids_sha256:
-        raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
-    proven = False
-    body: list[tuple[str, str, Markup]] = []  # id, heading, content
-
-    def add(name: str, heading: str, content: Markup) -> None:
-        body.append((name, heading, content))
-
+    page_sections: list[_Section] = []
+    is_proven = False
     if inputs.steps:
-        add("steps", "Steps", sections.steps_section(inputs.steps))
-    if provenance is not None:
-        assert inputs.run is not None
-        validated = was_validated(inputs.run)
-        # images that may have chosen the weights are not audited here
-        chosen = validated if provenance.selection is None else provenance.selection.by_validation
+        page_sections.append(_Section("steps", "Steps", sections.steps_section(inputs.steps)))
+    if meta is not None and inputs.run is not None:
+        provenance = meta.provenance
+        if proof is not None and proof.image_ids_sha256 != provenance.image_ids_sha256:
+            raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
+        was_run_validated = was_validated(inputs.run)
+        # the images of a validation that may have selected the weights are not audited here
+        may_be_selected = was_run_validated if provenance.selection is None else provenance.selection.by_validation
         unproven = [] if proof is None else why_unproven(provenance, proof, str(inputs.run), inputs.trained_on)
-        proven = proof is not None and not proof.leaked and not unproven and not chosen
-        content = sections.leak_section(provenance, proof, original_audit, validated, unproven)
-        add("leak", "No leaks" if proven else "Training data", content)
-    if inputs.run is not None:
-        log = read_log(inputs.run / "metrics.jsonl")
-        validations, on_other_data = read_validations(inputs.run / "metrics.jsonl")
-        if log or validations:
-            add("loss", "Training", sections.loss_section(log, validations, on_other_data))
+        is_proven = proof is not None and not proof.leaked and not unproven and not may_be_selected
+        others = _of_other_detectors(parts, provenance)
+        content = sections.leak_section(provenance, proof, original_audit, was_run_validated, unproven, others)
+        page_sections.append(_Section("leak", "No leaks" if is_proven else "Training data", content))
+        is_proven = is_proven and not others
+        page_sections += _training_sections(inputs.run / "metrics.jsonl")
     if inputs.detection is not None:
-        add("detection", "Detection", sections.detection_section(inputs.detection))
-    _add_regions(inputs, parts, metrics, add)
-    if not body:
+        page_sections.append(_Section("detection", "Detection", sections.detection_section(inputs.detection)))
+    page_sections += _region_sections(inputs, parts, metrics)
+    if not page_sections:
         raise InputError("nothing to report: give a run directory, a store or metrics")
-    unseen = proven and _evaluated_on(metrics) <= {split.name for split in (proof.splits if proof else ())}
-    subtitle = _subtitle(recipe_name, steps, inputs.run is not None, unseen)
+    is_unseen = is_proven and _evaluated_splits(metrics) <= {split.name for split in (proof.splits if proof else ())}
     return render(
         "page.html",
         title=title,
-        subtitle=subtitle,
+        subtitle=_subtitle(meta, is_unseen),
         highlights=_highlights(inputs.detection, metrics, proof),
-        sections=[{"id": name, "heading": heading, "content": content} for name, heading, content in body],
+        sections=page_sections,
         version=__version__,
     )
 
 
-def _add_regions(
-    inputs: ReportInputs, parts: Sequence[OpenPart], metrics: Sequence[Mapping[str, Any]], add: Any
-) -> None:
-    """The sections about the regions and the answers."""
+def _of_other_detectors(parts: Sequence[OpenPart], provenance: Provenance) -> list[str]:
+    """The stores and metrics whose detector has another provenance, or weights that a validation selected."""
+    others = []
+    for part in parts:
+        sources = [(part.store.path.name, part.store.provenance)] if part.store is not None else []
+        if part.metrics is not None and "provenance" in part.metrics:
+            sources.append((f"the metrics of {part.dataset}", part.metrics["provenance"]))
+        others += [name for name, tree in sources if not _is_same_detector(tree, provenance)]
+    if others:
+        log.warning("note: report: of another detector than the run, as the provenance differs: %s", ", ".join(others))
+    return others
+
+
+def _is_same_detector(tree: Any, provenance: Provenance) -> bool:
+    """Whether the provenance of a store or of metrics is that of a run; see `_of_other_detectors`."""
+    try:
+        other = Provenance.from_json(tree)
+    except InputError:
+        return False
+    if replace(other, selection=None) != replace(provenance, selection=None):
+        return False
+    return other.selection == provenance.selection or (
+        other.selection is not None and not other.selection.by_validation
+    )
+
+
+def _training_sections(log_file: Path) -> list[_Section]:
+    """The curves of the loss and of the validation AP."""
+    rows = read_log(log_file)
+    validations, on_other_data = read_validations(log_file)
+    if not rows and not validations:
+        return []
+    return [_Section("loss", "Training", sections.loss_section(rows, validations, on_other_data))]
+
+
+def _region_sections(
+    inputs: ReportInputs, parts: Sequence[OpenPart], metrics: Sequence[Mapping[str, Any]]
+) -> list[_Section]:
+    """The sections about the regions of the stores and the answers of a model."""
+    page_sections: list[_Section] = []
     stores = [part.store for part in parts if part.store is not None]
     if stores:
-        add("stores", "Regions", stores_section(stores))
-    errors = _errors(inputs, parts)
+        page_sections.append(_Section("stores", "Regions", stores_section(stores)))
+    errors = _errors_section(inputs, parts)
     if errors is not None:
-        add("errors", "Where the detector errs", errors)
+        page_sections.append(_Section("errors", "Where the detector errs", errors))
     if metrics:
-        add("refer", "Referring expressions", sections.refer_section(metrics))
+        page_sections.append(_Section("refer", "Referring expressions", sections.refer_section(metrics)))
     scenes = all_scenes(parts, inputs.pictures)
-    referred = [obj for scene in scenes for obj in scene.referents]
-    if referred:
-        add("ceiling", "What no region covers", sections.ceiling_section(referred))
-    pictures = None
-    if inputs.images is not None and stores:
-        pictures = Pictures(inputs.images, stores[0].options.get("exif", "ignore"), scenes)
+    referents = [referent for scene in scenes for referent in scene.referents]
+    if referents:
+        n_stores = sum(part.has_scenes for part in parts)
+        content = sections.ceiling_section(referents, n_stores)
+        page_sections.append(_Section("ceiling", "What no region covers", content))
+    pictures = None if inputs.images is None or not stores else Pictures(inputs.images, scenes)
     wrong = wrong_answers(parts, pictures, inputs.pictures)
-    answered = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
+    answered = _with_group(metrics, "comprehension")
     if answered:
-        add("listener", "Comprehension with a listener", sections.listener_section(answered, **wrong))
-    generalized = [part for part in metrics if any("generalized" in values for values in part["splits"].values())]
+        content = sections.listener_section(answered, **wrong)
+        page_sections.append(_Section("listener", "Comprehension with a listener", content))
+    generalized = _with_group(metrics, "generalized")
     if generalized:
-        add("generalized", "Answers to gRefCOCO", sections.generalized_section(generalized))
+        content = sections.generalized_section(generalized)
+        page_sections.append(_Section("generalized", "Answers to gRefCOCO", content))
     if pictures is not None:
-        add("pictures", "Example images", pictures_section(scenes, pictures, inputs.pictures))
+        content = pictures_section(scenes, pictures, inputs.pictures)
+        page_sections.append(_Section("pictures", "Example images", content))
+    return page_sections
 
 
-def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
+def _with_group(metrics: Sequence[Mapping[str, Any]], group: str) -> list[Mapping[str, Any]]:
+    """The metrics of which a split has a group, such as "comprehension"."""
+    return [entry for entry in metrics if any(group in values for values in entry["splits"].values())]
+
+
+def _errors_section(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     """The section about the errors of the first store of detections; None without annotations of its images."""
-    part = next(
-        (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
-    )
+    part = next((part for part in parts if part.store is not None and not part.store.has_ann_ids), None)
     if part is None or part.store is None:
         return None
     path = inputs.instances
@@ -151,50 +200,55 @@ def _errors(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
     fix = "give the file that they were extracted for as `instances`"
     check_images(store, ids, index.images, str(path), "the report", fix)
     warn_about_categories(store, index.categories, str(path))
-    annotated = len(ids)
+    n_annotated = len(ids)
     ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
-    results: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []  # COCO results, collected while `detection_errors` reads the regions
 
-    def images() -> Any:
+    def read_all() -> Iterator[Regions]:
         for image_id in ids:
             regions = read_regions(store, image_id)
-            results.extend(replace(regions, masks=None).to_coco())
+            detections.extend(replace(regions, masks=None).to_coco())
             yield regions
 
-    errors = detection_errors(index, images())
-    rates = ap_by_category(index, ids, results, "bbox")
-    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=annotated)
+    errors = detection_errors(index, read_all())
+    rates = ap_by_category(index, ids, detections, "bbox")
+    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, n_annotated)
 
 
-def _evaluated_on(metrics: Sequence[Mapping[str, Any]]) -> set[str]:
+def _evaluated_splits(metrics: Sequence[Mapping[str, Any]]) -> set[str]:
     """Names of the splits that metrics are of, such as "refcoco/unc/val"."""
-    return {f"{part['dataset']}/{part['split_by']}/{split}" for part in metrics for split in part["splits"]}
+    return {f"{entry['dataset']}/{entry['split_by']}/{split}" for entry in metrics for split in entry["splits"]}
 
 
-def _subtitle(recipe: str, steps: int, run: bool, unseen: bool) -> str:
-    if not run:
+def _subtitle(meta: RunMetadata | None, is_unseen: bool) -> str:
+    if meta is None:
         return "Regions of images, each with a box, a category and a score, for models that understand phrases."
-    model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {format_count(steps, 'step')})"
-    subtitle = f"{model} detects the objects of an image, each with a box, a mask and features, for models that "
-    subtitle += "understand phrases such as “the small red star”."
-    return subtitle + " It has never seen the REFER images it is evaluated on." * unseen
+    model = f"A Mask R-CNN ({meta.recipe_name or 'custom'} recipe, {format_count(meta.step, 'step')})"
+    subtitle = (
+        f"{model} detects the objects of an image, each with a box, a mask and features, for models that understand "
+        "phrases such as “the small red star”."
+    )
+    return subtitle + " It has never seen the REFER images it is evaluated on." * is_unseen
 
 
 def _highlights(
     detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], proof: AuditResult | None
 ) -> list[tuple[str, str]]:
+    """The numbers at the top of the page, each with a description."""
     highlights = []
     for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
         if detection is not None and detection.get(kind):
             highlights.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
-    recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
+    recalls = [values["referent_recall"]["0.5"] for entry in metrics for values in entry["splits"].values()]
     if recalls:
         lowest = f"lowest of {format_count(len(recalls), 'split')}"
         highlights.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
-    answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
-    for boxes in filter(None, answers):
-        guessing = number(boxes["random_baseline@0.5"])
-        highlights.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
+    for entry in metrics:
+        rates = entry["splits"].get("val", {}).get("comprehension")
+        if rates:
+            baseline = number(rates["random_baseline@0.5"])
+            text = f"accuracy of a listener on {entry['dataset']} val; random baseline {baseline}"
+            highlights.append((number(rates["accuracy@0.5"]), text))
     if proof is not None:
         held_out = format_count(proof.held_out_images, "held-out image")
         unknown = f"; {format_count(proof.unidentified, 'image')} of it unknown" if proof.unidentified else ""
@@ -208,6 +262,5 @@ def _audits(inputs: ReportInputs) -> tuple[AuditResult | None, AuditResult | Non
         return None, None
     if inputs.refer_root is None:
         raise InputError("`trained_on` needs `refer_root`, whose val and test images it must not have")
-    paths = (inputs.trained_on, inputs.original_instances)
-    first, second = (None if path is None else audit(path, inputs.refer_root) for path in paths)
-    return first, second
+    original = inputs.original_instances
+    return audit(inputs.trained_on, inputs.refer_root), None if original is None else audit(original, inputs.refer_root)

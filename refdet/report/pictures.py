@@ -10,7 +10,7 @@ from typing import Any
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
-from refdet.report.figures import Picture, picture
+from refdet.report.figures import Picture, draw_picture
 from refdet.report.refer_parts import OpenPart
 from refdet.report.samples import (
     Answer,
@@ -19,8 +19,8 @@ from refdet.report.samples import (
     covered_scenes,
     hardest_scenes,
     images_of,
-    sample,
     sample_evenly,
+    sample_scenes,
     scenes,
 )
 from refdet.report.templates import Markup, render
@@ -36,72 +36,78 @@ class Pictures:
 
     Args:
         images: folder or zip of the images.
-        exif: "ignore" or "apply" the EXIF orientation, as when the regions were extracted.
         scenes: all images that may be drawn.
 
     Raises:
         InputError: ``images`` has none of them.
     """
 
-    def __init__(self, images: Path, exif: str, scenes: Sequence[Scene]) -> None:
-        self._source = ImageSource.open(images, exif)
+    def __init__(self, images: Path, scenes: Sequence[Scene]) -> None:
         records = list({scene.image.id: scene.image for scene in scenes}.values())
-        missing = self._source.locate(records)
+        self._sources = {exif: ImageSource.open(images, exif) for exif in sorted({scene.exif for scene in scenes})}
+        missing: list[str] = []
+        for source in self._sources.values():
+            missing = source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: lacks all {format_count(len(records), 'image')}, first: {missing[0]}")
-        self._bytes_left, self._left_out = MAX_BYTES, 0
-        self._missing, self._unreadable = len(missing), set[int]()  # number of images, and ids of others
+        self._bytes_left = MAX_BYTES
+        self._n_left_out = 0  # pictures
+        self._n_missing = len(missing)  # images without a file
+        self._unreadable = set[int]()  # ids of images whose file cannot be read
         self._first_problem = missing[0] if missing else ""
 
     @property
     def notes(self) -> list[str]:
-        """What was left out, and why."""
+        """The images and pictures that were left out so far, and why."""
         notes = []
-        if skipped := self._missing + len(self._unreadable):
-            notes.append(f"{format_count(skipped, 'image')} could not be read, first: {self._first_problem}")
-        if self._left_out:
-            notes.append(f"{format_count(self._left_out, 'picture')} left out, to keep the page under 5 MB")
+        n_unreadable = self._n_missing + len(self._unreadable)
+        if n_unreadable:
+            notes.append(f"{format_count(n_unreadable, 'image')} could not be read, first: {self._first_problem}")
+        if self._n_left_out:
+            notes.append(f"{format_count(self._n_left_out, 'picture')} left out, to keep the page under 5 MB")
         return notes
 
     def draw(self, scenes: Sequence[Scene]) -> list[Picture]:
         """Pictures of images. Those that cannot be read or exceed the limit are left out, and counted in `notes`."""
-        return [drawn for scene in scenes if (drawn := self._draw(scene)) is not None]
+        pictures = (self._draw(scene) for scene in scenes)
+        return [picture for picture in pictures if picture is not None]
 
-    def draw_answers(self, wrong: Sequence[Answer]) -> list[Picture]:
+    def draw_answers(self, answers: Sequence[Answer]) -> list[Picture]:
         """Pictures of wrong answers and the regions that would have been best; left out as in `draw`."""
-        return [drawn for answer in wrong if (drawn := self._draw(answer.scene, answer)) is not None]
+        pictures = (self._draw(answer.scene, answer) for answer in answers)
+        return [picture for picture in pictures if picture is not None]
 
     def _draw(self, scene: Scene, answer: Answer | None = None) -> Picture | None:
-        record = scene.image
-        if self._source.find(record) is None:
+        source, record = self._sources[scene.exif], scene.image
+        if source.find(record) is None:
             return None  # counted in __init__
         try:
-            drawn = picture(scene, self._source.read(record), answer)
+            picture = draw_picture(scene, source.read(record), answer)
         except ImageError as error:
             self._first_problem = self._first_problem or str(error)
             self._unreadable.add(record.id)  # counted once, though several scenes may show it
             return None
-        if len(drawn.jpeg) > self._bytes_left:
-            self._left_out += 1
+        if len(picture.jpeg) > self._bytes_left:
+            self._n_left_out += 1
             return None
-        self._bytes_left -= len(drawn.jpeg)
-        return drawn
+        self._bytes_left -= len(picture.jpeg)
+        return picture
 
 
 def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
     """The images of REFER's splits with their refs; of a store without refs, ``count`` evenly spaced images."""
-    found: list[Scene] = []
+    result: list[Scene] = []
     for part in parts:
         if part.store is None:
             continue
         if part.has_scenes and part.refer is not None and part.splits:
-            found += scenes(part.store, part.refer, part.dataset, part.splits)
+            result += scenes(part.store, part.refer, part.dataset, part.splits)
         else:
-            found += _of_store(part.store, count)
-    return found
+            result += _scenes_without_refs(part.store, count)
+    return result
 
 
-def _of_store(store: Store, count: int) -> list[Scene]:
+def _scenes_without_refs(store: Store, count: int) -> list[Scene]:
     """Evenly spaced usable images of a store, without refs."""
     ids = [image_id for image_id in store if image_id not in store.errors]
     images = images_of(store)
@@ -109,26 +115,38 @@ def _of_store(store: Store, count: int) -> list[Scene]:
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:
-    """The values of ``listener.html``: numbers of answers, and pictures of at most ``count`` wrong ones."""
+    """The values of ``listener.html``: numbers of answers, and pictures of at most ``count`` wrong ones.
+
+    Args:
+        parts: the stores; those with predictions have answers.
+        pictures: draws them; None for no pictures.
+        count: maximum number of pictures.
+    """
     all_answers: list[Answer] = []
     for part in parts:
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
             all_answers += answers(
                 part.store, part.refer, part.dataset, part.splits, part.predictions, part.protocol, part.box_format
             )
-    wrong = [answer for answer in all_answers if not answer.right]
-    unanswerable = sum(not answer.scene.referents[0].found for answer in wrong)
+    wrong = [answer for answer in all_answers if not answer.is_correct]
+    unanswerable = sum(not answer.scene.referents[0].is_covered for answer in wrong)
     drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
     return {"answers": len(all_answers), "wrong": len(wrong), "unanswerable": unanswerable, "pictures": drawn}
 
 
 def pictures_section(scenes: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
-    """Example images, then those whose objects are covered worst and best; ``count``: see `ReportInputs.pictures`."""
+    """Example images, then those whose referents are covered worst and best.
+
+    Args:
+        scenes: all images.
+        pictures: draws them.
+        count: maximum number of example images; a third as many of the worst and of the best are added.
+    """
     with_refs = [scene for scene in scenes if scene.referents]
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
-    shown = pictures.draw(sample(scenes, count))
-    missed = sum(not obj.found for scene in scenes for obj in scene.referents)
+    examples = pictures.draw(sample_scenes(scenes, count))
+    n_missed = sum(not referent.is_covered for scene in scenes for referent in scene.referents)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
-    return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)
+    return render("pictures.html", examples=examples, worst=worst, best=best, missed=n_missed, notes=pictures.notes)

@@ -10,7 +10,7 @@ from refdet.files.atomic import atomic_write
 from refdet.report.charts import Axes, Chart, Series, line_chart, recall_svg
 
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
-PANEL_SIZE: Any = {"width": 320, "height": 220}  # of each chart where several share a row, in points
+PANEL_SIZE: Any = {"width": 320, "height": 220}  # in points, of a chart that shares a row with others
 
 
 def split_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -48,9 +48,9 @@ def _chart(part: Mapping[str, Any], by: str, series: Sequence[Series], axes: Axe
 
 
 def _by_regions(metrics: Mapping[str, Any]) -> list[Series]:
-    """One line per split: recall at IoU 0.5 at the ticks of `_axes`."""
-    splits = metrics["splits"]
-    return _series({name: list(enumerate(splits[name]["recall@k"].values())) for name in split_names(metrics)})
+    """One line per split: recall at IoU 0.5, at the x ticks of `_axes`."""
+    recall = {name: metrics["splits"][name]["recall@k"] for name in split_names(metrics)}
+    return _series({name: list(enumerate(rates.values())) for name, rates in recall.items()})
 
 
 def _axes(metrics: Mapping[str, Any], **size: Any) -> Axes:

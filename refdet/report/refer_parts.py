@@ -35,7 +35,7 @@ class OpenPart:
         dataset: dataset and split_by, such as "refcoco/unc"; "" if it has none.
         splits: the splits to show.
         metrics: the metrics of evaluate-on-refer, None if there are none.
-        predictions: JSON of a model's answers.
+        predictions: JSON of a model's answers, None if there are none.
         protocol: how the metrics compare boxes.
         box_format: format of the boxes of the answers.
     """
@@ -72,17 +72,32 @@ def pair_up(
     unpaired = [in_new_names(entry) for entry in metrics]
     for entry in unpaired:
         check_metrics(entry, "metrics of evaluate-on-refer")
-    parts = []
-    for index, path in enumerate(paths):
+    names, provenances = [], []
+    for path in paths:
         with stores.open(path) as store:
-            name = dataset or dataset_of(store)
-        matching = [entry for entry in unpaired if f"{entry['dataset']}/{entry['split_by']}" == name]
-        matching.sort(key=lambda entry: _is_of_another_detector(entry, store))  # stores may be of several detectors
-        matching = matching or (unpaired[:1] if len(paths) == len(metrics) == 1 else [])
-        chosen = matching[0] if matching else None
-        unpaired = [entry for entry in unpaired if entry is not chosen]
-        parts.append(ReferPart(path, chosen, None if index else predictions, name))
+            names.append(dataset or dataset_of(store))
+            provenances.append(store.provenance)
+    chosen: dict[int, Mapping[str, Any]] = {}  # index of a store -> its metrics
+    if len(paths) == len(metrics) == 1 and dataset in ("", _dataset_name(unpaired[0])):
+        chosen[0] = unpaired.pop()
+    # metrics of a store's own detector first, so that no other store of the dataset takes them
+    for same_detector_only in (True, False):
+        for index, (name, provenance) in enumerate(zip(names, provenances, strict=True)):
+            for entry in unpaired:
+                is_other = same_detector_only and _is_of_another_detector(entry, provenance)
+                if index not in chosen and _dataset_name(entry) == name and not is_other:
+                    chosen[index] = entry
+            unpaired = [entry for entry in unpaired if entry is not chosen.get(index)]
+    parts = [
+        ReferPart(path, chosen.get(index), None if index else predictions, name)
+        for index, (path, name) in enumerate(zip(paths, names, strict=True))
+    ]
     return parts + [ReferPart(None, entry) for entry in unpaired]
+
+
+def _dataset_name(metrics: Mapping[str, Any]) -> str:
+    """Dataset and split_by of metrics, such as "refcoco/unc"."""
+    return f"{metrics['dataset']}/{metrics['split_by']}"
 
 
 def dataset_of(store: Store) -> str:
@@ -108,8 +123,8 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     name = part.dataset
     if metrics is not None:
         check_metrics(metrics, "metrics of evaluate-on-refer")
-        name = f"{metrics['dataset']}/{metrics['split_by']}"
-        if store is not None and _is_of_another_detector(metrics, store):
+        name = _dataset_name(metrics)
+        if store is not None and _is_of_another_detector(metrics, store.provenance):
             log.warning(
                 "note: report: the metrics of %s are of another detector than %s: their provenance differs",
                 name,
@@ -132,11 +147,9 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
             f"{part.predictions}: {store.path} has all images of no split of {name} but train, so its answers cannot "
             "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
         )
-    how = metrics or {}
-    protocol, box_format = how.get("protocol", "standard"), how.get("box_format", DEFAULT)
-    groups = {group for values in how.get("splits", {}).values() for group in values}
-    answered = bool(groups & {"comprehension", "generalized"})
-    if splits and (metrics is None or (part.predictions is not None and not answered)):
+    protocol: Protocol = metrics.get("protocol", "standard") if metrics else "standard"
+    box_format: str = metrics.get("box_format", DEFAULT) if metrics else DEFAULT
+    if splits and (metrics is None or (part.predictions is not None and not _has_answers(metrics))):
         metrics = evaluate_on_refer(
             store.path,
             refer_root,
@@ -150,12 +163,19 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     return OpenPart(store, refer, name, splits, metrics, part.predictions, protocol, box_format)
 
 
-def _is_of_another_detector(metrics: Mapping[str, Any], store: Store) -> bool:
+def _has_answers(metrics: Mapping[str, Any]) -> bool:
+    """Whether metrics include those of a model's answers."""
+    return any("comprehension" in values or "generalized" in values for values in metrics["splits"].values())
+
+
+def _is_of_another_detector(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
     """Whether metrics have a provenance, but not that of a store."""
-    return metrics.get("provenance", store.provenance) != store.provenance
+    return metrics.get("provenance", provenance) != provenance
 
 
 def _complete_splits(store: Store, refer: REFER) -> list[str]:
-    """The splits, except train, whose images are all in a store."""
-    lacking = {ref["split"] for ref in refer.data["refs"] if ref["image_id"] not in store}
-    return sorted({ref["split"] for ref in refer.data["refs"]} - lacking - {"train"}, key=lambda s: (s != "val", s))
+    """The splits, except train, whose images are all in a store; val first."""
+    refs = refer.data["refs"]
+    incomplete = {ref["split"] for ref in refs if ref["image_id"] not in store}
+    complete = {ref["split"] for ref in refs} - incomplete - {"train"}
+    return sorted(complete, key=lambda split: (split != "val", split))

@@ -19,12 +19,12 @@ from refer import REFER
 
 _T = TypeVar("_T")
 
-FOUND = 0.5  # IoU from which a referred object counts as found
+MIN_IOU = 0.5  # IoU from which a region covers a referent, and an answer is correct
 
 
 @dataclass(frozen=True)
 class Referent:
-    """One referred object of an image.
+    """The object that the sentences of a ref refer to.
 
     Attributes:
         category_id: its COCO category id.
@@ -43,9 +43,9 @@ class Referent:
     iou: float
 
     @property
-    def found(self) -> bool:
-        """Whether a region has an IoU of `FOUND` or more."""
-        return self.iou >= FOUND
+    def is_covered(self) -> bool:
+        """Whether a region has an IoU of `MIN_IOU` or more."""
+        return self.iou >= MIN_IOU
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class Scene:
     Attributes:
         split: the split, such as "refcoco/unc/val".
         image: the image.
-        referents: its referred objects.
-        names: the store's categories.
+        referents: the objects that refs of the split refer to.
+        names: category id -> name in the store.
         read: reads the regions.
+        exif: EXIF handling of the extraction, "ignore" or "apply".
     """
 
     split: str
@@ -65,11 +66,13 @@ class Scene:
     referents: tuple[Referent, ...]
     names: Mapping[int, str]
     read: Callable[[], Regions]
+    exif: str = "ignore"
 
     @classmethod
-    def from_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referent, ...]) -> Scene:
+    def from_store(cls, split: str, store: Store, image: ImageRecord, referents: tuple[Referent, ...]) -> Scene:
         """An image of a store."""
-        return cls(split, image, referred, store.names, lambda: store.read(image.id, ()))
+        exif = "apply" if store.options.get("exif") == "apply" else "ignore"
+        return cls(split, image, referents, store.names, lambda: store.read(image.id, features=()), exif)
 
     @property
     def regions(self) -> Regions:
@@ -77,9 +80,9 @@ class Scene:
         return self.read()
 
     @property
-    def worst(self) -> float:
-        """The lowest IoU of its referred objects, 1 without any."""
-        return min((obj.iou for obj in self.referents), default=1.0)
+    def lowest_iou(self) -> float:
+        """The lowest IoU of its referents, 1 without any."""
+        return min((referent.iou for referent in self.referents), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,16 @@ class Answer:
     """A model's answer to one sentence.
 
     Attributes:
-        scene: its image, with only the referred object, and only this sentence on it.
+        scene: its image, with the referent of the sentence only, and of its sentences with this one only.
         box: (4,) the answer, half-open xyxy in pixels of the image.
-        iou: IoU with the referred object.
-        right: whether it is correct by the protocol of the evaluation.
+        iou: IoU with the referent.
+        is_correct: whether it is correct by the protocol of the evaluation.
     """
 
     scene: Scene
     box: np.ndarray
     iou: float
-    right: bool
+    is_correct: bool
 
 
 def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
@@ -110,9 +113,9 @@ def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> l
     """
     images = images_of(store)
     return [
-        Scene.from_store(f"{dataset}/{split}", store, images[image_id], referred)
+        Scene.from_store(f"{dataset}/{split}", store, images[image_id], referents)
         for split in splits
-        for image_id, referred in _referents_by_image(store, refer, split)
+        for image_id, referents in _referents_by_image(store, refer, split)
     ]
 
 
@@ -146,25 +149,24 @@ def answers(
     records = {
         sent_id: images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items() if ref["image_id"] in images
     }
-    loaded = load_predictions(predictions, store, records, box_format=box_format)
+    predicted = load_predictions(predictions, store, records, box_format=box_format)
     results = []
     for split in splits:
-        for image_id, ref_ids in _refs_of(refer, split).items():
+        for image_id, ref_ids in _refs_by_image(refer, split).items():
             if image_id not in store:
                 continue
-            boxes = store.boxes(image_id)
+            region_boxes = store.boxes(image_id)
             for ref_id in ref_ids:
-                obj = _referred(refer, ref_id, boxes)
+                referent = _referent(refer, ref_id, region_boxes)
                 for sentence in refer.Refs[ref_id]["sentences"]:
-                    predicted = loaded.get(sentence["sent_id"])
-                    if predicted is None:
+                    if sentence["sent_id"] not in predicted:
                         continue
-                    alone = replace(obj, sentences=(str(sentence["sent"]),))
-                    box = predicted.boxes[0]
-                    iou = float(box_iou(box[None], obj.box[None], protocol)[0, 0])
-                    right = bool(box_overlap(box[None], obj.box[None], protocol)[0, 0] >= FOUND)
-                    scene = Scene.from_store(f"{dataset}/{split}", store, images[image_id], (alone,))
-                    results.append(Answer(scene, box, iou, right))
+                    box = predicted[sentence["sent_id"]].boxes[0]
+                    iou = float(box_iou(box[None], referent.box[None], protocol)[0, 0])
+                    is_correct = bool(box_overlap(box[None], referent.box[None], protocol)[0, 0] >= MIN_IOU)
+                    referents = (replace(referent, sentences=(str(sentence["sent"]),)),)
+                    scene = Scene.from_store(f"{dataset}/{split}", store, images[image_id], referents)
+                    results.append(Answer(scene, box, iou, is_correct))
     return results
 
 
@@ -174,24 +176,23 @@ def images_of(store: Store) -> dict[int, ImageRecord]:
     return {row[0]: ImageRecord(*row) for row in zip(*columns, strict=True)}
 
 
-def _refs_of(refer: REFER, split: str) -> dict[int, list[int]]:
+def _refs_by_image(refer: REFER, split: str) -> dict[int, list[int]]:
     """Image id -> ids of the refs of a split, in ascending order of images."""
-    refs_of: dict[int, list[int]] = {}
+    ref_ids: dict[int, list[int]] = {}
     for ref in refer.data["refs"]:
         if ref["split"] == split:
-            refs_of.setdefault(ref["image_id"], []).append(ref["ref_id"])
-    return dict(sorted(refs_of.items()))
+            ref_ids.setdefault(ref["image_id"], []).append(ref["ref_id"])
+    return dict(sorted(ref_ids.items()))
 
 
 def _referents_by_image(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tuple[Referent, ...]]]:
-    unusable = store.errors
-    for image_id, ref_ids in _refs_of(refer, split).items():
-        if image_id in store and image_id not in unusable:
+    for image_id, ref_ids in _refs_by_image(refer, split).items():
+        if image_id in store and image_id not in store.errors:
             boxes = store.boxes(image_id)
-            yield image_id, tuple(_referred(refer, ref_id, boxes) for ref_id in ref_ids)
+            yield image_id, tuple(_referent(refer, ref_id, boxes) for ref_id in ref_ids)
 
 
-def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referent:
+def _referent(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referent:
     x, y, width, height = refer.getRefBox(ref_id)
     box = np.array([x, y, x + width, y + height], np.float64)
     ious = box_iou(box[None], boxes)[0]
@@ -207,43 +208,43 @@ def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referent:
     )
 
 
-def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """A sample of `count` images, balanced over the splits and evenly spaced within each, without duplicates."""
+def sample_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+    """At most ``count`` images, balanced over the splits and evenly spaced within each, without duplicates."""
     by_split: dict[str, list[Scene]] = {}
     for scene in all_scenes:
         by_split.setdefault(scene.split, []).append(scene)
-    chosen: dict[int, Scene] = {}
-    share = -(-count // max(len(by_split), 1))
-    for turn in range(share):
+    chosen: dict[int, Scene] = {}  # by image id, as RefCOCO and RefCOCO+ share images
+    per_split = -(-count // max(len(by_split), 1))
+    for turn in range(per_split):
         for split_scenes in by_split.values():
-            start = (2 * turn + 1) * len(split_scenes) // (2 * share)
-            # RefCOCO and RefCOCO+ share images: take the next one that is new
-            new = (s for s in [*split_scenes[start:], *split_scenes[:start]] if s.image.id not in chosen)
-            if len(chosen) < count and (found := next(new, None)) is not None:
-                chosen[found.image.id] = found
+            start = (2 * turn + 1) * len(split_scenes) // (2 * per_split)
+            from_start = [*split_scenes[start:], *split_scenes[:start]]
+            new = next((scene for scene in from_start if scene.image.id not in chosen), None)
+            if new is not None and len(chosen) < count:
+                chosen[new.image.id] = new
     order = list(by_split)
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
 
 def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """Images with missed objects, lowest IoU first, without duplicates."""
+    """At most ``count`` images with uncovered referents, lowest IoU first, without duplicates."""
     chosen: dict[int, Scene] = {}
-    for scene in sorted(all_scenes, key=lambda scene: scene.worst):
-        if scene.worst < FOUND and len(chosen) < count:
+    for scene in sorted(all_scenes, key=lambda scene: scene.lowest_iou):
+        if scene.lowest_iou < MIN_IOU and len(chosen) < count:
             chosen.setdefault(scene.image.id, scene)
     return list(chosen.values())
 
 
 def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """Images whose objects are all found, by the lowest IoU of their objects, highest first, without duplicates."""
+    """At most ``count`` images whose referents are all covered, highest lowest IoU first, without duplicates."""
     chosen: dict[int, Scene] = {}
-    for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
-        if scene.worst >= FOUND and len(chosen) < count:
+    for scene in sorted(all_scenes, key=lambda scene: -scene.lowest_iou):
+        if scene.lowest_iou >= MIN_IOU and len(chosen) < count:
             chosen.setdefault(scene.image.id, scene)
     return list(chosen.values())
 
 
 def sample_evenly(items: Sequence[_T], count: int) -> list[_T]:
-    """At most `count` of the items, evenly spaced."""
+    """At most ``count`` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

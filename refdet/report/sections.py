@@ -1,15 +1,16 @@
-"""The sections of the report, each a function from values to HTML. No files, no torch."""
+"""The sections of the report: functions that render values as HTML. They read no files and need no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from refdet.evaluation.detection_errors import BINS, DetectionErrors
 from refdet.files.short_text import format_count
-from refdet.report.charts import Axes, Series, line_chart
+from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.confusions import confusion_map
 from refdet.report.fields import GENERALIZED
 from refdet.report.inputs import LOSS_LABELS, PipelineStep
@@ -21,25 +22,25 @@ from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-MARK_POINTS_BELOW = 10  # rows of the log below which each point of the curves is marked
-MAX_ROWS = 25  # of a table of categories
-SIZES = (("small", 32**2), ("medium", 96**2), ("large", float("inf")))  # COCO's, by the area in pixels
+MARK_POINTS_BELOW = 10  # number of logged steps below which each point of the curves is marked
+MAX_ROWS = 25  # rows of the tables of missed referents and of confusions
+SIZES = (("small", 32**2), ("medium", 96**2), ("large", float("inf")))  # COCO's, with their maximum area in pixels
 
 
 def steps_section(steps: Sequence[PipelineStep]) -> Markup:
     """The commands in order, with bars of their time."""
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
-    shown = [
+    rows = [
         {
             "name": step.name,
             "about": step.about,
             "commands": step.commands,
             "time": _seconds(step.seconds),
-            "share": f"{100 * step.seconds / longest:.1f}",
+            "percent": f"{100 * step.seconds / longest:.1f}",  # of the longest step
         }
         for step in steps
     ]
-    return render("steps.html", steps=shown, total=_seconds(sum(step.seconds for step in steps)))
+    return render("steps.html", steps=rows, total=_seconds(sum(step.seconds for step in steps)))
 
 
 def leak_section(
@@ -48,6 +49,7 @@ def leak_section(
     original_audit: AuditResult | None,
     validated: bool = False,
     unproven: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> Markup:
     """The training data of the detector, and the audit for REFER's val and test images.
 
@@ -57,6 +59,7 @@ def leak_section(
         original_audit: audit of the original file that build-split made the training file from.
         validated: whether the run has a validation, which may have chosen the weights.
         unproven: why the audit does not prove that the detector has seen no held-out image.
+        others: stores and metrics of the report that are not of this detector.
     """
     header, rows = ["held-out split", "images"], []
     if original_audit is not None:
@@ -76,77 +79,100 @@ def leak_section(
         rows=rows,
         excluded=", ".join(provenance.excluded),
         unproven=unproven,
+        others=", ".join(others),
     )
 
 
 def detection_section(detection: Mapping[str, Any]) -> Markup:
     """COCO AP of boxes and masks."""
-    kinds = (("bbox", "boxes"), ("segm", "masks"))
-    rows = [[name, *(number(detection[k][ap]) for ap in AP_NAMES)] for k, name in kinds if detection.get(k)]
+    rows = [
+        [name, *(number(detection[kind][ap]) for ap in AP_NAMES)]
+        for kind, name in (("bbox", "boxes"), ("segm", "masks"))
+        if detection.get(kind)
+    ]
     return render("detection.html", header=["", *AP_NAMES], rows=rows)
 
 
 def errors_section(
     errors: DetectionErrors,
-    by_category: Mapping[int, Mapping[str, float | None]],
+    rates_by_category: Mapping[int, Mapping[str, float | None]],
     names: Mapping[int, str],
-    file: str,
-    of_images: int | None = None,
+    file_name: str,
+    n_annotated: int,
 ) -> Markup:
     """AP by category and size, calibration of the scores, and confused categories.
 
     Args:
         errors: counts of the regions.
-        by_category: category id -> rates, from `ap_by_category`.
+        rates_by_category: category id -> rates, from `ap_by_category`.
         names: category id -> name.
-        file: name of the instances file.
-        of_images: number of images that the counted ones are a sample of; None if all were counted.
+        file_name: name of the instances file.
+        n_annotated: number of annotated images of the store; ``errors`` may be of a sample of them.
     """
-    rated = {i: rates for i, rates in by_category.items() if rates["AP"] is not None}
-    worst = sorted(rated, key=lambda i: (rated[i]["AP"] or 0.0, names.get(i, "")))
-    shown = ("AP", "AP50", "APs", "APm", "APl")
-    objects = errors.objects_by_category
-    categories = [[names.get(i, str(i)), objects[i], *(number(rated[i][name]) for name in shown)] for i in worst]
-    used_bins = [i for i in range(BINS) if errors.regions[i]]
-    precision = {i: float(errors.correct[i] / errors.regions[i]) for i in used_bins}
-    rates = [(float(errors.score_sums[i] / errors.regions[i]), precision[i]) for i in used_bins]
-    axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
-    description = "; ".join(f"score {score:.2f}: {rate:.2f} correct" for score, rate in rates)
-    lines = [Series("regions", rates, 1), Series("a score is a probability", [(0.0, 0.0), (1.0, 1.0)], 0, dashed=True)]
-    wrong = [(pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]]
+    bins = [i for i in range(BINS) if errors.regions[i]]
+    precision = {i: float(errors.correct[i] / errors.regions[i]) for i in bins}
+    confusions = [(pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]]
+    ap_rows = _ap_rows(errors, rates_by_category, names)
     return render(
         "errors.html",
         images=errors.images,
-        of_images=errors.images if of_images is None else of_images,
+        annotated=n_annotated,
         objects=errors.objects,
         missed=errors.missed,
-        file=file,
-        categories=categories,
-        left_out=len(by_category) - len(rated),
-        calibration=line_chart("Calibration of the scores", description, lines, axes, dots=True),
-        bins=[
-            [f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(precision[i])] for i in used_bins
-        ],
+        file_name=file_name,
+        categories=ap_rows,
+        left_out=len(rates_by_category) - len(ap_rows),
+        calibration=_calibration_chart(errors, precision),
+        bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(precision[i])] for i in bins],
         confusion_map=confusion_map(errors, names),
         confusions=[
-            [names.get(true, str(true)), names.get(predicted, str(predicted)), n, f"{100 * n / objects[true]:.0f}%"]
-            for (true, predicted), n in wrong[:MAX_ROWS]
+            [_name(true, names), _name(predicted, names), n, f"{100 * n / errors.objects_by_category[true]:.0f}%"]
+            for (true, predicted), n in confusions[:MAX_ROWS]
         ],
     )
+
+
+def _ap_rows(
+    errors: DetectionErrors, rates_by_category: Mapping[int, Mapping[str, float | None]], names: Mapping[int, str]
+) -> list[list[Any]]:
+    """Rows of the categories that have objects, lowest AP first."""
+    defined = {i: rates for i, rates in rates_by_category.items() if rates["AP"] is not None}
+    ascending = sorted(defined, key=lambda i: (defined[i]["AP"] or 0.0, names.get(i, "")))
+    columns = ("AP", "AP50", "APs", "APm", "APl")
+    return [
+        [_name(i, names), errors.objects_by_category[i], *(number(defined[i][column]) for column in columns)]
+        for i in ascending
+    ]
+
+
+def _calibration_chart(errors: DetectionErrors, precision: Mapping[int, float]) -> Chart:
+    """Share of correct regions by mean score; ``precision`` has the share for each bin that has regions."""
+    points = [(float(errors.score_sums[i] / errors.regions[i]), share) for i, share in precision.items()]
+    series = [
+        Series("regions", points, 1),
+        Series("a score is a probability", [(0.0, 0.0), (1.0, 1.0)], 0, dashed=True),
+    ]
+    axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
+    description = "; ".join(f"score {score:.2f}: {share:.2f} correct" for score, share in points)
+    return line_chart("Calibration of the scores", description, series, axes, dots=True)
+
+
+def _name(category: int, names: Mapping[int, str]) -> str:
+    return names.get(category, str(category))
 
 
 def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """Metrics of each split of each dataset, and recall by IoU threshold and number of regions."""
     rows, unusable = [], []
-    for part in metrics:
-        for split in split_names(part):
-            values = part["splits"][split]
+    for entry in metrics:
+        for split in split_names(entry):
+            values = entry["splits"][split]
             if values.get("unusable"):
-                unusable.append((_split_label(part, split), values["unusable"], values["images"]))
+                unusable.append((_split_label(entry, split), values["unusable"], values["images"]))
             box, mask = values["detection"]["bbox"], values["detection"]["segm"]
             recall = values["referent_recall"]
             rows.append(
-                [_split_label(part, split)]
+                [_split_label(entry, split)]
                 + [values[name] for name in ("images", "refs", "sentences")]
                 + [number(box["AP50"]), number(mask["AP50"] if mask else None)]
                 + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
@@ -162,80 +188,83 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _split_label(part: Mapping[str, Any], split: str) -> str:
+def _split_label(metrics: Mapping[str, Any], split: str) -> str:
     """Name of a split, with the protocol of its metrics if it is not the standard one."""
-    protocol = part.get("protocol", "standard")
-    return f"{part['dataset']} {part['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
+    protocol = metrics.get("protocol", "standard")
+    return f"{metrics['dataset']} {metrics['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
 
 
-def ceiling_section(referred: Sequence[Referent]) -> Markup:
-    """The referred objects without a region, by size and category."""
+def ceiling_section(referents: Sequence[Referent], n_stores: int = 1) -> Markup:
+    """The referents that no region covers, by size and category.
 
-    def size(obj: Referent) -> str:
-        area = float(np.prod(obj.box[2:] - obj.box[:2]))
-        return next(name for name, max_area in SIZES if area <= max_area)
-
-    sizes = _count_misses(referred, size)
-    categories = _count_misses(referred, lambda obj: obj.category)
-    ranked = sorted(categories.items(), key=lambda item: (-item[1][1], item[0]))
-    rows = [[name, *_rates(values)] for name, values in ranked if values[1]][:MAX_ROWS]
+    Args:
+        referents: the referents of all stores.
+        n_stores: number of these stores.
+    """
+    by_size, by_category = defaultdict[str, list[Referent]](list), defaultdict[str, list[Referent]](list)
+    for referent in referents:
+        by_size[_size(referent)].append(referent)
+        by_category[referent.category].append(referent)
+    category_rows = [_coverage_row(name, group) for name, group in by_category.items()]
+    category_rows.sort(key=lambda row: (-row[2], row[0]))
+    listed = [row for row in category_rows if row[2]][:MAX_ROWS]
     return render(
         "ceiling.html",
-        objects=len(referred),
-        missed=sum(not obj.found for obj in referred),
-        sizes=[[name, *_rates(sizes[name])] for name, _ in SIZES if name in sizes],
-        categories=rows,
-        left_out=len(categories) - len(rows),
+        objects=len(referents),
+        missed=sum(not referent.is_covered for referent in referents),
+        stores=n_stores,
+        sizes=[_coverage_row(name, by_size[name]) for name, _ in SIZES if name in by_size],
+        categories=listed,
+        left_out=len(by_category) - len(listed),
     )
 
 
-def _count_misses(referred: Sequence[Referent], group: Callable[[Referent], str]) -> dict[str, tuple[int, int, float]]:
-    """Group of objects -> their number, the number of missed ones, and the sum of their best IoUs."""
-    counts: dict[str, tuple[int, int, float]] = {}
-    for obj in referred:
-        objects, missed, ious = counts.get(group(obj), (0, 0, 0.0))
-        counts[group(obj)] = (objects + 1, missed + (not obj.found), ious + obj.iou)
-    return counts
+def _size(referent: Referent) -> str:
+    """Name of COCO's size of a referent, by the area of its box."""
+    area = float(np.prod(referent.box[2:] - referent.box[:2]))
+    return next(name for name, max_area in SIZES if area <= max_area)
 
 
-def _rates(values: tuple[int, int, float]) -> list[Any]:
-    objects, missed, ious = values
-    return [objects, missed, number(missed / objects), number(ious / objects)]
+def _coverage_row(name: str, referents: Sequence[Referent]) -> list[Any]:
+    """A group's name, number of referents, number and share of missed ones, and mean best IoU."""
+    missed = sum(not referent.is_covered for referent in referents)
+    mean_iou = sum(referent.iou for referent in referents) / len(referents)
+    return [name, len(referents), missed, number(missed / len(referents)), number(mean_iou)]
 
 
 def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Markup:
     """Comprehension accuracy of a model.
 
     Args:
-        metrics: metrics with predictions.
-        answers: the template's values about wrong answers: pictures, answers, wrong, unanswerable.
+        metrics: metrics of evaluate-on-refer with predictions.
+        answers: the values about wrong answers, from `refdet.report.pictures.wrong_answers`.
     """
     rows = []
-    for part in metrics:
-        for split in split_names(part):
-            values = part["splits"][split]
+    for entry in metrics:
+        for split in split_names(entry):
+            values = entry["splits"][split]
             if "comprehension" not in values:
                 continue
             boxes, masks = values["comprehension"], values["segmentation"]
             rows.append(
-                [_split_label(part, split), values["sentences"]]
+                [_split_label(entry, split), values["sentences"]]
                 + [number(boxes["random_baseline@0.5"]), number(boxes["accuracy@0.5"])]
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
-    mdetr = any(part.get("protocol") == "mdetr" for part in metrics)
-    return render("listener.html", rows=rows, mdetr=mdetr, **answers)
+    uses_mdetr = any(entry.get("protocol") == "mdetr" for entry in metrics)
+    return render("listener.html", rows=rows, mdetr=uses_mdetr, **answers)
 
 
 def generalized_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """Metrics of a model's answers to gRefCOCO."""
     rows = []
-    for part in metrics:
-        for split in split_names(part):
-            values = part["splits"][split]
+    for entry in metrics:
+        for split in split_names(entry):
+            values = entry["splits"][split]
             if "generalized" in values:
                 scores = values["generalized"]
                 counts = [values["sentences"], scores["no_target"], scores["missing"]]
-                rows.append([_split_label(part, split), *counts, *(number(scores[name]) for name in GENERALIZED)])
+                rows.append([_split_label(entry, split), *counts, *(number(scores[name]) for name in GENERALIZED)])
     header = ["split", "sentences", "without target", "missing", *GENERALIZED]
     return render("generalized.html", header=header, rows=rows)
 
@@ -243,11 +272,11 @@ def generalized_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
 def loss_section(
     log: Sequence[Mapping[str, float]], validations: Sequence[Mapping[str, Any]] = (), on_other_data: int = 0
 ) -> Markup:
-    """The curves of the loss and of AP.
+    """The curves of the loss and of the validation AP.
 
     Args:
-        log: the rows of metrics.jsonl.
-        validations: its rows of validations, all on the same data.
+        log: the training steps in metrics.jsonl, from `read_log`.
+        validations: the validations in it, from `read_validations`.
         on_other_data: number of validations on other data, which are left out.
     """
     values: dict[str, Any] = {
@@ -257,9 +286,9 @@ def loss_section(
     if not log:
         return render("loss.html", chart=None, **values)
     series = [
-        Series(name, [(line["step"], line[key]) for line in log if key in line], style)
+        Series(name, [(row["step"], row[key]) for row in log if key in row], style)
         for style, (key, name) in enumerate(LOSS_LABELS)
-        if any(key in line for line in log)
+        if any(key in row for row in log)
     ]
     axes = Axes("training step", "loss (log scale)", log_y=True)
     first, last = log[0], log[-1]

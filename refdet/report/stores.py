@@ -12,13 +12,13 @@ from refdet.report.templates import Markup, render
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 
-MAX_FAILED_IMAGES = 20  # images that are listed
-MAX_CHARTS = 3  # stores that have charts
-BINS = 20
+MAX_FAILED_IMAGES = 20  # rows of the table of unusable images
+MAX_CHARTED_STORES = 3  # stores whose histograms are drawn
+BINS = 20  # of a histogram
 
 
 def stores_section(stores: Sequence[Store]) -> Markup:
-    """What each store holds, and which images it could not use."""
+    """The contents of each store, and the images that could not be used."""
     failed = [
         [image_id, str(name), str(error)]
         for store in stores
@@ -26,14 +26,17 @@ def stores_section(stores: Sequence[Store]) -> Markup:
         if error
     ]
     rows = [_row(store) for store in stores]
-    charts = [chart for store in stores[:MAX_CHARTS] for chart in _charts(store)]
+    charts = [chart for store in stores[:MAX_CHARTED_STORES] for chart in _charts(store)]
     more = len(failed) - MAX_FAILED_IMAGES
-    listed = failed[:MAX_FAILED_IMAGES] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
+    listed = failed[:MAX_FAILED_IMAGES]
+    if more > 0:
+        listed.append(["...", f"and {more} more", "see /images/error in the store"])
     detectors = [(store.path.name, _detector(store)) for store in stores]
     return render("store.html", rows=rows, detectors=detectors, charts=charts, failed=listed)
 
 
 def _detector(store: Store) -> str:
+    """What the detector of a store was trained on, in one line."""
     try:
         return Provenance.from_json(store.provenance).one_line()
     except InputError:
@@ -41,6 +44,7 @@ def _detector(store: Store) -> str:
 
 
 def _row(store: Store) -> list[object]:
+    """A row of the table of stores."""
     usable = len(store) - len(store.errors)
     mean = f"{store.regions / usable:.1f}" if usable else "–"
     features = ", ".join((*store.feature_names, *store.map_names)) or "none"
@@ -56,8 +60,9 @@ def _charts(store: Store) -> list[Chart]:
         if not len(values) or not np.isfinite(values).all():
             continue
         heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
-        axes = Axes(label, unit, [float(x) for x in (edges[:-1] + edges[1:]) / 2], width=320, height=200,
-                    x_names=[f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))])  # fmt: skip
+        centers = ((edges[:-1] + edges[1:]) / 2).tolist()
+        tick_names = [f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))]
+        axes = Axes(label, unit, centers, width=320, height=200, x_names=tick_names)
         description = (
             f"{store.path.name}: {label} from {values.min():.3g} to {values.max():.3g}, median {np.median(values):.3g}"
         )

@@ -1,4 +1,4 @@
-"""AP over training, from the validations in a run's metrics.jsonl."""
+"""The validations in a run's metrics.jsonl, and the chart of their AP."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MARK_POINTS_BELOW = 30  # validations below which each point of the curves is ma
 
 
 def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The validations in metrics.jsonl on the newest data; the last one of each step.
+    """Read the validations in metrics.jsonl on the newest data, of each step the last one.
 
-    Lines that are not JSON are skipped, as `read_log` refuses them.
+    Lines that are not JSON are skipped here; `read_log` raises an error for them.
 
     Args:
         path: the file; there are no rows if it does not exist.
@@ -41,8 +41,8 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     if not path.exists():
         return [], 0
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    newest = ""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}  # (hash of the data, weights, step) -> row
+    newest = ""  # hash of the data
     for number, line in enumerate(read_bytes(path, MAX_LOG_BYTES).split(b"\n"), 1):
         if b'"val_' not in line:
             continue
@@ -57,7 +57,7 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
                     optional_number(row, name, where)
             newest = str(row.get(DATA_HASH_KEY))
             rows[newest, _weights_label(row), count(row, "step", where)] = row
-    kept = [row for (data, *_), row in rows.items() if data == newest]
+    kept = [row for (data_hash, _, _), row in rows.items() if data_hash == newest]
     return sorted(kept, key=lambda row: row["step"]), len(rows) - len(kept)
 
 
@@ -81,9 +81,11 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 def _weights_label(row: Mapping[str, Any]) -> str:
     """Label of the weights that a row is of: "" for the trained weights, "averaged weights" for their EMA."""
     weights = row.get("weights")
-    return "" if weights is None else "averaged weights" if weights == "ema" else shorten(str(weights), 20)
+    if weights is None:
+        return ""
+    return "averaged weights" if weights == "ema" else shorten(str(weights), 20)
 
 
 def _highest(series: Sequence[Series]) -> float:
-    """The highest rate of all curves, at most 1; 1 without any."""
+    """The highest y of all curves, at most 1; 1 without points."""
     return max((min(y, 1.0) for curve in series for _, y in curve.points), default=1.0)

@@ -86,7 +86,8 @@ def test_report_shows_every_command(done: tuple[Path, Result]) -> None:
     page.feed((done[0] / "report.html").read_text(encoding="utf-8"))
     assert all(f"refdet {step} " in page.text for step in COMMANDS)
     assert "examples/listener.py --train " in page.text and "Comprehension with a listener" in page.text
-    assert "Clean: 0 of " in page.text
+    assert "Clean: 0 of " in page.text and "It has never seen the REFER images it is evaluated on" in page.text
+    assert "Not of this detector" not in page.text
 
 
 def test_an_existing_folder_is_refused_untouched(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def test_an_image_is_found_by_its_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--out", "new.png"), "give one of --checkpoint, to detect regions, and --store"),
-        (("--out", "new.txt", "--store", "STORE"), "not a name of a picture; end it in .png"),
+        (("--out", "new.png"), "give either --checkpoint, to detect regions, or --store"),
+        (("--out", "new.txt", "--store", "STORE"), "not the name of a picture; end it in .png"),
         (("--out", "new.png", "--store", "STORE", "--image-id", "5"), "image 5 has no regions: cannot be read"),
         (("--out", "new.png", "--store", "STORE", "--image-id", "3"), "is 9x6, but the regions are of an image of 8x6"),
         (("--out", "new.png", "--store", "STORE"), "has no image named other.png; give its --image-id"),

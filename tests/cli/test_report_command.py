@@ -43,6 +43,18 @@ def test_a_store_alone(work: Path) -> None:
     assert "image/jpeg" not in page and "Referring expressions" not in page
 
 
+@pytest.mark.parametrize("name", ["", "model.json", "model.safetensors"])
+def test_a_run_may_be_given_by_a_file_in_it(tmp_path: Path, name: str) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "model.safetensors").write_bytes(b"weights")
+    meta = {"recipe": {"name": "demo"}, "step": 40, "provenance": PROVENANCE}
+    (run_folder / "model.json").write_text(json.dumps(meta))
+    result = run("--run", run_folder / name, "--out", tmp_path / "r.html")
+    assert result.exit_code == 0, result.stderr
+    assert "demo recipe, 40 steps" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_metrics_of_evaluate_alone(work: Path) -> None:
     assert run("--metrics", work / "detection.json", "--out", work / "r.html").exit_code == 0
     assert "0.870" in (work / "r.html").read_text(encoding="utf-8")

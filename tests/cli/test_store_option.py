@@ -41,8 +41,8 @@ def test_both_names_give_the_same(arguments: list[str], given: str, errors: str)
 
 def test_it_is_passed_as_its_command_wants() -> None:
     for option in ("--store", "--features"):
-        assert CliRunner().invoke(command(name="file", type=int), [option, "3"]).stdout == "{'file': 3}\n"
-        wrong = CliRunner().invoke(command(name="file", type=int), [option, "x"])
+        assert CliRunner().invoke(command(type=int), [option, "3"]).stdout == "{'store': 3}\n"
+        wrong = CliRunner().invoke(command(type=int), [option, "x"])
         assert wrong.exit_code == 2 and option in wrong.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -49,3 +50,18 @@ def test_both_at_once_are_refused(files: tuple[str, str]) -> None:
 def test_afterwards_loggers_are_as_they_were(files: tuple[str, str], flag: str) -> None:
     audit(files, flag)
     assert logging.getLogger("refdet").level == logging.getLogger("refer").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("flag", ["-v", "-q"])
+def test_the_commands_of_the_demo_say_as_much(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    def audit_only(out: Path, run: Any, *arguments: object) -> dict[str, Any]:
+        run(["inspect", files[0]])
+        run(["audit", "--instances", files[0], "--refer-root", files[1]])
+        return {}
+
+    monkeypatch.setattr("refdet.cli.demo_pipeline.demo", audit_only)
+    done = CliRunner().invoke(main, [flag, "demo", "--out", str(tmp_path / "demo"), "--json"])
+    said = ["note: " in done.stderr, f"{files[0]}: 1 image, 1 annotation" in done.stderr]
+    assert done.exit_code == 0 and said == [flag == "-v"] * 2

@@ -63,7 +63,7 @@ def test_figure_and_tables_show_both_splits(written: tuple[Path, str, list[str]]
     for text in (
         "recall@0.5 with the top k regions",
         "comprehension: boxes",
-        "val: 1 of 2 sentences without an answer",
+        "val: 1 of 2 sentences has no answer",
     ):
         assert text in printed
     assert "nan" not in printed and "comprehension: masks" not in printed

@@ -31,12 +31,18 @@ def xyxy(box: tuple[float, ...]) -> list[float]:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
-def write_store(path: Path, images: list[Regions], masks: bool, names: Mapping[int, str] | None = None) -> None:
+def write_store(
+    path: Path,
+    images: list[Regions],
+    masks: bool,
+    names: Mapping[int, str] | None = None,
+    provenance: Mapping[str, Any] = PROVENANCE,
+) -> None:
     rows = [
         store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
         for r in images
     ]
-    header = store.Header([{"id": i, "name": name} for i, name in (names or {}).items()], "", PROVENANCE, {})
+    header = store.Header([{"id": i, "name": name} for i, name in (names or {}).items()], "", dict(provenance), {})
     with store.create(path, header, store.Columns(masks=masks), rows) as writer:
         for image in images:
             writer.put(image)

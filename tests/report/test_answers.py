@@ -80,6 +80,18 @@ def test_metrics_go_to_the_store_of_their_detector(folder: Path, caplog: pytest.
         assert ("metrics of toy/me are of another detector than" in caplog.text) == said
 
 
+def test_no_other_store_takes_the_metrics_of_a_store(folder: Path) -> None:
+    """Of two stores of one dataset only the second was evaluated."""
+    write_store(folder / "b.h5", [regions(1, [[10, 10, 30, 30]])], False, provenance=PROVENANCE | {"note": "another"})
+    metrics = metrics_of(folder)
+    for paths in (("b.h5", "a.h5"), ("a.h5", "b.h5")):
+        parts = pair_up([folder / path for path in paths], [metrics], None, "toy/me")
+        assert {part.store and part.store.name: part.metrics is not None for part in parts} == {
+            "a.h5": True,
+            "b.h5": False,
+        }
+
+
 @pytest.mark.parametrize("dataset", ["", "toy/me"])
 def test_metrics_of_a_single_store_are_its_own(folder: Path, dataset: str) -> None:
     """A store of an instances file does not say for which refs it was extracted."""
@@ -88,6 +100,14 @@ def test_metrics_of_a_single_store_are_its_own(folder: Path, dataset: str) -> No
     assert part.store == folder / "a.h5" and part.metrics == metrics
     rest = pair_up([folder / "a.h5"], [metrics, metrics | {"dataset": "other"}], None)
     assert [one.metrics and one.metrics["dataset"] for one in rest] == [None, "toy", "other"]
+
+
+def test_metrics_of_another_dataset_than_the_given_one_stand_alone(folder: Path) -> None:
+    parts = pair_up([folder / "a.h5"], [metrics_of(folder)], None, "toy/other")
+    assert [(part.store is None, part.metrics is None, part.dataset) for part in parts] == [
+        (False, True, "toy/other"),
+        (True, False, ""),
+    ]
 
 
 def test_answers_are_never_dropped(folder: Path) -> None:

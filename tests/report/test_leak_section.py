@@ -78,12 +78,40 @@ def test_initial_weights_may_have_seen_them(tmp_path: Path, weights: str) -> Non
     assert "its initial weights may have seen held-out images" in text
 
 
-@pytest.mark.parametrize(("split", "said"), [("val", True), ("train", False), ("testB", False)])
-def test_only_audited_splits_are_unseen(tmp_path: Path, split: str, said: bool) -> None:
-    """The training images of REFER are in the file; a split without refs was not looked for."""
+def metrics_of(split: str) -> dict[str, Any]:
     recall = dict.fromkeys(("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"), 0.5)
     values = {"images": 1, "refs": 1, "sentences": 1, "detection": {"bbox": {"AP50": 0.5}, "segm": None},
               "referent_recall": recall, "recall@k": {"1": 0.1, "all": 0.5}}  # fmt: skip
-    metrics = {"dataset": "refcoco", "split_by": "unc", "splits": {split: values}}
-    text = page_of(tmp_path, coco([9, 25], []), metrics=(metrics,))
+    return {"dataset": "refcoco", "split_by": "unc", "splits": {split: values}}
+
+
+@pytest.mark.parametrize(("split", "said"), [("val", True), ("train", False), ("testB", False)])
+def test_only_audited_splits_are_unseen(tmp_path: Path, split: str, said: bool) -> None:
+    """The training images of REFER are in the file; a split without refs was not looked for."""
+    text = page_of(tmp_path, coco([9, 25], []), metrics=(metrics_of(split),))
     assert ">No leaks<" in text and (CLEAN in text) == said
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({}, True),
+        ({"selection": {"by_validation": False, "validated_on": []}}, True),
+        ({"weights": "coco_run (sha256 0; trained on COCO)"}, False),
+        ({"image_ids_sha256": "2" * 64}, False),
+        ({"images": "all"}, False),
+    ],
+)
+def test_metrics_of_another_detector_are_not_called_clean(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], is_same: bool
+) -> None:
+    """The run did not see the images, but the detector of the metrics may have."""
+    page_of(tmp_path, coco([9, 25], []))
+    provenance = json.loads((tmp_path / "run" / "model.json").read_text())["provenance"] | change
+    parts = [ReferPart(None, metrics_of("val") | {"provenance": provenance})]
+    inputs = ReportInputs(run=tmp_path / "run", refer_root=tmp_path / "refer", trained_on=tmp_path / "split.json",
+                          parts=parts)  # fmt: skip
+    report.write(tmp_path / "other.html", inputs)
+    text = (tmp_path / "other.html").read_text(encoding="utf-8")
+    assert ">No leaks<" in text and (CLEAN in text) == is_same
+    assert ("the metrics of refcoco/unc" in text) == ("the metrics of refcoco/unc" in caplog.text) == (not is_same)

@@ -25,7 +25,7 @@ from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import PipelineStep, ReferPart, ReportInputs
 from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Legend, draw
-from refdet.report.samples import Referent, Scene, hardest_scenes, sample, scenes
+from refdet.report.samples import Referent, Scene, hardest_scenes, sample_scenes, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLORS
 from refdet.structures.provenance import Provenance, Selection
@@ -314,10 +314,10 @@ def scene(image_id: int, split: str, ious: tuple[float, ...], regions: tuple[int
 def test_sample_takes_of_each_split_and_no_image_twice() -> None:
     every = [scene(i, split, (0.9,)) for split in ("a", "b") for i in range(10)]
     every += [scene(100 + i, "c", (0.9,)) for i in range(2)]
-    chosen = sample(every, 9)
+    chosen = sample_scenes(every, 9)
     assert [s.split for s in chosen] == ["a"] * 3 + ["b"] * 3 + ["c"] * 2  # c has no more
     assert len({s.regions.image_id for s in chosen}) == 8
-    assert sample([], 5) == [] and len(sample(every, 2)) == 2
+    assert sample_scenes([], 5) == [] and len(sample_scenes(every, 2)) == 2
 
 
 def test_hardest_is_worst_first_and_only_missed_ones() -> None:

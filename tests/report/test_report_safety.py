@@ -24,7 +24,7 @@ from refdet.evaluation.detection_errors import DetectionErrors
 from refdet.report import PipelineStep, ReferPart, ReportInputs, charts
 from refdet.report.charts import Axes, Series, line_chart, recall_svg
 from refdet.report.fields import check_metrics
-from refdet.report.figures import picture
+from refdet.report.figures import draw_picture
 from refdet.report.samples import Answer, Referent, Scene
 from refdet.report.sections import ceiling_section, errors_section
 from refdet.report.templates import ENVIRONMENT
@@ -215,8 +215,8 @@ def test_pictures_and_tables_are_escaped(hostile: str) -> None:
     for found in (True, False):
 
         def gallery(text: str, found: bool = found) -> str:
-            answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2, right=False)
-            return fragment("{{ ui.gallery(pictures) }}", pictures=[picture(answer.scene, pixels, answer)])
+            answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2, is_correct=False)
+            return fragment("{{ ui.gallery(pictures) }}", pictures=[draw_picture(answer.scene, pixels, answer)])
 
         same_tags(gallery, hostile)
     body = "{{ ui.table(x, [x, x], [[x, x]], [(1, x)]) }}{{ ui.tiles([(x, x)]) }}"
@@ -224,7 +224,7 @@ def test_pictures_and_tables_are_escaped(hostile: str) -> None:
     same_tags(lambda text: ceiling_section(scene(text, False).referents), hostile)
     errors = DetectionErrors(1, 2, objects_by_category=Counter({1: 2}), confusions=Counter({(1, 2): 2}))
     rates = {1: {**RATES, "APl": 0.1}}
-    same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text), hostile)
+    same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text, 1), hostile)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE[:4] + HOSTILE[9:11] + HOSTILE[13:16])

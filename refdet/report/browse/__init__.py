@@ -1,5 +1,6 @@
 """``refdet browse``: a local page that shows the regions of stores on their images.
 
-`collection` opens the files, `catalog` holds what is filtered and sorted in SQLite, `coverage` fills in what must be
-computed while the page is already shown, `queries` answers the page, `server` serves it and `guard` decides to whom.
+`collection` opens the files, `catalog` is an SQLite database of what can be filtered and sorted, `coverage` computes
+its slow parts in the background, `queries` and `views` make the lists and JSON of the page, `server` serves them and
+`guard` decides which requests are answered.
 """

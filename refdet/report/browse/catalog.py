@@ -15,25 +15,29 @@ import numpy as np
 SIZES = ("small", "medium", "large")
 """COCO's sizes of objects, by area: up to 32 x 32 pixels, up to 96 x 96, and above."""
 
-_SMALL, _MEDIUM = 32**2, 96**2
+_MAX_SMALL, _MAX_MEDIUM = 32**2, 96**2  # square pixels
+# image: position is that in the first store, score that of its top-scoring region.
+# region_kind: a row for each category and size (index in SIZES) among the regions of an image.
+# referent: iou0 and best0 are the IoU and index of the best region in the first store, iou1 and best1 in the second;
+# score is that of best0.
 _SCHEMA = """
 CREATE TABLE image(position INTEGER PRIMARY KEY, id INTEGER, name TEXT, width INTEGER, height INTEGER,
                    regions INTEGER, error TEXT, score REAL);
-CREATE TABLE present(category INTEGER, size INTEGER, position INTEGER, PRIMARY KEY(category, size, position))
+CREATE TABLE region_kind(category INTEGER, size INTEGER, position INTEGER, PRIMARY KEY(category, size, position))
     WITHOUT ROWID;
-CREATE TABLE object(key INTEGER PRIMARY KEY, label TEXT, position INTEGER, split TEXT, category INTEGER, size INTEGER,
-                    boxes TEXT, iou0 REAL, best0 INTEGER, iou1 REAL, best1 INTEGER, score REAL);
-CREATE TABLE outline(object INTEGER PRIMARY KEY, segmentations BLOB);
+CREATE TABLE referent(key INTEGER PRIMARY KEY, label TEXT, position INTEGER, split TEXT, category INTEGER, size INTEGER,
+                      boxes TEXT, iou0 REAL, best0 INTEGER, iou1 REAL, best1 INTEGER, score REAL);
+CREATE TABLE segmentation(referent INTEGER PRIMARY KEY, segmentations BLOB);
 CREATE TABLE annotation(position INTEGER, category INTEGER, box TEXT);
-CREATE TABLE sentence(key INTEGER PRIMARY KEY, object INTEGER, sent_id INTEGER, text TEXT,
+CREATE TABLE sentence(key INTEGER PRIMARY KEY, referent INTEGER, sent_id INTEGER, text TEXT,
                       answer TEXT, answer_masks TEXT, iou REAL, wrong INTEGER);
 CREATE VIRTUAL TABLE words USING fts5(text, content='sentence', content_rowid='key');
 """
 # created after the rows are added, as updating an index row by row takes longer
 _INDICES = """
-CREATE INDEX object_position ON object(position);
+CREATE INDEX referent_position ON referent(position);
 CREATE INDEX annotation_position ON annotation(position);
-CREATE INDEX sentence_object ON sentence(object);
+CREATE INDEX sentence_referent ON sentence(referent);
 CREATE INDEX sentence_id ON sentence(sent_id);
 CREATE INDEX sentence_wrong ON sentence(wrong);
 CREATE INDEX image_id ON image(id);
@@ -72,8 +76,8 @@ class AnswerRow:
     Attributes:
         boxes: (n, 4) half-open xyxy in pixels.
         masks: counts of n compressed RLEs, or empty without masks.
-        iou: of a single answer with a single object, else None.
-        wrong: whether it is wrong.
+        iou: IoU of a single box with a single object, else None.
+        wrong: whether it is incorrect.
     """
 
     boxes: Sequence[Sequence[float]]
@@ -82,9 +86,9 @@ class AnswerRow:
     wrong: bool
 
 
-def size_of(area: np.ndarray) -> np.ndarray:
-    """Index in `SIZES` of areas in square pixels."""
-    return (area > _SMALL).astype(np.int64) + (area > _MEDIUM)
+def size_indices(area: np.ndarray) -> np.ndarray:
+    """Indices in `SIZES` of areas in square pixels."""
+    return (area > _MAX_SMALL).astype(np.int64) + (area > _MAX_MEDIUM)
 
 
 class Catalog:
@@ -112,22 +116,23 @@ class Catalog:
 
     def add_referents(self, referents: Iterable[Referent]) -> None:
         """Add referents with their sentences."""
-        objects, sentences, outlines = [], [], []
+        rows, sentences, segmentations = [], [], []
         for key, r in enumerate(referents):
-            size = int(size_of(np.asarray(r.area))) if len(r.boxes) else None
-            objects.append((key, r.label, r.position, r.split, r.category, size, json.dumps(r.boxes)))
+            size = int(size_indices(np.asarray(r.area))) if len(r.boxes) else None
+            rows.append((key, r.label, r.position, r.split, r.category, size, json.dumps(r.boxes)))
             sentences += [(key, sent_id, text) for sent_id, text in r.sentences]
             if r.segmentations:
-                outlines.append((key, msgspec.json.encode(list(r.segmentations))))
+                segmentations.append((key, msgspec.json.encode(list(r.segmentations))))
         self.write(
-            "INSERT INTO object(key, label, position, split, category, size, boxes) VALUES (?,?,?,?,?,?,?)", objects
+            "INSERT INTO referent(key, label, position, split, category, size, boxes) VALUES (?,?,?,?,?,?,?)", rows
         )
-        self.write("INSERT INTO sentence(object, sent_id, text) VALUES (?,?,?)", sentences)
-        self.write("INSERT INTO outline VALUES (?,?)", outlines)
+        self.write("INSERT INTO sentence(referent, sent_id, text) VALUES (?,?,?)", sentences)
+        self.write("INSERT INTO segmentation VALUES (?,?)", segmentations)
 
     def add_annotations(self, rows: Iterable[tuple[int, int, Sequence[float]]]) -> None:
         """Add (position, category id, xyxy box) of annotated objects, which are shown but not searched."""
-        self.write("INSERT INTO annotation VALUES (?,?,?)", ((p, c, json.dumps(box)) for p, c, box in rows))
+        encoded = ((position, category, json.dumps(box)) for position, category, box in rows)
+        self.write("INSERT INTO annotation VALUES (?,?,?)", encoded)
 
     def index(self) -> None:
         """Build the indices, once images, referents and annotations have been added."""
@@ -141,18 +146,12 @@ class Catalog:
 
     def segmentations(self, key: int) -> list[Any]:
         """The segmentations of a referent's objects, as in the file."""
-        rows = self.rows("SELECT segmentations FROM outline WHERE object = ?", (key,))
+        rows = self.rows("SELECT segmentations FROM segmentation WHERE referent = ?", (key,))
         decoded: list[Any] = msgspec.json.decode(rows[0][0]) if rows else []
         return decoded
 
     def add_answers(self, answers: Mapping[int, AnswerRow]) -> None:
         """Add a model's answers by sentence id; in splits with answers, sentences without one count as wrong."""
-        splits = (
-            "SELECT DISTINCT o.split FROM sentence s JOIN object o ON o.key = s.object "
-            f"WHERE s.sent_id IN ({','.join(str(int(sent_id)) for sent_id in answers)})"
-        )
-        of_splits = f"SELECT key FROM object WHERE split IN ({splits})"
-        self.write(f"UPDATE sentence SET wrong = ? WHERE object IN ({of_splits})", [(1,)])
         self.write(
             "UPDATE sentence SET answer = ?, answer_masks = ?, iou = ?, wrong = ? WHERE sent_id = ?",
             (
@@ -160,3 +159,8 @@ class Catalog:
                 for sent_id, answer in answers.items()
             ),
         )
+        answered_splits = (
+            "SELECT DISTINCT r.split FROM sentence s JOIN referent r ON r.key = s.referent WHERE s.answer IS NOT NULL"
+        )
+        referents = f"SELECT key FROM referent WHERE split IN ({answered_splits})"
+        self.write(f"UPDATE sentence SET wrong = ? WHERE answer IS NULL AND referent IN ({referents})", [(1,)])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store as stores
+from refdet.data.box_format import DEFAULT
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.errors import ArgumentError, InputError
@@ -39,6 +40,7 @@ class BrowseInputs:
         dataset: folder in ``refer_root``.
         split_by: the division into splits.
         predictions: JSON of a model's answers on the first store; needs refs.
+        box_format: format of the boxes in it.
         instances: instances JSON whose boxes are shown next to the regions; without refs they are the referents.
     """
 
@@ -48,13 +50,14 @@ class BrowseInputs:
     dataset: str | None = None
     split_by: str | None = None
     predictions: Path | None = None
+    box_format: str = DEFAULT
     instances: Path | None = None
 
 
 class Collection:
     """Open stores, the folder of images, and the catalog of both.
 
-    Regions are read when they are asked for; features are never read.
+    Regions are read on demand; features are never read.
 
     Args:
         inputs: what to show.
@@ -69,7 +72,7 @@ class Collection:
         annotation_names: category id -> name in the file of the annotations.
         notes: sentences about what is unusual in the files.
         generalized: whether the refs are gRefCOCO's, with any number of objects.
-        sentence_images: sentence id -> its image, to read predictions with; empty without them.
+        sentence_images: sentence id -> its image, for reading predictions; empty without predictions.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -133,16 +136,16 @@ class Collection:
             str(store.path) for store, state in zip(self.stores, self._states, strict=True) if _state(store) != state
         ]
 
-    def preview(self, position: int, count: int, score: float | None) -> dict[str, Any]:
+    def preview_boxes(self, position: int, count: int, score: float | None) -> list[list[float]]:
         """Boxes of the top-scoring regions of an image in the first store, for a thumbnail.
 
         Args:
             position: position of the image.
-            count: at most so many top-scoring regions; of these, `MAX_PREVIEW_REGIONS` are returned.
+            count: maximum number of regions; at most `MAX_PREVIEW_REGIONS` are returned.
             score: minimum score, None for all.
 
         Returns:
-            "boxes", and as "wanted" the number of regions within both limits.
+            (n, 4) xyxy boxes in pixels, highest score first.
         """
         first = self.stores[0]
         begin, end = (int(row) for row in first.region_start[position : position + 2])
@@ -150,10 +153,10 @@ class Collection:
             boxes, scores = first.data["regions/box"][begin:end], first.data["regions/score"][begin:end]
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
-        chosen = np.argsort(-scores, kind="stable")[:count]
+        ranked = np.argsort(-scores, kind="stable")[: min(count, MAX_PREVIEW_REGIONS)]
         if score is not None:
-            chosen = chosen[scores[chosen] >= np.float32(score)]
-        return {"boxes": to_json_numbers(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
+            ranked = ranked[scores[ranked] >= np.float32(score)]
+        return to_json_numbers(boxes[ranked], digits=1)
 
     def box(self, position: int, region: int) -> list[float]:
         """A region's box, xyxy in pixels, by its index in an image of the first store."""
@@ -203,7 +206,7 @@ class Collection:
         if len(self.stores) == 1:
             return
         first, second = self.stores
-        absent, extra = (len(set(a) - set(b)) for a, b in ((first, second), (second, first)))
+        absent, extra = len(set(first) - set(second)), len(set(second) - set(first))
         if absent:
             self._note(f"{second.path.name} lacks {format_share(absent, len(first), 'image')} of {first.path.name}")
         if extra:
@@ -211,45 +214,36 @@ class Collection:
         modes = [str(store.options.get("exif", "ignore")) for store in self.stores]
         if modes[0] != modes[1]:
             self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not line up")
-        sizes = [
-            {i: (h, w) for i, h, w in zip(s.image_ids.tolist(), s.heights.tolist(), s.widths.tolist(), strict=True)}
-            for s in self.stores
-        ]
-        resized = [id_ for id_, size in sizes[1].items() if sizes[0].get(id_, size) != size]
-        if resized:
+        sizes = zip(second.heights.tolist(), second.widths.tolist(), strict=True)
+        self._compare_sizes(dict(zip(second.image_ids.tolist(), sizes, strict=True)), second.path.name)
+        differing = [i for i, name in second.names.items() if first.names.get(i, name) != name]
+        if differing:
             self._note(
-                f"{format_count(len(resized), 'image', 'has')} a different size in {second.path.name} than in "
-                f"{first.path.name}, first: {resized[0]}; boxes and overlaps are not comparable there"
-            )
-        other = [i for i, name in second.names.items() if first.names.get(i, name) != name]
-        if other:
-            self._note(
-                f"the detectors name {format_count(len(other), 'category')} differently, first: {other[0]} is "
-                f"{first.names[other[0]]!r} and {second.names[other[0]]!r}"
+                f"the detectors name {format_count(len(differing), 'category')} differently, first: {differing[0]} is "
+                f"{first.names[differing[0]]!r} and {second.names[differing[0]]!r}"
             )
 
     def _compare_names(self, names: Mapping[int, str], file: str) -> None:
         """Note categories that a file and the first store name differently; add names that a store lacks."""
         first = self.stores[0]
-        other = [i for i, name in first.names.items() if names.get(i, name) != name]
-        if other:
+        differing = [i for i, name in first.names.items() if names.get(i, name) != name]
+        if differing:
             self._note(
-                f"{file} and {first.path.name} name {format_count(len(other), 'category')} differently, first: "
-                f"{other[0]} is {names[other[0]]!r} and {first.names[other[0]]!r}; objects are shown with the "
-                "former's names, regions with the latter's"
+                f"{file} and {first.path.name} name {format_count(len(differing), 'category')} differently, first: "
+                f"{differing[0]} is {names[differing[0]]!r} and {first.names[differing[0]]!r}; objects are shown with "
+                "the former's names, regions with the latter's"
             )
         self.names = [{**names, **store_names} for store_names in self.names]
 
     def _compare_sizes(self, sizes: Mapping[int, tuple[int, int]], file: str) -> None:
         """Note images whose (height, width) in a file is not that in the first store."""
         first = self.stores[0]
-        pixels = zip(first.heights.tolist(), first.widths.tolist(), strict=True)
-        resized = [i for i, size in zip(self._positions, pixels, strict=True) if sizes.get(i, size) != size]
+        own_sizes = zip(first.heights.tolist(), first.widths.tolist(), strict=True)
+        resized = [i for i, size in zip(self._positions, own_sizes, strict=True) if sizes.get(i, size) != size]
         if resized:
             self._note(
                 f"{format_count(len(resized), 'image', 'has')} a different size in {file} than in {first.path.name}, "
-                f"first: {resized[0]}; "
-                "boxes and overlaps of these are not comparable"
+                f"first: {resized[0]}; their boxes and overlaps are not comparable"
             )
 
     def _add_referents(self) -> None:
@@ -290,11 +284,13 @@ class Collection:
         refs = refer.data["refs"]
         self.generalized = is_generalized(refs)
         if absent:
-            on_images = format_share(absent, len(refs), "ref", "is")
-            self._note(f"{on_images} on images that {self.stores[0].path.name} lacks")
+            refs_are = format_share(absent, len(refs), "ref", "is")
+            self._note(f"{refs_are} on images that {self.stores[0].path.name} lacks")
         if self.inputs.predictions is not None:
             if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
-                raise InputError(f"{root}/{dataset}: duplicate sent_id makes `predictions` ambiguous; renumber")
+                raise InputError(
+                    f"{root}/{dataset}: duplicate sent_id makes `predictions` ambiguous; renumber the sentences"
+                )
             records = {i: _record(image) for i, image in refer.Imgs.items()}
             records |= {i: self.record(position) for i, position in self._positions.items()}
             self.sentence_images = {sent_id: records[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
@@ -305,22 +301,24 @@ class Collection:
 
 
 def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """Convert to finite numbers, as JSON requires; those of a damaged store may not be: NaN becomes 0, infinity 1e9."""
+    """Convert to finite numbers, as JSON requires: NaN, possible in a damaged store, becomes 0, and infinity 1e9."""
     numbers: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
     return numbers
 
 
 def _shortest(scores: np.ndarray) -> list[float]:
-    """The shortest decimals that round to the float32 scores, so that 0.7 is compared as 0.7."""
+    """The shortest decimals that round to the float32 scores: 0.7 instead of 0.699999988."""
     finite = np.nan_to_num(scores.astype(np.float32), posinf=1e9, neginf=-1e9)
     return [float(str(score)) for score in finite]
 
 
 def _record(image: Any) -> ImageRecord:
+    """The record of an image of the refs, which may lack its size."""
     return ImageRecord(image["id"], "", int(image.get("height") or 1), int(image.get("width") or 1))
 
 
 def _state(store: Store) -> FileState | None:
+    """The state of the file at a store's path, None if it cannot be read."""
     try:
         return FileState.from_path(store.path)
     except OSError:

@@ -1,7 +1,7 @@
-"""`Indexer`: compute in the background what takes seconds, while the page is already shown, and add it to the catalog.
+"""`Indexer`: computes values that take seconds in the background, while the page is already shown.
 
-That is the IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a
-model's answers are right.
+It adds the IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a
+model's answers are correct to the catalog.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from refdet.errors import InputError, RefdetError
 from refdet.evaluation.grefcoco import Answer, generalized_scores
 from refdet.evaluation.metrics import box_iou
 from refdet.evaluation.predictions import Prediction, load_predictions
-from refdet.report.browse.catalog import AnswerRow, Catalog, size_of
+from refdet.report.browse.catalog import AnswerRow, Catalog, size_indices
 from refdet.report.browse.collection import Collection
 from refdet.store import Store
 
@@ -32,7 +33,7 @@ _CORRECT_IOU = 0.5  # IoU from which an answer is correct
 
 
 class Indexer:
-    """Computes in a thread of its own; `status` returns its progress.
+    """Fills in the catalog in a thread; `status` returns its progress.
 
     Args:
         collection: the stores, and the catalog to add to.
@@ -63,8 +64,8 @@ class Indexer:
         """Wait until everything is computed."""
         self._thread.join()
 
-    def give_way(self) -> None:
-        """Pause for a request, which would otherwise compete with this thread for the interpreter."""
+    def pause_for_request(self) -> None:
+        """Pause, as a request would otherwise compete with this thread for the interpreter."""
         self._last_request = time.monotonic()
 
     def status(self) -> dict[str, Any]:
@@ -82,11 +83,11 @@ class Indexer:
 
     def _run(self) -> None:
         try:
-            for number, store in enumerate(self._collection.stores):
-                self._regions(number, store)
+            for store_index, store in enumerate(self._collection.stores):
+                self._add_regions(store_index, store)
             self._stage = "answers"
             if self._collection.inputs.predictions is not None and not self._stop.is_set():
-                self._answers()
+                self._add_answers()
         except RefdetError as error:
             self._error = str(error)
             log.error("error: %s", error)
@@ -95,7 +96,7 @@ class Indexer:
             log.error("error: %s", self._error)
         self._stage = ""
 
-    def _regions(self, number: int, store: Store) -> None:
+    def _add_regions(self, store_index: int, store: Store) -> None:
         for begin in range(0, len(store), _BLOCK_IMAGES):
             self._wait_for_requests()
             if self._stop.is_set():
@@ -108,59 +109,78 @@ class Indexer:
             scores = block.scores[np.isfinite(block.scores)]
             low, high = self._scores
             self._scores = (float(scores.min(initial=low)), float(scores.max(initial=high)))
-            if number == 0:
-                block.describe(self._collection.catalog, begin)
-            block.cover(self._collection.catalog, number)
+            if store_index == 0:
+                block.add_region_kinds(self._collection.catalog, begin)
+            block.add_best_regions(self._collection.catalog, store_index)
             self._done += end - begin
 
-    def _answers(self) -> None:
+    def _add_answers(self) -> None:
         collection = self._collection
         path, catalog = collection.inputs.predictions, collection.catalog
         assert path is not None
-        predictions = load_predictions(path, collection.stores[0], collection.sentence_images, collection.generalized)
-        truths = catalog.rows("SELECT s.sent_id, o.boxes FROM sentence s JOIN object o ON o.key = s.object")
+        predictions = load_predictions(
+            path, collection.stores[0], collection.sentence_images, collection.generalized, collection.inputs.box_format
+        )
+        ground_truth = catalog.rows("SELECT s.sent_id, r.boxes FROM sentence s JOIN referent r ON r.key = s.referent")
         catalog.add_answers(
             {
                 sent_id: _answer(predictions[sent_id], json.loads(boxes))
-                for sent_id, boxes in truths
+                for sent_id, boxes in ground_truth
                 if sent_id in predictions
             }
         )
 
 
 class _Block:
-    """Boxes, scores and categories of the regions of successive images."""
+    """Boxes, scores and categories of the regions of successive images.
 
-    def __init__(self, ids: list[int], starts: np.ndarray, columns: list[np.ndarray]) -> None:
+    Args:
+        ids: (I,) ids of the images.
+        starts: (I + 1,) row, in the block, of the first region of each image, and the number of regions N.
+        boxes: (N, 4) half-open xyxy in pixels.
+        scores: (N,) scores.
+        categories: (N,) category ids.
+    """
+
+    def __init__(
+        self, ids: list[int], starts: np.ndarray, boxes: np.ndarray, scores: np.ndarray, categories: np.ndarray
+    ) -> None:
         self.ids, self.starts = ids, starts
-        self.boxes, self.scores, self.categories = columns
+        self.boxes, self.scores, self.categories = boxes, scores, categories
 
     @classmethod
     def read(cls, store: Store, begin: int, end: int) -> _Block:
+        """Read the regions of the images at positions ``begin`` to ``end`` - 1."""
         starts = store.region_start[begin : end + 1]
-        names = ("regions/box", "regions/score", "regions/category_id")
-        columns = [store.data[name][int(starts[0]) : int(starts[-1])] for name in names]
-        return cls(store.image_ids[begin:end].tolist(), starts - starts[0], columns)
+        rows = slice(int(starts[0]), int(starts[-1]))
+        boxes, scores = store.data["regions/box"][rows], store.data["regions/score"][rows]
+        categories = store.data["regions/category_id"][rows]
+        return cls(store.image_ids[begin:end].tolist(), starts - starts[0], boxes, scores, categories)
 
-    def describe(self, catalog: Catalog, first: int) -> None:
-        """Add the highest score of each image, and the categories and sizes of its regions."""
+    def add_region_kinds(self, catalog: Catalog, first: int) -> None:
+        """Add the highest score of each image, and the categories and sizes of its regions.
+
+        Args:
+            catalog: where to add them.
+            first: position of the first image of the block.
+        """
         scores = [
-            (float(self.scores[a:b].max()), first + i)
-            for i, (a, b) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True))
-            if b > a
+            (float(self.scores[begin:end].max()), position)
+            for position, (begin, end) in enumerate(pairwise(self.starts), first)
+            if end > begin
         ]
         catalog.write("UPDATE image SET score = ? WHERE position = ?", scores)
         with np.errstate(all="ignore"):  # boxes of a damaged store may not be finite
-            sizes = size_of((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
+            sizes = size_indices((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
         positions = first + np.repeat(np.arange(len(self.ids)), np.diff(self.starts))
-        present = np.unique(np.stack([self.categories, sizes, positions], axis=1), axis=0)
-        catalog.write("INSERT OR IGNORE INTO present VALUES (?,?,?)", present.tolist())
+        kinds = np.unique(np.stack([self.categories, sizes, positions], axis=1), axis=0)
+        catalog.write("INSERT OR IGNORE INTO region_kind VALUES (?,?,?)", kinds.tolist())
 
-    def cover(self, catalog: Catalog, number: int) -> None:
+    def add_best_regions(self, catalog: Catalog, store_index: int) -> None:
         """Add the best region of each referent and its IoU; with several objects, of the worst-covered one."""
         placeholders = ",".join("?" * len(self.ids))
         rows = catalog.rows(
-            f"SELECT o.key, i.id, o.boxes FROM image i JOIN object o USING (position) WHERE i.id IN ({placeholders})",
+            f"SELECT r.key, i.id, r.boxes FROM image i JOIN referent r USING (position) WHERE i.id IN ({placeholders})",
             self.ids,
         )
         by_image: dict[int, list[tuple[int, Any]]] = defaultdict(list)
@@ -173,25 +193,32 @@ class _Block:
                 if boxes:
                     iou, best = _best(np.array(boxes, np.float64), self.boxes[begin:end])
                     updates.append((iou, best, None if best is None else float(self.scores[begin + best]), key))
-        if number == 0:
-            catalog.write("UPDATE object SET iou0 = ?, best0 = ?, score = ? WHERE key = ?", updates)
+        if store_index == 0:
+            catalog.write("UPDATE referent SET iou0 = ?, best0 = ?, score = ? WHERE key = ?", updates)
         else:  # without scores, as those of two detectors are not comparable
             without_scores = [(iou, best, key) for iou, best, _, key in updates]
-            catalog.write("UPDATE object SET iou1 = ?, best1 = ? WHERE key = ?", without_scores)
+            catalog.write("UPDATE referent SET iou1 = ?, best1 = ? WHERE key = ?", without_scores)
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
-    """Lowest of the best IoUs of boxes (n, 4) with regions (m, 4), and that box's best region, None without overlap."""
+    """IoU and index of the best region of the worst-covered box; the index is None without overlap.
+
+    Args:
+        boxes: (n, 4) boxes of the objects of a referent.
+        regions: (m, 4) boxes of the regions of the image.
+    """
     if not len(regions):
         return 0.0, None
     ious = np.nan_to_num(box_iou(boxes, regions))
-    worst = int(ious.max(axis=1).argmin())
-    best = float(ious[worst].max())
-    return best, int(ious[worst].argmax()) if best > 0 else None
+    worst_covered = ious[ious.max(axis=1).argmin()]
+    best = int(worst_covered.argmax())
+    iou = float(worst_covered[best])
+    return iou, best if iou > 0 else None
 
 
-def _answer(prediction: Prediction, truth: list[list[float]]) -> AnswerRow:
-    boxes = np.array(truth, np.float64).reshape(-1, 4)
+def _answer(prediction: Prediction, ground_truth: list[list[float]]) -> AnswerRow:
+    """A prediction, compared with the (n, 4) xyxy boxes of the referent's objects."""
+    boxes = np.array(ground_truth, np.float64).reshape(-1, 4)
     masks = [mask["counts"].decode("ascii") for mask in prediction.masks or ()]
     if len(boxes) == len(prediction.boxes) == 1:
         iou = float(box_iou(prediction.boxes, boxes)[0, 0])

@@ -1,4 +1,4 @@
-"""`Guard`: who may talk to the server.
+"""`Guard`: decides which requests the server answers.
 
 The page is for the user who started the program. Other users of the machine lack the token; other pages in the user's
 browser can send requests but lack the cookie (SameSite=Strict); a foreign host name that resolves to this machine
@@ -38,8 +38,9 @@ def new_token() -> str:
 class Guard:
     """ASGI middleware that answers only GET and HEAD requests with the token, for a known host.
 
-    The token is in the address that is printed; the first response sets a cookie, which later requests have. They are
-    for addresses in `folder`, which the application knows as its ``root_path``; with the token others will do.
+    The printed address has the token in its query; the response to it sets a cookie, which later requests carry.
+    Requests with the cookie must be for paths in `folder`, the application's ``root_path``; requests with the token in
+    the query may also be for paths without it.
 
     Args:
         app: the application.
@@ -48,7 +49,7 @@ class Guard:
         hosts: names and addresses by which the server may be reached, besides the loopback ones.
 
     Attributes:
-        folder: "/" and random letters, with which the addresses of this server begin.
+        folder: "/" and random letters, with which the paths of this server begin.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int, hosts: tuple[str, ...] = ()) -> None:
@@ -67,9 +68,9 @@ class Guard:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         query_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        by_address = self._is_token(query_token)
-        refusal = self._refusal(scope, headers, by_address)
-        path = scope["path"] if self._is_own(scope["path"]) else self.folder + scope["path"]
+        has_query_token = self._is_token(query_token)
+        refusal = self._refusal(scope, headers, has_query_token)
+        path = scope["path"] if self._is_in_folder(scope["path"]) else self.folder + scope["path"]
         inner = {**scope, "path": path, "root_path": self.folder}
 
         async def send_guarded(message: Message) -> None:
@@ -77,33 +78,34 @@ class Guard:
                 out = MutableHeaders(scope=message)
                 out.update(_HEADERS)
                 out.setdefault("Cache-Control", "no-store")
-                if by_address and refusal is None:
+                if has_query_token and refusal is None:
                     where = f"Path={self.folder}/; HttpOnly; SameSite=Strict"
                     out.append("Set-Cookie", f"{COOKIE}={self.token}; {where}")
             await send(message)
 
         await (self.app if refusal is None else refusal)(inner, receive, send_guarded)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, str], by_address: bool) -> Response | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, str], has_query_token: bool) -> Response | None:
+        """The response to a request that is refused, None if it is not."""
         host = headers.get(b"host", "").lower()
         if host not in self.hosts:
             return PlainTextResponse("Unknown host name; open the address that refdet browse printed.\n", 400)
         if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("Only GET requests are answered.\n", 405, {"Allow": "GET, HEAD"})
-        cookie = self._cookie_of(headers.get(b"cookie", ""))
-        if not by_address and not (self._is_own(scope["path"]) and self._is_token(cookie)):
+        cookie = self._read_cookie(headers.get(b"cookie", ""))
+        if not has_query_token and not (self._is_in_folder(scope["path"]) and self._is_token(cookie)):
             return PlainTextResponse(
                 "Wrong or missing token; open the whole address that refdet browse printed, with its ?token=...\n", 403
             )
         return None
 
-    def _is_own(self, path: str) -> bool:
+    def _is_in_folder(self, path: str) -> bool:
         return path.startswith(f"{self.folder}/")
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
 
-    def _cookie_of(self, header: str) -> str:
+    def _read_cookie(self, header: str) -> str:
         try:
             cookie = SimpleCookie(header).get(COOKIE)
         except CookieError:

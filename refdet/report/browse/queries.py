@@ -1,4 +1,4 @@
-"""Parameters of the page's requests: filters, order and page of a list."""
+"""The parameters of the page's requests, which select and sort a list, and its SQL queries."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Any
 from refdet.errors import ArgumentError
 from refdet.report.browse.catalog import SIZES, Catalog
 
-COVERED = 0.5
+MIN_IOU = 0.5
 """IoU from which a region covers a referent."""
 
-SHOWN = ("refs", "images")
-ONLY = ("", "uncovered", "wrong", "failed")
+SHOW_CHOICES = ("refs", "images")
+ONLY_CHOICES = ("", "uncovered", "wrong", "failed")
 PAGE_SIZE = 60
 _MAX_PAGE_SIZE = 1000
+_MAX_COUNT = 1 << 40
 _MAX_SEARCH_LENGTH = 500
 
 _ORDERS = {
     "refs": {
-        "order": "o.key",
-        "iou": "o.iou0",
-        "gap": "o.iou0 - o.iou1",
-        "score": "o.score",
+        "order": "r.key",
+        "iou": "r.iou0",
+        "gap": "r.iou0 - r.iou1",
+        "score": "r.score",
         "regions": "i.regions",
     },
     "images": {
         "order": "i.position",
-        "iou": "(SELECT min(o.iou0) FROM object o WHERE o.position = i.position)",
-        "gap": "(SELECT min(o.iou0 - o.iou1) FROM object o WHERE o.position = i.position)",
+        "iou": "(SELECT min(r.iou0) FROM referent r WHERE r.position = i.position)",
+        "gap": "(SELECT min(r.iou0 - r.iou1) FROM referent r WHERE r.position = i.position)",
         "score": "i.score",
         "regions": "i.regions",
     },
 }
 ORDERS = tuple(_ORDERS["refs"])
-_TABLES = {"refs": "object o JOIN image i ON i.position = o.position", "images": "image i"}
+_TABLES = {"refs": "referent r JOIN image i ON i.position = r.position", "images": "image i"}
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ class Filter:
         """Read the parameters of an address.
 
         Raises:
-            ArgumentError: a parameter has a value that it cannot have.
+            ArgumentError: a parameter has an invalid value.
         """
         category = params.get("category", "")
         return cls(
-            _one_of("show", params.get("show", "images"), SHOWN),
+            _parse_choice("show", params.get("show", "images"), SHOW_CHOICES),
             params.get("q", "")[:_MAX_SEARCH_LENGTH],
             params.get("split", ""),
-            id_of("category", category) if category else None,
-            _one_of("size", params.get("size", ""), ("", *SIZES)),
-            _one_of("only", params.get("only", ""), ONLY),
-            _one_of("sort", params.get("sort", "order"), ORDERS),
+            parse_id("category", category) if category else None,
+            _parse_choice("size", params.get("size", ""), ("", *SIZES)),
+            _parse_choice("only", params.get("only", ""), ONLY_CHOICES),
+            _parse_choice("sort", params.get("sort", "order"), ORDERS),
             params.get("desc", "") == "1",
         )
 
@@ -92,7 +93,7 @@ class Filter:
     def keys(self, catalog: Catalog, offset: int = 0, limit: int = PAGE_SIZE) -> list[int]:
         """Keys of referents, or positions of images, on a page of the list; all of them with a limit of -1."""
         where, values = self._where()
-        key = "o.key" if self.show == "refs" else "i.position"
+        key = "r.key" if self.show == "refs" else "i.position"
         order = _ORDERS[self.show][self.sort]
         query = (
             f"SELECT {key}, {order} AS rank FROM {_TABLES[self.show]} WHERE {where} "
@@ -101,36 +102,39 @@ class Filter:
         return [row[0] for row in catalog.rows(query, (*values, limit, offset))]
 
     def _where(self) -> tuple[str, list[Any]]:
+        """The SQL condition of the list, and the values of its placeholders."""
         conditions, values = self._referent_conditions()
         if self.show == "images" and conditions:
-            inner = " AND ".join(conditions)
-            conditions = [f"i.position IN (SELECT o.position FROM object o WHERE {inner})"]
+            of_referents = " AND ".join(conditions)
+            conditions = [f"i.position IN (SELECT r.position FROM referent r WHERE {of_referents})"]
         if self.show == "images" and (self.category is not None or self.size):
-            present, more = self._category_conditions("category", "size")
-            conditions.append(f"i.position IN (SELECT position FROM present WHERE {' AND '.join(present)})")
-            values += more
+            kind_conditions, kind_values = self._category_conditions("category", "size")
+            kinds = " AND ".join(kind_conditions)
+            conditions.append(f"i.position IN (SELECT position FROM region_kind WHERE {kinds})")
+            values += kind_values
         if self.only == "failed":
             conditions.append("i.error != ''")
         return " AND ".join(conditions) or "1", values
 
     def _referent_conditions(self) -> tuple[list[str], list[Any]]:
+        """SQL conditions on referents, and the values of their placeholders."""
         conditions, values = [], []
         if words := re.findall(r"\w+", self.search):
             conditions.append(
-                "o.key IN (SELECT s.object FROM words JOIN sentence s ON s.key = words.rowid WHERE words MATCH ?)"
+                "r.key IN (SELECT s.referent FROM words JOIN sentence s ON s.key = words.rowid WHERE words MATCH ?)"
             )
             values.append(" ".join(f'"{word}"' for word in words) + "*")
         elif self.search.strip():  # only punctuation, which is not indexed
             conditions.append("0")
         if self.split:
-            conditions.append("o.split = ?")
+            conditions.append("r.split = ?")
             values.append(self.split)
         if self.only == "uncovered":
-            conditions.append(f"o.iou0 < {COVERED}")
+            conditions.append(f"r.iou0 < {MIN_IOU}")
         if self.only == "wrong":
-            conditions.append("o.key IN (SELECT object FROM sentence WHERE wrong = 1)")
+            conditions.append("r.key IN (SELECT referent FROM sentence WHERE wrong = 1)")
         if self.show == "refs":
-            more, more_values = self._category_conditions("o.category", "o.size")
+            more, more_values = self._category_conditions("r.category", "r.size")
             conditions, values = conditions + more, values + more_values
         return conditions, values
 
@@ -152,14 +156,14 @@ class ListPage:
 
     Attributes:
         offset: number of entries before it.
-        limit: number of its entries.
-        top: number of top-scoring regions to show of an image.
-        score: lowest score of them, None for all.
+        limit: maximum number of its entries.
+        top: maximum number of top-scoring regions to show of an image.
+        score: minimum score of these regions, None for all.
     """
 
     offset: int = 0
     limit: int = PAGE_SIZE
-    top: int = 1 << 40
+    top: int = _MAX_COUNT
     score: float | None = None
 
     @classmethod
@@ -167,20 +171,17 @@ class ListPage:
         """Read the parameters of an address.
 
         Raises:
-            ArgumentError: one is not a number, or is out of range.
+            ArgumentError: a parameter is not a number, or is out of range.
         """
-        score = params.get("score") or None
-        try:
-            lowest = None if score is None else float(score)
-        except ValueError:
-            lowest = math.nan
-        if lowest is not None and not math.isfinite(lowest):
-            raise ArgumentError("score", f"{score!r:.40} is not a score")
-        offset, top = (_number(name, params, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
-        return cls(offset, _number("limit", params, PAGE_SIZE, _MAX_PAGE_SIZE), top, lowest)
+        return cls(
+            offset=_parse_count("offset", params, 0, _MAX_COUNT),
+            limit=_parse_count("limit", params, PAGE_SIZE, _MAX_PAGE_SIZE),
+            top=_parse_count("top", params, _MAX_COUNT, _MAX_COUNT),
+            score=_parse_score(params.get("score", "")),
+        )
 
 
-def id_of(name: str, text: str) -> int:
+def parse_id(name: str, text: str) -> int:
     """Parse an id in an address; it may be negative, and larger than 2^53.
 
     Raises:
@@ -191,14 +192,26 @@ def id_of(name: str, text: str) -> int:
     return int(text)
 
 
-def _number(name: str, params: Mapping[str, str], default: int, maximum: int) -> int:
+def _parse_score(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ArgumentError("score", f"{text!r:.40} is not a score")
+    return score
+
+
+def _parse_count(name: str, params: Mapping[str, str], default: int, maximum: int) -> int:
     text = params.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
         raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {maximum}")
     return int(text)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _parse_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ArgumentError(name, f"{value!r:.40} is not one of {', '.join(c for c in choices if c)}")
     return value

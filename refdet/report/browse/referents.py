@@ -20,7 +20,7 @@ def add_refs(catalog: Catalog, positions: Mapping[int, int], refer: REFER) -> in
         refer: the refs.
 
     Returns:
-        The number of refs whose images are not in the store.
+        The number of refs that were left out, as their images are not in the store.
 
     Raises:
         refer.ReferError: an annotation has no box, or one that is not finite.
@@ -39,14 +39,15 @@ def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> I
         sides = object_boxes[:1, 2:] - object_boxes[:1, :2]
         area = objects[0].get("area") if objects else None
         yield Referent(
-            f"ref {ref['ref_id']}",
-            positions[ref["image_id"]],
-            ref["split"],
-            objects[0]["category_id"] if objects else None,
-            float(sides.prod(axis=1).sum()) if not isinstance(area, int | float) else float(area),
-            object_boxes.tolist(),
-            [(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
-            [annotation["segmentation"] for annotation in objects if annotation.get("segmentation")],
+            label=f"ref {ref['ref_id']}",
+            position=positions[ref["image_id"]],
+            split=ref["split"],
+            category=objects[0]["category_id"] if objects else None,
+            # of the box where the file has no area, 0 without objects
+            area=float(area) if isinstance(area, int | float) else float(sides.prod(axis=1).sum()),
+            boxes=object_boxes.tolist(),
+            sentences=[(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
+            segmentations=[annotation["segmentation"] for annotation in objects if annotation.get("segmentation")],
         )
 
 
@@ -56,11 +57,11 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
     Args:
         catalog: where to add them.
         positions: image id -> position in the store.
-        index: the annotations.
+        index: the instances file.
         as_referents: whether to add them as referents without sentences, except crowds.
 
     Returns:
-        The number of images of the store that the annotations lack.
+        The number of images of the store that are not in the instances file.
     """
     located = [
         (positions[i], annotation) for i in index.images if i in positions for annotation in index.annotations[i]
@@ -71,15 +72,15 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
     if as_referents:
         catalog.add_referents(
             Referent(
-                f"object {annotation.id}",
-                position,
-                "",
-                annotation.category_id,
-                annotation.area,
-                [list(annotation.box)],
-                (),
-                [annotation.segmentation] if annotation.segmentation else (),
-            )  # fmt: skip
+                label=f"object {annotation.id}",
+                position=position,
+                split="",
+                category=annotation.category_id,
+                area=annotation.area,
+                boxes=[list(annotation.box)],
+                sentences=(),
+                segmentations=[annotation.segmentation] if annotation.segmentation else (),
+            )
             for position, annotation in located
             if not annotation.iscrowd
         )

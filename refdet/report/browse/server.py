@@ -22,30 +22,31 @@ from refdet.report.browse import views
 from refdet.report.browse.collection import Collection
 from refdet.report.browse.coverage import Indexer
 from refdet.report.browse.guard import LOOPBACK, Guard
-from refdet.report.browse.queries import Filter, ListPage, id_of
+from refdet.report.browse.queries import Filter, ListPage, parse_id
 from refdet.report.browse.thumbnails import ByteCache, full_image, thumbnail
 
 log = logging.getLogger(__name__)
 
-FIRST_PORT, _TRIES = 8765, 50
+FIRST_PORT = 8765
+_MAX_PORTS = 50  # to try
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_CACHED = {"Cache-Control": "private, max-age=86400"}  # safe, as each server has addresses of its own
+_CACHED = {"Cache-Control": "private, max-age=86400"}  # safe, as the addresses of each server are unique
 
 
-class Json(JSONResponse):
-    """JSON in ASCII, as texts of files may have characters that UTF-8 cannot encode."""
+class AsciiJSONResponse(JSONResponse):
+    """JSON in ASCII, as strings from files may have characters that UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         """The bytes of the response."""
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-class Pages:
+class Handlers:
     """The handlers of all requests.
 
     Args:
         collection: what to show.
-        indexer: computes the rest of the catalog in the background.
+        indexer: completes the catalog in the background.
     """
 
     def __init__(self, collection: Collection, indexer: Indexer) -> None:
@@ -70,18 +71,18 @@ class Pages:
             "/image/{position:int}": self.picture,
         }
         routes = [Route(path, self._with_priority(handle), methods=["GET"]) for path, handle in handlers.items()]
-        exception_handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
+        exception_handlers: dict[Any, Any] = {RefdetError: _handle_refdet_error, Exception: _handle_unexpected_error}
         return Starlette(routes=routes, exception_handlers=exception_handlers)
 
     def _with_priority(self, handle: Callable[[Request], Response]) -> Callable[[Request], Response]:
         """Make the indexer pause for a request, except for the status, which the page requests all the time."""
 
-        def handle_first(request: Request) -> Response:
+        def handle_with_priority(request: Request) -> Response:
             if handle != self.status:
-                self.indexer.give_way()
+                self.indexer.pause_for_request()
             return handle(request)
 
-        return handle_first
+        return handle_with_priority
 
     def page(self, request: Request) -> Response:
         """The page itself, for every address of a view; its scripts load everything else relative to themselves."""
@@ -95,26 +96,28 @@ class Pages:
         return self._static(request.path_params["name"])
 
     def about(self, request: Request) -> Response:
-        """What the collection has, for the controls of the page."""
-        return Json({**views.about(self.collection), **self._status()})
+        """What the collection contains, for the controls of the page."""
+        return AsciiJSONResponse({**views.about(self.collection), **self._status()})
 
     def status(self, request: Request) -> Response:
-        """Progress of the indexer, and whether the stores have changed."""
-        return Json(self._status())
+        """Progress of the indexer, and the stores that have changed."""
+        return AsciiJSONResponse(self._status())
 
     def items(self, request: Request) -> Response:
         """A page of a list."""
         params = request.query_params
-        return Json(views.items(self.collection, Filter.parse(params), ListPage.parse(params)))
+        return AsciiJSONResponse(views.items(self.collection, Filter.parse(params), ListPage.parse(params)))
 
     def image(self, request: Request) -> Response:
         """One image."""
-        return Json(views.single(self.collection, id_of("image", request.path_params["image_id"])))
+        return AsciiJSONResponse(
+            views.image_details(self.collection, parse_id("image", request.path_params["image_id"]))
+        )
 
     def list(self, request: Request) -> Response:
         """A list as a file."""
         entries = views.whole_list(self.collection, Filter.parse(request.query_params))
-        return Json(entries, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
+        return AsciiJSONResponse(entries, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
 
     def thumbnail(self, request: Request) -> Response:
         """A thumbnail."""
@@ -153,14 +156,14 @@ def listen(host: str, port: int | None) -> socket.socket:
 
     Args:
         host: the name or address to listen at.
-        port: the port; 0 for any; None for `FIRST_PORT` or the next free one.
+        port: the port; 0 for any free one; None for `FIRST_PORT` or the next free one.
 
     Raises:
         InputError: the port is in use, or there is no such address.
     """
-    tried = range(FIRST_PORT, FIRST_PORT + _TRIES) if port is None else (port,)
+    ports = range(FIRST_PORT, FIRST_PORT + _MAX_PORTS) if port is None else (port,)
     last_error = OSError()
-    for candidate in tried:
+    for candidate in ports:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
             listener = socket.socket(family, kind, protocol)
@@ -177,13 +180,15 @@ def listen(host: str, port: int | None) -> socket.socket:
             last_error = error
         else:
             return listener
-    where = f"`port` {port}" if port is not None else f"ports {tried[0]} to {tried[-1]}"
+    where = f"`port` {port}" if port is not None else f"ports {ports[0]} to {ports[-1]}"
     raise InputError(
         f"{where}: cannot listen at {host} ({last_error.strerror or last_error}); give another `port`, or 0 for any"
     )
 
 
-def serve(collection: Collection, listener: socket.socket, host: str, token: str, show: Callable[[str], None]) -> None:
+def serve(
+    collection: Collection, listener: socket.socket, host: str, token: str, announce: Callable[[str], None]
+) -> None:
     """Serve the page until interrupted.
 
     Args:
@@ -191,40 +196,45 @@ def serve(collection: Collection, listener: socket.socket, host: str, token: str
         listener: a listening socket.
         host: the name or address that it listens at.
         token: the token of `Guard`.
-        show: called with the address once requests are answered.
+        announce: called with the URL to open, before the server starts.
     """
     port = int(listener.getsockname()[1])
     indexer = Indexer(collection)
     name = f"[{host}]" if ":" in host else host
-    guarded = Guard(Pages(collection, indexer).app(), token, port, hosts_of(host, name))
+    guarded = Guard(Handlers(collection, indexer).app(), token, port, accepted_hosts(host, name))
     config = uvicorn.Config(
         guarded, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="off",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     indexer.start()
-    show(f"http://{name}:{port}/?token={quote(token)}")
+    announce(f"http://{name}:{port}/?token={quote(token)}")
     try:
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn raises it again after shutting down, which is the normal way to stop
+    except KeyboardInterrupt:  # the normal way to stop; uvicorn raises it again after shutting down
         pass
     finally:
         indexer.stop()
         collection.close()
 
 
-def hosts_of(host: str, name: str) -> tuple[str, ...]:
-    """The host names in requests to a server that listens at an address, besides the loopback ones."""
+def accepted_hosts(host: str, name: str) -> tuple[str, ...]:
+    """The names in Host headers to accept besides the loopback ones.
+
+    Args:
+        host: the name or address that the server listens at.
+        name: the same as in a URL, where IPv6 addresses are in brackets.
+    """
     if host in ("0.0.0.0", "::"):  # every address of the machine
         return (name, socket.gethostname(), socket.getfqdn())
     return () if name in LOOPBACK else (name,)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    """The response for a problem of the request or the files, which the page shows."""
+async def _handle_refdet_error(request: Request, error: Exception) -> Response:
+    """The response for an invalid request or file; the page shows its message."""
     code = 400 if isinstance(error, ArgumentError) else 422 if isinstance(error, InputError) else 500
-    return Json({"error": str(error)}, code)
+    return AsciiJSONResponse({"error": str(error)}, code)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _handle_unexpected_error(request: Request, error: Exception) -> Response:
     log.error("error: unexpected %s: %s", type(error).__name__, error)
-    return Json({"error": f"unexpected {type(error).__name__}: {error}"}, 500)
+    return AsciiJSONResponse({"error": f"unexpected {type(error).__name__}: {error}"}, 500)

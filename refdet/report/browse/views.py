@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +16,13 @@ from refdet.report.browse.catalog import SIZES
 from refdet.report.browse.collection import Collection
 from refdet.report.browse.queries import Filter, ListPage
 
-_OBJECT = "o.key, o.label, o.position, o.split, o.category, o.size, o.boxes, o.iou0, o.best0, o.iou1, o.best1"
+_REFERENT = "r.key, r.label, r.position, r.split, r.category, r.size, r.boxes, r.iou0, r.best0, r.iou1, r.best1"
 
 
 def about(collection: Collection) -> dict[str, Any]:
-    """What the collection has, for the controls of the page."""
+    """What the collection contains, for the controls of the page."""
     catalog = collection.catalog
-    splits = [row[0] for row in catalog.rows("SELECT DISTINCT split FROM object WHERE split != '' ORDER BY split")]
+    splits = [row[0] for row in catalog.rows("SELECT DISTINCT split FROM referent WHERE split != '' ORDER BY split")]
     first = collection.stores[0]
     return {
         "stores": [
@@ -34,28 +35,30 @@ def about(collection: Collection) -> dict[str, Any]:
         },
         "most_regions": max(int(np.diff(store.region_start).max(initial=0)) for store in collection.stores),
         "splits": splits,
-        "refs": catalog.count("object"),
+        "refs": catalog.count("referent"),
         "sentences": catalog.count("sentence"),
         "annotations": catalog.count("annotation"),
         "failed": catalog.count("image", "error != ''"),
-        "masks": any(store.has_masks for store in collection.stores) or catalog.count("outline") > 0,
+        "masks": any(store.has_masks for store in collection.stores) or catalog.count("segmentation") > 0,
         "images": collection.source is not None,
         "predictions": collection.inputs.predictions is not None,
         "notes": collection.notes if len(first) else [*collection.notes, f"{first.path.name} has no images"],
     }
 
 
-def items(collection: Collection, chosen: Filter, page: ListPage) -> dict[str, Any]:
+def items(collection: Collection, filter_: Filter, page: ListPage) -> dict[str, Any]:
     """A page of a list for the grid, and the length of the list."""
-    keys = chosen.keys(collection.catalog, page.offset, page.limit)
-    if chosen.show == "refs":
-        entries = [_ref_item(collection, key) for key in keys]
+    keys = filter_.keys(collection.catalog, page.offset, page.limit)
+    if filter_.show == "refs":
+        entries = [_referent_item(collection, key) for key in keys]
     else:
-        entries = [_image(collection, key) | collection.preview(key, page.top, page.score) for key in keys]
-    return {"total": chosen.count(collection.catalog), "offset": page.offset, "items": entries}
+        entries = [
+            {**_image(collection, key), "boxes": collection.preview_boxes(key, page.top, page.score)} for key in keys
+        ]
+    return {"total": filter_.count(collection.catalog), "offset": page.offset, "items": entries}
 
 
-def single(collection: Collection, image_id: int) -> dict[str, Any]:
+def image_details(collection: Collection, image_id: int) -> dict[str, Any]:
     """One image: its regions in each store, its referents with their sentences, and its annotations.
 
     Raises:
@@ -65,14 +68,14 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
     if position is None:
         raise ArgumentError("image", f"no image {image_id} in {collection.stores[0].path.name}")
     record, catalog = collection.record(position), collection.catalog
-    rows = catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.position = ? ORDER BY o.key", (position,))
+    rows = catalog.rows(f"SELECT {_REFERENT} FROM referent r WHERE r.position = ? ORDER BY r.key", (position,))
     size = (record.height, record.width)
     annotated = catalog.rows("SELECT category, box FROM annotation WHERE position = ?", (position,))
     return {
         **_image(collection, position),
         "stores": [collection.regions(number, image_id) for number in range(len(collection.stores))],
-        "objects": [
-            {**_object(row), "sentences": _sentences(collection, row[0]), **_mask(collection, row[0], size)}
+        "referents": [
+            {**_referent(row), "sentences": _sentences(collection, row[0]), **_mask(collection, row[0], size)}
             for row in rows
         ],
         "annotations": [{"category": str(category), "box": json.loads(box)} for category, box in annotated],
@@ -80,7 +83,7 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
 
 
 def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, str]:
-    """The mask of a referent as compressed RLE, "" if it has none, and an error if its segmentation is unusable."""
+    """The mask of a referent as compressed RLE, "" if it has none, and why its segmentation is unusable, or ""."""
     segmentations = collection.catalog.segmentations(key)
     try:
         rles = [to_rle(segmentation, *size) for segmentation in segmentations]
@@ -90,26 +93,38 @@ def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, 
     return {"mask": counts, "mask_error": ""}
 
 
-def whole_list(collection: Collection, chosen: Filter) -> list[dict[str, Any]]:
+def whole_list(collection: Collection, filter_: Filter) -> list[dict[str, Any]]:
     """All entries of a list, for a file."""
-    catalog, positions = collection.catalog, chosen.keys(collection.catalog, limit=-1)
+    catalog, keys = collection.catalog, filter_.keys(collection.catalog, limit=-1)
     images = {row[0]: row for row in catalog.rows("SELECT position, id, name, regions, error FROM image")}
-    if chosen.show == "images":
-        rows = [images[position] for position in positions]
-        return [{"image_id": i, "file_name": name, "regions": n, "error": why} for _, i, name, n, why in rows]
-    objects = {row[0]: _object(row) for row in catalog.rows(f"SELECT {_OBJECT} FROM object o")}
-    sentences: dict[int, list[dict[str, Any]]] = {}
-    for key, sent_id, text, wrong in catalog.rows("SELECT object, sent_id, text, wrong FROM sentence ORDER BY key"):
-        entry = {"sent_id": sent_id, "sent": text} | ({} if wrong is None else {"wrong": bool(wrong)})
-        sentences.setdefault(key, []).append(entry)
+    if filter_.show == "images":
+        rows = [images[position] for position in keys]
+        return [
+            {"image_id": image_id, "file_name": name, "regions": regions, "error": error}
+            for _, image_id, name, regions, error in rows
+        ]
+    referents = {row[0]: _referent(row) for row in catalog.rows(f"SELECT {_REFERENT} FROM referent r")}
+    sentences = defaultdict[int, list[dict[str, Any]]](list)
+    for key, sent_id, text, wrong in catalog.rows("SELECT referent, sent_id, text, wrong FROM sentence ORDER BY key"):
+        sentence = {"sent_id": sent_id, "sent": text}
+        sentences[key].append(sentence if wrong is None else {**sentence, "wrong": bool(wrong)})
     entries = []
-    for key in positions:
-        obj = objects[key]
-        _, image_id, name, _, _ = images[obj["position"]]
-        header = {"label": obj["label"], "image_id": image_id, "file_name": name, "split": obj["split"]}
-        category = None if obj["category"] is None else int(obj["category"])
-        details = {"category_id": category, "size": obj["size"], "boxes": obj["boxes"]}
-        entries.append({**header, **details, "best_iou": obj["iou"], "sentences": sentences.get(key, [])})
+    for key in keys:
+        referent = referents[key]
+        _, image_id, name, _, _ = images[referent["position"]]
+        entries.append(
+            {
+                "label": referent["label"],
+                "image_id": image_id,
+                "file_name": name,
+                "split": referent["split"],
+                "category_id": None if referent["category"] is None else int(referent["category"]),
+                "size": referent["size"],
+                "boxes": referent["boxes"],
+                "best_iou": referent["iou"],
+                "sentences": sentences[key],
+            }
+        )
     return entries
 
 
@@ -131,7 +146,7 @@ def _why_missing(collection: Collection, position: int) -> str:
     return ""
 
 
-def _object(row: tuple) -> dict[str, Any]:
+def _referent(row: tuple) -> dict[str, Any]:
     key, label, position, split, category, size, boxes, iou0, best0, iou1, best1 = row
     return {
         "key": key,
@@ -148,7 +163,7 @@ def _object(row: tuple) -> dict[str, Any]:
 
 def _sentences(collection: Collection, key: int) -> list[dict[str, Any]]:
     rows = collection.catalog.rows(
-        "SELECT sent_id, text, answer, answer_masks, iou, wrong FROM sentence WHERE object = ? ORDER BY key", (key,)
+        "SELECT sent_id, text, answer, answer_masks, iou, wrong FROM sentence WHERE referent = ? ORDER BY key", (key,)
     )
     return [
         {
@@ -168,12 +183,12 @@ def _pairs(names: Mapping[int, str]) -> list[list[str]]:
     return sorted(([str(i), name] for i, name in names.items()), key=lambda pair: pair[1].casefold())
 
 
-def _ref_item(collection: Collection, key: int) -> dict[str, Any]:
-    row = collection.catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.key = ?", (key,))[0]
-    obj = _object(row)
-    best = obj["best"][0]
+def _referent_item(collection: Collection, key: int) -> dict[str, Any]:
+    row = collection.catalog.rows(f"SELECT {_REFERENT} FROM referent r WHERE r.key = ?", (key,))[0]
+    referent = _referent(row)
+    best = referent["best"][0]
     return {
-        **_image(collection, obj["position"]),
-        "object": {**obj, "sentences": _sentences(collection, key)},
-        "best_box": None if best is None else collection.box(obj["position"], best),
+        **_image(collection, referent["position"]),
+        "referent": {**referent, "sentences": _sentences(collection, key)},
+        "best_box": None if best is None else collection.box(referent["position"], best),
     }

@@ -99,7 +99,7 @@ def test_the_worst_covered_referents_are_two_choices_away(watched: Watched) -> N
     shot(watched, "browse-grid")
     assert axe(page) == []
     watched.ready(cards(watched).first.click)
-    assert page.locator(".objects .chosen").count() == 1
+    assert page.locator(".referents .selected").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert axe(page) == []
@@ -111,7 +111,7 @@ def test_texts_of_files_are_shown_as_text(watched: Watched) -> None:
     assert page.inner_text("#total") == "1 referent" and HOSTILE in cards(watched).inner_text()
     assert HOSTILE in page.locator("select[name=category]").inner_text()
     watched.ready(cards(watched).first.click)
-    assert HOSTILE in page.inner_text(".objects .chosen") and "owned" not in page.title()
+    assert HOSTILE in page.inner_text(".referents .selected") and "owned" not in page.title()
     assert page.locator("main script").count() == 0
 
 
@@ -132,9 +132,9 @@ def test_the_keyboard_alone_is_enough(watched: Watched) -> None:
     assert page.url == one
     page.keyboard.press("m")
     assert page.locator("button[aria-pressed=true]").first.inner_text() == "Masks" and "masks=1" in page.url
-    page.locator(".objects .chosen a").focus()
+    page.locator(".referents .selected a").focus()
     page.keyboard.press("Enter")  # all regions alike
-    assert page.locator(".objects .chosen").count() == 0
+    assert page.locator(".referents .selected").count() == 0
     shot(watched, "browse-masks")
     page.keyboard.press("+")
     watched.ready(lambda: page.keyboard.press("Escape"))
@@ -162,7 +162,7 @@ def test_wrong_answers_are_found(watched: Watched) -> None:
     watched.ready(lambda: page.fill("input[name=q]", "unheard"))
     watched.ready(lambda: page.select_option("select[name=only]", "wrong"))
     watched.ready(cards(watched).first.click)
-    assert "incorrect, IoU 0.00" in page.inner_text(".objects .chosen")
+    assert "incorrect, IoU 0.00" in page.inner_text(".referents .selected")
 
 
 def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: Watched) -> None:
@@ -199,9 +199,9 @@ def test_masks_are_decoded_as_pycocotools_does(data: Path, watched: Watched) -> 
     for rle, counts in zip(regions.rles(), regions.masks or (), strict=True):
         covered = watched.page.evaluate(
             """async ([text, height, width]) => {
-                const { paint } = await import(new URL("static/rle.js", location.href));
+                const { paintMask } = await import(new URL("static/rle.js", location.href));
                 const pixels = new Uint8ClampedArray(height * width * 4);
-                paint(pixels, text, height, width, [255, 0, 0], 1);
+                paintMask(pixels, text, height, width, [255, 0, 0], 1);
                 return Array.from(pixels.filter((_, i) => i % 4 === 3), (alpha) => Number(alpha > 0));
             }""",
             [counts.decode("ascii"), regions.height, regions.width],

@@ -69,15 +69,15 @@ def test_the_single_view_is_completed_when_the_index_is(browser: Any, data: Path
             answer = route.fetch().json()
             if "index" in answer:
                 answer["index"]["stage"] = "regions"
-            for one in answer.get("objects", ()):
+            for one in answer.get("referents", ()):
                 one["iou"], one["best"] = [None, None], [None, None]
             route.fulfill(json=answer)
 
         page.route("**/api/about", unfinished)
         page.route("**/api/image/1", unfinished, times=1)
         found.open(found.address.replace("?", "?image=1&ref=0&"))
-        assert "not computed yet" in page.inner_text(".objects")
-        page.wait_for_function("() => document.querySelector('.objects').textContent.includes('best region: 0.952')")
+        assert "not computed yet" in page.inner_text(".referents")
+        page.wait_for_function("() => document.querySelector('.referents').textContent.includes('best region: 0.952')")
         assert page.inner_text("#progress") == ""
 
 
@@ -133,7 +133,7 @@ def test_objects_and_regions_have_the_names_of_their_own_files(browser: Any, dat
         found.ready(lambda: page.select_option("select[name=show]", "images"))
         assert "hound" in page.inner_text("select[name=category]")
         found.ready(page.locator(".card").first.click)
-        assert "ref 0 c1" in page.inner_text(".objects") and "hound 0.90" in page.inner_text(".regions")
+        assert "ref 0 c1" in page.inner_text(".referents") and "hound 0.90" in page.inner_text(".regions")
 
 
 def test_the_sliders_go_as_far_as_the_store(browser: Any, data: Path) -> None:

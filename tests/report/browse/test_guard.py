@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 
 from refdet.cli.main import main  # noqa: E402
 from refdet.errors import InputError  # noqa: E402
-from refdet.report.browse.server import hosts_of, listen  # noqa: E402
+from refdet.report.browse.server import accepted_hosts, listen  # noqa: E402
 
 Address = tuple[int, str]
 
@@ -127,9 +127,11 @@ def test_an_address_of_another_machine_is_refused() -> None:
         listen("192.0.2.1", 0)
 
 
-def test_hosts_of_an_open_server() -> None:
-    assert hosts_of("127.0.0.1", "127.0.0.1") == () and hosts_of("::1", "[::1]") == ()
-    assert hosts_of("10.0.0.5", "10.0.0.5") == ("10.0.0.5",) and socket.gethostname() in hosts_of("0.0.0.0", "0.0.0.0")
+def test_accepted_hosts_an_open_server() -> None:
+    assert accepted_hosts("127.0.0.1", "127.0.0.1") == () and accepted_hosts("::1", "[::1]") == ()
+    assert accepted_hosts("10.0.0.5", "10.0.0.5") == ("10.0.0.5",) and socket.gethostname() in accepted_hosts(
+        "0.0.0.0", "0.0.0.0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,7 @@ def test_hosts_of_an_open_server() -> None:
         (["{store}", "--images", "missing"], "--images missing"),
         (["{store}", "--predictions", "missing.json"], "--predictions missing.json"),
         (["{store}", "--port", "0", "--dataset", "refcoco"], "--refer-root"),
+        (["{store}", "--box-format", "xyxy"], "--box-format xyxy is for --predictions"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:

@@ -28,7 +28,7 @@ from refdet.report.browse.catalog import Catalog, Referent  # noqa: E402
 from refdet.report.browse.collection import BrowseInputs, Collection  # noqa: E402
 from refdet.report.browse.coverage import Indexer  # noqa: E402
 from refdet.report.browse.queries import Filter  # noqa: E402
-from refdet.report.browse.server import Pages  # noqa: E402
+from refdet.report.browse.server import Handlers  # noqa: E402
 from refdet.structures.regions import Regions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("opened_here")
@@ -79,7 +79,7 @@ def browse(data: Path) -> Iterator[Browse]:
         indexer = Indexer(collection)
         indexer.start()
         indexer.wait()
-        return TestClient(Pages(collection, indexer).app(), raise_server_exceptions=False)
+        return TestClient(Handlers(collection, indexer).app(), raise_server_exceptions=False)
 
     yield run
     for collection in opened:
@@ -88,7 +88,7 @@ def browse(data: Path) -> Iterator[Browse]:
 
 def keys(client: TestClient, **given: Any) -> list[int]:
     found = client.get("/api/items", params={"show": "refs", **given}).json()
-    listed = [item["object"]["key"] if "object" in item else int(item["image_id"]) for item in found["items"]]
+    listed = [item["referent"]["key"] if "referent" in item else int(item["image_id"]) for item in found["items"]]
     assert found["total"] == len(listed)
     return listed
 
@@ -99,7 +99,7 @@ def test_referents_have_the_iou_of_their_best_region(browse: Browse) -> None:
         max(brute_iou(xyxy(o["bbox"]), box) for box in FOUND.get(o["image_id"], [[0, 0, 0, 0]]))
         for o in OBJECTS[:4]
     ]  # fmt: skip
-    assert [item["object"]["iou"][0] for item in items] == pytest.approx(expected)
+    assert [item["referent"]["iou"][0] for item in items] == pytest.approx(expected)
     assert items[0]["best_box"] == [10, 10, 30, 31] and items[3]["best_box"] is None
 
 
@@ -138,7 +138,7 @@ def test_filters_and_orders(browse: Browse, given: dict[str, str], expected: lis
 def test_pages_of_a_list_are_its_parts(browse: Browse) -> None:
     client = browse()
     parts = [client.get(f"/api/items?show=refs&sort=iou&offset={i}&limit=1").json()["items"] for i in range(5)]
-    assert [item["object"]["key"] for part in parts for item in part] == keys(client, sort="iou")
+    assert [item["referent"]["key"] for part in parts for item in part] == keys(client, sort="iou")
 
 
 @given(st.text(max_size=20))
@@ -183,7 +183,7 @@ def test_an_image_has_its_regions_sentences_and_reasons(browse: Browse) -> None:
     client = browse()
     one, failed, lost = (client.get(f"/api/image/{i}").json() for i in (1, 3, 4))
     assert [region["box"] for region in one["stores"][0]["regions"]] == FOUND[1]
-    assert [s["text"] for o in one["objects"] for s in o["sentences"]] == [s for o in OBJECTS[:2] for s in o["sents"]]
+    assert [s["text"] for o in one["referents"] for s in o["sentences"]] == [s for o in OBJECTS[:2] for s in o["sents"]]
     assert failed["error"] == "broken <b>" and "no file" in lost["missing"]
     assert client.get("/api/image/77").status_code == 400
 
@@ -233,13 +233,20 @@ def test_a_wrong_answer_is_found(browse: Browse, data: Path) -> None:
     (data / "p.json").write_text(json.dumps(answers))
     client = browse(predictions=data / "p.json")
     assert keys(client, only="wrong") == [0, 3]  # 3 has no answer, nor has 2, of a split without any
-    first = client.get("/api/image/1").json()["objects"][0]["sentences"]
+    first = client.get("/api/image/1").json()["referents"][0]["sentences"]
     assert [s["wrong"] for s in first] == [0, 1] and first[1]["answer"] == [FOUND[1][1]]
+
+
+def test_answers_are_read_in_their_box_format(browse: Browse, data: Path) -> None:
+    (data / "p.json").write_text(json.dumps([{"sent_id": 0, "box": [10, 10, 30, 30]}]))
+    for box_format, box in (("xyxy", [10, 10, 30, 30]), ("xywh", [10, 10, 40, 40])):
+        one = browse(predictions=data / "p.json", box_format=box_format).get("/api/image/1").json()["referents"][0]
+        assert one["sentences"][0]["answer"] == [box] and one["sentences"][0]["wrong"] == (box_format == "xywh")
 
 
 def test_a_referent_that_no_region_overlaps_has_no_best_one(browse: Browse, data: Path) -> None:
     write_store(data / "far.h5", [regions(1, [[100, 80, 119, 99], [60, 10, 80, 50]])], masks=False)
-    first, second = browse(stores=[data / "far.h5"]).get("/api/image/1").json()["objects"]
+    first, second = browse(stores=[data / "far.h5"]).get("/api/image/1").json()["referents"]
     assert (first["iou"][0], first["best"][0], second["best"][0]) == (0, None, 1)
 
 
@@ -252,7 +259,7 @@ def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
     (data / "p.json").write_text(json.dumps([{"sent_id": 0, "segmentation": rle}, {"sent_id": 1, "region": 0}]))
     client = browse(predictions=data / "p.json")
     assert client.get("/api/about").json()["masks"]  # though the store has none
-    one = client.get("/api/image/1").json()["objects"][0]
+    one = client.get("/api/image/1").json()["referents"][0]
     left, top, width, height = OBJECTS[0]["bbox"]
     inside = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
     np.testing.assert_array_equal(coco_mask.decode({"size": [100, 120], "counts": one["mask"]}), inside)
@@ -264,7 +271,7 @@ def test_a_segmentation_that_cannot_be_drawn_is_said(browse: Browse, data: Path)
     tree = json.loads(path.read_text())
     tree["annotations"][0]["segmentation"] = {"size": [9, 9], "counts": "01"}
     path.write_text(json.dumps(tree))
-    one, other = browse().get("/api/image/1").json()["objects"]
+    one, other = browse().get("/api/image/1").json()["referents"]
     assert one["mask"] == "" and "size [9, 9]" in one["mask_error"] and other["mask"]
 
 
@@ -285,10 +292,10 @@ def test_ids_are_texts_and_thumbnails_follow_the_sliders(browse: Browse, data: P
     one = client.get("/api/image/-3").json()
     assert one["image_id"] == "-3" and one["stores"][0]["regions"][0]["category"] == "9007199254740993"
     assert one["stores"][0]["regions"][0]["score"] == 0.7
-    expected = {"": (100, 150), "top=3": (3, 3), "score=0.7": (1, 1), "score=0.4": (75, 75), "top=0": (0, 0)}
-    for asked, (drawn, wanted) in expected.items():
-        item = client.get(f"/api/items?{asked}").json()["items"][0]
-        assert (len(item["boxes"]), item["wanted"]) == (drawn, wanted)
+    expected = {"": 100, "top=3": 3, "score=0.7": 1, "score=0.4": 75, "score=0.1": 100, "top=120": 100, "top=0": 0}
+    for query, drawn in expected.items():
+        item = client.get(f"/api/items?{query}").json()["items"][0]
+        assert (len(item["boxes"]), item["regions"]) == (drawn, 150)
 
 
 def test_bad_answers_are_said_on_the_page(browse: Browse, data: Path) -> None:
@@ -302,8 +309,8 @@ def test_two_stores_are_compared(browse: Browse, data: Path) -> None:
     write_store(data / "t.h5", other, masks=False)
     client = browse(stores=[data / "s.h5", data / "t.h5"])
     about, one, two = (client.get(f"/api/{what}").json() for what in ("about", "image/1", "image/2"))
-    assert one["objects"][0]["iou"] == pytest.approx([20 / 21, 1.0]) and one["objects"][0]["best"] == [0, 0]
-    assert two["stores"][1]["absent"] and two["objects"][0]["iou"][1] is None
+    assert one["referents"][0]["iou"] == pytest.approx([20 / 21, 1.0]) and one["referents"][0]["best"] == [0, 0]
+    assert two["stores"][1]["absent"] and two["referents"][0]["iou"][1] is None
     assert "t.h5 lacks 3 of 4 images" in about["notes"][1] and "1 image of t.h5" in about["notes"][2]
     assert keys(client, sort="gap") == [0, 1, 2, 3]
 
@@ -320,7 +327,7 @@ def test_refs_with_any_number_of_objects(browse: Browse, data: Path) -> None:
     answers = [{"sent_id": 0, "regions": [0, 1]}, {"sent_id": 1, "boxes": [[10, 10, 20, 20], [60, 10, 40, 40]]},
                {"sent_id": 10, "regions": []}, {"sent_id": 11, "regions": [0]}]  # fmt: skip
     (data / "p.json").write_text(json.dumps(answers))
-    objects = browse(refer_root=root, predictions=data / "p.json").get("/api/image/1").json()["objects"]
+    objects = browse(refer_root=root, predictions=data / "p.json").get("/api/image/1").json()["referents"]
     assert objects[0]["iou"][0] == pytest.approx(0.5) and objects[1]["iou"][0] is None
     assert [[s["wrong"] for s in o["sentences"]] for o in objects] == [[0, 0], [0, 1]]
 

@@ -1,26 +1,26 @@
-// Elements and requests. Every text of a file becomes a text node or an attribute, never markup.
+// Helpers for elements and requests. Text from files becomes text nodes and attributes, never markup.
 
 export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const created = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+    if (name.startsWith("on")) created.addEventListener(name.slice(2), value);
+    else if (value === true) created.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) created.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
-  return made;
+  created.append(...children.filter((child) => child !== null && child !== undefined));
+  return created;
 }
 
 const SVG = "http://www.w3.org/2000/svg";
 
 export function svgElement(tag, attributes, ...children) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const created = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
+  created.append(...children);
+  return created;
 }
 
-// The JSON at an address; the error of the server as an Error.
+// Fetch JSON; throws an Error with the server's message if it refuses.
 export async function getJson(address, signal) {
   let response;
   try {
@@ -39,11 +39,13 @@ export async function getJson(address, signal) {
   }
 }
 
-export function number(value, digits = 2) {
+// A rate with a fixed number of digits, or a dash if undefined.
+export function formatNumber(value, digits = 2) {
   return value === null || value === undefined ? "–" : value.toFixed(digits);
 }
 
-export function count(n, noun) {
+// "1 image", "2,000 images".
+export function formatCount(n, noun) {
   return `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 }
 

@@ -1,91 +1,94 @@
-// Reads the address, asks the server, and shows the grid or one image; keys, filters and messages.
+// Shows the grid or a single image, as the address says; handles keys, filters and messages.
 
-import { count, element, getJson } from "./dom.js";
+import { element, formatCount, getJson } from "./dom.js";
 import { render } from "./grid.js";
 import { Single } from "./single.js";
-import { address, defaultShow, FILTERS, filters, forgetToken, PAGE, read, ROOT } from "./state.js";
+import { addressOf, filterParams, FILTERS, PAGE_SIZE, readState, removeToken, ROOT, setDefaultShow } from "./state.js";
 
 const KEYS = {
   "/": "search the sentences", "← →": "previous or next image, or page of the grid", Enter: "in the grid: open an image",
   Escape: "back to the grid", m: "masks", b: "boxes", l: "labels", "+ − 0": "zoom in, zoom out, fit", "?": "these keys",
 };
 const main = document.getElementById("main"), form = document.getElementById("filters"), banner = document.getElementById("banner");
-const warned = new Set();
-let about = null, single = null, page = null, state = null, asked = null;
+const shownWarnings = new Set();
+let about = null, state = null;
+let single = null, page = null; // the view: a single image, or a page of the grid
+let request = null; // AbortController of the requests for the next view
 
-function complain(text) {
+// A message that the next view replaces; "" hides it.
+function showError(text) {
   banner.textContent = text;
   banner.hidden = !text;
 }
 
-// A message that stays, whatever is shown next, until it is dismissed; each text once.
+// A message that stays until it is dismissed; each text is shown once.
 function warn(text) {
-  if (warned.has(text)) return;
-  warned.add(text);
+  if (shownWarnings.has(text)) return;
+  shownWarnings.add(text);
   const message = element("div", { class: "message" }, element("span", {}, text),
     element("button", { type: "button", onclick: () => message.remove() }, "Dismiss"));
   document.getElementById("warnings").append(message);
 }
 
-// Show a state; with `event` as the answer to a click on a link, unless it opens another tab.
+// Show a state. `event` is the click on a link to it, which is left to the browser if it opens another tab.
 function go(next, event = null, replace = false) {
   if (event) {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
     event.preventDefault();
   }
   if (next.image === "?") return open(next);
-  history[replace ? "replaceState" : "pushState"](null, "", address(next));
+  history[replace ? "replaceState" : "pushState"](null, "", addressOf(next));
   show();
 }
 
-// Open the image at a place of the list.
+// Show the image at the index `next.at` of the list.
 async function open(next) {
   try {
-    const found = await getJson(`${ROOT}api/items?${filters(next)}&offset=${next.at}&limit=1&top=0`);
-    const [item] = found.items;
-    if (item) go({ ...next, image: String(item.image_id), ref: item.object ? String(item.object.key) : "" });
+    const { items } = await getJson(`${ROOT}api/items?${filterParams(next)}&offset=${next.at}&limit=1&top=0`);
+    const [item] = items;
+    if (item) go({ ...next, image: String(item.image_id), ref: item.referent ? String(item.referent.key) : "" });
   } catch (error) {
-    complain(error.message);
+    showError(error.message);
   }
 }
 
 async function show() {
   const before = state;
-  state = read();
+  state = readState();
   fillForm();
   if (single && state.image !== "" && state.image === before.image && state.at === before.at) {
     single.update(state);
     return;
   }
-  asked?.abort();
-  asked = new AbortController();
-  const { signal } = asked;
+  request?.abort();
+  request = new AbortController();
+  const { signal } = request;
   try {
     if (state.image !== "") {
       const [data, list] = await Promise.all([
         getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`, signal),
-        state.at === "" ? null : getJson(`${ROOT}api/items?${filters(state)}&offset=0&limit=0`, signal),
+        state.at === "" ? null : getJson(`${ROOT}api/items?${filterParams(state)}&offset=0&limit=0`, signal),
       ]);
       [single, page] = [new Single(main, data, state, about, go, list ? list.total : null), null];
     } else {
-      const offset = Number(state.page || 0) * PAGE;
-      const shown = new URLSearchParams({ offset, limit: PAGE, top: state.top, score: state.score });
-      const found = await getJson(`${ROOT}api/items?${filters(state)}&${shown}`, signal);
-      [single, page] = [null, found];
-      if (found.total && offset >= found.total) { // beyond the end
-        const last = Math.ceil(found.total / PAGE) - 1;
+      const offset = Number(state.page || 0) * PAGE_SIZE;
+      const limits = new URLSearchParams({ offset, limit: PAGE_SIZE, top: state.top, score: state.score });
+      const list = await getJson(`${ROOT}api/items?${filterParams(state)}&${limits}`, signal);
+      [single, page] = [null, list];
+      if (list.total && offset >= list.total) { // beyond the end
+        const last = Math.ceil(list.total / PAGE_SIZE) - 1;
         return go({ ...state, page: last ? String(last) : "" }, null, true);
       }
-      render(main, found, state, about, go);
+      render(main, list, state, about, go);
     }
-    complain("");
+    showError("");
     document.title = state.image === "" ? "refdet browse" : `image ${state.image} – refdet browse`;
     main.dataset.ready = String(Number(main.dataset.ready ?? 0) + 1);
   } catch (error) {
     if (error.name === "AbortError") return;
     [single, page] = [null, null];
     main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: ROOT }, "Back to the grid")));
-    complain(error.message);
+    showError(error.message);
   }
 }
 
@@ -102,35 +105,36 @@ function fillForm() {
   document.getElementById("top-value").textContent = state.top === "" ? "all" : state.top;
 }
 
-// The categories of what is shown: regions have the names of the store, referents those of their own file.
+// Offer the categories of referents, named as in their file, or those of regions, named as in the store.
 function fillCategories() {
-  const { category } = form.elements, of = state.show === "refs" ? "referents" : "regions";
-  if (category.dataset.of === of) return;
-  category.dataset.of = of;
+  const { category } = form.elements, kind = state.show === "refs" ? "referents" : "regions";
+  if (category.dataset.kind === kind) return;
+  category.dataset.kind = kind;
   const names = state.show === "refs" ? about.names.referents : about.names.stores[0];
   category.replaceChildren(element("option", { value: "" }, "all"), ...Array.from(names, ([value, text]) => element("option", { value }, text)));
   document.getElementById("category-label").textContent = state.show === "refs" ? "Category of the referent" : "Category of a region";
 }
 
-// How far the sliders go: to what the stores hold.
+// Set the ranges of the sliders to those of the stores.
 function fillSliders() {
   const { score, top } = form.elements, [low, high] = about.index.scores;
   [score.min, score.max] = [Math.floor(low * 100) / 100, Math.ceil(high * 100) / 100];
   top.max = Math.max(1, about.most_regions);
 }
 
-function change(field) {
-  const all = (field.name === "score" && field.value === field.min) || (field.name === "top" && field.value === field.max);
-  const next = { ...read(), [field.name]: all ? "" : field.value };
+// Show the state after a filter or slider was changed.
+function applyChange(field) {
+  const showsAll = (field.name === "score" && field.value === field.min) || (field.name === "top" && field.value === field.max);
+  const next = { ...readState(), [field.name]: showsAll ? "" : field.value };
   if (FILTERS.includes(field.name)) Object.assign(next, { page: "", image: "", ref: "", at: "" });
   go(next, null, field.type === "range" || field.type === "search");
 }
 
-let typing = null;
+let searchTimer = null;
 form.addEventListener("input", (event) => {
-  clearTimeout(typing);
-  if (event.target.type === "search") typing = setTimeout(() => change(event.target), 150);
-  else change(event.target);
+  clearTimeout(searchTimer);
+  if (event.target.type === "search") searchTimer = setTimeout(() => applyChange(event.target), 150);
+  else applyChange(event.target);
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 document.getElementById("home").addEventListener("click", (event) => go({}, event));
@@ -138,7 +142,7 @@ addEventListener("popstate", show);
 
 const help = document.getElementById("help");
 document.getElementById("help-button").addEventListener("click", () => help.showModal());
-document.getElementById("keys").append(...Object.entries(KEYS).flatMap(([key, what]) => [element("dt", {}, key), element("dd", {}, what)]));
+document.getElementById("keys").append(...Object.entries(KEYS).flatMap(([key, action]) => [element("dt", {}, key), element("dd", {}, action)]));
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
@@ -147,14 +151,14 @@ addEventListener("keydown", (event) => {
     if (event.key === "Escape") field.blur();
     return;
   }
-  const turn = (by) => {
+  const step = (by) => {
     if (single) return single.step(by);
     const next = Number(state.page || 0) + by;
-    if (page && next >= 0 && next * PAGE < page.total) go({ ...state, page: next ? String(next) : "" });
+    if (page && next >= 0 && next * PAGE_SIZE < page.total) go({ ...state, page: next ? String(next) : "" });
   };
   const actions = {
     "/": () => form.elements.q.focus(), "?": () => help.showModal(),
-    ArrowLeft: () => turn(-1), ArrowRight: () => turn(1), Escape: () => single && go(single.backState()),
+    ArrowLeft: () => step(-1), ArrowRight: () => step(1), Escape: () => single && go(single.backState()),
     m: () => single?.toggle("masks"), b: () => single?.toggle("boxes"), l: () => single?.toggle("labels"),
     "+": () => single?.zoom(1.5), "=": () => single?.zoom(1.5), "-": () => single?.zoom(1 / 1.5), 0: () => single?.fit(),
   };
@@ -178,7 +182,7 @@ function showStatus(status) {
   if (state) fillForm();
 }
 
-// Show what was computed since the view was shown.
+// Show newly computed values in the current view.
 async function refresh() {
   if (!single) return state.image === "" ? show() : null;
   const shown = single, data = await getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`);
@@ -186,36 +190,36 @@ async function refresh() {
   return null;
 }
 
-// Until the index is complete once a second, then now and then, to see whether the stores changed.
-let lost = false;
+// Poll the status: every second until the index is complete, then every ten seconds, to notice changed stores.
+let disconnected = false;
 async function watch() {
   const before = about.index.stage;
   try {
     showStatus(await getJson(`${ROOT}api/status`));
-    if (lost) complain("");
-    lost = false;
+    if (disconnected) showError("");
+    disconnected = false;
     if (before && !about.index.stage) await refresh();
   } catch (error) {
-    lost = true;
-    complain(error.message);
+    disconnected = true;
+    showError(error.message);
   }
   setTimeout(watch, about.index.stage ? 1000 : 10000);
 }
 
 async function start() {
-  forgetToken();
+  removeToken();
   try {
     about = await getJson(`${ROOT}api/about`);
   } catch (error) {
     main.replaceChildren();
-    complain(error.message);
+    showError(error.message);
     return;
   }
   const { stores, referents, annotations } = about.names;
   about.names = { stores: stores.map((names) => new Map(names)), referents: new Map(referents), annotations: new Map(annotations) };
   document.getElementById("home").href = ROOT;
   fillSliders();
-  defaultShow(about.refs ? "refs" : "images");
+  setDefaultShow(about.refs ? "refs" : "images");
   const options = (name, pairs) => form.elements[name].append(...pairs.map(([value, text]) => element("option", { value }, text)));
   options("split", about.splits.map((split) => [split, split]));
   form.elements.sort.querySelector("[value=gap]").hidden = about.stores.length < 2;
@@ -223,11 +227,11 @@ async function start() {
   for (const option of document.querySelectorAll("[name=only] [value=uncovered], [name=sort] [value=iou]")) option.disabled = !about.refs;
   for (const name of ["q", "split"]) form.elements[name].disabled = !about.sentences;
   document.getElementById("stores").textContent = about.stores
-    .map((store) => `${store.name}: ${count(store.images, "image")}, ${count(store.regions, "region")}`)
-    .concat(about.refs ? [`${count(about.refs, "referent")}, ${count(about.sentences, "sentence")}`] : []).join(" · ");
+    .map((store) => `${store.name}: ${formatCount(store.images, "image")}, ${formatCount(store.regions, "region")}`)
+    .concat(about.refs ? [`${formatCount(about.refs, "referent")}, ${formatCount(about.sentences, "sentence")}`] : []).join(" · ");
   const notes = document.getElementById("notes");
   notes.hidden = !about.notes.length;
-  notes.querySelector("summary").textContent = `${count(about.notes.length, "note")}: ${about.notes[0] ?? ""}`;
+  notes.querySelector("summary").textContent = `${formatCount(about.notes.length, "note")}: ${about.notes[0] ?? ""}`;
   notes.querySelector("ul").append(...about.notes.map((note) => element("li", {}, note)));
   await show();
   showStatus(about);

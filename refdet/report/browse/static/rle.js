@@ -1,9 +1,10 @@
-// COCO's compressed run-length encoding: groups of five bits, lowest first, as characters from "0"; the sixth bit is
-// set if more groups follow. From the fourth number on they are differences to the second last. Runs alternate between
-// background and mask, down the columns.
+// COCO's compressed run-length encoding. A number is encoded in groups of five bits, lowest first; a character is "0" plus
+// the group, plus 32 if more groups follow. Runs alternate between background and mask, down the columns; from the
+// fourth on, the number is the difference from the length two runs before.
 
-export function runs(text) {
-  const found = [];
+// Decode the lengths of the runs.
+export function decodeRuns(text) {
+  const lengths = [];
   let at = 0;
   while (at < text.length) {
     let value = 0, shift = 0, code;
@@ -13,16 +14,16 @@ export function runs(text) {
       shift += 5;
     } while (code & 32 && at < text.length);
     if (code & 16) value -= 2 ** shift;
-    if (found.length > 2) value += found[found.length - 2];
-    found.push(value);
+    if (lengths.length > 2) value += lengths[lengths.length - 2];
+    lengths.push(value);
   }
-  return found;
+  return lengths;
 }
 
 // Blend a color [r, g, b] over the pixels of a mask; `pixels` is the RGBA data of an image of this size.
-export function paint(pixels, text, height, width, [r, g, b], alpha) {
+export function paintMask(pixels, text, height, width, [r, g, b], alpha) {
   let at = 0, inside = false;
-  for (const run of runs(text)) {
+  for (const run of decodeRuns(text)) {
     const end = Math.min(at + run, height * width);
     if (inside) {
       let x = Math.floor(at / height), y = at % height;

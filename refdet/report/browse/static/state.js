@@ -1,53 +1,55 @@
-// The state of the page is its address, so that every view can be kept and sent.
+// The state of the page is in its address, so that every view can be bookmarked and shared.
 
 export const FILTERS = ["show", "q", "split", "category", "size", "only", "sort", "desc"];
-const SHOWN = ["score", "top", "masks", "boxes", "labels"];
-// without a score or a number of regions all are shown
+const DISPLAY_OPTIONS = ["score", "top", "masks", "boxes", "labels"];
+// An empty score or top shows all regions.
 const DEFAULTS = { show: "images", sort: "order", masks: "0", boxes: "1", labels: "1" };
 
-export const PAGE = 60;
+export const PAGE_SIZE = 60;
 
-// The folder of all addresses of this server, "/" and "/" around it.
+// The folder that the paths of this server begin with, such as "/Ab3/".
 export const ROOT = new URL("..", import.meta.url).pathname;
 
-export function defaultShow(show) {
+export function setDefaultShow(show) {
   DEFAULTS.show = show;
 }
 
-export function read() {
-  const given = new URLSearchParams(location.search);
+// `image` is the id of the image shown large, "" for the grid; `at` its index in the list; `ref` the key of the selected
+// referent.
+export function readState() {
+  const params = new URLSearchParams(location.search);
   const state = {};
-  for (const name of [...FILTERS, ...SHOWN, "page", "image", "ref", "at"]) {
-    state[name] = given.get(name) ?? DEFAULTS[name] ?? "";
+  for (const name of [...FILTERS, ...DISPLAY_OPTIONS, "page", "image", "ref", "at"]) {
+    state[name] = params.get(name) ?? DEFAULTS[name] ?? "";
   }
   for (const name of ["page", "at", "top"]) if (!/^[0-9]{1,9}$/.test(state[name])) state[name] = "";
   return state;
 }
 
-export function address(state) {
-  const given = new URLSearchParams();
+export function addressOf(state) {
+  const params = new URLSearchParams();
   for (const [name, value] of Object.entries(state)) {
-    if (value !== "" && value !== (DEFAULTS[name] ?? "")) given.set(name, value);
+    if (value !== "" && value !== (DEFAULTS[name] ?? "")) params.set(name, value);
   }
-  const text = given.toString();
+  const text = params.toString();
   return text ? `${ROOT}?${text}` : ROOT;
 }
 
-// The parameters of the filters for the server.
-export function filters(state) {
+// The filters as parameters of a request.
+export function filterParams(state) {
   return new URLSearchParams(FILTERS.map((name) => [name, state[name]]));
 }
 
-// Whether a score reaches the lowest one, rounded as scores are.
-export function reaches(score, state) {
+// Whether a score reaches the minimum; both are rounded to float32, as scores in the store are.
+export function reachesMinimum(score, state) {
   return state.score === "" || Math.fround(score) >= Math.fround(Number(state.score));
 }
 
-// Take the token out of the address, which the cookie has now, as addresses are sent around; and take on the folder
-// that the cookie is for.
-export function forgetToken() {
-  const given = new URL(location.href);
-  given.searchParams.delete("token");
-  given.pathname = ROOT;
-  if (given.href !== location.href) history.replaceState(null, "", given);
+// Remove the token from the address, as addresses are shared and the cookie has the token now. The cookie is restricted to
+// the folder, so the address moves there.
+export function removeToken() {
+  const url = new URL(location.href);
+  url.searchParams.delete("token");
+  url.pathname = ROOT;
+  if (url.href !== location.href) history.replaceState(null, "", url);
 }

@@ -1,23 +1,23 @@
 // One canvas with an image, masks, boxes and labels; zoom by the wheel or keys, pan by dragging.
 
-import { ANNOTATION, ANSWER, BEST, colorOf, REFERENT, rgbOf, rgbOfHex, RIGHT_ANSWER } from "./colors.js";
+import { ANNOTATION, ANSWER, BEST, colorOfCategory, CORRECT_ANSWER, REFERENT, rgbOfCategory, rgbOfHex } from "./colors.js";
 import { element } from "./dom.js";
-import { paint } from "./rle.js";
+import { paintMask } from "./rle.js";
 
-const MOST_ZOOM = 20;
-// in the order in which they get places for their labels
-const MARKS = { referent: REFERENT, best: BEST, answer: ANSWER, right: RIGHT_ANSWER, annotation: ANNOTATION };
+const MAX_ZOOM = 20;
+// Colors of the kinds of marks, in the order in which their labels are placed.
+const MARKS = { referent: REFERENT, best: BEST, answer: ANSWER, correct: CORRECT_ANSWER, annotation: ANNOTATION };
 
 export class Viewer {
   // `size` is [width, height] of the image in pixels; `onhover` gets the index of a region or null.
   constructor(size, label, onhover) {
     [this.width, this.height] = size;
     this.zoom = 1;
-    this.x = this.y = 0; // of the image's point in the upper left corner
+    this.x = this.y = 0; // the point of the image in the upper left corner, in image pixels
     this.scene = { regions: [], marks: [], hovered: null };
     this.image = null;
-    this.taken = []; // places of labels [left, top, right, bottom]
-    this.masks = null;
+    this.labelRects = []; // labels drawn so far, [left, top, right, bottom] in canvas pixels
+    this.masks = null; // {key, layer} of the masks drawn last
     this.canvas = element("canvas", { role: "img", "aria-label": label, class: "picture" });
     this.canvas.width = Math.min(1600, Math.max(this.width, 900));
     this.canvas.height = Math.max(1, Math.round((this.canvas.width * this.height) / this.width));
@@ -52,18 +52,18 @@ export class Viewer {
     ];
   }
 
-  // The smallest shown region at a point.
+  // Index of the smallest shown region at a point, null if there is none.
   regionAt(x, y) {
-    let best = null, least = Infinity;
+    let smallest = null, minArea = Infinity;
     for (const region of this.scene.regions) {
       const [x1, y1, x2, y2] = region.box, area = (x2 - x1) * (y2 - y1);
-      if (x >= x1 && x < x2 && y >= y1 && y < y2 && area < least) [best, least] = [region.index, area];
+      if (x >= x1 && x < x2 && y >= y1 && y < y2 && area < minArea) [smallest, minArea] = [region.index, area];
     }
-    return best;
+    return smallest;
   }
 
   zoomBy(factor, x = this.x + this.width / this.zoom / 2, y = this.y + this.height / this.zoom / 2) {
-    const zoom = Math.min(MOST_ZOOM, Math.max(1, this.zoom * factor));
+    const zoom = Math.min(MAX_ZOOM, Math.max(1, this.zoom * factor));
     const left = x - ((x - this.x) * this.zoom) / zoom, top = y - ((y - this.y) * this.zoom) / zoom;
     this.zoom = zoom;
     this.moveTo(left, top);
@@ -85,13 +85,14 @@ export class Viewer {
     this.draw();
   }
 
-  // `scene`: regions {index, box, category, label, mask}, marks {box, kind, label, mask}, masks, boxes, labels, hovered,
-  // and `faint` where the marks are to stand out: regions are then drawn faintly, without masks and labels.
+  // A scene has lists of `regions` {index, box, category, label, mask} and of `marks` {box, kind, label, mask}; `masks`,
+  // `boxes` and `labels`, whether to draw these; `hovered`, the index of a region or null; and `faint`, whether to draw
+  // the regions faintly, without masks and labels, so that the marks stand out.
   show(scene) {
     const { regions, marks, masks } = scene;
     const key = masks ? JSON.stringify([regions.map((region) => region.index), marks.map((mark) => [mark.kind, mark.mask])]) : "";
     if (this.masks === null || this.masks.key !== key) {
-      const painted = scene.faint ? [] : regions.map((region) => [region.mask, rgbOf(region.category)]);
+      const painted = scene.faint ? [] : regions.map((region) => [region.mask, rgbOfCategory(region.category)]);
       const above = marks.map((mark) => [mark.mask, rgbOfHex(MARKS[mark.kind])]);
       this.masks = { key, layer: masks ? this.layer([...painted, ...above]) : null };
     }
@@ -99,18 +100,18 @@ export class Viewer {
     this.draw();
   }
 
-  // A canvas with masks [text, [r, g, b]], the last on top.
+  // A canvas with masks, a list of [RLE, [r, g, b]], the last on top.
   layer(painted, alpha = 0.5) {
     const layer = element("canvas");
     [layer.width, layer.height] = [this.width, this.height];
     const context = layer.getContext("2d");
     const data = context.createImageData(this.width, this.height);
-    for (const [mask, color] of painted) if (mask) paint(data.data, mask, this.height, this.width, color, alpha);
+    for (const [mask, color] of painted) if (mask) paintMask(data.data, mask, this.height, this.width, color, alpha);
     context.putImageData(data, 0, 0);
     return layer;
   }
 
-  // Pixels of the canvas for one of the screen, so that lines and letters have one size everywhere.
+  // Canvas pixels per CSS pixel, which keeps lines and text at the same size on the screen.
   unit() {
     return this.canvas.width / (this.canvas.clientWidth || this.canvas.width);
   }
@@ -125,20 +126,25 @@ export class Viewer {
     if (this.image) context.drawImage(this.image, 0, 0, this.width, this.height);
     if (this.masks?.layer) context.drawImage(this.masks.layer, 0, 0);
     const { regions, marks, hovered } = this.scene;
-    const one = regions.find((region) => region.index === hovered);
-    if (one?.mask) context.drawImage(this.layer([[one.mask, rgbOf(one.category)]], 0.7), 0, 0);
+    const target = regions.find((region) => region.index === hovered);
+    if (target?.mask) context.drawImage(this.layer([[target.mask, rgbOfCategory(target.category)]], 0.7), 0, 0);
     context.globalAlpha = this.scene.faint ? 0.4 : 1;
-    if (this.scene.boxes) for (const region of regions) this.box(context, scale, region.box, colorOf(region.category), 1.5);
+    if (this.scene.boxes) for (const region of regions) this.box(context, scale, region.box, colorOfCategory(region.category), 1.5);
     context.globalAlpha = 1;
-    for (const mark of marks) this.box(context, scale, mark.box, MARKS[mark.kind], mark.kind === "annotation" ? 1.5 : 3, mark.kind === "annotation");
-    if (one) this.box(context, scale, one.box, "#fff", 3);
-    this.taken = [];
+    for (const mark of marks) {
+      const isAnnotation = mark.kind === "annotation";
+      this.box(context, scale, mark.box, MARKS[mark.kind], isAnnotation ? 1.5 : 3, isAnnotation);
+    }
+    if (target) this.box(context, scale, target.box, "#fff", 3);
+    this.labelRects = [];
     if (this.scene.labels) {
-      for (const kind of Object.keys(MARKS)) for (const mark of marks.filter((one) => one.kind === kind)) this.label(context, scale, mark.box, mark.label, MARKS[mark.kind]);
+      for (const kind of Object.keys(MARKS)) {
+        for (const mark of marks) if (mark.kind === kind) this.label(context, scale, mark.box, mark.label, MARKS[kind]);
+      }
       if (this.scene.boxes && !this.scene.faint) for (const region of regions) this.label(context, scale, region.box, region.label);
     }
-    this.taken = [];
-    if (one) this.label(context, scale, one.box, one.label, "#fff");
+    this.labelRects = [];
+    if (target) this.label(context, scale, target.box, target.label, "#fff");
   }
 
   box(context, scale, [x1, y1, x2, y2], color, width, dashed = false) {
@@ -152,27 +158,27 @@ export class Viewer {
     context.setLineDash([]);
   }
 
-  // Above the box, else inside, else below it, left or right, where no earlier label is; left out without such a place.
+  // Place a label above, inside or below the box, at its left or right, where it covers no earlier label; else omit it.
   label(context, scale, [x1, y1, x2, y2], text, color = "#fff") {
-    const seen = x2 > this.x && y2 > this.y && x1 < this.x + this.width / this.zoom && y1 < this.y + this.height / this.zoom;
-    if (!text || !seen) return;
+    const visible = x2 > this.x && y2 > this.y && x1 < this.x + this.width / this.zoom && y1 < this.y + this.height / this.zoom;
+    if (!text || !visible) return;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
-    const unit = this.unit(), line = 18 * unit, edge = 4 * unit;
+    const unit = this.unit(), height = 18 * unit, padding = 4 * unit;
     context.font = `${13 * unit}px system-ui, sans-serif`;
-    const width = context.measureText(text).width + 2 * edge;
-    const within = (value, most) => Math.min(Math.max(0, value), Math.max(0, most));
-    const lefts = [(x1 - this.x) * scale, (x2 - this.x) * scale - width].map((x) => within(x, this.canvas.width - width));
-    const tops = [(y1 - this.y) * scale - line, (y1 - this.y) * scale, (y2 - this.y) * scale].map((y) => within(y, this.canvas.height - line));
-    const free = ([x, y]) => this.taken.every(([left, top, right, bottom]) => x >= right || x + width <= left || y >= bottom || y + line <= top);
-    const place = lefts.flatMap((x) => tops.map((y) => [x, y])).find(free);
+    const width = context.measureText(text).width + 2 * padding;
+    const clamp = (value, max) => Math.min(Math.max(0, value), Math.max(0, max));
+    const lefts = [(x1 - this.x) * scale, (x2 - this.x) * scale - width].map((x) => clamp(x, this.canvas.width - width));
+    const tops = [(y1 - this.y) * scale - height, (y1 - this.y) * scale, (y2 - this.y) * scale].map((y) => clamp(y, this.canvas.height - height));
+    const isFree = ([x, y]) => this.labelRects.every(([left, top, right, bottom]) => x >= right || x + width <= left || y >= bottom || y + height <= top);
+    const place = lefts.flatMap((x) => tops.map((y) => [x, y])).find(isFree);
     if (place) {
       const [x, y] = place;
-      this.taken.push([x, y, x + width, y + line]);
+      this.labelRects.push([x, y, x + width, y + height]);
       context.fillStyle = "rgba(0,0,0,.8)";
-      context.fillRect(x, y, width, line);
+      context.fillRect(x, y, width, height);
       context.fillStyle = color;
-      context.fillText(text, x + edge, y + 13 * unit);
+      context.fillText(text, x + padding, y + 13 * unit);
     }
     context.restore();
   }
