@@ -130,9 +130,10 @@ def command(
         notes = notes + [f"--find-duplicates: {text}" for text in content.notes()]
     for text in notes:
         note(f"note: {text}")
-    unproven = "" if allow_unidentified else _unproven(result, content)
-    if not (unproven or allow_unidentified) and provenance_audit is not None:
-        unproven = _unproven_selection(provenance_audit, str(val_instances))
+    unidentified = _unproven(result, content)
+    if not unidentified and provenance_audit is not None:
+        unidentified = _unproven_selection(provenance_audit, str(val_instances))
+    unproven = "" if allow_unidentified else unidentified
     if as_json:
         tree = result.to_json() if provenance_audit is None and result is not None else {}
         if provenance_audit is not None:
@@ -141,7 +142,7 @@ def command(
             tree |= {"clean": tree["clean"] and not content.copies, "content": content.to_json()}
         tree |= {"clean": tree["clean"] and not unproven, "unproven": unproven}
         if provenance_audit is not None:
-            tree |= {"proven": provenance_audit.proven and tree["clean"]}
+            tree |= {"proven": provenance_audit.proven_if_identified and tree["clean"] and not unidentified}
         echo_json(tree)
     else:
         _tables(result, provenance_audit, content)

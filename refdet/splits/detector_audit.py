@@ -45,6 +45,14 @@ class ProvenanceAudit:
     @property
     def proven(self) -> bool:
         """Whether it is clean according to the training and validation files themselves, not only by its own claim."""
+        return self.proven_if_identified and self.proof is not None and not self.proof.unknown
+
+    @property
+    def proven_if_identified(self) -> bool:
+        """`proven`, provided that the training images which cannot be identified by id are not held out.
+
+        Comparing their content (`refdet.splits.duplicates.audit_content`) can show that they are not.
+        """
         selection_proven = self.selection is not None and self.selection.proven
         return self.proof is not None and not self.proof.leaked and not self.problem and selection_proven
 

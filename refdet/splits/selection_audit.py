@@ -92,7 +92,8 @@ def audit_selection(
         problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, VALIDATION_FILE)
         if proof is not None:
             notes += proof.notes
-        return SelectionAudit(selection, proof, problem, proof is not None and not problem, notes)
+        proven = proof is not None and not proof.unknown and not problem
+        return SelectionAudit(selection, proof, problem, proven, notes)
     for file in selection.validated_on:
         notes.append(_last_step_note(subject, file, splits, proof))
     is_recorded = proof is None or any(
