@@ -61,8 +61,8 @@ def load_predictions(
         store: the store whose rows ``region`` refers to.
         images: sentence id -> its image, for every sentence of the dataset.
         generalized: whether the dataset is gRefCOCO. Entries may then have a list instead, empty for "no such object":
-            ``regions``, ``boxes`` or ``segmentations``; an answer whose mask is empty counts as no object, and ranked
-            lists are refused.
+            ``regions``, ``boxes`` or ``segmentations``; an empty segmentation counts as no object, and ranked lists are
+            refused.
         box_format: format of the boxes, one of `refdet.data.box_format.NAMES`.
 
     Returns:
@@ -130,8 +130,8 @@ class _Reader:
         if key not in _SINGLE:
             self._check_list(key, value)
         answers = self._read((_LISTS | _RANKED).get(key, key), [value] if key in _SINGLE else value, image)
-        if self.generalized:
-            answers = [(box, mask) for box, mask in answers if mask is None or coco_mask.area(mask)]
+        if self.generalized and key in ("segmentation", "segmentations"):  # a region keeps its box if its mask is empty
+            answers = [(box, mask) for box, mask in answers if coco_mask.area(mask)]
         boxes = np.array([box for box, _ in answers], np.float64).reshape(-1, 4)
         ranked = boxes if key in _RANKED else None
         masks = [mask for _, mask in (answers[:1] if key in _RANKED else answers)]
