@@ -127,7 +127,7 @@ def audit_content(
     splits = [*held_out(refer_root, exclude)[0], *held_out_benchmarks(benchmark)[0]]
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
     source = ImageSource.open(images)
-    refer_source = source if refer_images is None else _open_refer_images(refer_images)
+    refer_source = source if refer_images is None else ImageSource.open(refer_images, argument="refer_images")
     held_out_ids = frozenset(ids)
     image_list = read_image_list(instances)
     records = [_records(image_list, index) for index in range(len(image_list.images))]
@@ -259,10 +259,3 @@ def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
         return [ImageRecord(-1, name, 0, 0) for name in files]
     # an image with only an unconfirmed id is not compared, so it stays unproven
     return [ImageRecord(-1 if image.unknown else min(image.coco_ids, default=-1), "", 0, 0)]
-
-
-def _open_refer_images(path: str | Path) -> ImageSource:
-    try:
-        return ImageSource.open(path)
-    except InputError as error:
-        raise InputError(str(error).replace("`images`", "`refer_images`", 1)) from None

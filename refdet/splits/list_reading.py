@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refdet.data.coco_validation import json_type, parse_id
 from refdet.data.image_evidence import (
@@ -206,27 +206,36 @@ def _check_coco_ids(path: Path, value: dict, what: str) -> None:
             parse_id(path, value, key, what)
 
 
-def _line_spans(text: str) -> Iterator[tuple[int, str, int, int]]:
-    """Nonblank lines: line number from 1, stripped text, start and end offset."""
-    start = 0
-    for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", text), start=1):
-        stripped = line.strip(_SPACE)
-        if stripped:
-            first = start + line.index(stripped)
-            yield number, stripped, first, first + len(stripped)
-        start += len(line)
+class _Line(NamedTuple):
+    """A line ``contents[start:end]`` of a text, without surrounding whitespace; ``number`` counts from 1."""
+
+    number: int
+    text: str
+    start: int
+    end: int
+
+
+def _nonblank_lines(contents: str) -> Iterator[_Line]:
+    """Lines that are not blank; they end in LF, CR or CRLF."""
+    line_start = 0
+    for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", contents), start=1):
+        text = line.strip(_SPACE)
+        if text:
+            start = line_start + line.index(text)
+            yield _Line(number, text, start, start + len(text))
+        line_start += len(line)
 
 
 def _lines(text: str) -> Iterator[ImageEntry]:
-    for _, line, start, end in _line_spans(text):
-        if not line.startswith("#"):
-            yield _line_entry(line, start, end)
+    for line in _nonblank_lines(text):
+        if not line.text.startswith("#"):
+            yield _line_entry(line)
 
 
-def _line_entry(text: str, start: int, end: int) -> ImageEntry:
+def _line_entry(line: _Line) -> ImageEntry:
     """The entry of a line: an id or a name, or a table row, identified by its file names or else by its numbers."""
-    entry = _bare_entry(text, start, end)
-    columns = re.split(r"[,;\t]", text)
+    entry = _bare_entry(line.text, line.start, line.end)
+    columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
     if entry.evidence.bare or len(fields) < 2:
         return entry
@@ -277,13 +286,13 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
-    for number, line, start, end in _line_spans(text):
-        try:
-            with json_errors(path):
-                value = json.loads(line)
-        except InputError as error:
-            raise InputError(str(error).replace(" in line 1:", f" in line {number}:", 1)) from None
-        yield _list_entry(path, f"line {number}", value, start, end)
+    for line in _nonblank_lines(text):
+        with json_errors(path):
+            try:
+                value = json.loads(line.text)
+            except json.JSONDecodeError as error:  # its line is relative to the text that was parsed
+                raise json.JSONDecodeError(error.msg, text, line.start + error.pos) from None
+        yield _list_entry(path, f"line {line.number}", value, line.start, line.end)
 
 
 def _fix(images: Iterable[ImageEntry]) -> str:
