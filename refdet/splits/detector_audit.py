@@ -120,7 +120,7 @@ def audit_provenance(
     claims = claims_of(provenance, splits)
     proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
-        notes = proof.notes
+        notes = list(proof.notes)  # they include those of the held-out splits
     subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
     n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
     problem = _find_problem(subject, provenance, claims, proof, instances, n_held_out)
@@ -134,7 +134,7 @@ def audit_provenance(
         exclude=exclude,
         trust_weights=trust_weights,
     )
-    notes += selection.notes
+    notes += [note for note in selection.notes if note not in notes]
     options = description.get("options")
     if isinstance(options, dict) and (boxes := options.get("boxes_sha256")):
         notes.append(

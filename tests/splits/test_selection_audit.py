@@ -131,6 +131,15 @@ def test_another_validation_file_proves_nothing(world: Path, tmp_path: Path) -> 
     )
 
 
+def test_notes_are_given_once_and_those_of_a_file_are_its_own(world: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "val.json", coco([5], [], {5: "5.jpg"}))
+    selection = Selection(True, (of_file(file),))
+    run = run_directory(tmp_path / "run", replace(of_file(world / "split.json"), selection=selection))
+    found = audited(world, run, val_instances=file)
+    assert len(set(found.notes)) == len(found.notes) and found.proof is not None
+    assert any(str(file) in note for note in found.notes) and not any(str(file) in note for note in found.proof.notes)
+
+
 def test_without_a_record_a_validated_run_is_not_clean(world: Path, tmp_path: Path) -> None:
     older = of_file(world / "split.json")
     run = run_directory(tmp_path / "run", older)
