@@ -20,7 +20,7 @@ from refdet.data.box_format import DEFAULT, FORMATS, BoxFormat, resolve_box_form
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.evaluation.entries import entries_by_id
+from refdet.evaluation.entries import iter_entries
 from refdet.store import Store
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def load_predictions(
     Raises:
         InputError: an entry is invalid; the message names the file and the entry.
     """
-    entries = list(entries_by_id(path, {"sent_id": int}, "sentence", "a prediction", images))
+    entries = list(iter_entries(path, {"sent_id": int}, "sentence", images))
     boxes, sizes = [], []
     for _, sent_id, entry in entries:
         for box in _boxes(entry):
@@ -171,7 +171,8 @@ class _Reader:
         """Box and RLE of a row of the store."""
         store = self.store
         if type(row) is not int or not 0 <= row < store.regions:
-            raise InputError(f"region {row!r:.40} is not a row of {store.path}; rows are 0 to {store.regions - 1}")
+            rows = f"rows are 0 to {store.regions - 1}" if store.regions else "it has no regions"
+            raise InputError(f"region {row!r:.40} is not a row of {store.path}; {rows}")
         image_id, index = store.region(row)
         if image_id != image.id:
             raise InputError(f"region {row} is of image {image_id}, the sentence is of image {image.id}")

@@ -136,7 +136,7 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         ({}, "a list"),
         ([3], "entry 0"),
         ([{"sent_id": 77, "region": 0}], "sentence 77 is not in"),
-        ([{"sent_id": 0, "region": 0}, {"sent_id": 0, "region": 0}], "entry 1: sentence 0 already has a prediction"),
+        ([{"sent_id": 0, "region": 0}, {"sent_id": 0, "region": 0}], "entry 1: duplicate entry for sentence 0"),
         ([{"sent_id": 0}], "one of region, box and segmentation"),
         ([{"sent_id": 0, "region": 3}], "region 3 is not a row .* rows are 0 to 2"),
         ([{"sent_id": 0, "region": -1}], "region -1 is not a row"),
