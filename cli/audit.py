@@ -235,6 +235,9 @@ def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
             f"its weights are {audit.selection.one_line()}, which is clean according to its own record; this is only "
             "a claim; to prove it, pass that file with --val-instances"
         ]
+    if audit.proof.unknown:
+        unidentified = format_count(audit.proof.unidentified, "image")
+        return [f"its weights are {audit.selection.one_line()}, with {unidentified} not identified by id; not proven"]
     return [
         f"proven: its weights are {audit.selection.one_line()}, of which "
         f"{format_count(audit.proof.images, 'image', 'was')} checked"

@@ -202,9 +202,11 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     run = run_directory(tmp_path / "vg", provenance)
     done = call("audit", "--checkpoint", run, *common, "--val-instances", unknown)
     assert done.exit_code == 1 and "not proven: 1 image unknown (first: 5) in" in done.stderr
-    assert (
-        call("audit", "--checkpoint", run, *common, "--val-instances", unknown, "--allow-unidentified").exit_code == 0
-    )
+    accepted = ["audit", "--checkpoint", run, *common, "--val-instances", unknown, "--allow-unidentified"]
+    done, as_json = call(*accepted), call(*accepted, "--json")
+    assert done.exit_code == as_json.exit_code == 0 and "proven: its weights" not in done.stdout
+    assert "(1 image, ids " in done.stdout and "1 image not identified by id; not proven" in done.stdout
+    assert not json.loads(as_json.stdout)["proven"] and not json.loads(as_json.stdout)["selection"]["proven"]
 
 
 @pytest.mark.parametrize(
