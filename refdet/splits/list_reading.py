@@ -261,14 +261,15 @@ def _line_entry(line: _Line) -> ImageEntry:
     named = entry.evidence.named
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
+    # without a COCO name, bare numbers count: those of the file names, or without file names those of all fields
     texts = [field for field in fields if is_image_file(field)] or fields
     numbers = [] if named else [number for field in texts if (number := bare_number(field)) is not None]
-    if names:
-        are_addresses_of_one = bool(named) and "://" in names[0]
-        unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
-        unnumbered = unnumbered and not are_addresses_of_one
-    else:
+    if not names:
         unnumbered = not named and len(set(numbers)) != 1
+    elif named and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
+        unnumbered = False
+    else:
+        unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
     evidence = replace(
         entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unnumbered, addresses=tuple(dict.fromkeys(names))
     )
