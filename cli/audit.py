@@ -134,13 +134,12 @@ def command(
         notes = [*notes, *(f"--find-duplicates: {text}" for text in content.notes())]
     for text in notes:
         note(f"note: {text}")
-    unproven = ""
-    if not allow_unidentified:
-        unproven = _unproven(result, content)
-        if not unproven and provenance_audit is not None:
-            unproven = _unproven_selection(provenance_audit, str(val_instances))
+    unidentified = _unproven(result, content)
+    if not unidentified and provenance_audit is not None:
+        unidentified = _unproven_selection(provenance_audit, str(val_instances))
+    unproven = "" if allow_unidentified else unidentified
     if as_json:
-        echo_json(_to_json(result, provenance_audit, content, unproven))
+        echo_json(_to_json(result, provenance_audit, content, unidentified, unproven))
     else:
         _print_tables(result, provenance_audit, content)
     _raise_leaks(instances, result, provenance_audit, content)
@@ -156,9 +155,18 @@ def command(
 
 
 def _to_json(
-    result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None, unproven: str
+    result: AuditResult | None,
+    detector: ProvenanceAudit | None,
+    content: ContentResult | None,
+    unidentified: str,
+    unproven: str,
 ) -> dict[str, Any]:
-    """The results as a JSON object; ``unproven`` are the images that are not proven clean, "" if all are."""
+    """The results as a JSON object.
+
+    Args:
+        unidentified: which images are not identified, "" if none.
+        unproven: the same, but "" with --allow-unidentified.
+    """
     if detector is not None:
         tree = detector.to_json()
     else:
@@ -170,7 +178,7 @@ def _to_json(
         tree["content"] = content.to_json()
     tree |= {"clean": is_clean, "unproven": unproven}
     if detector is not None:
-        tree["proven"] = detector.proven and is_clean
+        tree["proven"] = detector.proven_if_identified and is_clean and not unidentified
     return tree
 
 
@@ -253,6 +261,9 @@ def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
             f"its weights are {audit.selection.one_line()}, which is clean according to its own record; this is only "
             "a claim; to prove it, pass that file with --val-instances"
         ]
+    if audit.proof.unknown:
+        unidentified = format_count(audit.proof.unidentified, "image")
+        return [f"its weights are {audit.selection.one_line()}, with {unidentified} not identified by id; not proven"]
     return [
         f"proven: its weights are {audit.selection.one_line()}, of which "
         f"{format_count(audit.proof.images, 'image', 'was')} checked"

@@ -61,7 +61,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
         raise InputError(f"--box-format {options['box_format']} is for --predictions; give these or omit it")
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
-    from refdet.evaluation.renamed_metrics import with_old_names
+    from refdet.evaluation.renamed_metrics import add_old_names
     from refdet.evaluation.tables import tables, to_dataframe, write
     from refdet.report.recall_charts import write_recall_figure
     from refdet.structures.provenance import Provenance
@@ -78,7 +78,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
         if values.get("language", {}).get("METEOR", 0) is None:
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
-        echo_json(with_old_names(metrics))
+        echo_json(add_old_names(metrics))
         return
     by_group = tables(to_dataframe(metrics))
     echo_table(*_overview(by_group))

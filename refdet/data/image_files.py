@@ -41,11 +41,12 @@ class ImageFiles(Protocol):
         """Whether the whole folder or zip is gone, for example unmounted."""
 
 
-def open_files(path: Path) -> ImageFiles:
+def open_files(path: Path, argument: str = "images") -> ImageFiles:
     """List a folder, recursively, or a zip.
 
     Args:
         path: the folder or zip.
+        argument: name of the argument that gave the path, for messages.
 
     Returns:
         Its files.
@@ -59,17 +60,17 @@ def open_files(path: Path) -> ImageFiles:
             return _Folder(path)
         if not path.is_file():
             raise InputError(
-                f"`images` {path}: no such file or folder; give a folder or zip of images{how_to_fetch(path)}"
+                f"`{argument}` {path}: no such file or folder; give a folder or zip of images{how_to_fetch(path)}"
             )
         return _Zip(path)
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
         if is_system_error(error):
-            raise RuntimeFailure(f"`images` {path}: cannot be listed now ({error}); try again") from error
+            raise RuntimeFailure(f"`{argument}` {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
         problem = "cannot be listed" if path.is_dir() else "not a readable zip"
-        raise InputError(f"`images` {path}: {problem} ({why}); give a folder or zip of images") from error
+        raise InputError(f"`{argument}` {path}: {problem} ({why}); give a folder or zip of images") from error
 
 
 class _Folder:

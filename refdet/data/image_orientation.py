@@ -43,8 +43,8 @@ class OrientationNote:
             else "rotated upright"
         )
         log.warning(
-            "note: `images` %s: %d of the images read %s an EXIF orientation other than 1, such as %s: %s",
-            *(self._source.path, len(names), agree(len(names), "has"), names[0], handling),
+            "note: `%s` %s: %d of the images read %s an EXIF orientation other than 1, such as %s: %s",
+            *(self._source.argument, self._source.path, len(names), agree(len(names), "has"), names[0], handling),
         )
 
     def __enter__(self) -> OrientationNote:

@@ -35,15 +35,17 @@ class ImageSource:
     Args:
         files: the folder or zip.
         exif: "ignore" to keep pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
+        argument: name of the argument that gave the path, for messages.
 
     Attributes:
         path: the folder or zip.
         exif: as given.
+        argument: as given.
         oriented: file -> EXIF orientation, of files with an orientation other than 1 that this process has read.
     """
 
-    def __init__(self, files: ImageFiles, exif: str = "ignore") -> None:
-        self.path, self.exif = files.path, exif
+    def __init__(self, files: ImageFiles, exif: str = "ignore", argument: str = "images") -> None:
+        self.path, self.exif, self.argument = files.path, exif, argument
         self.oriented: dict[str, int] = {}
         self._files = files
         listing, root = files.listing, files.path.absolute()
@@ -53,12 +55,13 @@ class ImageSource:
         self._located: dict[Key, Match] = {}
 
     @classmethod
-    def open(cls, path: str | Path, exif: str = "ignore") -> ImageSource:
+    def open(cls, path: str | Path, exif: str = "ignore", argument: str = "images") -> ImageSource:
         """List a folder (recursively, following links) or a zip.
 
         Args:
             path: the folder or zip.
             exif: "ignore" to keep pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
+            argument: name of the argument that gave the path, for messages.
 
         Returns:
             The source.
@@ -67,20 +70,21 @@ class ImageSource:
             InputError: the path does not exist, or the zip is damaged.
             RuntimeFailure: a disk or network error.
         """
-        files = open_files(Path(path))
+        files = open_files(Path(path), argument)
         unlisted, parent_links = files.listing.unlisted, files.listing.parent_links
         if unlisted:
             log.warning(
-                "note: `images` %s: %s cannot be listed, first: %s (%s)",
+                "note: `%s` %s: %s cannot be listed, first: %s (%s)",
+                argument,
                 path,
                 format_count(len(unlisted), "subfolder"),
                 unlisted[0][0],
                 unlisted[0][1].strerror,
             )
         if parent_links:
-            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, parent_links[0])
-        source = cls(files, exif)
-        log.info("`images` %s: %s", path, format_count(len(source._names), "file"))
+            log.warning("note: `%s` %s: link %s to a parent folder is not followed", argument, path, parent_links[0])
+        source = cls(files, exif, argument)
+        log.info("`%s` %s: %s", argument, path, format_count(len(source._names), "file"))
         return source
 
     def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
@@ -100,7 +104,8 @@ class ImageSource:
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
             log.warning(
-                "note: `images` %s: %s in another folder than the file_name says, first: %s, read from %s",
+                "note: `%s` %s: %s in another folder than the file_name says, first: %s, read from %s",
+                self.argument,
                 self.path,
                 format_share(len(moved), len(records), "image", "is"),
                 moved[0][0].file_name,
@@ -149,11 +154,12 @@ class ImageSource:
         if ambiguous:
             what = f"{_display_name(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
             raise InputError(
-                f"`images` {self.path}: {what} (the same for {format_share(len(ambiguous), len(records), 'image')} in "
-                f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
+                f"`{self.argument}` {self.path}: {what} (the same for "
+                f"{format_share(len(ambiguous), len(records), 'image')} in {listed_in.name}); "
+                "give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(
-            f"`images` {self.path}: {format_share(len(missing), len(records), 'image')} in {listed_in.name} "
+            f"`{self.argument}` {self.path}: {format_share(len(missing), len(records), 'image')} in {listed_in.name} "
             f"{agree(len(missing), 'is')} missing among its {format_count(len(self._names), 'file')}, first: "
             f"{missing[0]}; give the folder or zip that holds them all"
         )

@@ -62,6 +62,28 @@ def coco_ap(
     return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
 
 
+def box_and_mask_ap(
+    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], masks: bool
+) -> dict[str, dict[str, float | None] | None]:
+    """Box and mask AP as in metrics.json.
+
+    Args:
+        index: the annotations.
+        image_ids: the images to evaluate on.
+        results: entries of a COCO results JSON.
+        masks: whether to compute mask AP.
+
+    Returns:
+        {"bbox": values, "segm": values, or None without masks}; the values of `coco_ap`, with None instead of -1.
+    """
+
+    def compute(iou_type: str) -> dict[str, float | None]:
+        rates = coco_ap(index, image_ids, results, iou_type)
+        return {name: value if value >= 0 else None for name, value in rates.items()}
+
+    return {"bbox": compute("bbox"), "segm": compute("segm") if masks else None}
+
+
 def ap_by_category(
     index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], iou_type: str
 ) -> dict[int, dict[str, float | None]]:

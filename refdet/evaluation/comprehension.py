@@ -55,8 +55,8 @@ def comprehension(
         prediction has a mask.
     """
     ious: list[float] = []
-    top1: list[float] = []  # overlaps as defined by the protocol
-    top_k: list[list[float]] = []
+    top1: list[float] = []  # overlap of the first answer, as defined by the protocol
+    top_k: list[list[float]] = []  # best overlap of the first k answers, for each k in `RANKS`
     baseline: list[float] = []
     mask_overlaps: list[tuple[int, int]] = []
     all_predictions = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
@@ -74,27 +74,21 @@ def comprehension(
             baseline.append(chance)
             if truth is not None:
                 mask_overlaps.append(mask_overlap(_mask(predicted, image), truth))
-    ranked = any(p.ranked is not None for p in predictions.values())
-    return {
-        "comprehension": {
-            "accuracy@0.5": fraction_at_least(top1, 0.5),
-            "missing": sum(p is None for p in all_predictions),
-            "random_baseline@0.5": mean(baseline),
-            **precisions(top1),
-            "mean_iou": mean(ious),
-            **(
-                {f"P@{k}": fraction_at_least([overlaps[i] for overlaps in top_k], 0.5) for i, k in enumerate(RANKS)}
-                if ranked
-                else {}
-            ),
-        },
-        "segmentation": {
-            "missing": sum(p is None or p.masks is None for p in all_predictions),
-            **segmentation_scores(mask_overlaps),
-        }
-        if with_masks
-        else None,
+    rates = {
+        "accuracy@0.5": fraction_at_least(top1, 0.5),
+        "missing": sum(p is None for p in all_predictions),
+        "random_baseline@0.5": mean(baseline),
+        **precisions(top1),
+        "mean_iou": mean(ious),
     }
+    if any(p.ranked is not None for p in predictions.values()):
+        for i, k in enumerate(RANKS):
+            rates[f"P@{k}"] = fraction_at_least([overlaps[i] for overlaps in top_k], 0.5)
+    segmentation = None
+    if with_masks:
+        without_mask = sum(p is None or p.masks is None for p in all_predictions)
+        segmentation = {"missing": without_mask, **segmentation_scores(mask_overlaps)}
+    return {"comprehension": rates, "segmentation": segmentation}
 
 
 def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:

@@ -14,7 +14,7 @@ from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError, RuntimeFailure
-from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.evaluation.average_precision import box_and_mask_ap, coco_results, why_undefined
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.evaluation.regions_on_ray import regions_on_ray
 from refdet.extraction.options import check_count
@@ -91,7 +91,7 @@ def evaluate(
         exif=exif,
         crowd_as_object=crowd_as_object,
     )
-    return _compute_ap(data.index, coco_results(regions), meta.recipe.model.masks)
+    return box_and_mask_ap(data.index, data.index.images, coco_results(regions), meta.recipe.model.masks)
 
 
 def detection_ap(
@@ -124,21 +124,7 @@ def detection_ap(
             results += coco_results([regions])
             bar.update()
             on_image()
-    return _compute_ap(data.index, results, detector.meta.recipe.model.masks)
-
-
-def _compute_ap(
-    index: CocoIndex, results: list[dict[str, Any]], masks: bool
-) -> dict[str, dict[str, float | None] | None]:
-    """AP of results as `evaluate` returns it; ``masks``: whether the detector has a mask branch."""
-    iou_types = ("bbox", "segm") if masks else ("bbox",)
-    metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
-    return {
-        iou_type: {name: value if value >= 0 else None for name, value in metrics[iou_type].items()}
-        if iou_type in metrics
-        else None
-        for iou_type in ("bbox", "segm")
-    }
+    return box_and_mask_ap(data.index, data.index.images, results, detector.meta.recipe.model.masks)
 
 
 def _load_detector(run: Path, device: str | None, precision: str) -> TrainedDetector:

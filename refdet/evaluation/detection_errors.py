@@ -24,7 +24,8 @@ class DetectionErrors:
         images: number of images.
         objects: number of annotated objects, without crowds.
         missed: number of objects that no region of any category matches.
-        regions: (`BINS`,) number of regions by score; those on crowds are not counted.
+        regions: (`BINS`,) number of regions by score, in bins of equal width over 0..1, the first and last of which
+            also count scores outside of 0..1; regions on crowds are not counted.
         correct: (`BINS`,) number of these regions that match an object of their category, one region per object.
         score_sums: (`BINS`,) sums of the scores of these regions.
         confusions: (category of an object, category of its best-scoring region) -> number of matched objects.
@@ -72,7 +73,8 @@ class DetectionErrors:
         """
         labels = np.array([a.category_id for a in objects], np.int64)
         unmatched = np.ones(len(objects), bool)
-        bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
+        # scores of boxes from a file may be outside of 0..1
+        bins = np.minimum(np.clip(scores, 0, 1) * BINS, BINS - 1).astype(int)
         for row in range(len(scores)):
             candidates = np.where(unmatched & (labels == categories[row]), ious[:, row], 0.0)
             best = int(candidates.argmax()) if len(candidates) else -1

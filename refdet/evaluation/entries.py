@@ -7,33 +7,34 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refdet.data.coco_validation import json_type
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
 
 _TYPE_NAMES = {int: "an integer", str: "a string"}
 
 
-def entries_by_id(
-    path: Path, fields: Mapping[str, type], noun: str, answer: str, known: Container[int]
+def iter_entries(
+    path: Path, fields: Mapping[str, type], noun: str, dataset_ids: Container[int]
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Iterate over (position for errors, id, entry) of a list of objects.
+    """Iterate over the entries of a model's output.
 
     Args:
         path: the JSON file.
         fields: required fields and their types, int or str; the first is the id.
         noun: what the ids belong to, such as "sentence".
-        answer: what the entries are, such as "a prediction".
-        known: the ids of the dataset.
+        dataset_ids: the ids in the dataset.
+
+    Yields:
+        File and position of an entry for error messages, its id, and the entry.
 
     Raises:
-        InputError: the file is not such a list, or an id is unknown or a duplicate.
+        InputError: the file is not a list of objects with these fields, or an id is unknown or a duplicate.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
         names = " and ".join(fields)
-        raise InputError(
-            f"{path}: {answer.split()[-1]}s are a list of objects with {names}, this is a {type(entries).__name__}"
-        )
+        raise InputError(f"{path}: a JSON {json_type(entries)}; it must be a list of objects with {names}")
     required = " and ".join(f"{_TYPE_NAMES[kind]} {name}" for name, kind in fields.items())
     key = next(iter(fields))
     seen: set[int] = set()
@@ -42,10 +43,10 @@ def entries_by_id(
         if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in fields.items()):
             raise InputError(f"{where}: it must be an object with {required}{_actual_value(entry, fields)}")
         id_ = entry[key]
-        if id_ not in known:
+        if id_ not in dataset_ids:
             raise InputError(f"{where}: {noun} {id_} is not in this dataset and split_by")
         if id_ in seen:
-            raise InputError(f"{where}: {noun} {id_} already has {answer}; remove one")
+            raise InputError(f"{where}: duplicate entry for {noun} {id_}; remove one")
         seen.add(id_)
         yield where, id_, entry
 

@@ -27,7 +27,14 @@ class EvaluationData:
     source: ImageSource
 
     @classmethod
-    def open(cls, instances: Path, images: Path, exif: str = "ignore", crowd_as_object: bool = False) -> EvaluationData:
+    def open(
+        cls,
+        instances: Path,
+        images: Path,
+        exif: str = "ignore",
+        crowd_as_object: bool = False,
+        images_argument: str = "images",
+    ) -> EvaluationData:
         """Read an instances file and find its images.
 
         Args:
@@ -35,12 +42,13 @@ class EvaluationData:
             images: folder or zip of its images.
             exif: "ignore" or "apply" the EXIF orientation of the images.
             crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+            images_argument: name of the argument that gave ``images``, for messages.
 
         Raises:
             InputError: the file is invalid or has no images, or an image is missing.
         """
         index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
-        source = ImageSource.open(images, exif)
+        source = ImageSource.open(images, exif, images_argument)
         if not index.images:
             raise InputError(f"{instances}: has no images to evaluate on")
         source.check(list(index.images.values()), instances)

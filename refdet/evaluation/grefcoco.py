@@ -40,8 +40,8 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
         with a target that are predicted to have one; None if there are no such sentences.
         precision@F1=1,IoU>=0.5: share of the sentences with all objects found and nothing else; and the same with
         GIoU, as in the authors' code.
-        gIoU: mean IoU, where a sentence without a target counts as 1 if predicted to have none, else 0; cIoU: sum of
-        intersections over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without
+        gIoU: mean IoU, where a sentence without a target counts as 1 if its predicted mask is empty, else 0; cIoU: sum
+        of intersections over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without
         masks.
     """
     without_target = [a for a in answers if not len(a.truth)]
@@ -59,10 +59,10 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
         return scores | dict.fromkeys(("gIoU", "cIoU", *precisions([])))
     available = [overlap for overlap in overlaps if overlap is not None]
     pairs = list(zip(answers, available, strict=True))
-    ious = [float(_predicts_no_target(a)) if not len(a.truth) else ratio(*overlap) for a, overlap in pairs]
     target_ious = [ratio(*overlap) for a, overlap in pairs if len(a.truth)]
+    no_target_ious = [float(a.predicted is not None and not union) for a, (_, union) in pairs if not len(a.truth)]
     overall = ratio(sum(intersection for intersection, _ in available), sum(union for _, union in available))
-    return scores | {"gIoU": mean(ious), "cIoU": overall} | precisions(target_ious)
+    return scores | {"gIoU": mean(target_ious + no_target_ious), "cIoU": overall} | precisions(target_ious)
 
 
 def _predicts_no_target(answer: Answer) -> bool:

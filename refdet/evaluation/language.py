@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError, RuntimeFailure
-from refdet.evaluation.entries import entries_by_id
+from refdet.evaluation.entries import iter_entries
 from refdet.files.short_text import format_share
 
 NOT_INSTALLED = "pycocoevalcap, which computes these metrics, is not installed: pip install pycocoevalcap"
+_JAVA_HINT = "check that `java -version` works, or remove java from the PATH to skip METEOR"
 # punctuation that PTBTokenizer of pycocoevalcap removes
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
@@ -99,9 +100,6 @@ class Scorers:
         }
 
 
-_JAVA_HINT = "check that `java -version` works, or remove java from the PATH to skip METEOR"
-
-
 def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
     """Read and check the JSON of generated expressions.
 
@@ -115,7 +113,7 @@ def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
     Raises:
         InputError: an entry is invalid; the message names the file and the entry.
     """
-    entries = entries_by_id(path, {"ref_id": int, "sent": str}, "ref", "an expression", ref_ids)
+    entries = iter_entries(path, {"ref_id": int, "sent": str}, "ref", ref_ids)
     return {ref_id: entry["sent"] for _, ref_id, entry in entries}
 
 

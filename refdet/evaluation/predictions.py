@@ -20,15 +20,16 @@ from refdet.data.box_format import DEFAULT, FORMATS, BoxFormat, resolve_box_form
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.evaluation.entries import entries_by_id
+from refdet.evaluation.entries import iter_entries
 from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
+# Keys of an entry that hold one answer, a list of answers, or a ranked list; for lists, with the key of one answer.
 _SINGLE = ("region", "box", "segmentation")
-_MAX_COORDINATE = 1e9  # in pixels, which keeps areas from overflowing
 _LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
 _RANKED = {"ranked_regions": "region", "ranked_boxes": "box"}
+_MAX_COORDINATE = 1e9  # in pixels, which keeps areas from overflowing
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def load_predictions(
         store: the store whose rows ``region`` refers to.
         images: sentence id -> its image, for every sentence of the dataset.
         generalized: whether the dataset is gRefCOCO. Entries may then have a list instead, empty for "no such object":
-            ``regions``, ``boxes`` or ``segmentations``; an answer whose mask is empty counts as no object, and ranked
-            lists are refused.
+            ``regions``, ``boxes`` or ``segmentations``; an empty segmentation counts as no object, and ranked lists are
+            refused.
         box_format: format of the boxes, one of `refdet.data.box_format.NAMES`.
 
     Returns:
@@ -71,7 +72,7 @@ def load_predictions(
     Raises:
         InputError: an entry is invalid; the message names the file and the entry.
     """
-    entries = list(entries_by_id(path, {"sent_id": int}, "sentence", "a prediction", images))
+    entries = list(iter_entries(path, {"sent_id": int}, "sentence", images))
     boxes, sizes = [], []
     for _, sent_id, entry in entries:
         for box in _boxes(entry):
@@ -93,8 +94,7 @@ def load_predictions(
 
 def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
     """The boxes of an entry, in the format of the file, without invalid ones."""
-    lists = [entry.get(kind) for kind in ("boxes", "ranked_boxes")]
-    for boxes in ([entry.get("box")], *lists):
+    for boxes in ([entry.get("box")], entry.get("boxes"), entry.get("ranked_boxes")):
         if isinstance(boxes, list):
             yield from (box for box in boxes if _is_box(box))
 
@@ -129,16 +129,14 @@ class _Reader:
         key, value = keys[0], entry[keys[0]]
         if key not in _SINGLE:
             self._check_list(key, value)
-        answers = self._read((_LISTS | _RANKED).get(key, key), [value] if key in _SINGLE else value, image)
-        if self.generalized:
-            answers = [(box, mask) for box, mask in answers if mask is None or coco_mask.area(mask)]
+        kind = (_LISTS | _RANKED).get(key, key)
+        answers = self._read_answers(kind, [value] if key in _SINGLE else value, image)
+        if self.generalized and kind == "segmentation":  # but a region whose mask is empty still has its box
+            answers = [(box, mask) for box, mask in answers if coco_mask.area(mask)]
         boxes = np.array([box for box, _ in answers], np.float64).reshape(-1, 4)
-        ranked = boxes if key in _RANKED else None
-        masks = [mask for _, mask in (answers[:1] if key in _RANKED else answers)]
-        available = tuple(mask for mask in masks if mask is not None)
-        return Prediction(
-            boxes[:1] if key in _RANKED else boxes, available if len(available) == len(masks) else None, ranked
-        )
+        if key in _RANKED:
+            return Prediction(boxes[:1], _masks(answers[:1]), ranked=boxes)
+        return Prediction(boxes, _masks(answers))
 
     def _check_list(self, kind: str, value: Any) -> None:
         """Raise an InputError if the dataset does not allow this kind of list, or it is not a list."""
@@ -161,17 +159,20 @@ class _Reader:
                 "sentence without an answer"
             )
 
-    def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
-        """Box (4,), xyxy in pixels of the image, and RLE, None without a mask, of each answer."""
+    def _read_answers(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
+        """Box (4,), xyxy in pixels of the image, and RLE, None without a mask, of answers of one of `_SINGLE`."""
         if kind == "box":
-            return [(corners, None) for corners in self._corners(values, image)]
-        return [self._region(v, image) if kind == "region" else _segmentation(v, image) for v in values]
+            return [(corners, None) for corners in self._to_corners(values, image)]
+        if kind == "region":
+            return [self._read_region(row, image) for row in values]
+        return [_read_segmentation(segmentation, image) for segmentation in values]
 
-    def _region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+    def _read_region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
         """Box and RLE of a row of the store."""
         store = self.store
         if type(row) is not int or not 0 <= row < store.regions:
-            raise InputError(f"region {row!r:.40} is not a row of {store.path}; rows are 0 to {store.regions - 1}")
+            rows = f"rows are 0 to {store.regions - 1}" if store.regions else "it has no regions"
+            raise InputError(f"region {row!r:.40} is not a row of {store.path}; {rows}")
         image_id, index = store.region(row)
         if image_id != image.id:
             raise InputError(f"region {row} is of image {image_id}, the sentence is of image {image.id}")
@@ -179,7 +180,7 @@ class _Reader:
         masks = regions.rles()
         return regions.boxes[index].astype(np.float64), masks[index] if masks else None
 
-    def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
+    def _to_corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
         """Convert boxes to (n, 4) float64 xyxy in pixels of the image."""
         invalid = [value for value in values if not _is_box(value)]
         if not invalid:
@@ -192,7 +193,13 @@ class _Reader:
         raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.box_format.text}")
 
 
-def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+def _masks(answers: list[tuple[np.ndarray, dict | None]]) -> tuple[dict, ...] | None:
+    """The masks of answers; None if one has no mask."""
+    masks = tuple(mask for _, mask in answers if mask is not None)
+    return masks if len(masks) == len(answers) else None
+
+
+def _read_segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
     """The box around an RLE, and the RLE."""
     if not isinstance(value, dict):
         raise InputError('segmentation must be an RLE {"size": [height, width], "counts": ...}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from refdet.data.coco import CocoIndex
 from refdet.data.refer_splits import choose_splits
 from refdet.errors import InputError
 from refdet.evaluation import targets
-from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.evaluation.average_precision import box_and_mask_ap, coco_results, why_undefined
 from refdet.evaluation.comprehension import comprehension, generalized_comprehension
 from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
 from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
-from refdet.files.short_text import format_share, shorten
+from refdet.files.short_text import agree, format_share, shorten
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
@@ -142,6 +142,39 @@ class _Benchmark:
         refs = _refs(self.refer, split)
         regions = {i: read_regions(self.store, i) for i in sorted({ref["image_id"] for ref in refs})}
         unusable = [i for i in regions if i in self.store.errors]
+        coverages = self.coverage(refs, regions)
+        results = coco_results(regions.values())
+        self._warn_about_regions(split, regions, unusable, results)
+        metrics: dict[str, Any] = {
+            "images": len(regions),
+            **({"unusable": len(unusable)} if unusable else {}),
+            "refs": len(refs),
+            "sentences": sum(len(ref["sentences"]) for ref in refs),
+            "regions_per_image": mean([len(image_regions) for image_regions in regions.values()]),
+            "detection": box_and_mask_ap(self.index, regions, results, masks=self._has_mask_ap(split, regions)),
+            "referent_recall": referent_recall(coverages),
+            "recall@k": recall_at_k(coverages),
+            "recall@k_with_category": recall_at_k(coverages, with_category=True),
+        }
+        if self.predictions is None:
+            return metrics
+        if targets.is_generalized(self.refer.data["refs"]):
+            return metrics | generalized_comprehension(self.refer, self.index, refs, self.predictions)
+        answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
+        _warn_about_answers(split, metrics["sentences"], answered)
+        return metrics | answered
+
+    def _warn_about_regions(
+        self, split: str, regions: Mapping[int, Regions], unusable: Sequence[int], results: Sequence[dict[str, Any]]
+    ) -> None:
+        """Warn about unusable images, undefined AP and regions of unknown categories.
+
+        Args:
+            split: the split, for messages.
+            regions: image id -> its regions.
+            unusable: ids of the images without regions because of an error.
+            results: the regions as entries of a COCO results JSON.
+        """
         if unusable:
             log.warning(
                 "note: split %s: %s unusable in the extraction, so their objects count as missed (first: %s); "
@@ -150,10 +183,7 @@ class _Benchmark:
                 format_share(len(unusable), len(regions), "image", "is"),
                 shorten(self.store.errors[unusable[0]], 200),
             )
-        coverages = self.coverage(refs, regions)
-        results = coco_results(regions.values())
-        reason = why_undefined(self.index, regions)
-        if reason:
+        if reason := why_undefined(self.index, regions):
             log.warning("note: split %s: %s", split, reason)
         unknown_categories = sum(result["category_id"] not in self.index.categories for result in results)
         if unknown_categories:
@@ -164,47 +194,22 @@ class _Benchmark:
                 self.index.path,
                 "it" if unknown_categories == 1 else "them",
             )
-        all_segmented = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
-        metrics: dict[str, Any] = {
-            "images": len(regions),
-            **({"unusable": len(unusable)} if unusable else {}),
-            "refs": len(refs),
-            "sentences": sum(len(ref["sentences"]) for ref in refs),
-            "regions_per_image": mean([len(image_regions) for image_regions in regions.values()]),
-            "detection": {
-                "bbox": self.average_precision(list(regions), results, "bbox"),
-                "segm": self.average_precision(list(regions), results, "segm")
-                if self.store.has_masks and all_segmented
-                else None,
-            },
-            "referent_recall": referent_recall(coverages),
-            "recall@k": recall_at_k(coverages),
-            "recall@k_with_category": recall_at_k(coverages, with_category=True),
-        }
-        if self.predictions is None:
-            return metrics
-        if targets.is_generalized(self.refer.data["refs"]):
-            return metrics | generalized_comprehension(self.refer, self.index, refs, self.predictions)
-        answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
-        rates = answered["comprehension"]
-        if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
+
+    def _has_mask_ap(self, split: str, image_ids: Iterable[int]) -> bool:
+        """Whether regions and annotations have masks to compare; warn if only some of the annotations have."""
+        if not self.store.has_masks:
+            return False
+        annotations = [annotation for i in image_ids for annotation in self.refer.imgToAnns.get(i, [])]
+        without_mask = sum(not annotation.get("segmentation") for annotation in annotations)
+        if without_mask:
             log.warning(
-                "note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
-                "the original images, and in the format given by `box_format`?",
+                "note: split %s: %s in %s %s no segmentation; mask AP is left out",
                 split,
-                rates["accuracy@0.5"],
-                rates["random_baseline@0.5"],
+                format_share(without_mask, len(annotations), "annotation"),
+                self.index.path,
+                agree(without_mask, "has"),
             )
-        masks = answered["segmentation"]
-        if masks and masks["missing"] > answered["comprehension"]["missing"]:
-            boxes_only = masks["missing"] - answered["comprehension"]["missing"]
-            log.warning(
-                "note: %s: %s answered with a box where others have a mask; among the masks %s as wrong",
-                split,
-                format_share(boxes_only, metrics["sentences"], "sentence", "is"),
-                "it counts" if boxes_only == 1 else "they count",
-            )
-        return metrics | answered
+        return not without_mask
 
     def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:
         """Coverage of every referred object, ref by ref."""
@@ -217,9 +222,29 @@ class _Benchmark:
             )
         return coverages
 
-    def average_precision(
-        self, image_ids: list[int], results: list[dict[str, Any]], iou_type: str
-    ) -> dict[str, float | None]:
-        """`coco_ap`, with None instead of -1 if there are no such objects."""
-        rates = coco_ap(self.index, image_ids, results, iou_type)
-        return {name: value if value >= 0 else None for name, value in rates.items()}
+
+def _warn_about_answers(split: str, sentences: int, answered: Mapping[str, Any]) -> None:
+    """Warn about answers that are worse than guessing, and about boxes among masks.
+
+    Args:
+        split: the split, for messages.
+        sentences: number of sentences of the split.
+        answered: the result of `comprehension`.
+    """
+    rates, masks = answered["comprehension"], answered["segmentation"]
+    if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
+        log.warning(
+            "note: split %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
+            "the original images, and in the format given by `box_format`?",
+            split,
+            rates["accuracy@0.5"],
+            rates["random_baseline@0.5"],
+        )
+    if masks and masks["missing"] > rates["missing"]:
+        boxes_only = masks["missing"] - rates["missing"]
+        log.warning(
+            "note: split %s: %s answered with a box where others have a mask; among the masks %s as wrong",
+            split,
+            format_share(boxes_only, sentences, "sentence", "is"),
+            "it counts" if boxes_only == 1 else "they count",
+        )

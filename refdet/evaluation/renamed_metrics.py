@@ -12,19 +12,19 @@ COMPREHENSION = {"random_baseline@0.5": "guessing@0.5"}
 """Comprehension rates: new name -> old name."""
 
 
-def with_old_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def add_old_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Add the old names of renamed metrics, as in metrics.json."""
-    return {**metrics, "splits": {name: _add_old_names(values) for name, values in metrics["splits"].items()}}
+    return {**metrics, "splits": {name: _add_to_split(values) for name, values in metrics["splits"].items()}}
 
 
-def in_new_names(metrics: Any) -> Any:
+def rename_old_names(metrics: Any) -> Any:
     """Rename the metrics of a metrics.json of any version to the new names; other values are returned as they are."""
     if not isinstance(metrics, Mapping) or not isinstance(metrics.get("splits"), Mapping):
         return metrics
-    return {**metrics, "splits": {name: _use_new_names(values) for name, values in metrics["splits"].items()}}
+    return {**metrics, "splits": {name: _rename_in_split(values) for name, values in metrics["splits"].items()}}
 
 
-def _add_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def _add_to_split(values: Mapping[str, Any]) -> dict[str, Any]:
     renamed = dict(values) | {old: values[new] for new, old in GROUPS.items() if new in values}
     if "comprehension" in values:
         rates = values["comprehension"]
@@ -32,7 +32,7 @@ def _add_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _use_new_names(values: Any) -> Any:
+def _rename_in_split(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     renamed = _rename(values, GROUPS)
@@ -42,5 +42,6 @@ def _use_new_names(values: Any) -> Any:
 
 
 def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    current = {old: new for new, old in names.items()}
-    return {current.get(name, name): value for name, value in values.items() if current.get(name) not in values}
+    """Rename keys, given as new name -> old name; an old name beside its new one is dropped."""
+    new_names = {old: new for new, old in names.items()}
+    return {new_names.get(name, name): value for name, value in values.items() if new_names.get(name) not in values}

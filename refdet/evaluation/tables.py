@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from refdet.evaluation.renamed_metrics import in_new_names, with_old_names
+from refdet.evaluation.renamed_metrics import add_old_names, rename_old_names
 from refdet.files.atomic import atomic_write, write_json
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
@@ -27,7 +27,7 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
         A table with the columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on,
         ``metric`` is "images", "AP50", "0.5" and so on; ``value`` is float64, NaN if undefined.
     """
-    metrics = in_new_names(metrics)
+    metrics = rename_old_names(metrics)
     rows = [
         (metrics["dataset"], metrics["split_by"], split, group, metric, value)
         for split, values in metrics["splits"].items()
@@ -64,7 +64,7 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
 
     In the CSV, names that a spreadsheet would take for a formula are prefixed with an apostrophe.
     """
-    write_json(out / "metrics.json", with_old_names(metrics))
+    write_json(out / "metrics.json", add_old_names(metrics))
     with atomic_write(out / "metrics.csv") as temporary:
         frame = to_dataframe(metrics)
         text_columns = [name for name in COLUMNS if name != "value"]

@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.evaluation import targets
 from refdet.evaluation.metrics import Protocol
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.evaluation.renamed_metrics import in_new_names
+from refdet.evaluation.renamed_metrics import rename_old_names
 from refdet.report.fields import check_metrics
 from refdet.report.inputs import ReferPart
 from refdet.report.recall_charts import split_names
@@ -69,7 +69,7 @@ def pair_up(
     Raises:
         InputError: a store or metrics are damaged.
     """
-    unpaired = [in_new_names(entry) for entry in metrics]
+    unpaired = [rename_old_names(entry) for entry in metrics]
     for entry in unpaired:
         check_metrics(entry, "metrics of evaluate-on-refer")
     names, provenances = [], []
@@ -119,7 +119,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         refer.ReferError: the refs cannot be read.
     """
     store = None if part.store is None else stack.enter_context(stores.open(part.store))
-    metrics = None if part.metrics is None else in_new_names(part.metrics)
+    metrics = None if part.metrics is None else rename_old_names(part.metrics)
     name = part.dataset
     if metrics is not None:
         check_metrics(metrics, "metrics of evaluate-on-refer")

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.data.image_evidence import COCO_ID_KEYS, ID_KEYS, NAME_KEYS, evidence_of
+from refdet.data.image_evidence import COCO_ID_KEYS, NAME_KEYS, evidence_of
 from refdet.data.parquet import is_parquet, read_rows
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_count, format_share
 from refdet.splits.held_out import HeldOut
 from refdet.splits.image_list import LINES, ImageEntry, identify_images
 from refdet.splits.list_reading import read_image_list
+
+_FIX = "give COCO ids or file names such as 000000000009.jpg, or leave the benchmark out"
 
 
 def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], list[str]]:
@@ -40,24 +42,26 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
 
 
 def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
+    if not path.exists():
+        raise InputError(f"`benchmark` {path}: no such file")
     if is_parquet(path):
-        images, is_list = _parquet_images(path), False
+        images, is_text = _parquet_images(path), False
     else:
         image_list = read_image_list(path)
-        images, is_list = image_list.images, image_list.format == LINES
+        images, is_text = image_list.images, image_list.format == LINES
     # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
     unknown = [image for image in images if image.unknown and not image.evidence.named]
     coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]
-    if is_list and unknown and not any(image.evidence.named for image in coco):
+    if is_text and unknown and not any(image.evidence.named for image in coco):
+        # some of Flickr30k's ids are in the range of COCO's
         raise InputError(
-            f"`benchmark` {path}: not COCO ids: {format_share(len(unknown), len(images), 'number')}, so none is "
-            "taken as one (Flickr30k has its own); compare the images themselves with refdet audit --find-duplicates"
+            f"`benchmark` {path}: {format_share(len(unknown), len(images), 'line', 'has')} no COCO id (first: "
+            f"{unknown[0].label!s:.60}), so the other numbers are not taken as COCO ids either; {_FIX}"
         )
     coco_ids = frozenset().union(*(image.evidence.named if image.unknown else image.coco_ids for image in coco))
     if not coco_ids:
         raise InputError(
-            f"`benchmark` {path}: its {format_count(len(images), 'image')} cannot be identified as COCO's; compare the "
-            "images themselves with refdet audit --find-duplicates"
+            f"`benchmark` {path}: its {format_count(len(images), 'image')} cannot be identified as COCO's; {_FIX}"
         )
     name = f"benchmark/{path.name}"
     notes = []
@@ -81,17 +85,19 @@ def _parquet_images(path: Path) -> list[ImageEntry]:
     def choose_columns(schema: Any) -> list[str]:
         from pyarrow import types
 
-        keys = {*NAME_KEYS, *ID_KEYS[:1], *COCO_ID_KEYS, "image_path", "img_path"}
+        names = {*NAME_KEYS, "image_id", *COCO_ID_KEYS, "image_path", "img_path"}  # "id" may number the rows
         type_checks = (types.is_string, types.is_large_string, types.is_integer)
-        columns = [f.name for f in schema if f.name in keys and any(is_type(f.type) for is_type in type_checks)]
+        columns = [f.name for f in schema if f.name in names and any(is_type(f.type) for is_type in type_checks)]
         if not columns:
-            raise InputError(f"`benchmark` {path}: no column with names or ids of images: {', '.join(sorted(keys))}")
+            raise InputError(
+                f"`benchmark` {path}: no column with names or ids of images; add one of {', '.join(sorted(names))}"
+            )
         return columns
 
-    rows = {tuple(row.items()): None for row in read_rows(path, choose_columns)}
+    unique_rows = dict.fromkeys(tuple(row.items()) for row in read_rows(path, choose_columns))
     entries = []
-    for index, row in enumerate(rows):
-        value = {key: cell for key, cell in row if cell is not None}
+    for index, row in enumerate(unique_rows):
+        value = {column: cell for column, cell in row if cell is not None}
         evidence = evidence_of(value)
         label = next((cell for cell in value.values() if isinstance(cell, str)), index)
         entries.append(ImageEntry(evidence.id, str(label), label, evidence, False, 0, 0))

@@ -91,14 +91,10 @@ def build_split(
     if images.format == INSTANCES:
         check.finish(images)
 
-    held_out_ids = frozenset().union(*(split.image_ids for split in splits))
-    for key, coco_ids in images.ids_in_other_keys.items():
-        if not keep_only and (unremovable := sorted(coco_ids & held_out_ids)):
-            raise InputError(
-                f"{images.path}: {key!r:.60} refers to held-out images ({unremovable[0]}), but only entries of "
-                "'images' can be removed; delete it from the file first"
-            )
-    in_splits = [not held_out_ids.isdisjoint(image.coco_ids) for image in images.images]
+    split_ids = frozenset().union(*(split.image_ids for split in splits))
+    if not keep_only:
+        _check_removable(images, split_ids)
+    in_splits = [not split_ids.isdisjoint(image.coco_ids) for image in images.images]
     keep = in_splits if keep_only else [not in_split for in_split in in_splits]
     if not any(keep):
         count = format_count(len(keep), "image", "is")
@@ -113,15 +109,14 @@ def build_split(
     annotations = sum(entry.image_id in ids for entry in images.annotations)
     present_ids = all_coco_ids(images.images)
     counts = _counts(splits, present_ids)
-    excluded = counts
     if keep_only:
-        all_splits, _ = held_out(refer_root)
-        excluded = _counts(
-            [split for split in all_splits if split.image_ids.isdisjoint(all_coco_ids(kept))], present_ids
-        )
-        shared = [split.name for split in all_splits if split.name not in excluded and split.name not in counts]
-        if shared:
+        kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())
+        absent, partly_kept = _divide_splits(refer_root, kept_ids)
+        excluded = _counts(absent, present_ids)
+        if shared := [name for name in partly_kept if name not in counts]:
             notes.append(f"the kept images include some of {', '.join(shared)}")
+    else:
+        excluded = counts
     provenance = Provenance(
         source=images.path.name,
         source_sha256=file_sha256(images.path),
@@ -139,9 +134,9 @@ def build_split(
         "annotations_after": annotations,
         "excluded": excluded,
         **({"kept": counts} if keep_only else {}),
-        "refer_images": len(held_out_ids),
-        "refer_images_found": len(held_out_ids & present_ids),
-        "refer_images_missing": len(held_out_ids - present_ids),
+        "refer_images": len(split_ids),
+        "refer_images_found": len(split_ids & present_ids),
+        "refer_images_missing": len(split_ids - present_ids),
         "removed_image_ids": sorted(images.ids - ids),
     }
     if images.format != INSTANCES:
@@ -158,7 +153,25 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
 
 
+def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> None:
+    """Raise an InputError if a held-out image is named outside of ``images``, where no entry can be removed."""
+    for key, coco_ids in images.ids_in_other_keys.items():
+        if found := coco_ids & held_out_ids:
+            raise InputError(
+                f"{images.path}: {key!r:.60} refers to held-out images ({min(found)}), but only entries of "
+                "'images' can be removed; delete it from the file first"
+            )
+
+
+def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[HeldOut], list[str]]:
+    """Val and test splits with none of the kept images, and names of those with some of them."""
+    splits, _ = held_out(refer_root)
+    absent = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
+    return absent, [split.name for split in splits if split not in absent]
+
+
 def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
+    """Number of images of each split, and how many of them are in the list to filter."""
     return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
 
 

@@ -14,7 +14,7 @@ from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import AuditResult, audit
 from refdet.splits.selection_audit import SelectionAudit, audit_selection
-from refdet.structures.known_weights import known_initial_weights
+from refdet.structures.known_weights import KnownFile, known_initial_weights
 from refdet.structures.provenance import Provenance
 
 
@@ -45,6 +45,14 @@ class ProvenanceAudit:
     @property
     def proven(self) -> bool:
         """Whether it is clean according to the training and validation files themselves, not only by its own claim."""
+        return self.proven_if_identified and self.proof is not None and not self.proof.unknown
+
+    @property
+    def proven_if_identified(self) -> bool:
+        """`proven`, provided that the training images which cannot be identified by id are not held out.
+
+        Comparing their content (`refdet.splits.duplicates.audit_content`) can show that they are not.
+        """
         selection_proven = self.selection is not None and self.selection.proven
         return self.proof is not None and not self.proof.leaked and not self.problem and selection_proven
 
@@ -101,18 +109,17 @@ def audit_provenance(
     description = describe(path)
     if description["kind"] not in ("checkpoint", "store"):
         raise InputError(f"{path}: neither a run directory nor a store; use `instances` to audit a list of images")
+    splits, notes = held_out(refer_root, exclude)
     if description["provenance"] is None:
-        splits, notes = held_out(refer_root, exclude)
         problem = f"{path}: training data unknown: no provenance"
         return ProvenanceAudit(
             description["kind"], str(path), None, claims_of(None, splits), None, None, problem, notes
         )
     provenance = Provenance.from_json(description["provenance"])
-    splits, notes = held_out(refer_root, exclude)
     claims = claims_of(provenance, splits)
     proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
-        notes = proof.notes
+        notes = list(proof.notes)  # they include those of the held-out splits
     subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
     n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
     problem = _find_problem(subject, provenance, claims, proof, instances, n_held_out)
@@ -126,7 +133,7 @@ def audit_provenance(
         exclude=exclude,
         trust_weights=trust_weights,
     )
-    notes += selection.notes
+    notes += [note for note in selection.notes if note not in notes]
     options = description.get("options")
     if isinstance(options, dict) and (boxes := options.get("boxes_sha256")):
         notes.append(
@@ -137,8 +144,8 @@ def audit_provenance(
         notes.append(selection.problem)
     problem = problem or selection.problem
     if provenance.weights is not None:
-        known = known_initial_weights(provenance.weights)
-        if known is not None and known.trained_on.refer_overlap == "none":
+        known = _clean_initial_weights(provenance.weights)
+        if known is not None:
             notes.append(f"initial weights: {known.model}, {known.trained_on.leaks()}")
         elif trust_weights:
             notes.append(
@@ -162,7 +169,7 @@ def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, insta
         instances: the file.
 
     Returns:
-        The reasons, [] if it does.
+        The reasons, [] if it is proven.
     """
     problem = "" if proof.leaked else file_problem(subject, provenance, [], proof, instances)
     reasons = [problem] if problem else []
@@ -171,15 +178,15 @@ def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, insta
             f"{instances}: {format_count(proof.unidentified, 'image')} cannot be identified as COCO's or others "
             f"(first: {shorten(proof.unknown[0])})"
         )
-    if provenance.weights is not None and not _are_clean(provenance.weights):
+    if provenance.weights is not None and _clean_initial_weights(provenance.weights) is None:
         reasons.append(f"{subject}: its initial weights may have seen held-out images: {provenance.weights}")
     return reasons
 
 
-def _are_clean(weights: str) -> bool:
-    """Whether initial weights are a published file that was trained on no image of REFER."""
+def _clean_initial_weights(weights: str) -> KnownFile | None:
+    """The published file that initial weights are from, if it was trained on no image of REFER, else None."""
     known = known_initial_weights(weights)
-    return known is not None and known.trained_on.refer_overlap == "none"
+    return known if known is not None and known.trained_on.refer_overlap == "none" else None
 
 
 def _find_problem(
@@ -190,6 +197,10 @@ def _find_problem(
     instances: str | Path | None,
     n_held_out: int,
 ) -> str:
+    """Why the training data is not clean, "" if it is clean.
+
+    What published detectors were trained on is known; a training file is judged by `file_problem`.
+    """
     training_set = provenance.training_set
     if training_set is not None and training_set.refer_overlap == "none":
         # there is no hash of its image ids to compare with

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def audit_content(
     splits = [*held_out(refer_root, exclude)[0], *held_out_benchmarks(benchmark)[0]]
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
     source = ImageSource.open(images)
-    refer_source = source if refer_images is None else _open_refer_images(refer_images)
+    refer_source = source if refer_images is None else ImageSource.open(refer_images, argument="refer_images")
     held_out_ids = frozenset(ids)
     image_list = read_image_list(instances)
     records = [_records(image_list, index) for index in range(len(image_list.images))]
@@ -155,7 +155,7 @@ def audit_content(
             f"`images` {images}: none of {format_count(len(to_compare), 'image')} in {instances} can be read "
             f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
-    best: dict[tuple[int, int, bool], Duplicate] = {}  # of each pair of images, which may have two thumbnails each
+    copies: dict[tuple[int, int, bool], Duplicate] = {}
     for match in matches(candidates.pixels, held_out_thumbnails.pixels):
         first, second = candidates.rows[match.first], held_out_thumbnails.rows[match.second]
         image_id = int(held_out_thumbnails.labels[second])
@@ -163,7 +163,9 @@ def audit_content(
         correlation = round(match.correlation, 4)
         copy = Duplicate(candidates.labels[first], image_id, names, match.hamming_distance, correlation, match.mirrored)
         key = first, second, match.mirrored
-        best[key] = min(best.get(key, copy), copy, key=lambda duplicate: duplicate.hamming_distance)
+        # both images may have two thumbnails; the closest pair of them counts
+        if key not in copies or copy.hamming_distance < copies[key].hamming_distance:
+            copies[key] = copy
     labels_by_name = {
         "missing": candidates.missing,
         "unreadable": candidates.unreadable,
@@ -177,7 +179,7 @@ def audit_content(
         refer_compared=len(held_out_thumbnails.labels),
         refer_missing=[label for label, _ in held_out_thumbnails.missing],
         refer_unreadable=[label for label, _ in held_out_thumbnails.unreadable],
-        copies=list(best.values()),
+        copies=list(copies.values()),
         reasons={name: labels[0][1] for name, labels in labels_by_name.items() if labels},
     )
 
@@ -201,39 +203,53 @@ class _Thumbnails:
     unreadable: list[tuple[int | str, str]]
 
 
-def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Thumbnails:
+def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, ImageRecord]], desc: str) -> _Thumbnails:
+    """Decode images to thumbnails.
+
+    Args:
+        source: folder or zip of the images, which have been located in it.
+        images: label and record of each image.
+        desc: label of the progress bar.
+    """
     large_image_lock = threading.Lock()
 
-    def load(item: tuple[int | str, ImageRecord]) -> list[np.ndarray] | str:
-        name = source.find(item[1])
-        if name is None:
-            return ""
-        height, width = item[1].height, item[1].width
+    def load(file: tuple[str, ImageRecord]) -> list[np.ndarray] | str:
+        """The thumbnails of a file, or why it cannot be read."""
+        name, record = file
         try:
             if source.size(name) <= _LARGE_BYTES:
-                return thumbnails(source.data(name, height, width))
+                return thumbnails(source.data(name, record.height, record.width))
             with large_image_lock:
-                return thumbnails(source.data(name, height, width))
+                return thumbnails(source.data(name, record.height, record.width))
         except RuntimeFailure:  # the whole zip became unreadable
             raise
         except Exception as error:  # decoders can raise anything on a damaged file
             source.raise_if_system_error(name, error)
             return f"{name}: {why_unreadable(error)}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = list(progress(pool.map(load, images), what, "image", total=len(images)))
-    computed = _Thumbnails([], [], np.empty((0, SIDE, SIDE), np.uint8), [], [])
-    pixels: list[np.ndarray] = []
-    for (label, record), result in zip(images, loaded, strict=True):
-        if result == "":
-            computed.missing.append((label, source.why_missing(record)))
-        elif isinstance(result, str):
-            computed.unreadable.append((label, result))
+    missing, located_labels, files = [], [], []
+    for label, record in images:
+        name = source.find(record)
+        if name is None:
+            missing.append((label, source.why_missing(record)))
         else:
-            computed.rows.extend([len(computed.labels)] * len(result))
-            computed.labels.append(label)
-            pixels.extend(result)
-    return replace(computed, pixels=np.stack(pixels)) if pixels else computed
+            located_labels.append(label)
+            files.append((name, record))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loaded = list(progress(pool.map(load, files), desc, "image", total=len(files)))
+    labels: list[int | str] = []
+    rows: list[int] = []
+    pixels: list[np.ndarray] = []
+    unreadable: list[tuple[int | str, str]] = []
+    for label, result in zip(located_labels, loaded, strict=True):
+        if isinstance(result, str):
+            unreadable.append((label, result))
+        else:
+            rows += [len(labels)] * len(result)
+            labels.append(label)
+            pixels += result
+    stacked = np.stack(pixels) if pixels else np.empty((0, SIDE, SIDE), np.uint8)
+    return _Thumbnails(labels, rows, stacked, missing, unreadable)
 
 
 def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
@@ -259,10 +275,3 @@ def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
         return [ImageRecord(-1, name, 0, 0) for name in files]
     # an image with only an unconfirmed id is not compared, so it stays unproven
     return [ImageRecord(-1 if image.unknown else min(image.coco_ids, default=-1), "", 0, 0)]
-
-
-def _open_refer_images(path: str | Path) -> ImageSource:
-    try:
-        return ImageSource.open(path)
-    except InputError as error:
-        raise InputError(str(error).replace("`images`", "`refer_images`", 1)) from None

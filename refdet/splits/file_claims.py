@@ -100,6 +100,11 @@ def file_problem(
                 f"{subject}: cannot be proven: the file it was {role.action} on has file names that do not match its "
                 f"image ids, so {instances} has the same ids but maybe other images; give the identical file"
             )
+        if not provenance.excluded and not same_file and not _records_differing_names(provenance, role):
+            return (
+                f"{subject}: cannot be proven: the older refdet that trained it did not record whether the file names "
+                f"match the image ids, so {instances} has the same ids but maybe other images; give the identical file"
+            )
         return ""
     give = f"give the file it was {role.action} on with `{role.argument}`"
     if not provenance.excluded:
@@ -112,3 +117,11 @@ def file_problem(
         )
         return f"{subject}: the provenance of its {role.data} does not exclude {names}; {give}"
     return ""
+
+
+def _records_differing_names(provenance: Provenance, role: FileRole) -> bool:
+    """Whether the refdet that wrote a record would have noted that file names do not match the image ids.
+
+    Versions that record how weights were selected do; older ones noted it only for files of build-split.
+    """
+    return role is VALIDATION_FILE or provenance.selection is not None

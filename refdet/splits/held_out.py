@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import refer
 from refdet.data.refer_statistics import compare_with_published, count_refs
@@ -17,7 +18,8 @@ from refer.types import Ref
 TRAIN = "train"
 # RefClef has no COCO images; its ids would match unrelated COCO images.
 NOT_COCO = ("refclef",)
-# Splits that results are commonly reported on. RefCOCO and RefCOCO+ have the same val and test images.
+# Datasets that results are commonly reported on, as (dataset, split_by). Those in one group have the same val and test
+# images, so one of them is enough.
 STANDARD = ((("refcoco", "unc"), ("refcoco+", "unc")), (("refcocog", "umd"),))
 
 
@@ -51,18 +53,20 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
         InputError: no refs found, or an unknown name in ``exclude`` (the choices are listed).
         refer.ReferError: a refs file is damaged.
     """
-    pairs, notes = _pairs(refer_root)
-    selections = [_parse("exclude", text, pairs) for text in exclude] or [(dataset, by, ()) for dataset, by in pairs]
-    splits, more = _splits(refer_root, selections, "exclude", skip=TRAIN)
+    datasets, notes = _find_datasets(refer_root)
+    selections = [_parse_selection("exclude", text, datasets) for text in exclude]
+    splits, more = _select_splits(
+        refer_root, selections or [_Selection(*pair) for pair in datasets], "exclude", skip=TRAIN
+    )
     notes += more
     if not splits:
         raise InputError(
             f"{refer_root}: all its refs are in the train split, nothing to hold out; add refs with val or test splits"
         )
     if not exclude:
-        for choice in STANDARD:
-            if not set(choice) & set(pairs):
-                names = " nor ".join("/".join(pair) for pair in choice)
+        for group in STANDARD:
+            if not set(group) & set(datasets):
+                names = " nor ".join("/".join(pair) for pair in group)
                 notes.append(f"{refer_root}: no {names} found, so their val and test images are not held out")
     for split in splits:
         if split.shared:
@@ -87,13 +91,22 @@ def splits_to_keep(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[li
         InputError: no refs found, or an unknown name (the choices are listed).
         refer.ReferError: a refs file is damaged.
     """
-    pairs, notes = _pairs(refer_root)
-    selections = [_parse("keep_only", text, pairs) for text in keep_only]
-    splits, more = _splits(refer_root, selections, "keep_only", skip=None)
+    datasets, notes = _find_datasets(refer_root)
+    selections = [_parse_selection("keep_only", text, datasets) for text in keep_only]
+    splits, more = _select_splits(refer_root, selections, "keep_only", skip=None)
     return splits, notes + more
 
 
-def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
+class _Selection(NamedTuple):
+    """Splits of a dataset and split_by; ``splits`` is empty for all of them."""
+
+    dataset: str
+    split_by: str
+    splits: tuple[str, ...] = ()
+
+
+def _find_datasets(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(dataset, split_by) pairs of COCO images, and warnings about what is not read."""
     available = refer.available(refer_root)
     pairs = [pair for pair in available if pair[0] not in NOT_COCO]
     skipped = sorted({dataset for dataset, _ in available} & set(NOT_COCO))
@@ -110,33 +123,44 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     ]
 
 
-def _parse(argument: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:
+def _parse_selection(argument: str, text: str, datasets: Collection[tuple[str, str]]) -> _Selection:
+    """Parse "DATASET:SPLIT_BY[:SPLIT,...]", the value of ``argument``."""
     parts = text.split(":")
     names = tuple(parts[2].split(",")) if len(parts) == 3 else ()
     if len(parts) not in (2, 3) or not all(parts) or not all(names):
         raise InputError(f"`{argument}` {text}: invalid split; use DATASET:SPLIT_BY or DATASET:SPLIT_BY:SPLIT,...")
-    if (parts[0], parts[1]) not in pairs:
-        choices = ", ".join(f"{dataset}:{split_by}" for dataset, split_by in pairs)
+    if (parts[0], parts[1]) not in datasets:
+        choices = ", ".join(f"{dataset}:{split_by}" for dataset, split_by in datasets)
         raise InputError(f"`{argument}` {text}: no such dataset and split_by; choose from {choices}")
-    return parts[0], parts[1], names
+    return _Selection(parts[0], parts[1], names)
 
 
-def _splits(
-    refer_root: str | Path, selections: Iterable[tuple[str, str, tuple[str, ...]]], argument: str, skip: str | None
+def _select_splits(
+    refer_root: str | Path, selections: Iterable[_Selection], argument: str, skip: str | None
 ) -> tuple[list[HeldOut], list[str]]:
-    """Unique splits in ``selections``, ordered by name; all but ``skip`` where no split is named."""
+    """Read the selected splits.
+
+    Args:
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        selections: the splits; one may be selected repeatedly.
+        argument: name of the argument that selects them, for messages.
+        skip: a split to leave out unless it is named.
+
+    Returns:
+        The splits ordered by name, and human-readable warnings.
+    """
     by_name: dict[str, HeldOut] = {}
     notes: dict[str, None] = {}
-    for dataset, split_by, names in selections:
+    for dataset, split_by, named_splits in selections:
         images, warnings = _images_by_split(refer_root, dataset, split_by)
         notes |= dict.fromkeys(warnings)
-        unknown = [name for name in names if name not in images]
+        unknown = [name for name in named_splits if name not in images]
         if unknown:
             raise InputError(
                 f"`{argument}` {dataset}:{split_by}: no split {unknown[0]!r}; choose from {', '.join(sorted(images))}"
             )
         train = images.get(TRAIN, frozenset())
-        for name in names or sorted(set(images) - {skip}):
+        for name in named_splits or sorted(set(images) - {skip}):
             shared = len(images[name] & train) if name != TRAIN else 0
             full_name = f"{dataset}/{split_by}/{name}"
             by_name[full_name] = HeldOut(full_name, images[name], shared)

@@ -18,13 +18,11 @@ from typing import IO, Any, NamedTuple
 from refdet.data.image_evidence import Evidence, ids_are_confirmed
 from refdet.splits.object_entries import Node
 
-INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES, LINES = (
-    "instances",
-    "JSON list",
-    "JSON object",
-    "JSON lines",
-    "lines of text",
-)
+INSTANCES = "instances"
+JSON_LIST = "JSON list"
+JSON_OBJECT = "JSON object"
+JSON_LINES = "JSON lines"
+LINES = "lines of text"
 
 
 class ImageEntry(NamedTuple):
@@ -38,7 +36,7 @@ class ImageEntry(NamedTuple):
         id_matches_file_name: whether its id is the number in its file name.
         start: offset of its entry in the text of the list.
         end: offset of the end of its entry.
-        coco_ids: COCO ids that it may have.
+        coco_ids: COCO ids that it may have; set by `identify_images`, like ``unknown``.
         unknown: whether its entry identifies it neither as a COCO image nor as an image of another source.
     """
 
@@ -142,7 +140,10 @@ class ImageListFile:
 
 
 def identify_images(images: Sequence[ImageEntry]) -> list[ImageEntry]:
-    """Return the images with ``coco_ids`` and ``unknown`` set."""
+    """Return the images with ``coco_ids`` and ``unknown`` set, and ``id`` where the list has none.
+
+    Ids that are not names count only if names in the same list confirm them (`ids_are_confirmed`).
+    """
     confirmed = ids_are_confirmed(image.evidence for image in images)
     identified = []
     for image in images:

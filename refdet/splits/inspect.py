@@ -124,7 +124,7 @@ def _describe_store(path: Path) -> dict[str, Any]:
                 "images": len(images["id"]),
                 "images_with_errors": len(errors),
                 "regions": len(file["regions/box"]),
-                "masks": _masks(file),
+                "masks": _count_masks(file),
                 "ann_ids": "ann_id" in file["regions"],
                 "features": {name: _describe_feature(data) for name, data in file.get("features", {}).items()},
                 "maps": {name: str(file[f"maps/{name}"].dtype) for name in MAPS if f"maps/{name}" in file},
@@ -138,7 +138,7 @@ def _describe_store(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged ({error})") from None
 
 
-def _masks(file: h5py.File) -> int:
+def _count_masks(file: h5py.File) -> int:
     """Number of regions with a mask: 0 for a detector without a mask branch, whose stores lack these columns."""
     if "mask_start" not in file["regions"]:
         return 0
@@ -165,14 +165,13 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(plan: dict[str, Any]) -> str:
+    """How much of an extraction is finished, and how to finish it."""
     shards = _count(plan, "shards")
     finished = plan["finished"]
-    are = agree(finished, "is")
-    done = (
-        f"{finished} of ? shards {are} finished"
-        if shards is None
-        else f"{format_share(finished, shards, 'shard')} {are} finished"
-    )
+    if shards is None:
+        done = f"{finished} of ? shards {agree(finished, 'is')} finished"
+    else:
+        done = f"{format_share(finished, shards, 'shard', 'is')} finished"
     return f"{done}; finish it with the same refdet extract-features command and --resume"
 
 
@@ -224,6 +223,7 @@ def check(path: str | Path) -> Verification:
 
 
 def _attribute(path: Path, file: h5py.File, name: str) -> Any:
+    """Parse an attribute of a store that holds JSON; None if it is missing."""
     text = file.attrs.get(name)
     if text is None:
         return None
@@ -234,6 +234,7 @@ def _attribute(path: Path, file: h5py.File, name: str) -> Any:
 
 
 def _provenance(path: Path, value: Any) -> dict[str, Any] | None:
+    """Check the JSON of a provenance; None if it is missing."""
     if not value:
         return None
     try:

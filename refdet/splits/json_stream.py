@@ -17,19 +17,21 @@ from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_STRING = json.decoder.scanstring  # type: ignore[attr-defined]  # missing in typeshed
+_SCAN_STRING = json.decoder.scanstring  # type: ignore[attr-defined]  # missing in typeshed
+_SCAN_VALUE = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # missing in typeshed
 
 
 class JsonValue(NamedTuple):
     """A value in a JSON text.
 
     Attributes:
-        key: the top-level key that it belongs to, "" if the top level is a list.
-        position: its index in its list, None for the whole value of the key.
-        value: the parsed value. A list read entry by entry ends with an item of position None and value [].
+        key: its key if it is a member of the object, or the key of the list that it is an entry of; "" if there is no
+            object but only a list.
+        position: its index in its list, None for a member of the object.
+        value: the parsed value; [] for a list whose entries have been read one by one.
         start: offset of the value in the text.
         end: offset of the end of the value.
-        key_start: offset of the key of an object's member, 0 for other values.
+        key_start: offset of the key of a member, 0 for other values.
     """
 
     key: str
@@ -64,16 +66,17 @@ def iter_values(path: Path, text: str, lists: Collection[str]) -> Iterator[JsonV
     Args:
         path: the file, for error messages.
         text: its contents, an object or a list at the top level.
-        lists: keys whose lists are read entry by entry, followed by an item for the list itself.
+        lists: keys whose lists are read entry by entry.
 
     Yields:
-        The members of the object, or the items of the list and an item for the list itself.
+        The members of an object, or the entries of a list. The entries of each list are followed by a value for the
+        list itself, with position None.
 
     Raises:
         InputError: malformed text, a duplicate key, or a top level that is neither an object nor a list.
     """
     with json_errors(path):
-        start = _skip(text, 0)
+        start = _skip_space(text, 0)
         if text[start : start + 1] == "[":
             end = yield from _entries(text, start, "")
         elif text[start : start + 1] == "{":
@@ -81,7 +84,7 @@ def iter_values(path: Path, text: str, lists: Collection[str]) -> Iterator[JsonV
         else:
             json.JSONDecoder().decode(text)  # raises if malformed
             raise InputError(f"{path}: neither an object nor a list at the top level; give an instances JSON or a list")
-        end = _skip(text, end)
+        end = _skip_space(text, end)
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
 
@@ -99,69 +102,67 @@ def iter_values_at(path: Path, text: str, start: int) -> Iterator[JsonValue]:
 
 def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Generator[JsonValue, None, int]:
     seen: set[str] = set()
-    offset = _skip(text, start + 1)
+    offset = _skip_space(text, start + 1)
     if text[offset : offset + 1] == "}":
         return offset + 1
     while True:
         if text[offset : offset + 1] != '"':
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, offset)
         key_start = offset
-        key, offset = _STRING(text, offset + 1, True)
+        key, offset = _SCAN_STRING(text, key_start + 1, True)
         if key in seen:  # JSON readers differ in which one they use, so one could hide the other
             raise InputError(f"{path}: duplicate key {key!r:.60}")
         seen.add(key)
-        offset = _skip(text, offset)
+        offset = _skip_space(text, offset)
         if text[offset : offset + 1] != ":":
             raise json.JSONDecodeError("Expecting ':' delimiter", text, offset)
-        offset = _skip(text, offset + 1)
+        offset = _skip_space(text, offset + 1)
         if key in lists and text[offset : offset + 1] == "[":
             offset = yield from _entries(text, offset, key)
         else:
-            value, end = _value(text, offset)
+            value, end = _parse_value(text, offset)
             yield JsonValue(key, None, value, offset, end, key_start)
             offset = end
-        offset, more = _next(text, offset, "}")
+        offset, more = _find_next(text, offset, "}")
         if not more:
             return offset
 
 
 def _entries(text: str, start: int, key: str) -> Generator[JsonValue, None, int]:
-    offset = _skip(text, start + 1)
+    offset = _skip_space(text, start + 1)
     position = 0
     more = text[offset : offset + 1] != "]"
     if not more:
         offset += 1
     while more:
-        value, end = _value(text, offset)
+        value, end = _parse_value(text, offset)
         yield JsonValue(key, position, value, offset, end)
         position += 1
-        offset, more = _next(text, end, "]")
+        offset, more = _find_next(text, end, "]")
     yield JsonValue(key, None, [], start, offset)
     return offset
 
 
-def _next(text: str, offset: int, close: str) -> tuple[int, bool]:
+def _find_next(text: str, offset: int, close: str) -> tuple[int, bool]:
     """Return the start of the next value, or the offset after ``close``, and whether there is a next value."""
     character = text[offset : offset + 1]
     if character != ",":
-        offset = _skip(text, offset)
+        offset = _skip_space(text, offset)
         character = text[offset : offset + 1]
     if character == close:
         return offset + 1, False
     if character != ",":
         raise json.JSONDecodeError("Expecting ',' delimiter", text, offset)
-    return _skip(text, offset + 1), True
+    return _skip_space(text, offset + 1), True
 
 
-def _skip(text: str, offset: int) -> int:
+def _skip_space(text: str, offset: int) -> int:
     return _SPACE.match(text, offset).end()  # type: ignore[union-attr]  # always matches
 
 
-_SCAN_ONCE = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # missing in typeshed
-
-
-def _value(text: str, offset: int) -> tuple[Any, int]:
+def _parse_value(text: str, offset: int) -> tuple[Any, int]:
+    """Return the value that starts at an offset, and the offset of its end."""
     try:
-        return _SCAN_ONCE(text, offset)
+        return _SCAN_VALUE(text, offset)
     except StopIteration as stop:  # would end the calling generator
         raise json.JSONDecodeError("Expecting value", text, stop.value) from None

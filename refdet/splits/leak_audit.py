@@ -125,9 +125,9 @@ def audit(
     images = read_image_list(instances)
     notes += identification_warnings(images)
     annotation_counts = Counter(entry.image_id for entry in images.annotations)
-    orphans = annotation_counts.keys() - images.ids
-    if orphans:
-        count = sum(annotation_counts[image_id] for image_id in orphans)
+    removed_ids = annotation_counts.keys() - images.ids  # of images whose annotations were left behind
+    if removed_ids:
+        count = sum(annotation_counts[image_id] for image_id in removed_ids)
         notes.append(f"{images.path}: {format_count(count, 'annotation', 'refers')} to images that are not in it")
     ids_in_other_keys = frozenset().union(*images.ids_in_other_keys.values())
     if ids_in_other_keys:
@@ -140,7 +140,7 @@ def audit(
         ids = {
             image.id for image in matching if image.id is not None and not split.image_ids.isdisjoint(image.coco_ids)
         }
-        ids |= (orphans | ids_in_other_keys) & split.image_ids
+        ids |= (removed_ids | ids_in_other_keys) & split.image_ids
         leaks.append(
             SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(annotation_counts[id_] for id_ in ids))
         )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refdet.data.coco_validation import json_type, parse_id
 from refdet.data.image_evidence import (
@@ -77,23 +77,27 @@ def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> I
     if path.suffix.lower() != ".json" and start not in ("{", "["):
         return ImageListFile(path, LINES, text, list(_lines(text)))
     if start == "[":
-        entries = [item for item in iter_values(path, text, ()) if item.position is not None]
-        images = [_list_entry(path, f"entry {p.position}", p.value, p.start, p.end) for p in entries]
+        images = [
+            _list_entry(path, f"entry {item.position}", item.value, item.start, item.end)
+            for item in iter_values(path, text, ())
+            if item.position is not None
+        ]
         return ImageListFile(path, JSON_LIST, text, images)
     image_list = _instances(path, text, check)
     if image_list is not None:
         return image_list
-    tree, members = object_entries(path, text)
+    tree, entries = object_entries(path, text)
     images = [
-        _object_entry(path, member)
-        if member.key
-        else _list_entry(path, f"entry {number}", member.value, member.start, member.end)
-        for number, member in enumerate(members)
+        _object_entry(path, entry)
+        if entry.key
+        else _list_entry(path, f"entry {number}", entry.value, entry.start, entry.end)
+        for number, entry in enumerate(entries)
     ]
     return ImageListFile(path, JSON_OBJECT, text, images, tree=tree)
 
 
 def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageListFile | None:
+    """Read a JSON object with the key ``images``; None if it has no such key."""
     image_list = ImageListFile(path, INSTANCES, text, [])
     ids: set[int] = set()
     first_error: InputError | None = None
@@ -108,7 +112,7 @@ def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None)
             except InputError as error:  # raised at the end, so that a truncated file is reported as such
                 first_error = error
     if not is_instances:
-        return None  # not an instances file
+        return None
     if first_error is not None:
         raise first_error
     if image_list.annotations and len(ids) < len(image_list.images):
@@ -118,39 +122,53 @@ def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None)
 
 
 def _add_item(image_list: ImageListFile, ids: set[int], item: JsonValue) -> None:
-    path, key, position, value, start, end = image_list.path, *item[:5]
-    if position is None:
-        image_list.members.append(TopLevelValue(key, start, end))
+    """Add a top-level member of an instances file, or an entry of one of its `_LISTS`, to ``image_list``.
+
+    Args:
+        image_list: the list so far.
+        ids: the image ids so far.
+        item: the member or entry.
+
+    Raises:
+        InputError: it is invalid, or its image id is a duplicate.
+    """
+    path, key, value = image_list.path, item.key, item.value
+    if item.position is None:
+        image_list.members.append(TopLevelValue(key, item.start, item.end))
         if key == "info" and isinstance(value, dict):
             image_list.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
             raise InputError(f"{path}: {key!r} is a {json_type(value)}; it must be a list")
-        elif key not in _LISTS and (names := coco_numbers_in(value)):
-            image_list.ids_in_other_keys[key] = names
+        elif key not in _LISTS and (coco_ids := coco_numbers_in(value)):
+            image_list.ids_in_other_keys[key] = coco_ids
         return
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key}[{position}] is a {json_type(value)}; it must be an object")
+        raise InputError(f"{path}: {key}[{item.position}] is a {json_type(value)}; it must be an object")
     if key == "images":
-        what, image_id = f"images[{position}]", None
-        if value.get("id") is not None or not _is_named(value):
-            image_id = parse_id(path, value, "id", what)
-            what = f"image {image_id}"
+        image_list.images.append(_image_entry(path, item.position, item, ids))
+    elif key == "annotations":
+        image_id = parse_id(path, value, "image_id", f"annotations[{item.position}]")
+        image_list.annotations.append(ListedAnnotation(image_id, item.start, item.end))
+
+
+def _image_entry(path: Path, position: int, item: JsonValue, ids: set[int]) -> ImageEntry:
+    """The entry ``images[position]`` of an instances file; its id is added to ``ids``."""
+    value, what, image_id = item.value, f"images[{position}]", None
+    if value.get("id") is not None or not _is_named(value):
+        image_id = parse_id(path, value, "id", what)
+        what = f"image {image_id}"
         if image_id in ids:
             raise InputError(f"{path}: duplicate image id {image_id}; keep one entry per image")
-        if image_id is not None:
-            ids.add(image_id)
-        _check_coco_ids(path, value, what)
-        evidence = evidence_of_image(value, image_id)
-        matches = id_matches_file_name(value, image_id, evidence)
-        label = position if image_id is None else image_id
-        image_list.images.append(ImageEntry(image_id, _name(value), label, evidence, matches, start, end))
-    elif key == "annotations":
-        image_id = parse_id(path, value, "image_id", f"annotations[{position}]")
-        image_list.annotations.append(ListedAnnotation(image_id, start, end))
+        ids.add(image_id)
+    _check_coco_ids(path, value, what)
+    evidence = evidence_of_image(value, image_id)
+    matches = id_matches_file_name(value, image_id, evidence)
+    label = position if image_id is None else image_id
+    return ImageEntry(image_id, _name(value), label, evidence, matches, item.start, item.end)
 
 
 def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> ImageEntry:
-    """An entry of a list that is not an instances file."""
+    """An entry of a list that is not an instances file; ``what`` names it in error messages."""
     if type(value) is int or isinstance(value, str):
         return _bare_entry(value, start, end)
     if not isinstance(value, dict | list):
@@ -180,6 +198,7 @@ def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
 
 
 def _name(value: dict) -> str:
+    """The file name, URL or textual id of an entry, "" if it has none."""
     return next((value[key] for key in (*NAME_KEYS, *ID_KEYS) if isinstance(value.get(key), str)), "")
 
 
@@ -206,41 +225,51 @@ def _check_coco_ids(path: Path, value: dict, what: str) -> None:
             parse_id(path, value, key, what)
 
 
-def _line_spans(text: str) -> Iterator[tuple[int, str, int, int]]:
-    """Nonblank lines: line number from 1, stripped text, start and end offset."""
-    start = 0
-    for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", text), start=1):
-        stripped = line.strip(_SPACE)
-        if stripped:
-            first = start + line.index(stripped)
-            yield number, stripped, first, first + len(stripped)
-        start += len(line)
+class _Line(NamedTuple):
+    """A line ``contents[start:end]`` of a text, without surrounding whitespace; ``number`` counts from 1."""
+
+    number: int
+    text: str
+    start: int
+    end: int
+
+
+def _nonblank_lines(contents: str) -> Iterator[_Line]:
+    """Lines that are not blank; they end in LF, CR or CRLF."""
+    line_start = 0
+    for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", contents), start=1):
+        text = line.strip(_SPACE)
+        if text:
+            start = line_start + line.index(text)
+            yield _Line(number, text, start, start + len(text))
+        line_start += len(line)
 
 
 def _lines(text: str) -> Iterator[ImageEntry]:
-    for _, line, start, end in _line_spans(text):
-        if not line.startswith("#"):
-            yield _line_entry(line, start, end)
+    for line in _nonblank_lines(text):
+        if not line.text.startswith("#"):
+            yield _line_entry(line)
 
 
-def _line_entry(text: str, start: int, end: int) -> ImageEntry:
+def _line_entry(line: _Line) -> ImageEntry:
     """The entry of a line: an id or a name, or a table row, identified by its file names or else by its numbers."""
-    entry = _bare_entry(text, start, end)
-    columns = re.split(r"[,;\t]", text)
+    entry = _bare_entry(line.text, line.start, line.end)
+    columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
     if entry.evidence.bare or len(fields) < 2:
         return entry
     named = entry.evidence.named
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
+    # without a COCO name, bare numbers count: those of the file names, or without file names those of all fields
     texts = [field for field in fields if is_image_file(field)] or fields
     numbers = [] if named else [number for field in texts if (number := bare_number(field)) is not None]
-    if names:
-        are_addresses_of_one = bool(named) and "://" in names[0]
-        unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
-        unnumbered = unnumbered and not are_addresses_of_one
-    else:
+    if not names:
         unnumbered = not named and len(set(numbers)) != 1
+    elif named and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
+        unnumbered = False
+    else:
+        unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
     evidence = replace(
         entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unnumbered, addresses=tuple(dict.fromkeys(names))
     )
@@ -277,16 +306,17 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
-    for number, line, start, end in _line_spans(text):
-        try:
-            with json_errors(path):
-                value = json.loads(line)
-        except InputError as error:
-            raise InputError(str(error).replace(" in line 1:", f" in line {number}:", 1)) from None
-        yield _list_entry(path, f"line {number}", value, start, end)
+    for line in _nonblank_lines(text):
+        with json_errors(path):
+            try:
+                value = json.loads(line.text)
+            except json.JSONDecodeError as error:  # its line is relative to the text that was parsed
+                raise json.JSONDecodeError(error.msg, text, line.start + error.pos) from None
+        yield _list_entry(path, f"line {line.number}", value, line.start, line.end)
 
 
 def _fix(images: Iterable[ImageEntry]) -> str:
+    """What to give instead of a list without COCO ids."""
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's names: give its image_data.json, which has their COCO ids"
     return "give COCO ids, or names such as 000000000009.jpg"

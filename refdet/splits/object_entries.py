@@ -29,15 +29,15 @@ class Node:
     """A node of a JSON text: an entry, or a list or object of entries.
 
     Attributes:
-        start: its offset, including its key if it has one.
-        value: offset of its value.
+        start: offset of its start in the text, including its key if it has one.
+        value_start: offset of its value.
         end: offset of its end.
         entry: index of the entry, None for a list or object of entries.
         children: nodes of that list or object.
     """
 
     start: int
-    value: int
+    value_start: int
     end: int
     entry: int | None = None
     children: list[Node] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Node:
         if not self.children:
             return text[self.start : self.end]
         inner = ", ".join(child.render(text, keep) for child in kept)
-        return text[self.start : self.value] + text[self.value] + inner + text[self.end - 1]
+        return text[self.start : self.value_start + 1] + inner + text[self.end - 1]
 
 
 def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
@@ -70,26 +70,26 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
     """
     entries: list[Entry] = []
     start = len(text) - len(text.lstrip(" \t\r\n"))
-    node = Node(start, start, len(text.rstrip(" \t\r\n")))
-    _fill(path, text, node, entries, _MAX_DEPTH)
-    return node, entries
+    root = Node(start, start, len(text.rstrip(" \t\r\n")))
+    _add_children(path, text, root, entries, _MAX_DEPTH)
+    return root, entries
 
 
-def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -> None:
+def _add_children(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -> None:
     """Add the children of a node, at most ``depth`` levels deep, and their entries."""
-    is_list = text[node.value] == "["
-    for item in iter_values_at(path, text, node.value):
+    is_list = text[node.value_start] == "["
+    for item in iter_values_at(path, text, node.value_start):
         child = Node(item.start if is_list else item.key_start, item.start, item.end)
         node.children.append(child)
         if not is_list and _holds_entries(item, depth):
-            _fill(path, text, child, entries, depth - 1)
+            _add_children(path, text, child, entries, depth - 1)
         elif is_list or _is_entry(item):
             child.entry = len(entries)
             entries.append(Entry("" if is_list else item.key, item.value, child.start, child.end))
 
 
 def _holds_entries(item: JsonValue, depth: int) -> bool:
-    """Whether a member is a list of entries, or an object that holds only lists and objects."""
+    """Whether a member is a list or object of entries, rather than an entry itself."""
     if depth == 0 or item.key in _NOT_IMAGES or _names_an_image(item.key):
         return False
     if isinstance(item.value, list):
@@ -105,6 +105,7 @@ def _may_hold_images(values: list[Any]) -> bool:
 
 
 def _is_entry(item: JsonValue) -> bool:
+    """Whether a member that holds no entries is one itself."""
     if item.key in _NOT_IMAGES:
         return bool(coco_numbers_in(item.value))
     if _names_an_image(item.key) or isinstance(item.value, dict):

@@ -91,5 +91,5 @@ def _normalize(thumbnails: np.ndarray) -> np.ndarray:
     """Flatten (N, 32, 32) to (N, 1024) float32 of mean 0 and norm 1, or all 0 for a single color."""
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
-    length = np.sqrt((flat * flat).sum(axis=1, keepdims=True))
-    return flat / np.where(length > 1e-3, length, np.inf).astype(np.float32)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat / np.where(norm > 1e-3, norm, np.inf).astype(np.float32)

@@ -27,7 +27,7 @@ class SelectionAudit:
         selection: record of the selection, None if there is none.
         proof: audit of the validation file, None if none was given.
         problem: why the selection is not clean, "" if it is.
-        proven: whether it is clean, and not only according to the validation file's own claim.
+        proven: whether it is clean according to the validation file itself, not only by its own claim.
         notes: human-readable notes.
     """
 
@@ -92,7 +92,8 @@ def audit_selection(
         problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, VALIDATION_FILE)
         if proof is not None:
             notes += proof.notes
-        return SelectionAudit(selection, proof, problem, proof is not None and not problem, notes)
+        proven = proof is not None and not proof.unknown and not problem
+        return SelectionAudit(selection, proof, problem, proven, notes)
     for file in selection.validated_on:
         notes.append(_last_step_note(subject, file, splits, proof))
     is_recorded = proof is None or any(
@@ -120,7 +121,7 @@ def _problem_without_record(path: Path, subject: str, trust_weights: bool) -> st
 
 
 def _is_from_before_validation(store: Path) -> bool:
-    """Whether a store was made by refdet 0.1, which had no validation: its recipe has keys that were renamed since."""
+    """Whether a store is from refdet 0.1, which had no validation: its recipe has keys that have since been renamed."""
     with open_store_file(store) as file:
         try:
             return bool(rename_old_keys(json.loads(file.attrs.get("recipe", "null")))[1])

@@ -17,7 +17,7 @@ from refdet.errors import InputError
 from refdet.files.short_text import format_count, short_repr, shorten
 from refdet.files.strict_json import strict_json
 from refdet.files.weight_files import check_safetensors
-from refdet.structures.provenance import Provenance
+from refdet.structures.provenance import NAMES_DIFFER, Provenance
 from refdet.training.pretrained import Categories, describe_difference
 from refdet.training.run_folder import state_paths
 
@@ -140,6 +140,19 @@ class SavedRun:
                 f"`resume` {out}: the run was started with other boxes, masks, categories, crowds or file names of "
                 "these images; give the file and the options it was started with"
             )
+
+    def provenance_with_data(self, data: Provenance) -> Provenance:
+        """The run's own provenance, which may name the weights it started from.
+
+        It notes file names that do not match the image ids, which older versions did not record.
+
+        Args:
+            data: provenance of the training file, which `check_data` has checked.
+        """
+        saved = self.meta.provenance
+        if NAMES_DIFFER not in data.note or NAMES_DIFFER in saved.note:
+            return saved
+        return dataclasses.replace(saved, note="; ".join(filter(None, (saved.note, NAMES_DIFFER))))
 
     def resume_notes(self, recipe: Recipe, out: Path) -> list[str]:
         """Notes for the user on resuming, one line each."""

@@ -89,8 +89,8 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
         new_prefixes = inputs.saved_run.new_prefixes
-        # the run's own provenance, which may name the weights it started from
-        meta = dataclasses.replace(meta, provenance=inputs.saved_run.meta.provenance, step=inputs.saved_run.meta.step)
+        provenance = inputs.saved_run.provenance_with_data(inputs.provenance)
+        meta = dataclasses.replace(meta, provenance=provenance, step=inputs.saved_run.meta.step)
     elif inputs.weights is not None:
         new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
     validated_on = None if inputs.validation is None else inputs.validation.provenance

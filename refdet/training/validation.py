@@ -64,7 +64,7 @@ class ValidationData:
             InputError: the file is invalid, has other categories than the training data, has no objects, or has images
                 that are missing.
         """
-        data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object)
+        data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object, "val_images")
         data.check_categories(tuple(training_objects.index.categories.items()), str(training_objects.index.path))
         if reason := why_undefined(data.index, data.index.images):
             raise InputError(f"`val_instances` {instances}: {reason}")

@@ -163,6 +163,21 @@ def test_crowds_of_grefcoco_have_boxes_and_no_mask(tmp_path: Path, caplog: pytes
     assert found["val"]["referent_recall"]["0.9"] == 1.0
 
 
+def test_regions_with_empty_masks_keep_their_boxes(tmp_path: Path) -> None:
+    """Metrics of boxes see the box; metrics of masks see that nothing is drawn."""
+    objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1}]
+    write_grefer(tmp_path / "refer", objects, [(1, [0], "val"), (1, [], "testA")])
+    empty = coco_mask.encode(np.zeros((100, 120), np.uint8, order="F"))
+    write_store(tmp_path / "a.h5", [regions(1, [[10, 10, 30, 30]], masks=(empty["counts"],))], masks=True)
+    nothing = {"size": empty["size"], "counts": empty["counts"].decode()}
+    answers = [{"sent_id": 0, "region": 0}, {"sent_id": 1, "regions": [0]}]
+    found = evaluate(tmp_path, [*answers, {"sent_id": 10, "region": 0}, {"sent_id": 11, "segmentation": nothing}])
+    val, test = found["val"]["generalized"], found["testA"]["generalized"]
+    assert (val["T-acc"], val["precision@F1=1,IoU>=0.5"], val["precision@F1=1,GIoU>=0.5"]) == (1.0, 1.0, 1.0)
+    assert (val["gIoU"], val["cIoU"], val["precision@0.5"]) == (0.0, 0.0, 0.0)
+    assert (test["N-acc"], test["precision@F1=1,IoU>=0.5"], test["gIoU"]) == (0.5, 0.5, 1.0)
+
+
 def test_ap_that_is_not_defined_and_categories_that_are_not_there_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

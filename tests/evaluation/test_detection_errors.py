@@ -57,6 +57,13 @@ def test_no_regions_and_no_objects(tmp_path: Path) -> None:
     assert ap_by_category(index, [1, 2], [], "bbox")[3]["AP"] is None
 
 
+def test_scores_of_any_size_are_in_the_first_and_last_bins(tmp_path: Path) -> None:
+    index = index_of(tmp_path / "a.json", [(1, BOXES[0], 7, 0)])
+    scores = [3e38, 1e30, 25.0, 1.0, 0.95, 0.05, -3.0, -3e38]
+    found = detection_errors(index, [regions(1, [BOXES[1]] * len(scores), scores, [7] * len(scores))])
+    assert found.regions.tolist() == [3] + [0] * 8 + [5]
+
+
 def test_the_mean_over_categories_is_cocos(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows, results = [], []

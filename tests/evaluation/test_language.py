@@ -130,12 +130,12 @@ def test_expressions_are_measured_split_by_split(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ({}, "expressions are a list"),
+        ({}, "a JSON object; it must be a list of objects with ref_id and sent"),
         ([3], "entry 0: it must be an object with an integer ref_id and a str"),
         ([{"ref_id": 1}], "entry 0: it must be"),
         ([{"ref_id": True, "sent": "a"}], "entry 0: it must be"),
         ([{"ref_id": 1, "sent": "a"}, {"ref_id": 8, "sent": "a"}], "entry 1: ref 8 is not in this dataset"),
-        ([{"ref_id": 1, "sent": "a"}, {"ref_id": 1, "sent": "b"}], "entry 1: ref 1 already has an expression"),
+        ([{"ref_id": 1, "sent": "a"}, {"ref_id": 1, "sent": "b"}], "entry 1: duplicate entry for ref 1; remove one"),
     ],
 )
 def test_bad_expressions_are_named(tmp_path: Path, entries: Any, says: str) -> None:

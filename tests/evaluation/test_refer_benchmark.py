@@ -136,7 +136,7 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         ({}, "a list"),
         ([3], "entry 0"),
         ([{"sent_id": 77, "region": 0}], "sentence 77 is not in"),
-        ([{"sent_id": 0, "region": 0}, {"sent_id": 0, "region": 0}], "entry 1: sentence 0 already has a prediction"),
+        ([{"sent_id": 0, "region": 0}, {"sent_id": 0, "region": 0}], "entry 1: duplicate entry for sentence 0"),
         ([{"sent_id": 0}], "one of region, box and segmentation"),
         ([{"sent_id": 0, "region": 3}], "region 3 is not a row .* rows are 0 to 2"),
         ([{"sent_id": 0, "region": -1}], "region -1 is not a row"),
@@ -212,6 +212,22 @@ def test_a_box_without_an_end_is_no_mask(toy: tuple[Path, Path]) -> None:
     path.write_text(json.dumps(instances))
     with pytest.raises(InputError, match=r"instances\.json: annotation 100: .*polygon"):
         coco_ap(CocoIndex.load(path), [1], [], "segm")
+
+
+def test_mask_ap_that_is_left_out_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"}] * 2
+    root = write_refer(tmp_path / "refer", objects)
+    whole = coco_mask.encode(np.ones((100, 120), np.uint8, order="F"))["counts"]
+    write_store(tmp_path / "a.h5", [regions(1, [[10, 10, 30, 30]], masks=(whole,))], masks=True)
+    path = root / "toy/instances.json"
+    for missing in (0, 1):
+        data = json.loads(path.read_text())
+        for annotation in data["annotations"][:missing]:
+            annotation["segmentation"] = []
+        path.write_text(json.dumps(data))
+        detection = evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me")["splits"]["val"]["detection"]
+        said = f"split val: 1 of 2 annotations in {path} has no segmentation; mask AP is left out" in caplog.text
+        assert (detection["segm"] is None) == said == bool(missing)
 
 
 def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

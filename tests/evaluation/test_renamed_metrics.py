@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from refdet.evaluation.renamed_metrics import in_new_names, with_old_names
+from refdet.evaluation.renamed_metrics import add_old_names, rename_old_names
 
 NEW = {
     "dataset": "toy",
@@ -19,21 +19,21 @@ NEW = {
 
 
 def test_a_file_has_both_names_and_is_read_under_the_new_ones() -> None:
-    written = with_old_names(NEW)
+    written = add_old_names(NEW)
     val = written["splits"]["val"]
     assert val["recall_by_regions"] == val["recall@k"] and val["recall_by_regions_with_category"] == {"1": 0.25}
     assert val["comprehension"]["guessing@0.5"] == 0.125 == val["comprehension"]["random_baseline@0.5"]
-    assert in_new_names(written) == in_new_names(NEW) == NEW
+    assert rename_old_names(written) == rename_old_names(NEW) == NEW
 
 
 def test_a_file_of_an_older_refdet_is_read_under_the_new_names() -> None:
-    old = with_old_names(NEW)
+    old = add_old_names(NEW)
     for values in old["splits"].values():
         del values["recall@k"], values["recall@k_with_category"]
         values.get("comprehension", {}).pop("random_baseline@0.5", None)
-    assert in_new_names(old) == NEW
+    assert rename_old_names(old) == NEW
 
 
 @pytest.mark.parametrize("metrics", [None, 3, [], {}, {"splits": 3}, {"splits": {"val": None}}])
 def test_what_is_no_metrics_is_left_as_it_is(metrics: Any) -> None:
-    assert in_new_names(metrics) == metrics
+    assert rename_old_names(metrics) == metrics

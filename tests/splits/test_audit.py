@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.splits.build import build_split
-from refdet.splits.detector_audit import audit_provenance
+from refdet.splits.detector_audit import audit_provenance, why_unproven
 from refdet.splits.held_out import held_out
 from refdet.splits.leak_audit import audit
-from refdet.structures.provenance import Provenance
+from refdet.structures.provenance import UNKNOWN, Provenance
 from refer.statistics import COUNTS, Counts
 
 IMAGES = 10_000  # of a file; benchmarks/build_split.py has one as large as train2014
@@ -142,6 +143,9 @@ def provenance_of(split: Path) -> dict[str, Any]:
     return json.loads(split.read_text())["info"]["refdet"]
 
 
+LAST_STEP = {"selection": {"by_validation": False, "validated_on": []}}
+
+
 def run_directory(folder: Path, provenance: dict[str, Any] | None) -> Path:
     folder.mkdir()
     save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
@@ -185,7 +189,8 @@ def test_unknown_training_data_is_no_clean_bill(trained: tuple[Path, Path, Path]
     for name, provenance in (("a", None), ("b", unknown), ("c", provenance_of(split) | {"excluded": {}})):
         run = run_directory(tmp_path / name, provenance)
         assert "training data unknown" in audit_provenance(run, root).problem
-    assert audit_provenance(tmp_path / "c", root, split).proven  # the file says more than the claim
+    written = provenance_of(split) | {"excluded": {}} | LAST_STEP
+    assert audit_provenance(run_directory(tmp_path / "d", written), root, split).proven  # the file says more
     done = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path / "b"), "--refer-root", str(root)])
     assert done.exit_code == 1 and "training data unknown: imported: res101.pth" in done.stderr
 
@@ -216,6 +221,28 @@ def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], 
     assert "training data unknown" in audit_provenance(run, root).problem
 
 
+def test_older_records_without_exclusions_need_the_identical_file(
+    trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    root, _, _ = trained
+    names = {1: "COCO_train2014_000000000002.jpg", 4: "COCO_train2014_000000000003.jpg"}
+    leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
+    older = replace(provenance_of_instances(CocoIndex.load(leaking)), note=UNKNOWN)  # it did not compare the names
+    run = run_directory(tmp_path / "older", older.to_json())
+    ids = tmp_path / "ids.txt"
+    ids.write_text("1\n4\n")
+    clean = write(tmp_path / "clean.json", coco([1, 4], []))
+    for other in (ids, clean):
+        found = audit_provenance(run, root, other)
+        assert not found.proven and "did not record whether the file names match the image ids" in found.problem
+        assert why_unproven(older, audit(other, root), "run", other)
+    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
+    assert audit_provenance(run, root, clean).proven and not audit_provenance(run, root, ids).proven
+    # a newer record would say that they differ
+    newer = provenance_of_instances(CocoIndex.load(clean)).to_json() | LAST_STEP
+    assert audit_provenance(run_directory(tmp_path / "newer", newer), root, ids).proven
+
+
 def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, _, _ = trained
     source = write(tmp_path / "f.json", coco([1, 4], [], {4: "VG_100K/4.jpg"}))
@@ -228,6 +255,11 @@ def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Pat
     run = run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
     both = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--json"])
     assert both.exit_code == 1 and json.loads(both.stdout)["proven"] is False and "not proven" in both.stderr
+    found = audit_provenance(run, root, source)
+    assert not found.problem and not found.proven and found.proven_if_identified
+    # to accept an image proves nothing about it
+    accepted = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--allow-unidentified", "--json"])
+    assert accepted.exit_code == 0 and json.loads(accepted.stdout)["proven"] is False
 
 
 def test_first_weights_count_too(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -253,8 +285,7 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
         file.attrs["schema"] = "refdet-features/1"
         file.attrs["classes"] = "[]"
         file.attrs["options"] = "{}"
-        last_step = {"selection": {"by_validation": False, "validated_on": []}}
-        file.attrs["provenance"] = json.dumps(provenance_of(split) | last_step)
+        file.attrs["provenance"] = json.dumps(provenance_of(split) | LAST_STEP)
         file["images/id"] = np.array([2, 3])  # both held out
         file.create_dataset("images/error", data=["", ""], dtype=text)
         file["regions/box"] = np.zeros((0, 4), np.float32)

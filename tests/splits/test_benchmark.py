@@ -92,10 +92,10 @@ def test_visual_genome_by_coco_id(tmp_path: Path, instances: Path, refer_root: P
 def test_flickr30k_has_numbers_of_its_own(tmp_path: Path, other_ids: list[int]) -> None:
     path = tmp_path / "test.txt"
     path.write_text("1007129816\n36979\n65567\n4999888777\n")
-    with pytest.raises(InputError, match="not COCO ids: 2 of 4 numbers, so none is taken as one"):
+    with pytest.raises(InputError, match=r"2 of 4 lines have no COCO id \(first: 1007129816\), so the other"):
         held_out_benchmarks([path])
     path.write_text("1007129816.jpg\n36979.jpg\n")
-    with pytest.raises(InputError, match="not COCO ids: 1 of 2 numbers"):
+    with pytest.raises(InputError, match="1 of 2 lines has no COCO id"):
         held_out_benchmarks([path])
     path.write_text("1007129816\n4999888777\n")
     with pytest.raises(InputError, match="COCO"):
@@ -119,6 +119,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": ["a"]}), path)
     with pytest.raises(InputError, match="no column with names or ids of images"):
         held_out_benchmarks([path])
+    for name in ("none.parquet", "none.json"):
+        with pytest.raises(InputError, match=rf"{name}: no such file"):
+            held_out_benchmarks([tmp_path / name])
     (tmp_path / "2").mkdir()
     paths = [ref_l4(folder / "b.parquet", [9], 0) for folder in (tmp_path, tmp_path / "2")]
     with pytest.raises(InputError, match="another benchmark has the same file name"):

@@ -136,6 +136,9 @@ def test_a_list_of_nothing_that_is_understood_is_refused(tmp_path: Path) -> None
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(InputError, match=r"x.json: its \d entr(y has|ies have) no COCO image id"):
             audit(tmp_path / "x.json", root)
-    (tmp_path / "x.jsonl").write_text('{"image": "000000000009.jpg"}\n{"image": \n')
-    with pytest.raises(InputError, match=r"x.jsonl: malformed JSON in line 2"):
-        audit(tmp_path / "x.jsonl", root)
+    # the second file is named like the message about a first line
+    for path in (tmp_path / "x.jsonl", tmp_path / "x.jsonl: malformed JSON in line 1: .jsonl"):
+        path.write_text('{"image": "000000000009.jpg"}\n\n{"image": \n')
+        with pytest.raises(InputError) as raised:
+            audit(path, root)
+        assert str(raised.value) == f"{path}: malformed JSON in line 3: Expecting value"

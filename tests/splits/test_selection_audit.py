@@ -131,6 +131,15 @@ def test_another_validation_file_proves_nothing(world: Path, tmp_path: Path) -> 
     )
 
 
+def test_notes_are_given_once_and_those_of_a_file_are_its_own(world: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "val.json", coco([5], [], {5: "5.jpg"}))
+    selection = Selection(True, (of_file(file),))
+    run = run_directory(tmp_path / "run", replace(of_file(world / "split.json"), selection=selection))
+    found = audited(world, run, val_instances=file)
+    assert len(set(found.notes)) == len(found.notes) and found.proof is not None
+    assert any(str(file) in note for note in found.notes) and not any(str(file) in note for note in found.proof.notes)
+
+
 def test_without_a_record_a_validated_run_is_not_clean(world: Path, tmp_path: Path) -> None:
     older = of_file(world / "split.json")
     run = run_directory(tmp_path / "run", older)
@@ -193,9 +202,11 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     run = run_directory(tmp_path / "vg", provenance)
     done = call("audit", "--checkpoint", run, *common, "--val-instances", unknown)
     assert done.exit_code == 1 and "not proven: 1 image unknown (first: 5) in" in done.stderr
-    assert (
-        call("audit", "--checkpoint", run, *common, "--val-instances", unknown, "--allow-unidentified").exit_code == 0
-    )
+    accepted = ["audit", "--checkpoint", run, *common, "--val-instances", unknown, "--allow-unidentified"]
+    done, as_json = call(*accepted), call(*accepted, "--json")
+    assert done.exit_code == as_json.exit_code == 0 and "proven: its weights" not in done.stdout
+    assert "(1 image, ids " in done.stdout and "1 image not identified by id; not proven" in done.stdout
+    assert not json.loads(as_json.stdout)["proven"] and not json.loads(as_json.stdout)["selection"]["proven"]
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,12 @@ def test_keep_only_is_the_reverse(root: Path, tmp_path: Path) -> None:
     assert set(provenance.excluded) == {"refcoco/unc/val"} and any("refcocog/umd/val" in note for note in test.notes)
     every = build_split(source, root, tmp_path / "every.json", keep_only=["refcoco:unc"])
     assert every.report["images_after"] == 4
+    # names outside of "images" are kept, so the split of image 2 (val) is not excluded either
+    videos = write(tmp_path / "videos.json", coco([1, 3], []) | {"videos": ["COCO_train2014_000000000002.jpg"]})
+    part = build_split(videos, root, tmp_path / "part.json", keep_only=["refcoco:unc:testA,testB"])
+    assert "refcoco/unc/val" in [leak.name for leak in audit(part.out, root).splits if leak.image_ids]
+    assert set(part.report["excluded"]) == {"refcoco/unc/testB"}
+    assert any("include some of refcoco/unc/val" in note for note in part.notes)
     with pytest.raises(InputError, match="`exclude` and `keep_only`"):
         build_split(source, root, tmp_path / "x.json", exclude=["refcoco:unc"], keep_only=["refcoco:unc"])
     with pytest.raises(InputError, match="`keep_only` refcoco:unc: no split 'dev'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from split_examples import write_refs
 from training_examples import squares, tiny
 
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import ProvenanceAudit, audit_provenance
+from refdet.structures.provenance import UNKNOWN
 from refdet.training.train import dry_run, train
 
 pytestmark = pytest.mark.slow
@@ -88,6 +91,27 @@ def _selection(data: Path, path: Path) -> Any:
     provenance = audited(data, path).provenance
     assert provenance is not None and provenance.selection is not None
     return provenance.selection
+
+
+def test_a_resumed_run_notes_names_that_an_older_refdet_did_not(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = json.loads((data / "split.json").read_text())
+    del tree["info"]
+    for image, other in zip(tree["images"], reversed(tree["images"]), strict=True):
+        image["file_name"] = f"{other['id']}.png"
+    (data / "split.json").write_text(json.dumps(tree))
+    with monkeypatch.context() as older:
+        older.setattr(
+            "refdet.training.train.provenance_of_instances",
+            lambda index: replace(provenance_of_instances(index), note=UNKNOWN),
+        )
+        older.setattr("refdet.training.trainer.provenance_of_last_step", lambda provenance, *_: provenance)
+        out = trained(data)
+    (data / "ids.txt").write_text("".join(f"{image['id']}\n" for image in tree["images"]))
+    assert audited(data, out).proven and not audit_provenance(out, data / "refer", data / "ids.txt").proven
+    trained(data, None, "train.steps=2", resume=True)
+    assert audited(data, out).proven
+    found = audit_provenance(out, data / "refer", data / "ids.txt")
+    assert "cannot be proven: the file it was trained on has file names" in found.problem and not found.proven
 
 
 def test_a_run_without_validation_was_not_chosen(data: Path) -> None:

@@ -287,7 +287,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a category": (lambda t: t["categories"][0].update(name="c"), "classes"),
     "no objects": (lambda t: t["annotations"].clear(), "`val_instances` .*AP is not defined"),
     "no images": (lambda t: (t["annotations"].clear(), t["images"].clear()), "has no images to evaluate on"),
-    "a missing image": (lambda t: t["images"][0].update(file_name="none.png"), "none.png"),
+    "a missing image": (lambda t: t["images"][0].update(file_name="none.png"), "`val_images` .*: 1 of .*none.png"),
 }
 
 
