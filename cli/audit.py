@@ -164,6 +164,9 @@ def _to_json(
     """The results as a JSON object.
 
     Args:
+        result: audit of an instances file, or None.
+        detector: audit of a detector or a store, or None.
+        content: comparison of the images' pixels, or None.
         unidentified: which images are not identified, "" if none.
         unproven: the same, but "" with --allow-unidentified.
     """
