@@ -267,6 +267,8 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ("refcoco_val.json", "[3]", "not an object"),
         ("refcoco_val.json", '[{"image": "a.jpg"}]', "no field with the expression"),
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3]}]', "four numbers"),
+        ("refcoco_val.json", f'[{{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, {"9" * 400}]}}]', "four numbers"),
+        ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, true]}]', "four numbers"),
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "no COCO id"),
         ("refcoco.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the split"),
         ("val.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the dataset"),
@@ -358,6 +360,7 @@ def test_expressions_of_conversations(
         (("What is in [0.1, 0.2, 0.3, 0.4]?",), 1),  # without an answer
         (("What is in [0.1, 0.2, 0.3, 0.4]?", " "), 1),
         (("What is in [0.1, 0.2, 0.3, 0.4]?", "", "Hello", "Hello", "And [0, 0, 1, 1]?"), 3),
+        ((f"What is in [0, 0, 1, {'9' * 400}]?", "the sky"), 1),  # beyond the range of floats
     ],
 )
 def test_questions_of_conversations_are_used_or_counted(tmp_path: Path, turns: tuple[str, ...], skipped: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from refdet.data.coco_validation import is_finite
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr
 
@@ -153,7 +153,7 @@ class Row:
     def box(self, key: str) -> list[float]:
         """A field with four finite numbers."""
         value = self.items(key)
-        if len(value) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in value):
+        if len(value) != 4 or not all(map(is_finite, value)):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be four numbers")
         return [float(number) for number in value]
 
