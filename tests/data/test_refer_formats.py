@@ -8,6 +8,7 @@ import pytest
 import refer_format_files as forms
 
 from refdet.data.refer_formats.convert import convert_refer
+from refdet.data.refer_formats.layouts import rounding_unit
 
 PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
 REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
@@ -221,3 +222,20 @@ def test_a_conversion_beside_another_keeps_its_instances(shapes_root: Path, coco
         (result,) = convert_refer([source], tmp_path / "out", split_by=split_by, instances=coco)
     assert any("kept the existing instances.json" in line for line in result.notes)
     assert forms.load(tmp_path / "out", "refcoco", "google") == (refs, instances)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "unit"),
+    [
+        ([3.0, 120.0], 1.0),
+        ([3.25, 120.0], 0.01),
+        ([0.25, 0.00001], 1e-5),
+        ([0.25, 0.000023], 1e-6),  # whose repr has an exponent
+        ([0.25, 0.0000001], 0.0),  # more decimals than anyone rounds to
+        ([1 / 3, 0.5], 0.0),
+        ([1e300, 0.5], 0.1),
+        ([], 1.0),
+    ],
+)
+def test_the_unit_that_boxes_are_rounded_to(numbers: list[float], unit: float) -> None:
+    assert rounding_unit(numbers) == pytest.approx(unit, rel=1e-12)

@@ -84,7 +84,7 @@ def test_test_is_test_a_beside_test_b() -> None:
         "validation": "val",
     }
     assert match_split_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
-    with pytest.raises(InputError, match="3 refs on 2 images are none of refcoco/unc's"):
+    with pytest.raises(InputError, match="its 3 refs on 2 images are not the size of any split of refcoco/unc"):
         match_split_names("refcoco", "unc", {"test": few})
     with pytest.raises(InputError, match="are both val"):
         match_split_names("refcoco", "unc", {"val": few, "validation": few})
@@ -229,14 +229,14 @@ def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, co
             annotation["bbox"][0] += 1
     moved.write_text(json.dumps(file))
     path = source / "refcoco_val.jsonl"
-    refused([path], tmp_path / "out", f"{sentences} of {total}", "not exactly one annotation", instances=moved)
+    refused([path], tmp_path / "out", f"{sentences} of {total}", "with its image and box, or several", instances=moved)
 
 
 def test_ids_that_contradict_coco_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
     refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
     refs[3]["category_id"] = 2
     source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
-    refused([source], tmp_path / "out", "1 of ", "another or no annotation", instances=coco)
+    refused([source], tmp_path / "out", "1 of ", "with its ann_id, image_id and category_id", instances=coco)
     file = json.loads(coco.read_text())
     file["images"] = [image for image in file["images"] if image["id"] != refs[3]["image_id"]]
     few = tmp_path / "few.json"
@@ -313,7 +313,7 @@ def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
         texts = [json.dumps(json.loads(one) | {"category_id": 1}) for one in table["raw_anns"].to_pylist()]
         pq.write_table(table.set_column(table.column_names.index("raw_anns"), "raw_anns", pa.array(texts)), path)
     few = json.loads(run("--from", source, "--out", tmp_path / "few", "--json").stdout)
-    assert any("with --instances instances_train2014.json" in line for line in few[0]["notes"])
+    assert any("give --instances instances_train2014.json to include" in line for line in few[0]["notes"])
     source = forms.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
     text = run("--from", source, "--out", tmp_path / "text", "--instances", coco)
     assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout

@@ -1,4 +1,4 @@
-"""Data returned by the readers of the formats: refs with the fields that a format has."""
+"""What the readers of the formats return: refs and instances, with the fields that a format has."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ class Row:
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be an integer")
         return value
 
-    def replace_text(self, *keys: str) -> None:
-        """Convert integers given as text, so that they are compared and written as integers."""
+    def parse_integers(self, *keys: str) -> None:
+        """Convert integers in strings in place, so that they are compared and written as integers."""
         for key in keys:
             if isinstance(self.value.get(key), str):
                 self.value[key] = self.integer(key)
