@@ -22,7 +22,7 @@ from refdet.data.coco_validation import (
     parse_iscrowd,
     parse_segmentation,
 )
-from refdet.data.fetch.hints import check_exists
+from refdet.data.fetch.hints import check_fetched
 from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
@@ -118,7 +118,7 @@ class CocoIndex:
             InputError: a one-line message with the file and the invalid entry.
         """
         path = Path(path)
-        check_exists(path)
+        check_fetched(path)
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from refdet.data.fetch.hints import check_exists
+from refdet.data.fetch.hints import check_fetched
 from refdet.data.refer_formats.layouts import LAYOUTS, agreement, rounding_unit
 from refdet.data.refer_formats.records import Row, SourceInstances, SourceRef
 from refdet.errors import InputError
@@ -92,7 +92,7 @@ def read_coco(path: Path) -> CocoAnnotations:
         InputError: it is not an instances file, or an entry has an invalid id or box.
         refer.ReferError: it cannot be read or is malformed JSON.
     """
-    check_exists(path)
+    check_fetched(path)
     with plain_files.no_garbage_collection():
         value = plain_files.read_json(path)
         if not isinstance(value, dict) or not {"images", "annotations", "categories"} <= value.keys():
