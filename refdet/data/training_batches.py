@@ -35,7 +35,7 @@ class Batch:
         shape: height and width to which all are padded, in pixels of the network's input.
         targets: annotations of each image, in pixels of the network's input.
         image_ids: COCO ids of all images of the step, including those of other processes.
-        oriented: file -> EXIF orientation, for files with an orientation other than 1.
+        orientations: file -> EXIF orientation, for files with an orientation other than 1.
     """
 
     images: PackedImages
@@ -44,7 +44,7 @@ class Batch:
     shape: tuple[int, int]
     targets: list[GroundTruth]
     image_ids: list[int]
-    oriented: dict[str, int] = field(default_factory=dict)
+    orientations: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """Copy the images to pinned memory."""
@@ -185,7 +185,7 @@ class TrainingBatches(Dataset):
             self._padded_shape(sizes),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
-            self.source.oriented_among(own_records),
+            self.source.orientations_of(own_records),
         )
 
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:

@@ -142,7 +142,7 @@ class DetectorTools:
             measure_batch_size,
             detector.inference,
             profiler.seconds,
-            source.oriented,
+            source.orientations,
         )
 
     def _check_checkpoint(self, host: str) -> None:

@@ -161,7 +161,7 @@ class ShardWorker:
             done = self._shard_set.take(number)
         except Exception as error:
             return _failed(error)
-        return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
+        return replace(done, orientations=dict(self._tools.orientations), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
         """Stop after the batches being computed; returns the seconds per stage and per part of computing."""

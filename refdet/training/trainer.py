@@ -259,8 +259,8 @@ class _Training:
         At the end of the run's first epoch and in the last step, all that all processes have seen so far.
         """
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
-            return batch.oriented
-        files = {**self.batches.source.oriented, **batch.oriented}
+            return batch.orientations
+        files = {**self.batches.source.orientations, **batch.orientations}
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:
