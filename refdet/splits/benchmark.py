@@ -46,14 +46,14 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
         image_list = read_image_list(path)
         images, is_list = image_list.images, image_list.format == LINES
     # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
-    unknown = [image for image in images if image.unknown and not image.evidence.named]
-    coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]
-    if is_list and unknown and not any(image.evidence.named for image in coco):
+    unknown = [image for image in images if image.unknown and not image.evidence.coco_numbers]
+    coco = [image for image in images if image.evidence.coco_numbers or (not image.unknown and image.coco_ids)]
+    if is_list and unknown and not any(image.evidence.coco_numbers for image in coco):
         raise InputError(
             f"`benchmark` {path}: not COCO ids: {format_share(len(unknown), len(images), 'number')}, so none is "
             "taken as one (Flickr30k has its own); compare the images themselves with refdet audit --find-duplicates"
         )
-    coco_ids = frozenset().union(*(image.evidence.named if image.unknown else image.coco_ids for image in coco))
+    coco_ids = frozenset().union(*(image.evidence.coco_numbers if image.unknown else image.coco_ids for image in coco))
     if not coco_ids:
         raise InputError(
             f"`benchmark` {path}: its {format_count(len(images), 'image')} cannot be identified as COCO's; compare the "

@@ -175,7 +175,7 @@ def _object_entry(path: Path, member: Entry) -> ImageEntry:
 def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
     """A bare id or name."""
     evidence = evidence_of(value)
-    matches = len(evidence.named | evidence.bare) == 1
+    matches = len(evidence.coco_numbers | evidence.bare_numbers) == 1
     return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, matches, start, end)
 
 
@@ -228,9 +228,9 @@ def _line_entry(text: str, start: int, end: int) -> ImageEntry:
     entry = _bare_entry(text, start, end)
     columns = re.split(r"[,;\t]", text)
     fields = [field for column in columns for field in _fields(column)]
-    if entry.evidence.bare or len(fields) < 2:
+    if entry.evidence.bare_numbers or len(fields) < 2:
         return entry
-    named = entry.evidence.named
+    named = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
     texts = [field for field in fields if is_image_file(field)] or fields
@@ -242,7 +242,10 @@ def _line_entry(text: str, start: int, end: int) -> ImageEntry:
     else:
         unnumbered = not named and len(set(numbers)) != 1
     evidence = replace(
-        entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unnumbered, addresses=tuple(dict.fromkeys(names))
+        entry.evidence,
+        bare_numbers=frozenset(numbers),
+        has_unnumbered_name=unnumbered,
+        addresses=tuple(dict.fromkeys(names)),
     )
     return entry._replace(
         id=numbers[0] if numbers else None,
