@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.data.box_format import DEFAULT, FORMATS, resolve_box_format
+from refdet.data.box_format import DEFAULT_FORMAT, FORMATS, resolve_box_format
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
@@ -44,7 +44,7 @@ class BoxFile:
     categories: Mapping[int, str]
     masks: bool
     ann_ids: bool
-    box_format: str = DEFAULT
+    box_format: str = DEFAULT_FORMAT
 
     def for_image(self, record: ImageRecord) -> Regions:
         """Regions of an image, empty if the file has none."""
@@ -55,7 +55,7 @@ class BoxFile:
         return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
 
 
-def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: str = "ignore") -> BoxFile:
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, exif: str = "ignore") -> BoxFile:
     """Read and check the boxes of a file.
 
     Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
@@ -78,7 +78,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
             message has the file and the entry.
     """
     if path.suffix in (".h5", ".hdf5"):
-        if box_format != DEFAULT:
+        if box_format != DEFAULT_FORMAT:
             raise InputError(f"`boxes` {path}: a store has its own box format; omit `box_format='{box_format}'`")
         return _load_store(path, index, exif)
     entries = read_json(path)
@@ -107,7 +107,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
     corners = FORMATS[format_name].to_pixels(boxes, sizes)
     for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
-            _check_inside(corners[number].tolist(), records[number], FORMATS[format_name].text)
+            _check_inside(corners[number].tolist(), records[number], FORMATS[format_name].description)
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
