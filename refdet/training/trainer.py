@@ -69,8 +69,9 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     processes = processes or Processes()
     target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
-    rank_and_size = (processes.rank, processes.world_size)
-    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, rank_and_size)
+    batches = TrainingBatches(
+        index, inputs.source, recipe, inputs.objects, rank=processes.rank, world_size=processes.world_size
+    )
     provenance = inputs.provenance
     if inputs.weights is not None:
         folder = checkpoint.run_directory(inputs.weights)
