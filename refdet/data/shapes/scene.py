@@ -147,10 +147,10 @@ def _draw_shape(
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     center = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
     color, rgb = _random_paint(rng, gray)
-    return _rasterise(category, color, rgb, center, size, angle, height, width)
+    return _rasterize(category, color, rgb, center, size, angle, height, width)
 
 
-def _rasterise(
+def _rasterize(
     category: Category,
     color: str,
     rgb: tuple[int, int, int],
@@ -163,9 +163,9 @@ def _rasterise(
     outline = place(unit_outline(category.name), center, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
     full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
-    mask = masks.rasterise(polygons, height, width)
+    mask = masks.rasterize(polygons, height, width)
     if holes:
-        mask &= ~masks.rasterise(holes, height, width)
+        mask &= ~masks.rasterize(holes, height, width)
     if not mask.any():
         return None
     return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
@@ -218,7 +218,7 @@ def _draw_crowd(
             x, y = rng.uniform(-2, 2, 2).tolist()
             center = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
             size = float(rng.uniform(10, 13))
-            shape = _rasterise(category, color, rgb, center, (size, size), 0.0, height, width)
+            shape = _rasterize(category, color, rgb, center, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
     return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
