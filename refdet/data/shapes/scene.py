@@ -14,8 +14,9 @@ from refdet.data.shapes.outlines import area, place, unit_outline
 
 Box = tuple[float, float, float, float]
 
+# Height and width of pictures.
 SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
-SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))
+SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))  # of small, medium and large shapes, (min, max) in pixels
 MIN_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
 _CROWD = 254
 _NOTHING = 255
@@ -54,7 +55,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Requirements of a scene: a grayscale file, a crowd, several persons."""
+    """What a scene must have: a grayscale file, a crowd, several persons."""
 
     gray: bool
     crowd: bool
@@ -62,13 +63,13 @@ class ScenePlan:
 
     @staticmethod
     def for_index(index: int) -> ScenePlan:
-        """Fixed fractions by index in the split, so that small datasets have every kind."""
+        """Plan of the scene with this index in its split: fixed fractions, so that small datasets have every kind."""
         return ScenePlan(gray=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
 
 @dataclass(frozen=True)
 class _DrawnShape:
-    """A shape before occlusion: `box` encloses `mask`, `full_area` is its area without clipping."""
+    """A shape before occlusion: `box` encloses `mask`; `full_area` is in square pixels, without clipping."""
 
     category: Category
     color: str
@@ -81,7 +82,7 @@ class _DrawnShape:
 
 
 def draw_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene:
-    """A random scene that satisfies `plan`: 3 to 8 shapes, each mostly visible."""
+    """Draw random scenes until one satisfies `plan`, with 3 to 8 shapes that are all mostly visible."""
     while True:
         scene = _try_scene(rng, plan)
         if scene is not None:
@@ -115,10 +116,10 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
         return None
     if not 0.12 < float(np.mean(owner != _NOTHING)) < 0.6:
         return None
-    things = [_thing(shape, owner == i, plan.gray) for i, shape in enumerate(drawn)]
+    things = [_make_thing(shape, owner == i, plan.gray) for i, shape in enumerate(drawn)]
     if crowd is not None:
         owner[owner == _CROWD] = len(things)
-        things.append(_thing(crowd, crowd.mask, plan.gray, crowd=True))
+        things.append(_make_thing(crowd, crowd.mask, plan.gray, crowd=True))
     return Scene(height, width, plan.gray, tuple(things), owner)
 
 
@@ -224,7 +225,7 @@ def _draw_crowd(
     return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
 
 
-def _thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
+def _make_thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
     segmentation: list[list[float]] | dict[str, Any]
     if crowd:
         segmentation = masks.uncompressed_rle(visible)
