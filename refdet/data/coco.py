@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from refdet.data.coco_validation import (
     is_finite,
@@ -303,6 +304,12 @@ def _box_problem(x: float, y: float, width: float, height: float, image: ImageRe
         return "box has no area"
     if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
         return f"box lies outside image {image.id} ({image.width}x{image.height})"
+    if width < 1 or height < 1 or x + width < 1 or y + height < 1 or x > image.width - 1 or y > image.height - 1:
+        # Boxes are clipped to the image and rounded to float32 when they are used.
+        start = np.array([max(x, 0), max(y, 0)], np.float32)
+        end = np.array([min(x + width, image.width), min(y + height, image.height)], np.float32)
+        if (end <= start).any():
+            return f"box has no area in image {image.id}, rounded to float32"
     return ""
 
 

@@ -61,6 +61,9 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
     [
         ([1, 1, 0, 4], "no area"),
         ([1, 1, 4, -1], "no area"),
+        ([1, 1, 4, 1e-9], "no area"),  # in float32, in which 1 + 1e-9 is 1
+        ([20 - 1e-9, 1, 4, 4], "no area"),  # within the image
+        ([1, -1e-50, 4, 2e-50], "no area"),
         ([20, 1, 4, 4], "outside image 3 (20x10)"),
         ([-5, 1, 5, 4], "outside"),
         ([1, 1, math.nan, 4], "not finite"),
