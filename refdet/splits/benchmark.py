@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from refdet.data.image_evidence import COCO_ID_KEYS, ID_KEYS, NAME_KEYS, evidence_of
-from refdet.data.parquet import is_parquet, read_rows
+from refdet.data.parquet import is_parquet, read_rows, read_schema
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_count, format_share
 from refdet.splits.held_out import HeldOut
@@ -77,18 +76,15 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
 
 def _parquet_images(path: Path) -> list[ImageEntry]:
     """Read the images of a Parquet file with one or more rows per image; columns of encoded images are not read."""
+    schema = read_schema(path)
+    from pyarrow import types  # `read_schema` has checked that it is installed
 
-    def choose_columns(schema: Any) -> list[str]:
-        from pyarrow import types
-
-        keys = {*NAME_KEYS, *ID_KEYS[:1], *COCO_ID_KEYS, "image_path", "img_path"}
-        type_checks = (types.is_string, types.is_large_string, types.is_integer)
-        columns = [f.name for f in schema if f.name in keys and any(is_type(f.type) for is_type in type_checks)]
-        if not columns:
-            raise InputError(f"`benchmark` {path}: no column with names or ids of images: {', '.join(sorted(keys))}")
-        return columns
-
-    rows = {tuple(row.items()): None for row in read_rows(path, choose_columns)}
+    keys = {*NAME_KEYS, *ID_KEYS[:1], *COCO_ID_KEYS, "image_path", "img_path"}
+    type_checks = (types.is_string, types.is_large_string, types.is_integer)
+    columns = [f.name for f in schema if f.name in keys and any(is_type(f.type) for is_type in type_checks)]
+    if not columns:
+        raise InputError(f"`benchmark` {path}: no column with names or ids of images: {', '.join(sorted(keys))}")
+    rows = {tuple(row.items()): None for row in read_rows(path, columns)}
     entries = []
     for index, row in enumerate(rows):
         value = {key: cell for key, cell in row if cell is not None}
