@@ -51,7 +51,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def is_parquet(path: Path) -> bool:
     """Whether a file is Parquet by its name or its first bytes."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return True
     if not path.is_file():
         return False

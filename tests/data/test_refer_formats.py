@@ -85,6 +85,27 @@ def test_without_instances_there_are_the_referred_annotations(shapes_root: Path,
     assert any("only the annotations that refs refer to" in line for line in result.notes)
 
 
+@pytest.mark.parametrize("suffix", [".PARQUET", ".parquet"])
+def test_all_files_of_a_folder_are_read_however_their_suffix_is_written(
+    shapes_root: Path, coco: Path, tmp_path: Path, suffix: str
+) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    first = min(source.iterdir())
+    first.rename(first.with_suffix(suffix))
+    convert_refer([source], tmp_path / "out", instances=coco)
+    assert forms.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
+
+
+def test_a_file_under_two_paths_is_read_once(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    (tmp_path / "refcoco").symlink_to(source)
+    (once,) = convert_refer([source], tmp_path / "once", instances=coco)
+    (twice,) = convert_refer([source, tmp_path / "refcoco"], tmp_path / "twice", instances=coco)
+    assert twice.counts == once.counts
+
+
 @pytest.mark.parametrize("form", ["jxu124", "manual_download", "instances"])
 def test_ids_given_as_text_become_integers(shapes_root: Path, coco: Path, tmp_path: Path, form: str) -> None:
     refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")

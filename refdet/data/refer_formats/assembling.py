@@ -150,7 +150,7 @@ def build_instances(refs: Sequence[SourceRef], coco: CocoAnnotations) -> tuple[d
     notes = []
     if not instances.complete:
         notes.append(
-            "instances.json has only the annotations that refs refer to, so detection AP will be wrong; give "
-            "`instances=instances_train2014.json` to include all annotations of their images, as REFER does"
+            "instances.json has only the annotations that refs refer to, so detection AP is computed on these alone; "
+            "give `instances=instances_train2014.json` to include all annotations of the images, as REFER does"
         )
     return contents, notes
