@@ -134,6 +134,15 @@ def test_image_without_size(tmp_path: Path) -> None:
         load(tmp_path, data)
 
 
+@pytest.mark.parametrize("value", [0, 7, False, [], {}, [""]])
+def test_a_file_name_that_is_no_text(tmp_path: Path, value: Any) -> None:
+    """Not even an empty value stands for no name, by which the image would be looked up by its id."""
+    data = instances()
+    data["images"][1]["file_name"] = value
+    with pytest.raises(InputError, match="image 1: 'file_name' is a .*; it must be a string"):
+        load(tmp_path, data)
+
+
 @pytest.mark.parametrize("text", ['{\n"images": [\n,]}', "[1]", '"x"', "", "[" * 100_000])
 def test_malformed_json(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="f.json"):
