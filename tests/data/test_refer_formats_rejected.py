@@ -211,6 +211,8 @@ def test_a_split_name_that_no_source_has(shapes_root: Path, coco: Path, tmp_path
     source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
     words = ("`split_names` vla=test: no split 'vla' in the sources", "train, ")
     refused([source], tmp_path / "out", *words, instances=coco, split_names=["vla=test"])
+    twice = ["val=testA", "val=testB"]
+    refused([source], tmp_path / "out", "`split_names` val=testB: val is", instances=coco, split_names=twice)
 
 
 def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
@@ -280,6 +282,11 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ),
         ("refcoco_val.json", '[{"image": "9.jpg", "conversations": []}]', "no question with a box"),
         ("refcoco_val.json", '{"images": [{"id": 1, "caption": "a"}], "annotations": []}', "no annotation for"),
+        (
+            "refcoco_val.json",
+            '{"images": [{"id": 1, "caption": "a"}, {"id": 1, "caption": "b"}], "annotations": []}',
+            "duplicate id 1",
+        ),
         ("refcoco_val.json", '[{"image/id": 9, "objects": {"id": [1], "bbox": []}}]', "different lengths"),
         ("refcoco.json", '{"ref": [{"split": "val"}], "coco_anns": {}}', "no 'dataset'"),
     ],

@@ -119,11 +119,14 @@ _Sources = list[tuple[Path, Source]]
 
 
 def _parse_split_names(split_names: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in split_names]
-    for (old, equals, new), text in zip(pairs, split_names, strict=True):
-        if not (old and equals and new and new.isprintable()):
+    renamed: dict[str, str] = {}
+    for text in split_names:
+        old, _, new = text.partition("=")
+        if not (old and new and new.isprintable()):
             raise InputError(f"`split_names` {text}: give OLD=NEW, such as test=testA")
-    return {old: new for old, _, new in pairs}
+        if renamed.setdefault(old, new) != new:
+            raise InputError(f"`split_names` {text}: {old} is already renamed to {renamed[old]}; give one of the two")
+    return renamed
 
 
 def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _Sources]) -> None:
