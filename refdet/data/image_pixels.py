@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refdet.data.image_decoder import apply_orientation, check_exif_mode, decode_any_size
-from refdet.data.image_source import ImageError, why_unreadable
+from refdet.data.image_source import MAX_UNDECLARED_BYTES, ImageError, why_unreadable
 from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MAX_BYTES = 1 << 28  # of an image file
 
 
 def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignore") -> np.ndarray:
@@ -37,7 +35,7 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignor
     if not isinstance(image, str | Path):
         pixels = rgb_pixels(image)
         return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns about read-only arrays
-    data = read_bytes(Path(image), MAX_BYTES)
+    data = read_bytes(Path(image), MAX_UNDECLARED_BYTES)
     try:
         decoded = decode_any_size(data)
         return np.array(apply_orientation(decoded.pixels, decoded.orientation)) if exif == "apply" else decoded.pixels

@@ -19,7 +19,7 @@ from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-_MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
+MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
 
 
 class ImageError(InputError):
@@ -221,7 +221,7 @@ class ImageSource:
             OSError: it cannot be read, or is far too large for such an image; zipfile raises other exceptions too.
             RuntimeFailure: the whole zip is gone.
         """
-        return self._files.read(name, max_file_size(height, width) if height and width else _MAX_UNDECLARED_BYTES)
+        return self._files.read(name, max_file_size(height, width) if height and width else MAX_UNDECLARED_BYTES)
 
     def raise_if_system_error(self, name: str, error: Exception) -> None:
         """Raise a RuntimeFailure if the machine and not the file caused an error.

@@ -61,9 +61,9 @@ def convert_refer(
     Args:
         sources: files, or folders of files, in any of the formats of this package; all splits of a dataset together.
         out: the REFER root to write into.
-        dataset: name of the dataset if neither the files nor their names have it; if they have several datasets, the
+        dataset: name of the dataset, instead of that in the files or their names; of a file with several datasets, the
             one to convert.
-        split_by: likewise; by default "unc" for refcoco and refcoco+, and "umd" for refcocog.
+        split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog if it is not known.
         instances: COCO's instances_train2014.json. Formats without annotation ids need it; those with only the
             annotations of refs need it to write an instances.json with all annotations, like REFER's.
         split_names: "OLD=NEW" for splits that are not recognized by name or size.
