@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_new_folder
+from .arguments import check_new_folder, check_not_empty
 from .common import echo_json, echo_line, echo_table, json_option
 
 
@@ -32,6 +32,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
     Each item has several sources, which are tried in turn; interrupted downloads resume. Existing files are not
     downloaded again.
     """
+    check_not_empty("--only", only)
     if list_items:
         _list_items(Path(out), only, as_json)
         return

@@ -12,10 +12,11 @@ from refdet.files.short_text import agree, format_share
 
 PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
 
-_SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02  # a box may exceed its image by their sum; the fraction is of its side
-_TINY = 1.5  # boxes with no larger number, in pixels or thousandths, must be in another format
+# A box may exceed its image by so many pixels plus this fraction of the image's side.
+_SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02
+_TINY = 1.5  # a box in pixels or thousandths with no larger number is probably in fractions
 _NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25  # shares of boxes that do not fit a format
-_MIN_BOXES = 20  # number of boxes from which at least one should use most of the range
+_MIN_BOXES = 20  # with so many boxes, at least one should use most of the range
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class BoxFormat:
     Attributes:
         corners: whether it is ``x1 y1 x2 y2``, else ``x y width height``.
         unit: `PIXELS`, or the value that stands for the full width or height of the image.
-        text: description for messages.
+        description: for messages.
     """
 
     corners: bool
     unit: float
-    text: str
+    description: str
 
     def to_pixels(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Convert boxes to half-open xyxy in pixels.
@@ -72,11 +73,11 @@ class BoxFormat:
         corners = self.to_pixels(boxes, sizes)
         low, high, slack = corners[:, :2], corners[:, 2:], _SLACK_PIXELS + _SLACK_FRACTION * sizes
         inverted = high <= low if self.corners else high < low
-        outside: np.ndarray = inverted | (low < -slack) | (high > sizes + slack)
-        return np.asarray(outside.any(axis=1))
+        invalid = inverted | (low < -slack) | (high > sizes + slack)
+        return np.asarray(invalid.any(axis=1))
 
     def tiny(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes with only tiny numbers for this unit.
+        """Find boxes whose numbers are all within -1.5..1.5, too small for this unit; none for fractions.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -101,10 +102,10 @@ FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
         "thousandths-xywh": BoxFormat(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
     }
 )
-# The order of the numbers in these two is inferred from the boxes.
 INFERRED_ORDER = ("normalized", "thousandths")
+"""Formats that users can request without the order of the numbers, which is inferred from the boxes."""
 NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *list(FORMATS)[2:])
-DEFAULT = "xywh"
+DEFAULT_FORMAT = "xywh"
 
 
 def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[str]]:
@@ -122,9 +123,9 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
         A key of `FORMATS`, and human-readable notes about what was inferred and what contradicts it, with counts.
     """
     boxes, sizes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(sizes, np.float64).reshape(-1, 2)
-    used = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
-    boxes, sizes = boxes[used], sizes[used]
-    misfits = {box_format: int(FORMATS[box_format].misfits(boxes, sizes).sum()) for box_format in FORMATS}
+    is_nonzero = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
+    boxes, sizes = boxes[is_nonzero], sizes[is_nonzero]
+    misfits = {key: int(box_format.misfits(boxes, sizes).sum()) for key, box_format in FORMATS.items()}
     notes = []
     if name in INFERRED_ORDER:
         xyxy, xywh = f"{name}-xyxy", f"{name}-xywh"
@@ -138,13 +139,13 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
 def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) -> str:
     if misfits[xyxy] == misfits[xywh]:
         return (
-            f"note: reading boxes as {FORMATS[xyxy].text}; if they are {FORMATS[xywh].text}, which equally many "
-            f"({count - misfits[xyxy]} of {count}) fit, give `box_format='{xywh}'`"
+            f"note: reading boxes as {FORMATS[xyxy].description}; if they are {FORMATS[xywh].description}, which "
+            f"equally many ({count - misfits[xyxy]} of {count}) fit, give `box_format='{xywh}'`"
         )
     chosen, other = (xywh, xyxy) if misfits[xywh] < misfits[xyxy] else (xyxy, xywh)
     return (
-        f"note: reading boxes as {FORMATS[chosen].text}, which {misfits[chosen]} of {count} do not fit; "
-        f"{misfits[other]} do not fit {FORMATS[other].text}"
+        f"note: reading boxes as {FORMATS[chosen].description}, which {misfits[chosen]} of {count} do not fit; "
+        f"{misfits[other]} do not fit {FORMATS[other].description}"
     )
 
 
@@ -155,25 +156,29 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
     if tiny > count / 2:
         return (
             f"warning: {format_share(tiny, count, 'box', 'lies')} within 0..{_TINY} but {agree(tiny, 'is')} read as "
-            f"{box_format.text}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
+            f"{box_format.description}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
     # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
     candidates = [
         other for other in FORMATS if other != name and (FORMATS[other].unit != THOUSANDTHS or share > _LARGE_SHARE)
     ]
-    best = min(
-        candidates, key=lambda other: misfits[other] + (FORMATS[other].unit == THOUSANDTHS) * _NOTABLE_SHARE * count
-    )
+
+    def penalized_misfits(other: str) -> float:  # thousandths must fit clearly better
+        return misfits[other] + (_NOTABLE_SHARE * count if FORMATS[other].unit == THOUSANDTHS else 0)
+
+    best = min(candidates, key=penalized_misfits)
     misfit = f"{format_share(misfits[name], count, 'box')} {_describe_misfit(box_format, misfits[name])}"
-    problem = f"warning: {misfit} when read as {box_format.text}"
+    problem = f"warning: {misfit} when read as {box_format.description}"
     if share > _NOTABLE_SHARE and misfits[best] < misfits[name] / 2:
         return (
-            f"{problem}, but {misfits[best]} when read as {FORMATS[best].text}; if they are that, give "
+            f"{problem}, but {misfits[best]} when read as {FORMATS[best].description}; if they are that, give "
             f"`box_format='{_without_order(best)}'`"
         )
     if box_format.outside_or_inverted(boxes, sizes).mean() > _LARGE_SHARE:
-        return f"{problem}; no other `box_format` fits better, check that the images have the same size"
+        return (
+            f"{problem}; no other `box_format` fits better, so check that the boxes refer to images of the same sizes"
+        )
     return _range_warning(name, boxes, sizes, misfits)
 
 
@@ -182,16 +187,17 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
     box_format, count = FORMATS[name], len(boxes)
     if count < _MIN_BOXES or box_format.unit == FRACTIONS:
         return None
-    pixels = min(("xyxy", "xywh"), key=lambda order: (misfits[order], FORMATS[order].corners != box_format.corners))
-    if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[pixels] == 0:
+    same_order, other_order = ("xyxy", "xywh") if box_format.corners else ("xywh", "xyxy")
+    in_pixels = other_order if misfits[other_order] < misfits[same_order] else same_order
+    if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[in_pixels] == 0:
         return (
-            f"warning: all {count} boxes lie within their images when read as {FORMATS[pixels].text}, not as "
-            f"{box_format.text}; if they are that, give `box_format='{pixels}'`"
+            f"warning: all {count} boxes also lie within their images when read as {FORMATS[in_pixels].description} "
+            f"instead of {box_format.description}; if they are that, give `box_format='{in_pixels}'`"
         )
     last = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
     if box_format.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
         return (
-            f"warning: none of {count} boxes exceeds 1000 when read as {box_format.text}, though all images are "
+            f"warning: none of {count} boxes exceeds 1000 when read as {box_format.description}, though all images are "
             "larger; if they are in 0..1000 of the image, give `box_format='thousandths'`"
         )
     return None
@@ -203,5 +209,5 @@ def _describe_misfit(box_format: BoxFormat, count: int) -> str:
 
 
 def _without_order(name: str) -> str:
-    """The format's name in `INFERRED_ORDER`, if it has one."""
+    """Name of a format in `INFERRED_ORDER`, such as "normalized" for "normalized-xyxy"; pixel formats are unchanged."""
     return name.split("-")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from refdet.data.coco_validation import (
     is_finite,
@@ -22,7 +23,7 @@ from refdet.data.coco_validation import (
     parse_iscrowd,
     parse_segmentation,
 )
-from refdet.data.fetch.hints import check_exists
+from refdet.data.fetch.hints import check_fetched
 from refdet.data.image_evidence import may_be_looked_up_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
@@ -88,7 +89,7 @@ class CocoIndex:
         annotations: image id -> annotations in file order; every image has an entry.
         categories: category id -> name, in file order.
         raw: the parsed JSON.
-        dropped: human-readable descriptions of what was dropped from ``annotations``.
+        dropped: human-readable descriptions of the annotations and polygons that were dropped.
     """
 
     path: Path
@@ -103,12 +104,12 @@ class CocoIndex:
     def load(cls, path: str | Path, need_segmentation: bool = False, crowd_as_object: bool = False) -> CocoIndex:
         """Read and validate an instances JSON.
 
-        Annotations whose box is empty, not finite or entirely outside the image are dropped and listed in
-        ``dropped``, and so are polygons with fewer than three points. Their number is logged.
+        Annotations whose box is empty, not finite or entirely outside the image, and polygons with fewer than three
+        points, are dropped and described in ``dropped``. Their number is logged.
 
         Args:
             path: the file.
-            need_segmentation: refuse a file with objects but no segmentation.
+            need_segmentation: refuse a file in which no object has a segmentation.
             crowd_as_object: treat ``iscrowd`` as 0 in every annotation, also in ``raw``.
 
         Returns:
@@ -118,7 +119,7 @@ class CocoIndex:
             InputError: a one-line message with the file and the invalid entry.
         """
         path = Path(path)
-        check_exists(path)
+        check_fetched(path)
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):
@@ -132,9 +133,9 @@ class CocoIndex:
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}
-            categories = _categories(path, raw["categories"])
-            images = _images(path, raw["images"])
-            annotations, dropped = _annotations(path, raw["annotations"], images, categories)
+            categories = _parse_categories(path, raw["categories"])
+            images = _parse_images(path, raw["images"])
+            annotations, dropped = _parse_annotations(path, raw["annotations"], images, categories)
         index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
@@ -144,12 +145,7 @@ class CocoIndex:
                 dropped[0],
             )
         if need_segmentation:
-            objects = [a for image_annotations in annotations.values() for a in image_annotations if not a.iscrowd]
-            if objects and all(a.segmentation is None for a in objects):
-                raise InputError(
-                    f"{path}: its {format_count(len(objects), 'object', 'has')} no segmentation; train without masks "
-                    "with `model.masks=false`"
-                )
+            index._check_segmentation()
         log.info(
             "%s: %s, %s, %s",
             path,
@@ -158,6 +154,14 @@ class CocoIndex:
             format_count(len(index.categories), "category"),
         )
         return index
+
+    def _check_segmentation(self) -> None:
+        objects = [a for annotations in self.annotations.values() for a in annotations if not a.iscrowd]
+        if objects and all(a.segmentation is None for a in objects):
+            raise InputError(
+                f"{self.path}: its {format_count(len(objects), 'object', 'has')} no segmentation; train without masks "
+                "with `model.masks=false`"
+            )
 
 
 class TrainingObjects:
@@ -224,7 +228,7 @@ class TrainingObjects:
     def sha256(self) -> str:
         """SHA-256 of what training reads from the file: image names and sizes, categories, boxes, masks and crowds.
 
-        Anything else, such as areas, licenses and the layout of the JSON, does not affect it.
+        The rest of the file, such as areas and licenses, does not affect it.
         """
         digest = hashlib.sha256(_encode([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:
@@ -236,7 +240,7 @@ class TrainingObjects:
         return digest.hexdigest()
 
 
-def _categories(path: Path, entries: list[dict]) -> dict[int, str]:
+def _parse_categories(path: Path, entries: list[dict]) -> dict[int, str]:
     names: dict[int, str] = {}
     for position, entry in enumerate(entries):
         category_id, name = parse_category(path, position, entry)
@@ -246,7 +250,7 @@ def _categories(path: Path, entries: list[dict]) -> dict[int, str]:
     return names
 
 
-def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
+def _parse_images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
     images: dict[int, ImageRecord] = {}
     for position, entry in enumerate(entries):
         image_id, file_name, height, width = parse_image(path, position, entry)
@@ -257,7 +261,7 @@ def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
     return images
 
 
-def _annotations(
+def _parse_annotations(
     path: Path, entries: list[dict], images: dict[int, ImageRecord], categories: dict[int, str]
 ) -> tuple[dict[int, list[Annotation]], list[str]]:
     by_image: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
@@ -300,6 +304,12 @@ def _box_problem(x: float, y: float, width: float, height: float, image: ImageRe
         return "box has no area"
     if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
         return f"box lies outside image {image.id} ({image.width}x{image.height})"
+    if width < 1 or height < 1 or x + width < 1 or y + height < 1 or x > image.width - 1 or y > image.height - 1:
+        # Boxes are clipped to the image and rounded to float32 when they are used.
+        start = np.array([max(x, 0), max(y, 0)], np.float32)
+        end = np.array([min(x + width, image.width), min(y + height, image.height)], np.float32)
+        if (end <= start).any():
+            return f"box has no area in image {image.id}, rounded to float32"
     return ""
 
 

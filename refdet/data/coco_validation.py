@@ -81,7 +81,9 @@ def parse_image(path: Path, position: int, entry: dict) -> tuple[int, str, int, 
     """
     image_id = parse_id(path, entry, "id", f"images[{position}]")
     what = f"image {image_id}"
-    file_name = entry.get("file_name") or ""
+    file_name = entry.get("file_name")
+    if file_name is None:
+        file_name = ""
     if not isinstance(file_name, str):
         raise InputError(f"{path}: {what}: 'file_name' is a {json_type(file_name)}; it must be a string")
     if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):

@@ -6,23 +6,24 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from refdet.errors import ArgumentError
 from refer.pixels import FORMATS, as_rgb
 
 # Pillow warns about odd metadata and many pixels; the expected size is known from the instances file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-EXIF = ("ignore", "apply")
+EXIF_MODES = ("ignore", "apply")
 """Handling of EXIF orientation: keep the pixels as stored, as COCO does, or rotate them upright."""
 
-MAX_PIXELS = 1 << 29  # of an image of declared size; 6 GiB as float32 RGB
-MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
-_METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16  # of a file; the latter is twice the size of 16-bit RGBA
+_MAX_DECLARED_PIXELS = 1 << 29  # of an image whose size the instances file declares; 6 GiB as float32 RGB
+_MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
+_METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16  # limits of a file; 16 bytes are twice a pixel of 16-bit RGBA
 _LARGE_IMAGE_PIXELS = 1 << 25  # larger images are decoded one at a time
 _TIFF_TILE_PIXELS = 1 << 24  # by which a tile or strip may exceed its image
 _MAX_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
@@ -46,7 +47,7 @@ class SizeError(ValueError):
         self.orientation = orientation
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image.
 
     Attributes:
@@ -58,12 +59,18 @@ class Decoded(NamedTuple):
     orientation: int
 
 
+def check_exif_mode(exif: str) -> None:
+    """Raise an ArgumentError if ``exif`` is not one of the `EXIF_MODES`."""
+    if exif not in EXIF_MODES:
+        raise ArgumentError("exif", f"must be one of {', '.join(EXIF_MODES)}, not {exif!r}")
+
+
 def max_file_size(height: int, width: int) -> int:
     """Maximum file size in bytes of an image of a size in pixels: 64 MiB plus 16 bytes per pixel."""
     return _METADATA_BYTES + _BYTES_PER_PIXEL * height * width
 
 
-def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decoded:
+def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> DecodedImage:
     """Decode the first frame of an image file as `refer.pixels.as_rgb` does.
 
     Args:
@@ -80,8 +87,9 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     declared = f"the instances file says {width}x{height}"
-    if height * width > MAX_PIXELS:
-        raise SizeError(f"{declared}, more than the limit of {MAX_PIXELS / 1e6:.0f} megapixels; scale it down")
+    if height * width > _MAX_DECLARED_PIXELS:
+        limit = _MAX_DECLARED_PIXELS / 1e6
+        raise SizeError(f"{declared}, more than the limit of {limit:.0f} megapixels; scale it down")
     try:
         with _allow_pixels(height * width), _open(data) as image:
             size = _stored_size(image)
@@ -96,16 +104,16 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
             pixels = _stored_pixels(image, orientation)
     except Image.DecompressionBombError:
         raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None
-    return Decoded(
-        np.array(apply_orientation(pixels, orientation) if exif == "apply" else pixels, order="C"), orientation
-    )
+    if exif == "apply":
+        pixels = apply_orientation(pixels, orientation)
+    return DecodedImage(np.array(pixels, order="C"), orientation)
 
 
-def decode_any_size(data: bytes) -> Decoded:
-    """Like `decode`, for an image of undeclared size, with the pixels as stored, up to Pillow's limit.
+def decode_any_size(data: bytes) -> DecodedImage:
+    """Like `decode`, for an image of unknown size; the pixels are as stored.
 
     Raises:
-        SizeError: it has more pixels.
+        SizeError: it has more pixels than Pillow's limit, twice ``Image.MAX_IMAGE_PIXELS``.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     try:
@@ -116,10 +124,11 @@ def decode_any_size(data: bytes) -> Decoded:
     return decode(data, height, width)
 
 
-def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
+def gray_thumbnails(data: bytes, side: int) -> list[np.ndarray]:
     """Decode an image file of any size to gray thumbnails, downscaled by averaging.
 
-    An image with an EXIF orientation has two, as stored and rotated upright, as a detector can be trained on either.
+    An image with an EXIF orientation has two, as stored and rotated upright, since a detector may have been trained on
+    either.
 
     Args:
         data: contents of a file in one of the `FORMATS`.
@@ -129,34 +138,27 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
         One or two (side, side) uint8 arrays.
 
     Raises:
+        SizeError: the image has too many pixels.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
-    try:
-        with _open(data) as image:
-            if image.width * image.height <= _LARGE_IMAGE_PIXELS:
-                return _thumbnails(image, side)
-    except Image.DecompressionBombError:
-        pass
-    try:
-        with _allow_pixels(MAX_UNDECLARED_PIXELS), _open(data) as image:
-            if image.width * image.height <= MAX_UNDECLARED_PIXELS:
-                return _thumbnails(image, side)
-    except Image.DecompressionBombError:
-        pass
-    raise SizeError(f"more than the limit of {MAX_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
+    for limit in (_LARGE_IMAGE_PIXELS, _MAX_UNDECLARED_PIXELS):  # the second limit locks out other large images
+        with suppress(Image.DecompressionBombError), _allow_pixels(limit), _open(data) as image:
+            if image.width * image.height <= limit:
+                return _gray_thumbnails(image, side)
+    raise SizeError(f"more than the limit of {_MAX_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
 
 
-def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
-    """Decode an image file to a small RGB copy for display, with the pixels as stored.
+def rgb_thumbnail(data: bytes, side: int, height: int, width: int) -> Image.Image:
+    """Decode an image file to an RGB thumbnail for display, with the pixels as stored.
 
     Args:
         data: contents of a file in one of the `FORMATS`.
-        side: longest side of the copy in pixels.
+        side: longest side of the thumbnail in pixels.
         height: expected height in pixels, as stored.
         width: expected width in pixels, as stored.
 
     Returns:
-        The copy, in the proportions of the image.
+        The thumbnail, in the proportions of the image.
 
     Raises:
         SizeError: the image has another size; it is then not decoded.
@@ -166,10 +168,10 @@ def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
         if (size := _stored_size(image)) != (height, width):
             raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
-            image.draft("RGB", (side, side))  # decodes a JPEG at a fraction of its size, as in `_thumbnails`
-        copy = Image.fromarray(_stored_pixels(image, _orientation(image)))
-    copy.thumbnail((side, side), Image.Resampling.BILINEAR)
-    return copy
+            image.draft("RGB", (side, side))  # decodes a JPEG at a fraction of its size, as in `_gray_thumbnails`
+        thumbnail = Image.fromarray(_stored_pixels(image, _orientation(image)))
+    thumbnail.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return thumbnail
 
 
 def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -191,7 +193,7 @@ def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
     return np.stack([x, y], axis=1)
 
 
-def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
+def _gray_thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     if image.mode in ("L", "RGB"):
         image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster
     orientation = _orientation(image)

@@ -13,12 +13,12 @@ from refer.image_lookup import coco_number
 NAME_KEYS = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 ID_KEYS = ("image_id", "id", "img_id")
 COCO_ID_KEYS = ("coco_id", "cocoid")
-# Keys of COCO ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id; coco_category_id and
-# coco_ann_id are no ids of images.
+# Keys of COCO image ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id, but not coco_category_id
+# or coco_ann_id.
 _COCO_ID_KEY = re.compile(r"coco(?![a-z_]*(?:cat|ann|class|label|obj))[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
-# Entries of Visual Genome's annotation files have no image name, but a list under one of these keys, whose items are
-# objects with the key on the right (None: any items).
+# Entries of Visual Genome's annotation files have no image name, but a list under one of these keys. The value is a key
+# that the items of that list have, None if any items will do.
 _VISUAL_GENOME_LISTS = {
     "regions": None,
     "relationships": None,
@@ -34,33 +34,33 @@ class Evidence:
 
     Attributes:
         id: its id in the list, None if it has none.
-        named: COCO-style numbers in any of its strings or keys, at any depth, and its ``coco_id``.
-        bare: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
-        ids: integers under id keys that its names do not contradict. As lists may have their own numbering, these are
-            COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
+        coco_numbers: COCO's zero-padded numbers in any of its strings or keys, at any depth, and its ``coco_id``.
+        bare_numbers: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
+        possible_ids: integers under id keys that its names do not contradict. As lists may have their own numbering,
+            these are COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
         is_non_coco: whether its ``coco_id`` marks the image as not from COCO: it is null or an integer outside the
-            range of COCO's ids, and no string has a COCO-style number.
-        is_visual_genome: whether it is an entry of Visual Genome, which has ids of its own.
+            range of COCO's ids, and it has no ``coco_numbers``.
+        is_visual_genome: whether it is an entry of Visual Genome, whose ids are not COCO's.
         has_unnumbered_name: whether it has a file name or URL without a number.
         addresses: its file names and URLs.
         lookup_number: in an instances file, the number by which training may look its image up (function
             `lookup_number`).
     """
 
-    id: int | None
-    named: frozenset[int]
-    bare: frozenset[int]
-    ids: frozenset[int]
-    is_non_coco: bool
-    is_visual_genome: bool
-    has_unnumbered_name: bool
+    id: int | None = None
+    coco_numbers: frozenset[int] = frozenset()
+    bare_numbers: frozenset[int] = frozenset()
+    possible_ids: frozenset[int] = frozenset()
+    is_non_coco: bool = False
+    is_visual_genome: bool = False
+    has_unnumbered_name: bool = False
     addresses: tuple[str, ...] = ()
     lookup_number: int | None = None
 
     @property
     def coco_ids(self) -> frozenset[int]:
         """COCO ids that the image may have; the image is held out if any of them is."""
-        return self.named | self.bare | self.ids | _coco_range([self.lookup_number])
+        return self.coco_numbers | self.bare_numbers | self.possible_ids | _coco_range([self.lookup_number])
 
     def is_understood(self, ids_confirmed: bool) -> bool:
         """Whether the entry identifies a COCO image, or says that it is not one.
@@ -73,13 +73,13 @@ class Evidence:
         """
         if self.has_unnumbered_name:
             return False
-        if self.named or self.bare or self.is_non_coco:
+        if self.coco_numbers or self.bare_numbers or self.is_non_coco:
             return True
-        return ids_confirmed and bool(self.ids)
+        return ids_confirmed and bool(self.possible_ids)
 
 
 class _Text(NamedTuple):
-    """A string of an entry, its key, and whether it is an item of a list."""
+    """A string of an entry, its key ("" if it has none), and whether it is in a list."""
 
     key: str
     text: str
@@ -98,44 +98,45 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
         The evidence.
     """
     if type(entry) is int and not key:  # a list of bare ids is taken at face value
-        return Evidence(entry, frozenset(), _coco_range([entry]), frozenset(), False, False, False)
-    top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
+        return Evidence(id=entry, bare_numbers=_coco_range([entry]))
+    fields: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
     addresses = [text for text in texts if text.text and (text.key in NAME_KEYS or is_image_file(text.text))]
-    top_coco_ids = [top[name] for name in COCO_ID_KEYS if name in top]
     coco_ids = _coco_range(_integers_under(entry, _COCO_ID_KEY))
-    named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
-    bare = frozenset(number for text in texts if text.text != key and (number := _bare_number_of(text)) is not None)
-    entry_id = next((_parse_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
-    is_genome = _is_genome_entry(top, [text.text for text in texts])
-    ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *(_top_level_integers(entry))])
+    coco_numbers = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
+    bare_numbers = frozenset(
+        number for text in texts if text.text != key and (number := _bare_number_of(text)) is not None
+    )
+    entry_id = next((_parse_integer(fields[name]) for name in id_keys if fields.get(name) is not None), None)
+    ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *_top_level_integers(entry)])
     key_number = bare_number(key) if key else None
-    if key_number is not None and (named or bare or ids or addresses):  # may be a sequential index
+    if key_number is not None and (coco_numbers or bare_numbers or ids or addresses):  # may be a sequential index
         ids |= _coco_range([key_number])
     elif key_number is not None:
-        bare = frozenset([key_number])
-    has_unnumbered = _has_unnumbered(addresses, bool(coco_ids))
-    numbers_in_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
+        bare_numbers = frozenset([key_number])
     # Ids are taken as sequential, as in MDETR's files, if a name has a number or there is a coco_id. A coco_id says
     # nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
-    contradicted = is_genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
+    is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
+    has_padded_name = any(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts)))
+    ids_are_sequential = has_padded_name or (bool(coco_ids) and not _has_unnumbered(addresses, False))
+    top_coco_ids = [fields[name] for name in COCO_ID_KEYS if name in fields]
     are_readable = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
-    is_non_coco = bool(top_coco_ids) and are_readable and not named
+    is_non_coco = bool(top_coco_ids) and are_readable and not coco_numbers
     return Evidence(
         id=entry_id,
-        named=frozenset(named),
-        bare=frozenset(bare),
-        ids=frozenset() if contradicted else ids,
+        coco_numbers=coco_numbers,
+        bare_numbers=bare_numbers,
+        possible_ids=frozenset() if is_visual_genome_entry or ids_are_sequential else ids,
         is_non_coco=is_non_coco,
-        is_visual_genome=is_genome,
-        has_unnumbered_name=has_unnumbered and not (coco_ids or is_non_coco),
+        is_visual_genome=is_visual_genome_entry,
+        has_unnumbered_name=_has_unnumbered(addresses, bool(coco_ids)) and not (coco_ids or is_non_coco),
         addresses=tuple(dict.fromkeys(text.text for text in addresses)),
     )
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether most of the ids of entries that also have a COCO-style name or a ``coco_id`` agree with that."""
-    agreements = [entry.id in entry.named for entry in entries if entry.id is not None and entry.named]
+    """Whether most ids agree with the COCO-style name or ``coco_id`` of the same entry; False if no entry has both."""
+    agreements = [entry.id in entry.coco_numbers for entry in entries if entry.id is not None and entry.coco_numbers]
     return 2 * sum(agreements) > len(agreements)
 
 
@@ -172,7 +173,9 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
 def may_be_looked_up_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
     """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts that COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
-    return not evidence.is_visual_genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
+    if evidence.is_visual_genome or evidence.is_non_coco:
+        return False
+    return (evidence.coco_numbers | evidence.bare_numbers) <= {image_id}
 
 
 def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
@@ -222,8 +225,8 @@ def _texts(value: Any) -> Iterator[_Text]:
 def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
     """Whether an image has a file name or URL without a number.
 
-    An image may have several: next to COCO's own URL or a ``coco_id`` other names need no number, nor do URLs next to a
-    file name. Every item of a list is a separate image.
+    An image may have several: next to COCO's own URL or a ``coco_id``, other names need no number, nor do URLs next to
+    a file name. Each item of a list is a separate image.
     """
     is_numbered = {
         address: bool(numbers_in_name(address.text)) or _bare_number_of(address) is not None for address in addresses
@@ -273,12 +276,13 @@ def _top_level_integers(entry: Any) -> list[int]:
     return [part for part in (entry if isinstance(entry, list) else [entry]) if type(part) is int]
 
 
-def _coco_range(numbers: Any) -> frozenset[int]:
-    """The integers in the range of COCO's image ids."""
+def _coco_range(numbers: Iterable[int | None]) -> frozenset[int]:
+    """Those of the numbers that are in the range of COCO's image ids."""
     return frozenset(number for number in numbers if type(number) is int and 0 <= number <= MAX_ID)
 
 
-def _is_genome_entry(entry: Mapping[str, Any], strings: Collection[str]) -> bool:
+def _is_visual_genome_entry(entry: Mapping[str, Any], strings: Collection[str]) -> bool:
+    """Whether an entry has an image of Visual Genome, or the lists of its annotation files."""
     if any(map(is_visual_genome, strings)):
         return True
     for key, member_key in _VISUAL_GENOME_LISTS.items():

@@ -19,11 +19,11 @@ from refer.plain_files import check_file_size, read_file
 
 _UTF8_FLAG = 0x800
 _ENCRYPTED = 0x1
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+_COMPRESSION_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 
 class ImageFiles(Protocol):
-    """A folder or zip of images. Safe to pass to worker processes and threads."""
+    """Files of a folder or zip of images. Safe to pass to worker processes and threads."""
 
     path: Path
     listing: Listing
@@ -106,7 +106,7 @@ class _Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: tuple[int, zipfile.ZipFile] | None = None
-        self._members: dict[str, str] = {}  # correct name -> name in zipfile, where they differ
+        self._members: dict[str, str] = {}  # correct name -> name that zipfile decodes, where they differ
         files, unusable = [], {}
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -167,7 +167,7 @@ def _why_unusable(info: zipfile.ZipInfo) -> str:
     """Why a member cannot be read, "" if it can."""
     if info.flag_bits & _ENCRYPTED:
         return "encrypted; unpack the zip and give the folder"
-    if info.compress_type not in _METHODS:
+    if info.compress_type not in _COMPRESSION_METHODS:
         return f"compressed by unsupported method {info.compress_type}; unpack the zip and give the folder"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "a link; unpack the zip and give the folder"

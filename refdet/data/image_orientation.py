@@ -24,16 +24,16 @@ class OrientationNote:
     def __init__(self, source: ImageSource, batches: int | None = None) -> None:
         self._source, self._remaining, self._logged = source, batches, False
 
-    def add(self, oriented: Mapping[str, int]) -> None:
+    def add(self, orientations: Mapping[str, int]) -> None:
         """Add the files of a batch with an orientation other than 1, file name -> orientation."""
-        self._source.oriented.update(oriented)
+        self._source.orientations.update(orientations)
         if self._remaining is not None:
             self._remaining -= 1
             if self._remaining == 0:
                 self._log()
 
     def _log(self) -> None:
-        names, exif = sorted(self._source.oriented), self._source.exif
+        names, exif = sorted(self._source.orientations), self._source.exif
         if self._logged or not names:
             return
         self._logged = True
@@ -44,7 +44,12 @@ class OrientationNote:
         )
         log.warning(
             "note: `%s` %s: %d of the images read %s an EXIF orientation other than 1, such as %s: %s",
-            *(self._source.argument, self._source.path, len(names), agree(len(names), "has"), names[0], handling),
+            self._source.argument,
+            self._source.path,
+            len(names),
+            agree(len(names), "has"),
+            names[0],
+            handling,
         )
 
     def __enter__(self) -> OrientationNote:

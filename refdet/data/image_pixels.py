@@ -7,35 +7,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refdet.data.image_decoder import apply_orientation, decode_any_size
-from refdet.data.image_source import ImageError, why_unreadable
+from refdet.data.image_decoder import apply_orientation, check_exif_mode, decode_any_size
+from refdet.data.image_source import MAX_UNDECLARED_BYTES, ImageError, why_unreadable
 from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_BYTES = 1 << 28  # of an image file
-
 
 def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignore") -> np.ndarray:
-    """The pixels of an image, (H, W, 3) uint8 RGB.
+    """Return the pixels of an image, (H, W, 3) uint8 RGB.
 
     A file is decoded as in an extraction: by default its EXIF orientation is ignored, as COCO's boxes refer to the
-    pixels as stored. Of 16 bits the upper 8 are kept; transparency is dropped.
+    pixels as stored; 16-bit channels are reduced to their upper 8 bits, and transparency is dropped.
 
     Args:
         image: (H, W, 3) uint8 RGB, a PIL image, or the path of an image file.
-        exif: "apply" to rotate the image of a file upright by its EXIF orientation.
+        exif: "ignore" to keep the pixels of a file as stored, or "apply" to rotate them upright by their EXIF
+            orientation.
 
     Raises:
-        ArgumentError: an array of another shape or dtype, or an image without pixels.
+        ArgumentError: an array of another shape or dtype, an image without pixels, or an unknown ``exif``.
         InputError: no such file, or not a readable image.
     """
+    check_exif_mode(exif)
     if not isinstance(image, str | Path):
         pixels = rgb_pixels(image)
         return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns about read-only arrays
-    data = read_bytes(Path(image), MAX_BYTES)
+    data = read_bytes(Path(image), MAX_UNDECLARED_BYTES)
     try:
         decoded = decode_any_size(data)
         return np.array(apply_orientation(decoded.pixels, decoded.orientation)) if exif == "apply" else decoded.pixels

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import SizeError, decode, max_file_size
+from refdet.data.image_decoder import SizeError, check_exif_mode, decode, max_file_size
 from refdet.data.image_files import ImageFiles, open_files
 from refdet.errors import InputError, RuntimeFailure, is_system_error
 from refdet.files.short_text import agree, format_count, format_share
@@ -19,7 +19,7 @@ from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-_MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
+MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
 
 
 class ImageError(InputError):
@@ -37,16 +37,20 @@ class ImageSource:
         exif: "ignore" to keep pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
         argument: name of the argument that gave the path, for messages.
 
+    Raises:
+        ArgumentError: ``exif`` is neither "ignore" nor "apply".
+
     Attributes:
-        path: the folder or zip.
-        exif: as given.
+        path: path of the folder or zip.
+        exif: how EXIF orientation is handled.
         argument: as given.
-        oriented: file -> EXIF orientation, of files with an orientation other than 1 that this process has read.
+        orientations: file -> EXIF orientation, of files with an orientation other than 1 that this process has read.
     """
 
     def __init__(self, files: ImageFiles, exif: str = "ignore", argument: str = "images") -> None:
+        check_exif_mode(exif)
         self.path, self.exif, self.argument = files.path, exif, argument
-        self.oriented: dict[str, int] = {}
+        self.orientations: dict[str, int] = {}
         self._files = files
         listing, root = files.listing, files.path.absolute()
         root = root.with_suffix("") if root.is_file() else root
@@ -87,19 +91,19 @@ class ImageSource:
         log.info("`%s` %s: %s", argument, path, format_count(len(source._names), "file"))
         return source
 
-    def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
+    def locate(self, records: Sequence[ImageRecord], all_records: Iterable[ImageRecord] = ()) -> list[str]:
         """Find the files of images, with a note about files found in another folder than their name says.
 
         Args:
             records: the images.
-            listed: all images of their list, if ``records`` is only a part of it.
+            all_records: all images of the list, if ``records`` are only a part of it.
 
         Returns:
             Name and reason for each image without a file, in the order of ``records``.
         """
-        to_locate = [record for record in (*records, *listed) if record.file_name or record.by_id]
+        to_locate = [record for record in (*records, *all_records) if record.file_name or record.by_id]
         located = self._names.locate(map(_lookup_key, to_locate))
-        self._located.update({key: self._usable(match) for key, match in located.items()})
+        self._located.update({key: self._reject_unusable(match) for key, match in located.items()})
         matches = [self._match(record) for record in records]
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
@@ -125,18 +129,18 @@ class ImageSource:
         """Why an image has no file, "" if it has one."""
         return self._match(record).reason
 
-    def check(self, records: Sequence[ImageRecord], listed_in: Path, listed: Iterable[ImageRecord] = ()) -> None:
+    def check(self, records: Sequence[ImageRecord], listed_in: Path, all_records: Iterable[ImageRecord] = ()) -> None:
         """Find the files of images and check that none is missing.
 
         Args:
             records: the images.
             listed_in: the file that lists them, for error messages.
-            listed: all images of their list, if ``records`` is only a part of it.
+            all_records: all images of the list, if ``records`` are only a part of it.
 
         Raises:
             InputError: images are missing; the message has their number and the first one.
         """
-        if missing := self.locate(records, listed):
+        if missing := self.locate(records, all_records):
             self.raise_missing(records, missing, listed_in)
 
     def raise_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
@@ -192,7 +196,7 @@ class ImageSource:
             raise
         except SizeError as error:
             if error.orientation != 1:
-                self.oriented[name] = error.orientation
+                self.orientations[name] = error.orientation
             raise ImageError(f"{self.path}/{name}: {error}") from None
         except Exception as error:  # decoders can raise anything on damaged or hostile files
             self.raise_if_system_error(name, error)
@@ -201,7 +205,7 @@ class ImageSource:
                 "replace it or remove it from the instances file"
             ) from error
         if decoded.orientation != 1:
-            self.oriented[name] = decoded.orientation
+            self.orientations[name] = decoded.orientation
         return decoded.pixels
 
     def size(self, name: str) -> int:
@@ -223,7 +227,7 @@ class ImageSource:
             OSError: it cannot be read, or is far too large for such an image; zipfile raises other exceptions too.
             RuntimeFailure: the whole zip is gone.
         """
-        return self._files.read(name, max_file_size(height, width) if height and width else _MAX_UNDECLARED_BYTES)
+        return self._files.read(name, max_file_size(height, width) if height and width else MAX_UNDECLARED_BYTES)
 
     def raise_if_system_error(self, name: str, error: Exception) -> None:
         """Raise a RuntimeFailure if the machine and not the file caused an error.
@@ -243,10 +247,10 @@ class ImageSource:
                 "the network and memory"
             ) from error
 
-    def oriented_among(self, records: Sequence[ImageRecord]) -> dict[str, int]:
-        """Entries of ``oriented`` for the files of some images."""
+    def orientations_of(self, records: Sequence[ImageRecord]) -> dict[str, int]:
+        """Entries of ``orientations`` for the files of the given images."""
         names = (self.find(record) for record in records)
-        return {name: self.oriented[name] for name in names if name in self.oriented}
+        return {name: self.orientations[name] for name in names if name in self.orientations}
 
     def _match(self, record: ImageRecord) -> Match:
         if not record.file_name and not record.by_id:
@@ -254,10 +258,11 @@ class ImageSource:
         key: Key = record.file_name or record.id
         if key not in self._located:  # not in a list given to locate
             matches = self._names.locate([_lookup_key(record)])
-            self._located[key] = self._usable(matches[key])
+            self._located[key] = self._reject_unusable(matches[key])
         return self._located[key]
 
-    def _usable(self, match: Match) -> Match:
+    def _reject_unusable(self, match: Match) -> Match:
+        """Replace the match of a file that cannot be read by one without a file."""
         why = None if match.path is None else self._files.listing.unusable.get(match.path)
         return match if why is None else Match(None, f"{match.path} is {why}")
 

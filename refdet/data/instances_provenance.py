@@ -41,7 +41,7 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
         elif names_differ:
             note = RENAMED
         else:
-            return replace(written, selection=None)
+            return replace(written, selection=None)  # of the weights of a training; a split has none
     return Provenance(
         source=index.path.name,
         source_sha256=file_sha256(index.path),

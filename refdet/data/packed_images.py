@@ -8,6 +8,7 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from refdet.device import to_device
 
-_ITEM_BYTES = {torch.uint8: 1, torch.float32: 4}
+Layout = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of an image."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PackedImages:
     """
 
     data: Tensor
-    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
+    layouts: list[Layout]
 
     @classmethod
     def from_images(cls, images: Sequence[np.ndarray]) -> PackedImages:
@@ -49,22 +51,26 @@ class PackedImages:
 
     def split(self, size: int) -> list[PackedImages]:
         """Split into parts of `size` images each, without copying, as `torch.split`."""
-        ends = np.cumsum([0, *map(_padded_bytes, self.layouts)])
+        offsets = np.cumsum([0, *map(_padded_bytes, self.layouts)])
         return [
-            PackedImages(self.data[ends[first] : ends[first + size]], self.layouts[first : first + size])
+            PackedImages(self.data[offsets[first] : offsets[first + size]], self.layouts[first : first + size])
             for first in range(0, len(self.layouts), size)
         ]
 
     def unpack(self, device: torch.device) -> list[Tensor]:
         """Copy the images to a device, all at once; asynchronous from pinned memory."""
-        data, first, images = to_device(self.data, device), 0, []
-        for dtype, shape in self.layouts:
-            size = int(np.prod(shape)) * _ITEM_BYTES[dtype]
-            images.append(data[first : first + size].view(dtype).view(shape))
-            first += _padded_bytes((dtype, shape))
+        data, offset, images = to_device(self.data, device), 0, []
+        for layout in self.layouts:
+            dtype, shape = layout
+            images.append(data[offset : offset + _bytes(layout)].view(dtype).view(shape))
+            offset += _padded_bytes(layout)
         return images
 
 
-def _padded_bytes(layout: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    size = int(np.prod(layout[1])) * _ITEM_BYTES[layout[0]]
-    return size + -size % 4
+def _bytes(layout: Layout) -> int:
+    dtype, shape = layout
+    return math.prod(shape) * dtype.itemsize
+
+
+def _padded_bytes(layout: Layout) -> int:
+    return _bytes(layout) + -_bytes(layout) % 4

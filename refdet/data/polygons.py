@@ -1,14 +1,13 @@
-"""Validation of the polygons in an instances JSON, with messages that help to correct their writer."""
+"""Validation of the polygons in an instances JSON, with messages that help to fix the program that wrote them."""
 
 from __future__ import annotations
 
 import math
-import reprlib
 from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, short_repr
 from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 
 _MIN_NUMBERS = 6  # coordinates of three points
@@ -39,7 +38,8 @@ def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str
         except (TypeError, OverflowError):
             valid = False
         if not valid:
-            raise InputError(f"{path}: {what}: a polygon {_problem(polygon)}; it must be numbers [x, y, x, y, ...]")
+            problem = _polygon_problem(polygon)
+            raise InputError(f"{path}: {what}: a polygon {problem}; it must be numbers [x, y, x, y, ...]")
     kept = [polygon for polygon in value if len(polygon) >= _MIN_NUMBERS]
     if len(kept) == len(value):
         return value, ""
@@ -59,7 +59,7 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
     Raises:
         InputError: a polygon reaches far outside its image, or the outlines are absurdly long.
     """
-    if is_surely_drawn(polygons) or can_be_drawn(polygons, height, width):
+    if can_be_drawn_in_any_image(polygons) or can_be_drawn(polygons, height, width):
         return
     reach = min(max(max(map(abs, polygon)) for polygon in polygons), 1e300)  # an integer may exceed the range of floats
     if reach > MAX_DISTANCE + max(height, width):
@@ -71,10 +71,10 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
     raise InputError(f"{path}: {what}: {problem}; correct or remove the annotation")
 
 
-def is_surely_drawn(polygons: list) -> bool:
-    """Whether polygons can be drawn in an image of any size, by a quick, conservative test that nearly all pass.
+def can_be_drawn_in_any_image(polygons: list) -> bool:
+    """Quick, conservative version of `refer.masks.can_be_drawn` that does not need the image size; nearly all pass.
 
-    Bounds the length of each step of an outline by the range of the polygon's numbers.
+    Bounds the length of each edge by the range of the polygon's coordinates.
     """
     length = 0.0
     for polygon in polygons:
@@ -85,14 +85,15 @@ def is_surely_drawn(polygons: list) -> bool:
     return length <= MAX_LENGTH
 
 
-def _problem(polygon: Any) -> str:
+def _polygon_problem(polygon: Any) -> str:
+    """Why a polygon is invalid, as a predicate: "is ...", "has ...", "contains ..."."""
     if not isinstance(polygon, list):
-        return f"is {reprlib.repr(polygon)}, not a list"
+        return f"is {short_repr(polygon)}, not a list"
     if any(isinstance(part, list) for part in polygon):
         return "is a list of points [[x, y], ...]"
     for number in polygon:
         if type(number) not in (int, float, bool):
-            return f"contains {reprlib.repr(number)}, not a number"
+            return f"contains {short_repr(number)}, not a number"
         if isinstance(number, float) and not math.isfinite(number):
             return f"contains {number}"
     if len(polygon) % 2:

@@ -1,6 +1,6 @@
 """Large-scale jitter (Ghiasi et al., 2021): an image is resized by a random scale, and cropped or padded to a square.
 
-Boxes in this module are (N, 4) float32, half-open xyxy in pixels of the original image.
+Boxes and windows, parts of the image, are half-open xyxy in pixels of the original image; (N, 4) boxes are float32.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch import Tensor
 from refdet.config.recipe import InputOptions
 from refdet.structures.box_convention import InputSize
 
-Window = tuple[float, float, float, float]
-"""A part of the original image, x1 y1 x2 y2 in pixels."""
+Box = tuple[float, float, float, float]
 
 _MIN_SIDE = 0.01  # pixels; objects with a smaller visible part are removed
 
 
-def sample_jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
+def sample_jittered_size(height: int, width: int, options: InputOptions, rng: np.random.Generator) -> InputSize:
     """Draw a scale and a crop of the resized image.
 
     At scale 1 the image fits exactly into the square of ``options.crop_size``.
@@ -30,21 +29,28 @@ def sample_jittered_size(height: int, width: int, options: InputOptions, random:
         height: height of the image in pixels.
         width: width of the image in pixels.
         options: input options with a ``crop_size``; the scale is uniform in ``scale_range``.
-        random: three numbers are drawn: the scale, and the position of the crop along x and y.
+        rng: three numbers are drawn: the scale, and the position of the crop along x and y.
 
     Returns:
         The size of the crop, at most ``crop_size`` on a side.
     """
-    scale = random.uniform(*options.scale_range) * options.crop_size / max(height, width)
-    resized = max(round(height * scale), 1), max(round(width * scale), 1)
-    sides = min(resized[0], options.crop_size), min(resized[1], options.crop_size)
-    x, y = (round(random.random() * (resized[axis] - sides[axis])) for axis in (1, 0))
-    scales = (scale, scale) if options.resize == "opencv" else (resized[1] / width, resized[0] / height)
-    return InputSize(*sides, *scales, height, width, cropped_from=resized, crop_origin=(x, y))
+    scale = rng.uniform(*options.scale_range) * options.crop_size / max(height, width)
+    resized_height, resized_width = max(round(height * scale), 1), max(round(width * scale), 1)
+    crop_height, crop_width = min(resized_height, options.crop_size), min(resized_width, options.crop_size)
+    x = round(rng.random() * (resized_width - crop_width))
+    y = round(rng.random() * (resized_height - crop_height))
+    scales = (scale, scale) if options.resize == "opencv" else (resized_width / width, resized_height / height)
+    resized = (resized_height, resized_width)
+    return InputSize(crop_height, crop_width, *scales, height, width, cropped_from=resized, crop_origin=(x, y))
 
 
-def visible_window(size: InputSize, flip: bool) -> Window:
-    """The part of the original image that the network's input shows; with `flip`, that of the mirrored image."""
+def visible_window(size: InputSize, flip: bool) -> Box:
+    """The part of the original image that the network's input shows.
+
+    Args:
+        size: input size with a crop.
+        flip: whether the image is mirrored before it is cropped; the window is in the image as stored.
+    """
     (x, y), (sx, sy) = size.crop_origin, size.scale
     left, right = x / sx, min((x + size.width) / sx, size.image_width)
     if flip:
@@ -52,11 +58,11 @@ def visible_window(size: InputSize, flip: bool) -> Window:
     return left, y / sy, right, min((y + size.height) / sy, size.image_height)
 
 
-def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Window) -> tuple[list[int], Tensor]:
+def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Box) -> tuple[list[int], Tensor]:
     """Clip boxes to a window.
 
-    The box of an object that is cut becomes that of the visible part of its mask, as with detectron2's
-    ``recompute_boxes``; without a mask it is clipped. Invisible objects are removed.
+    If the window cuts an object, its box becomes that of the visible part of its mask, as with detectron2's
+    ``recompute_boxes``; without a mask the box is clipped. Invisible objects are removed.
 
     Args:
         boxes: N boxes.
@@ -77,7 +83,7 @@ def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Window) -> t
     return kept.tolist(), visible[kept]
 
 
-def _visible_box(mask: dict, window: Window) -> Window:
+def _visible_box(mask: dict, window: Box) -> Box:
     """The box of the part of a mask in a window; an empty box if there is none."""
     left, top, right, bottom = window
     rows, columns = slice(int(top), int(np.ceil(bottom))), slice(int(left), int(np.ceil(right)))

@@ -1,12 +1,11 @@
-"""Convert COCO's three mask formats to one."""
+"""Convert COCO's three segmentation formats, polygons and uncompressed or compressed RLE, to compressed RLE."""
 
 from __future__ import annotations
-
-import reprlib
 
 from pycocotools import mask as coco_mask
 
 from refdet.errors import InputError
+from refdet.files.short_text import short_repr
 from refer.masks import can_be_drawn, rle_pixels
 
 
@@ -31,7 +30,8 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
             check_polygons(polygons, height, width)
             return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         if segmentation["size"] != [height, width]:
-            raise InputError(f"segmentation has size {segmentation['size']!r:.40}, but its image has {[height, width]}")
+            size = short_repr(segmentation["size"])
+            raise InputError(f"segmentation has size {size}, but its image has {[height, width]}")
         counts = segmentation["counts"]
         # pycocotools writes out of bounds for some RLEs that do not match their size.
         if not _covers(counts, height * width):
@@ -40,7 +40,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
             return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"segmentation {_short_repr(segmentation)} is neither polygons nor RLE") from error
+        raise InputError(f"segmentation {short_repr(segmentation)} is neither polygons nor RLE") from error
 
 
 def check_polygons(polygons: list, height: int, width: int) -> None:
@@ -57,7 +57,7 @@ def check_polygons(polygons: list, height: int, width: int) -> None:
     if not can_be_drawn(polygons, height, width):
         raise InputError(
             f"polygon is not a list of numbers [x, y, x, y, ...], far outside its image or absurdly long: "
-            f"{_short_repr(polygons)}"
+            f"{short_repr(polygons)}"
         )
 
 
@@ -66,8 +66,3 @@ def _covers(counts: object, pixels: int) -> bool:
     if isinstance(counts, list):
         return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == pixels
     return isinstance(counts, str | bytes) and rle_pixels(counts) == pixels
-
-
-def _short_repr(segmentation: object) -> str:
-    # the full repr may have megabytes
-    return reprlib.repr(segmentation)[:80]

@@ -22,6 +22,9 @@ from refdet.errors import RefdetError
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.ground_truth import GroundTruth
 
+# Independent streams of random numbers from one seed.
+_EPOCH_STREAM, _STEP_STREAM, _JITTER_STREAM, _SHORT_SIDE_STREAM = range(4)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,7 +38,7 @@ class Batch:
         shape: height and width to which all are padded, in pixels of the network's input.
         targets: annotations of each image, in pixels of the network's input.
         image_ids: COCO ids of all images of the step, including those of other processes.
-        oriented: file -> EXIF orientation, for files with an orientation other than 1.
+        orientations: file -> EXIF orientation, for files with an orientation other than 1.
     """
 
     images: PackedImages
@@ -44,7 +47,7 @@ class Batch:
     shape: tuple[int, int]
     targets: list[GroundTruth]
     image_ids: list[int]
-    oriented: dict[str, int] = field(default_factory=dict)
+    orientations: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """Copy the images to pinned memory."""
@@ -96,7 +99,8 @@ class TrainingBatches(Dataset):
         source: the images.
         recipe: the recipe.
         objects: the objects to train on, if already selected and their images located.
-        share: rank of this process, and number of processes (world size).
+        rank: rank of this process.
+        world_size: number of processes.
 
     Raises:
         InputError: no objects, or missing image files.
@@ -108,16 +112,17 @@ class TrainingBatches(Dataset):
         source: ImageSource,
         recipe: Recipe,
         objects: TrainingObjects | None = None,
-        share: tuple[int, int] = (0, 1),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.source, self.recipe, self.share = source, recipe, share
+        self.source, self.recipe, self.rank, self.world_size = source, recipe, rank, world_size
         self.labels = {category: label for label, category in enumerate(index.categories, start=1)}
         self.objects = objects or TrainingObjects(index, recipe.model.masks, recipe.train.empty_images)
         self.records = self.objects.records
         if objects is None:
             source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
-        self._planned_epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the last epoch, and rows of its batches
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # epoch, and rows of `records` for each of its batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,12 +138,12 @@ class TrainingBatches(Dataset):
         Errors are not raised, as the DataLoader would wrap them in a worker's traceback.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._planned_epoch[0] != epoch:
-            self._planned_epoch = (epoch, self._plan_epoch(epoch))
-        rows = self._planned_epoch[1][position]
-        random = np.random.default_rng((self.recipe.train.seed, 1, step))
-        short_side = int(random.choice(self.recipe.input.min_sizes))
-        flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._plan_epoch(epoch))
+        rows = self._plan[1][position]
+        rng = np.random.default_rng((self.recipe.train.seed, _STEP_STREAM, step))
+        short_side = int(rng.choice(self.recipe.input.min_sizes))
+        flips = (rng.random(len(rows)) < 0.5) & self.recipe.train.flip
         return self._load_batch(rows, [self._input_size(self.records[r], step, short_side) for r in rows], flips)
 
     def largest_batch(self) -> Batch | RefdetError:
@@ -170,8 +175,7 @@ class TrainingBatches(Dataset):
 
     def _load_batch(self, rows: np.ndarray, sizes: list[InputSize], flips: np.ndarray) -> Batch | RefdetError:
         """This process's share of the batch of some records, or the error of an unusable image."""
-        rank, world_size = self.share
-        own = slice(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+        own = slice(self.rank * len(rows) // self.world_size, (self.rank + 1) * len(rows) // self.world_size)
         own_records = [self.records[r] for r in rows[own]]
         try:
             loaded = zip(own_records, sizes[own], flips[own].tolist(), strict=True)
@@ -185,45 +189,61 @@ class TrainingBatches(Dataset):
             self._padded_shape(sizes),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
-            self.source.oriented_among(own_records),
+            self.source.orientations_of(own_records),
         )
 
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """Indices into ``records`` for each batch of an epoch."""
         size = self.recipe.train.batch_size
-        random = np.random.default_rng((self.recipe.train.seed, 0, epoch))
-        order = random.permutation(len(self.records))
+        rng = np.random.default_rng((self.recipe.train.seed, _EPOCH_STREAM, epoch))
+        order = rng.permutation(len(self.records))
         if len(order) < size:
             return [np.resize(order, size)]
         # Drop the remainder before grouping: a group smaller than a batch would otherwise be left out in every epoch.
         order = order[: len(order) // size * size]
         landscape = self._landscape[order]
-        batches, rest = [], []
+        batches, remainders = [], []
         for group in (order[landscape], order[~landscape]):
-            whole = len(group) // size * size
-            batches += list(group[:whole].reshape(-1, size))
-            rest.append(group[whole:])
-        mixed = np.concatenate(rest)
-        batches += list(mixed.reshape(-1, size))
-        return [batches[i] for i in random.permutation(len(batches))]
+            count = len(group) // size * size
+            batches += list(group[:count].reshape(-1, size))
+            remainders.append(group[count:])
+        batches += list(np.concatenate(remainders).reshape(-1, size))  # one batch of both, or none
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def _input_size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
-        """Input size of an image in a step, from `short_side` unless the recipe draws one for each image."""
+        """Input size of an image in a step, from ``short_side`` unless the recipe draws one for each image.
+
+        With ``largest``, the short side is never drawn.
+        """
         options = self.recipe.input
         if options.crop_size:
-            return sample_jittered_size(record.height, record.width, options, self._generator(2, step, record))
+            return sample_jittered_size(
+                record.height, record.width, options, self._image_rng(_JITTER_STREAM, step, record)
+            )
         if options.short_side_per == "image" and not largest:
-            short_side = int(self._generator(3, step, record).choice(options.min_sizes))
+            short_side = int(self._image_rng(_SHORT_SIDE_STREAM, step, record).choice(options.min_sizes))
         return input_size(record.height, record.width, options, short_side)
 
-    def _generator(self, purpose: int, step: int, record: ImageRecord) -> np.random.Generator:
-        """Random numbers that depend on the seed, the step and the image."""
-        return np.random.default_rng((self.recipe.train.seed, purpose, step, record.id % 2**64))
+    def _image_rng(self, stream: int, step: int, record: ImageRecord) -> np.random.Generator:
+        """Random generator that depends only on the seed, the stream, the step and the image."""
+        return np.random.default_rng((self.recipe.train.seed, stream, step, record.id % 2**64))
 
     def _load_example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
         """An image and its annotations, as in `Batch.images` and `Batch.targets`."""
-        convention = BoxConvention(self.recipe.model.legacy_plus_one)
+        return self._load_image(record, size, flip), self._make_target(record, size, flip)
+
+    def _load_image(self, record: ImageRecord, size: InputSize, flip: bool) -> np.ndarray:
         pixels = self.source.read(record)
+        if self.recipe.input.resize == "pillow":
+            if flip and size.cropped_from is not None:  # the crop is one of the mirrored image, which is flipped later
+                return resize_pillow(pixels[:, ::-1], size)[:, ::-1]
+            return resize_pillow(pixels, size)
+        if input_is_smaller(size):
+            return network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
+        return pixels
+
+    def _make_target(self, record: ImageRecord, size: InputSize, flip: bool) -> GroundTruth:
+        convention = BoxConvention(self.recipe.model.legacy_plus_one)
         objects = self.objects.objects(record.id)
         boxes, crowds = (
             convention.clip(_box_tensor(annotations), record.height, record.width)
@@ -237,23 +257,19 @@ class TrainingBatches(Dataset):
         if size.cropped_from is not None:
             window = visible_window(size, flip)
             kept, boxes = crop_boxes(boxes, masks or [None] * len(boxes), window)
-            objects, masks = [objects[i] for i in kept], masks and [masks[i] for i in kept]
+            objects = [objects[i] for i in kept]
+            if masks is not None:
+                masks = [masks[i] for i in kept]
             crowds = crop_boxes(crowds, [None] * len(crowds), window)[1]
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        if self.recipe.input.resize == "pillow":
-            # a crop of the mirror image, which is flipped again later
-            mirrored = flip and size.cropped_from is not None
-            pixels = resize_pillow(pixels[:, ::-1], size)[:, ::-1] if mirrored else resize_pillow(pixels, size)
-        elif input_is_smaller(size):
-            pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
         corner = torch.tensor(size.crop_origin * 2, dtype=torch.float32)
         boxes, crowds = (convention.scale(b, size.scale) - corner for b in (boxes, crowds))
         if size.cropped_from is not None:  # rounding may have moved them outside
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
         flipped_width = float(record.width) if flip else None
-        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.crop_origin)
+        return GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.crop_origin)
 
 
 def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) -> tuple[int, int]:

@@ -28,20 +28,21 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
     Returns:
         Input height and width, and the scale in x and y.
     """
-    short = short_side if short_side is not None else options.min_sizes[-1]
-    scale, limit = short / min(height, width), options.max_size / max(height, width)
-    if options.resize in _RESIZED_SIZE:
-        new_height, new_width = (
-            max(side, 1) for side in _RESIZED_SIZE[options.resize](height, width, short, options.max_size)
-        )
-        return InputSize(new_height, new_width, new_width / width, new_height / height, height, width)
+    short_side = options.min_sizes[-1] if short_side is None else short_side
+    scale, max_scale = short_side / min(height, width), options.max_size / max(height, width)
     if options.resize == "opencv":
         if round(scale * max(height, width)) > options.max_size:
-            scale = limit
+            scale = max_scale
         # sampling and boxes use the exact `scale`, not the ratio of the rounded sizes
         return InputSize(max(round(height * scale), 1), max(round(width * scale), 1), scale, scale, height, width)
-    scale = min(scale, limit)
-    new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
+    if options.resize == "pillow":
+        new_height, new_width = _detectron2_size(height, width, short_side, options.max_size)
+    elif options.resize == "torchvision":
+        new_height, new_width = _torchvision_size(height, width, short_side, options.max_size)
+    else:
+        scale = min(scale, max_scale)
+        new_height, new_width = round(height * scale), round(width * scale)
+    new_height, new_width = max(new_height, 1), max(new_width, 1)
     return InputSize(new_height, new_width, new_width / width, new_height / height, height, width)
 
 
@@ -64,8 +65,8 @@ def network_inputs(
 ) -> Tensor:
     """Resize (bilinear) and normalize images of equal input size.
 
-    Images are copied to the device as uint8, a quarter of the size of floats, without waiting for a GPU; the arrays may
-    change afterwards.
+    Images are copied to the device as uint8, a quarter of the size of floats, without waiting for a GPU. The arrays may
+    be changed as soon as this returns.
 
     Args:
         images: B arrays (H, W, 3) uint8 RGB.
@@ -91,7 +92,7 @@ def network_inputs(
         image = _resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size, options)
         resized.append(image.permute(0, 2, 3, 1))
     batch = torch.cat(resized)
-    if 1 < len(groups) < len(images):
+    if 1 < len(groups) < len(images):  # restore the order of the images
         batch = batch[to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), target)]
     batch = batch.permute(0, 3, 1, 2)  # channels_last
     inputs = batch / std if options.resize == "opencv" else (batch - mean) / std
@@ -114,11 +115,11 @@ def padded_inputs(
     """
     device, opencv = images[0].device, options.resize == "opencv"
     mean, std = (to_device(torch.tensor(values), device)[:, None, None] for values in (options.mean, options.std))
-    # channels_last: the memory holds rows of pixels
+    # channels_last, so that a row of the image is contiguous in memory
     canvas = torch.empty(len(images), *shape, 3, device=device).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
         canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 after normalization
-    for row, image, size in zip(canvas, images, sizes, strict=True):
+    for output, image, size in zip(canvas, images, sizes, strict=True):
         if image.dtype != torch.uint8:
             continue
         image = image.permute(2, 0, 1)[None].float()
@@ -126,11 +127,11 @@ def padded_inputs(
             image = image.flip(1)
         # in the order of the reference, as rounding depends on it
         resized = _resize_opencv(image - mean, size) if opencv else _resize(image, size, options)
-        row[:, : size.height, : size.width] = resized[0]
+        output[:, : size.height, : size.width] = resized[0]
     inputs = canvas.div_(std) if opencv else canvas.sub_(mean).div_(std)
-    for row, image, size in zip(inputs, images, sizes, strict=True):
+    for output, image, size in zip(inputs, images, sizes, strict=True):
         if image.dtype != torch.uint8:
-            row[:, : size.height, : size.width] = image
+            output[:, : size.height, : size.width] = image
     return inputs
 
 
@@ -172,23 +173,20 @@ def _pad(images: Tensor, divisor: int) -> Tensor:
     return F.pad(images, (0, right, 0, bottom)).contiguous(memory_format=torch.channels_last)
 
 
-def _detectron2_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
+def _detectron2_size(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
     """Height and width of detectron2's resized image, which rounds halves up."""
-    scale = short / min(height, width)
-    sides = [float(short) if side == min(height, width) else scale * side for side in (height, width)]
+    scale = short_side / min(height, width)
+    sides = [float(short_side) if side == min(height, width) else scale * side for side in (height, width)]
     if max(sides) > max_size:
         shrink = max_size / max(sides)
         sides = [side * shrink for side in sides]
     return int(sides[0] + 0.5), int(sides[1] + 0.5)
 
 
-def _torchvision_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
+def _torchvision_size(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
     """Height and width of torchvision's resized image, which rounds down."""
-    scale = min(short / min(height, width), max_size / max(height, width))
+    scale = min(short_side / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
-
-
-_RESIZED_SIZE = {"pillow": _detectron2_size, "torchvision": _torchvision_size}  # by ``input.resize``
 
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
@@ -214,13 +212,14 @@ def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
     Equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
     """
     height, width = size.resized_size
-    rows, below, y = (taps[size.crop[0]] for taps in _taps(height, image.shape[2], size.scale_y, image.device))
-    columns, right, x = (taps[size.crop[1]] for taps in _taps(width, image.shape[3], size.scale_x, image.device))
-    wide = image[..., columns] * (1 - x) + image[..., right] * x
-    return wide[:, :, rows] * (1 - y)[:, None] + wide[:, :, below] * y[:, None]
+    crop_rows, crop_columns = size.crop
+    top, bottom, y = (taps[crop_rows] for taps in _bilinear_taps(height, image.shape[2], size.scale_y, image.device))
+    left, right, x = (taps[crop_columns] for taps in _bilinear_taps(width, image.shape[3], size.scale_x, image.device))
+    resized_rows = image[..., left] * (1 - x) + image[..., right] * x
+    return resized_rows[:, :, top] * (1 - y)[:, None] + resized_rows[:, :, bottom] * y[:, None]
 
 
-def _taps(count: int, limit: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _bilinear_taps(count: int, limit: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the two source pixels of each of ``count`` output pixels, and the weight of the second one.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from refdet.data.box_format import DEFAULT, FORMATS, BoxFormat, resolve_box_format
+from refdet.data.box_format import DEFAULT_FORMAT, FORMATS, BoxFormat, resolve_box_format
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
@@ -52,7 +52,7 @@ def load_predictions(
     store: Store,
     images: Mapping[int, ImageRecord],
     generalized: bool = False,
-    box_format: str = DEFAULT,
+    box_format: str = DEFAULT_FORMAT,
 ) -> dict[int, Prediction]:
     """Read and check a predictions JSON; log a warning if the boxes seem to be in another format.
 
@@ -190,7 +190,7 @@ class _Reader:
             if not inverted.any():
                 return corners
             invalid = [values[int(inverted.argmax())]]
-        raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.box_format.text}")
+        raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.box_format.description}")
 
 
 def _masks(answers: list[tuple[np.ndarray, dict | None]]) -> tuple[dict, ...] | None:

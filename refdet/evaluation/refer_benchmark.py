@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet import store as stores
-from refdet.data.box_format import DEFAULT
+from refdet.data.box_format import DEFAULT_FORMAT
 from refdet.data.coco import CocoIndex
 from refdet.data.refer_splits import choose_splits
 from refdet.errors import InputError
@@ -40,7 +40,7 @@ def evaluate_on_refer(
     predictions: str | Path | None = None,
     expressions: str | Path | None = None,
     protocol: Protocol = "standard",
-    box_format: str = DEFAULT,
+    box_format: str = DEFAULT_FORMAT,
 ) -> dict[str, Any]:
     """Evaluate a store of regions, and a model's predictions if given, on the splits of a REFER dataset.
 
@@ -99,7 +99,7 @@ def evaluate_on_refer(
                 references = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
                 metrics[split]["language"] = scorers.scores(references, loaded_expressions)
         metadata = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
-        if box_format != DEFAULT:
+        if box_format != DEFAULT_FORMAT:
             metadata["box_format"] = box_format
         return {**metadata, "provenance": opened.provenance, "splits": metrics}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.data.box_format import DEFAULT, FORMATS, resolve_box_format
+from refdet.data.box_format import DEFAULT_FORMAT, FORMATS, resolve_box_format
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1 << 16  # boxes to check at once
 
 
-def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: str = "ignore") -> GivenRegions:
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, exif: str = "ignore") -> GivenRegions:
     """Read and check the boxes of a file.
 
     Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
@@ -51,7 +51,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
             message names the file and the entry.
     """
     if path.suffix in (".h5", ".hdf5"):
-        if box_format != DEFAULT:
+        if box_format != DEFAULT_FORMAT:
             raise InputError(f"`boxes` {path}: a store has its own box format; omit `box_format='{box_format}'`")
         return _load_store(path, index, exif)
     entries = read_json(path)
@@ -80,7 +80,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT, exif: st
     corners = FORMATS[format_name].to_pixels(boxes, sizes).astype(np.float32)  # as stored
     for number in np.flatnonzero(~_has_area_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
-            raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].text))
+            raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].description))
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)

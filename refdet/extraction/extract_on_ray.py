@@ -92,7 +92,7 @@ def extract_on_ray(
                     engine=engine,
                 )
             finally:
-                orientation.add(engine.oriented)
+                orientation.add(engine.orientations)
 
 
 def _is_complete(job: Job, out: Path) -> bool:

@@ -41,7 +41,7 @@ class RayEngine:
 
     Attributes:
         computing: seconds per part of the network, mean over the workers.
-        oriented: file -> EXIF orientation, of the files that were read and have one.
+        orientations: file -> EXIF orientation, of the files that were read and have one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RayEngine:
     ) -> None:
         self._pool, self._given_regions, self._strict = pool, given_regions, strict
         self.computing: dict[str, float] = {}
-        self.oriented: dict[str, int] = {}
+        self.orientations: dict[str, int] = {}
 
     def __call__(self, shard_set: ShardSet, shard_numbers: Sequence[int], session: Session) -> None:
         """Compute shards and add them to ``shard_set`` as they are finished.
@@ -94,7 +94,7 @@ class RayEngine:
                         elif method == "begin":
                             worker.ready = True
                         elif isinstance(answer, Finished):
-                            self.oriented |= answer.oriented
+                            self.orientations |= answer.orientations
                             run.accept(worker, answer, session, bar)
                     self._pool.fill_slots()
                     self._pool.check_alive(run.fix)

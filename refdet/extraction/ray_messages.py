@@ -33,7 +33,7 @@ class Tools:
         auto_batch_size: returns the number of images that fit into memory.
         context: returns the context manager to compute in.
         compute_seconds: returns the seconds per part of the network.
-        oriented: file -> EXIF orientation, of the files that were read and have one.
+        orientations: file -> EXIF orientation, of the files that were read and have one.
     """
 
     load: Load
@@ -45,7 +45,7 @@ class Tools:
     auto_batch_size: Callable[[], int] = lambda: 1
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     compute_seconds: Callable[[], dict[str, float]] = dict
-    oriented: Mapping[str, int] = field(default_factory=dict)
+    orientations: Mapping[str, int] = field(default_factory=dict)
 
 
 class MakeTools(Protocol):
@@ -113,7 +113,7 @@ class Finished:
         rows: row in the store and location in the shard of each of its images.
         shapes: feature -> shape per region.
         file: its file in the folder, which the driver renames, or its contents.
-        oriented: file -> EXIF orientation, of the files that were read so far and have one.
+        orientations: file -> EXIF orientation, of the files that were read so far and have one.
         notes: what the worker has logged since its previous shard.
     """
 
@@ -121,5 +121,5 @@ class Finished:
     rows: list[tuple[ImageRow, BlockLocation]]
     shapes: dict[str, tuple[int, ...]]
     file: Path | bytes
-    oriented: dict[str, int] = field(default_factory=dict)
+    orientations: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -137,7 +137,7 @@ class DetectorTools:
             auto_batch_size=partial(auto_batch_size, detector, self.records, self.options, self.options.features),
             context=detector.inference,
             compute_seconds=profiler.seconds,
-            oriented=source.oriented,
+            orientations=source.orientations,
         )
 
     def _check_checkpoint(self, host: str) -> None:

@@ -167,7 +167,7 @@ class ShardWorker:
             done = self._shard_set.take(number)
         except Exception as error:
             return _failed_message(error)
-        return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
+        return replace(done, orientations=dict(self._tools.orientations), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
         """Stop after the current batch; returns the seconds per stage and per part of the network."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet import store as stores
-from refdet.data.box_format import DEFAULT
+from refdet.data.box_format import DEFAULT_FORMAT
 from refdet.errors import InputError
 from refdet.evaluation import targets
 from refdet.evaluation.metrics import Protocol
@@ -47,7 +47,7 @@ class OpenPart:
     metrics: Mapping[str, Any] | None
     predictions: Path | None
     protocol: Protocol = "standard"
-    box_format: str = DEFAULT
+    box_format: str = DEFAULT_FORMAT
 
     @property
     def has_scenes(self) -> bool:
@@ -148,7 +148,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
             "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
         )
     protocol: Protocol = metrics.get("protocol", "standard") if metrics else "standard"
-    box_format: str = metrics.get("box_format", DEFAULT) if metrics else DEFAULT
+    box_format: str = metrics.get("box_format", DEFAULT_FORMAT) if metrics else DEFAULT_FORMAT
     if splits and (metrics is None or (part.predictions is not None and not _has_answers(metrics))):
         metrics = evaluate_on_refer(
             store.path,

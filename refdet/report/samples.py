@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from refdet.data.box_format import DEFAULT
+from refdet.data.box_format import DEFAULT_FORMAT
 from refdet.data.coco import ImageRecord
 from refdet.evaluation.metrics import Protocol, box_iou, box_overlap
 from refdet.evaluation.predictions import load_predictions
@@ -126,7 +126,7 @@ def answers(
     splits: Sequence[str],
     predictions: Path,
     protocol: Protocol = "standard",
-    box_format: str = DEFAULT,
+    box_format: str = DEFAULT_FORMAT,
 ) -> list[Answer]:
     """The answers of a predictions JSON to sentences of the splits, in the order of the scenes.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from refdet.data.image_evidence import COCO_ID_KEYS, NAME_KEYS, evidence_of
-from refdet.data.parquet import is_parquet, read_rows
+from refdet.data.parquet import is_parquet, read_rows, read_schema
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_count, format_share
 from refdet.splits.held_out import HeldOut
@@ -50,15 +49,15 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
         image_list = read_image_list(path)
         images, is_text = image_list.images, image_list.format == LINES
     # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
-    unknown = [image for image in images if image.unknown and not image.evidence.named]
-    coco = [image for image in images if image.evidence.named or (not image.unknown and image.coco_ids)]
-    if is_text and unknown and not any(image.evidence.named for image in coco):
+    unknown = [image for image in images if image.unknown and not image.evidence.coco_numbers]
+    coco = [image for image in images if image.evidence.coco_numbers or (not image.unknown and image.coco_ids)]
+    if is_text and unknown and not any(image.evidence.coco_numbers for image in coco):
         # some of Flickr30k's ids are in the range of COCO's
         raise InputError(
             f"`benchmark` {path}: {format_share(len(unknown), len(images), 'line', 'has')} no COCO id (first: "
             f"{unknown[0].label!s:.60}), so the other numbers are not taken as COCO ids either; {_FIX}"
         )
-    coco_ids = frozenset().union(*(image.evidence.named if image.unknown else image.coco_ids for image in coco))
+    coco_ids = frozenset().union(*(image.evidence.coco_numbers if image.unknown else image.coco_ids for image in coco))
     if not coco_ids:
         raise InputError(
             f"`benchmark` {path}: its {format_count(len(images), 'image')} cannot be identified as COCO's; {_FIX}"
@@ -81,20 +80,17 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
 
 def _parquet_images(path: Path) -> list[ImageEntry]:
     """Read the images of a Parquet file with one or more rows per image; columns of encoded images are not read."""
+    schema = read_schema(path)
+    from pyarrow import types  # `read_schema` has checked that it is installed
 
-    def choose_columns(schema: Any) -> list[str]:
-        from pyarrow import types
-
-        names = {*NAME_KEYS, "image_id", *COCO_ID_KEYS, "image_path", "img_path"}  # "id" may number the rows
-        type_checks = (types.is_string, types.is_large_string, types.is_integer)
-        columns = [f.name for f in schema if f.name in names and any(is_type(f.type) for is_type in type_checks)]
-        if not columns:
-            raise InputError(
-                f"`benchmark` {path}: no column with names or ids of images; add one of {', '.join(sorted(names))}"
-            )
-        return columns
-
-    unique_rows = dict.fromkeys(tuple(row.items()) for row in read_rows(path, choose_columns))
+    keys = {*NAME_KEYS, "image_id", *COCO_ID_KEYS, "image_path", "img_path"}  # "id" may number the rows
+    type_checks = (types.is_string, types.is_large_string, types.is_integer)
+    columns = [f.name for f in schema if f.name in keys and any(is_type(f.type) for is_type in type_checks)]
+    if not columns:
+        raise InputError(
+            f"`benchmark` {path}: no column with names or ids of images; add one of {', '.join(sorted(keys))}"
+        )
+    unique_rows = dict.fromkeys(tuple(row.items()) for row in read_rows(path, columns))
     entries = []
     for index, row in enumerate(unique_rows):
         value = {column: cell for column, cell in row if cell is not None}

@@ -13,7 +13,7 @@ from refdet.data.coco_validation import (
     parse_iscrowd,
     parse_segmentation,
 )
-from refdet.data.polygons import check_outlines, is_surely_drawn
+from refdet.data.polygons import can_be_drawn_in_any_image, check_outlines
 from refdet.errors import InputError
 from refdet.splits.image_list import ImageListFile
 from refdet.splits.json_stream import JsonValue
@@ -77,7 +77,7 @@ class InstancesCheck:
         polygons, _ = parse_segmentation(path, segmentation, what, None)
         if isinstance(segmentation, dict):
             self._rle_sizes.append((annotation_id, image_id, tuple(segmentation["size"])))
-        elif isinstance(polygons, list) and not is_surely_drawn(polygons):
+        elif isinstance(polygons, list) and not can_be_drawn_in_any_image(polygons):
             self._unchecked_polygons.append((annotation_id, image_id, polygons))
         parse_iscrowd(path, entry, what)
         parse_area(path, entry.get("area", 0), what)

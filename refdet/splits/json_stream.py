@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refdet.data.fetch.hints import check_exists
+from refdet.data.fetch.hints import check_fetched
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
 
@@ -54,7 +54,7 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: the file does not exist, cannot be read or is not text.
     """
-    check_exists(path)
+    check_fetched(path)
     data = read_bytes(path)
     with json_errors(path):
         return data.decode(json.detect_encoding(data), "surrogatepass")

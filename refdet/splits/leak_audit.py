@@ -180,14 +180,14 @@ def identification_warnings(images: ImageListFile) -> list[str]:
     if renumbered:
         warnings.append(
             f"{path}: {format_count(len(renumbered), 'image', 'has')} an id that differs from the number in the name "
-            f"({renumbered[0].label!s:.60}: {min(renumbered[0].evidence.named)}); names are used"
+            f"({renumbered[0].label!s:.60}: {min(renumbered[0].evidence.coco_numbers)}); names are used"
         )
     non_coco = [image for image in images.images if image.evidence.is_non_coco]
     if non_coco:
         not_coco = format_count(len(non_coco), "image", "is")
         warnings.append(f"{path}: {not_coco} not from COCO according to the file (coco_id null)")
     warnings += _unknown_warnings(images)
-    with_bare_id = [image for image in images.images if image.evidence.bare and not image.evidence.named]
+    with_bare_id = [image for image in images.images if image.evidence.bare_numbers and not image.evidence.coco_numbers]
     if with_bare_id:
         first = with_bare_id[0]
         what = "id" if all(type(image.label) is int and not image.name for image in with_bare_id) else "numeric name"
@@ -222,7 +222,7 @@ def _unknown_warnings(images: ImageListFile) -> list[str]:
 def _id_contradicts_name(image: ImageEntry) -> bool:
     evidence = image.evidence
     return (
-        bool(evidence.named)
+        bool(evidence.coco_numbers)
         and evidence.id is not None
         and evidence.id not in image.coco_ids
         and not evidence.is_visual_genome
@@ -230,4 +230,8 @@ def _id_contradicts_name(image: ImageEntry) -> bool:
 
 
 def _has_only_id(image: ImageEntry) -> bool:
-    return bool(image.evidence.ids) and not image.evidence.has_unnumbered_name and not image.evidence.is_visual_genome
+    return (
+        bool(image.evidence.possible_ids)
+        and not image.evidence.has_unnumbered_name
+        and not image.evidence.is_visual_genome
+    )

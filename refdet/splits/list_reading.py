@@ -193,7 +193,7 @@ def _object_entry(path: Path, member: Entry) -> ImageEntry:
 def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
     """A bare id or name."""
     evidence = evidence_of(value)
-    matches = len(evidence.named | evidence.bare) == 1
+    matches = len(evidence.coco_numbers | evidence.bare_numbers) == 1
     return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, matches, start, end)
 
 
@@ -256,9 +256,9 @@ def _line_entry(line: _Line) -> ImageEntry:
     entry = _bare_entry(line.text, line.start, line.end)
     columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
-    if entry.evidence.bare or len(fields) < 2:
+    if entry.evidence.bare_numbers or len(fields) < 2:
         return entry
-    named = entry.evidence.named
+    named = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
     # without a COCO name, bare numbers count: those of the file names, or without file names those of all fields
@@ -271,7 +271,10 @@ def _line_entry(line: _Line) -> ImageEntry:
     else:
         unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
     evidence = replace(
-        entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unnumbered, addresses=tuple(dict.fromkeys(names))
+        entry.evidence,
+        bare_numbers=frozenset(numbers),
+        has_unnumbered_name=unnumbered,
+        addresses=tuple(dict.fromkeys(names)),
     )
     return entry._replace(
         id=numbers[0] if numbers else None,

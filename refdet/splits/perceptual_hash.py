@@ -43,7 +43,7 @@ class Match(NamedTuple):
 
 def thumbnails(data: bytes) -> list[np.ndarray]:
     """Decode an image file to a (32, 32) uint8 gray thumbnail, with a second one rotated by its EXIF orientation."""
-    return image_decoder.thumbnails(data, SIDE)
+    return image_decoder.gray_thumbnails(data, SIDE)
 
 
 def hashes(thumbnails: np.ndarray) -> np.ndarray:

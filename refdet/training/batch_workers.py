@@ -229,7 +229,7 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
         return
     sizes = _image_bytes(batches)
     per_image = _PREFETCH_FACTOR * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
-    needed = int(per_image) * batches.recipe.train.batch_size // batches.share[1] * processes
+    needed = int(per_image) * batches.recipe.train.batch_size // batches.world_size * processes
     if free < needed:
         raise RuntimeFailure(
             _shared_memory_message(

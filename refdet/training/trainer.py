@@ -69,8 +69,9 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     processes = processes or Processes()
     target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
-    rank_and_size = (processes.rank, processes.world_size)
-    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, rank_and_size)
+    batches = TrainingBatches(
+        index, inputs.source, recipe, inputs.objects, rank=processes.rank, world_size=processes.world_size
+    )
     provenance = inputs.provenance
     if inputs.weights is not None:
         folder = checkpoint.run_directory(inputs.weights)
@@ -259,8 +260,8 @@ class _Training:
         At the end of the run's first epoch and in the last step, all that all processes have seen so far.
         """
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
-            return batch.oriented
-        files = {**self.batches.source.oriented, **batch.oriented}
+            return batch.orientations
+        files = {**self.batches.source.orientations, **batch.orientations}
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:

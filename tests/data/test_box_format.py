@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.cli.common import BOX_FORMATS
-from refdet.data.box_format import DEFAULT, FORMATS, INFERRED_ORDER, NAMES, resolve_box_format
+from refdet.data.box_format import DEFAULT_FORMAT, FORMATS, INFERRED_ORDER, NAMES, resolve_box_format
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -41,7 +41,9 @@ def some_boxes(seed: int, count: int, sizes: list[tuple[int, int]] = SIZES) -> t
 
 
 def test_the_names_of_the_option() -> None:
-    assert BOX_FORMATS == NAMES and DEFAULT in NAMES and {"xywh", "xyxy", "normalized", "thousandths"} <= set(NAMES)
+    assert (
+        BOX_FORMATS == NAMES and DEFAULT_FORMAT in NAMES and {"xywh", "xyxy", "normalized", "thousandths"} <= set(NAMES)
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

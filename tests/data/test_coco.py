@@ -61,6 +61,9 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
     [
         ([1, 1, 0, 4], "no area"),
         ([1, 1, 4, -1], "no area"),
+        ([1, 1, 4, 1e-9], "no area"),  # in float32, in which 1 + 1e-9 is 1
+        ([20 - 1e-9, 1, 4, 4], "no area"),  # within the image
+        ([1, -1e-50, 4, 2e-50], "no area"),
         ([20, 1, 4, 4], "outside image 3 (20x10)"),
         ([-5, 1, 5, 4], "outside"),
         ([1, 1, math.nan, 4], "not finite"),
@@ -128,6 +131,15 @@ def test_image_without_size(tmp_path: Path) -> None:
     data = instances()
     del data["images"][1]["height"]
     with pytest.raises(InputError, match="image 1: 'height' is missing"):
+        load(tmp_path, data)
+
+
+@pytest.mark.parametrize("value", [0, 7, False, [], {}, [""]])
+def test_a_file_name_that_is_no_text(tmp_path: Path, value: Any) -> None:
+    """Not even an empty value stands for no name, by which the image would be looked up by its id."""
+    data = instances()
+    data["images"][1]["file_name"] = value
+    with pytest.raises(InputError, match="image 1: 'file_name' is a .*; it must be a string"):
         load(tmp_path, data)
 
 

@@ -126,7 +126,7 @@ def test_training_says_it_once_whoever_reads(tmp_path: Path, caplog: pytest.LogC
     batches = TrainingBatches(index, ImageSource.open(tmp_path / "images"), tiny())
     found: dict[str, int] = {}
     for step in range(batches.steps_per_epoch):
-        found |= batches[step].oriented  # type: ignore[union-attr]
+        found |= batches[step].orientations  # type: ignore[union-attr]
     assert found == {"2.png": 2, "3.png": 3, "4.png": 4}
 
 

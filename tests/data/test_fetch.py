@@ -304,6 +304,9 @@ def test_the_command(site: Site, tmp_path: Path, refcoco: bytes) -> None:
     assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "another file, of" in wrong.stderr
     unknown = run("--out", tmp_path, "--only", "refcocoplus")
     assert unknown.exit_code == 2 and "--only refcocoplus: no such data; choose from refcoco, " in unknown.stderr
+    for nothing in ("", " ,"):  # such as an empty variable of the shell; not all of COCO
+        empty = run("--out", tmp_path, "--only", nothing, "--from", site.address)
+        assert empty.exit_code == 2 and f"--only {nothing!r}: no names in it" in empty.stderr
     assert left(tmp_path) == []
     for item in ITEMS[:1]:
         for name in item.outputs:

@@ -20,8 +20,10 @@ from split_examples import coco, write, write_refs
 
 from refdet.data import image_decoder
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.image_decoder import SizeError, apply_orientation, decode, decode_any_size, thumbnails
+from refdet.data.image_decoder import SizeError, apply_orientation, decode, decode_any_size, gray_thumbnails
+from refdet.data.image_pixels import read_pixels
 from refdet.data.image_source import ImageError, ImageSource
+from refdet.errors import ArgumentError
 from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import SIDE
 from refdet.splits.perceptual_hash import thumbnails as hashed
@@ -64,7 +66,7 @@ def test_the_audit_sees_what_training_reads(kind: str) -> None:
     height, width = 120, 160
     pixels = decode(data, height, width).pixels
     seen = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    for found in (thumbnails(data, SIDE)[0], hashed(data)[0]):
+    for found in (gray_thumbnails(data, SIDE)[0], hashed(data)[0]):
         difference = np.abs(found.astype(int) - np.asarray(seen))
         assert difference.max() <= (3 if "JPEG" in kind else 0) or ("turned" in kind and difference.mean() < 1.5)
     assert seen.getextrema()[1] - seen.getextrema()[0] > 5  # neither white nor black
@@ -96,10 +98,10 @@ def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> No
     np.testing.assert_array_equal(apply_orientation(stored, orientation), shown)
     for pixels in (stored, turned):
         assert pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
-    both = thumbnails(data, SIDE)
+    both = gray_thumbnails(data, SIDE)
     assert len(both) == (1 if orientation == 1 else 2)
     for found_one, right in ((both[0], stored), (both[-1], shown)):
-        expected = thumbnails(encoded(right, "PNG"), SIDE)[0]
+        expected = gray_thumbnails(encoded(right, "PNG"), SIDE)[0]
         difference = np.abs(found_one.astype(int) - expected)  # which pixels are averaged differs by one at most
         assert difference.mean() < 1.5 and np.corrcoef(found_one.ravel(), expected.ravel())[0, 1] > 0.99
 
@@ -138,12 +140,19 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
         source.read(records[0])
     for record in records[1:]:
         source.read(record)
-    assert source.oriented == {"6.jpg": 6, "3.jpg": 3}
+    assert source.orientations == {"6.jpg": 6, "3.jpg": 3}
     applied = ImageSource.open(tmp_path, "apply")
     assert [applied.read(record).shape[:2] for record in records] == [(160, 120), (120, 160), (120, 160)]
-    assert applied.oriented_among(records) == {"6.jpg": 6, "3.jpg": 3} and not applied.oriented_among(records[2:])
+    assert applied.orientations_of(records) == {"6.jpg": 6, "3.jpg": 3} and not applied.orientations_of(records[2:])
     with pytest.raises(ImageError, match="is 160x120, .* orientation 6 rotates it; omit `exif='apply'`"):
         applied.read(ImageRecord(1, "6.jpg", 120, 160))
+
+
+def test_an_unknown_mode_is_not_taken_for_ignore(tmp_path: Path) -> None:
+    (tmp_path / "6.jpg").write_bytes(oriented(6, "JPEG"))
+    for read in (lambda: ImageSource.open(tmp_path, "Apply"), lambda: read_pixels(tmp_path / "6.jpg", "Apply")):
+        with pytest.raises(ArgumentError, match="exif: must be one of ignore, apply, not 'Apply'"):
+            read()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -166,7 +175,7 @@ def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPa
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
         data = encoded(PHOTO, kind)
         assert decode(data, 120, 160).pixels.shape == (120, 160, 3)
-        assert thumbnails(data, SIDE)[0].shape == (SIDE, SIDE)
+        assert gray_thumbnails(data, SIDE)[0].shape == (SIDE, SIDE)
         with pytest.raises(SizeError, match="claims more than 5000 pixels, but the instances file says 9x6"):
             decode(data, 6, 9)
         assert Image.MAX_IMAGE_PIXELS == 5_000
@@ -177,7 +186,7 @@ def test_sizes_that_nobody_should_declare() -> None:
         decode(bomb(10, 10), 40_000, 40_000)
     header = png(b"\0\0\x80\0\0\0\x80\0\x08\0\0\0\0", b"")  # 32768 x 32768
     with pytest.raises(SizeError, match="more than the limit of 268 megapixels"):
-        thumbnails(header, SIDE)
+        gray_thumbnails(header, SIDE)
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +232,10 @@ def test_metadata_that_unpacks_to_300_mebibytes(name: bytes) -> None:
     whole = encoded(PHOTO, "PNG")
     data = whole[:33] + (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[33:]
     code = (
-        "import re, sys\nfrom pathlib import Path\nfrom refdet.data.image_decoder import decode, thumbnails\n"
+        "import re, sys\nfrom pathlib import Path\nfrom refdet.data.image_decoder import decode, gray_thumbnails\n"
         "def most(): return int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "data = sys.stdin.buffer.read()\nbefore = most()\n"
-        "for read in (lambda: decode(data, 120, 160), lambda: thumbnails(data, 32)):\n"
+        "for read in (lambda: decode(data, 120, 160), lambda: gray_thumbnails(data, 32)):\n"
         "    try: read()\n    except Exception: pass\n"
         "print((most() - before) >> 10)\n"
     )
@@ -292,6 +301,6 @@ def test_no_format_that_runs_a_program(data: bytes, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a program was run")
 
     monkeypatch.setattr(subprocess, "Popen", ran)
-    for read in (lambda: decode(data, 9, 9), lambda: thumbnails(data, SIDE)):
+    for read in (lambda: decode(data, 9, 9), lambda: gray_thumbnails(data, SIDE)):
         with pytest.raises(Exception, match="cannot identify image file"):
             read()

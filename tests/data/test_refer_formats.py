@@ -8,6 +8,7 @@ import pytest
 import refer_format_files as forms
 
 from refdet.data.refer_formats.convert import convert_refer
+from refdet.data.refer_formats.layouts import rounding_unit
 
 PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
 REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
@@ -82,6 +83,27 @@ def test_without_instances_there_are_the_referred_annotations(shapes_root: Path,
     assert forms.by_id(contents["annotations"]) == forms.by_id(own)
     assert forms.by_id(contents["images"]) == forms.by_id(instances["images"])
     assert any("only the annotations that refs refer to" in line for line in result.notes)
+
+
+@pytest.mark.parametrize("suffix", [".PARQUET", ".parquet"])
+def test_all_files_of_a_folder_are_read_however_their_suffix_is_written(
+    shapes_root: Path, coco: Path, tmp_path: Path, suffix: str
+) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    first = min(source.iterdir())
+    first.rename(first.with_suffix(suffix))
+    convert_refer([source], tmp_path / "out", instances=coco)
+    assert forms.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
+
+
+def test_a_file_under_two_paths_is_read_once(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    (tmp_path / "refcoco").symlink_to(source)
+    (once,) = convert_refer([source], tmp_path / "once", instances=coco)
+    (twice,) = convert_refer([source, tmp_path / "refcoco"], tmp_path / "twice", instances=coco)
+    assert twice.counts == once.counts
 
 
 @pytest.mark.parametrize("form", ["jxu124", "manual_download", "instances"])
@@ -221,3 +243,20 @@ def test_a_conversion_beside_another_keeps_its_instances(shapes_root: Path, coco
         (result,) = convert_refer([source], tmp_path / "out", split_by=split_by, instances=coco)
     assert any("kept the existing instances.json" in line for line in result.notes)
     assert forms.load(tmp_path / "out", "refcoco", "google") == (refs, instances)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "unit"),
+    [
+        ([3.0, 120.0], 1.0),
+        ([3.25, 120.0], 0.01),
+        ([0.25, 0.00001], 1e-5),
+        ([0.25, 0.000023], 1e-6),  # whose repr has an exponent
+        ([0.25, 0.0000001], 0.0),  # more decimals than anyone rounds to
+        ([1 / 3, 0.5], 0.0),
+        ([1e300, 0.5], 0.1),
+        ([], 1.0),
+    ],
+)
+def test_the_unit_that_boxes_are_rounded_to(numbers: list[float], unit: float) -> None:
+    assert rounding_unit(numbers) == pytest.approx(unit, rel=1e-12)

@@ -84,7 +84,7 @@ def test_test_is_test_a_beside_test_b() -> None:
         "validation": "val",
     }
     assert match_split_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
-    with pytest.raises(InputError, match="3 refs on 2 images are none of refcoco/unc's"):
+    with pytest.raises(InputError, match="its 3 refs on 2 images are not the size of any split of refcoco/unc"):
         match_split_names("refcoco", "unc", {"test": few})
     with pytest.raises(InputError, match="are both val"):
         match_split_names("refcoco", "unc", {"val": few, "validation": few})
@@ -186,11 +186,12 @@ def test_memory_that_does_not_suffice_is_no_damage(tmp_path: Path, monkeypatch: 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
 
-    def choose(schema: Any) -> list[str]:
+    def fail(*args: Any, **options: Any) -> None:
         raise pa.ArrowMemoryError("malloc of size 9 failed")
 
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
     with pytest.raises(RuntimeFailure, match="not enough memory"):
-        list(read_rows(path, choose))
+        list(read_rows(path, ["a"]))
 
 
 @pytest.mark.parametrize("contents", ["[1]", "{}", '{"images": 3, "annotations": []}', '{"images": [1]}'])
@@ -210,6 +211,8 @@ def test_a_split_name_that_no_source_has(shapes_root: Path, coco: Path, tmp_path
     source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
     words = ("`split_names` vla=test: no split 'vla' in the sources", "train, ")
     refused([source], tmp_path / "out", *words, instances=coco, split_names=["vla=test"])
+    twice = ["val=testA", "val=testB"]
+    refused([source], tmp_path / "out", "`split_names` val=testB: val is", instances=coco, split_names=twice)
 
 
 def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
@@ -229,14 +232,14 @@ def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, co
             annotation["bbox"][0] += 1
     moved.write_text(json.dumps(file))
     path = source / "refcoco_val.jsonl"
-    refused([path], tmp_path / "out", f"{sentences} of {total}", "not exactly one annotation", instances=moved)
+    refused([path], tmp_path / "out", f"{sentences} of {total}", "with its image and box, or several", instances=moved)
 
 
 def test_ids_that_contradict_coco_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
     refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
     refs[3]["category_id"] = 2
     source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
-    refused([source], tmp_path / "out", "1 of ", "another or no annotation", instances=coco)
+    refused([source], tmp_path / "out", "1 of ", "with its ann_id, image_id and category_id", instances=coco)
     file = json.loads(coco.read_text())
     file["images"] = [image for image in file["images"] if image["id"] != refs[3]["image_id"]]
     few = tmp_path / "few.json"
@@ -267,6 +270,8 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ("refcoco_val.json", "[3]", "not an object"),
         ("refcoco_val.json", '[{"image": "a.jpg"}]', "no field with the expression"),
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3]}]', "four numbers"),
+        ("refcoco_val.json", f'[{{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, {"9" * 400}]}}]', "four numbers"),
+        ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, true]}]', "four numbers"),
         ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "no COCO id"),
         ("refcoco.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the split"),
         ("val.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the dataset"),
@@ -277,6 +282,11 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ),
         ("refcoco_val.json", '[{"image": "9.jpg", "conversations": []}]', "no question with a box"),
         ("refcoco_val.json", '{"images": [{"id": 1, "caption": "a"}], "annotations": []}', "no annotation for"),
+        (
+            "refcoco_val.json",
+            '{"images": [{"id": 1, "caption": "a"}, {"id": 1, "caption": "b"}], "annotations": []}',
+            "duplicate id 1",
+        ),
         ("refcoco_val.json", '[{"image/id": 9, "objects": {"id": [1], "bbox": []}}]', "different lengths"),
         ("refcoco.json", '{"ref": [{"split": "val"}], "coco_anns": {}}', "no 'dataset'"),
     ],
@@ -311,7 +321,7 @@ def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
         texts = [json.dumps(json.loads(one) | {"category_id": 1}) for one in table["raw_anns"].to_pylist()]
         pq.write_table(table.set_column(table.column_names.index("raw_anns"), "raw_anns", pa.array(texts)), path)
     few = json.loads(run("--from", source, "--out", tmp_path / "few", "--json").stdout)
-    assert any("with --instances instances_train2014.json" in line for line in few[0]["notes"])
+    assert any("give --instances instances_train2014.json to include" in line for line in few[0]["notes"])
     source = forms.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
     text = run("--from", source, "--out", tmp_path / "text", "--instances", coco)
     assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout
@@ -358,6 +368,7 @@ def test_expressions_of_conversations(
         (("What is in [0.1, 0.2, 0.3, 0.4]?",), 1),  # without an answer
         (("What is in [0.1, 0.2, 0.3, 0.4]?", " "), 1),
         (("What is in [0.1, 0.2, 0.3, 0.4]?", "", "Hello", "Hello", "And [0, 0, 1, 1]?"), 3),
+        ((f"What is in [0, 0, 1, {'9' * 400}]?", "the sky"), 1),  # beyond the range of floats
     ],
 )
 def test_questions_of_conversations_are_used_or_counted(tmp_path: Path, turns: tuple[str, ...], skipped: int) -> None:

@@ -222,6 +222,9 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "kept").read_text() == "mine"
     with pytest.raises(InputError, match="too few"):
         shapes.write(tmp_path / "new", images=shapes.MIN_IMAGES - 1)
+    for many in (shapes.MAX_IMAGES + 1, 10**9):
+        with pytest.raises(InputError, match="too many"):
+            shapes.write(tmp_path / "new", images=many)
     with pytest.raises(InputError, match="negative"):
         shapes.write(tmp_path / "new", seed=-1)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from refdet.data.shapes.categories import CATEGORIES
-from refdet.data.shapes.masks import box_of, rasterise, segmentation, trace, uncompressed_rle
+from refdet.data.shapes.masks import box_of, rasterize, segmentation, trace, uncompressed_rle
 from refdet.data.shapes.outlines import area, clip, unit_outline
 
 MASKS = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32), st.floats(0.2, 0.9)).map(
@@ -55,7 +55,7 @@ def test_traced_polygons_fill_exactly_the_mask(mask: np.ndarray) -> None:
     assert hole == _has_hole(mask)
     assert len(polygons) == _flood_parts(mask)
     if not hole:
-        assert np.array_equal(rasterise(polygons, *mask.shape), mask)
+        assert np.array_equal(rasterize(polygons, *mask.shape), mask)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

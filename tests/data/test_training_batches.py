@@ -132,7 +132,7 @@ SHAPES = [(50, 60), (60, 50), (50, 90), (90, 50), (50, 50), (60, 80), (80, 60), 
 def short_sides(batches: TrainingBatches, steps: range) -> dict[tuple[int, int], int]:
     """(step, image) -> short side of its input; the images of this process only."""
     found: dict[tuple[int, int], int] = {}
-    number, processes = batches.share
+    number, processes = batches.rank, batches.world_size
     for step in steps:
         batch = batches[step]
         assert isinstance(batch, Batch)
@@ -149,7 +149,7 @@ def test_short_sides_depend_on_the_seed_the_step_and_the_image(tmp_path: Path) -
     of_one = short_sides(TrainingBatches(index, source, small_recipe(*changes)), range(60))
     counts = Counter(of_one.values())
     assert sorted(counts) == SIDES and min(counts.values()) > len(of_one) / len(SIDES) * 0.6
-    shares = [TrainingBatches(index, source, small_recipe(*changes), share=(n, 2)) for n in range(2)]
+    shares = [TrainingBatches(index, source, small_recipe(*changes), rank=n, world_size=2) for n in range(2)]
     of_both = [short_sides(share, range(60)) for share in shares]
     assert of_both[0] | of_both[1] == of_one and not of_both[0].keys() & of_both[1].keys()
     for step in range(5):  # padded the same

@@ -40,15 +40,15 @@ class Item:
     """An archive and the files that it provides.
 
     Attributes:
-        name: name to select it by; "A/B" is also selected by "A".
+        name: name to select it by; "A" also selects "A/B".
         archive: name of its file.
         contents: description for the list of items.
         urls: its sources, in the order in which they are tried.
         outputs: the files that exist once it is fetched, relative to the data folder.
         size: size of the archive in bytes, None if unknown.
         checksum: "sha256:..." or "md5:...", None if unknown.
-        target_path: returns the path in the data folder of a file in the archive, None to skip it; None to keep the
-            archive itself, as refdet reads images from zips.
+        target_path: function from the path of a file in the archive to its path in the data folder, None to skip the
+            file. None to keep the archive itself, as refdet reads images from zips.
         dataset: the REFER dataset in it, whose published size is checked; "" if there is none.
         default: whether it is fetched if no items are selected.
         magic: first bytes of the archive, to check if there is no checksum.

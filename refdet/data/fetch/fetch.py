@@ -14,7 +14,7 @@ from refdet.data.fetch.catalog import ITEMS, Item, mirror_url
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
-from refdet.files.download import RESERVED_BYTES, check_file, download
+from refdet.files.download import RESERVED_BYTES, DownloadFailure, check_file, download
 from refdet.files.lock import exclusive_lock
 from refdet.files.short_text import format_missing_space
 from refdet.files.unpack import move_files, remove_unfinished, unpack_temporarily
@@ -24,22 +24,22 @@ from refer.statistics import COUNTS
 
 log = logging.getLogger(__name__)
 
-_WAIT = 1.0  # seconds before retrying a source
-_IMAGES = (".jpg", ".jpeg", ".png")
+_RETRY_WAIT = 1.0  # seconds
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _POOCH = re.compile(r"tmp[a-z0-9_]{8}")  # pooch's name for the file that it downloads to
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedItem:
     """Result of fetching an item.
 
     Attributes:
         name: name of the item.
         source: where it was downloaded from; "" if its files already existed.
         sha256: of its archive; "" if its files already existed.
-        files: its files.
-        verified: how a download was checked: "checksum", "published counts", "refs and instances alone" (they can be
-            read, but no counts are published) or "first bytes alone"; "" for files that already existed.
+        files: paths of its files.
+        verified: how the download was checked: "checksum", "published counts", "refs and instances alone" (they can be
+            read, but no counts are published) or "first bytes alone"; "" if its files already existed.
     """
 
     name: str
@@ -54,8 +54,8 @@ def fetch_data(
     only: Sequence[str] = (),
     mirror: str | None = None,
     items: Sequence[Item] = ITEMS,
-    wait: float = _WAIT,
-) -> list[Fetched]:
+    wait: float = _RETRY_WAIT,
+) -> list[FetchedItem]:
     """Download COCO and REFER.
 
     Every source of an item is tried in turn. Finished and partial downloads are kept for the next call.
@@ -89,7 +89,7 @@ def fetch_data(
             if item in missing:
                 results.append(_fetch(out, item, mirror, wait))
             else:
-                results.append(Fetched(item.name, "", "", [out / name for name in item.outputs], ""))
+                results.append(FetchedItem(item.name, "", "", [out / name for name in item.outputs], ""))
         folder = out / "downloads"
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -103,16 +103,19 @@ def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Ite
         InputError: an unknown name; the message lists the known ones.
     """
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
-    known: dict[str, list[Item]] = {}
-    for item in items:
-        for name in dict.fromkeys((item.name.partition("/")[0], item.name)):
-            known.setdefault(name, []).append(item)
+    selected: list[Item] = []
     for name in names:
-        if name not in known:
-            choices = dict.fromkeys(item.name.partition("/")[0] for item in items)
+        matching = [item for item in items if name in (item.name, _group_name(item))]
+        if not matching:
+            choices = dict.fromkeys(map(_group_name, items))
             raise InputError(f"`only` {name}: no such data; choose from {', '.join(choices)}")
-    selected = [item for name in names for item in known[name]]
+        selected += matching
     return list(dict.fromkeys(selected)) or [item for item in items if item.default]
+
+
+def _group_name(item: Item) -> str:
+    """The part of an item's name that selects it together with others: "A" of "A/B"."""
+    return item.name.partition("/")[0]
 
 
 def is_fetched(out: Path, item: Item) -> bool:
@@ -123,7 +126,7 @@ def is_fetched(out: Path, item: Item) -> bool:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names)
+    return any(name.lower().endswith(_IMAGE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -149,32 +152,33 @@ def _check_space(out: Path, items: Sequence[Item]) -> None:
         )
 
 
-def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> Fetched:
+def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> FetchedItem:
     problems: list[InputError | RuntimeFailure] = []
     urls = item.urls if mirror is None else (mirror_url(item, mirror),)
     for url in urls:
         try:
             return _fetch_from(out, item, url, wait)
         except (InputError, ReferError, RuntimeFailure) as error:
-            problem = error if isinstance(error, InputError | RuntimeFailure) else InputError(str(error))
-            if isinstance(problem, RuntimeFailure) and type(problem) is RuntimeFailure:
+            if isinstance(error, RuntimeFailure) and not isinstance(error, DownloadFailure):
                 raise  # a full disk, which another source cannot fix
+            problem = InputError(str(error)) if isinstance(error, ReferError) else error
             problems.append(problem)
             if len(urls) > 1:
                 log.warning("note: %s: %s", item.name, problem)
     if len(problems) == 1:
         raise problems[0]
-    other = f"{item.name}-parquet"
-    has_parquet = any(other_item.name.startswith(f"{other}/") for other_item in ITEMS)
-    more = f"; or run refdet fetch-data --only {other}, then refdet convert-refer on its files" if has_parquet else ""
+    parquet = f"{item.name}-parquet"
+    alternative = ""
+    if parquet in map(_group_name, ITEMS):
+        alternative = f"; or run refdet fetch-data --only {parquet}, then refdet convert-refer on its files"
     kind = InputError if all(isinstance(problem, InputError) for problem in problems) else RuntimeFailure
     raise kind(
         f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give your own mirror "
-        f"or a folder with {item.archive} as `mirror`{more}"
+        f"or a folder with {item.archive} as `mirror`{alternative}"
     )
 
 
-def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
+def _fetch_from(out: Path, item: Item, url: str, wait: float) -> FetchedItem:
     local = not url.startswith(("http://", "https://"))
     archive = Path(url) if local else out / "downloads" / item.archive
     if local:
@@ -192,7 +196,7 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
         raise
     if not local:
         archive.unlink(missing_ok=True)
-    return Fetched(item.name, url, sha256, files, _verification(item))
+    return FetchedItem(item.name, url, sha256, files, _verification(item))
 
 
 def _verification(item: Item) -> str:

@@ -1,4 +1,4 @@
-"""Hints about which command downloads a missing file."""
+"""Name the command that downloads a missing file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from refdet.errors import InputError
 
 
 def how_to_fetch(path: Path) -> str:
-    """The end of a message about a missing file: the command that downloads it, "" if none does.
+    """The end of a message about a missing file: the command that downloads it, "" if there is none.
 
     Args:
-        path: the missing file, recognized by its name: an instances file, or images as a folder or zip.
+        path: the missing file or folder, recognized by its name: an instances file, or images in a folder or zip.
     """
     for item in ITEMS:
         names = {Path(name).name for name in item.outputs if not (item.dataset or item.magic)}
@@ -21,11 +21,11 @@ def how_to_fetch(path: Path) -> str:
     return ""
 
 
-def check_exists(path: Path) -> None:
-    """Check that a file exists, if it is one that can be downloaded.
+def check_fetched(path: Path) -> None:
+    """Check that a file exists if `refdet fetch-data` can download it; other files are not checked.
 
     Raises:
-        InputError: it does not; the message has the command that downloads it.
+        InputError: it does not exist; the message has the command that downloads it.
     """
     hint = how_to_fetch(path)
     if hint and not path.exists():

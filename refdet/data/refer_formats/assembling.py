@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from refdet.data.refer_formats.coco_annotations import CocoAnnotations
-from refdet.data.refer_formats.records import SourceInstances, SourceRef
+from refdet.data.refer_formats.records import SourceRef
 from refdet.errors import InputError
 from refdet.structures.coco_categories import coco_categories
 from refer.statistics import COUNTS
@@ -48,7 +48,7 @@ def _merge(refs: Sequence[SourceRef], anywhere: bool) -> list[SourceRef]:
     return merged
 
 
-def refer_refs(
+def build_refs(
     refs: Sequence[SourceRef], ref_file_names: bool, coco: CocoAnnotations
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Create the entries of a refs file.
@@ -90,7 +90,7 @@ def refer_refs(
                 }
             )
             next_id += 1
-        image = coco.image(ref.image_id or 0) or {}
+        image = coco.image(ref.image_id) or {}
         ref_file_name = ref.file_name if ref_file_names else None
         entries.append(
             {
@@ -107,15 +107,12 @@ def refer_refs(
     return entries, notes
 
 
-def refer_instances(
-    refs: Iterable[SourceRef], coco: CocoAnnotations, header: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def build_instances(refs: Sequence[SourceRef], coco: CocoAnnotations) -> tuple[dict[str, Any], list[str]]:
     """Create the contents of ``instances.json``: the images of refs with all of their annotations.
 
     Args:
         refs: the refs of a dataset.
-        coco: the images and annotations.
-        header: other fields of the file.
+        coco: the images, their annotations, and the other fields of the file.
 
     Returns:
         The contents, and a note if they are incomplete.
@@ -123,16 +120,16 @@ def refer_instances(
     Raises:
         InputError: an image or annotation is missing, or there are no categories.
     """
-    instances: SourceInstances = coco.instances
+    instances = coco.instances
     image_ids: set[int | None] = set()
     for ref in refs:
         image_ids.add(ref.image_id)
-        if coco.image(ref.image_id or 0) is None or coco.annotation(ref.ann_id or 0) is None:
+        if coco.image(ref.image_id) is None or coco.annotation(ref.ann_id) is None:
             raise InputError(
                 f"{ref.where}: the source has no image {ref.image_id} or no annotation {ref.ann_id}; give "
                 "`instances=instances_train2014.json`"
             )
-    header = {"info": {}, "licenses": []} | header
+    header = {"info": {}, "licenses": []} | instances.header
     if "categories" not in header:
         names = coco_categories()
         used = {ref.category_id for ref in refs}
@@ -153,7 +150,7 @@ def refer_instances(
     notes = []
     if not instances.complete:
         notes.append(
-            "instances.json has only the annotations that refs refer to; with `instances=instances_train2014.json` it "
-            "has all of their images, as REFER's, on which detection AP depends"
+            "instances.json has only the annotations that refs refer to, so detection AP is computed on these alone; "
+            "give `instances=instances_train2014.json` to include all annotations of the images, as REFER does"
         )
     return contents, notes

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from refdet.data.fetch.hints import check_exists
-from refdet.data.refer_formats.layouts import LAYOUTS, agreement, last_digit
+from refdet.data.fetch.hints import check_fetched
+from refdet.data.refer_formats.layouts import LAYOUTS, agreement, rounding_unit
 from refdet.data.refer_formats.records import Row, SourceInstances, SourceRef
 from refdet.errors import InputError
 from refdet.structures.coco_ids import bare_number, numbers_in_name
@@ -19,7 +19,7 @@ class CocoAnnotations:
 
     Args:
         name: the file, for error messages.
-        instances: its images and annotations; integers that are given as text become integers.
+        instances: its images and annotations; integers in strings are converted in place.
 
     Raises:
         InputError: an entry has no or an invalid id, size or box.
@@ -29,61 +29,54 @@ class CocoAnnotations:
         self.name, self.instances = name, instances
         self._by_image: dict[int, list[Row]] = {}
         for image_id, image in instances.images.items():
-            Row(f"{name}: image {image_id}", image).replace_text("id", "width", "height")
+            Row(f"{name}: image {image_id}", image).parse_integers("id", "width", "height")
         for annotation in instances.annotations.values():
             row = Row(f"{name}: annotation {annotation.get('id')}", annotation)
-            row.replace_text("id", "image_id", "category_id", "iscrowd")
+            row.parse_integers("id", "image_id", "category_id", "iscrowd")
             row.box("bbox")
             self._by_image.setdefault(row.integer("image_id"), []).append(row)
 
-    def image(self, image_id: int) -> dict[str, Any] | None:
-        """The entry of an image, None if there is none."""
-        return self.instances.images.get(image_id)
+    def image(self, image_id: int | None) -> dict[str, Any] | None:
+        """The image with an id, None if there is none."""
+        return None if image_id is None else self.instances.images.get(image_id)
 
-    def annotation(self, ann_id: int) -> dict[str, Any] | None:
-        """An annotation, None if there is none of this id."""
-        return self.instances.annotations.get(ann_id)
+    def annotation(self, ann_id: int | None) -> dict[str, Any] | None:
+        """The annotation with an id, None if there is none."""
+        return None if ann_id is None else self.instances.annotations.get(ann_id)
 
-    def find(self, refs: Iterable[SourceRef], layouts: Iterable[str]) -> list[dict[str, Any] | None]:
+    def find_by_box(self, refs: Iterable[SourceRef], layouts: Iterable[str]) -> list[dict[str, Any] | None]:
         """Find the annotation of each ref by its image and box.
 
         Args:
             refs: refs with ``image_id`` and ``box``.
-            layouts: layouts that the boxes may have; the one that finds the most annotations is used.
+            layouts: names of the `LAYOUTS` that the boxes may have; the one that finds the most annotations is used.
 
         Returns:
-            The only annotation of the image whose box agrees in every digit that the source has, None where there is
-            none or several.
+            For each ref, the annotation of its image whose box agrees in every digit that the source has; None if there
+            is no such annotation, or more than one.
         """
         refs = list(refs)
-        unit = last_digit(number for ref in refs for number in ref.box or ())
-        best: list[dict[str, Any] | None] = [None] * len(refs)
-        for layout in layouts:
-            annotations = [self._find(ref, layout, unit) for ref in refs]
-            if sum(annotation is not None for annotation in annotations) > sum(
-                annotation is not None for annotation in best
-            ):
-                best = annotations
-        return best
+        unit = rounding_unit(number for ref in refs for number in ref.box or ())
+        by_layout = [[self._find_by_box(ref, layout, unit) for ref in refs] for layout in layouts]
+        return max(by_layout, key=lambda annotations: sum(map(bool, annotations)), default=[None] * len(refs))
 
-    def _find(self, ref: SourceRef, layout: str, unit: float) -> dict[str, Any] | None:
-        image = None if ref.image_id is None else self.image(ref.image_id)
+    def _find_by_box(self, ref: SourceRef, layout: str, unit: float) -> dict[str, Any] | None:
+        image = self.image(ref.image_id)
         if image is None or ref.image_id is None or ref.box is None:
             return None
         size = Row(f"{self.name}: image {ref.image_id}", image)
         width, height = size.integer("width"), size.integer("height")
         if width <= 0 or height <= 0:
-            raise InputError(f"{size.where}: its size is {width} x {height}")
-        levels: dict[int, list[dict[str, Any]]] = {}
+            raise InputError(f"{size.where}: its size is {width}x{height}, it must be at least 1x1")
+        candidates: dict[int, list[dict[str, Any]]] = {}  # by how closely they agree
         for row in self._by_image.get(ref.image_id, ()):
             x, y, w, h = row.value["bbox"]
             level = agreement(ref.box, LAYOUTS[layout](x, y, w, h, width, height), unit)
             if level is not None and ref.category_id in (None, row.value.get("category_id")):
-                levels.setdefault(level, []).append(row.value)
-        candidates = levels[min(levels)] if levels else []
-        likely = [candidate for candidate in candidates if candidate["id"] == ref.likely_ann_id]
-        remaining = likely or candidates
-        return remaining[0] if len(remaining) == 1 else None
+                candidates.setdefault(level, []).append(row.value)
+        closest = candidates[min(candidates)] if candidates else []
+        closest = [annotation for annotation in closest if annotation["id"] == ref.likely_ann_id] or closest
+        return closest[0] if len(closest) == 1 else None
 
 
 def read_coco(path: Path) -> CocoAnnotations:
@@ -99,7 +92,7 @@ def read_coco(path: Path) -> CocoAnnotations:
         InputError: it is not an instances file, or an entry has an invalid id or box.
         refer.ReferError: it cannot be read or is malformed JSON.
     """
-    check_exists(path)
+    check_fetched(path)
     with plain_files.no_garbage_collection():
         value = plain_files.read_json(path)
         if not isinstance(value, dict) or not {"images", "annotations", "categories"} <= value.keys():

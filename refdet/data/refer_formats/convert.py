@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_formats.assembling import merge_sentences, refer_instances, refer_refs
+from refdet.data.refer_formats.assembling import build_instances, build_refs, merge_sentences
 from refdet.data.refer_formats.coco_annotations import CocoAnnotations, read_coco
 from refdet.data.refer_formats.other_divisions import refs_of_division, size_of
 from refdet.data.refer_formats.reading import read_source, source_files
 from refdet.data.refer_formats.records import Source, SourceInstances, SourceRef
-from refdet.data.refer_formats.resolving import resolve
-from refdet.data.refer_formats.split_names import USUAL_SPLIT_BY, match_split_names
+from refdet.data.refer_formats.resolving import resolve_ids
+from refdet.data.refer_formats.split_names import DEFAULT_SPLIT_BY, match_split_names
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
@@ -61,12 +61,12 @@ def convert_refer(
     Args:
         sources: files, or folders of files, in any of the formats of this package; all splits of a dataset together.
         out: the REFER root to write into.
-        dataset: name of the dataset, where neither the files nor their names have it; of files with several datasets,
-            the one to convert.
-        split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog where nothing has it.
-        instances: COCO's instances_train2014.json; needed by formats without annotation ids, and by those without the
-            other annotations of an image to write the same instances.json as REFER's.
-        split_names: "OLD=NEW" for splits whose names and sizes say nothing.
+        dataset: name of the dataset, instead of that in the files or their names; of a file with several datasets, the
+            one to convert.
+        split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog if it is not known.
+        instances: COCO's instances_train2014.json. Formats without annotation ids need it; those with only the
+            annotations of refs need it to write an instances.json with all annotations, like REFER's.
+        split_names: "OLD=NEW" for splits that are not recognized by name or size.
 
     Returns:
         One result per dataset and split_by. Nothing is written unless everything can be.
@@ -85,11 +85,12 @@ def convert_refer(
     coco = None if instances is None else read_coco(Path(instances))
     # everything is prepared before the first file is written, so that a late error leaves nothing behind
     plans = [_make_plan(root, pair, sources, coco, renamed) for pair, sources in groups.items()]
-    new = [
-        _new_instances(root, name, [plan for plan in plans if plan.result.dataset == name])
-        for name in dict.fromkeys(pair[0] for pair in groups)
-    ]
-    for path, contents in filter(None, new):
+    instances_files: dict[Path, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for name, _ in groups):
+        contents = _new_instances(root, name, [plan for plan in plans if plan.result.dataset == name])
+        if contents is not None:
+            instances_files[root / name / "instances.json"] = contents
+    for path, contents in instances_files.items():
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(contents), encoding="utf-8")
     for plan in plans:
@@ -100,26 +101,36 @@ def convert_refer(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to write for a dataset and split_by: the entries of its refs file, and its instances."""
+    """What to write for a dataset and split_by.
+
+    Attributes:
+        result: to return when it is written.
+        entries: of the refs file.
+        instances: contents of instances.json.
+    """
 
     result: ConvertedDataset
     entries: list[dict[str, Any]]
     instances: dict[str, Any]
 
 
-_Sources = list[tuple[Path, Source, list[SourceRef]]]
+_Sources = list[tuple[Path, Source]]
+"""The files of a dataset and split_by, each with only the refs of these."""
 
 
 def _parse_split_names(split_names: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in split_names]
-    for (old, equals, new), text in zip(pairs, split_names, strict=True):
-        if not (old and equals and new and new.isprintable()):
+    renamed: dict[str, str] = {}
+    for text in split_names:
+        old, _, new = text.partition("=")
+        if not (old and new and new.isprintable()):
             raise InputError(f"`split_names` {text}: give OLD=NEW, such as test=testA")
-    return {old: new for old, _, new in pairs}
+        if renamed.setdefault(old, new) != new:
+            raise InputError(f"`split_names` {text}: {old} is already renamed to {renamed[old]}; give one of the two")
+    return renamed
 
 
 def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _Sources]) -> None:
-    existing = dict.fromkeys(ref.split for sources in groups.values() for _, _, refs in sources for ref in refs)
+    existing = dict.fromkeys(ref.split for sources in groups.values() for _, source in sources for ref in source.refs)
     for old, new in renamed.items():
         if old not in existing:
             raise InputError(
@@ -131,7 +142,7 @@ def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _S
 def _group_by_dataset(
     loaded: Sequence[tuple[Path, Source]], dataset: str, split_by: str
 ) -> dict[tuple[str, str], _Sources]:
-    """The refs of each requested dataset and split_by, by file."""
+    """Group the refs of the files by dataset and split_by, without those that were not requested."""
     groups: dict[tuple[str, str], _Sources] = {}
     for path, source in loaded:
         several = len({(ref.dataset, ref.split_by) for ref in source.refs}) > 1
@@ -140,13 +151,13 @@ def _group_by_dataset(
             name = (ref.dataset if several else dataset or ref.dataset) or dataset
             if not name:
                 raise InputError(f"{path}: neither its contents nor its name has the dataset; give `dataset`")
-            by = (ref.split_by if several else split_by or ref.split_by) or split_by or USUAL_SPLIT_BY.get(name, "")
+            by = (ref.split_by if several else split_by or ref.split_by) or split_by or DEFAULT_SPLIT_BY.get(name, "")
             if not by:
                 raise InputError(f"{path}: unknown division of {name}; give `split_by`")
             if dataset in ("", name) and split_by in ("", by):
                 by_pair.setdefault((name, by), []).append(ref)
         for pair, refs in by_pair.items():
-            groups.setdefault(pair, []).append((path, source, refs))
+            groups.setdefault(pair, []).append((path, replace(source, refs=refs)))
     if not groups:
         files = ", ".join(str(path) for path, _ in loaded)
         raise InputError(f"`dataset` {dataset} `split_by` {split_by}: no such refs in {files}")
@@ -167,46 +178,45 @@ def _make_plan(
     root: Path, pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
 ) -> _Plan:
     dataset, split_by = pair
-    notes = [note for _, source, _ in sources for note in source.notes]
-    refs: list[SourceRef] = []
-    for path, source, file_refs in sources:
-        resolve(path, Source(source.format, file_refs, source.one_sentence_each, source.layouts), coco)
-        for ref in file_refs:
-            ref.split = renamed.get(ref.split, ref.split)
-    for one_sentence_each in (False, True):  # merges all sentences of an object, from any file
-        file_refs = [
-            ref
-            for _, source, source_refs in sources
-            if source.one_sentence_each is one_sentence_each
-            for ref in source_refs
-        ]
-        refs += merge_sentences(file_refs, dataset, split_by) if one_sentence_each else file_refs
-    included = coco or _merge_instances(sources)
-    refs, left_out = _refs_of_division(dataset, split_by, refs)
-    notes += left_out
-    names = match_split_names(dataset, split_by, _sizes(refs))
-    for old, new in names.items():
-        if old != new:
-            notes.append(f"split {old!r} is {new}")
-    for ref in refs:
-        ref.split = names[ref.split]
-    ref_file_names = all(source.ref_file_names for _, source, _ in sources)
-    entries, more = refer_refs(refs, ref_file_names, included)
+    refs, notes = _merge_refs(pair, sources, coco, renamed)
+    annotations = coco or _merge_instances(sources)
+    ref_file_names = all(source.ref_file_names for _, source in sources)
+    entries, refs_notes = build_refs(refs, ref_file_names, annotations)
     refs_file = root / dataset / f"refs({split_by}).p"
     check_refs(refs_file, entries, generalized=False)
-    header = next((source.instances.header for _, source, _ in sources if source.instances.header), {})
-    contents, incomplete = refer_instances(refs, included, included.instances.header or header)
+    instances, instances_notes = build_instances(refs, annotations)
     counts = count_refs(entries)  # type: ignore[arg-type]  # checked just now
     size_differences = compare_with_published(dataset, split_by, counts)
     published = COUNTS.get(pair, {})
     complete = bool(published) and all(
         _matches_published(counts.get(split), expected) for split, expected in published.items()
     )
-    lines = [*notes, *more, *incomplete, *size_differences]
+    notes += [*refs_notes, *instances_notes, *size_differences]
     if not complete and not size_differences:
-        lines.append(f"{dataset}/{split_by}: a part of the published dataset, so its size was not checked")
-    prefixed = [line if line.startswith(dataset + "/") else f"{dataset}/{split_by}: {line}" for line in lines]
-    return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, prefixed), entries, contents)
+        notes.append("a part of the published dataset, so its size was not checked")
+    prefixed = [note if note.startswith(dataset + "/") else f"{dataset}/{split_by}: {note}" for note in notes]
+    return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, prefixed), entries, instances)
+
+
+def _merge_refs(
+    pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
+) -> tuple[list[SourceRef], list[str]]:
+    """The refs of all files with their ids and with REFER's split names, and notes about changes and omissions."""
+    notes = [note for _, source in sources for note in source.notes]
+    for path, source in sources:
+        resolve_ids(path, source, coco)
+        for ref in source.refs:
+            ref.split = renamed.get(ref.split, ref.split)
+    refs = [ref for _, source in sources if not source.one_sentence_each for ref in source.refs]
+    sentences = [ref for _, source in sources if source.one_sentence_each for ref in source.refs]
+    refs += merge_sentences(sentences, *pair)
+    refs, division_notes = _select_division(*pair, refs)
+    notes += division_notes
+    split_names = match_split_names(*pair, _sizes(refs))
+    notes += [f"split {old!r} is {new}" for old, new in split_names.items() if old != new]
+    for ref in refs:
+        ref.split = split_names[ref.split]
+    return refs, notes
 
 
 def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
@@ -216,8 +226,8 @@ def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
     return splits
 
 
-def _refs_of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
-    """The refs without those that belong to another split_by, and notes about these."""
+def _select_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
+    """Select the refs of a split_by; returns them, and notes about those of another split_by."""
     kept: list[SourceRef] = []
     notes = []
     for split, split_refs in _by_split(refs).items():
@@ -239,16 +249,16 @@ def _matches_published(counts: Counts | None, published: Counts) -> bool:
 
 
 def _merge_instances(sources: _Sources) -> CocoAnnotations:
-    merged = SourceInstances(complete=all(source.instances.complete for _, source, _ in sources))
-    for _, source, _ in sources:
+    merged = SourceInstances(complete=all(source.instances.complete for _, source in sources))
+    for _, source in sources:
         merged.images |= source.instances.images
         merged.annotations |= source.instances.annotations
         merged.header = merged.header or source.instances.header
-    return CocoAnnotations(", ".join(str(path) for path, _, _ in sources), merged)
+    return CocoAnnotations(", ".join(str(path) for path, _ in sources), merged)
 
 
-def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Path, dict[str, Any]] | None:
-    """Contents of instances.json of all split_bys of a dataset; None if the existing one has all that they need."""
+def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> dict[str, Any] | None:
+    """Contents of instances.json for all split_bys of a dataset; None to keep the existing one, which has them all."""
     path = root / dataset / "instances.json"
     contents = dict(plans[0].instances)
     for key in ("images", "annotations"):
@@ -266,7 +276,7 @@ def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Pa
         for plan in plans:
             plan.result.notes.append(f"{dataset}/{plan.result.split_by}: kept the existing instances.json")
         return None
-    return path, contents
+    return contents
 
 
 def _id_of(entry: dict[str, Any]) -> int | None:

@@ -14,15 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from refdet.data.parquet import read_rows
+from refdet.data.parquet import read_rows, read_schema
 from refdet.data.refer_formats.full_refs import read_full_ref
 from refdet.data.refer_formats.records import Row, Source, SourceInstances, SourceRef, SourceSentence
 from refdet.data.refer_formats.split_names import dataset_in
 from refdet.errors import InputError
 
-_REFS = ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id")
-_IN_FULL = (*_REFS, "file_name", "sent_ids", "raw_anns", "raw_image_info")
-_WITH_IMAGES = ("answer", "bbox", "file_name")
+# Required and optional columns; those with the images themselves are not read.
+_JXU124 = (
+    ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id"),
+    ("file_name", "sent_ids", "raw_anns", "raw_image_info", "anns_id"),
+)
+_LMMS = (("answer", "bbox", "file_name"), ("question_id",))
 
 
 def read_parquet(path: Path, split: str) -> Source:
@@ -38,33 +41,21 @@ def read_parquet(path: Path, split: str) -> Source:
     Raises:
         InputError: pyarrow is not installed, the file is damaged, or a column is missing or has a wrong value.
     """
-    full = True
-
-    def choose_columns(schema: Any) -> list[str]:
-        nonlocal full
-        columns, full = _columns_of(path, schema.names)
-        return columns
-
-    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose_columns))]
-    return _read_full(rows) if full else _read_with_images(rows, split)
-
-
-def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
-    """The columns to read, and whether they are those of jxu124's format; images are never read."""
-    if not {"ref_id", "ann_id"} & set(columns) and {"answer", "question_id"} & set(columns):
-        source, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
-    else:
-        source, needed, full = "jxu124/refcoco", list(_REFS), True
-    missing = [name for name in needed if name not in columns]
+    names = read_schema(path).names
+    is_lmms = not {"ref_id", "ann_id"} & set(names) and bool({"answer", "question_id"} & set(names))
+    source, required, optional = ("lmms-lab/RefCOCO", *_LMMS) if is_lmms else ("jxu124/refcoco", *_JXU124)
+    missing = [name for name in required if name not in names]
     if missing:
         raise InputError(
-            f"{path}: no column {', '.join(missing)}; a Parquet file in the format of {source} has {', '.join(needed)}"
+            f"{path}: no column {', '.join(missing)}; a Parquet file in the format of {source} has "
+            f"{', '.join(required)}"
         )
-    known = (*_IN_FULL, "anns_id") if full else (*_WITH_IMAGES, "question_id")
-    return [name for name in known if name in columns], full
+    columns = [name for name in (*required, *optional) if name in names]
+    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, columns))]
+    return _read_lmms(rows, split) if is_lmms else _read_jxu124(rows)
 
 
-def _read_full(rows: Iterable[Row]) -> Source:
+def _read_jxu124(rows: Iterable[Row]) -> Source:
     refs: list[SourceRef] = []
     instances = SourceInstances()
     for row in rows:
@@ -90,7 +81,7 @@ def _parse_json(row: Row, key: str, text: str, id_: int) -> dict[str, Any]:
     return entry.value
 
 
-def _read_with_images(rows: Iterable[Row], split: str) -> Source:
+def _read_lmms(rows: Iterable[Row], split: str) -> Source:
     refs = []
     for row in rows:
         question_id = row.value.get("question_id")

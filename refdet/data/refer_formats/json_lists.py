@@ -6,6 +6,7 @@ lists have conversations, in which a question or its answer holds the box and th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,8 +82,9 @@ def _possible_layouts(refs: list[SourceRef]) -> tuple[str, ...]:
     largest = max(numbers, default=0.0)
     if largest <= 1:
         return _NORMALIZED
-    all_integers = all(number == int(number) for number in numbers)
-    return (*_THOUSANDTHS, "xywh") if all_integers and largest <= 1000 else _PIXELS
+    if largest <= 1000 and all(number.is_integer() for number in numbers):
+        return (*_THOUSANDTHS, "xywh")
+    return _PIXELS
 
 
 def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
@@ -108,11 +110,13 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
 
 
 def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
-    """The box in the question or the answer, and the expression in the other one; None without both."""
+    """The box in the question or the answer, and the expression in the other one; None if either is missing."""
     in_question, in_answer = _BOX.findall(question), _BOX.findall(answer)
     if len(in_question) + len(in_answer) != 1:
         return None
     box = [float(number) for number in (in_question or in_answer)[0]]
+    if not all(map(math.isfinite, box)):
+        return None
     if in_question:
         text = answer
     elif tagged := _REF_TAG.search(question) or _REF_TAG.search(answer):

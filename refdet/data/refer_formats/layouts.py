@@ -1,10 +1,13 @@
-"""Box layouts of the formats, for comparison with COCO's."""
+"""Box layouts of the formats, to compare their boxes with COCO's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 Box = tuple[float, float, float, float]
+
+
+# Each of these functions converts COCO's x y w h to a layout; the size of the image is in pixels too.
 
 
 def _xyxy(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
@@ -32,7 +35,6 @@ def _yxyx(x: float, y: float, w: float, h: float, width: int, height: int) -> Bo
     return y1, x1, y2, x2
 
 
-# Name -> function of COCO's x y w h and the image's width and height, in pixels.
 LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
     "xywh": lambda x, y, w, h, width, height: (x, y, w, h),
     "xyxy": _xyxy,
@@ -42,19 +44,20 @@ LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
     "thousandths-xyxy": _thousandths,
 }
 
-_FLOAT32 = 1e-6  # relative, with slack for a sum
-_MAX_DIGITS = 6
+_FLOAT32_TOLERANCE = 1e-6  # relative, with slack for a sum
+_MAX_DECIMALS = 6  # of numbers that are taken as rounded
 
 
-def last_digit(numbers: Iterable[float]) -> float:
-    """Unit of the last decimal place that any of the numbers has, 0 if they are not rounded."""
-    digits = 0
+def rounding_unit(numbers: Iterable[float]) -> float:
+    """Unit of the last decimal place that any of the numbers has, such as 0.01; 0 if they are not rounded."""
+    max_decimals = 0
     for number in numbers:
-        _, _, decimals = f"{number:.15g}".partition(".")
-        if "e" in decimals or len(decimals) > _MAX_DIGITS:
+        mantissa, _, exponent = f"{number:.15g}".partition("e")
+        decimals = len(mantissa.partition(".")[2]) - int(exponent or 0)
+        if decimals > _MAX_DECIMALS:
             return 0.0
-        digits = max(digits, len(decimals))
-    return float(10**-digits)
+        max_decimals = max(max_decimals, decimals)
+    return float(10**-max_decimals)
 
 
 def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int | None:
@@ -63,14 +66,14 @@ def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int 
     Args:
         box: the box as a format has it.
         other: the exact box in the same layout.
-        unit: unit of the last decimal place of ``box``, from `last_digit`.
+        unit: unit of the last decimal place of ``box``, from `rounding_unit`.
 
     Returns:
         0 if they are equal in float32, 1 if rounding gives the box, 2 if truncation gives it, None otherwise.
     """
     level = 0
     for rounded, exact in zip(box, other, strict=True):
-        difference, tolerance = abs(rounded - exact), _FLOAT32 * max(1.0, abs(exact))
+        difference, tolerance = abs(rounded - exact), _FLOAT32_TOLERANCE * max(1.0, abs(exact))
         if difference <= tolerance:
             continue
         if difference <= unit / 2 + tolerance:

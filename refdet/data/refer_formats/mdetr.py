@@ -34,13 +34,15 @@ def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
         An entry for each sentence, in file order.
 
     Raises:
-        InputError: a field is missing or has a wrong value, or an image does not have exactly one annotation.
+        InputError: a field is missing or has a wrong value, an id is a duplicate, or an image does not have exactly one
+            annotation.
     """
     file = Row(str(path), value)
     captions: dict[int, Row] = {}
     for number, entry in enumerate(file.items("images")):
         row = Row(f"{path}: images[{number}]", entry)
-        captions[row.integer("id")] = row
+        if captions.setdefault(row.integer("id"), row) is not row:
+            raise InputError(f"{row.where}: duplicate id {row.integer('id')}")
     refs = []
     for number, entry in enumerate(file.items("annotations")):
         row = Row(f"{path}: annotations[{number}]", entry)

@@ -1,4 +1,4 @@
-"""Splits of a source that belong to another division of the dataset, as lmms-lab/RefCOCO mixes unc's and google's."""
+"""Leave out refs of another split_by ("division") of a dataset: lmms-lab/RefCOCO mixes those of unc and google."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ def refs_of_division(dataset: str, split_by: str, split: str, refs: Sequence[Sou
             if _same_size(size_of(candidate), own_counts) and _same_size(size_of(rest), other_counts)
         ]
         if len(matching) == 1:
-            also = f"the {other_counts.refs:,} refs of {dataset}/{other}/{split}"
-            note = f"split {split!r} also has {also}; they are left out"
-            return list(matching[0]), note
+            rest_name = f"the {other_counts.refs:,} refs of {dataset}/{other}/{split}"
+            return list(matching[0]), f"split {split!r} also has {rest_name}; they are left out"
     return list(refs), ""
 
 

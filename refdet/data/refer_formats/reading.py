@@ -40,7 +40,7 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
         sources: files and folders.
 
     Returns:
-        The files, sorted within each folder.
+        The files, sorted within each folder, each of them once.
 
     Raises:
         InputError: a source does not exist, or a folder has no such file.
@@ -48,8 +48,10 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            files_in_folder = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-            parquet = [path for path in files_in_folder if path.suffix == ".parquet"]
+            files_in_folder = sorted(
+                path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
+            )
+            parquet = [path for path in files_in_folder if path.suffix.lower() == ".parquet"]
             if 0 < len(parquet) < len(files_in_folder):  # the JSON next to them is Hugging Face's metadata
                 others = len(files_in_folder) - len(parquet)
                 log.warning(
@@ -63,7 +65,10 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
             files.append(source)
         else:
             raise InputError(f"{source}: no such file or folder; give the downloaded files")
-    return list(dict.fromkeys(files))
+    unique: dict[Path, Path] = {}  # several paths can lead to a file, also through links
+    for path in files:
+        unique.setdefault(path.resolve(), path)
+    return list(unique.values())
 
 
 def read_source(path: Path) -> Source:
@@ -95,7 +100,7 @@ def read_source(path: Path) -> Source:
 
 
 def _read_json(path: Path, split: str) -> Source:
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return read_list(path, _read_lines(path), split)
     value = plain_files.read_json(path)
     if is_manual_download(value):

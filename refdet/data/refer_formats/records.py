@@ -1,12 +1,12 @@
-"""Data returned by the readers of the formats: refs with the fields that a format has."""
+"""What the readers of the formats return: refs and instances, with the fields that a format has."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from refdet.data.coco_validation import is_finite
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr
 
@@ -126,8 +126,8 @@ class Row:
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be an integer")
         return value
 
-    def replace_text(self, *keys: str) -> None:
-        """Convert integers given as text, so that they are compared and written as integers."""
+    def parse_integers(self, *keys: str) -> None:
+        """Convert integers in strings in place, so that they are compared and written as integers."""
         for key in keys:
             if isinstance(self.value.get(key), str):
                 self.value[key] = self.integer(key)
@@ -153,7 +153,7 @@ class Row:
     def box(self, key: str) -> list[float]:
         """A field with four finite numbers."""
         value = self.items(key)
-        if len(value) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in value):
+        if len(value) != 4 or not all(map(is_finite, value)):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be four numbers")
         return [float(number) for number in value]
 

@@ -1,4 +1,4 @@
-"""Give the refs of a source the image, annotation and category ids that its format lacks."""
+"""Fill in the image, annotation and category ids that the format of a source lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refdet.errors import InputError
 from refdet.files.short_text import short_repr
 
 
-def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
+def resolve_ids(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
     """Set and check ``image_id``, ``ann_id`` and ``category_id`` of all refs.
 
     Args:
@@ -20,8 +20,8 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
         coco: COCO's instances, None if not given.
 
     Raises:
-        InputError: ids are missing and there are no instances, or refs have no annotation, several, or another one than
-            the source says; the message counts them.
+        InputError: ids are missing and ``coco`` is None; or refs have no annotation or several, or their ids contradict
+            it. The message has the number of such refs.
     """
     for ref in source.refs:
         if ref.image_id is None and ref.file_name is not None:
@@ -38,32 +38,32 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
     if coco is None:
         return
     where = f"in {coco.name}"
-    missing = [ref for ref in source.refs if coco.image(ref.image_id or 0) is None]
+    missing = [ref for ref in source.refs if coco.image(ref.image_id) is None]
     _raise_if_any(path, source.refs, missing, f"no such image {where}")
-    annotations = coco.find(without_ann_id, source.layouts)
+    annotations = coco.find_by_box(without_ann_id, source.layouts)
     _raise_if_any(
         path,
         source.refs,
         [ref for ref, annotation in zip(without_ann_id, annotations, strict=True) if annotation is None],
-        f"not exactly one annotation {where} with its image and box",
+        f"no annotation {where} with its image and box, or several",
     )
     for ref, annotation in zip(without_ann_id, annotations, strict=True):
         if annotation is not None:
             ref.ann_id = annotation["id"]
     for ref in source.refs:
-        annotation = coco.annotation(ref.ann_id or 0)
+        annotation = coco.annotation(ref.ann_id)
         if annotation is not None and ref.category_id is None:
             ref.category_id = annotation.get("category_id")
     _raise_if_any(
         path,
         source.refs,
         [ref for ref in source.refs if not _is_consistent(ref, coco)],
-        f"another or no annotation {where}",
+        f"no annotation {where} with its ann_id, image_id and category_id",
     )
 
 
 def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
-    annotation = coco.annotation(ref.ann_id or 0)
+    annotation = coco.annotation(ref.ann_id)
     return annotation is not None and (ref.image_id, ref.category_id) == (
         annotation["image_id"],
         annotation.get("category_id"),

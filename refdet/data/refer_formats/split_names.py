@@ -16,14 +16,16 @@ _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test
 _COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
 _ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
-# the division of most sources
-USUAL_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+# By dataset, for sources that do not say which it is.
+DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
 def dataset_in(text: str) -> str:
-    """Name of the dataset in a name such as "RefCOCOplus"; "" if there is none."""
-    match = next(iter(list(_DATASET.finditer(text))[-1:]), None)
-    return "" if match is None else "refcoco+" if match["plus"] else "refcocog" if match["g"] else "refcoco"
+    """The last dataset in a name such as "RefCOCOplus"; "" if there is none."""
+    matches = list(_DATASET.finditer(text))
+    if not matches:
+        return ""
+    return "refcoco+" if matches[-1]["plus"] else "refcocog" if matches[-1]["g"] else "refcoco"
 
 
 def split_by_in(text: str) -> str:
@@ -74,9 +76,9 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
             names[name] = "testA"
         else:
             raise InputError(
-                f"split {name!r}: {format_count(counts.refs, 'ref')} on {format_count(counts.images, 'image')} "
-                f"{agree(counts.refs, 'is')} none of {dataset}/{split_by}'s {', '.join(published)}; give "
-                f"`split_names={name}=NAME`"
+                f"split {name!r}: its {format_count(counts.refs, 'ref')} on {format_count(counts.images, 'image')} "
+                f"{agree(counts.refs, 'is')} not the size of any split of {dataset}/{split_by} "
+                f"({', '.join(published)}); give `split_names={name}=NAME`"
             )
     for name in set(names.values()):
         duplicates = [source for source, other in names.items() if other == name]

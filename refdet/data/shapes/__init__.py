@@ -18,10 +18,11 @@ from refdet.data.shapes.scene import ScenePlan, draw_scene
 from refdet.errors import InputError
 
 TRAIN_IMAGES = 800
-MIN_IMAGES = 20
+MIN_IMAGES, MAX_IMAGES = 20, 20_000
 _MAX_IMAGE_ID = 581_929  # of COCO 2014
+_FIRST_TRAIN_ANNOTATION, _FIRST_VAL_ANNOTATION = 1001, 1_000_001
 
-__all__ = ["MIN_IMAGES", "TRAIN_IMAGES", "write"]
+__all__ = ["MAX_IMAGES", "MIN_IMAGES", "TRAIN_IMAGES", "write"]
 
 
 def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
@@ -30,15 +31,18 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     Args:
         out: a folder that does not exist or is empty.
         seed: 0 or more; the same seed writes the same bytes.
-        images: number of train2014 images, 800 if None; val2014 has a fifth as many.
+        images: number of train2014 images, `TRAIN_IMAGES` if None; val2014 has a fifth as many.
 
     Raises:
-        InputError: `out` is not empty, `seed` is negative, or `images` is too small for all splits of REFER.
+        InputError: `out` is not empty, `seed` is negative, or `images` is too small for all splits of REFER or larger
+            than `MAX_IMAGES`.
     """
     out = Path(out)
     train = TRAIN_IMAGES if images is None else images
     if train < MIN_IMAGES:
         raise InputError(f"images={train} is too few for all REFER splits; ask for {MIN_IMAGES} or more")
+    if train > MAX_IMAGES:
+        raise InputError(f"images={train} is too many for distinct ids; ask for {MAX_IMAGES} or fewer")
     if seed < 0:
         raise InputError(f"seed={seed} is negative; choose 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -62,8 +66,8 @@ def _write_all(out: Path, seed: int, train: int) -> None:
     val = max(2, train // 5)
     rng = np.random.default_rng([seed, 0])
     ids = (1 + rng.choice(_MAX_IMAGE_ID, train + val, replace=False)).tolist()
-    train_pictures = _draw_split(out, "train2014", ids[:train], [seed, 1], first_annotation=1001)
-    val_pictures = _draw_split(out, "val2014", ids[train:], [seed, 2], first_annotation=1_000_001)
+    train_pictures = _draw_split(out, "train2014", ids[:train], [seed, 1], _FIRST_TRAIN_ANNOTATION)
+    val_pictures = _draw_split(out, "val2014", ids[train:], [seed, 2], _FIRST_VAL_ANNOTATION)
     annotations = out / "annotations"
     write_instances(annotations / "instances_train2014.json", train_pictures)
     write_instances(annotations / "instances_val2014.json", val_pictures)

@@ -1,4 +1,4 @@
-"""Conversion between polygons, masks, and COCO's two formats of `segmentation`."""
+"""Conversion between polygons, masks and COCO segmentations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def to_coco_polygon(points: np.ndarray) -> list[float]:
     return [round(float(v), 2) for v in points.reshape(-1)]
 
 
-def rasterise(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
+def rasterize(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
     """Union of COCO polygons as pycocotools fills them: bool (height, width)."""
     if not polygons:
         return np.zeros((height, width), dtype=bool)
@@ -24,13 +24,13 @@ def rasterise(polygons: list[list[float]], height: int, width: int) -> np.ndarra
 
 
 def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list[float]], list[list[float]]]:
-    """(parts, holes) of a placed outline, clipped to the picture and rounded as in the file."""
+    """(parts, holes) of a placed outline as COCO polygons, clipped to the picture."""
 
-    def inside(polygons: tuple[np.ndarray, ...]) -> list[list[float]]:
+    def visible(polygons: tuple[np.ndarray, ...]) -> list[list[float]]:
         clipped = [clip(p, height, width) for p in polygons]
         return [to_coco_polygon(p) for p in clipped if len(p) >= 3 and area(p) >= 1.0]
 
-    return inside(outline.parts), inside(outline.holes)
+    return visible(outline.parts), visible(outline.holes)
 
 
 def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
@@ -42,9 +42,9 @@ def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
     """
     padded = np.pad(mask, 1)
     core = padded[1:-1, 1:-1]
-    # Edges run with the mask on their right: along the top of a pixel to the right, down its right side, ...
-    step: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    sides = (
+    # Pixel edges on the border of the mask, clockwise: along the top of a pixel to the right, down its right side, ...
+    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}  # corner x y -> moves of the edges that start there
+    sides = (  # pixel across the side, and where the edge starts relative to the pixel, and its move
         (padded[:-2, 1:-1], (0, 0), (1, 0)),
         (padded[1:-1, 2:], (1, 0), (0, 1)),
         (padded[2:, 1:-1], (1, 1), (-1, 0)),
@@ -52,41 +52,40 @@ def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
     )
     for neighbor, (x0, y0), move in sides:
         for y, x in np.argwhere(core & ~neighbor).tolist():
-            step.setdefault((x + x0, y + y0), []).append(move)
+            edges.setdefault((x + x0, y + y0), []).append(move)
     polygons: list[list[float]] = []
-    hole = False
-    while step:
-        start = next(iter(step))
-        corners, doubled_area = _loop(step, start)
+    has_hole = False
+    while edges:
+        corners, doubled_area = _pop_loop(edges, next(iter(edges)))
         if doubled_area > 0:
             polygons.append([float(v) for corner in corners for v in corner])
         else:
-            hole = True
-    return polygons, hole
+            has_hole = True
+    return polygons, has_hole
 
 
-def _loop(
-    step: dict[tuple[int, int], list[tuple[int, int]]], start: tuple[int, int]
+def _pop_loop(
+    edges: dict[tuple[int, int], list[tuple[int, int]]], start: tuple[int, int]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Take one closed loop out of `step`: its corners, and twice its area (negative around a hole)."""
+    """Remove a closed loop of edges; returns its corners, and twice its area (negative around a hole)."""
     x, y = start
     heading = (0, 0)
     corners: list[tuple[int, int]] = []
     doubled_area = 0
     while True:
-        moves = step[x, y]
+        moves = edges[x, y]
         # where pixels touch at a corner, turning right follows the current pixel
         right = (-heading[1], heading[0])
         move = right if right in moves else moves[0]
         moves.remove(move)
         if not moves:
-            del step[x, y]
+            del edges[x, y]
         if move != heading:
             corners.append((x, y))
         doubled_area += x * move[1] - y * move[0]
         x, y, heading = x + move[0], y + move[1], move
         # back at the start, unless the boundary touches itself there and continues to the right
-        if (x, y) == start and (-heading[1], heading[0]) not in step.get(start, []):
+        if (x, y) == start and (-heading[1], heading[0]) not in edges.get(start, []):
             break
     if len(corners) > 1 and _direction(corners[0], corners[1]) == heading:
         corners = corners[1:]
@@ -109,8 +108,8 @@ def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
 
 def segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
     """COCO segmentation of a mask: polygons, or RLE if it has a hole."""
-    polygons, hole = trace(mask)
-    return uncompressed_rle(mask) if hole else polygons
+    polygons, has_hole = trace(mask)
+    return uncompressed_rle(mask) if has_hole else polygons
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -28,8 +28,8 @@ NEXT_TO = "next to"
 class Meaning:
     """The content of an expression; None for parts it does not mention.
 
-    `size` is small, large, smallest or biggest; `place` is one of SIDES or CORNERS, and `rank` counts from there;
-    `relation` is one of DIRECTIONS or NEXT_TO, and `other` is the thing it relates to.
+    `size` is small, large, smallest or biggest. `place` is one of SIDES or CORNERS, and `rank` counts from there
+    ("second from the left"). `relation` is one of DIRECTIONS or NEXT_TO, and `other` is what it relates to.
     """
 
     category: str | None = None
@@ -46,26 +46,26 @@ def center(thing: Thing) -> tuple[float, float]:
     return (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
 
 
-def side(thing: Thing) -> float:
+def longest_side(thing: Thing) -> float:
     """Longest side of the box in pixels."""
     return max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
 
 
-def referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
+def find_referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
     """Index of the thing that the expression refers to; None if there is none or it is ambiguous."""
-    strict = matches(meaning, things, loose=False)
-    return strict[0] if len(strict) == 1 and strict == matches(meaning, things, loose=True) else None
+    strict = find_matches(meaning, things, loose=False)
+    return strict[0] if len(strict) == 1 and strict == find_matches(meaning, things, loose=True) else None
 
 
-def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
-    """Indices of the things that match clearly, or with `loose` arguably. Crowds never match."""
+def find_matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+    """Indices of the things that match clearly, or with `loose` at least arguably. Crowds never match."""
     fitting = _match_attributes(meaning, things, loose)
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
         # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
         rivals = _match_attributes(meaning, things, not loose)
         fitting = [i for i in fitting if _is_extreme(meaning, things, i, [j for j in rivals if j != i], loose)]
     if meaning.relation is not None and meaning.other is not None:
-        anchor = referent(meaning.other, things)
+        anchor = find_referent(meaning.other, things)
         if anchor is None:
             return []
         fitting = [i for i in fitting if i != anchor and is_related(meaning.relation, things[i], things[anchor], loose)]
@@ -80,9 +80,9 @@ def _match_attributes(meaning: Meaning, things: Sequence[Thing], loose: bool) ->
             continue
         if meaning.color not in (None, thing.color):
             continue
-        if meaning.size == "small" and side(thing) > SMALL + tolerance:
+        if meaning.size == "small" and longest_side(thing) > SMALL + tolerance:
             continue
-        if meaning.size == "large" and side(thing) < LARGE - tolerance:
+        if meaning.size == "large" and longest_side(thing) < LARGE - tolerance:
             continue
         matching.append(i)
     return matching
@@ -100,7 +100,7 @@ def _is_extreme(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[
         smallest = meaning.size == "smallest"
         for j in rivals:
             low, high = (i, j) if smallest else (j, i)
-            if side(things[low]) * ratio > side(things[high]):
+            if longest_side(things[low]) * ratio > longest_side(things[high]):
                 return False
         return True
     words = (meaning.place or "").split()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refdet.data.shapes.meaning import CORNERS, DIRECTIONS, NEXT_TO, SIDES, Meaning, is_related, referent
+from refdet.data.shapes.meaning import CORNERS, DIRECTIONS, NEXT_TO, SIDES, Meaning, find_referent, is_related
 from refdet.data.shapes.scene import Thing
 
 ORDINALS = {2: "second", 3: "third"}
@@ -63,7 +63,7 @@ def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[M
                 relation += [replace(m, relation=word, other=anchor_meaning) for m in unranked]
 
     def unambiguous(candidates: list[Meaning]) -> list[Meaning]:
-        return [m for m in candidates if referent(m, things) == target]
+        return [m for m in candidates if find_referent(m, things) == target]
 
     return unambiguous(plain), unambiguous(place), unambiguous(relation)
 
@@ -76,7 +76,7 @@ def is_referable(target: int, things: Sequence[Thing], style: Style) -> bool:
 def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
     name, color = things[target].category.name, things[target].color
     options = [Meaning(name, color), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
-    return next((m for m in options if referent(m, things) == target), None)
+    return next((m for m in options if find_referent(m, things) == target), None)
 
 
 def sample_meanings(

@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from refdet.data.shapes import refer_splits
 from refdet.data.shapes.coco_files import Picture, write_instances
 from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, meanings, sample_meanings, sentence
-from refdet.data.shapes.refer_splits import Referent
+from refdet.data.shapes.refer_splits import Referent, google_splits, sample_umd, sample_unc
 
 
 def ref_records(
-    rng: np.random.Generator, objects: Sequence[Referent], style: Style, counts: tuple[int, int]
+    rng: np.random.Generator, referents: Sequence[Referent], style: Style, counts: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """One record per object, as in REFER's pickles, with `counts` (min, max) sentences each.
+    """One record per referent, as in REFER's pickles, with `counts` (min, max) sentences each.
 
-    An object with fewer meanings gets fewer sentences than sampled.
+    A referent with fewer meanings gets fewer sentences than sampled, but at least the minimum.
     """
     records: list[dict[str, Any]] = []
     sent_id = 0
-    for ref_id, referred in enumerate(objects):
-        picture, thing = referred.picture, referred.thing
-        options = meanings(thing, picture.things, style)
-        chosen = sample_meanings(rng, options, style, int(rng.integers(counts[0], counts[1] + 1)))
+    for ref_id, referent in enumerate(referents):
+        picture, thing = referent.picture, referent.thing
+        candidates = meanings(thing, picture.things, style)
+        chosen = sample_meanings(rng, candidates, style, int(rng.integers(counts[0], counts[1] + 1)))
         sents: list[str] = []
         for k in range(max(counts[0], len(chosen))):
             # repeat a meaning if there are too few, as if two annotators had the same idea
@@ -44,7 +43,7 @@ def ref_records(
                 "ann_id": picture.annotation_ids[thing],
                 "ref_id": ref_id,
                 "image_id": picture.id,
-                "split": referred.split,
+                "split": referent.split,
                 "sentences": sentences,
                 "category_id": picture.things[thing].category.id,
             }
@@ -53,7 +52,7 @@ def ref_records(
 
 
 def _raw(rng: np.random.Generator, sent: str, style: Style) -> str:
-    """The raw text of the annotator: the sentence, sometimes with a capital and a full stop."""
+    """The sentence as an annotator may have typed it: with a capital and a period, or sometimes with a capital."""
     if style.full:
         return sent[0].upper() + sent[1:] + "."
     return sent.capitalize() if rng.random() < 0.2 else sent
@@ -72,12 +71,12 @@ def _write_dataset(folder: Path, pictures: Sequence[Picture], refs: dict[str, li
 
 
 def write_refer(root: Path, pictures: Sequence[Picture], rng: np.random.Generator) -> None:
-    """Write root/refcoco, root/refcoco+ and root/refcocog of these train2014 pictures."""
-    objects = refer_splits.unc(rng, pictures)
-    refs = ref_records(rng, objects, REFCOCO, (2, 4))
-    by_object = _with_splits(refs, refer_splits.google(rng, len(refs), test=True))
-    _write_dataset(root / "refcoco", pictures, {"unc": refs, "google": by_object})
-    _write_dataset(root / "refcoco+", pictures, {"unc": ref_records(rng, objects, REFCOCO_PLUS, (2, 4))})
-    refs = ref_records(rng, refer_splits.umd(rng, pictures), REFCOCOG, (1, 2))
-    by_object = _with_splits(refs, refer_splits.google(rng, len(refs), test=False))
-    _write_dataset(root / "refcocog", pictures, {"umd": refs, "google": by_object})
+    """Write root/refcoco, root/refcoco+ and root/refcocog, with refs on the train2014 pictures."""
+    referents = sample_unc(rng, pictures)
+    refs = ref_records(rng, referents, REFCOCO, (2, 4))
+    google_refs = _with_splits(refs, google_splits(rng, len(refs), test=True))
+    _write_dataset(root / "refcoco", pictures, {"unc": refs, "google": google_refs})
+    _write_dataset(root / "refcoco+", pictures, {"unc": ref_records(rng, referents, REFCOCO_PLUS, (2, 4))})
+    refs = ref_records(rng, sample_umd(rng, pictures), REFCOCOG, (1, 2))
+    google_refs = _with_splits(refs, google_splits(rng, len(refs), test=False))
+    _write_dataset(root / "refcocog", pictures, {"umd": refs, "google": google_refs})

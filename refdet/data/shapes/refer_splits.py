@@ -1,4 +1,4 @@
-"""Choice of the referred objects in train2014, and the splits of each dataset.
+"""Sample the referents in train2014, and assign them to the splits of each dataset.
 
 unc (RefCOCO, RefCOCO+) and umd (RefCOCOg) split by image; google splits by object, so that an image can be in several
 splits. testA has images with several persons and refers to persons, testB to other things.
@@ -16,17 +16,18 @@ from refdet.data.shapes.categories import PERSON
 from refdet.data.shapes.coco_files import Picture
 from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, is_referable
 
-# Fractions of the train2014 images in RefCOCO (and RefCOCO+) and in RefCOCOg, and of the held-out ones.
+# Fractions of the train2014 images: in RefCOCO and RefCOCO+ (unc) or RefCOCOg (umd), and in each of their held-out
+# splits; and the fraction of the refs in each held-out split of google.
 UNC_SHARE, UNC_VAL, UNC_TEST = 0.36, 0.038, 0.02
 UMD_SHARE, UMD_VAL, UMD_TEST = 0.27, 0.02, 0.03
 GOOGLE_SHARE = 0.06
 
-MAX_REFS = 3
+MAX_REFS = 3  # per image
 
 
 @dataclass(frozen=True)
 class Referent:
-    """A referred object: index `thing` of a picture, in an image-wise split."""
+    """A referred object: the index `thing` in a picture's things, and its split in unc or umd."""
 
     picture: Picture
     thing: int
@@ -34,21 +35,23 @@ class Referent:
 
 
 def _referable(picture: Picture, styles: Sequence[Style]) -> list[int]:
+    """Indices of the things that have an unambiguous expression in each of the styles."""
     return [
         i
         for i, thing in enumerate(picture.things)
-        if not thing.crowd and all(is_referable(i, picture.things, m) for m in styles)
+        if not thing.crowd and all(is_referable(i, picture.things, style) for style in styles)
     ]
 
 
-def _count_repeated(picture: Picture) -> dict[str, int]:
+def _repeated_categories(picture: Picture) -> set[str]:
+    """Names of the categories that several things have."""
     counts = Counter(t.category.name for t in picture.things if not t.crowd)
-    return {name: n for name, n in counts.items() if n > 1}
+    return {name for name, count in counts.items() if count > 1}
 
 
 def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
     """Up to MAX_REFS of the allowed things, those of a repeated category first, as in REFER."""
-    repeated = _count_repeated(picture)
+    repeated = _repeated_categories(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)
     return shuffled[: int(rng.integers(1, MAX_REFS + 1))]
@@ -58,17 +61,17 @@ def _at_least_one(share: float, total: int) -> int:
     return max(1, round(share * total))
 
 
-def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
-    """Objects of RefCOCO and RefCOCO+ with their unc split: train, val, testA or testB."""
+def sample_unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
+    """Sample the referents of RefCOCO and RefCOCO+, with their unc split: train, val, testA or testB."""
     total = len(pictures)
     held_out = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
     held_out["val"] = _at_least_one(UNC_VAL, total)
     remaining = {**held_out, "train": max(1, round(UNC_SHARE * total) - sum(held_out.values()))}
-    referred: list[Referent] = []
+    referents: list[Referent] = []
     for k in rng.permutation(total).tolist():
         picture = pictures[k]
         persons = [i for i, t in enumerate(picture.things) if t.category == PERSON]
-        if not _count_repeated(picture):
+        if not _repeated_categories(picture):
             continue
         referable = _referable(picture, (REFCOCO, REFCOCO_PLUS))
         for split in [s for s in held_out if remaining[s]] or ["train"]:
@@ -80,19 +83,19 @@ def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]
                 allowed = referable
             if allowed and remaining[split]:
                 remaining[split] -= 1
-                referred += [Referent(picture, i, split) for i in _sample_things(rng, picture, allowed)]
+                referents += [Referent(picture, i, split) for i in _sample_things(rng, picture, allowed)]
                 break
         if not any(remaining.values()):
             break
-    return referred
+    return referents
 
 
-def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
-    """Objects of RefCOCOg with their umd split: train, val or test."""
+def sample_umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
+    """Sample the referents of RefCOCOg, with their umd split: train, val or test."""
     total = len(pictures)
     remaining = {"val": _at_least_one(UMD_VAL, total), "test": _at_least_one(UMD_TEST, total)}
     remaining["train"] = max(1, round(UMD_SHARE * total) - sum(remaining.values()))
-    referred: list[Referent] = []
+    referents: list[Referent] = []
     for k in rng.permutation(total).tolist():
         split = next((s for s in remaining if remaining[s]), None)
         if split is None:
@@ -100,16 +103,18 @@ def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]
         referable = _referable(pictures[k], (REFCOCOG,))
         if referable:
             remaining[split] -= 1
-            referred += [Referent(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
-    return referred
+            referents += [Referent(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
+    return referents
 
 
-def google(rng: np.random.Generator, count: int, test: bool) -> list[str]:
-    """The google split of each of `count` objects, regardless of images; RefCOCOg's test was never released."""
-    part = _at_least_one(GOOGLE_SHARE, count)
+def google_splits(rng: np.random.Generator, count: int, test: bool) -> list[str]:
+    """Sample the google split of `count` objects, regardless of images; RefCOCOg has no `test`: it was not released."""
+    held_out = _at_least_one(GOOGLE_SHARE, count)
     splits = ["train"] * count
     order = rng.permutation(count).tolist()
-    for name, objects in (("val", order[:part]), ("test", order[part : 2 * part] if test else [])):
-        for k in objects:
-            splits[k] = name
+    for k in order[:held_out]:
+        splits[k] = "val"
+    if test:
+        for k in order[held_out : 2 * held_out]:
+            splits[k] = "test"
     return splits

@@ -14,8 +14,9 @@ from refdet.data.shapes.outlines import area, place, unit_outline
 
 Box = tuple[float, float, float, float]
 
+# Height and width of pictures.
 SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
-SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))
+SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))  # of small, medium and large shapes, (min, max) in pixels
 MIN_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
 _CROWD = 254
 _NOTHING = 255
@@ -54,7 +55,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Requirements of a scene: a grayscale file, a crowd, several persons."""
+    """What a scene must have: a grayscale file, a crowd, several persons."""
 
     gray: bool
     crowd: bool
@@ -62,13 +63,13 @@ class ScenePlan:
 
     @staticmethod
     def for_index(index: int) -> ScenePlan:
-        """Fixed fractions by index in the split, so that small datasets have every kind."""
+        """Plan of the scene with this index in its split: fixed fractions, so that small datasets have every kind."""
         return ScenePlan(gray=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
 
 @dataclass(frozen=True)
 class _DrawnShape:
-    """A shape before occlusion: `box` encloses `mask`, `full_area` is its area without clipping."""
+    """A shape before occlusion: `box` encloses `mask`; `full_area` is in square pixels, without clipping."""
 
     category: Category
     color: str
@@ -81,7 +82,7 @@ class _DrawnShape:
 
 
 def draw_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene:
-    """A random scene that satisfies `plan`: 3 to 8 shapes, each mostly visible."""
+    """Draw random scenes until one satisfies `plan`, with 3 to 8 shapes that are all mostly visible."""
     while True:
         scene = _try_scene(rng, plan)
         if scene is not None:
@@ -115,10 +116,10 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
         return None
     if not 0.12 < float(np.mean(owner != _NOTHING)) < 0.6:
         return None
-    things = [_thing(shape, owner == i, plan.gray) for i, shape in enumerate(drawn)]
+    things = [_make_thing(shape, owner == i, plan.gray) for i, shape in enumerate(drawn)]
     if crowd is not None:
         owner[owner == _CROWD] = len(things)
-        things.append(_thing(crowd, crowd.mask, plan.gray, crowd=True))
+        things.append(_make_thing(crowd, crowd.mask, plan.gray, crowd=True))
     return Scene(height, width, plan.gray, tuple(things), owner)
 
 
@@ -147,10 +148,10 @@ def _draw_shape(
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     center = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
     color, rgb = _random_paint(rng, gray)
-    return _rasterise(category, color, rgb, center, size, angle, height, width)
+    return _rasterize(category, color, rgb, center, size, angle, height, width)
 
 
-def _rasterise(
+def _rasterize(
     category: Category,
     color: str,
     rgb: tuple[int, int, int],
@@ -163,9 +164,9 @@ def _rasterise(
     outline = place(unit_outline(category.name), center, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
     full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
-    mask = masks.rasterise(polygons, height, width)
+    mask = masks.rasterize(polygons, height, width)
     if holes:
-        mask &= ~masks.rasterise(holes, height, width)
+        mask &= ~masks.rasterize(holes, height, width)
     if not mask.any():
         return None
     return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
@@ -218,13 +219,13 @@ def _draw_crowd(
             x, y = rng.uniform(-2, 2, 2).tolist()
             center = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
             size = float(rng.uniform(10, 13))
-            shape = _rasterise(category, color, rgb, center, (size, size), 0.0, height, width)
+            shape = _rasterize(category, color, rgb, center, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
     return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
 
 
-def _thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
+def _make_thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
     segmentation: list[list[float]] | dict[str, Any]
     if crowd:
         segmentation = masks.uncompressed_rle(visible)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store as stores
-from refdet.data.box_format import DEFAULT
+from refdet.data.box_format import DEFAULT_FORMAT
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.errors import ArgumentError, InputError
@@ -50,7 +50,7 @@ class BrowseInputs:
     dataset: str | None = None
     split_by: str | None = None
     predictions: Path | None = None
-    box_format: str = DEFAULT
+    box_format: str = DEFAULT_FORMAT
     instances: Path | None = None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import SizeError, small_copy
+from refdet.data.image_decoder import SizeError, rgb_thumbnail
 from refdet.data.image_source import ImageError, ImageSource, why_unreadable
 
 SIDE = 240
@@ -62,7 +62,7 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
         return _encode(source.read(record), SIDE)
     try:
         data = source.data(name, record.height, record.width)
-        return _jpeg(small_copy(data, SIDE, record.height, record.width), _THUMBNAIL_QUALITY)
+        return _jpeg(rgb_thumbnail(data, SIDE, record.height, record.width), _THUMBNAIL_QUALITY)
     except SizeError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders can raise anything on damaged or hostile files

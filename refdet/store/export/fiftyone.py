@@ -137,7 +137,9 @@ def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[
         except ImageError as error:
             rejected.append(str(error))
         else:
-            usable.append(_ExportedImage(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
+            usable.append(
+                _ExportedImage(record, name, files.orientations.get(name, 1) if files.exif == "ignore" else 1)
+            )
     return usable, rejected
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refdet.data.image_decoder import SizeError, small_copy
+from refdet.data.image_decoder import SizeError, rgb_thumbnail
 from refdet.report.browse.thumbnails import ByteCache
 
 
@@ -31,7 +31,7 @@ def test_a_small_copy_has_the_proportions_and_colors(kind: str, mode: str) -> No
     pixels[:, 200:] = 255
     out = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(out, kind)
-    copy = np.asarray(small_copy(out.getvalue(), 80, 300, 400))
+    copy = np.asarray(rgb_thumbnail(out.getvalue(), 80, 300, 400))
     assert copy.shape == (60, 80, 3) and copy[:, :35].max() < 30 and copy[:, 45:].min() > 225
 
 
@@ -41,17 +41,17 @@ def test_a_small_copy_is_not_turned_as_boxes_are_of_the_stored_pixels(kind: str)
     exif[274] = 6
     out = io.BytesIO()
     Image.new("RGB", (400, 300)).save(out, kind, exif=exif)
-    assert small_copy(out.getvalue(), 80, 300, 400).size == (80, 60)
+    assert rgb_thumbnail(out.getvalue(), 80, 300, 400).size == (80, 60)
 
 
 def test_sixteen_bits_become_eight() -> None:
     out = io.BytesIO()
     Image.fromarray(np.full((30, 40), 0x8000, np.uint16)).save(out, "PNG")
-    assert np.asarray(small_copy(out.getvalue(), 20, 30, 40)).mean() == 128
+    assert np.asarray(rgb_thumbnail(out.getvalue(), 20, 30, 40)).mean() == 128
 
 
 def test_an_image_of_another_size_is_not_decoded() -> None:
     out = io.BytesIO()
     Image.new("RGB", (40, 30)).save(out, "PNG")
     with pytest.raises(SizeError, match="is 40x30, but the store says 30x40"):
-        small_copy(out.getvalue(), 20, 40, 30)
+        rgb_thumbnail(out.getvalue(), 20, 40, 30)
