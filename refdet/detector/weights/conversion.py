@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
+
+LabelOrder = Literal["file", "ascending_ids", "ids"]
+"""Category of label i: the i-th of the instances file, the i-th by ascending id, or the category with id i."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ConvertedWeights:
         classes: number of object classes, None for a network without detection heads.
         tensors: name -> float32 tensor, for all parameters and buffers except those with `missing_prefixes`.
         missing_prefixes: prefixes of the parameters that the file does not have.
-        coco_ids: whether labels are COCO category ids, 1..90, as in torchvision.
+        label_order: how the program that trained the detector numbers the categories.
     """
 
     kind: str
@@ -34,7 +37,7 @@ class ConvertedWeights:
     classes: int | None
     tensors: dict[str, Tensor]
     missing_prefixes: tuple[str, ...]
-    coco_ids: bool = False
+    label_order: LabelOrder = "file"
 
 
 class Layout(Protocol):
@@ -168,6 +171,20 @@ class NameMapping:
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert refdet's tensors to the other program's."""
         return {self.foreign_name(name): self.layout(name).to_foreign(value) for name, value in tensors.items()}
+
+
+def rename_tensors(state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Rename the tensors of a state dict; raises InputError if two of them would get the same name."""
+    old_names: dict[str, str] = {}
+    for name in state_dict:
+        new_name = rename(name)
+        if new_name in old_names:
+            raise InputError(
+                f"{shorten(old_names[new_name])} and {shorten(name)} are the same tensor of the network; "
+                "save the state_dict of one model alone"
+            )
+        old_names[new_name] = name
+    return {new_name: state_dict[name] for new_name, name in old_names.items()}
 
 
 def convert_tensors(

@@ -41,6 +41,7 @@ REAL_DTYPES = (
     torch.int32,
     torch.int64,
 )
+NUM_COCO_LABELS = 90  # classes of a detector whose labels are COCO's category ids
 MAX_SHARED_NUMBERS = 2**27  # values in tensors that share storage; the largest network has half as many
 
 
@@ -94,7 +95,7 @@ def import_weights(
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
-    categories = _categories(converted, source, index)
+    categories = label_categories(converted, source, index)
     provenance = _provenance(source, sha256, known, index)
     meta = CheckpointMetadata(converted.recipe, categories, provenance, 0, converted.missing_prefixes)
     torch.manual_seed(converted.recipe.train.seed)  # missing tensors start as they would in training
@@ -248,32 +249,29 @@ def _unsafe_message(name: str) -> str:
     )
 
 
-def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the labels 1, 2, ..., in the order of the instances file or by ascending COCO id."""
+def label_categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
+    """(id, name) of the labels 1, 2, ..., from the instances file that the detector was trained on, or COCO's."""
     if converted.classes is None:
         return coco_categories()
-    if index is not None:
-        categories = tuple(index.categories.items())
-        if converted.coco_ids and set(dict(categories)) <= set(range(1, converted.classes + 1)):
-            return _categories_by_id(dict(categories), converted.classes)
-        if len(categories) != converted.classes:
-            raise InputError(
-                f"`trained_on` {index.path}: {format_count(len(categories), 'category')}, {source} has "
-                f"{converted.classes}"
-            )
-        return categories
-    if converted.coco_ids:
-        return _categories_by_id(dict(coco_categories()), converted.classes)
-    if converted.classes != len(coco_categories()):
+    names, classes = dict(coco_categories()) if index is None else index.categories, converted.classes
+    if converted.label_order == "ids" and _are_labels(names, classes):
+        return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
+    if len(names) == classes:
+        return tuple(sorted(names.items()) if converted.label_order == "ascending_ids" else names.items())
+    if index is None:
         raise InputError(
-            f"{source}: {format_count(converted.classes, 'class')} instead of COCO's 80; give `trained_on` to name them"
+            f"{source}: {format_count(classes, 'class')} instead of COCO's 80; give `trained_on` to name them"
         )
-    return coco_categories()
+    raise InputError(f"`trained_on` {index.path}: {format_count(len(names), 'category')}, {source} has {classes}")
 
 
-def _categories_by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
-    """Categories whose labels are their ids, including placeholders for labels without a category."""
-    return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
+def _are_labels(ids: Iterable[int], classes: int) -> bool:
+    """Whether category ids can be the labels of a detector: from 1 to its last label, or to less in COCO's numbering.
+
+    A file with some of COCO's categories may lack the last.
+    """
+    lowest, highest = min(ids, default=0), max(ids, default=0)
+    return lowest >= 1 and (highest == classes or highest <= classes == NUM_COCO_LABELS)
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
