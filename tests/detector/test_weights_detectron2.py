@@ -1,6 +1,7 @@
 """Weights of detectron2 and Caffe2: pickles of arrays, which network they are, and what is refused."""
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,22 @@ def test_text_that_is_encoded_again_and_again(tmp_path: Path) -> None:
     (tmp_path / "model.pkl").write_bytes(start + b"h\xf1h\xf0X\x06\x00\x00\x00latin1\x86R" * 1000 + b"l.")
     with pytest.raises(InputError, match="it repeats itself"):
         read_foreign(tmp_path / "model.pkl")
+
+
+def test_ordered_dictionaries_of_python_2(tmp_path: Path) -> None:
+    """Python 2 passes their items as an argument, Python 3 sets them afterwards."""
+
+    class Python2(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            return (
+                (OrderedDict, ([list(item) for item in value.items()],))
+                if type(value) is OrderedDict
+                else NotImplemented
+            )
+
+    arrays = OrderedDict((name, array[..., ::-1]) for name, array in caffe2(50).items())
+    with (tmp_path / "R.pkl").open("wb") as file:
+        Python2(file, protocol=2).dump(OrderedDict(model=arrays))
+    found = read_foreign(tmp_path / "R.pkl")
+    assert list(found) == list(arrays)
+    np.testing.assert_array_equal(found["conv1_w"], arrays["conv1_w"])

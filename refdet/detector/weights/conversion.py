@@ -12,6 +12,7 @@ from torch import Tensor
 from refdet.config.recipe import Recipe
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.resnet import BLOCKS
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
 
@@ -254,6 +255,16 @@ def count_blocks(keys: Iterable[str], prefix: str) -> int:
     """Number of distinct indices after a prefix of the keys, such as the blocks of a ResNet stage."""
     indices = {key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)}
     return len([index for index in indices if index.isdigit()])
+
+
+def find_resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+    """Depth of a ResNet with torchvision's names, even if some of its tensors are missing; None if it is no ResNet."""
+    blocks = tuple(count_blocks(state_dict, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
+    bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in state_dict)
+    for depth, blocks_of_depth in BLOCKS.items():
+        if blocks == blocks_of_depth and bottleneck == (depth >= 50):
+            return depth
+    return None
 
 
 def num_rows(state_dict: Mapping[str, Tensor], key: str, default: int) -> int:

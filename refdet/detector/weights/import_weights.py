@@ -124,7 +124,9 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         tensors = checkpoint.read_tensors(path)[0]
         reject_unsupported(path, tensors)
         return _check_tensors(tensors, path)
-    if start[:2] != b"PK" and (description := describe_file(path)) and "PyTorch" not in description:
+    is_zip = start[:2] == b"PK"
+    description = None if is_zip else describe_file(path)
+    if description is not None and "PyTorch" not in description:
         raise InputError(f"{path}: {description}, not weights of another program")
     if start[257:262] == b"ustar":
         raise InputError(f"{path}: {OLD_TAR}")
@@ -133,19 +135,25 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     reject_unsupported(path, contents.strings, contents.classes)
-    if has_arrays(contents.classes) and start[:2] != b"PK":
-        return _check_tensors(_find_weights(_read_arrays(path), path), path)
-    if contents.refused is not None:
-        raise InputError(f"{path}: {_unsafe_message(contents.refused)}")
+    if has_arrays(contents.classes) and not is_zip:
+        tree = _read_arrays(path)
+    elif contents.unsafe_class is not None:
+        raise InputError(f"{path}: {_unsafe_message(contents.unsafe_class)}")
+    else:
+        tree = _torch_load(path)
+    return _check_tensors(_find_weights(tree, path), path)
+
+
+def _torch_load(path: Path) -> Any:
+    """Read a checked file of torch.save."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about old file formats
-            tree: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load can raise anything on a damaged file
         raise InputError(f"{path}: {_refusal_message(error)}") from error
-    return _check_tensors(_find_weights(tree, path), path)
 
 
 def _read_arrays(path: Path) -> Any:
@@ -205,8 +213,8 @@ def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_dense_real(value))
     ]
     if invalid or not tree:
-        what = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
-        raise InputError(f"{path}: {what}; save the model's state_dict alone")
+        problem = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
+        raise InputError(f"{path}: {problem}; save the model's state_dict alone")
     if len(tree) > MAX_TENSORS:
         raise InputError(f"{path}: {len(tree)} tensors, more than the {MAX_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())

@@ -11,12 +11,11 @@ from torch import Tensor
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import MAX_CATEGORIES
-from refdet.detector.resnet import BLOCKS
 from refdet.detector.weights.conversion import (
     ConvertedWeights,
     NameMapping,
     convert_tensors,
-    count_blocks,
+    find_resnet_depth,
     num_rows,
     rename_tensors,
 )
@@ -147,11 +146,9 @@ def _fold_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _depth(state_dict: Mapping[str, Tensor]) -> int:
-    blocks = tuple(count_blocks(state_dict, f"backbone.body.layer{stage}.") for stage in (1, 2, 3, 4))
-    bottleneck = "backbone.body.layer1.0.conv3.weight" in state_dict
-    depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == bottleneck]
-    if not depths:
+    depth = find_resnet_depth(state_dict, "backbone.body.")
+    if depth is None:
         raise InputError(f"a torchvision detector with a backbone other than a ResNet; {SUPPORTED}")
     if state_dict.get("backbone.body.layer1.0.conv1.weight", torch.zeros(64)).shape[:1] != (64,):
         raise InputError(f"a torchvision detector with a ResNeXt or a wide ResNet; {SUPPORTED}")
-    return depths[0]
+    return depth
