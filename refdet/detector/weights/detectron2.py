@@ -1,8 +1,8 @@
 """Detectors and ImageNet backbones of detectron2, and Caffe2's ImageNet backbones.
 
 Supports Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred from
-the names and shapes of its tensors. The file does not say where a block has its stride, nor how images are
-preprocessed; both are assumed to be as in the model zoo.
+the names and shapes of its tensors. The file does not say where a block has its stride, nor the order of the channels,
+and files since detectron2 0.3 not how pixels are normalized; all are assumed to be as in the model zoo.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from refdet.detector.weights.conversion import (
     rename_tensors,
 )
 from refdet.errors import InputError
+from refdet.files.short_text import short_repr
 
 _IGNORED = re.compile(r"pixel_(mean|std)$|(proposal_generator\.)?anchor_generator\.cell_anchors\.\d+$")
 _OTHER_HEADS = {
@@ -88,10 +89,22 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
         recipe = recipe.with_changes(["model.masks=false"])
     if classes > MAX_CATEGORIES:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
+    _check_normalization(state_dict, recipe)
     ignored = [name for name in state_dict if _IGNORED.match(name)]
     tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe), ignored)
     kind = f"detectron2's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{recipe.model.depth} as {neck.upper()}"
     return ConvertedWeights(kind, recipe, classes, tensors, (), label_order="ascending_ids")
+
+
+def _check_normalization(state_dict: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Raise InputError for other means and standard deviations of pixels than the recipe's, if the file has them."""
+    for name, expected in (("pixel_mean", recipe.input.mean), ("pixel_std", recipe.input.std)):
+        values = state_dict.get(name, torch.tensor(expected)).flatten().tolist()
+        if len(values) != 3 or not all(abs(a - b) < 0.01 for a, b in zip(values, expected, strict=True)):  # NaN too
+            given = short_repr([round(value, 3) for value in values[:4]])
+            raise InputError(
+                f"a detectron2 detector with {name} {given}, the model zoo's have {list(expected)}; {SUPPORTED}"
+            )
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
