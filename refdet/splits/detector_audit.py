@@ -139,7 +139,7 @@ def audit_provenance(
     if provenance.weights is not None:
         known = known_initial_weights(provenance.weights)
         if known is not None and known.trained_on.refer_overlap == "none":
-            notes.append(f"initial weights: {known.model}, {known.trained_on.leaks()}")
+            notes.append(f"initial weights: {known.model}, {known.trained_on.leak_note()}")
         elif trust_weights:
             notes.append(
                 f"`trust_weights`: assumed that the initial weights have seen no held-out images: {provenance.weights}"

@@ -98,4 +98,4 @@ def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setitem(known_weights._DETECTRON2, start, config)
         known = identify_known_file(tmp_path / "a.pkl", "0" * 64)
         assert known is not None and known.trained_on is data and known.model == f"detectron2's {config}"
-        assert "leaks" in data.leaks()
+        assert "leaks" in data.leak_note()
