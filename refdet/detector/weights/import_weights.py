@@ -283,8 +283,10 @@ def _are_labels(ids: Iterable[int], classes: int) -> bool:
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
+    """Training data of the weights: the user's word, or that of a published file; both if the latter leaks."""
     if index is None:
         return Provenance.imported(source.name, sha256, known)
-    return provenance_of_instances(index).with_weights(
-        f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"
-    )
+    weights = f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"
+    if known is not None and known.trained_on.refer_overlap != "none":
+        weights += f", but the file is {known.model}, {known.trained_on.leak_note()}"
+    return provenance_of_instances(index).with_weights(weights)
