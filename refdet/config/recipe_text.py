@@ -72,12 +72,11 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
     """
     lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
     lines.append(f"name: {_to_yaml(recipe.name)}")
-    for field in dataclasses.fields(recipe):
-        options = getattr(recipe, field.name)
-        if dataclasses.is_dataclass(options):
-            lines += ["", f"# {inspect.getdoc(options)}", f"{field.name}:"]
-            for option, comment in option_comments(type(options)).items():
-                lines += _with_comment(f"  {option}: {_to_yaml(getattr(options, option))}", comment)
+    for part in dataclasses.fields(recipe)[1:]:  # after the name
+        options = getattr(recipe, part.name)
+        lines += ["", f"# {inspect.getdoc(options)}", f"{part.name}:"]
+        for option, comment in option_comments(type(options)).items():
+            lines += _with_comment(f"  {option}: {_to_yaml(getattr(options, option))}", comment)
     return "\n".join(lines) + "\n"
 
 

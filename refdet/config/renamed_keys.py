@@ -68,7 +68,7 @@ def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
             continue
         updated[part] = {}
         for key, value in options.items():
-            name = KEYS.get(f"{part}.{key}", key)
+            name: Any = KEYS.get(f"{part}.{key}", key)
             if name != key:
                 renamed.append(f"{part}.{key}")
                 if name in options:

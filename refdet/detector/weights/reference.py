@@ -43,12 +43,8 @@ _PREFIXES = {
     "head.mask.hidden.0.": "mask_up_sampling.",
     "head.mask.logits.": "mask_pred_net.",
 }
-# By number of anchors per cell; each size has three ratios.
-_ANCHOR_SIZES = {
-    9: (128, 256, 512),
-    12: (64, 128, 256, 512),
-    15: (32, 64, 128, 256, 512),
-}
+_ANCHORS = (9, 12, 15)  # per cell: three ratios of 3, 4 or 5 sizes, the largest 512
+_SIZES_OF_9_ANCHORS = [128, 256, 512]  # of the others, the recipes have the sizes
 
 
 def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
@@ -166,14 +162,14 @@ def _identify_recipe(state_dict: Mapping[str, Tensor], prefix: str, anchors: int
     name = {"vgg.": "reference-vgg16", "mobilenet.": "reference-mobilenet-v1"}.get(prefix, f"reference-c4-res{depth}")
     if anchors == 15:
         name += "-lg"
-    if name not in recipes.names() or anchors not in _ANCHOR_SIZES:
+    if name not in recipes.names() or anchors not in _ANCHORS:
         network = f"ResNet-{depth}" if depth else prefix.removesuffix(".")
         raise InputError(
             f"rpn_cls_score_net.weight: {anchors} anchors per cell with a {network} match no recipe; supported are "
             "9 (scales 8, 16, 32) and 12 (and scale 4) with ResNet-50, 101 and 152, VGG-16 and MobileNet v1, and 15 "
             "(and scale 2) with ResNet-101"
         )
-    changes = [f"model.anchor_sizes={list(_ANCHOR_SIZES[9])}"] if anchors == 9 else []  # the others are the recipe's
+    changes = [f"model.anchor_sizes={_SIZES_OF_9_ANCHORS}"] if anchors == 9 else []
     if prefix == "mobilenet.":
         changes += mobilenet_changes(state_dict, prefix)
     if prefix == "vgg.":
