@@ -27,7 +27,7 @@ def _length_prefixed(opcode: bytes, width: int) -> bytes:
     return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_MAX_LENGTH + 1)) + b")"
 
 
-# BINPUT, LONG_BINPUT, MEMOIZE and PUT with small indices, as the C unpickler allocates its memo up to twice the largest.
+# BINPUT, LONG_BINPUT, MEMOIZE, PUT with small indices, as the C unpickler allocates its memo up to twice the largest.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
 # Tuples and sets are left to `PlainUnpickler`. 2000 repetitions, as each uses memory until the end of the match.
 _SIMPLE = re.compile(
