@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import tokenize
@@ -80,7 +79,6 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-@functools.cache
 def option_comments(options_class: type) -> dict[str, str]:
     """Option -> its comment in the source of an options class, above the option and at the end of its line."""
     source = inspect.getsource(options_class)
