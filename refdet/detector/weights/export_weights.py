@@ -24,16 +24,6 @@ FORMATS = ("detectron2", "torchvision")
 # format -> recipe value that reproduces the program's behavior
 _RESIZE = {"detectron2": "pillow", "torchvision": "torchvision"}
 _MASK_PASTING = {"detectron2": "padded", "torchvision": "torchvision"}
-# of the arguments of its MaskRCNN and FasterRCNN
-_TORCHVISION_DEFAULTS = {
-    "min_size": 800,
-    "max_size": 1333,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "rpn_pre_nms_top_n_test": 1000,
-    "rpn_post_nms_top_n_test": 1000,
-    "rpn_nms_thresh": 0.7,
-}
 
 
 @dataclass(frozen=True)
@@ -161,21 +151,22 @@ def _notes(meta: CheckpointMetadata, format: str) -> tuple[str, ...]:
 def _torchvision_arguments(recipe: Recipe) -> dict[str, str]:
     """Arguments of torchvision's MaskRCNN and FasterRCNN as Python code, where they differ from the defaults."""
     model, inputs, proposals, defaults = recipe.model, recipe.input, recipe.proposals, ModelOptions()
-    given = {
-        "min_size": inputs.min_sizes[-1],
-        "max_size": inputs.max_size,
-        "image_mean": [round(value / 255, 6) for value in inputs.mean],
-        "image_std": [round(value / 255, 6) for value in inputs.std],
-        "rpn_pre_nms_top_n_test": proposals.pre_nms_top_n_test,
-        "rpn_post_nms_top_n_test": proposals.post_nms_top_n_test,
-        "rpn_nms_thresh": proposals.nms_threshold,
+    values_and_defaults = {
+        "min_size": (inputs.min_sizes[-1], 800),
+        "max_size": (inputs.max_size, 1333),
+        "image_mean": ([round(value / 255, 6) for value in inputs.mean], [0.485, 0.456, 0.406]),
+        "image_std": ([round(value / 255, 6) for value in inputs.std], [0.229, 0.224, 0.225]),
+        "rpn_pre_nms_top_n_test": (proposals.pre_nms_top_n_test, 1000),
+        "rpn_post_nms_top_n_test": (proposals.post_nms_top_n_test, 1000),
+        "rpn_nms_thresh": (proposals.nms_threshold, 0.7),
     }
-    arguments = {name: repr(value) for name, value in given.items() if value != _TORCHVISION_DEFAULTS[name]}
+    arguments = {name: repr(value) for name, (value, default) in values_and_defaults.items() if value != default}
     if (model.anchor_sizes, model.anchor_ratios) != (defaults.anchor_sizes, defaults.anchor_ratios):
         sizes = tuple((size,) for size in model.anchor_sizes)
         arguments["rpn_anchor_generator"] = f"AnchorGenerator({sizes}, ({model.anchor_ratios},) * {len(sizes)})"
     if model.sampling_ratio != defaults.sampling_ratio:
-        for name, cells in (("box_roi_pool", 7), ("mask_roi_pool", 14))[: 2 if model.masks else 1]:
+        resolutions = {"box_roi_pool": 7, "mask_roi_pool": 14} if model.masks else {"box_roi_pool": 7}
+        for name, cells in resolutions.items():
             arguments[name] = f"MultiScaleRoIAlign(['0', '1', '2', '3'], {cells}, {model.sampling_ratio})"
     return arguments
 
