@@ -80,9 +80,8 @@ class REFER:
         self.Imgs: dict[int, Image] = {image["id"]: image for image in self.data["images"]}
         self.Cats: dict[int, str] = {category["id"]: category["name"] for category in self.data["categories"]}
         self.imgToAnns: dict[int, list[Annotation]] = {}
-        anns_of_image = self.imgToAnns.setdefault
         for ann in self.data["annotations"]:
-            anns_of_image(ann["image_id"], []).append(ann)
+            self.imgToAnns.setdefault(ann["image_id"], []).append(ann)
 
         self.Refs: dict[int, Ref] = {}
         self.Sents: dict[int, Sentence] = {}
@@ -204,8 +203,8 @@ class REFER:
 
     def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Any]:
         """Return the annotations with these ids (None for -1 in gRefCOCO); raises ReferIdError for an unknown id."""
-        known = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
-        return records_of(known, ids_of(ann_ids, allow_strings=self.data["dataset"] == "refclef"), "annotation")
+        anns = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
+        return records_of(anns, ids_of(ann_ids, allow_strings=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
         """Return the images with these ids; raises ReferIdError for an unknown id."""
@@ -291,11 +290,11 @@ class REFER:
             raise ReferDataError(f"{self.DATA_DIR}: annotation {ann['id']} has no segmentation")
         return self._decode(f"annotation {ann['id']}", ann["segmentation"], image)
 
-    def _decode(self, what: str, segmentation: Any, image: Image) -> np.ndarray:
+    def _decode(self, owner: str, segmentation: Any, image: Image) -> np.ndarray:
         try:
             return decode(segmentation, image["height"], image["width"])
         except ReferDataError as error:
-            raise ReferDataError(f"{self.DATA_DIR}: {what}: {error}") from None
+            raise ReferDataError(f"{self.DATA_DIR}: {owner}: {error}") from None
 
     def _anns(self, ref: Ref) -> list[Annotation]:
         (targets,) = records_of(self.refToAnn, [ref["ref_id"]], "ref")

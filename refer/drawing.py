@@ -43,8 +43,8 @@ def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> N
         raise
     except Exception as error:  # decoders can raise anything on damaged or hostile files
         # Pillow's message for this one has only the address of a buffer.
-        why = "no known image format" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise ReferDataError(f"{path}: not a readable image ({why}); replace it") from None
+        reason = "no known image format" if type(error).__name__ == "UnidentifiedImageError" else error
+        raise ReferDataError(f"{path}: not a readable image ({reason}); replace it") from None
     ax.imshow(pixels)
 
 
@@ -60,7 +60,7 @@ def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
     names = image_lookup.FileNames(
         listing.files,
         folder.absolute().parts,
-        listing.linked,
+        listing.link_targets,
         lambda paths: image_folder.same_file([folder / path for path in paths]),
     )
     match = names.locate((other["id"], _name(other)) for other in images)[name or image["id"]]

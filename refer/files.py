@@ -1,7 +1,7 @@
 """Find, read and check the files below a REFER data root.
 
 ROOT/DATASET/refs(SPLIT_BY).p        pickled list of refs
-ROOT/DATASET/grefs(SPLIT_BY).json    gRefCOCO: the same as JSON, where a ref has any number of annotations
+ROOT/DATASET/grefs(SPLIT_BY).json    gRefCOCO: the same as JSON (or .p), where a ref has any number of annotations
 ROOT/DATASET/instances.json          COCO annotations that the refs refer to
 """
 

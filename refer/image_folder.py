@@ -23,14 +23,14 @@ class Listing(NamedTuple):
     Attributes:
         files: paths of files.
         unusable: path -> why it cannot be read as a file, such as a broken link.
-        linked: path of a link to a folder -> path under which the folder's files are listed.
+        link_targets: path of a link to a folder -> path under which the folder's files are listed.
         unlisted: folders that could not be listed, with the error.
         parent_links: links to a parent of the root, which are not followed.
     """
 
     files: list[str]
     unusable: dict[str, str]
-    linked: dict[str, str]
+    link_targets: dict[str, str]
     unlisted: list[tuple[str, OSError]]
     parent_links: list[str]
 
@@ -56,14 +56,13 @@ def list_folder(root: str | Path) -> Listing:
     parents = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(root).resolve().parents)}
     folders, links = deque([""]), deque[str]()  # real folders are visited before links
     while folders or links:
-        linked = not folders
-        folder = links.popleft() if linked else folders.popleft()
+        folder = folders.popleft() if folders else links.popleft()
         try:
             if folder:
                 status = os.stat(os.path.join(root, folder))
                 identity = (status.st_dev, status.st_ino)
                 if identity in visited:
-                    listing.linked[folder] = visited[identity]
+                    listing.link_targets[folder] = visited[identity]
                     continue
                 if identity in parents:
                     listing.parent_links.append(folder)
@@ -76,7 +75,7 @@ def list_folder(root: str | Path) -> Listing:
                         folders.append(path)
                     elif entry.is_file(follow_symlinks=False):
                         listing.files.append(path)
-                    elif _add_link_or_special(entry, path, listing) == "folder":
+                    elif _links_to_folder(entry, path, listing):
                         links.append(path)
         except OSError as error:
             if not folder:
@@ -85,22 +84,21 @@ def list_folder(root: str | Path) -> Listing:
     return listing
 
 
-def _add_link_or_special(entry: os.DirEntry, path: str, listing: Listing) -> str:
-    """Add a link or special file to the listing; returns "folder" for a link to a folder."""
+def _links_to_folder(entry: os.DirEntry, path: str, listing: Listing) -> bool:
+    """Whether a link or special file is a link to a folder; any other is added to the listing under its path."""
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:
         listing.unusable[path] = "a broken link"
+        return False
     except OSError as error:
         listing.unusable[path] = f"a link that cannot be followed ({error.strerror})"
-    else:
-        if stat.S_ISDIR(mode):
-            return "folder"
-        if stat.S_ISREG(mode):
-            listing.files.append(path)
-        else:
-            listing.unusable[path] = f"{_SPECIAL_FILES.get(stat.S_IFMT(mode), 'something else')}, not a file"
-    return ""
+        return False
+    if stat.S_ISREG(mode):
+        listing.files.append(path)
+    elif not stat.S_ISDIR(mode):
+        listing.unusable[path] = f"{_SPECIAL_FILES.get(stat.S_IFMT(mode), 'something else')}, not a file"
+    return stat.S_ISDIR(mode)
 
 
 def same_file(paths: Sequence[str | Path]) -> bool:

@@ -83,7 +83,7 @@ class FileNames:
     Args:
         paths: paths relative to the folder, with forward slashes; a duplicate path counts twice.
         root: components of the folder's own path, with which a ``file_name`` may start.
-        linked: path of a link to a folder -> path under which the folder's files are listed, "" for the root.
+        link_targets: path of a link to a folder -> path under which the folder's files are listed, "" for the root.
         same_file: returns whether several paths are the same file on disk.
     """
 
@@ -91,10 +91,10 @@ class FileNames:
         self,
         paths: Iterable[str],
         root: Sequence[str] = (),
-        linked: Mapping[str, str] | None = None,
+        link_targets: Mapping[str, str] | None = None,
         same_file: Callable[[Sequence[str]], bool] = lambda paths: False,
     ) -> None:
-        self._root, self._linked, self._same_file = tuple(root), dict(linked or {}), same_file
+        self._root, self._link_targets, self._same_file = tuple(root), dict(link_targets or {}), same_file
         self._visible: dict[str, list[str]] = {}
         self._hidden: dict[str, list[str]] = {}
         self._grouped: dict[tuple[bool, str], dict[str, list[str]]] = {}
@@ -126,7 +126,7 @@ class FileNames:
         for image_id, name in images:
             key: Key = name or image_id
             if key not in matches:
-                matches[key] = self._by_name(name) if name else self._by_number(image_id)
+                matches[key] = self._match_name(name) if name else self._match_number(image_id)
         owners: dict[str, list[Key]] = {}
         for key, match in matches.items():
             if match.path is not None:
@@ -136,16 +136,16 @@ class FileNames:
                 _resolve_conflict(path, keys, matches)
         return matches
 
-    def _by_name(self, name: str) -> Match:
+    def _match_name(self, name: str) -> Match:
         parts = parts_of(name)
         if not parts:
             return Match(None, "not a file name")
-        match = self._exact(name, parts)
+        match = self._match_exact_path(name, parts)
         if match is None and (inside := self._inside_root(parts)):
-            match = self._exact(name, inside)
-        match = match or self._longest(parts)
+            match = self._match_exact_path(name, inside)
+        match = match or self._match_longest_suffix(parts)
         if match is None and (number := coco_number(name)) is not None:
-            match = self._by_number(number)
+            match = self._match_number(number)
         return match or Match(None, "no file of that name")
 
     def _inside_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -155,38 +155,47 @@ class FileNames:
                 return parts[count:]
         return ()
 
-    def _by_number(self, number: int) -> Match:
+    def _match_number(self, number: int) -> Match:
         names = [form.format(number) for form in _COCO_NAMES]
         for name in names:
-            if match := self._longest((name,)):
+            if match := self._match_longest_suffix((name,)):
                 return match
         return Match(None, f"no file {', '.join(names[:-1])} or {names[-1]}")
 
-    def _exact(self, name: str, parts: tuple[str, ...]) -> Match | None:
+    def _match_exact_path(self, name: str, parts: tuple[str, ...]) -> Match | None:
         """File with this path, also through a link to a folder that is listed elsewhere."""
+        for candidate in dict.fromkeys((parts, self._resolve_links(parts))):
+            paths = self._files_at(candidate)
+            if 1 < len(paths) <= _MAX_COMPARED and paths.count(name) == 1:
+                paths = [name]  # the others differ from it only in Unicode normalization
+            if paths:
+                return self._to_match(paths, parts, len(parts))
+        return None
+
+    def _resolve_links(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Replace links to folders in a path by the paths under which the folders are listed."""
         path: list[str] = []
         for part in parts:
             path.append(part)
-            target = self._linked.get("/".join(path))
+            target = self._link_targets.get("/".join(path))
             if target is not None:
                 path = list(parts_of(target))
-        for candidate in dict.fromkeys((parts, tuple(path))):
-            hidden = any(map(is_hidden, candidate))
-            same_name = (self._hidden if hidden else self._visible).get(candidate[-1], []) if candidate else []
-            paths, shared = self._narrow(hidden, candidate, same_name)
-            if paths and shared == len(candidate):
-                if len(paths) > 1:
-                    paths = self._groups(hidden, candidate[-shared:], paths).get("", [])
-                elif len(parts_of(paths[0])) > shared:
-                    paths = []
-                # the others differ only in Unicode normalization
-                if 1 < len(paths) <= _MAX_COMPARED and paths.count(name) == 1:
-                    paths = [name]
-                if paths:
-                    return self._match_of(paths, parts, len(parts))
-        return None
+        return tuple(path)
 
-    def _longest(self, parts: tuple[str, ...]) -> Match | None:
+    def _files_at(self, parts: tuple[str, ...]) -> list[str]:
+        """Files with exactly this path; several if they are duplicates or differ in Unicode normalization."""
+        if not parts:
+            return []
+        hidden = any(map(is_hidden, parts))
+        table = self._hidden if hidden else self._visible
+        paths, shared = self._narrow(hidden, parts, table.get(parts[-1], []))
+        if shared < len(parts):
+            return []
+        if len(paths) == 1:
+            return paths if len(parts_of(paths[0])) == shared else []
+        return self._group_by_parent(hidden, parts, paths).get("", [])
+
+    def _match_longest_suffix(self, parts: tuple[str, ...]) -> Match | None:
         """File with the longest common suffix."""
         for hidden in (True, False):
             table = self._hidden if hidden else self._visible
@@ -196,14 +205,14 @@ class FileNames:
             if hidden:
                 paths = self._without_hidden(parts[-shared:], paths)
             if paths:
-                return self._match_of(paths, parts, shared)
+                return self._to_match(paths, parts, shared)
         return None
 
     def _narrow(self, hidden: bool, parts: tuple[str, ...], paths: list[str]) -> tuple[list[str], int]:
         """Files of one name with the longest common suffix, and its number of components."""
         shared = 1
         while len(paths) > 1 and shared < len(parts):
-            deeper = self._groups(hidden, parts[-shared:], paths).get(parts[-shared - 1])
+            deeper = self._group_by_parent(hidden, parts[-shared:], paths).get(parts[-shared - 1])
             if not deeper:
                 break
             paths, shared = deeper, shared + 1
@@ -211,7 +220,7 @@ class FileNames:
             shared = _common_suffix_length(parts, parts_of(paths[0]))
         return paths, shared
 
-    def _groups(self, hidden: bool, suffix: tuple[str, ...], paths: list[str]) -> dict[str, list[str]]:
+    def _group_by_parent(self, hidden: bool, suffix: tuple[str, ...], paths: list[str]) -> dict[str, list[str]]:
         """Group files with a common suffix by the component before it, "" if there is none.
 
         Cached, so that a hundred thousand files of the same name are not slower than others.
@@ -235,7 +244,7 @@ class FileNames:
             self._visible_suffixes[key] = visible
         return self._visible_suffixes[key]
 
-    def _match_of(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
+    def _to_match(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
         if len(paths) > 1 and not (len(paths) <= _MAX_COMPARED and self._same_file(paths)):
             more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
             which = f"duplicate {paths[0]}" if paths[0] == paths[1] else f"{paths[0]}, {paths[1]}{more}"
@@ -263,8 +272,8 @@ def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> 
             named = "" if owners[0] == path else f", {owners[0]}"
             matches[key] = Match(None, f"the best match, {path}, is the file of another image in the list{named}")
         elif len(rivals) > 1:
-            why = f"ambiguous match: {rivals[0]} and {rivals[1]} match {path} equally well"
-            matches[key] = Match(None, why, ambiguous=True)
+            reason = f"ambiguous match: {rivals[0]} and {rivals[1]} match {path} equally well"
+            matches[key] = Match(None, reason, ambiguous=True)
 
 
 def _common_suffix_length(first: tuple[str, ...], second: tuple[str, ...]) -> int:

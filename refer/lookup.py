@@ -33,9 +33,9 @@ def ids_of(ids: Ids | str | Iterable[str], allow_strings: bool = False) -> list[
         raise ReferDataError(f"ids must be integers or lists of integers, not {ids!r:.40}") from None
 
 
-def records_of(records: Mapping[Any, _Record], ids: list[Any], what: str) -> list[_Record]:
-    """Return the records with these ids; raises ReferIdError for an unknown ``what``."""
+def records_of(records: Mapping[Any, _Record], ids: list[Any], kind: str) -> list[_Record]:
+    """Return the records with these ids; raises ReferIdError with their ``kind``, such as "ref", for an unknown id."""
     for id_ in ids:
         if id_ not in records:
-            raise ReferIdError(f"no {what} with id {id_!r:.80}")
+            raise ReferIdError(f"no {kind} with id {id_!r:.80}")
     return [records[id_] for id_ in ids]

@@ -39,7 +39,10 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
     rles: list[dict[str, Any]] = []
     polygons = [part for part in parts if isinstance(part, list)]
     if not (set(map(type, chain.from_iterable(polygons))) <= {int, float} and can_be_drawn(polygons, height, width)):
-        raise ReferDataError("a polygon must be numbers [x, y, x, y, ...] in or near its image, and not absurdly long")
+        raise ReferDataError(
+            f"polygons must be numbers [x, y, x, y, ...] within {MAX_DISTANCE} pixels of their image, with outlines of "
+            f"at most {MAX_LENGTH} pixels in total"
+        )
     for part in parts:
         if isinstance(part, list):
             if len(part) >= 6:

@@ -18,7 +18,7 @@ _SCALARS = (str, int, float, bytes, type(None))
 _INTEGER = re.compile(rb"-?\d{1,19}")
 _NAME = re.compile(r"[\w.]{1,80}", re.ASCII)
 _OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-_SETS = {(m, make.__name__): make for m in ("builtins", "__builtin__") for make in (set, frozenset)}
+_SETS = {(module, type_.__name__): type_ for module in ("builtins", "__builtin__") for type_ in (set, frozenset)}
 
 _ALLOWED = (
     b"\x80\x95(012IJKLMNFGSTUVXBC\x88\x89\x8a\x8b\x8c\x8d\x8e])}lade0tuspqrghjciR.\x85\x86\x87\x8f\x90\x91\x93\x94"
@@ -62,7 +62,7 @@ class PlainUnpickler(pickle._Unpickler):
             offset, code = self._file.tell(), self.read(1)[0]
             try:
                 if code not in self.dispatch:
-                    raise ReferDataError(_refusal(code, offset))
+                    raise ReferDataError(_refusal_message(code, offset))
                 if code in _STORED and functools.partial in map(type, self.stack[_STORED[code]]):
                     raise ReferDataError(f"contains a type as a value; {_SUPPORTED}")
                 if code in _HASHED:
@@ -108,19 +108,19 @@ class PlainUnpickler(pickle._Unpickler):
         self.read(8)
 
     def _load_int(self) -> None:
-        self.append(_int(self.readline()[:-1]))
+        self.append(_parse_int(self.readline()[:-1]))
 
     def _load_long1(self) -> None:
-        self.append(_long(self.read(self.read(1)[0])))
+        self.append(_parse_long(self.read(self.read(1)[0])))
 
     def _load_long4(self) -> None:
-        self.append(_long(self.read(int.from_bytes(self.read(4), "little"))))
+        self.append(_parse_long(self.read(int.from_bytes(self.read(4), "little"))))
 
     def _load_put(self) -> None:
-        self.memo[_int(self.readline()[:-1])] = self.stack[-1]
+        self.memo[_parse_int(self.readline()[:-1])] = self.stack[-1]
 
     def _load_get(self) -> None:
-        self.append(self.memo[_int(self.readline()[:-1])])
+        self.append(self.memo[_parse_int(self.readline()[:-1])])
 
     dispatch |= {0x95: _load_frame, ord("I"): _load_int, ord("L"): _load_int, 0x8A: _load_long1, 0x8B: _load_long4}
     dispatch |= {ord("p"): _load_put, ord("g"): _load_get}
@@ -156,7 +156,7 @@ def _join_surrogates(text: str) -> str:
         raise ReferDataError(f"unpaired surrogate in string {ascii(text[:40])}") from None
 
 
-def _int(line: bytes) -> int:
+def _parse_int(line: bytes) -> int:
     if line in (b"00", b"01"):  # booleans in protocol 0
         return line == b"01"
     line = line.removesuffix(b"L")
@@ -167,13 +167,13 @@ def _int(line: bytes) -> int:
     raise ReferDataError(f"has an invalid integer: {line[:20]!a}")
 
 
-def _long(data: bytes) -> int:
+def _parse_long(data: bytes) -> int:
     if len(data) > 8:
         raise ReferDataError(f"has an integer of {8 * len(data)} bits; at most 64 are supported")
     return int.from_bytes(data, "little", signed=True)
 
 
-def _refusal(code: int, offset: int) -> str:
+def _refusal_message(code: int, offset: int) -> str:
     if code not in _OPCODE_NAMES:
         return f"not a readable pickle (unknown opcode {code:#04x} at byte {offset}); download it again"
     return f"asks for an object by the opcode {_OPCODE_NAMES[code]} at byte {offset}; {_SUPPORTED}"

@@ -16,7 +16,7 @@ _LIMIT = 2**32
 def covered_pixels(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
     """Count the pixels that each of N compressed RLEs covers, inside and outside its mask.
 
-    Checked first, as pycocotools decodes an RLE that does not match its image to garbage or out of bounds. Vectorised
+    Checked first, as pycocotools decodes an RLE that does not match its image to garbage or out of bounds. Vectorized
     over all masks of an image.
 
     Args:

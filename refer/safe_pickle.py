@@ -22,43 +22,45 @@ _MAX_LENGTH = 63
 
 
 def _length_prefixed(opcode: bytes, width: int) -> bytes:
+    """Regular expression for a string of up to `_MAX_LENGTH` bytes after its opcode and its length in `width` bytes."""
     zeros = rb"\x00" * (width - 1)
     return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_MAX_LENGTH + 1)) + b")"
 
 
-# Small indices only, as the C unpickler allocates its memo up to twice the largest one. (The repetition is limited to
-# 2000, as each one uses memory until the end of the match.) Tuples and sets are left to `PlainUnpickler`.
+# BINPUT, LONG_BINPUT, MEMOIZE, PUT with small indices, as the C unpickler allocates its memo up to twice the largest.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
+# Tuples and sets are left to `PlainUnpickler`. 2000 repetitions, as each uses memory until the end of the match.
 _SIMPLE = re.compile(
     b"(?:"
     + b"|".join(
         (
-            rb"[hK].",
-            _length_prefixed(b"X", 4) + _PUT + b"?",
-            _length_prefixed(rb"\x8c", 1) + _PUT + b"?",
-            rb"[aeus(N\x88\x89]",
-            rb"[\]}ld]" + _PUT + b"?",
-            rb"j.{4}",
-            rb"g\d{1,7}\n",
+            rb"[hK].",  # BINGET, BININT1
+            _length_prefixed(b"X", 4) + _PUT + b"?",  # BINUNICODE
+            _length_prefixed(rb"\x8c", 1) + _PUT + b"?",  # SHORT_BINUNICODE
+            rb"[aeus(N\x88\x89]",  # APPEND, APPENDS, SETITEMS, SETITEM, MARK, NONE, NEWTRUE, NEWFALSE
+            rb"[\]}ld]" + _PUT + b"?",  # EMPTY_LIST, EMPTY_DICT, LIST, DICT
+            rb"j.{4}",  # LONG_BINGET
+            rb"g\d{1,7}\n",  # GET
+            # STRING, UNICODE
             rb"(?:S'(?:[^'\\\n]|\\[^\n])*'\n|V[^\n]*\n|S\"(?:[^\"\\\n]|\\[^\n])*\"\n)" + _PUT + b"?[as]?",
-            rb"M..",
-            rb"J.{4}",
-            rb"I(?:0[01]?|-?[1-9]\d{0,17})\n",
-            rb"L(?:0|-?[1-9]\d{0,17})L?\n",
-            rb"G.{8}",
-            _length_prefixed(b"U", 1) + _PUT + b"?",
-            rb"F-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]?\d{1,3})?\n",
-            rb"\x8a(?:" + b"|".join(rb"\x%02x.{%d}" % (n, n) for n in range(9)) + b")",
+            rb"M..",  # BININT2
+            rb"J.{4}",  # BININT
+            rb"I(?:0[01]?|-?[1-9]\d{0,17})\n",  # INT
+            rb"L(?:0|-?[1-9]\d{0,17})L?\n",  # LONG
+            rb"G.{8}",  # BINFLOAT
+            _length_prefixed(b"U", 1) + _PUT + b"?",  # SHORT_BINSTRING
+            rb"F-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]?\d{1,3})?\n",  # FLOAT
+            rb"\x8a(?:" + b"|".join(rb"\x%02x.{%d}" % (n, n) for n in range(9)) + b")",  # LONG1
             _PUT,
-            rb"\x95.{8}",
-            rb"\x80[\x00-\x05]",
+            rb"\x95.{8}",  # FRAME
+            rb"\x80[\x00-\x05]",  # PROTO
         )
     )
     + b"){1,2000}",
     re.DOTALL,
 )
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
-_LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
+_LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}  # of strings that are too long for `_SIMPLE`
 # Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `PlainUnpickler` joins them.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 

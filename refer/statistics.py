@@ -24,7 +24,7 @@ class Counts(NamedTuple):
     sentences: int | None = None
 
 
-ARCHIVES = {name: f"{name}.zip" for name in ("refclef", "refcoco", "refcoco+", "refcocog")}
+_ARCHIVED = ("refclef", "refcoco", "refcoco+", "refcocog")  # published as DATASET.zip
 COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("refcoco", "unc"): {
         "train": Counts(42404, 16994),
@@ -57,18 +57,18 @@ def how_to_get(root: Path, dataset: str, split_by: str) -> str:
     split_bys = sorted(by for name, by in COUNTS if name == dataset)
     if dataset == "grefcoco":
         source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"
-    elif dataset in ARCHIVES:
+    elif dataset in _ARCHIVED:
         names = [split_by] if split_by in split_bys or not split_bys else split_bys
         files = ", ".join(["instances.json", *(f"refs({name}).p" for name in names)])
         command = f"refdet fetch-data --only {dataset}"
         hint = f"{command} --out {root.parent}" if root.name == "refer" else f"{command}, which puts it in data/refer"
-        source = f"unpack {ARCHIVES[dataset]} (or run {hint}) so that {files} are in"
+        source = f"unpack {dataset}.zip (or run {hint}) so that {files} are in"
     else:
         return ""
     if split_by in split_bys or len(split_bys) == 1:
         by = split_by if split_by in split_bys else split_bys[0]
-        splits = (f"{split} {c.refs} refs on {c.images} images" for split, c in COUNTS[dataset, by].items())
-        counts = f"split by {by}: {', '.join(splits)}"
+        splits = (f"{split} {size.refs} refs on {size.images} images" for split, size in COUNTS[dataset, by].items())
+        description = f"split by {by}: {', '.join(splits)}"
     else:
-        counts = _DESCRIPTIONS.get(dataset) or f"split by {' and by '.join(split_bys)}"
-    return f"{source} {root / dataset} (complete: {counts})"
+        description = _DESCRIPTIONS.get(dataset) or f"split by {' and by '.join(split_bys)}"
+    return f"{source} {root / dataset} (complete: {description})"

@@ -54,10 +54,10 @@ def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Types = int) ->
         for ref in refs:
             what = f"a sentence of ref {ref['ref_id']}"
             check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_OPTIONAL)
-    _check_numbers(path, refs, generalized)
+    _check_lists_of_ids(path, refs, generalized)
     if path.suffix == ".json":  # integers of pickles have at most 64 bits
-        _check_size(path, "image_id", list(map(itemgetter("image_id"), refs)))
-        _check_size(path, "sent_id", list(map(itemgetter("sent_id"), sentences)))
+        _check_int64(path, "image_id", list(map(itemgetter("image_id"), refs)))
+        _check_int64(path, "sent_id", list(map(itemgetter("sent_id"), sentences)))
     for split in {ref["split"] for ref in refs}:
         if not split.isprintable():  # as it appears in reports and messages
             raise ReferDataError(f"{path}: invalid split name {_short_repr(split)}")
@@ -116,7 +116,7 @@ def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
     for text in texts:
         if not (text.isprintable() and len(text) <= _MAX_ID_LENGTH):
             raise ReferDataError(f"{path}: {what} {_short_repr(text)} is not valid")
-    _check_size(path, what, [id_ for id_ in ids if type(id_) is int] if texts else ids)
+    _check_int64(path, what, [id_ for id_ in ids if type(id_) is int] if texts else ids)
     if len(set(ids)) < len(ids):
         seen: set[Any] = set()
         for id_ in ids:
@@ -125,17 +125,18 @@ def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
             seen.add(id_)
 
 
-def _check_numbers(path: Path, refs: Sequence[dict[str, Any]], generalized: bool) -> None:
-    listed = {"sent_ids", "ann_id", "category_id"} if generalized else {"sent_ids"}
-    for key in listed:
+def _check_lists_of_ids(path: Path, refs: Sequence[dict[str, Any]], generalized: bool) -> None:
+    """Check the ids in the fields of refs that are lists."""
+    for key in ("sent_ids", "ann_id", "category_id") if generalized else ("sent_ids",):
         values = [ref[key] for ref in refs if key in ref]
         if not set(map(type, chain.from_iterable(values))) <= {int}:
             wrong = next(ref["ref_id"] for ref in refs if not set(map(type, ref.get(key, ()))) <= {int})
             raise ReferDataError(f"{path}: ref {wrong}: {key!r} must contain only integers")
-        _check_size(path, key, list(chain.from_iterable(values)))
+        _check_int64(path, key, list(chain.from_iterable(values)))
 
 
-def _check_size(path: Path, what: str, ids: Sequence[int]) -> None:
+def _check_int64(path: Path, what: str, ids: Sequence[int]) -> None:
+    """Raise ReferDataError if an integer has more than 64 bits."""
     if ids and (min(ids) < -(2**63) or max(ids) >= 2**63):
         raise ReferDataError(f"{path}: {what} {_short_repr(max(ids, key=abs))} has more than 64 bits")
 

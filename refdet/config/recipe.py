@@ -31,14 +31,14 @@ class ModelOptions:
     backbone: str = "resnet"  # or vgg16, mobilenet_v1, with the neck c4
     depth: int = 50  # of the ResNet: 18, 34, 50, 101 or 152
     width: int = 64  # channels of its first stage; 64 in the published networks, 32 in MobileNet v1
-    # on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5: linear layers, after a feature pyramid or a dilated
-    # conv5
+    # what is applied to RoIs: c4: conv5, or a VGG's linear layers; fpn: linear layers, after a feature pyramid; dc5:
+    # linear layers, after a dilated conv5
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
-    # with trained norms and random weights, the last norm of each block starts at 0; false if YAML lacks this key
+    # from scratch with trained norms, start the last norm of each residual block at 0; false if YAML lacks this key
     zero_init_residual: bool = True
-    masks: bool = True  # mask branch; a Faster R-CNN without it
+    masks: bool = True  # predict masks; false for a Faster R-CNN
     stride_in_1x1: bool = False  # stride of a bottleneck in its first 1x1 convolution, as in Caffe, not in its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
     # align (RoIAlign), align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
@@ -71,8 +71,8 @@ class InputOptions:
     # step, which need less padding. image if YAML lacks this key, step in older runs
     short_side_per: str = "step"
     max_size: int = 1000  # limit of the longer side
-    # side of the square for large-scale jitter: training images are resized to fit into it, times a random scale, and
-    # cropped or padded to it; 0 turns this off, and training uses min_sizes and max_size
+    # large-scale jitter: side of the square that a training image is resized to fit into, times a random scale, and
+    # then cropped or padded to; 0 for none: training uses min_sizes and max_size
     crop_size: int = 0
     scale_range: tuple[float, float] = (0.1, 2.0)  # of the random scale with crop_size
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of each channel, 0..255
@@ -190,7 +190,7 @@ class Recipe:
             raise InputError("model.legacy_rounded_anchors: needs model.anchor_sizes in multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: must have 5 values with model.neck=fpn, one per level")
-        check_limits(dataclasses.asdict(self) | {"name": {}})
+        check_limits(self)
         if self.train.batch_size % self.train.accumulate:
             raise InputError(
                 f"train.accumulate: must divide train.batch_size={self.train.batch_size}, not {self.train.accumulate}"
@@ -221,15 +221,13 @@ class Recipe:
                 value = parse_yaml(text)
             except InputError as error:
                 raise InputError(f"`changes` {shorten(assignment)}: {error}") from None
-            *parents, leaf = key.strip().split(".")
-            place: Any = tree
-            for parent in parents:
-                place = place.get(parent) if isinstance(place, dict) else None
-            if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
-                raise InputError(unknown_key_message(key, Recipe))
-            changed, renamed = rename_old_keys({parents[0]: {leaf: value}}) if len(parents) == 1 else ({}, [])
-            _deprecate(renamed)
-            place.update(changed[parents[0]] if parents and changed else {leaf: value})
+            part, _, option = key.strip().rpartition(".")
+            options = tree.get(part) if part else tree
+            if not isinstance(options, dict) or isinstance(options.get(option), dict):
+                raise InputError(unknown_key_message(key.strip(), Recipe))
+            change, renamed = rename_old_keys({part: {option: value}} if part else {option: value})
+            _warn_renamed(renamed)
+            options.update(change[part] if part else change)
         return from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,10 +236,10 @@ class Recipe:
         Newer keys are omitted if they have their default value, so that the outputs of an older recipe, such as a
         store, stay the same byte for byte.
         """
-        tree = {
-            k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
-            for k, part in dataclasses.asdict(self).items()
-        }
+        tree = dataclasses.asdict(self)
+        for options in tree.values():
+            if isinstance(options, dict):
+                options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
         for part, key, default in OMITTED_DEFAULTS:
             if tree[part][key] == default:
                 del tree[part][key]
@@ -305,9 +303,9 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {short_repr(base)}")
     try:
         tree, renamed = rename_old_keys(tree)
-        _deprecate(renamed)
-        whole = _merge(load(base).to_dict(), tree) if base else _merge(YAML_DEFAULTS, tree)
-        return from_dict({**whole, "name": tree.get("name", default_name)})
+        _warn_renamed(renamed)
+        merged = _merge(load(base).to_dict() if base else YAML_DEFAULTS, tree)
+        return from_dict({**merged, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error
 
@@ -321,17 +319,19 @@ def _resolve_old_name(name: str) -> str:
     return newer
 
 
-def _deprecate(renamed: Sequence[str]) -> None:
+def _warn_renamed(renamed: Sequence[str]) -> None:
+    """Log a note for each old name that was used."""
     for name in renamed:
         log.warning("note: %s", deprecation_message(name))
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the tree ``base`` with ``changes`` applied."""
-    parts = {
-        k: {**base[k], **v} if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()
-    }
-    return {**base, **parts}
+    merged = dict(base)
+    for part, options in changes.items():
+        is_mapping = isinstance(base.get(part), dict) and isinstance(options, dict)
+        merged[part] = {**base[part], **options} if is_mapping else options
+    return merged
 
 
 def names() -> list[str]:

@@ -6,7 +6,6 @@ The upper limits are far above practical values. They bound the resources that a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +55,8 @@ class Range:
             raise InputError(f"{key}: must be finite, not {value}")
         if self.low <= value <= self.high and not (self.exclusive and value == self.low):
             return
-        minimum = f"greater than {self.low:g}" if self.exclusive else f"at least {self.low:g}"
-        needs = f"from {self.low:g} to {self.high:g}" if self.high == 1 else f"{minimum} and at most {self.high:,g}"
+        minimum = "greater than" if self.exclusive else "at least"
+        needs = "from 0 to 1" if self == FRACTION else f"{minimum} {self.low:,} and at most {self.high:,}"
         raise InputError(f"{key}: must be {needs}, not {short_repr(value)}")
 
 
@@ -88,9 +87,9 @@ LIMITS: dict[str, Range] = {
     "input.max_size": _count(8192),
     "input.crop_size": Range(0, 8192),
     "input.scale_range": Range(0.01, 10, min_items=2, max_items=2),
-    "input.mean": Range(-1e6, 1e6, min_items=3, max_items=3),
+    "input.mean": Range(-(10**6), 10**6, min_items=3, max_items=3),
     "input.size_divisibility": Range(0, 1024),
-    "input.std": Range(1e-6, 1e6, min_items=3, max_items=3),
+    "input.std": Range(1e-6, 10**6, min_items=3, max_items=3),
     "proposals.positive_iou": FRACTION,
     "proposals.negative_iou": FRACTION,
     "proposals.batch_size_per_image": _count(100_000),
@@ -113,7 +112,7 @@ LIMITS: dict[str, Range] = {
     "train.weight_decay": Range(0, 1000),
     "train.warmup_steps": Range(0, 10**8),
     "train.lr_milestones": Range(0, 1, max_items=100),
-    "train.max_grad_norm": Range(0, 1e9),
+    "train.max_grad_norm": Range(0, 10**9),
     "train.workers": Range(0, 256),
     "train.seed": Range(0, 2**32 - 1),
     "train.checkpoint_interval": _count(10**9),
@@ -128,17 +127,8 @@ LIMITS: dict[str, Range] = {
 MAX_NAME_LENGTH = 200  # characters
 
 
-def check_limits(tree: Mapping[str, Any]) -> None:
-    """Check the numbers of a recipe.
-
-    Args:
-        tree: part -> option -> value.
-
-    Raises:
-        InputError: a number is out of range; the message names its key.
-    """
-    for part, options in tree.items():
-        for option, value in options.items():
-            limits = LIMITS.get(f"{part}.{option}")
-            if limits is not None:
-                limits.check(f"{part}.{option}", value)
+def check_limits(recipe: object) -> None:
+    """Check the numbers of a recipe; raises InputError with the key of a number that is out of range."""
+    for key, limits in LIMITS.items():
+        part, option = key.split(".")
+        limits.check(key, getattr(getattr(recipe, part), option))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import tokenize
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -72,22 +71,17 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
     """
     lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
     lines.append(f"name: {_to_yaml(recipe.name)}")
-    kinds: dict[str, Any] = {
-        name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)
-    }
-    for part, kind in kinds.items():
-        options = getattr(recipe, part)
-        lines += ["", f"# {inspect.getdoc(kind)}", f"{part}:"]
-        for option in dataclasses.fields(kind):
-            text = f"  {option.name}: {_to_yaml(getattr(options, option.name))}"
-            lines += _with_comment(text, option_comments(kind)[option.name])
+    for part in dataclasses.fields(recipe)[1:]:  # after the name
+        options = getattr(recipe, part.name)
+        lines += ["", f"# {inspect.getdoc(options)}", f"{part.name}:"]
+        for option, comment in option_comments(type(options)).items():
+            lines += _with_comment(f"  {option}: {_to_yaml(getattr(options, option))}", comment)
     return "\n".join(lines) + "\n"
 
 
-@functools.cache
-def option_comments(kind: type) -> dict[str, str]:
+def option_comments(options_class: type) -> dict[str, str]:
     """Option -> its comment in the source of an options class, above the option and at the end of its line."""
-    source = inspect.getsource(kind)
+    source = inspect.getsource(options_class)
     comments = {
         token.start[0]: token.string.lstrip("# ").rstrip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -95,13 +89,14 @@ def option_comments(kind: type) -> dict[str, str]:
     }
     (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
-    found, taken = {}, body.lineno
+    by_option, previous_line = {}, body.lineno
     for node in body.body:
+        last_line = node.end_lineno or node.lineno
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above = [comments[line] for line in range(taken + 1, node.lineno) if line in comments]
-            found[node.target.id] = "; ".join(filter(None, (" ".join(above), comments.get(node.end_lineno or 0, ""))))
-        taken = node.end_lineno or taken
-    return found
+            above = [comments[line] for line in range(previous_line + 1, node.lineno) if line in comments]
+            by_option[node.target.id] = "; ".join(filter(None, (" ".join(above), comments.get(last_line, ""))))
+        previous_line = last_line
+    return by_option
 
 
 def _with_comment(text: str, comment: str) -> Iterator[str]:

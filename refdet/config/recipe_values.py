@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +17,8 @@ from refdet.files.short_text import short_repr, shorten
 def _keys(cls: Any, prefix: str = "") -> list[str]:
     """Every dotted key that ``--set`` accepts."""
     keys: list[str] = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys += _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    for name, type_ in typing.get_type_hints(cls).items():
+        keys += _keys(type_, f"{prefix}{name}.") if dataclasses.is_dataclass(type_) else [prefix + name]
     return keys
 
 
@@ -44,35 +43,36 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     root = root or cls
     if not isinstance(tree, Mapping):
         raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {short_repr(tree)}")
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if name not in hints:
+        if name not in types:
             raise InputError(unknown_key_message(key, root))
-        type_ = hints[name]
-        is_nested = dataclasses.is_dataclass(type_)
-        values[name] = build(type_, value, key + ".", root) if is_nested else _convert(key, value, type_)
+        if dataclasses.is_dataclass(types[name]):
+            values[name] = build(types[name], value, f"{key}.", root)
+        else:
+            values[name] = _convert(key, value, types[name])
     return cls(**values)
 
 
-def _convert(key: str, value: Any, kind: Any) -> Any:
+def _convert(key: str, value: Any, type_: Any) -> Any:
     """Convert a value to the type of its field, or raise an InputError with the expected type."""
-    if typing.get_origin(kind) is tuple:
-        item_types = typing.get_args(kind)
+    if typing.get_origin(type_) is tuple:
+        item_types = typing.get_args(type_)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if item_types[-1] is types.EllipsisType or item_types[-1] is Ellipsis:
+        if item_types[-1] is Ellipsis:
             item_types = (item_types[0],) * len(items)
         if len(items) != len(item_types):
             raise InputError(f"{key}: must have {len(item_types)} values, not {short_repr(value)}")
         return tuple(_convert(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if type_ is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 parses 1e-4 as text
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key}: must be finite, not {value}")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{key}: must be {kind.__name__}, not {short_repr(value)}")
+    if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
+        raise InputError(f"{key}: must be {type_.__name__}, not {short_repr(value)}")
     return value
 
 

@@ -61,14 +61,14 @@ def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
     """
     if not isinstance(tree, Mapping):
         return tree, []
-    tree_, renamed = {}, []
+    updated, renamed = {}, []
     for part, options in tree.items():
         if not isinstance(options, Mapping):
-            tree_[part] = options
+            updated[part] = options
             continue
-        tree_[part] = {}
+        updated[part] = {}
         for key, value in options.items():
-            name = KEYS.get(f"{part}.{key}", str(key)) if isinstance(key, str) else key
+            name: Any = KEYS.get(f"{part}.{key}", key)
             if name != key:
                 renamed.append(f"{part}.{key}")
                 if name in options:
@@ -77,8 +77,8 @@ def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
             if isinstance(value, str) and value in values:
                 renamed.append(f"{part}.{name}={value}")
                 value = values[value]
-            tree_[part][name] = value
-    return tree_, renamed
+            updated[part][name] = value
+    return updated, renamed
 
 
 def deprecation_message(renamed: str) -> str:

@@ -1,10 +1,12 @@
 """Parse untrusted YAML: mappings with text keys, lists and scalars, within limits.
 
-Aliases are rejected, as they can expand a few hundred bytes to gigabytes.
+Aliases are rejected, as they can expand a few hundred bytes to gigabytes, and so are integers that are not decimal,
+as YAML 1.1 reads 010 as 8 and 1:30 as 90.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -13,7 +15,8 @@ from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 
 MAX_DEPTH, MAX_NODES, MAX_SCALAR_LENGTH = 16, 10_000, 1_000
-_TEXT = "tag:yaml.org,2002:str"
+_TEXT, _INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,6 +54,16 @@ class _Loader(yaml.SafeLoader):
                 raise _error_at(f"duplicate key {short_repr(key.value)}", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if _DECIMAL.fullmatch(node.value) is None:
+            raise _error_at(
+                f"integer {shorten(node.value)} is not decimal; write it in decimal without leading zeros", node
+            )
+        return int(node.value)
+
+
+_Loader.add_constructor(_INTEGER, _Loader.construct_yaml_int)
 
 
 def parse_yaml(text: str | bytes) -> Any:

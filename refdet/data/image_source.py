@@ -55,7 +55,7 @@ class ImageSource:
         listing, root = files.listing, files.path.absolute()
         root = root.with_suffix("") if root.is_file() else root
         paths = [*listing.files, *listing.unusable]
-        self._names = FileNames(paths, root.parts, listing.linked, files.are_same_file)
+        self._names = FileNames(paths, root.parts, listing.link_targets, files.are_same_file)
         self._located: dict[Key, Match] = {}
 
     @classmethod

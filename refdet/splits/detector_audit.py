@@ -146,7 +146,7 @@ def audit_provenance(
     if provenance.weights is not None:
         known = _clean_initial_weights(provenance.weights)
         if known is not None:
-            notes.append(f"initial weights: {known.model}, {known.trained_on.leaks()}")
+            notes.append(f"initial weights: {known.model}, {known.trained_on.leak_note()}")
         elif trust_weights:
             notes.append(
                 f"`trust_weights`: assumed that the initial weights have seen no held-out images: {provenance.weights}"

@@ -73,7 +73,7 @@ class BoxConvention:
 
     @property
     def _corner_offset(self) -> float:
-        """What is subtracted from x2 and y2 before scaling or pooling, in pixels."""
+        """Pixels subtracted from x2 and y2 before scaling or pooling."""
         return 1.0 if self.inclusive else 0.0
 
     @property

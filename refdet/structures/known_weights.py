@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAKS = "without exclusions: leaks"
+"""Part of each `TrainingSet.leak_note` about images of REFER, by which notes in checkpoints are recognized."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class TrainingSet:
     images: int
     refer_overlap: str
 
-    def leaks(self) -> str:
-        """What a detector trained on it has seen of REFER's val and test images."""
+    def leak_note(self) -> str:
+        """Note on what a detector trained on it has seen of REFER's val and test images."""
         return {
             "all": f"trained on {self.name}, {LEAKS} all 3,000 val/test images of RefCOCO and "
             "RefCOCO+ and all 3,900 of RefCOCOg (umd)",
@@ -42,7 +43,7 @@ class TrainingSet:
 COCO = TrainingSet("COCO train2017", 118_287, "all")
 LVIS = TrainingSet("LVIS v0.5 train", 57_263, "some")
 IMAGENET = TrainingSet("ImageNet-1k", 1_281_167, "none")
-TRAINING_SETS = {each.name: each for each in (COCO, LVIS, IMAGENET)}
+TRAINING_SETS = {training_set.name: training_set for training_set in (COCO, LVIS, IMAGENET)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ _TORCHVISION = {  # start of the SHA-256 -> model
 
 def imported_note(name: str, sha256: str, known: KnownFile) -> str:
     """The note in the provenance of an imported published file; `known_initial_weights` parses it."""
-    return f"imported: {name}, sha256 {sha256}, is {known.model}, {known.trained_on.leaks()}"
+    return f"imported: {name}, sha256 {sha256}, is {known.model}, {known.trained_on.leak_note()}"
 
 
 def known_initial_weights(weights: str) -> KnownFile | None:

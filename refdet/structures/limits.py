@@ -8,11 +8,8 @@ from __future__ import annotations
 ID_RANGE = (-(2**63), 2**63 - 1)
 """Lowest and highest id of an image, annotation or category: the range of int64."""
 
-MAX_SIDE = 2**31 - 1
-"""Largest height or width of an image in pixels, the largest int32."""
-
 MAX_PIXELS = 2**30
-"""Largest number of pixels of an image. A gigapixel takes 3 GiB when decoded; masks count pixels in 32 bits."""
+"""Largest number of pixels of an image, so that sides are int32. A gigapixel takes 3 GiB when decoded."""
 
 
 def is_id(value: object) -> bool:
@@ -24,6 +21,6 @@ def size_problem(height: int, width: int) -> str:
     """Why an image size in pixels is invalid, "" if it is valid."""
     if height < 1 or width < 1:
         return f"its size is {width}x{height}, it must be at least 1x1"
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+    if height * width > MAX_PIXELS:
         return f"its size is {width}x{height}, more than {MAX_PIXELS} pixels; correct its height and width"
     return ""

@@ -162,7 +162,7 @@ class Regions:
             names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
-            ArgumentError: ``image`` is not an image, or has another size.
+            ArgumentError: ``image`` is not an image or has another size, or ``max_regions`` is negative.
             InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask
@@ -170,6 +170,8 @@ class Regions:
         from refdet.structures.drawing import DrawnRegion, draw_regions
         from refdet.structures.pixels import open_image, rgb_pixels
 
+        if max_regions is not None and max_regions < 0:
+            raise ArgumentError("max_regions", f"must be 0 or more, not {max_regions}")
         pixels = rgb_pixels(open_image(image) if isinstance(image, str | Path) else image)
         height, width = pixels.shape[:2]
         if (height, width) != (self.height, self.width):
@@ -179,9 +181,10 @@ class Regions:
             )
         category_names = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        shown = np.ones(len(self), bool) if min_score is None else self.score_at_least(min_score)
-        best_first = [row for row in np.argsort(-self.scores, kind="stable").tolist() if shown[row]]
-        for row in best_first[:max_regions]:
+        best_first = np.argsort(-self.scores, kind="stable")
+        if min_score is not None:
+            best_first = best_first[self.score_at_least(min_score)[best_first]]
+        for row in best_first[:max_regions].tolist():
             category = int(self.category_ids[row])
             name = category_names.get(category, "" if category == NO_CATEGORY else str(category))
             x1, y1, x2, y2 = self.boxes[row].tolist()

@@ -32,6 +32,7 @@ def test_a_yaml_file_without_a_name_has_its_own(tmp_path: Path) -> None:
 def test_set_takes_yaml_values() -> None:
     changed = recipe.load("demo").with_changes(["train.lr=1e-3", "model.masks=false", "train.lr_milestones=[0.5]"])
     assert changed.train.lr == 0.001
+    assert recipe.load("demo").with_changes(["train.steps=+1_000"]).train.steps == 1000
     assert changed.model.masks is False
     assert changed.train.lr_milestones == (0.5,)
 
@@ -47,8 +48,15 @@ def test_set_takes_yaml_values() -> None:
         ("train.steps=many", ["train.steps", "int"]),
         ("train.steps=true", ["train.steps", "int"]),
         ("train.steps=0", ["train.steps", "greater than 0"]),
+        ("train.steps=100000000", ["train.steps", "at most 99,999,999,"]),
+        ("train.ema=1", ["train.ema", "at most 0.9999999,"]),
+        ("train.max_grad_norm=1e10", ["train.max_grad_norm", "at most 1,000,000,000,"]),
         ("train.lr=.nan", ["train.lr"]),
         ("train.lr=[", ["YAML"]),
+        ("train.batch_size=010", ["integer 010 is not decimal"]),
+        ("train.steps=1:30", ["integer 1:30 is not decimal"]),
+        ("train.seed=0x10", ["integer 0x10 is not decimal"]),
+        ("input.min_sizes=[0b1]", ["integer 0b1 is not decimal"]),
         ("model.depth=42", ["model.depth", "101"]),
         ("model.neck=bifpn", ["model.neck", "c4"]),
         ("input.mean=[1, 2]", ["input.mean", "3 values"]),

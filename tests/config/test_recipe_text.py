@@ -52,7 +52,7 @@ def test_every_key_has_a_meaning() -> None:
         "channels of its first stage; 64 in the published networks"
     )
     assert option_comments(PARTS["model"])["neck"].startswith(
-        "on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5:"
+        "what is applied to RoIs: c4: conv5, or a VGG's linear layers; fpn: linear"
     )
 
 

@@ -47,7 +47,7 @@ def test_links_to_folders_that_hold_them_cost_nothing(tmp_path: Path) -> None:
     listing = list_folder(root)
     assert time.process_time() - started < 2
     assert sorted(listing.files) == sorted(f"train/{number}.png" for number in range(50))
-    assert len(listing.linked) == 9
+    assert len(listing.link_targets) == 9
     for name in ("train/3.png", "a/train/3.png", "a/b/c/train/3.png", "train/a/b/3.png", "train/upa/b/train/a/3.png"):
         assert value_of(ImageSource.open(root), name) == 7, name
 

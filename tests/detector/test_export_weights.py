@@ -1,5 +1,6 @@
 """Detectors as weights of other programs: what torchvision computes of them, and what is said to differ."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from refdet.data.transforms import input_size, network_inputs
 from refdet.detector import checkpoint, loading
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.export_weights import config
+from refdet.detector.weights.detectron2_config import detectron2_config
 from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.structures.provenance import Provenance
@@ -26,13 +27,13 @@ SMALL = ["model.depth=18", "model.norm=frozen", "input.min_sizes=[160]", "input.
          "proposals.post_nms_top_n_test=50"]  # fmt: skip
 
 
-def run_of(folder: Path, recipe: Recipe, classes: int = 3) -> MaskRCNN:
+def run_of(folder: Path, recipe: Recipe, ids: Sequence[int] = (1, 2, 3)) -> MaskRCNN:
     """A run directory of random weights whose proposals differ."""
     torch.manual_seed(0)
-    model = MaskRCNN(recipe, classes).eval()
+    model = MaskRCNN(recipe, len(ids)).eval()
     torch.nn.init.normal_(model.rpn.score.weight, std=0.2)
     torch.nn.init.normal_(model.head.get_submodule("box").score.weight, std=0.1)  # type: ignore[arg-type]
-    names = tuple((index, f"class {index}") for index in range(1, classes + 1))
+    names = tuple((id_, f"class {id_}") for id_ in ids)
     folder.mkdir()
     checkpoint.save(folder, model, CheckpointMetadata(recipe, names, Provenance.imported("x", "0" * 64), 1))
     return model
@@ -84,7 +85,7 @@ def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
     for key, value in ours.state_dict().items():
         assert torch.equal(found.tensors[key][background.get(key, 0) :], value[background.get(key, 0) :]), key
     written = yaml.safe_load((tmp_path / "out.yaml").read_text())
-    assert written == config(recipe, 3) and written["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
+    assert written == detectron2_config(recipe, 3) and written["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
     assert written["MODEL"]["ROI_BOX_HEAD"]["POOLER_SAMPLING_RATIO"] == 0 and written["INPUT"]["FORMAT"] == "BGR"
 
 
@@ -102,3 +103,65 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         "export-weights", "--checkpoint", tmp_path / "run", "--format", "detectron2", "--out", tmp_path / "o.pth"
     )
     refused(done, "--out", "o.pth exists; choose another")
+
+
+NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.fpn_hidden=8", "model.rpn_channels=8",
+          "model.mask_channels=8"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "format", "says"),
+    [
+        ("fpn-res50", ["model.stride_in_1x1=true"], "torchvision", "model.width=8, model.stride_in_1x1"),
+        ("c4-res18", ["model.pooler_resolution=14"], "detectron2", "model.width=8, model.depth=18 and model.neck=c4"),
+    ],
+)
+def test_networks_that_only_look_the_same_are_refused(
+    tmp_path: Path, name: str, changes: list[str], format: str, says: str
+) -> None:
+    """torchvision has the strides in 3x3 convolutions, and detectron2's C4 heads always have bottlenecks."""
+    run_of(tmp_path / "run", recipes.load(name).with_changes([*NARROW, *changes]))
+    done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
+    refused(done, f"{format} has no network with {says}")
+
+
+@pytest.mark.parametrize("name", ["fpn-res50", "d2-dc5-res50"])
+def test_the_configuration_pools_as_the_network_does(name: str) -> None:
+    recipe = recipes.load(name).with_changes(["model.pooler_resolution=14"])  # which applies to C4 networks only
+    assert detectron2_config(recipe, 3)["MODEL"]["ROI_BOX_HEAD"]["POOLER_RESOLUTION"] == 7
+
+
+TINY = ["model.depth=18", "model.norm=frozen", "model.fpn_channels=8", "model.fpn_hidden=8", "model.rpn_channels=8",
+        "model.mask_channels=8"]  # fmt: skip
+
+
+def notes_of(tmp_path: Path, changes: list[str], format: str, ids: Sequence[int]) -> str:
+    run_of(tmp_path / "run", recipes.load("fpn-res50").with_changes([*TINY, *changes]), ids)
+    return export(tmp_path / "run", tmp_path / "o.pth", format)
+
+
+def test_what_torchvision_must_be_built_with_is_noted(tmp_path: Path) -> None:
+    changes = [
+        "model.sampling_ratio=0",
+        "model.pooling=align_legacy",
+        "input.mean=[118, 118, 118]",
+        "input.max_size=900",
+        "model.anchor_sizes=[16, 32, 64, 128, 256]",
+        "proposals.nms_threshold=0.6",
+        "input.size_divisibility=0",
+    ]
+    notes = notes_of(tmp_path, changes, "torchvision", (1, 2, 4))
+    for note in (
+        "build torchvision's Mask R-CNN with max_size=900, image_mean=[0.462745, 0.462745, 0.462745], "
+        "rpn_post_nms_top_n_test=300, rpn_nms_thresh=0.6, rpn_anchor_generator=AnchorGenerator(((16.0,), (32.0,), "
+        "(64.0,), (128.0,), (256.0,)), ((0.5, 1.0, 2.0),) * 5), "
+        "box_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], 7, 0), "
+        "mask_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], 14, 0)\n",
+        "label i of torchvision is category i of refdet inspect, counted from 1, not a category id\n",
+        "torchvision pads images to multiples of 32 pixels, this network of 1\n",
+    ):
+        assert note in notes
+
+
+def test_detectron2s_order_of_categories_is_noted(tmp_path: Path) -> None:
+    assert "detectron2 sorts the categories of a dataset by id" in notes_of(tmp_path, [], "detectron2", (2, 1, 3))

@@ -124,8 +124,7 @@ def test_the_same_regions(name: str, photo: np.ndarray) -> None:
         assert len(wanted["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
         # and of a few masks of the optimized network many cells are a half within rounding
         assert scores < 2e-3 and np.mean(np.array(overlaps) > 0.99) >= (1 if how == "trained" else 0.95)
-    if found.coco_ids:
-        assert found.classes == 90
+    assert found.label_order == "ids"
 
 
 @pytest.mark.parametrize("height", [37, 213, 333, 426, 427, 480, 500, 612, 640])

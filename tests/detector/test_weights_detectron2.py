@@ -1,6 +1,7 @@
 """Weights of detectron2 and Caffe2: pickles of arrays, which network they are, and what is refused."""
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def weights(name: str, classes: int = 80, masks: bool = True) -> tuple[Tensors, 
             own[key + end] = own[key + end].clone()
             own[key + end][:rows] = 0
     theirs = detectron2.name_mapping(recipe).export(own)
-    theirs["pixel_mean"] = torch.ones(3, 1, 1)
+    theirs["pixel_mean"], theirs["pixel_std"] = (
+        torch.tensor([103.53, 116.28, 123.675])[:, None, None],
+        torch.ones(3, 1, 1),
+    )
     theirs["proposal_generator.anchor_generator.cell_anchors.0"] = torch.ones(15, 4)
     return own, theirs
 
@@ -102,6 +106,25 @@ def test_another_backbone_is_named() -> None:
         identify_checkpoint(less)
     with pytest.raises(InputError, match=r"unexpected: backbone\.bottom_up\.res3\.0\.conv2_offset\.weight"):
         identify_checkpoint({**theirs, "backbone.bottom_up.res3.0.conv2_offset.weight": torch.ones(18, 128, 3, 3)})
+
+
+def test_other_preprocessing_is_named() -> None:
+    """Of ResNets from torchvision, which also have their strides elsewhere."""
+    _, theirs = weights("d2-c4-res50", classes=3)
+    others = {
+        "pixel_mean": (
+            torch.tensor([123.675, 116.28, 103.53]),
+            r"\[123.675, 116.28, 103.53\], the model zoo's have \[103",
+        ),
+        "pixel_std": (torch.tensor([57.375, 57.12, 58.395])[:, None, None], r"\[57.375, 57.12, 58.395\], the model"),
+    }
+    for name, (value, says) in others.items():
+        with pytest.raises(InputError, match=f"a detectron2 detector with {name} {says}"):
+            identify_checkpoint({**theirs, name: value})
+    for value in (torch.ones(0), torch.ones(5), torch.full((3,), torch.nan)):
+        with pytest.raises(InputError, match="a detectron2 detector with pixel_mean"):
+            identify_checkpoint({**theirs, "pixel_mean": value})
+    identify_checkpoint({name: value for name, value in theirs.items() if not name.startswith("pixel_")})
 
 
 def caffe2(depth: int) -> dict[str, np.ndarray]:
@@ -209,3 +232,22 @@ def test_text_that_is_encoded_again_and_again(tmp_path: Path) -> None:
     (tmp_path / "model.pkl").write_bytes(start + b"h\xf1h\xf0X\x06\x00\x00\x00latin1\x86R" * 1000 + b"l.")
     with pytest.raises(InputError, match="it repeats itself"):
         read_foreign(tmp_path / "model.pkl")
+
+
+def test_ordered_dictionaries_of_python_2(tmp_path: Path) -> None:
+    """Python 2 passes their items as an argument, Python 3 sets them afterwards."""
+
+    class Python2(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            return (
+                (OrderedDict, ([list(item) for item in value.items()],))
+                if type(value) is OrderedDict
+                else NotImplemented
+            )
+
+    arrays = OrderedDict((name, array[..., ::-1]) for name, array in caffe2(50).items())
+    with (tmp_path / "R.pkl").open("wb") as file:
+        Python2(file, protocol=2).dump(OrderedDict(model=arrays))
+    found = read_foreign(tmp_path / "R.pkl")
+    assert list(found) == list(arrays)
+    np.testing.assert_array_equal(found["conv1_w"], arrays["conv1_w"])

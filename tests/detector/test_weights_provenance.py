@@ -11,7 +11,7 @@ from split_examples import write_refs
 
 from refdet.detector.checkpoint import load_meta
 from refdet.structures import known_weights
-from refdet.structures.known_weights import COCO, IMAGENET, KnownFile, identify_known_file
+from refdet.structures.known_weights import COCO, IMAGENET, LVIS, KnownFile, TrainingSet, identify_known_file
 from refdet.structures.provenance import Provenance
 
 
@@ -78,12 +78,21 @@ def test_no_file_of_coco_proves_anything_about_imagenet(
     assert "ImageNet-1k, about which" in tree["problem"] and "leave out --instances" in tree["problem"]
 
 
-def test_the_user_knows_better(source: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    know(monkeypatch, source, KnownFile("somebody's detector", COCO))
-    done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--trained-on", instances)
+@pytest.mark.parametrize(("training_set", "leaks"), [(COCO, True), (LVIS, True), (IMAGENET, False)])
+def test_a_leak_of_a_published_file_is_kept_beside_the_word_of_its_user(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training_set: TrainingSet, leaks: bool
+) -> None:
+    know(monkeypatch, source, KnownFile("somebody's detector", training_set))
+    images = [{"id": 5, "file_name": "COCO_train2014_000000000005.jpg", "height": 4, "width": 4}]
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
+    done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--trained-on", split)
     assert done.exit_code == 0, done.output
+    assert "is the user's word" in done.stderr
     provenance = load_meta(tmp_path / "run").provenance
-    assert provenance.training_set is None and provenance.source == instances.name and "leaks" not in done.stderr
+    assert provenance.training_set is None and provenance.source == "split.json" and provenance.images == 1
+    known = f", but the file is somebody's detector, {training_set.leak_note()}"
+    assert (known in done.stderr) == leaks == any(known in line for line in load_meta(tmp_path / "run").warnings())
 
 
 def test_another_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
@@ -98,4 +107,4 @@ def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setitem(known_weights._DETECTRON2, start, config)
         known = identify_known_file(tmp_path / "a.pkl", "0" * 64)
         assert known is not None and known.trained_on is data and known.model == f"detectron2's {config}"
-        assert "leaks" in data.leaks()
+        assert "leaks" in data.leak_note()

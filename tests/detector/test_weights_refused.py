@@ -215,5 +215,5 @@ def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> N
 def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
     with pytest.raises(InputError, match="`weight_format` caffe: this is a detector"):
         identify_checkpoint(seed50, "caffe")
-    with pytest.raises(InputError, match="no recipe for a Caffe ResNet of fewer than 50"):
+    with pytest.raises(InputError, match="an ImageNet ResNet-(18|34) in Caffe style, for which there is no recipe; if"):
         identify_checkpoint(of_one_number(resnet_shapes(18)), "caffe")

@@ -59,7 +59,7 @@ REFUSED = {
     "text inf": ("train: {lr: infinity}", "train.lr: must be finite, not inf"),
     "fraction": ("model: {width: 8.5}", "model.width: must be int, not 8.5"),
     "wide": ("model: {width: 3000}", "model.width: must be greater than 0 and at most 512, not 3000"),
-    "seed": ("train: {seed: 4294967296}", "train.seed: must be at least 0 and at most 4.29497e+09, not 4294967296"),
+    "seed": ("train: {seed: 4294967296}", "train.seed: must be at least 0 and at most 4,294,967,295, not 4294967296"),
     "list for a number": ("model: {width: [" + "[1], " * 50 + "1]}", "model.width: must be int, not [[1], [1]"),
     "base": ("base: [demo]", "base: must be one of"),
 }  # fmt: skip

@@ -114,6 +114,17 @@ def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(monkeypat
     assert seen[2:] == ["cat 3.00"]
 
 
+def test_the_number_of_regions_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
+    for count, labels in ((0, []), (1, ["dog 0.90"]), (9, ["dog 0.90", "cat 0.40"])):
+        two().draw(BLACK, max_regions=count)
+        assert seen == labels
+        seen.clear()
+    with pytest.raises(ValueError, match="^max_regions: must be 0 or more, not -1$"):  # not all but the last
+        two().draw(BLACK, max_regions=-1)
+
+
 def test_labels_leave_a_small_picture_visible(caplog: pytest.LogCaptureFixture) -> None:
     n = 40
     boxes = np.tile(np.float32([10, 10, 30, 30]), (n, 1))

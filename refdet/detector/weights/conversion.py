@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from refdet.config.recipe import Recipe
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.resnet import BLOCKS
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
+
+LabelOrder = Literal["file", "ascending_ids", "ids"]
+"""Category of label i: the i-th of the instances file, the i-th by ascending id, or the category with id i."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ConvertedWeights:
         classes: number of object classes, None for a network without detection heads.
         tensors: name -> float32 tensor, for all parameters and buffers except those with `missing_prefixes`.
         missing_prefixes: prefixes of the parameters that the file does not have.
-        coco_ids: whether labels are COCO category ids, 1..90, as in torchvision.
+        label_order: how the program that trained the detector numbers the categories.
     """
 
     kind: str
@@ -34,7 +38,7 @@ class ConvertedWeights:
     classes: int | None
     tensors: dict[str, Tensor]
     missing_prefixes: tuple[str, ...]
-    coco_ids: bool = False
+    label_order: LabelOrder = "file"
 
 
 class Layout(Protocol):
@@ -170,6 +174,20 @@ class NameMapping:
         return {self.foreign_name(name): self.layout(name).to_foreign(value) for name, value in tensors.items()}
 
 
+def rename_tensors(state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Rename the tensors of a state dict; raises InputError if two of them would get the same name."""
+    old_names: dict[str, str] = {}
+    for name in state_dict:
+        new_name = rename(name)
+        if new_name in old_names:
+            raise InputError(
+                f"{shorten(old_names[new_name])} and {shorten(name)} are the same tensor of the network; "
+                "save the state_dict of one model alone"
+            )
+        old_names[new_name] = name
+    return {new_name: state_dict[name] for new_name, name in old_names.items()}
+
+
 def convert_tensors(
     recipe: Recipe,
     classes: int,
@@ -237,6 +255,16 @@ def count_blocks(keys: Iterable[str], prefix: str) -> int:
     """Number of distinct indices after a prefix of the keys, such as the blocks of a ResNet stage."""
     indices = {key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)}
     return len([index for index in indices if index.isdigit()])
+
+
+def find_resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
+    """Depth of a ResNet with torchvision's names, even if some of its tensors are missing; None if it is no ResNet."""
+    blocks = tuple(count_blocks(state_dict, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
+    bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in state_dict)
+    for depth, blocks_of_depth in BLOCKS.items():
+        if blocks == blocks_of_depth and bottleneck == (depth >= 50):
+            return depth
+    return None
 
 
 def num_rows(state_dict: Mapping[str, Tensor], key: str, default: int) -> int:

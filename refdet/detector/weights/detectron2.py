@@ -1,8 +1,8 @@
 """Detectors and ImageNet backbones of detectron2, and Caffe2's ImageNet backbones.
 
 Supports Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred from
-the names and shapes of its tensors. The file does not say where a block has its stride, nor how images are
-preprocessed; both are assumed to be as in the model zoo.
+the names and shapes of its tensors. The file does not say where a block has its stride, nor the order of the channels,
+and files since detectron2 0.3 not how pixels are normalized; all are assumed to be as in the model zoo.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from refdet.detector.weights.conversion import (
     convert_tensors,
     count_blocks,
     num_rows,
+    rename_tensors,
 )
 from refdet.errors import InputError
+from refdet.files.short_text import short_repr
 
 _IGNORED = re.compile(r"pixel_(mean|std)$|(proposal_generator\.)?anchor_generator\.cell_anchors\.\d+$")
 _OTHER_HEADS = {
@@ -48,6 +50,8 @@ _CAFFE2 = (
     (r"^(res\d)_(\d+)_branch2([abc])_bn_", r"\1.\2.conv\3.norm."),
     (r"^(res\d)_(\d+)_branch2([abc])_", r"\1.\2.conv\3."),
 )
+# the classifier, and Caffe2's optimizer state
+_UNUSED_BY_BACKBONE = re.compile(r"stem\.fc\.|(fc1000|pred)_[wb]$|.*_momentum$")
 _CAFFE2_LETTERS = {"a": "1", "b": "2", "c": "3"}
 _CAFFE2_SUFFIXES = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
@@ -70,23 +74,37 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
         raise InputError(f"a detectron2 network without proposals, such as RetinaNet; {SUPPORTED}")
     if any(_UNSUPPORTED_NORMS.match(name) for name in state_dict):
         raise InputError(f"a detectron2 detector with norms in its pyramid or heads (GN or SyncBN); {SUPPORTED}")
-    box_rows = num_rows(state_dict, "roi_heads.box_predictor.bbox_pred.weight", 0)
-    if box_rows == 4 < num_rows(state_dict, _SCORES, 2) * 4 - 4:
+    num_deltas = num_rows(state_dict, "roi_heads.box_predictor.bbox_pred.weight", 0)
+    classes = max(num_rows(state_dict, _SCORES, 81) - 1, 1)
+    if num_deltas == 4 and classes > 1:
         raise InputError(f"a detectron2 detector with one box for all classes (CLS_AGNOSTIC_BBOX_REG); {SUPPORTED}")
     pyramid = any(name.startswith("backbone.fpn_") for name in state_dict)
     backbone = "backbone.bottom_up." if pyramid else "backbone."
-    neck = "fpn" if pyramid else "c4" if any(name.startswith("roi_heads.res5.") for name in state_dict) else "dc5"
-    last = "roi_heads.res5." if neck == "c4" else f"{backbone}res5."
-    recipe = recipes.load(f"d2-{neck}-res{_depth(state_dict, backbone, last)}")
+    res5_in_heads = any(name.startswith("roi_heads.res5.") for name in state_dict)
+    neck = "fpn" if pyramid else "c4" if res5_in_heads else "dc5"
+    res5 = "roi_heads.res5." if neck == "c4" else f"{backbone}res5."
+    recipe = recipes.load(f"d2-{neck}-res{_depth(state_dict, backbone, res5)}")
     masks = any(name.startswith("roi_heads.mask_head.") for name in state_dict)
-    recipe = recipe if masks else recipe.with_changes(["model.masks=false"])
-    classes = max(num_rows(state_dict, _SCORES, 81) - 1, 1)
+    if not masks:
+        recipe = recipe.with_changes(["model.masks=false"])
     if classes > MAX_CATEGORIES:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
+    _check_normalization(state_dict, recipe)
     ignored = [name for name in state_dict if _IGNORED.match(name)]
     tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe), ignored)
     kind = f"detectron2's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{recipe.model.depth} as {neck.upper()}"
-    return ConvertedWeights(kind, recipe, classes, tensors, ())
+    return ConvertedWeights(kind, recipe, classes, tensors, (), label_order="ascending_ids")
+
+
+def _check_normalization(state_dict: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Raise InputError for other means and standard deviations of pixels than the recipe's, if the file has them."""
+    for name, expected in (("pixel_mean", recipe.input.mean), ("pixel_std", recipe.input.std)):
+        values = state_dict.get(name, torch.tensor(expected)).flatten().tolist()
+        if len(values) != 3 or not all(abs(a - b) < 0.01 for a, b in zip(values, expected, strict=True)):  # NaN too
+            given = short_repr([round(value, 3) for value in values[:4]])
+            raise InputError(
+                f"a detectron2 detector with {name} {given}, the model zoo's have {list(expected)}; {SUPPORTED}"
+            )
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
@@ -133,11 +151,10 @@ def _block_name(name: str) -> str:
     return re.sub(r"(^|\.)bn(\d)\.", r"\1conv\2.norm.", name)
 
 
-def _depth(state_dict: Mapping[str, Tensor], backbone: str, last: str) -> int:
-    blocks = (
-        *(count_blocks(state_dict, f"{backbone}res{stage}.") for stage in (2, 3, 4)),
-        count_blocks(state_dict, last),
-    )
+def _depth(state_dict: Mapping[str, Tensor], backbone: str, res5: str) -> int:
+    """Depth of the ResNet from its number of blocks per stage, given the prefixes of the backbone and of res5."""
+    stages = [f"{backbone}res2.", f"{backbone}res3.", f"{backbone}res4.", res5]
+    blocks = tuple(count_blocks(state_dict, stage) for stage in stages)
     depth = next((depth for depth in (50, 101) if BLOCKS[depth] == blocks), None)
     if depth is None or f"{backbone}stem.conv1.weight" not in state_dict:
         raise InputError(f"a detectron2 detector with another backbone ({_describe_blocks(blocks)}); {SUPPORTED}")
@@ -159,19 +176,12 @@ def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def to_torchvision_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an ImageNet backbone as torchvision does.
+    """Rename the tensors of an ImageNet backbone as torchvision does, without the classifier.
 
     Caffe2's norms have a scale and shift only; mean 0 and variance 1 are added, as detectron2 does.
     """
-    renamed = {}
-    for name, value in state_dict.items():
-        name = _from_caffe2(name)
-        if name.startswith("stem.fc.") or name.endswith("_momentum"):  # the classifier, and Caffe2's optimizer state
-            continue
-        name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name.removeprefix("stem."))
-        name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
-        name = re.sub(r"^res(\d)\.", lambda match: f"layer{int(match[1]) - 1}.", name)
-        renamed[name] = value
+    backbone = {name: value for name, value in state_dict.items() if not _UNUSED_BY_BACKBONE.match(name)}
+    renamed = rename_tensors(backbone, lambda name: _torchvision_name(_from_caffe2(name)))
     for name, value in list(renamed.items()):
         norm, _, end = name.rpartition(".")
         if end == "bias" and ("bn" in norm or norm.endswith("downsample.1")):
@@ -180,13 +190,18 @@ def to_torchvision_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _torchvision_name(name: str) -> str:
+    """The name in torchvision of a tensor of detectron2's ImageNet backbones."""
+    name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name.removeprefix("stem."))
+    name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    return re.sub(r"^res(\d)\.", lambda match: f"layer{int(match[1]) - 1}.", name)
+
+
 def _from_caffe2(name: str) -> str:
     """detectron2's name for a tensor of Caffe2; other names are returned unchanged."""
-    if name in ("fc1000_w", "fc1000_b", "pred_w", "pred_b"):
-        return "stem.fc.classifier"
     for expression, replacement in _CAFFE2:
-        changed, done = re.subn(expression, replacement, name)
-        if done:
+        changed, replacements = re.subn(expression, replacement, name)
+        if replacements:
             changed = re.sub(r"conv([abc])\.", lambda match: f"conv{_CAFFE2_LETTERS[match[1]]}.", changed)
             start, _, end = changed.rpartition(".")
             return f"{start}.{_CAFFE2_SUFFIXES.get(end, end)}"

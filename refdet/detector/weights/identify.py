@@ -12,7 +12,7 @@ from torch import Tensor
 from refdet.config import recipe as recipes
 from refdet.detector.checkpoint import HEAD_PREFIXES
 from refdet.detector.weights import detectron2, imagenet, reference, torchvision
-from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, convert_tensors
+from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, convert_tensors, rename_tensors
 from refdet.detector.weights.reference import IMAGENET_CLASSIFIER, resnet_depth
 from refdet.errors import InputError
 
@@ -33,7 +33,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None
     Raises:
         InputError: unknown network; the message lists missing and unexpected tensors.
     """
-    state_dict = {name.removeprefix("module."): value for name, value in tensors.items()}
+    state_dict = rename_tensors(tensors, lambda name: name.removeprefix("module."))  # of DataParallel
     if reference.is_detector(state_dict):
         if weight_format not in (None, *reference.WEIGHT_FORMATS):
             raise InputError(
@@ -44,32 +44,30 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None
     if weight_format in reference.WEIGHT_FORMATS:
         raise InputError(f"`weight_format` {weight_format}: the tensors do not have the names of its detectors")
     if detectron2.is_backbone(state_dict):
-        return _resnet(detectron2.to_torchvision_names(state_dict), weight_format, caffe="d2-c4")
-    detector = next(
-        (program.identify for program in (detectron2, torchvision) if program.is_detector(state_dict)), None
-    )
-    if detector is not None:
-        _refuse_weight_format(weight_format)
-        return detector(state_dict)
+        return _resnet(detectron2.to_torchvision_names(state_dict), weight_format, caffe_recipe="d2-c4")
+    for program in (detectron2, torchvision):
+        if program.is_detector(state_dict):
+            if weight_format is not None:
+                raise InputError(f"`weight_format` {weight_format}: not valid for this detector; omit it")
+            return program.identify(state_dict)
     if imagenet.is_network(state_dict):
         return imagenet.identify(state_dict, weight_format)
     return _resnet(state_dict, weight_format)
 
 
-def _refuse_weight_format(weight_format: str | None) -> None:
-    if weight_format is not None:
-        raise InputError(f"`weight_format` {weight_format}: not valid for this detector; omit it")
-
-
-def _resnet(state_dict: dict[str, Tensor], weight_format: str | None, caffe: str = "reference-c4") -> ConvertedWeights:
-    """Convert an ImageNet ResNet; `caffe` is the start of the name of the recipe for Caffe style."""
+def _resnet(
+    state_dict: dict[str, Tensor], weight_format: str | None, caffe_recipe: str = "reference-c4"
+) -> ConvertedWeights:
+    """Convert an ImageNet ResNet; in Caffe style, its recipe is `caffe_recipe` with the depth appended."""
     depth = resnet_depth(state_dict, "")
     weight_format = weight_format or ("torchvision" if depth < 50 else _detect_weight_format(state_dict))
     if weight_format == "caffe":
-        if f"{caffe}-res{depth}" not in recipes.names():
-            layers = f"{depth}" if depth >= 50 else "fewer than 50"
-            raise InputError(f"`weight_format='caffe'`: no recipe for a Caffe ResNet of {layers} layers")
-        recipe = recipes.load(f"{caffe}-res{depth}")
+        if f"{caffe_recipe}-res{depth}" not in recipes.names():
+            raise InputError(
+                f"an ImageNet ResNet-{depth} in Caffe style, for which there is no recipe; if it is torchvision's, "
+                "give `weight_format='torchvision'`"
+            )
+        recipe = recipes.load(f"{caffe_recipe}-res{depth}")
     else:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
         recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])

@@ -12,8 +12,9 @@ from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, co
 from refdet.detector.weights.reference import mobilenet_changes, mobilenet_prefixes, vgg_changes, vgg_prefixes
 from refdet.errors import InputError
 
+# a tensor that identifies the network
 _VGG, _MOBILENET = "features.26.weight", "Conv2d_13.pointwise.0.weight"
-_TORCHVISION = (  # changes to the reference's recipe
+_TORCHVISION_INPUT = (  # changes to the reference's recipe
     "input.order=rgb",
     "input.mean=[123.675,116.28,103.53]",
     "input.std=[58.395,57.12,57.375]",
@@ -53,8 +54,10 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
 
 
 def _vgg(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
-    has_caffe_indices = "classifier.1.weight" in state_dict  # in the conversions from Caffe, layer 0 flattens
-    weight_format = weight_format or ("caffe" if has_caffe_indices else None)
+    fc6 = (
+        1 if "classifier.1.weight" in state_dict else 0
+    )  # in conversions from Caffe, layer 0 of the classifier flattens
+    weight_format = weight_format or ("caffe" if fc6 == 1 else None)
     if weight_format is None:
         raise InputError(
             "an ImageNet VGG-16, whose tensors do not show its preprocessing; give `weight_format='torchvision'` for "
@@ -62,14 +65,14 @@ def _vgg(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Convert
             "deviation)"
         )
     recipe = recipes.load("reference-vgg16")
-    changes = vgg_changes(state_dict, "", fc6=int(has_caffe_indices))
-    recipe = recipe.with_changes(changes if weight_format == "caffe" else [*_TORCHVISION, *changes])
-    prefixes = vgg_prefixes("", fc6=int(has_caffe_indices))
-    used_prefixes = tuple(prefixes.values())
-    unused = [name for name in _classifier(state_dict) if not name.startswith(used_prefixes)]
+    changes = vgg_changes(state_dict, "", fc6)
+    recipe = recipe.with_changes(changes if weight_format == "caffe" else [*_TORCHVISION_INPUT, *changes])
+    prefixes = vgg_prefixes("", fc6)
+    unused = [name for name in _classifier(state_dict) if not name.startswith(tuple(prefixes.values()))]
     tensors = convert_tensors(recipe, 0, state_dict, NameMapping(prefixes, {}), unused, missing_prefixes=HEAD_PREFIXES)
     return ConvertedWeights(f"an ImageNet VGG-16 in {weight_format} style", recipe, None, tensors, HEAD_PREFIXES)
 
 
 def _classifier(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors of the linear layers."""
     return [name for name in state_dict if name.startswith(("classifier.", "fc."))]

@@ -42,6 +42,7 @@ REAL_DTYPES = (
     torch.int32,
     torch.int64,
 )
+NUM_COCO_LABELS = 90  # classes of a detector whose labels are COCO's category ids
 MAX_SHARED_NUMBERS = 2**27  # values in tensors that share storage; the largest network has half as many
 
 
@@ -95,7 +96,7 @@ def import_weights(
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
-    categories = _categories(converted, source, index)
+    categories = label_categories(converted, source, index)
     provenance = _provenance(source, sha256, known, index)
     meta = CheckpointMetadata(converted.recipe, categories, provenance, 0, converted.missing_prefixes)
     torch.manual_seed(converted.recipe.train.seed)  # missing tensors start as they would in training
@@ -124,7 +125,9 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         tensors = checkpoint.read_tensors(path)[0]
         reject_unsupported(path, tensors)
         return _check_tensors(tensors, path)
-    if start[:2] != b"PK" and (description := describe_file(path)) and "PyTorch" not in description:
+    is_zip = start[:2] == b"PK"
+    description = None if is_zip else describe_file(path)
+    if description is not None and "PyTorch" not in description:
         raise InputError(f"{path}: {description}, not weights of another program")
     if start[257:262] == b"ustar":
         raise InputError(f"{path}: {OLD_TAR}")
@@ -133,19 +136,25 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     reject_unsupported(path, contents.strings, contents.classes)
-    if has_arrays(contents.classes) and start[:2] != b"PK":
-        return _check_tensors(_find_weights(_read_arrays(path), path), path)
-    if contents.refused is not None:
-        raise InputError(f"{path}: {_unsafe_message(contents.refused)}")
+    if has_arrays(contents.classes) and not is_zip:
+        tree = _read_arrays(path)
+    elif contents.unsafe_class is not None:
+        raise InputError(f"{path}: {_unsafe_message(contents.unsafe_class)}")
+    else:
+        tree = _torch_load(path)
+    return _check_tensors(_find_weights(tree, path), path)
+
+
+def _torch_load(path: Path) -> Any:
+    """Read a checked file of torch.save."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about old file formats
-            tree: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch.load can raise anything on a damaged file
         raise InputError(f"{path}: {_refusal_message(error)}") from error
-    return _check_tensors(_find_weights(tree, path), path)
 
 
 def _read_arrays(path: Path) -> Any:
@@ -205,8 +214,8 @@ def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_dense_real(value))
     ]
     if invalid or not tree:
-        what = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
-        raise InputError(f"{path}: {what}; save the model's state_dict alone")
+        problem = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
+        raise InputError(f"{path}: {problem}; save the model's state_dict alone")
     if len(tree) > MAX_TENSORS:
         raise InputError(f"{path}: {len(tree)} tensors, more than the {MAX_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())
@@ -249,37 +258,36 @@ def _unsafe_message(name: str) -> str:
     )
 
 
-def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the labels 1, 2, ..., in the order of the instances file or by ascending COCO id."""
+def label_categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
+    """(id, name) of the labels 1, 2, ..., from the instances file that the detector was trained on, or COCO's."""
     if converted.classes is None:
         return coco_categories()
-    if index is not None:
-        categories = tuple(index.categories.items())
-        if converted.coco_ids and set(dict(categories)) <= set(range(1, converted.classes + 1)):
-            return _categories_by_id(dict(categories), converted.classes)
-        if len(categories) != converted.classes:
-            raise InputError(
-                f"`trained_on` {index.path}: {format_count(len(categories), 'category')}, {source} has "
-                f"{converted.classes}"
-            )
-        return categories
-    if converted.coco_ids:
-        return _categories_by_id(dict(coco_categories()), converted.classes)
-    if converted.classes != len(coco_categories()):
+    names, classes = dict(coco_categories()) if index is None else index.categories, converted.classes
+    if converted.label_order == "ids" and _are_labels(names, classes):
+        return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
+    if len(names) == classes:
+        return tuple(sorted(names.items()) if converted.label_order == "ascending_ids" else names.items())
+    if index is None:
         raise InputError(
-            f"{source}: {format_count(converted.classes, 'class')} instead of COCO's 80; give `trained_on` to name them"
+            f"{source}: {format_count(classes, 'class')} instead of COCO's 80; give `trained_on` to name them"
         )
-    return coco_categories()
+    raise InputError(f"`trained_on` {index.path}: {format_count(len(names), 'category')}, {source} has {classes}")
 
 
-def _categories_by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
-    """Categories whose labels are their ids, including placeholders for labels without a category."""
-    return tuple((label, names.get(label, unused_label_name(label))) for label in range(1, classes + 1))
+def _are_labels(ids: Iterable[int], classes: int) -> bool:
+    """Whether category ids can be the labels of a detector: from 1 to its last label, or to less in COCO's numbering.
+
+    A file with some of COCO's categories may lack the last.
+    """
+    lowest, highest = min(ids, default=0), max(ids, default=0)
+    return lowest >= 1 and (highest == classes or highest <= classes == NUM_COCO_LABELS)
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
+    """Training data of the weights: the user's word, or that of a published file; both if the latter leaks."""
     if index is None:
         return Provenance.imported(source.name, sha256, known)
-    return provenance_of_instances(index).with_weights(
-        f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"
-    )
+    weights = f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"
+    if known is not None and known.trained_on.refer_overlap != "none":
+        weights += f", but the file is {known.model}, {known.trained_on.leak_note()}"
+    return provenance_of_instances(index).with_weights(weights)

@@ -101,12 +101,11 @@ class _Array:
         """Check and store the parts of an array."""
         if not isinstance(kind, _DType) or not isinstance(content, (bytes, bytearray)) or order not in ("C", "F"):
             raise pickle.UnpicklingError("not an array of numbers")
-        sides = shape if isinstance(shape, tuple) else ()
-        if sides != shape or len(sides) > 8 or not all(type(side) is int and 0 <= side < 2**40 for side in sides):
+        if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
             raise pickle.UnpicklingError("not the shape of an array")
-        if math.prod(sides) * kind.dtype.itemsize != len(content):
-            raise InputError(f"damaged: an array {sides} of {kind.dtype} has {format_count(len(content), 'byte')}")
-        self.bytes, self.dtype, self.shape, self.order = content, kind.dtype, sides, order
+        if math.prod(shape) * kind.dtype.itemsize != len(content):
+            raise InputError(f"damaged: an array {shape} of {kind.dtype} has {format_count(len(content), 'byte')}")
+        self.bytes, self.dtype, self.shape, self.order = content, kind.dtype, shape, order
         return self
 
     def tensor(self) -> Tensor:
@@ -116,7 +115,7 @@ class _Array:
 
 
 class _OrderedDict(dict):
-    """An ordered dictionary without attributes, such as the versions of modules in a state dict."""
+    """An OrderedDict of any Python; drops attributes such as ``_metadata``, the versions of a state dict's modules."""
 
     __slots__ = ()
 
@@ -149,7 +148,7 @@ class _Reader(pickle.Unpickler):
         if module in ("__builtin__", "builtins") and name == "bytes":
             return _ReadOnlyCallable(lambda: b"")  # how protocol 2 stores empty bytes
         if (module, name) == ("collections", "OrderedDict"):
-            return _ReadOnlyCallable(lambda: _OrderedDict())
+            return _ReadOnlyCallable(_OrderedDict)
         raise UnsafeImport(f"{module}.{name}")
 
     def encode(self, text: Any, encoding: str = "latin1") -> bytes:

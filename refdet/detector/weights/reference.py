@@ -16,7 +16,6 @@ from refdet.config.recipe import Recipe
 from refdet.detector.backbones import MOBILENET_WIDTH, network_name
 from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.mobilenet import LAYERS, NUM_ROI_LAYERS
-from refdet.detector.resnet import BLOCKS
 from refdet.detector.vgg import STAGES
 from refdet.detector.weights.conversion import (
     ConvertedWeights,
@@ -25,6 +24,7 @@ from refdet.detector.weights.conversion import (
     convert_tensors,
     count_blocks,
     describe_mismatch,
+    find_resnet_depth,
     num_rows,
 )
 from refdet.detector.weights.torchvision import convert_eps
@@ -43,12 +43,8 @@ _PREFIXES = {
     "head.mask.hidden.0.": "mask_up_sampling.",
     "head.mask.logits.": "mask_pred_net.",
 }
-# By number of anchors per cell; each size has three ratios.
-_ANCHOR_SIZES = {
-    9: (128, 256, 512),
-    12: (64, 128, 256, 512),
-    15: (32, 64, 128, 256, 512),
-}
+_ANCHORS = (9, 12, 15)  # per cell: three ratios of 3, 4 or 5 sizes, the largest 512
+_SIZES_OF_9_ANCHORS = [128, 256, 512]  # of the others, the recipes have the sizes
 
 
 def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
@@ -66,7 +62,10 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
     Raises:
         InputError: an unsupported network; the message says what is supported.
     """
-    prefix = next((part for part in ("vgg.", "mobilenet.") if any(n.startswith(part) for n in state_dict)), "resnet.")
+    prefix = "resnet."
+    for other in ("vgg.", "mobilenet."):
+        if any(name.startswith(other) for name in state_dict):
+            prefix = other
     masks = any(name.startswith("mask_") for name in state_dict)
     if masks and prefix == "vgg.":
         raise InputError("a VGG-16 with a mask branch, which cannot be imported; only a Faster R-CNN with VGG-16 can")
@@ -125,12 +124,14 @@ def mobilenet_prefixes(prefix: str) -> dict[str, str]:
 
 def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> list[str]:
     """Recipe changes (``key=value``) for widths that differ from the recipe's."""
-    width, hidden = (
-        num_rows(state_dict, f"{prefix}features.0.weight", 64),
-        num_rows(state_dict, f"{prefix}classifier.{fc6}.weight", 4096),
-    )
-    changes = [] if width == 64 else [f"model.width={width}"]
-    return changes if hidden == 4096 else [*changes, f"model.fpn_hidden={hidden}"]
+    width = num_rows(state_dict, f"{prefix}features.0.weight", 64)
+    hidden = num_rows(state_dict, f"{prefix}classifier.{fc6}.weight", 4096)
+    changes = []
+    if width != 64:
+        changes.append(f"model.width={width}")
+    if hidden != 4096:
+        changes.append(f"model.fpn_hidden={hidden}")
+    return changes
 
 
 def mobilenet_changes(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
@@ -140,41 +141,35 @@ def mobilenet_changes(state_dict: Mapping[str, Tensor], prefix: str) -> list[str
 
 
 def resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """Depth of a ResNet from its blocks, even if some of their tensors are missing.
-
-    Raises:
-        InputError: not a ResNet; the message lists missing and unexpected tensors.
-    """
-    blocks = tuple(count_blocks(state_dict, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
-    bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in state_dict)
-    depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == bottleneck]
-    if depths:
-        return depths[0]
-    expected = [f"{prefix}conv1.weight", *(f"{prefix}layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4))]
+    """Depth of a ResNet; raises InputError if it is no ResNet, with the missing and unexpected tensors."""
+    depth = find_resnet_depth(state_dict, prefix)
+    if depth is not None:
+        return depth
+    stages = [f"{prefix}layer{stage}." for stage in (1, 2, 3, 4)]
+    blocks = [count_blocks(state_dict, stage) for stage in stages]
+    expected = [f"{prefix}conv1.weight", *(f"{stage}0.conv1.weight" for stage in stages)]
     raise InputError(
         "unknown network (supported are Mask and Faster R-CNN of the reference, detectron2 and torchvision, and "
         "ResNets, VGG-16 and MobileNet v1 of ImageNet): "
-        + describe_mismatch((n for n in expected if n not in state_dict), (n for n in state_dict if n not in expected))
+        + describe_mismatch(set(expected) - set(state_dict), set(state_dict) - set(expected))
         + (f"; blocks per stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
     )
 
 
 def _identify_recipe(state_dict: Mapping[str, Tensor], prefix: str, anchors: int) -> Recipe:
     """The recipe for a network and its anchors; `model.masks` is set by the caller."""
-    if prefix == "resnet.":
-        name = f"reference-c4-res{resnet_depth(state_dict, prefix)}"
-    else:
-        name = {"vgg.": "reference-vgg16", "mobilenet.": "reference-mobilenet-v1"}[prefix]
+    depth = resnet_depth(state_dict, prefix) if prefix == "resnet." else 0
+    name = {"vgg.": "reference-vgg16", "mobilenet.": "reference-mobilenet-v1"}.get(prefix, f"reference-c4-res{depth}")
     if anchors == 15:
         name += "-lg"
-    if name not in recipes.names() or anchors not in _ANCHOR_SIZES:
-        network = f"ResNet-{name.partition('-res')[2].removesuffix('-lg')}" if prefix == "resnet." else prefix[:-1]
+    if name not in recipes.names() or anchors not in _ANCHORS:
+        network = f"ResNet-{depth}" if depth else prefix.removesuffix(".")
         raise InputError(
             f"rpn_cls_score_net.weight: {anchors} anchors per cell with a {network} match no recipe; supported are "
             "9 (scales 8, 16, 32) and 12 (and scale 4) with ResNet-50, 101 and 152, VGG-16 and MobileNet v1, and 15 "
             "(and scale 2) with ResNet-101"
         )
-    changes = [] if anchors != 9 else [f"model.anchor_sizes={list(_ANCHOR_SIZES[9])}"]
+    changes = [f"model.anchor_sizes={_SIZES_OF_9_ANCHORS}"] if anchors == 9 else []
     if prefix == "mobilenet.":
         changes += mobilenet_changes(state_dict, prefix)
     if prefix == "vgg.":

@@ -44,11 +44,10 @@ class Contents:
     classes: list[str] = field(default_factory=list)
 
     @property
-    def refused(self) -> str | None:
-        """The first class that is not part of a tensor, as torch would name it."""
-        suspicious = [name.lstrip(".") for name in self.classes if _is_suspicious(name)]
-        suspicious.sort(key=lambda name: _without_builtins(name) in _BUILTIN_TYPES)  # least informative last
-        return _without_builtins(suspicious[0]) if suspicious else None
+    def unsafe_class(self) -> str | None:
+        """The first class that is not part of a tensor, as torch would name it; None if there is none."""
+        names = [_without_builtins(name.lstrip(".")) for name in self.classes if _is_suspicious(name)]
+        return min(names, key=lambda name: name in _BUILTIN_TYPES, default=None)  # those say least about the file
 
 
 def read_contents(path: Path) -> Contents:
@@ -115,7 +114,7 @@ def _scan(file: BoundedReader, contents: Contents) -> bool:
     except InputError:
         raise
     except Exception as error:  # pickletools can raise anything on a damaged pickle
-        if contents.refused:
+        if contents.unsafe_class:
             return False
         raise InputError(f"{DAMAGED} ({shorten(error)})") from None
     return True

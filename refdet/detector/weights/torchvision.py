@@ -11,12 +11,17 @@ from torch import Tensor
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import MAX_CATEGORIES
-from refdet.detector.resnet import BLOCKS
-from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, convert_tensors, count_blocks, num_rows
+from refdet.detector.weights.conversion import (
+    ConvertedWeights,
+    NameMapping,
+    convert_tensors,
+    find_resnet_depth,
+    num_rows,
+    rename_tensors,
+)
 from refdet.errors import InputError
 
 EPS = 1e-5  # of its norms and refdet's
-NUM_COCO_LABELS = 90  # of its COCO models, whose labels are category ids
 SUPPORTED = "supported are Mask and Faster R-CNN with a ResNet and a pyramid"
 # names before torchvision 0.13 -> names since then
 _RENAMED = (
@@ -43,20 +48,21 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
     """
     if any(name.startswith("roi_heads.keypoint_") for name in state_dict):
         raise InputError(f"a torchvision Keypoint R-CNN, which cannot be imported; {SUPPORTED}")
-    state_dict = _fold_norms({_current_name(name): value for name, value in state_dict.items()})
-    newer = "roi_heads.box_head.0.0.weight" in state_dict
+    state_dict = _fold_norms(rename_tensors(state_dict, _current_name))
+    is_version_2 = "roi_heads.box_head.0.0.weight" in state_dict
     depth = _depth(state_dict)
     changes = [] if any(name.startswith("roi_heads.mask_") for name in state_dict) else ["model.masks=false"]
-    recipe = recipes.load("torchvision-fpn-res50-v2" if newer else "torchvision-fpn-res50")
+    recipe = recipes.load("torchvision-fpn-res50-v2" if is_version_2 else "torchvision-fpn-res50")
     if depth != 50:
         changes += [f"name={recipe.name.replace('res50', f'res{depth}')}", f"model.depth={depth}"]
     recipe = recipe.with_changes(changes)
     classes = max(num_rows(state_dict, "roi_heads.box_predictor.cls_score.weight", 91) - 1, 1)
     if classes > MAX_CATEGORIES:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
-    kind = f"torchvision's {'Mask' if recipe.model.masks else 'Faster'} R-CNN with a ResNet-{depth}"
+    network, version = "Mask" if recipe.model.masks else "Faster", ", version 2" if is_version_2 else ""
+    kind = f"torchvision's {network} R-CNN with a ResNet-{depth}{version}"
     tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe))
-    return ConvertedWeights(kind + ", version 2" * newer, recipe, classes, tensors, (), classes == NUM_COCO_LABELS)
+    return ConvertedWeights(kind, recipe, classes, tensors, (), label_order="ids")
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
@@ -101,10 +107,7 @@ def unfold_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, value in tensors.items():
         convolution, _, end = name.rpartition(".0.")
-        if not re.fullmatch(r"(backbone\.fpn\.\w+|roi_heads\.(box|mask)_head)\.\d", convolution):
-            converted[name] = value
-            continue
-        if end == "weight":
+        if end != "bias" or not re.fullmatch(r"(backbone\.fpn\.\w+|roi_heads\.(box|mask)_head)\.\d", convolution):
             converted[name] = value
             continue
         ones = torch.ones_like(value)
@@ -115,6 +118,7 @@ def unfold_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _current_name(name: str) -> str:
+    """The name of a tensor since torchvision 0.13."""
     for expression, replacement in _RENAMED:
         name = re.sub(expression, replacement, name)
     return name
@@ -142,11 +146,9 @@ def _fold_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _depth(state_dict: Mapping[str, Tensor]) -> int:
-    blocks = tuple(count_blocks(state_dict, f"backbone.body.layer{stage}.") for stage in (1, 2, 3, 4))
-    bottleneck = "backbone.body.layer1.0.conv3.weight" in state_dict
-    depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == bottleneck]
-    if not depths:
-        raise InputError(f"a torchvision detector with another backbone than a ResNet; {SUPPORTED}")
+    depth = find_resnet_depth(state_dict, "backbone.body.")
+    if depth is None:
+        raise InputError(f"a torchvision detector with a backbone other than a ResNet; {SUPPORTED}")
     if state_dict.get("backbone.body.layer1.0.conv1.weight", torch.zeros(64)).shape[:1] != (64,):
         raise InputError(f"a torchvision detector with a ResNeXt or a wide ResNet; {SUPPORTED}")
-    return depths[0]
+    return depth
