@@ -181,7 +181,7 @@ class _Training:
         steps = range(first, options.steps)
         self.model.train()
         with (
-            Stop.watching() as stop,
+            Stop.watch() as stop,
             _freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
             MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,
