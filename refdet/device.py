@@ -32,10 +32,12 @@ def resolve_device(name: str | None) -> torch.device:
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device  # with an index, if a GPU was named without one
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        value = torch.zeros(1, device=name)
+        value.item()  # fails on the meta device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # the next sentence lists all of PyTorch's backends
         raise InputError(f"`device` {name}: cannot be used ({reason}); try `device='cpu'`") from error
+    device = value.device  # with an index, even if a GPU was named without one
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
