@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,10 +196,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes its files readable by the owner only
         save_file(plain, temporary, metadata=dict(metadata))
-        umask = os.umask(0)  # safetensors makes its files readable by the owner only
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(stat.S_IMODE(mode))
+
+
+def read_weights(folder: Path, meta: CheckpointMetadata) -> dict[str, Tensor]:
+    """Read the weights of a run directory, memory-mapped.
+
+    Args:
+        folder: the run directory.
+        meta: its metadata, read before.
+
+    Raises:
+        InputError: the file cannot be read, or has the weights of another step than the metadata.
+    """
+    tensors, about = read_tensors(folder / MODEL)
+    step = about.get("step", str(meta.step))  # not recorded in files that refdet did not write
+    if step != str(meta.step):
+        raise InputError(
+            f"{folder / MODEL}: has the weights of step {shorten(step)}, but {META} is of step {meta.step}: the run is "
+            "being saved or was killed while saving; try again, or continue the training with `resume=True`"
+        )
+    return tensors
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from refdet.config.recipe import Recipe
 from refdet.detector import optimize
-from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
+from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_weights, run_directory
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import as_out_of_memory_error, float32_arithmetic
@@ -63,7 +63,7 @@ def load(
         RuntimeFailure: the device has too little memory.
     """
     folder, meta = run_directory(path), load_meta(path)
-    return from_tensors(meta, read_tensors(folder / MODEL)[0], folder, device, for_inference, precision)
+    return from_tensors(meta, read_weights(folder, meta), folder, device, for_inference, precision)
 
 
 def from_tensors(

@@ -25,6 +25,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.training.optim import build_optimizer
+from refdet.training.pretrained import load_pretrained
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
@@ -65,6 +66,19 @@ def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Pa
         loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
     loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
     assert find_unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
+
+
+def test_weights_and_metadata_of_different_steps_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, out := tmp_path / "run")
+    meta = replace(META, step=4)
+    (out / checkpoint.META).write_text(json.dumps(meta.to_json()))  # as between the two writes of `save`
+    said = r"run/model\.safetensors: has the weights of step 3, but model\.json is of step 4: .* try again"
+    with pytest.raises(InputError, match=said):
+        loading.load(out)
+    with pytest.raises(InputError, match=said):
+        load_pretrained(MaskRCNN(TINY, 2), META.categories, out)
+    checkpoint.save(out, MaskRCNN(TINY, 2), meta)
+    assert loading.load(out).meta.step == 4
 
 
 def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
