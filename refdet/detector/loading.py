@@ -20,11 +20,11 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import as_out_of_memory_error, float32_arithmetic
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import format_count, shorten
-from refdet.ops._library import warn_of_plain_pytorch
+from refdet.ops._library import warn_without_cuda_kernels
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BATCH_COUNTER = "num_batches_tracked"  # buffer of BatchNorm2d, but not of frozen norms
-MAX_NUMBERS = 500_000_000  # values in a network's parameters and buffers; the largest published one has 80 million
+MAX_VALUES = 500_000_000  # values in a network's parameters and buffers; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def from_tensors(
                 model = optimize.optimize_for_inference(model, bf16)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(f"{device} has too little memory for the detector; free some of it") from error
-    warn_of_plain_pytorch(next(model.parameters()).device)
+    warn_without_cuda_kernels(next(model.parameters()).device)
     return TrainedDetector(model, meta, folder, precision)
 
 
@@ -116,15 +116,15 @@ def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: its parameters and buffers have more than `MAX_NUMBERS` values.
+        InputError: its parameters and buffers have more than `MAX_VALUES` values.
     """
     with torch.device("meta"), _SkipInit():
         model = MaskRCNN(recipe, classes)
     numbers = sum(value.numel() for value in model.state_dict().values())
-    if numbers > MAX_NUMBERS:
+    if numbers > MAX_VALUES:
         raise InputError(
             f"recipe {recipe.name}: {numbers / 1e9:.1f} billion numbers ({4 * numbers / 2**30:.0f} GiB) is more than "
-            f"{MAX_NUMBERS / 1e9:g} billion; lower model.width and the other channel counts"
+            f"{MAX_VALUES / 1e9:g} billion; lower model.width and the other channel counts"
         )
     return model
 
@@ -146,7 +146,7 @@ def load_weights(
     """
     model_state = model.state_dict()
     check_compatible(model_state, tensors, source, skip)
-    loaded = _comparable(tensors, skip)
+    loaded = _select_comparable(tensors, skip)
     unusable_names = find_unusable(loaded)
     if unusable_names:
         raise InputError(
@@ -181,7 +181,7 @@ def check_compatible(
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or not floating point.
     """
-    model_state, loaded = _comparable(model_state, skip), _comparable(tensors, skip)
+    model_state, loaded = _select_comparable(model_state, skip), _select_comparable(tensors, skip)
     problems = [f"{name} is missing" for name in model_state if name not in loaded]
     problems += [f"{shorten(name)} is not in this network" for name in loaded if name not in model_state]
     problems += [
@@ -201,7 +201,7 @@ def check_compatible(
         )
 
 
-def _comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
+def _select_comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
     """Tensors except skipped ones and batch counters, which frozen norms do not have."""
     names = (name for name in tensors if not name.startswith(skip) and not name.endswith(BATCH_COUNTER))
     return {name: tensors[name] for name in names}

@@ -51,6 +51,6 @@ ReduceCounts: TypeAlias = Callable[[LossCounts], LossCounts]
 """Sums the counts of a batch with those of the other batches of a step."""
 
 
-def unreduced(counts: LossCounts) -> LossCounts:
+def no_reduction(counts: LossCounts) -> LossCounts:
     """The counts unchanged, for a step of a single batch."""
     return counts

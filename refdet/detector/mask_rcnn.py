@@ -27,7 +27,7 @@ from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.loss_counts import LossCounts, ReduceCounts, unreduced
+from refdet.detector.loss_counts import LossCounts, ReduceCounts, no_reduction
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import lower_thresholds, select_detections
 from refdet.detector.profiler import Profiler
@@ -117,7 +117,7 @@ class MaskRCNN(nn.Module):
         sizes: Sizes,
         targets: Sequence[GroundTruth],
         generator: torch.Generator | None = None,
-        reduce_counts: ReduceCounts = unreduced,
+        reduce_counts: ReduceCounts = no_reduction,
     ) -> dict[str, Tensor]:
         """The five loss terms (four without masks), scalars named as in torchvision, whose sum is the loss.
 
@@ -215,7 +215,7 @@ class MaskRCNN(nn.Module):
             maps = self.head.precompute(maps, len(boxes))
             rois = self._pooling_rois(_to_rois(image_index, boxes), maps, images)
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
-        with self.timed("choice"):
+        with self.timed("NMS"):
             finite = all_finite(rpn_output.logits, rpn_output.deltas, logits, deltas)
             boxes, scores, labels, counts = self._select_detections(boxes, image_index, logits, deltas, sizes, options)
         mask_labels = labels if self.recipe.model.masks else None

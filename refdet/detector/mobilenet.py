@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet.detector.backbones import mobilenet_channels
+from refdet.detector.backbone_channels import mobilenet_channels
 from refdet.detector.resnet import Norm, conv_norm
 
 # channels and stride of each layer after the first; the last two run on RoIs, with stride 1

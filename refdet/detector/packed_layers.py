@@ -26,7 +26,7 @@ from refdet.ops.convolution import (
     pack_conv3x3,
 )
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, fuses
+from refdet.ops.training_epilogue import bias_relu, is_fused_faster
 
 MIN_CHANNELS = 64  # with fewer, PyTorch's convolution is faster
 
@@ -84,7 +84,7 @@ class PackedConv2d(PackedLayer):
             and module.dilation == (1, 1)
             and module.groups == 1
             and module.padding_mode == "zeros"
-            and _fits(module.in_channels, module.out_channels, device, half)
+            and _supports_channels(module.in_channels, module.out_channels, device, half)
         )
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, apply_relu: bool = False) -> Tensor:
@@ -124,7 +124,7 @@ class PackedLinear(PackedLayer):
         """Whether a module is a linear layer for which the kernel is faster, which needs `half`."""
         if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
-        return _fits(module.in_features, module.out_features, module.weight.device, half)
+        return _supports_channels(module.in_features, module.out_features, module.weight.device, half)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C) -> (N, K), in the dtype of x."""
@@ -156,7 +156,7 @@ class PackedConvTranspose2x2(PackedLayer):
             and module.dilation == (1, 1)
             and module.groups == 1
             and is_pointwise_faster(module.weight.device, half)
-            and _fits(module.in_channels, module.out_channels, module.weight.device, half)
+            and _supports_channels(module.in_channels, module.out_channels, module.weight.device, half)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None)
     """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for a plain, packed or fused convolution."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, apply_relu=True)
-    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and fuses(x.device):
+    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and is_fused_faster(x.device):
         stride, padding, dilation = convolution.stride, convolution.padding, convolution.dilation
         y = conv2d(x, convolution.weight, None, stride, padding, dilation, convolution.groups)
         return bias_relu(y, convolution.bias, shortcut)
@@ -210,7 +210,7 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
             pack_layers(child, half, keep)
 
 
-def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
+def _supports_channels(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
     enough = min(inputs, outputs) >= MIN_CHANNELS
     return enough and inputs % CHANNEL_MULTIPLE == outputs % OUTPUT_MULTIPLE[half] == 0 and has_kernels(device, half)
 

@@ -110,7 +110,7 @@ def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, 
         count: number of images, B.
         threshold: the threshold to start from.
     """
-    best = scores.masked_fill(~_nonempty(boxes), -torch.inf).amax(dim=1)
+    best = scores.masked_fill(~_is_nonempty(boxes), -torch.inf).amax(dim=1)
     highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
@@ -144,7 +144,7 @@ def select_detections(
         boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, highest scores first within an image;
         and the number of boxes of each image.
     """
-    candidates = (scores >= score_thresholds[images, None]) & _nonempty(boxes)
+    candidates = (scores >= score_thresholds[images, None]) & _is_nonempty(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row, which decides ties
     kept, counts = batched_nms(
         boxes[rows, labels],
@@ -160,5 +160,5 @@ def select_detections(
     return boxes[rows, labels], scores[rows, labels], labels + 1, counts
 
 
-def _nonempty(boxes: Tensor) -> Tensor:
+def _is_nonempty(boxes: Tensor) -> Tensor:
     return ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)

@@ -21,7 +21,7 @@ from refdet.detector.conv2d import Conv2d
 from refdet.ops.epilogue import HALF_DTYPES
 from refdet.ops.scaled_weight import scaled_weight
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, compute_dtype, fuses
+from refdet.ops.training_epilogue import bias_relu, compute_dtype, is_fused_faster
 
 # Depth -> number of blocks in each of the four stages.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -96,7 +96,7 @@ def conv_norm_relu(convolution: nn.Module, norm: nn.Module, x: Tensor, pool: nn.
 
     There, max pooling comes before both, with which it commutes, and leaves them a smaller map.
     """
-    if not _fuses(convolution, norm, x):
+    if not _is_fused_faster(convolution, norm, x):
         y = relu(conv_norm(convolution, norm, x))
         return y if pool is None else pool(y)
     y, bias = _conv_and_bias(convolution, norm, x)
@@ -107,22 +107,22 @@ def conv_norm_add_relu(
     convolution: nn.Module, norm: nn.Module, x: Tensor, downsample: nn.Module, block_input: Tensor
 ) -> Tensor:
     """``relu(norm(convolution(x)) + downsample(block_input))``, the end of a block; see `conv_norm_relu`."""
-    if not _fuses(convolution, norm, x):
+    if not _is_fused_faster(convolution, norm, x):
         return add_relu(conv_norm(convolution, norm, x), downsample(block_input))
     y, bias = _conv_and_bias(convolution, norm, x)
     # in float32, adding the two biases first would change the order of the sums
     if (
         isinstance(downsample, Shortcut)
         and y.dtype in HALF_DTYPES
-        and _fuses(downsample[0], downsample[1], block_input)
+        and _is_fused_faster(downsample[0], downsample[1], block_input)
     ):
         shortcut, shortcut_bias = _conv_and_bias(downsample[0], downsample[1], block_input)
         return bias_relu(y, bias + shortcut_bias, shortcut)
     return bias_relu(y, bias, downsample(block_input))
 
 
-def _fuses(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and fuses(x.device)
+def _is_fused_faster(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and is_fused_faster(x.device)
 
 
 def _conv_and_bias(convolution: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

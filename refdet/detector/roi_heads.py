@@ -288,7 +288,7 @@ class StandardHead(nn.Module):
         """Cells of rois (K, 5) and of the last chunk's padding, which costs less than padding the cells."""
         padded = chunks[-1].first + chunks[-1].size
         if padded > len(rois):
-            levels = (levels or self.levels(rois)).padded(padded)
+            levels = (levels or self.levels(rois)).pad(padded)
             rois = pad_rows(rois, padded)
         return self._pool(maps, rois, size, levels)
 

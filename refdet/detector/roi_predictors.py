@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
-from refdet.ops.training_epilogue import bias_relu, fuses
+from refdet.ops.training_epilogue import bias_relu, is_fused_faster
 
 
 class BoxPredictor(nn.Module):
@@ -58,7 +58,7 @@ class MaskPredictor(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
-        hidden = self._hidden(x) if fuses(x.device) else self.hidden(x)
+        hidden = self._hidden(x) if is_fused_faster(x.device) else self.hidden(x)
         # compute only the mask of each RoI's class
         weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
         bias = self.logits.bias[labels].float()  # type: ignore[index]

@@ -100,7 +100,7 @@ def sample_rois(
     candidates = torch.cat((proposed, truth.boxes), dim=1)
     is_proposal = torch.arange(max_proposals, device=counts.device) < counts[:, None]
     match_labels, matched = assign_labels(
-        candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False
+        candidates, truth, options.positive_iou, options.positive_iou, allow_low_quality_matches=False
     )
     match_labels.masked_fill_(~torch.cat((is_proposal, truth.valid), dim=1), IGNORE)
     if not options.append_gt_boxes:  # only where no proposal is positive

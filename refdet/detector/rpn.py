@@ -147,7 +147,7 @@ class RegionProposalNetwork(nn.Module):
         # an empty box overlaps nothing
         candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
         labels, matched = assign_labels(
-            candidates, truth, options.positive_iou, options.negative_iou, best_for_each=True
+            candidates, truth, options.positive_iou, options.negative_iou, allow_low_quality_matches=True
         )
         return labels if inside_image is None else labels.masked_fill(~inside_image, IGNORE), matched
 

@@ -97,8 +97,8 @@ def subsample_labels(
     if sample_with_replacement:
         num_positives = num_positives.masked_fill((available_negatives == 0) & (available_positives > 0), count)
         repeats = random_numbers(~seeds, size)  # independent of the random order of the candidates
-        first = _with_repeats(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
-        second = _with_repeats(slot - num_positives, available_negatives, count - num_positives, repeats)
+        first = _repeat_if_short(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
+        second = _repeat_if_short(slot - num_positives, available_negatives, count - num_positives, repeats)
     else:
         first, second = slot.expand(len(labels), -1), slot - num_positives
     positive = slot < num_positives
@@ -113,7 +113,7 @@ def _random_order(mask: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor
     return order, mask.sum(dim=1, keepdim=True)
 
 
-def _with_repeats(index: Tensor, available: Tensor, needed: Tensor, repeats: Tensor) -> Tensor:
+def _repeat_if_short(index: Tensor, available: Tensor, needed: Tensor, repeats: Tensor) -> Tensor:
     """Indices (B, S) into a random order of (B, 1) available candidates; random, with repeats, if more are needed."""
     return torch.where(available < needed, repeats % available.clamp(min=1), index)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
-from refdet.detector.backbones import vgg_channels
+from refdet.detector.backbone_channels import vgg_channels
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.roi_chunks import cat_chunks, roi_chunks
 from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, pool_cells, pool_mean

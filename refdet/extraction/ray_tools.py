@@ -116,7 +116,7 @@ class DetectorTools:
         from refdet.extraction.computing import make_compute
         from refdet.extraction.defaults import default_workers
         from refdet.extraction.ray_messages import Tools
-        from refdet.ops._library import kernels_state
+        from refdet.ops._library import describe_kernels
 
         device = resolve_device(self.device)
         if device.type == "cpu":
@@ -137,7 +137,7 @@ class DetectorTools:
             make_compute(detector, self.options, given if self.regions_given else None),
             name,
             precision,
-            kernels_state(),
+            describe_kernels(),
             self.workers or default_workers(device),
             measure_batch_size,
             detector.inference,

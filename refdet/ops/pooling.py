@@ -57,7 +57,7 @@ def roi_align(
     Returns:
         (K, C, m, m) in the dtype of the map, channels_last.
     """
-    rois = rois if aligned else _unaligned(rois, stride)
+    rois = rois if aligned else _convert_unaligned(rois, stride)
     return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=False)
 
 
@@ -65,7 +65,7 @@ def roi_align_mean(
     x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
     """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    rois = rois if aligned else _unaligned(rois, stride)
+    rois = rois if aligned else _convert_unaligned(rois, stride)
     return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=True).flatten(1)
 
 
@@ -150,7 +150,7 @@ def pyramid_roi_align(
         (K, C, m, m), channels_last.
     """
     pool = partial(roi_align, sampling_ratio=sampling_ratio, aligned=aligned)
-    return _by_level(maps, rois, size, strides, levels, pool)
+    return _pool_by_level(maps, rois, size, strides, levels, pool)
 
 
 def pyramid_roi_align_mean(
@@ -164,17 +164,17 @@ def pyramid_roi_align_mean(
 ) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
     pool = partial(roi_align_mean, sampling_ratio=sampling_ratio, aligned=aligned)
-    return _by_level(maps, rois, size, strides, levels, pool)
+    return _pool_by_level(maps, rois, size, strides, levels, pool)
 
 
-def _unaligned(rois: Tensor, stride: float) -> Tensor:
+def _convert_unaligned(rois: Tensor, stride: float) -> Tensor:
     """RoIs (K, 5) for which pooling with alignment gives what `rois` (K, 5) give without it."""
     corner = rois[:, 1:3] + stride / 2
     sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=stride)
     return torch.cat((rois[:, :1], corner, corner + sides), dim=1)
 
 
-def _by_level(
+def _pool_by_level(
     maps: Sequence[Tensor],
     rois: Tensor,
     size: int,

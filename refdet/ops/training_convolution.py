@@ -66,7 +66,7 @@ def conv2d(
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
     if plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
-    if torch.is_grad_enabled() and _crashes(x, weight, stride, padding, groups):
+    if torch.is_grad_enabled() and _crashes_onednn(x, weight, stride, padding, groups):
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
@@ -84,7 +84,9 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _crashes(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int) -> bool:
+def _crashes_onednn(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int
+) -> bool:
     """Whether oneDNN's gradient of the weights crashes, seen with PyTorch 2.14.1 and AVX-512.
 
     Its kernel for strided 1x1 convolutions assumes a full vector of input channels.

@@ -25,7 +25,7 @@ from refdet.ops._library import DEVICES
 FUSED = frozenset({"cuda"}) & DEVICES  # device types on which training uses the fused pass; CPUs gain nothing from it
 
 
-def fuses(device: torch.device) -> bool:
+def is_fused_faster(device: torch.device) -> bool:
     """Whether `bias_relu` is faster than separate operators on a device; only with gradients enabled."""
     return device.type in FUSED and torch.is_grad_enabled()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
-from refdet.detector.backbones import network_name
+from refdet.detector.backbone_channels import network_name
 from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
 from refdet.files.short_text import format_count

@@ -17,7 +17,7 @@ from refdet.config.recipe_limits import LIMITS
 from refdet.data.coco import ImageRecord
 from refdet.detector import checkpoint, loading
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
-from refdet.detector.loading import MAX_NUMBERS, build_on_meta, load_weights
+from refdet.detector.loading import MAX_VALUES, build_on_meta, load_weights
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.weights.identify import identify_checkpoint
@@ -148,7 +148,7 @@ def test_the_largest_recipe_is_too_large() -> None:
         chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})
         with pytest.raises(InputError, match="billion numbers .* lower model.width"):
             build_on_meta(chosen, 50_000)
-    assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_NUMBERS
+    assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_VALUES
 
 
 def test_integers_are_no_weights(run: Path) -> None:
