@@ -8,10 +8,10 @@ Shape shorthand in this module:
     P: matrices of packed weights, 36 for a 3x3 convolution and 1 for a 1x1
 
 3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", 2016), which needs a third of the multiplications. 1x1 convolutions are matrix products,
-fused with the shortcut and ReLU after them. The result of an image has the same bits in any batch. Gradients are in
-`refdet.ops.training_convolution`. In a 3x3 convolution, inputs beyond 5e36 overflow, and a NaN or inf spreads to the
-whole 4x4 tile of outputs.
+Convolutional Neural Networks", 2016), which needs a quarter to a third of the multiplications. 1x1 convolutions are
+matrix products, fused with the shortcut and ReLU after them. The result of an image has the same bits in any batch.
+Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution, inputs beyond 5e36 overflow, and a NaN or inf
+spreads to the whole 4x4 tile of outputs.
 
 Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, 2e-6 of the
 standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs and float16 products, on processors with
