@@ -315,8 +315,7 @@ class MaskRCNN(nn.Module):
                     values["class_prob"] = self.head.predict_boxes(outputs.fc7)[0].softmax(dim=1)
                 if outputs.mask_logits is not None:
                     masks = outputs.mask_logits.sigmoid()
-            means = [values[name] for name in ("pool5", "fc7") if name in values]
-            finite = all_finite(rois, *means, *(() if masks is None else [masks]))
+            finite = all_finite(rois, values.get("pool5"), values.get("fc7"), masks)
         features = {name: values[name].float() for name in names if name != FEATURE_MAP}
         return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
 
