@@ -32,7 +32,7 @@ MODEL, META, STATE = "model.safetensors", "model.json", "state"
 BEST, VALIDATION = "best", "validation.json"  # folder of the weights with the highest AP, and the file with that AP
 MAX_META_BYTES = 2**23  # of model.json
 MAX_CATEGORIES = 50_000
-HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parameters that an ImageNet network lacks
+HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the names of parameters that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def _parse_categories(tree: Any) -> tuple[tuple[int, str], ...]:
     if not isinstance(tree, list) or not 0 < len(tree) <= MAX_CATEGORIES:
         raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {short_repr(tree)}")
     for category in tree:
-        good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
-        if not good or not -(2**63) <= category["id"] < 2**63:
+        is_valid = (
+            isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
+        )
+        if not is_valid or not -(2**63) <= category["id"] < 2**63:
             raise InputError(
                 f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {short_repr(category)}"
             )
@@ -143,7 +145,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     if not path.is_dir():
         return "not a run directory"
     if any((folder / STATE).glob("step-*.safetensors")):
-        return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
+        return "a run that has saved a training state but no model yet; continue it with `refdet train --resume`"
     if (folder / META).is_file() or (folder / MODEL).is_file():
         return f"no {missing} there, only the other half of a run directory; copy both"
     inner = sorted(parent for parent in path.iterdir() if _is_run(parent))
@@ -154,7 +156,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
 
 
 def was_validated(folder: Path) -> bool:
-    """Whether a run was validated: its directory is, or contains, the folder of the best weights."""
+    """Whether a run was validated; `folder` is its run directory or the folder of its best weights."""
     return (folder / VALIDATION).exists() or (folder / BEST).exists()
 
 
@@ -194,11 +196,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file atomically."""
     from safetensors.torch import save_file  # imports torch
 
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    host_tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors makes its files readable by the owner only
-        save_file(plain, temporary, metadata=dict(metadata))
+        save_file(host_tensors, temporary, metadata=dict(metadata))
         temporary.chmod(stat.S_IMODE(mode))
 
 

@@ -84,8 +84,10 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
         epilogue: any but `Epilogue.PLAIN`.
     """
     backbone = model.backbone
-    if isinstance(backbone, ResNet) and FusedConv2d.supports(backbone.conv1):
-        backbone.conv1, backbone.maxpool = FusedStem(backbone.conv1, backbone.maxpool), nn.Identity()
+    if isinstance(backbone, ResNet):
+        stem, pool = backbone.conv1, backbone.maxpool
+        if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):
+            backbone.conv1, backbone.maxpool = FusedStem(stem, pool), nn.Identity()
     fuse_blocks(model, epilogue)
 
 
@@ -95,7 +97,7 @@ def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
     for parent in list(module.modules()):
         if isinstance(parent, FusedBottleneck) and isinstance(parent.downsample, Shortcut):
             shortcut = parent.downsample[0]
-            if shortcut.bias is not None and parent.conv3.bias is not None:
+            if isinstance(shortcut, nn.Conv2d) and shortcut.bias is not None and parent.conv3.bias is not None:
                 parent.conv3.bias.add_(shortcut.bias)
                 shortcut.bias = None
         for name in FOLLOWED_BY_RELU.get(type(parent), ()):

@@ -257,9 +257,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
-        self.conv1 = Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.conv1: nn.Module = Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = norm(width)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
         self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))
         in_channels = width
         for stage, (count, stride) in enumerate(zip(BLOCKS[depth], strides, strict=True)):

@@ -76,8 +76,8 @@ def _area(boxes: Tensor) -> Tensor:
 
 def anchors_inside(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     """Whether each anchor (N, 4) is inside each image of the given (height, width), (B, N) bool."""
-    limits = box_ops.new_tensor([(width, height) for height, width in sizes], anchors)
-    return (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] <= limits[:, None]).all(dim=2)
+    limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], anchors).view(-1, 1, 2)
+    return (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] <= limits).all(dim=2)
 
 
 def compute_mask_targets(

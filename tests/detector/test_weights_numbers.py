@@ -146,7 +146,7 @@ def test_the_largest_recipe_is_too_large() -> None:
         largest["model"][key] = int(LIMITS[f"model.{key}"].high)
     for neck in ("c4", "fpn"):
         chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})
-        with pytest.raises(InputError, match="billion numbers .* lower model.width"):
+        with pytest.raises(InputError, match="billion parameters .* lower model.width"):
             build_on_meta(chosen, 50_000)
     assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_VALUES
 
