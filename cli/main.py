@@ -17,7 +17,7 @@ try:
     from click.exceptions import NoArgsIsHelpError
 
     from refdet.errors import ArgumentError, RefdetError, is_disk_full
-    from refdet.interrupt import ending_imports
+    from refdet.interrupt import exit_during_imports
     from refdet.training.launch import repeats_usage_errors
     from refdet.training.processes import ReportedElsewhere
 
@@ -82,7 +82,7 @@ class LazyGroup(click.Group):
         _open_closed_streams()
         _show_notes()
         try:
-            with ending_imports():
+            with exit_during_imports():
                 code = super().main(args, standalone_mode=False, **options)
             _flush()
         except OutputLost:

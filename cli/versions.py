@@ -14,12 +14,12 @@ def versions() -> list[str]:
         import torch
 
         from refdet.device import describe_device
-        from refdet.ops._library import kernels_state
+        from refdet.ops._library import describe_kernels
     except (ImportError, OSError) as error:  # possibly what the user is trying to find out
         return [*lines, f"PyTorch cannot be imported: {error}"]
     return [
         *lines,
         f"Python {platform.python_version()}, PyTorch {torch.__version__}",
         f"device: {describe_device(None)}",
-        kernels_state(),
+        describe_kernels(),
     ]

@@ -3,17 +3,19 @@
     detector = refdet.load_detector("runs/res101")
     regions = detector.detect("image.jpg")
 
-What the package offers is imported when it is used: ``import refdet`` alone brings neither torch nor NumPy.
+The public names are imported when they are first used: ``import refdet`` alone imports neither torch nor NumPy.
 """
 
-from __future__ import annotations
-
+# `python -m refdet` runs this file before `__main__` removes the current folder from sys.path. So it must not import a
+# module that Python has not loaded yet, not even typing or __future__.
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from refdet.files.version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for True
 if TYPE_CHECKING:
+    import typing
+
     from refdet.detector.detector import Detector, load_detector
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.extraction.extract import extract_features
@@ -44,7 +46,7 @@ __all__ = [
     "train",
 ]
 
-_PLACES = {
+_EXPORTS = {  # public name -> "module:attribute"
     "Detector": "refdet.detector.detector:Detector",
     "ExtractOptions": "refdet.extraction.options:ExtractOptions",
     "ImageList": "refdet.extraction.image_list:ImageList",
@@ -61,11 +63,11 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A name of the API, imported when it is first used."""
-    if name not in _PLACES:
+def __getattr__(name: str) -> "typing.Any":
+    """Import a public name when it is first used."""
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _PLACES[name].partition(":")
+    module, _, attribute = _EXPORTS[name].partition(":")
     value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value

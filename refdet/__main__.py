@@ -5,13 +5,18 @@ import sys
 
 import refdet
 
-# Python puts the current folder first, where a stranger's numpy.py may lie beside the stranger's data.
-if (
-    sys.path
-    and sys.path[0] in ("", os.getcwd())
-    and not os.path.samefile(sys.path[0] or ".", refdet.__path__[0] + "/..")
-):
-    del sys.path[0]
+
+def _remove_current_folder() -> None:
+    """Remove the current folder, which Python puts first, from sys.path, unless refdet itself is in it.
+
+    A folder of downloaded data may contain a numpy.py that must not be run.
+    """
+    folder = sys.path[0] if sys.path else None
+    if folder in ("", os.getcwd()) and not os.path.samefile(folder or ".", os.path.join(refdet.__path__[0], "..")):
+        del sys.path[0]
+
+
+_remove_current_folder()
 
 from refdet.cli.main import main  # noqa: E402
 

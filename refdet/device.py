@@ -1,4 +1,4 @@
-"""Devices, their precision, and copies from the host."""
+"""Devices: selection, arithmetic precision, copies to and from the host, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _Value = TypeVar("_Value")
 _TF32_CAPABILITY = (8, 0)  # compute capability of Ampere, the first GPUs with TF32
 # out-of-memory messages of the CUDA runtime, cuBLAS and cuDNN
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-# messages of libraries that cannot load a kernel or allocate a workspace, but that have other causes too
+# messages of libraries that failed to load a kernel or allocate a workspace, for want of memory or another reason
 _MAYBE_OUT_OF_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
-_MIN_FREE_BYTES = 2**29  # more than a library and its handle need
+_MIN_FREE_BYTES = 2**29  # a library and its handle need less; with more free, the reason is another
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -32,10 +32,12 @@ def resolve_device(name: str | None) -> torch.device:
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device  # with an index, if a GPU was named without one
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        value = torch.zeros(1, device=name)
+        value.item()  # fails on the meta device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # the next sentence lists all of PyTorch's backends
         raise InputError(f"`device` {name}: cannot be used ({reason}); try `device='cpu'`") from error
+    device = value.device  # with an index, even if a GPU was named without one
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -49,10 +51,11 @@ def describe_device(name: str | None) -> str:
     Raises:
         InputError: the device does not exist or cannot be used.
     """
-    device, chosen = resolve_device(name), name is None or name == "auto"
+    device = resolve_device(name)
+    is_default = name is None or name == "auto"
     if device.type != "cuda":
-        return f"{device} ({'no GPU is visible' if chosen else 'as requested'})"
-    return f"{device} {torch.cuda.get_device_name(device)} ({'chosen by default' if chosen else 'as requested'})"
+        return f"{device} ({'no GPU is visible' if is_default else 'as requested'})"
+    return f"{device} {torch.cuda.get_device_name(device)} ({'chosen by default' if is_default else 'as requested'})"
 
 
 def supported_precision(precision: str, device: torch.device) -> str:
@@ -84,43 +87,46 @@ def exact_float32() -> AbstractContextManager[None]:
 def float32_arithmetic(precision: str) -> Iterator[None]:
     """Context manager that sets how float32 tensors are multiplied, then restores the settings.
 
-    By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23, and
-    optionally those of matrix products, on the CPU too. There are legacy and newer settings, which raise an error where
-    they contradict each other, so both are set. They apply to the process, not to a thread.
+    By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23; it
+    can also be set to round those of matrix products, on the CPU too. PyTorch has legacy and newer settings, and raises
+    an error where they contradict each other, so both are set. They apply to the whole process, not to a thread.
 
     Args:
         precision: "tf32" for TF32 in convolutions and matrix products on a GPU; otherwise IEEE float32. That includes
-            "bfloat16", as its layers have that dtype and the float32 operations between them stay exact.
+            "bfloat16": there the layers have that dtype, and the float32 operations between them stay exact.
     """
     backends: Any = torch.backends
     on_gpu = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    newer = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in newer]
-    convolutions = _read_legacy(lambda: backends.cudnn.allow_tf32, False)
-    products = _read_legacy(torch.get_float32_matmul_precision, "highest")
+    settings = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
+    previous = [setting.fp32_precision for setting in settings]
+    previous_allow_tf32 = _read_legacy(lambda: backends.cudnn.allow_tf32, False)
+    previous_matmul = _read_legacy(torch.get_float32_matmul_precision, "highest")
     tf32 = precision == "tf32"
-    values = ["tf32" if tf32 and setting in on_gpu else "ieee" for setting in newer]
+    values = ["tf32" if tf32 and setting in on_gpu else "ieee" for setting in settings]
     try:
-        _apply(tf32, "high" if tf32 else "highest", newer, values)
+        _set_float32_arithmetic(tf32, "high" if tf32 else "highest", settings, values)
         yield
     finally:
-        _apply(convolutions, products, newer, before)
+        _set_float32_arithmetic(previous_allow_tf32, previous_matmul, settings, previous)
 
 
-def _read_legacy(setting: Callable[[], _Value], strict: _Value) -> _Value:
-    """A legacy setting, or the strict value if it contradicts the newer settings and so cannot be read."""
+def _read_legacy(read: Callable[[], _Value], strictest: _Value) -> _Value:
+    """A legacy setting, or the strictest value if it contradicts the newer settings and so cannot be read."""
     try:
         with _suppress_legacy_warnings():
-            return setting()
+            return read()
     except RuntimeError:
-        return strict
+        return strictest
 
 
-def _apply(convolutions: bool, products: str, newer: Sequence[Any], values: Sequence[str]) -> None:
+def _set_float32_arithmetic(
+    cudnn_allow_tf32: bool, matmul_precision: str, settings: Sequence[Any], values: Sequence[str]
+) -> None:
+    """Set the two legacy settings, then the newer `settings` to `values`, as the legacy ones change them."""
     with _suppress_legacy_warnings():
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-    for setting, value in zip(newer, values, strict=True):  # after the legacy settings, which change these
+        torch.backends.cudnn.allow_tf32 = cudnn_allow_tf32
+        torch.set_float32_matmul_precision(matmul_precision)
+    for setting, value in zip(settings, values, strict=True):
         setting.fp32_precision = value
 
 
@@ -171,7 +177,7 @@ def _is_out_of_memory(text: str) -> bool:
 
 
 def to_cpu_async(values: Tensor) -> Callable[[], Tensor]:
-    """Start copying a tensor to the host; the returned function waits for the copy, not for work queued later."""
+    """Start copying a tensor to the host; the returned function waits for this copy only and returns it."""
     on_host = values.detach().to("cpu", non_blocking=True)  # into pinned memory
     if values.device.type != "cuda":
         return lambda: on_host

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -15,14 +15,14 @@ _Handler = Callable[[int, FrameType | None], None]
 
 
 class StopRequested(KeyboardInterrupt):
-    """A signal ended a wait within `Stop.ends_waiting`; not an Exception, so that no handler catches it as one."""
+    """A signal interrupted a wait; like KeyboardInterrupt, it is not caught by ``except Exception``."""
 
 
 class Stop:
     """Records the first stop signal; training checks for it after each step.
 
-    A signal interrupts only waits within `ends_waiting`. Later signals are ignored: schedulers and impatient users
-    send several, and saving must not be interrupted.
+    A signal raises an exception only in an `interrupt_waits` block. Later signals are ignored: schedulers and impatient
+    users send several, and saving must not be interrupted.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class Stop:
 
     @classmethod
     @contextmanager
-    def watching(cls) -> Iterator[Stop]:
-        """Handle the signals within the block, if it runs in the main thread."""
+    def watch(cls) -> Iterator[Stop]:
+        """Context manager that yields a `Stop` which records signals; outside the main thread it records none."""
         stop = cls()
-        with _handled_by(stop._note):
+        with _handle_signals(stop._on_signal):
             yield stop
 
     @property
@@ -48,8 +48,8 @@ class Stop:
         return "Ctrl-C" if self.signal == signal.SIGINT else str(self.signal and self.signal.name)
 
     @contextmanager
-    def ends_waiting(self) -> Iterator[None]:
-        """Raise StopRequested within the block on a signal, including one that was received earlier."""
+    def interrupt_waits(self) -> Iterator[None]:
+        """Context manager in which a signal raises StopRequested; raises it at once if one was received before."""
         self._waiting = True
         try:
             if self.requested:
@@ -58,12 +58,11 @@ class Stop:
         finally:
             self._waiting = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
             if number == signal.SIGINT and not self._waiting:
-                # Not sys.stderr, which the interrupted code may be writing to.
-                os.write(2, b"\nstopping; finishing and saving this step\n")
+                _write_to_stderr(b"\nstopping; finishing and saving this step\n")
         if self._waiting:
             self._waiting = False
             raise StopRequested
@@ -71,17 +70,17 @@ class Stop:
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt within the block on any of the signals."""
+    """Context manager in which any of the signals raises KeyboardInterrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt):
+    with _handle_signals(interrupt):
         yield
 
 
 @contextmanager
-def ending_imports() -> Iterator[None]:
+def exit_during_imports() -> Iterator[None]:
     """Like `as_keyboard_interrupt`, but a signal during an import exits the process at once with one line.
 
     Extension modules may swallow any exception of their imports, including KeyboardInterrupt, and continue without
@@ -90,18 +89,31 @@ def ending_imports() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if _is_importing(frame):
-            os.write(2, b"error: interrupted\n")
+            _write_to_stderr(b"error: interrupted\n")
             os._exit(EXIT_CODE)
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt):
+    with _handle_signals(interrupt):
         yield
 
 
-def ignore() -> None:
-    """Ignore the signals in a worker process; terminals and schedulers signal every process, but the parent ends it."""
+def ignore_signals() -> None:
+    """Ignore the signals in a worker process.
+
+    Terminals and schedulers send them to every process of a job, but the main process decides when its workers end.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _write_to_stderr(text: bytes) -> None:
+    """Write to stderr from a signal handler.
+
+    Not through sys.stderr, which the interrupted code may be writing to. A failure is ignored: Ctrl-C also ends a
+    reader such as ``| tee log``, and an exception raised here would abort the step that is to be saved.
+    """
+    with suppress(OSError):
+        os.write(2, text)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -113,18 +125,18 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def _handled_by(handler: _Handler) -> Iterator[None]:
-    """Handle the signals within the block; does nothing outside the main thread, where Python cannot."""
+def _handle_signals(handler: _Handler) -> Iterator[None]:
+    """Context manager that sets a signal handler; does nothing outside the main thread, as Python forbids it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {}
+    previous = {}
     try:
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # set by nohup
-            before[number] = signal.signal(number, handler)
+            previous[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+        for number, action in previous.items():
+            signal.signal(number, signal.SIG_DFL if action is None else action)

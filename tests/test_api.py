@@ -62,7 +62,7 @@ def test_type_checkers_see_the_names_that_python_finds() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen == refdet._PLACES and sorted({*seen, "__version__"}) == sorted(refdet.__all__)
+    assert seen == refdet._EXPORTS and sorted({*seen, "__version__"}) == sorted(refdet.__all__)
 
 
 def test_what_is_not_there_is_an_attribute_error() -> None:

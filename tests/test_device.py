@@ -116,7 +116,7 @@ def test_the_gpu_that_is_chosen_becomes_the_current_one(
 ) -> None:
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("refdet.device.torch.zeros", lambda count, device: SimpleNamespace(
+    monkeypatch.setattr("refdet.device.torch.zeros", lambda count, device: SimpleNamespace(item=float,
         device=torch.device(device) if ":" in device else torch.device(device, 0)))  # fmt: skip
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert resolve_device(name) == torch.device("cuda", index)
@@ -128,6 +128,15 @@ def test_a_device_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="`device` cuda:97: cannot be used"):
         resolve_device("cuda:97")
+
+
+@pytest.mark.parametrize("name", ["meta", "mps:0", "xla", "privateuseone", "gpu", ""])
+def test_a_device_without_values_is_refused_in_one_short_line(name: str) -> None:
+    if name.startswith("mps") and torch.backends.mps.is_available():
+        pytest.skip("this machine has such a device")
+    with pytest.raises(InputError, match=f"^`device` {name}: cannot be used ") as caught:
+        resolve_device(name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_test_without_a_mark_computes_on_the_cpu() -> None:

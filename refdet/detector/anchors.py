@@ -4,7 +4,7 @@ Shape shorthand in this module:
 
     B: images in the batch
     C, H, W: channels, height and width of a feature map
-    A: anchors per cell (position of a feature map), len(ratios) * len(sizes)
+    A: anchors per cell, len(ratios) * len(sizes); a cell is a position of a feature map
 
 Anchors are xyxy in pixels of the network's input.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ROUNDED_BASE = 16  # pixels: side of the square that the reference reshapes to each ratio and rounds before scaling
+ROUNDED_BASE = 16  # pixels: side of the square that is reshaped to each ratio and rounded, before scaling
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:
@@ -49,7 +49,7 @@ class AnchorGenerator(nn.Module):
         strides: stride of each map, in pixels of the network's input.
         rounded: round the sides as the original Faster R-CNN code does.
         offset: center of the anchors of cell (0, 0), in strides.
-        torchvision: as in torchvision, round the corners of the anchors and derive strides from the sizes of the maps.
+        torchvision: as in torchvision, round the corners of anchors to pixels and compute strides from map sizes.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class AnchorGenerator(nn.Module):
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
         The center of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
-        the size of the padded input divided by that of the map, rounded down; the input is a multiple of 32, four times
-        the size of the finest map.
+        the size of the padded input divided by the size of the map, rounded down. There the input is padded to a
+        multiple of 32, so its size is `strides[0]` times that of the finest map.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ MODEL, META, STATE = "model.safetensors", "model.json", "state"
 BEST, VALIDATION = "best", "validation.json"  # folder of the weights with the highest AP, and the file with that AP
 MAX_META_BYTES = 2**23  # of model.json
 MAX_CATEGORIES = 50_000
-HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parameters that an ImageNet network lacks
+HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the names of parameters that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ def _parse_categories(tree: Any) -> tuple[tuple[int, str], ...]:
     if not isinstance(tree, list) or not 0 < len(tree) <= MAX_CATEGORIES:
         raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {short_repr(tree)}")
     for category in tree:
-        good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
-        if not good or not -(2**63) <= category["id"] < 2**63:
+        is_valid = (
+            isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
+        )
+        if not is_valid or not -(2**63) <= category["id"] < 2**63:
             raise InputError(
                 f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {short_repr(category)}"
             )
@@ -144,7 +146,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     if not path.is_dir():
         return "not a run directory"
     if any((folder / STATE).glob("step-*.safetensors")):
-        return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
+        return "a run that has saved a training state but no model yet; continue it with `refdet train --resume`"
     if (folder / META).is_file() or (folder / MODEL).is_file():
         return f"no {missing} there, only the other half of a run directory; copy both"
     inner = sorted(parent for parent in path.iterdir() if _is_run(parent))
@@ -155,7 +157,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
 
 
 def was_validated(folder: Path) -> bool:
-    """Whether a run was validated: its directory is, or contains, the folder of the best weights."""
+    """Whether a run was validated; `folder` is its run directory or the folder of its best weights."""
     return (folder / VALIDATION).exists() or (folder / BEST).exists()
 
 
@@ -195,12 +197,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file atomically."""
     from safetensors.torch import save_file  # imports torch
 
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    host_tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata))
-        umask = os.umask(0)  # safetensors makes its files readable by the owner only
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes its files readable by the owner only
+        save_file(host_tensors, temporary, metadata=dict(metadata))
+        temporary.chmod(stat.S_IMODE(mode))
+
+
+def read_weights(folder: Path, meta: CheckpointMetadata) -> dict[str, Tensor]:
+    """Read the weights of a run directory, memory-mapped.
+
+    Args:
+        folder: the run directory.
+        meta: its metadata, read before.
+
+    Raises:
+        InputError: the file cannot be read, or has the weights of another step than the metadata.
+    """
+    tensors, about = read_tensors(folder / MODEL)
+    step = about.get("step", str(meta.step))  # not recorded in files that refdet did not write
+    if step != str(meta.step):
+        raise InputError(
+            f"{folder / MODEL}: has the weights of step {shorten(step)}, but {META} is of step {meta.step}: the run is "
+            "being saved or was killed while saving; try again, or continue the training with `resume=True`"
+        )
+    return tensors
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

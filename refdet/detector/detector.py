@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 ImageLike: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """(H, W, 3) uint8 RGB, a PIL image, or the path of an image file."""
 Images: TypeAlias = list[Any] | tuple[Any, ...]
-"""Several `ImageLike`."""
+"""List or tuple of `ImageLike`."""
 
 BATCH_SIZE = 4  # images per batch, as in an extraction on a CPU
-CHUNK = 64  # images of a list decoded before they are batched
+CHUNK = 64  # images of a list that are in memory at the same time
 
 _Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
 
@@ -64,8 +64,8 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     Args:
         path: run directory, as ``refdet train`` and ``refdet import-weights`` write it.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one. A GPU becomes PyTorch's current device.
-        precision: "float32", IEEE float32 on GPUs too; or, faster where the device supports it, "tf32", float32 with
-            products in TF32, or "bfloat16". Other devices compute in float32, with a warning.
+        precision: "float32" is IEEE float32, also on GPUs. "tf32" (float32 with products in TF32) and "bfloat16" are
+            faster; a device without that arithmetic computes in float32, with a warning.
 
     Raises:
         InputError: the checkpoint is missing or damaged, or the device cannot be used.
@@ -156,11 +156,11 @@ class Detector:
             >>> regions = detector.detect("image.jpg", score_threshold=0.01)
             >>> regions.boxes.shape == (len(regions), 4)
             True
-            >>> [len(found) for found in detector.detect([image, "image.jpg"], max_regions=5)]
+            >>> [len(regions) for regions in detector.detect([image, "image.jpg"], max_regions=5)]
             [5, 5]
 
         Args:
-            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
+            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of these, of any sizes.
             score_threshold: lowest class probability of a detection, 0..1.
             nms_threshold: IoU above which the lower-scoring of two detections of a class is removed, 0..1.
             max_regions: detections to keep per image, best first.
@@ -169,7 +169,7 @@ class Detector:
 
         Returns:
             Boxes (n, 4) in pixels of the image, scores, categories, masks if the detector has a mask branch, and
-            features. For a list of images a list in the same order; ``image_id`` is the index in the list.
+            features. For a list of images, a list in the same order; ``image_id`` is the index in the list.
 
         Raises:
             ArgumentError: an image has the wrong dtype or shape, or an option is out of range.
@@ -221,14 +221,15 @@ class Detector:
             1
 
         Args:
-            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
-            boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image, clipped to the image. For a list
-                of images a list of such.
-            category_ids: (n,) category ids, keys of `classes`, of the masks. For a list of images a list of such.
+            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of these, of any sizes.
+            boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image; they are clipped to the image. For
+                a list of images, a list with the boxes of each image.
+            category_ids: (n,) category ids, keys of `classes`: each box gets the mask of its category. For a list of
+                images, a list with the ids of each image.
             features: names of the features to compute, from `refdet.detector.feature_names`.
 
         Returns:
-            The boxes with score 1 and their features. For a list of images a list in the same order.
+            The boxes with score 1 and their features. For a list of images, a list in the same order.
 
         Raises:
             ArgumentError: an image has the wrong dtype or shape; a box is reversed, not finite or outside its image;
@@ -237,7 +238,7 @@ class Detector:
             RuntimeFailure: the device has too little memory, or the network outputs NaN.
         """
         check_features(features, self.recipe)
-        several = isinstance(image, list | tuple)
+        is_list = isinstance(image, list | tuple)
         if isinstance(image, list | tuple):
             _check_one_per_image("boxes", boxes, len(image))
             if category_ids is not None:
@@ -246,7 +247,7 @@ class Detector:
         def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
             clipped, ids = [], []
             for record in records:
-                index = record.id if several else None
+                index = record.id if is_list else None
                 with _add_index_to_errors(index):
                     clipped.append(check_boxes(_select(boxes, index), record.height, record.width))
                     if category_ids is not None:
@@ -262,7 +263,7 @@ class Detector:
         return self._run(image, compute)
 
     def _run(self, image: ImageLike | Images, compute: _Compute) -> Regions | list[Regions]:
-        """Regions of an image, or of each image of a list."""
+        """Apply `compute` to batches of images; returns the regions of an image, or of each image of a list."""
         if not isinstance(image, list | tuple):
             return self._run_chunk([image], None, compute)[0]
         chunks = (self._run_chunk(image[i : i + CHUNK], i, compute) for i in range(0, len(image), CHUNK))
@@ -290,8 +291,8 @@ class Detector:
                     batch_regions = compute([pixels[record.id] for record in batch], batch)
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(
-                    f"{self.device} has too little memory for {format_count(len(batch), 'image')}; free some, or pass "
-                    "fewer or smaller images"
+                    f"{self.device} has too little memory for {format_count(len(batch), 'image')}; free some of it, "
+                    "or pass fewer or smaller images"
                 ) from error
             regions_by_index |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
         return [regions_by_index[record.id] for record in records]
@@ -317,7 +318,7 @@ def _make_regions(
 
 
 def _check_one_per_image(argument: str, values: Any, count: int) -> None:
-    """Raise ArgumentError unless there is one value per image."""
+    """Raise ArgumentError unless `values` has one item per image."""
     if not hasattr(values, "__len__") or len(values) != count:
         raise ArgumentError(argument, f"a list of {count} is needed, one for each image")
 

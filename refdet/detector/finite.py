@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# Real weights are below 1e3, variances of unnormalized inputs below 1e6.
-MAX_WEIGHT = 1e9
+MAX_WEIGHT = 1e9  # weights of trained networks are below 1e3, running variances of unnormalized inputs below 1e6
 
 
 def find_unusable(tensors: Mapping[str, Tensor], max_weight: float = MAX_WEIGHT) -> list[str]:
@@ -18,13 +16,13 @@ def find_unusable(tensors: Mapping[str, Tensor], max_weight: float = MAX_WEIGHT)
     for name, value in tensors.items():
         if not value.numel() or not value.dtype.is_floating_point:
             continue
-        low, high = (float(end) for end in torch.aminmax(value))
-        usable = math.isfinite(low) and math.isfinite(high) and -max_weight <= low and high <= max_weight
-        if not usable or (name.endswith("running_var") and low < 0):
+        low, high = (float(end) for end in torch.aminmax(value))  # NaN if any value is NaN
+        is_usable = -max_weight <= low and high <= max_weight
+        if not is_usable or (name.endswith("running_var") and low < 0):
             names.append(name)
     return names
 
 
-def all_finite(*tensors: Tensor) -> Tensor:
-    """Whether all values are finite, as a () bool tensor on the tensors' device; does not synchronize."""
-    return torch.stack([value.isfinite().all() for value in tensors]).all()
+def all_finite(*tensors: Tensor | None) -> Tensor:
+    """Whether all values are finite, as a () bool tensor on the tensors' device; skips None. Does not synchronize."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all()

@@ -24,7 +24,7 @@ class FusedConv2d(nn.Module):
     """A convolution with an epilogue of `refdet.ops.epilogue`.
 
     Args:
-        convolution: one that `supports` accepts; its weight is shared, not copied.
+        convolution: accepted by `supports`; its weight is shared, not copied.
         epilogue: any but `Epilogue.PLAIN`.
     """
 
@@ -65,9 +65,9 @@ class FusedConv2d(nn.Module):
         is_product = self.is_pointwise and self.epilogue is not Epilogue.KERNEL
         if is_product and shortcut is None:
             return conv1x1_bias(x, self.weight[:, :, 0, 0], bias, relu=True)
-        # cuDNN would first copy a shortcut of another layout
-        same_layout = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
-        if self.epilogue is Epilogue.LIBRARY and shortcut is not None and same_layout:
+        # cuDNN would copy a shortcut that is not channels_last
+        is_channels_last = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
+        if self.epilogue is Epilogue.LIBRARY and shortcut is not None and is_channels_last:
             try:
                 return conv_add_relu(x, self.weight, bias, shortcut, self.stride, self.padding)
             except torch.OutOfMemoryError:
@@ -75,7 +75,12 @@ class FusedConv2d(nn.Module):
             except RuntimeError as error:
                 if "engine" not in str(error) and "CUDNN" not in str(error).upper():
                     raise
-                log.warning("note: cuDNN does not fuse a convolution %s: %s", tuple(self.weight.shape), error)
+                log.warning(
+                    "note: cuDNN cannot fuse the convolution with weights %s with its shortcut (%s); from now on its "
+                    "bias, shortcut and ReLU take one more kernel, which is slower",
+                    tuple(self.weight.shape),
+                    error,
+                )
                 self.epilogue = Epilogue.KERNEL
         if is_product:
             y = conv1x1_bias(x, self.weight[:, :, 0, 0], None, relu=False)
@@ -85,7 +90,7 @@ class FusedConv2d(nn.Module):
 
 
 class FusedStem(nn.Module):
-    """The stem of a ResNet, with pooling before bias and ReLU: max pooling commutes with them, and shrinks the map.
+    """The stem of a ResNet, with max pooling before bias and ReLU: it commutes with them and makes the map smaller.
 
     Args:
         convolution: the convolution, with a bias.

@@ -1,4 +1,4 @@
-"""Check the boxes and categories passed to `Detector.describe`. No torch.
+"""Check the boxes and categories passed to `Detector.describe`. Does not import torch.
 
 Shape shorthand in this module:
 
@@ -12,13 +12,14 @@ from collections.abc import Container
 import numpy as np
 
 from refdet.errors import ArgumentError
+from refdet.files.short_text import shorten
 
 
 def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
     """Check boxes and clip them to the image.
 
     Args:
-        boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels, or anything empty.
+        boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels; for no boxes, an empty list or array.
         height: height of the image in pixels.
         width: width of the image in pixels.
 
@@ -30,8 +31,9 @@ def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
     """
     try:
         array = np.asarray(boxes, np.float64)
-    except (TypeError, ValueError):
-        raise ArgumentError("boxes", "(n, 4) numbers are needed, x1 y1 x2 y2 of each box") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = shorten(error, 200)
+        raise ArgumentError("boxes", f"(n, 4) numbers are needed, x1 y1 x2 y2 of each box ({reason})") from None
     if array.size == 0:
         return np.zeros((0, 4), np.float32)
     if array.ndim != 2 or array.shape[1] != 4:

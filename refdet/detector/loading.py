@@ -14,17 +14,17 @@ from torch.overrides import TorchFunctionMode
 
 from refdet.config.recipe import Recipe
 from refdet.detector import optimize
-from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
+from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_weights, run_directory
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import as_out_of_memory_error, float32_arithmetic
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import format_count, shorten
-from refdet.ops._library import warn_of_plain_pytorch
+from refdet.ops._library import warn_without_cuda_kernels
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BATCH_COUNTER = "num_batches_tracked"  # buffer of BatchNorm2d, but not of frozen norms
-MAX_NUMBERS = 500_000_000  # values in a network's parameters and buffers; the largest published one has 80 million
+MAX_VALUES = 500_000_000  # in the parameters and buffers of a network; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load(
         RuntimeFailure: the device has too little memory.
     """
     folder, meta = run_directory(path), load_meta(path)
-    return from_tensors(meta, read_tensors(folder / MODEL)[0], folder, device, for_inference, precision)
+    return from_tensors(meta, read_weights(folder, meta), folder, device, for_inference, precision)
 
 
 def from_tensors(
@@ -98,33 +98,33 @@ def from_tensors(
                 model = optimize.optimize_for_inference(model, bf16)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(f"{device} has too little memory for the detector; free some of it") from error
-    warn_of_plain_pytorch(next(model.parameters()).device)
+    warn_without_cuda_kernels(next(model.parameters()).device)
     return TrainedDetector(model, meta, folder, precision)
 
 
 class _SkipInit(TorchFunctionMode):
-    """Draws no initial weights: for the meta device, torch would import its compiler, which takes a second."""
+    """Skips the initialization of weights; on the meta device, torch would import its compiler for it: a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: its parameters and buffers have more than `MAX_NUMBERS` values.
+        InputError: its parameters and buffers have more than `MAX_VALUES` values.
     """
     with torch.device("meta"), _SkipInit():
         model = MaskRCNN(recipe, classes)
-    numbers = sum(value.numel() for value in model.state_dict().values())
-    if numbers > MAX_NUMBERS:
+    values = sum(value.numel() for value in model.state_dict().values())
+    if values > MAX_VALUES:
         raise InputError(
-            f"recipe {recipe.name}: {numbers / 1e9:.1f} billion numbers ({4 * numbers / 2**30:.0f} GiB) is more than "
-            f"{MAX_NUMBERS / 1e9:g} billion; lower model.width and the other channel counts"
+            f"recipe {recipe.name}: a network of {values / 1e9:.1f} billion parameters ({4 * values / 2**30:.0f} GiB), "
+            f"more than {MAX_VALUES / 1e9:g} billion; lower model.width and the other channel counts"
         )
     return model
 
@@ -135,7 +135,7 @@ def load_weights(
     """Load tensors into a model, except those whose names start with one of `skip`.
 
     Args:
-        model: the network; may be on the meta device if nothing is skipped, and then gets copies of the tensors.
+        model: the network. If it is on the meta device, nothing may be skipped, and it gets copies of the tensors.
         tensors: name -> tensor.
         source: the file of the tensors, for errors.
         skip: prefixes of the names to ignore.
@@ -146,8 +146,8 @@ def load_weights(
     """
     model_state = model.state_dict()
     check_compatible(model_state, tensors, source, skip)
-    loaded = _comparable(tensors, skip)
-    unusable_names = find_unusable(loaded)
+    selected = _select_comparable(tensors, skip)
+    unusable_names = find_unusable(selected)
     if unusable_names:
         raise InputError(
             f"{source}: {shorten(unusable_names[0])} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative "
@@ -156,13 +156,13 @@ def load_weights(
         )
     on_meta = next(model.parameters()).is_meta
     if counters or on_meta:
-        loaded |= {name: _counter(tensors.get(name)) for name in model_state if name.endswith(BATCH_COUNTER)}
+        selected |= {name: _valid_counter(tensors.get(name)) for name in model_state if name.endswith(BATCH_COUNTER)}
     if on_meta:  # copy: safetensors returns views of the memory-mapped file
-        loaded = {name: value.to(model_state[name].dtype, copy=True) for name, value in loaded.items()}
-    model.load_state_dict(loaded, strict=False, assign=on_meta)
+        selected = {name: value.to(model_state[name].dtype, copy=True) for name, value in selected.items()}
+    model.load_state_dict(selected, strict=False, assign=on_meta)
 
 
-def _counter(counter: Tensor | None) -> Tensor:
+def _valid_counter(counter: Tensor | None) -> Tensor:
     """A batch counter, or 0 if it is missing or invalid."""
     return torch.tensor(0) if counter is None or counter.shape or counter.dtype != torch.int64 else counter
 
@@ -181,7 +181,7 @@ def check_compatible(
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or not floating point.
     """
-    model_state, loaded = _comparable(model_state, skip), _comparable(tensors, skip)
+    model_state, loaded = _select_comparable(model_state, skip), _select_comparable(tensors, skip)
     problems = [f"{name} is missing" for name in model_state if name not in loaded]
     problems += [f"{shorten(name)} is not in this network" for name in loaded if name not in model_state]
     problems += [
@@ -196,12 +196,12 @@ def check_compatible(
     ]
     if problems:
         raise InputError(
-            f"{source}: the weights do not fit the recipe: {problems[0]} ({len(problems)} such); check that "
-            "model.json and model.safetensors are from the same run"
+            f"{source}: the weights do not fit the recipe: {problems[0]} ({format_count(len(problems), 'problem')} in "
+            "all); check that model.json and model.safetensors are from the same run"
         )
 
 
-def _comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors except skipped ones and batch counters, which frozen norms do not have."""
+def _select_comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors without the skipped ones and without batch counters, which frozen norms do not have."""
     names = (name for name in tensors if not name.startswith(skip) and not name.endswith(BATCH_COUNTER))
     return {name: tensors[name] for name in names}

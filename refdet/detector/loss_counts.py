@@ -1,4 +1,4 @@
-"""Numbers of samples that normalize the loss terms, of one batch or summed over several."""
+"""Numbers of samples in a batch, or in several, by which the sums of the loss terms are divided."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from refdet.device import to_device
 
-Count: TypeAlias = int | Tensor  # a scalar int64 tensor if only the device knows it
+Count: TypeAlias = int | Tensor  # a scalar int64 tensor if it was computed on a device
 
 
 @dataclass(frozen=True)
 class LossCounts:
-    """Numbers of samples that the sums of the loss terms are divided by.
+    """Numbers of samples by which the sums of the loss terms are divided.
 
     Attributes:
         anchors: sampled anchors, for both RPN losses.
@@ -32,7 +32,7 @@ class LossCounts:
         return LossCounts(self.anchors + other.anchors, self.rois + other.rois, self.mask_cells + other.mask_cells)
 
     def to_tensor(self, device: torch.device) -> Tensor:
-        """(3,) int64 on a device, without waiting for it."""
+        """(3,) int64 on a device, without synchronizing with it."""
         counts = (self.anchors, self.rois, self.mask_cells)
         return torch.stack([c if isinstance(c, Tensor) else to_device(torch.tensor(c), device) for c in counts])
 
@@ -48,9 +48,9 @@ class LossCounts:
 
 
 ReduceCounts: TypeAlias = Callable[[LossCounts], LossCounts]
-"""Sums the counts of a batch with those of the other batches of a step."""
+"""Function that sums the counts of a batch with those of the other batches of a step."""
 
 
-def unreduced(counts: LossCounts) -> LossCounts:
-    """The counts unchanged, for a step of a single batch."""
+def no_reduction(counts: LossCounts) -> LossCounts:
+    """Return the counts unchanged, for a step of a single batch."""
     return counts

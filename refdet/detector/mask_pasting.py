@@ -1,4 +1,10 @@
-"""Paste the masks of boxes into the image, as the recipe says, and encode them as RLE."""
+"""Paste the masks of boxes into the image with the recipe's ``model.mask_pasting``, and encode them as RLE.
+
+Shape shorthand in this module:
+
+    N: boxes of an image
+    m: side of a mask in cells
+"""
 
 from __future__ import annotations
 
@@ -17,9 +23,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: 
         boxes: (N, 4) half-open xyxy in pixels of the image.
         height: height of the image in pixels.
         width: width of the image in pixels.
-        pasting: how masks end at the edge of their box. "clamped": the outer cells extend to the edge. "padded": beyond
-            the centers of the outer cells, values fall to 0, as in detectron2. "torchvision": likewise, with boxes
-            rounded to whole pixels as in torchvision.
+        pasting: values between the centers of the outer cells and the edges of the box. "clamped": those of the outer
+            cells. "padded": interpolated to 0, as in detectron2. "torchvision": as "padded", with boxes rounded to
+            whole pixels, as in torchvision.
 
     Returns:
         N COCO compressed RLE ``counts``.

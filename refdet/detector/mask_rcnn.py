@@ -27,7 +27,7 @@ from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.loss_counts import LossCounts, ReduceCounts, unreduced
+from refdet.detector.loss_counts import LossCounts, ReduceCounts, no_reduction
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import lower_thresholds, select_detections
 from refdet.detector.profiler import Profiler
@@ -54,17 +54,17 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padd
 
 @dataclass(frozen=True)
 class _SampledBatch:
-    """What the losses of a batch are computed from."""
+    """Intermediate results from which the losses of a batch are computed."""
 
-    maps: list[Tensor]
-    rpn_sums: dict[str, Tensor]
+    maps: list[Tensor]  # (B, C, Hi, Wi)
+    rpn_sums: dict[str, Tensor]  # sum of each loss term of the RPN
     sampled: SampledRois
-    with_mask: PositiveRois  # positive RoIs whose object has a mask
+    mask_rois: PositiveRois  # positive RoIs whose object has a mask
     counts: LossCounts
 
 
 class MaskRCNN(nn.Module):
-    """Mask R-CNN. Call `compute_losses` to train, `predict` and `extract_features` in eval mode.
+    """Mask R-CNN: `compute_losses` in training; `predict` and `extract_features` in eval mode.
 
     Args:
         recipe: architecture; ``recipe.model.norm`` must be frozen or batch.
@@ -101,12 +101,12 @@ class MaskRCNN(nn.Module):
             conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
             delattr(self.backbone, "layer4")
             self.head = C4Head(conv5, channels[3], model, classes)
-        if model.norm == "frozen":  # and the first layers, as with FREEZE_AT=2 in detectron2
+        if model.norm == "frozen":  # freeze the first layers too, as detectron2 does with FREEZE_AT=2
             for part in self.backbone.frozen_layers():
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> (B, C, Hi, Wi): the conv4 map, the dilated conv5 map, or the five of the pyramid."""
+        """Images (B, 3, H, W) -> maps (B, C, Hi, Wi): conv4, the dilated conv5, or the pyramid's five levels."""
         if self.neck is None:
             return [self.backbone(images, 4 if self.recipe.model.neck == "dc5" else 3)[-1]]
         return self.neck(self.backbone(images, 4))
@@ -117,9 +117,9 @@ class MaskRCNN(nn.Module):
         sizes: Sizes,
         targets: Sequence[GroundTruth],
         generator: torch.Generator | None = None,
-        reduce_counts: ReduceCounts = unreduced,
+        reduce_counts: ReduceCounts = no_reduction,
     ) -> dict[str, Tensor]:
-        """The five loss terms (four without masks), scalars named as in torchvision, whose sum is the loss.
+        """The five terms of the loss (four without masks): scalars, named as in torchvision, whose sum is the loss.
 
         The number of GPU synchronizations does not depend on the batch size.
 
@@ -127,9 +127,9 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
             targets: annotated objects of each image, on the CPU.
-            generator: source of one seed per image for sampling anchors and RoIs. A generator on the CPU gives the same
-                samples on every device.
-            reduce_counts: sums the counts of samples, by which the terms are divided, over all batches of a step.
+            generator: source of two seeds per image, for sampling anchors and RoIs. A generator on the CPU gives the
+                same samples on every device.
+            reduce_counts: sums the counts by which the terms are divided over all batches of a step.
         """
         batch = self._sample(images, sizes, targets, generator)
         maps, rois, labels = batch.maps, batch.sampled.rois, batch.sampled.labels
@@ -152,13 +152,13 @@ class MaskRCNN(nn.Module):
     def count_samples(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
     ) -> LossCounts:
-        """The counts of samples in `compute_losses` of the same arguments, without computing the second stage."""
+        """The counts by which `compute_losses` divides for the same arguments; does not compute the second stage."""
         return self._sample(images, sizes, targets, generator).counts
 
     def _sample(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
     ) -> _SampledBatch:
-        """The first stage with its losses, and the RoIs sampled for the second."""
+        """Compute the first stage and its losses, and sample the RoIs of the second stage."""
         truth = PaddedGroundTruth.pad(targets, images.device)
         anchor_seeds, roi_seeds = to_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
@@ -166,15 +166,15 @@ class MaskRCNN(nn.Module):
         sums, anchors = self.rpn.compute_losses(output, sizes, truth, anchor_seeds)
         proposals = self.rpn.filter_proposals(output, sizes)
         sampled = sample_rois(proposals, truth, self.recipe.head, roi_seeds)
-        with_mask = sampled.positive.with_mask([target.masks for target in targets])
-        cells = len(with_mask.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
-        return _SampledBatch(maps, sums, sampled, with_mask, LossCounts(anchors, len(sampled.labels), cells))
+        mask_rois = sampled.positive.select_with_mask([target.masks for target in targets])
+        cells = len(mask_rois.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
+        return _SampledBatch(maps, sums, sampled, mask_rois, LossCounts(anchors, len(sampled.labels), cells))
 
     def _mask_loss(
         self, pooling_rois: Tensor, features: RoiFeatures, batch: _SampledBatch, targets: Sequence[GroundTruth]
     ) -> Tensor:
-        """Sum of the binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are none."""
-        positive, size = batch.with_mask, self.head.mask_size
+        """Sum of the binary cross entropy over the mask cells of positive RoIs, each for the class of its object."""
+        positive, size = batch.mask_rois, self.head.mask_size
         rows = to_device(positive.row, pooling_rois.device)
         logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
         # computed on the host while the GPU works
@@ -199,8 +199,8 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: input and original size of each image.
             options: thresholds and limits of the detections.
-            features: names of the features of `BatchFeatures` to compute, and ``head``, the reference's name, for the
-                feature map that RoIs are pooled from.
+            features: names of the features of `BatchFeatures` to compute. ``head``, the reference's name, stands for
+                the feature map that RoIs are pooled from.
 
         Returns:
             The detections of all images, with their features and masks.
@@ -215,7 +215,7 @@ class MaskRCNN(nn.Module):
             maps = self.head.precompute(maps, len(boxes))
             rois = self._pooling_rois(_to_rois(image_index, boxes), maps, images)
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
-        with self.timed("choice"):
+        with self.timed("NMS"):
             finite = all_finite(rpn_output.logits, rpn_output.deltas, logits, deltas)
             boxes, scores, labels, counts = self._select_detections(boxes, image_index, logits, deltas, sizes, options)
         mask_labels = labels if self.recipe.model.masks else None
@@ -270,7 +270,7 @@ class MaskRCNN(nn.Module):
             sizes: input and original size of each image.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
             labels: (n,) of each image, 1..classes: the class of each mask; None for no masks.
-            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map.
+            features: names of the features to compute, as in `predict`.
         """
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
@@ -294,7 +294,7 @@ class MaskRCNN(nn.Module):
         labels: Tensor | None,
         names: Sequence[str],
     ) -> BatchFeatures:
-        """`extract_features` of the boxes (N, 4) and labels (N,) of all images, from maps of `RoiHead.precompute`."""
+        """`extract_features` of all boxes (N, 4) and labels (N,), from the maps of `RoiHead.precompute`."""
         with self.timed("features and masks"):
             image_index = _image_indices(counts, images.device)
             scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image_index])
@@ -315,21 +315,20 @@ class MaskRCNN(nn.Module):
                     values["class_prob"] = self.head.predict_boxes(outputs.fc7)[0].softmax(dim=1)
                 if outputs.mask_logits is not None:
                     masks = outputs.mask_logits.sigmoid()
-            means = [values[name] for name in ("pool5", "fc7") if name in values]
-            finite = all_finite(rois, *means, *(() if masks is None else [masks]))
+            finite = all_finite(rois, values.get("pool5"), values.get("fc7"), masks)
         features = {name: values[name].float() for name in names if name != FEATURE_MAP}
         return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """RoIs (K, 5) as the pooling operators take them, from rois (K, 5), both in pixels of the network's input."""
+        """Convert rois (K, 5) to the box convention of the pooling operators, in pixels of the network's input."""
         corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
-            # the reference (lichengunc/mask-faster-rcnn) aligns the first and last pixel with the first and last cell
-            sides = [
-                (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
-                for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
-            ]
-            corners = corners * box_ops.new_tensor([sides[1], sides[0]] * 2, corners)
+            # the reference (lichengunc/mask-faster-rcnn) maps the first and last pixel to the first and last position
+            scale_y, scale_x = (
+                (positions - 1) / max(pixels - 1, 1) * self.recipe.model.stride
+                for positions, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
+            )
+            corners = corners * box_ops.new_tensor([scale_x, scale_y, scale_x, scale_y], corners)
         return torch.cat((rois[:, :1], corners), dim=1)
 
 
@@ -344,7 +343,7 @@ def _to_rois(image_index: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (sx, sy) (B, 2) and original width and height (B, 2) of each image, like `like` in dtype and device."""
+    """Scales (x, y) (B, 2) and original sizes (width, height) (B, 2), in the dtype and on the device of `like`."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
     scales, limits = to_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
     return scales, limits

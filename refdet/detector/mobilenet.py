@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet.detector.backbones import mobilenet_channels
+from refdet.detector.backbone_channels import mobilenet_channels
 from refdet.detector.resnet import Norm, conv_norm
 
 # channels and stride of each layer after the first; the last two run on RoIs, with stride 1
@@ -22,7 +22,7 @@ LAYERS = (
 )  # fmt: skip
 NUM_ROI_LAYERS = 2  # last layers that run on RoIs
 STAGE_ENDS = (3, 5, 11)  # index of the last layer of stride 4, 8 and 16
-NUM_FROZEN_LAYERS = 5  # first layers that are frozen in fine-tuning
+NUM_FROZEN_LAYERS = 5  # first layers, which are not trained in recipes with frozen norms
 
 
 class ConvNormReLU6(nn.Sequential):
@@ -73,7 +73,7 @@ class MobileNetV1(nn.Module):
         self.channels = (*(widths[end] for end in STAGE_ENDS), widths[-1])
 
     def frozen_layers(self) -> list[nn.Module]:
-        """The layers that are frozen in fine-tuning with frozen norms."""
+        """Layers that are not trained in recipes with frozen norms."""
         return list(self.layers[:NUM_FROZEN_LAYERS])
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:

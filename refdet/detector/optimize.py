@@ -15,7 +15,7 @@ from refdet.detector.fused_layers import FusedConv2d, FusedStem
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_split
-from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
+from refdet.detector.resnet import Bottleneck, FrozenBatchNorm, ResNet, Shortcut
 from refdet.detector.roi_heads import C4Head, StandardHead
 from refdet.detector.roi_predictors import MaskPredictor
 from refdet.detector.rpn import RegionProposalNetwork
@@ -23,7 +23,7 @@ from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import is_half_fastest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
-# attributes that are convolutions, or lists of them, called through `conv_relu`
+# module type -> attributes that are convolutions, or lists of them, which the module calls through `conv_relu`
 FOLLOWED_BY_RELU: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBottleneck: ("conv1", "conv2", "conv3"),
     SplitRes5: ("conv2", "conv3"),
@@ -43,7 +43,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     Args:
         model: on the device where it will run. Modified in place; it must not be trained or saved afterwards, as its
             state dict can no longer be loaded elsewhere.
-        bf16: compute in bfloat16, except for the box predictor.
+        bf16: compute in bfloat16; the box predictor stays float32.
         epilogue: how bias, shortcut and ReLU follow a convolution; None for the best on the model's device.
     """
     fuse_conv_bn(model.eval())
@@ -52,9 +52,10 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     if isinstance(head, C4Head) and head.model.pooling not in ("crop_align", "crop_max") and can_split(head.conv5):
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
-        rpn = model.rpn  # its anchors stay float32
-        parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.more, rpn.score, rpn.delta]
-        parts += [part for name, part in model.named_children() if name == "neck"]
+        rpn = model.rpn
+        parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.more, rpn.score, rpn.delta]  # anchors stay float32
+        if model.neck is not None:
+            parts.append(model.neck)
         parts += [part for name, part in head.named_children() if name != "box"]
         for part in parts:
             part.to(torch.bfloat16)
@@ -82,18 +83,20 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
         model: a network with folded norms, whose bottlenecks are `FusedBottleneck`.
         epilogue: any but `Epilogue.PLAIN`.
     """
-    stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
-    if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):
-        model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()
+    backbone = model.backbone
+    if isinstance(backbone, ResNet):
+        stem, pool = backbone.conv1, backbone.maxpool
+        if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):
+            backbone.conv1, backbone.maxpool = FusedStem(stem, pool), nn.Identity()
     fuse_blocks(model, epilogue)
 
 
 @torch.no_grad()
 def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
-    """`fuse_epilogues` for the modules listed in `FOLLOWED_BY_RELU`."""
+    """`fuse_epilogues` for the modules listed in `FOLLOWED_BY_RELU`; shortcuts add their bias with that of conv3."""
     for parent in list(module.modules()):
-        if isinstance(parent, FusedBottleneck):
-            shortcut = parent.downsample.get_submodule("0") if isinstance(parent.downsample, nn.Sequential) else None
+        if isinstance(parent, FusedBottleneck) and isinstance(parent.downsample, Shortcut):
+            shortcut = parent.downsample[0]
             if isinstance(shortcut, nn.Conv2d) and shortcut.bias is not None and parent.conv3.bias is not None:
                 parent.conv3.bias.add_(shortcut.bias)
                 shortcut.bias = None
@@ -122,8 +125,9 @@ def fuse_conv_bn(model: nn.Module) -> None:
         for name, norm in children.items():
             if not isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d)):
                 continue
-            before = f"conv{name.removeprefix('bn')}" if name.startswith("bn") else names[names.index(name) - 1]
-            setattr(parent, before, _fold_norm(children[before], norm))
+            is_named = name.startswith("bn")
+            conv_name = name.replace("bn", "conv") if is_named else names[names.index(name) - 1]
+            setattr(parent, conv_name, _fold_norm(children[conv_name], norm))
             setattr(parent, name, nn.Identity())
 
 
@@ -131,9 +135,11 @@ def _fold_norm(convolution: nn.Module, norm: FrozenBatchNorm | nn.BatchNorm2d) -
     """The convolution with the norm folded in, computed in float64."""
     if not isinstance(convolution, nn.Conv2d) or convolution.bias is not None:
         raise TypeError(f"cannot fold a norm into {convolution}; a convolution without bias is needed")
-    values = {name: getattr(norm, name).double() for name in ("weight", "bias", "running_mean", "running_var")}
-    scale = values["weight"] / (values["running_var"] + norm.eps).sqrt()
+    weight, bias, mean, variance = (
+        getattr(norm, name).double() for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight / (variance + norm.eps).sqrt()
     folded = copy.deepcopy(convolution)
     folded.weight.copy_(convolution.weight.double() * scale[:, None, None, None])
-    folded.bias = nn.Parameter((values["bias"] - values["running_mean"] * scale).to(convolution.weight.dtype))
+    folded.bias = nn.Parameter((bias - mean * scale).to(convolution.weight.dtype))
     return folded.requires_grad_(False)

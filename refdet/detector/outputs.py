@@ -1,4 +1,4 @@
-"""Outputs of the detector for a batch, concatenated over its images so that each tensor is copied to the host once.
+"""Outputs of the detector for a batch, concatenated over its images, so that each output is one copy to the host.
 
 Shape shorthand in this module:
 
@@ -25,7 +25,7 @@ _TensorFn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchFeatures:
-    """Features of the boxes of a batch, image after image. Iterating yields the features of each image.
+    """Features of the boxes of a batch, ordered by image. Iterating yields the features of each image.
 
     Attributes:
         counts: number of boxes of each image.
@@ -81,20 +81,10 @@ class BatchFeatures:
             feature_map=None if feature_map is None else per_image(feature_map),
         )
 
-    @property
-    def pool5(self) -> Tensor:
-        """(N, C) float32, if requested."""
-        return self.features["pool5"]
-
-    @property
-    def fc7(self) -> Tensor:
-        """(N, D) float32, if requested."""
-        return self.features["fc7"]
-
 
 @dataclass(frozen=True)
 class Detections(BatchFeatures):
-    """Detections of a batch, highest scores first within each image; with masks if the detector has a mask branch.
+    """Detections of a batch, ordered by image, then by descending score; with masks if the detector has a mask branch.
 
     Attributes:
         boxes: (N, 4) half-open xyxy in pixels of the original image, clipped to it.

@@ -26,7 +26,7 @@ from refdet.ops.convolution import (
     pack_conv3x3,
 )
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, fuses
+from refdet.ops.training_epilogue import bias_relu, is_fused_faster
 
 MIN_CHANNELS = 64  # with fewer, PyTorch's convolution is faster
 
@@ -44,10 +44,10 @@ class PackedLayer(nn.Module):
         self.register_buffer("weight", packed.weight)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("bias", torch.zeros_like(packed.scale) if bias is None else bias.detach().float().clone())
-        self.dtype = torch.bfloat16 if packed.weight.dtype == torch.float16 else torch.float32
+        self.dtype = torch.bfloat16 if packed.weight.dtype == torch.float16 else torch.float32  # of the kernel's inputs
 
     def _packed(self) -> tuple[Packed, Tensor]:
-        """Packed weights and bias."""
+        """The packed weights, and the bias (K,)."""
         return Packed(self.get_buffer("weight"), self.get_buffer("scale")), self.get_buffer("bias")
 
     @staticmethod
@@ -65,11 +65,10 @@ class PackedConv2d(PackedLayer):
 
     def __init__(self, convolution: nn.Conv2d, half: bool = False) -> None:
         weight = self._weight(convolution)
-        pointwise = convolution.kernel_size == (1, 1)
-        super().__init__(
-            pack_conv1x1(weight.flatten(1), half) if pointwise else pack_conv3x3(weight, half), convolution.bias
-        )
-        self.pointwise, self.stride = pointwise, convolution.stride
+        is_pointwise = convolution.kernel_size == (1, 1)
+        packed = pack_conv1x1(weight.flatten(1), half) if is_pointwise else pack_conv3x3(weight, half)
+        super().__init__(packed, convolution.bias)
+        self.is_pointwise, self.stride = is_pointwise, convolution.stride
 
     @staticmethod
     def supports(module: nn.Module, half: bool = False) -> bool:
@@ -77,14 +76,14 @@ class PackedConv2d(PackedLayer):
         if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
-        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and is_pointwise_faster(device, half)
+        is_1x1 = module.kernel_size == (1, 1) and module.padding == (0, 0) and is_pointwise_faster(device, half)
         is_3x3 = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
         return (
-            (pointwise or is_3x3)
+            (is_1x1 or is_3x3)
             and module.dilation == (1, 1)
             and module.groups == 1
             and module.padding_mode == "zeros"
-            and _fits(module.in_channels, module.out_channels, device, half)
+            and _supports_channels(module.in_channels, module.out_channels, device, half)
         )
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, apply_relu: bool = False) -> Tensor:
@@ -97,7 +96,7 @@ class PackedConv2d(PackedLayer):
         """
         packed, bias = self._packed()
         inputs = x.to(self.dtype)
-        if not self.pointwise:
+        if not self.is_pointwise:
             if shortcut is None:
                 return conv3x3(inputs, packed, bias, apply_relu).to(x.dtype)
             y = conv3x3(inputs, packed, bias).to(x.dtype) + shortcut
@@ -124,7 +123,7 @@ class PackedLinear(PackedLayer):
         """Whether a module is a linear layer for which the kernel is faster, which needs `half`."""
         if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
-        return _fits(module.in_features, module.out_features, module.weight.device, half)
+        return _supports_channels(module.in_features, module.out_features, module.weight.device, half)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C) -> (N, K), in the dtype of x."""
@@ -156,7 +155,7 @@ class PackedConvTranspose2x2(PackedLayer):
             and module.dilation == (1, 1)
             and module.groups == 1
             and is_pointwise_faster(module.weight.device, half)
-            and _fits(module.in_channels, module.out_channels, module.weight.device, half)
+            and _supports_channels(module.in_channels, module.out_channels, module.weight.device, half)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,10 +186,10 @@ class FusedBottleneck(nn.Module):
 
 
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for a plain, packed or fused convolution."""
+    """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for an `nn.Conv2d` or a packed or fused convolution."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, apply_relu=True)
-    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and fuses(x.device):
+    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and is_fused_faster(x.device):
         stride, padding, dilation = convolution.stride, convolution.padding, convolution.dilation
         y = conv2d(x, convolution.weight, None, stride, padding, dilation, convolution.groups)
         return bias_relu(y, convolution.bias, shortcut)
@@ -198,7 +197,7 @@ def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
-    """Replace layers of a model by packed ones where they are supported and faster, except in `keep`."""
+    """Replace layers by packed ones where these are supported and faster, except the modules in `keep`."""
     for name, child in list(model.named_children()):
         if child in keep:
             continue
@@ -210,9 +209,14 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
             pack_layers(child, half, keep)
 
 
-def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
-    enough = min(inputs, outputs) >= MIN_CHANNELS
-    return enough and inputs % CHANNEL_MULTIPLE == outputs % OUTPUT_MULTIPLE[half] == 0 and has_kernels(device, half)
+def _supports_channels(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
+    """Whether there is a kernel for these numbers of channels, and it is faster than PyTorch."""
+    return (
+        min(inputs, outputs) >= MIN_CHANNELS
+        and inputs % CHANNEL_MULTIPLE == 0
+        and outputs % OUTPUT_MULTIPLE[half] == 0
+        and has_kernels(device, half)
+    )
 
 
 def _dtype(half: bool) -> torch.dtype:

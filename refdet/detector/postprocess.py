@@ -1,4 +1,4 @@
-"""Top-scoring anchors and detections, and the order of ties.
+"""Select top-scoring anchors and detections, with a defined order of ties.
 
 Shape shorthand in this module:
 
@@ -10,10 +10,10 @@ Default order: by logit, ties by index, so that the same logits give the same re
 Ties are common: in bfloat16 many logits of an image are equal.
 
 Legacy order (`legacy_tie_order`): by float32 probability, as in the reference. A confident network has hundreds of
-anchors with probability exactly 1, and their order decides which ones NMS keeps. The reference leaves it to torch.sort,
-which is not stable, once for the candidates and once in each NMS. On the CPU this module does the same to get the same
-boxes; ties may differ between processors of different vector width, as in the reference. On other devices its order
-cannot be reproduced, and ties are in index order.
+anchors with probability exactly 1, and their order decides which ones NMS keeps. The reference leaves the order to
+torch.sort, which is not stable, once for the candidates and once in each NMS. On the CPU this module does the same to
+get the same boxes; ties may differ between processors of different vector width, as in the reference. On other devices
+the reference's order cannot be reproduced, and ties are in index order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from refdet.structures.boxes import new_tensor
 
 
 def top_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
-    """The `count` highest of each row of logits (B, N).
+    """Find the `count` highest of each row of logits (B, N).
 
     Returns:
-        scores (B, count), highest first, and their indices (B, count).
+        scores (B, count), highest first: logits, or probabilities in the legacy order; and their indices (B, count).
     """
     if not legacy_tie_order:
         indices = _sort_keys(logits).topk(count, dim=1).indices
@@ -64,7 +64,7 @@ def batched_nms(
     max_keep: int,
     legacy_tie_order: bool,
 ) -> tuple[Tensor, list[int]]:
-    """`nms` within each group of each image, with ties in the default or the legacy order; waits for a GPU once.
+    """NMS within each group of each image, with ties in default or legacy order; synchronizes with a GPU once.
 
     Args:
         boxes: (N, 4) xyxy.
@@ -77,7 +77,7 @@ def batched_nms(
         legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        indices of the kept boxes, image after image, highest scores first, and the number of each image.
+        indices of the kept boxes, ordered by image, then by descending score; and the number of them in each image.
     """
     order = _legacy_order(scores, groups, images) if legacy_tie_order and boxes.device.type == "cpu" else None
     if order is None:
@@ -89,7 +89,10 @@ def batched_nms(
 
 
 def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tensor:
-    """The reference's order: each group of each image by descending score, without boxes of image -1."""
+    """Indices of the boxes in the order in which the reference sorts them, without boxes of image -1.
+
+    Each group of each image is sorted by descending score.
+    """
     rows = (images >= 0).nonzero()[:, 0]
     keys = images[rows][None] if groups is None else torch.stack((groups[rows], images[rows]))
     group_sizes = keys.unique_consecutive(dim=1, return_counts=True)[1].tolist()
@@ -110,14 +113,15 @@ def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, 
         count: number of images, B.
         threshold: the threshold to start from.
     """
-    best = scores.masked_fill(~_nonempty(boxes), -torch.inf).amax(dim=1)
+    best = scores.masked_fill(~_is_nonempty(boxes), -torch.inf).amax(dim=1)
     highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
         lowered.append(lowered[-1] - 0.1)
     steps = new_tensor(lowered, highest)  # float32, as in `select_detections`
-    above = (highest[:, None] < steps).sum(dim=1) * highest.isfinite()  # nothing to reach without a box
-    return steps[above.clamp(max=len(lowered) - 1)]
+    # number of steps that the best box does not reach; the threshold stays where there is no box
+    too_high = (highest[:, None] < steps).sum(dim=1) * highest.isfinite()
+    return steps[too_high.clamp(max=len(lowered) - 1)]
 
 
 def select_detections(
@@ -141,10 +145,10 @@ def select_detections(
         legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, highest scores first within an image;
-        and the number of boxes of each image.
+        boxes (N, 4), scores (N,) and labels (N,), 1..classes, ordered by image, then by descending score; and the
+        number of boxes of each image.
     """
-    candidates = (scores >= score_thresholds[images, None]) & _nonempty(boxes)
+    candidates = (scores >= score_thresholds[images, None]) & _is_nonempty(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row, which decides ties
     kept, counts = batched_nms(
         boxes[rows, labels],
@@ -160,5 +164,6 @@ def select_detections(
     return boxes[rows, labels], scores[rows, labels], labels + 1, counts
 
 
-def _nonempty(boxes: Tensor) -> Tensor:
+def _is_nonempty(boxes: Tensor) -> Tensor:
+    """Whether each box (..., 4) has an area, (...) bool."""
     return ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)

@@ -39,7 +39,7 @@ class ImageFeatures:
         features: name -> (n, ...) float32, or float16 if that was requested; `refdet.detector.outputs.BatchFeatures`
             lists names and shapes.
         masks: n COCO compressed RLE ``counts``, or None if no classes were given.
-        maps: "head" -> (C, H', W') feature map of the same dtype, if requested.
+        maps: "head" -> (C, H', W') feature map of the same dtype, if requested; H', W' are its height and width.
         im_info: (3,) float32: height and width of the network's input, and input height / image height.
     """
 
@@ -77,7 +77,7 @@ def start_detecting(
     Args:
         model: the network, in eval mode.
         images: (H, W, 3) uint8 RGB each.
-        records: their records, for ids and names.
+        records: the record of each image, for its id and file name.
         category_ids: COCO ids of the labels 1, 2, ...
         options: thresholds and limits of the detections.
         features: names from `refdet.detector.feature_names`.
@@ -159,12 +159,17 @@ def start_describing(
 
 
 def _prepare_inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
-    """Input sizes of images that are all resized to H' x W', and the batch (B, 3, H', W') on the model's device."""
+    """Resize and normalize images that have the same input size (H', W').
+
+    Returns:
+        The sizes of each image, and the batch (B, 3, H', W') on the model's device.
+    """
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(
-            f"images: several input sizes {sizes}; batch with refdet.data.training_batches.group_by_input_size"
+            f"images: must have one input size, not {sizes}; batch them with "
+            "refdet.data.training_batches.group_by_input_size"
         )
     weight = next(model.parameters())
     with model.timed("input"):
@@ -223,6 +228,6 @@ def _image_features(outputs: BatchFeatures, boxes: Tensor, size: InputSize, past
 
 
 def _to_numpy(values: Tensor) -> np.ndarray:
-    """Convert to a contiguous array; numpy has no bfloat16."""
+    """Convert to a contiguous array, bfloat16 to float32, as NumPy has no bfloat16."""
     array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy()
     return array

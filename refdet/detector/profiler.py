@@ -1,4 +1,4 @@
-"""`Profiler`: time spent in each part of the network, measured without synchronizing the device."""
+"""Measure the time spent in each part of the network without synchronizing with a GPU."""
 
 from __future__ import annotations
 

@@ -22,14 +22,15 @@ from refdet.ops.epilogue import bias_relu
 
 
 class SplitRes5(nn.Module):
-    """A stage of bottlenecks in steps: `project`, and after pooling each of `blocks`.
+    """A stage of bottlenecks in steps: `project` before or after pooling, then each of `blocks`.
 
-    The first block begins with two 1x1 convolutions, one of them the shortcut. They commute with pooling, as both are
-    linear and act on different axes, and a feature map has far fewer positions than hundreds of RoIs have cells.
-    Biases are added after pooling, which is 0 outside the map.
+    The first block begins with two 1x1 convolutions, one of them the shortcut. They commute with pooling, as they are
+    linear over channels and pooling is linear over positions. A feature map has far fewer positions than hundreds of
+    RoIs have cells, so they run on the map. Biases are added after pooling, as pooled cells outside the map are 0.
 
     Args:
-        stage: bottlenecks of stride 1 whose norms are folded.
+        stage: bottlenecks of stride 1 whose norms are folded; not modified, except that conv3 of its first block gets
+            the bias of the shortcut.
     """
 
     def __init__(self, stage: nn.Sequential) -> None:
@@ -48,27 +49,26 @@ class SplitRes5(nn.Module):
         )
         self.conv2, self.conv3 = first.conv2, first.conv3
         self.later_blocks = nn.Sequential(*(FusedBottleneck(block) for block in blocks[1:]))
-        biases = reduce.bias, shortcut.bias, self.conv3.bias
-        assert biases[0] is not None and biases[1] is not None and biases[2] is not None
+        assert reduce.bias is not None and shortcut.bias is not None and self.conv3.bias is not None
         with torch.no_grad():
             self.first_convs.weight.copy_(torch.cat((reduce.weight, shortcut.weight)))
-            biases[2].add_(biases[1])
-        self.reduce_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
+            self.conv3.bias.add_(shortcut.bias)
+        self.reduce_bias = nn.Parameter(reduce.bias.detach().clone()[:, None, None], requires_grad=False)
         self.reduce_bias_float32: Tensor | None
         self.register_buffer("reduce_bias_float32", None)  # set by `fuse`
 
     def fuse(self) -> None:
-        """From now on, add the bias after pooling and apply ReLU in one pass, by `refdet.ops.epilogue`."""
+        """Switch to adding the first bias and applying ReLU in one pass, by `refdet.ops.epilogue`."""
         self.reduce_bias_float32 = self.reduce_bias.detach().flatten().float()
 
     def project(self, x: Tensor) -> Tensor:
-        """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `blocks`."""
+        """Feature map or pooled cells (N, Cin, H, W) -> (N, C', H, W), the input of `blocks` once it is pooled."""
         return self.first_convs(x)
 
     def blocks(self) -> list[Callable[[Tensor], Tensor]]:
-        """Steps from pooled cells (K, C', m, m) of `project` to (K, C, m, m).
+        """Functions to apply one after another to pooled cells (K, C', m, m) of `project`; they return (K, C, m, m).
 
-        Called in a loop, as one call for all would keep the pooled cells, the largest activation, to the end.
+        A single function would keep the pooled cells, the largest activation, in memory until it returns.
         """
         return [self._first_block, *self.later_blocks]
 

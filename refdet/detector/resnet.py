@@ -11,7 +11,8 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,37 @@ from refdet.detector.conv2d import Conv2d
 from refdet.ops.epilogue import HALF_DTYPES
 from refdet.ops.scaled_weight import scaled_weight
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, compute_dtype, fuses
+from refdet.ops.training_epilogue import bias_relu, compute_dtype, is_fused_faster
 
-# Depth -> number of blocks in each of the four stages.
+# depth -> number of blocks in each of the four stages
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 Norm = Callable[[int], nn.Module]
 """Constructor of a norm layer, given the number of channels."""
+
+
+class _FoldedNorm(NamedTuple):
+    """Cached result of `FrozenBatchNorm.fold`.
+
+    Attributes:
+        sources: the tensors it was computed from, each with the version it had.
+        dtype: dtype of the factor or weights.
+        factor: (C, 1, 1, 1) scale, if the weights are trained; None for frozen weights.
+        weight: (C, Cin, k, k) folded weights, if they are frozen; None for trained weights.
+        bias: (C,) folded bias.
+    """
+
+    sources: tuple[tuple[Tensor, int], ...]
+    dtype: torch.dtype
+    factor: Tensor | None
+    weight: Tensor | None
+    bias: Tensor
+
+    def is_valid(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether it was computed from these tensors, which have not been written to since, for this dtype."""
+        if dtype != self.dtype or len(tensors) != len(self.sources):
+            return False
+        return all(a is b and version == b._version for (a, version), b in zip(self.sources, tensors, strict=True))
 
 
 class FrozenBatchNorm(nn.Module):
@@ -38,7 +63,7 @@ class FrozenBatchNorm(nn.Module):
         self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((channels,), value))
-        self._folded: tuple[list[tuple[Tensor, int]], torch.dtype, Tensor, Tensor] | None = None
+        self._folded: _FoldedNorm | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, C, H, W), in the dtype of x; computed in float32."""
@@ -48,7 +73,7 @@ class FrozenBatchNorm(nn.Module):
     def fold(self, weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Fold this norm into the convolution before it.
 
-        The result is cached as far as training does not change it: the scale and bias, and frozen weights.
+        What training does not change is cached: the scale and the bias, and the folded weights if they are frozen.
 
         Args:
             weight: weights (C, Cin, k, k) of the convolution, which has no bias.
@@ -59,31 +84,31 @@ class FrozenBatchNorm(nn.Module):
         """
         dtype = dtype or weight.dtype
         buffers = list(self.buffers())
-        trained = weight.requires_grad
-        fixed, kept = (buffers, weight.dtype) if trained else ([weight, *buffers], dtype)
-        if self._folded is None or self._folded[1] != kept or not _unchanged(self._folded[0], fixed):
+        is_trained = weight.requires_grad
+        sources, cached_dtype = (buffers, weight.dtype) if is_trained else ([weight, *buffers], dtype)
+        folded = self._folded
+        if folded is None or not folded.is_valid(sources, cached_dtype):
             with torch.no_grad():
                 norm_weight, norm_bias, mean, variance = (buffer.double() for buffer in buffers)
                 scale = norm_weight * (variance + self.eps).rsqrt()
                 bias = (norm_bias - mean * scale).to(weight.dtype)
                 factor = scale.to(weight.dtype)[:, None, None, None]
-                versions = [(tensor, tensor._version) for tensor in fixed]
-                self._folded = versions, kept, factor if trained else (weight * factor).to(dtype), bias
-        *_, factor_or_weight, bias = self._folded
-        return scaled_weight(weight, factor_or_weight, dtype) if trained else factor_or_weight, bias
-
-
-def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
-    """Whether tensors are the same as those recorded with their versions, and have not been written to since."""
-    if len(versions) != len(tensors):
-        return False
-    return all(a is b and version == b._version for (a, version), b in zip(versions, tensors, strict=True))
+                versions = tuple((tensor, tensor._version) for tensor in sources)
+                if is_trained:
+                    folded = _FoldedNorm(versions, cached_dtype, factor, None, bias)
+                else:
+                    folded = _FoldedNorm(versions, cached_dtype, None, (weight * factor).to(dtype), bias)
+            self._folded = folded
+        if folded.weight is not None:
+            return folded.weight, folded.bias
+        assert folded.factor is not None
+        return scaled_weight(weight, folded.factor, dtype), folded.bias
 
 
 def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(convolution(x))``; in training, a frozen norm is folded into the convolution.
 
-    That saves forward and backward passes over the maps, and the memory of the convolution's output.
+    Folding saves a forward and a backward pass over the maps, and the memory of the convolution's output.
     """
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
@@ -92,11 +117,11 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def conv_norm_relu(convolution: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module | None = None) -> Tensor:
-    """``pool(relu(norm(convolution(x))))``; training on a GPU adds the bias of a frozen norm in the pass of the ReLU.
+    """``pool(relu(norm(convolution(x))))``; in training on a GPU, one pass adds a frozen norm's bias and applies ReLU.
 
-    There, max pooling comes before both, with which it commutes, and leaves them a smaller map.
+    Then max pooling comes first, as it commutes with both, which so have a smaller map to process.
     """
-    if not _fuses(convolution, norm, x):
+    if not _is_fused_faster(convolution, norm, x):
         y = relu(conv_norm(convolution, norm, x))
         return y if pool is None else pool(y)
     y, bias = _conv_and_bias(convolution, norm, x)
@@ -106,34 +131,34 @@ def conv_norm_relu(convolution: nn.Module, norm: nn.Module, x: Tensor, pool: nn.
 def conv_norm_add_relu(
     convolution: nn.Module, norm: nn.Module, x: Tensor, downsample: nn.Module, block_input: Tensor
 ) -> Tensor:
-    """``relu(norm(convolution(x)) + downsample(block_input))``, the end of a block; see `conv_norm_relu`."""
-    if not _fuses(convolution, norm, x):
+    """``relu(norm(convolution(x)) + downsample(block_input))``, the end of a block; fused as in `conv_norm_relu`."""
+    if not _is_fused_faster(convolution, norm, x):
         return add_relu(conv_norm(convolution, norm, x), downsample(block_input))
     y, bias = _conv_and_bias(convolution, norm, x)
-    # in float32, adding the two biases first would change the order of the sums
+    # not in float32, where adding the two biases first would change the rounding
     if (
         isinstance(downsample, Shortcut)
         and y.dtype in HALF_DTYPES
-        and _fuses(downsample[0], downsample[1], block_input)
+        and _is_fused_faster(downsample[0], downsample[1], block_input)
     ):
         shortcut, shortcut_bias = _conv_and_bias(downsample[0], downsample[1], block_input)
         return bias_relu(y, bias + shortcut_bias, shortcut)
     return bias_relu(y, bias, downsample(block_input))
 
 
-def _fuses(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and fuses(x.device)
+def _is_fused_faster(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and is_fused_faster(x.device)
 
 
 def _conv_and_bias(convolution: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a convolution with a frozen norm folded into it, and its bias (C,), which is not yet added."""
+    """The output, without bias, of a convolution with a frozen norm folded into it; and the bias (C,) to add."""
     assert isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm)
     weight, bias = norm.fold(convolution.weight, compute_dtype(x.device, convolution.weight.dtype))
     return _convolve(convolution, x, weight, None), bias
 
 
 def _convolve(convolution: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution with other weights and another bias than its own."""
+    """Apply a convolution with the given weights and bias instead of its own."""
     assert not isinstance(convolution.padding, str)
     return conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
@@ -144,7 +169,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
-    """``relu(x + shortcut)`` of (N, C, H, W), in place in x, which must be such an output as in `relu`."""
+    """``relu(x + shortcut)`` of (N, C, H, W), in place; x must be the output of a convolution or norm, as in `relu`."""
     return x.add_(shortcut).relu_()
 
 
@@ -157,7 +182,7 @@ class Shortcut(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, for ResNet-18 and 34; ``stride_in_1x1`` is ignored."""
+    """Two 3x3 convolutions and a shortcut, for ResNet-18 and 34; ``stride_in_1x1`` has no effect."""
 
     expansion = 1
 
@@ -215,9 +240,9 @@ class ResNet(nn.Module):
         width: channels of the first stage (64 in the paper).
         norm: constructor of a norm layer, given the number of channels.
         strides: stride of each of the four stages.
-        stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
+        stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; no effect on basic blocks.
         dilation: dilation of the 3x3 convolutions of the last stage; above 1 it needs bottlenecks (depth 50 or more).
-        zero_init_residual: initialise the weight of the last norm of each block to zero, unless it is frozen.
+        zero_init_residual: initialize the weight of the last norm of each block to zero, unless it is frozen.
     """
 
     def __init__(
@@ -232,9 +257,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
-        self.conv1 = Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.conv1: nn.Module = Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = norm(width)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
         self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))
         in_channels = width
         for stage, (count, stride) in enumerate(zip(BLOCKS[depth], strides, strict=True)):
@@ -245,17 +270,17 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, width * 2**stage, block_stride, norm, stride_in_1x1, **dilated))
                 in_channels = self.channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        _initialise(self, zero_init_residual)
+        _initialize(self, zero_init_residual)
 
     def frozen_layers(self) -> list[nn.Module]:
-        """The layers that are frozen in fine-tuning with frozen norms, as with FREEZE_AT=2 in detectron2."""
+        """Layers that are not trained in recipes with frozen norms, as with FREEZE_AT=2 in detectron2."""
         return [self.conv1, self.get_submodule("layer1")]
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
         """Feature maps of the first `stages` stages.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             stages: number of stages to run, 1 to 4.
 
         Returns:
@@ -270,11 +295,12 @@ class ResNet(nn.Module):
         return maps
 
 
-def _initialise(network: nn.Module, zero_init_residual: bool) -> None:
-    """He initialisation; the last norm of each block may be zero, so that the block starts as its shortcut.
+def _initialize(network: nn.Module, zero_init_residual: bool) -> None:
+    """Initialize convolutions as in He et al. (2015).
 
-    Zero is recommended by Goyal et al., "Accurate, large minibatch SGD", section 5.1, but a network learns less with it
-    in the few hundred steps of `benchmarks/learning.py`.
+    With `zero_init_residual` the last norm of each block starts at zero, and so the block as its shortcut: recommended
+    by Goyal et al., "Accurate, large minibatch SGD", section 5.1, but in the few hundred steps of
+    `benchmarks/learning.py` a network learns less with it.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

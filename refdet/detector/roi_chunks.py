@@ -1,9 +1,9 @@
-"""Chunks in which RoIs are passed through convolutions.
+"""Chunks of RoIs that pass through convolutions together.
 
-A GPU works through a batch faster than the host starts its kernels, so a chunk should have as many RoIs as memory
-allows: nearly always all of them. But cuDNN selects an algorithm for each new shape of a convolution, PyTorch's
-allocator reuses blocks of the same size, and the number of detections differs in nearly every batch. So the size of a
-chunk is rounded up to one of 8 sizes between a power of 2 and the next. On other devices, chunks only bound the memory.
+On a GPU, kernels take longer to launch than to run, so a chunk should have as many RoIs as memory allows: nearly always
+all of them. But cuDNN selects an algorithm for each new shape of a convolution, PyTorch's allocator reuses blocks of
+the same size, and the number of detections differs in nearly every batch. So the size of a chunk is rounded up to one
+of 8 sizes between a power of 2 and the next. On other devices, chunks only bound the memory.
 
 Shape shorthand in this module:
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 PADDED_DEVICES = frozenset(("cuda",))  # device types on which chunks are padded
 MIN_SIZE = 32  # of a padded chunk
-SIZES_PER_DOUBLING = 8  # so padding is less than an eighth of the RoIs, beyond MIN_SIZE
+SIZES_PER_DOUBLING = 8  # so padding is less than an eighth of a chunk larger than MIN_SIZE
 GPU_CHUNK_BYTES = 5 * 2**28  # limit of one activation; 5120 RoIs of ResNet-101-C4 in bfloat16, 2560 in float32
 
 
@@ -44,7 +44,7 @@ class Chunk:
 
 
 def pad_rows(values: Tensor, size: int) -> Tensor:
-    """Values (K, ...) with rows of zeros (size, ...)."""
+    """Pad values (K, ...) with zeros to (size, ...)."""
     missing = size - len(values)
     return torch.cat((values, values.new_zeros((missing, *values.shape[1:])))) if missing else values
 

@@ -38,8 +38,8 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7  # cells on a side of a RoI
-ALIGNED = {"align": True, "align_legacy": False}  # values of model.pooling that are RoIAlign -> its `aligned`
-CPU_CHUNK_BYTES = 2**24  # limit of the float32 output of conv5 for a chunk of RoIs, without gradients
+ALIGNED = {"align": True, "align_legacy": False}  # value of model.pooling -> `aligned` of RoIAlign
+CPU_CHUNK_BYTES = 2**24  # limit of the output of conv5 for a chunk of RoIs, without gradients, on CPUs
 
 
 class RoiHead(Protocol):
@@ -48,10 +48,10 @@ class RoiHead(Protocol):
     mask_size: int
 
     def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch; `num_rois` is the expected number."""
+        """Prepare the feature maps for the other methods, once per batch, for about `num_rois` RoIs."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """Pyramid levels of rois (K, 5), to share among the other methods, as computing them waits for a GPU."""
+        """Pyramid levels of rois (K, 5), computed once for several methods, as that synchronizes with the GPU."""
 
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
@@ -86,11 +86,11 @@ class RoiHead(Protocol):
 
 
 def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
-    """Cells (K, C, m, m) of rois (K, 5) of one feature map x, m = ``model.pooler_resolution``.
+    """Pool cells (K, C, m, m) of rois (K, 5) from a feature map x, with m = ``model.pooler_resolution``.
 
-    ``model.pooling`` is "align" for RoIAlign with half-pixel alignment; "align_legacy" for RoIAlign without it;
-    "crop_and_resize" for the reference's crop; "crop_max" and "crop_align" for its variants that take the maximum of
-    2x2 samples per cell.
+    ``model.pooling`` is "align" for RoIAlign with half-pixel alignment, "align_legacy" for RoIAlign without it,
+    "crop_and_resize" for the reference's crop, and "crop_max" or "crop_align" for the reference's crops with the
+    maximum of 2x2 samples per cell.
     """
     cells = model.pooler_resolution
     if model.pooling in ALIGNED:
@@ -114,7 +114,7 @@ class C4Head(nn.Module):
     """conv5 on RoIs of the conv4 map; 14x14 masks from its 7x7 output.
 
     Args:
-        conv5: the last stage of a ResNet, with stride ``model.pooler_resolution / 7``, or last layers of a MobileNet.
+        conv5: last stage of a ResNet, with stride ``model.pooler_resolution / 7``, or last two layers of a MobileNet.
         out_channels: its output channels, D.
         model: the recipe's options.
         classes: number of object classes, without background.
@@ -170,18 +170,19 @@ class C4Head(nn.Module):
     def _forward_chunk(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool, chunk: Chunk
     ) -> RoiOutput:
-        part = chunk.take(rois)
-        features = self.features(maps, part)
-        logits = None if labels is None else self.mask_logits(maps, part, features, chunk.take(labels))
+        chunk_rois = chunk.take(rois)
+        features = self.features(maps, chunk_rois)
+        logits = None if labels is None else self.mask_logits(maps, chunk_rois, features, chunk.take(labels))
         return RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count]
 
     def _chunks(self, maps: Sequence[Tensor], rois: Tensor) -> list[Chunk]:
-        outputs = POOL_SIZE**2 * self.box.score.in_features
-        values = [self.model.pooler_resolution**2 * maps[-1].shape[1], outputs]  # of a RoI: pooled, and after conv5
-        if self.mask is not None:
-            values.append(self.mask_size**2 * self.mask.logits.in_channels)
-        max_rois = max(CPU_CHUNK_BYTES // (4 * outputs), 1)
-        return roi_chunks(len(rois), rois.device, max(values) * maps[0].element_size(), max_rois)
+        # values per RoI of the largest activations
+        pooled = self.model.pooler_resolution**2 * maps[-1].shape[1]
+        conv5_output = POOL_SIZE**2 * self.box.score.in_features
+        mask = 0 if self.mask is None else self.mask_size**2 * self.mask.logits.in_channels
+        max_rois = max(CPU_CHUNK_BYTES // (4 * conv5_output), 1)  # 4 bytes per float32
+        roi_bytes = max(pooled, conv5_output, mask) * maps[0].element_size()
+        return roi_chunks(len(rois), rois.device, roi_bytes, max_rois)
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
@@ -279,16 +280,16 @@ class StandardHead(nn.Module):
         return hidden
 
     def _chunks(self, maps: Sequence[Tensor], rois: Tensor, values: int) -> list[Chunk]:
-        """Chunks of rois (K, 5) whose largest activation has so many values."""
+        """Chunks of rois (K, 5) whose largest activation has `values` values per RoI."""
         return roi_chunks(len(rois), rois.device, values * maps[0].element_size())
 
     def _pool_padded(
         self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None, chunks: Sequence[Chunk]
     ) -> Tensor:
-        """Cells of rois (K, 5) and of the last chunk's padding, which costs less than padding the cells."""
+        """Pool rois (K, 5), padded to the size of the chunks, as padding the RoIs is cheaper than padding the cells."""
         padded = chunks[-1].first + chunks[-1].size
         if padded > len(rois):
-            levels = (levels or self.levels(rois)).padded(padded)
+            levels = (levels or self.levels(rois)).pad(padded)
             rois = pad_rows(rois, padded)
         return self._pool(maps, rois, size, levels)
 

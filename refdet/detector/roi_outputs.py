@@ -55,14 +55,13 @@ class RoiOutput:
 
     @classmethod
     def cat(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
-        """Concatenate outputs that have the same fields, without a copy if there is one."""
-        first = parts[0]
+        """Concatenate at least one output; a field is None in all of them or in none. Does not copy a single output."""
         if len(parts) == 1:
-            return first
+            return parts[0]
+        spatial = [part.spatial for part in parts if part.spatial is not None]
+        mask_logits = [part.mask_logits for part in parts if part.mask_logits is not None]
         return cls(
             torch.cat([part.fc7 for part in parts]),
-            None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),
-            None
-            if first.mask_logits is None
-            else torch.cat([part.mask_logits for part in parts if part.mask_logits is not None]),
+            torch.cat(spatial) if spatial else None,
+            torch.cat(mask_logits) if mask_logits else None,
         )

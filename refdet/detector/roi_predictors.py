@@ -5,7 +5,7 @@ Shape shorthand in this module:
     K: RoIs of the batch
     C: channels of the cells that masks are predicted from
     D: channels of fc7
-    s: side of a RoI in these cells
+    s: cells on a side of a RoI
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
-from refdet.ops.training_epilogue import bias_relu, fuses
+from refdet.ops.training_epilogue import bias_relu, is_fused_faster
 
 
 class BoxPredictor(nn.Module):
@@ -58,8 +58,8 @@ class MaskPredictor(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
-        hidden = self._hidden(x) if fuses(x.device) else self.hidden(x)
-        # compute only the mask of each RoI's class
+        hidden = self._hidden(x) if is_fused_faster(x.device) else self.hidden(x)
+        # the 1x1 convolution, but only for the class of each RoI
         weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
         bias = self.logits.bias[labels].float()  # type: ignore[index]
         return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]

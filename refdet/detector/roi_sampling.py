@@ -31,7 +31,7 @@ FIRST_OBJECT_ID = 2**20  # candidate id of the first annotated box; more than th
 
 @dataclass(frozen=True)
 class PositiveRois:
-    """The positive RoIs of a batch, on the CPU, image after image.
+    """The positive RoIs of a batch, on the CPU, ordered by image.
 
     Attributes:
         row: (Q,) int64 index among the K RoIs.
@@ -48,14 +48,16 @@ class PositiveRois:
     def __getitem__(self, rows: Tensor) -> PositiveRois:
         return PositiveRois(self.row[rows], self.image[rows], self.object[rows], self.boxes[rows])
 
-    def with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
+    def select_with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
         """The RoIs whose object has a mask.
 
         Args:
             masks: masks of the objects of each image; None instead of a list keeps all RoIs of the image.
         """
-        pairs = zip(self.image.tolist(), self.object.tolist(), strict=True)
-        has_mask = [(image_masks := masks[image]) is None or image_masks[index] is not None for image, index in pairs]
+        has_mask = []
+        for image, index in zip(self.image.tolist(), self.object.tolist(), strict=True):
+            image_masks = masks[image]
+            has_mask.append(image_masks is None or image_masks[index] is not None)
         return self if all(has_mask) else self[torch.tensor(has_mask)]
 
     def split_by_image(self, num_images: int) -> list[tuple[Tensor, Tensor]]:
@@ -66,12 +68,12 @@ class PositiveRois:
 
 @dataclass(frozen=True)
 class SampledRois:
-    """The sampled RoIs of a batch, on the device, image after image and positives first.
+    """The sampled RoIs of a batch, on the device, ordered by image, positives first within an image.
 
     Attributes:
         rois: (K, 5) image index and xyxy in pixels of the network's input.
         labels: (K,) int64, 0 for the background.
-        matched_boxes: (K, 4) box of the object that each RoI overlaps most, in the same pixels.
+        matched_boxes: (K, 4) box of the object that each RoI overlaps most, xyxy in pixels of the network's input.
         positive: the positive RoIs, on the CPU.
     """
 
@@ -100,14 +102,14 @@ def sample_rois(
     candidates = torch.cat((proposed, truth.boxes), dim=1)
     is_proposal = torch.arange(max_proposals, device=counts.device) < counts[:, None]
     match_labels, matched = assign_labels(
-        candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False
+        candidates, truth, options.positive_iou, options.positive_iou, allow_low_quality_matches=False
     )
     match_labels.masked_fill_(~torch.cat((is_proposal, truth.valid), dim=1), IGNORE)
-    if not options.append_gt_boxes:  # only where no proposal is positive
+    if not options.append_gt_boxes:  # then annotated boxes are sampled only in images without a positive proposal
         has_positive = (match_labels[:, :max_proposals] == POSITIVE).any(dim=1, keepdim=True)
         match_labels[:, max_proposals:].masked_fill_(has_positive, IGNORE)
     candidate_ids = torch.arange(candidates.shape[1], device=counts.device)
-    # objects have the same ids for any number of proposals
+    # the ids of objects, and so their random order, do not depend on the number of proposals
     candidate_ids[max_proposals:] += FIRST_OBJECT_ID - max_proposals
     samples = subsample_labels(
         match_labels,
@@ -123,14 +125,14 @@ def sample_rois(
     image = torch.arange(len(proposals), device=boxes.device)[:, None].expand_as(labels)
     columns = (image, matched, samples.positive, samples.valid)
     table = torch.cat((torch.stack(columns, dim=2).to(boxes.dtype), boxes), dim=2).flatten(0, 1)
-    wait = to_cpu_async(table)  # one copy of all that the host needs
+    wait = to_cpu_async(table)  # everything the host needs, in one copy
     rois = torch.cat((image[:, :, None].to(boxes.dtype), boxes), dim=2).flatten(0, 1)
     outputs = rois, labels.flatten(), box_ops.gather(truth.boxes, matched).flatten(0, 1)
     return _drop_invalid(wait(), *outputs)
 
 
 def _drop_invalid(table: Tensor, rois: Tensor, labels: Tensor, matched_boxes: Tensor) -> SampledRois:
-    """Drop the rows that are not valid.
+    """Drop the rows of padding.
 
     Args:
         table: (B * S, 8) on the CPU: image, object, whether it is positive, whether it is valid, and xyxy of each RoI.

@@ -54,7 +54,15 @@ class RpnOutput:
 
 
 class RegionProposalNetwork(nn.Module):
-    """A 3x3 convolution, or several, and two 1x1 predictors, shared by all feature maps."""
+    """One or more 3x3 convolutions and two 1x1 predictors, shared by all feature maps.
+
+    Args:
+        in_channels: channels of the feature maps, C.
+        model: the recipe's options of the network.
+        anchors: generates the anchors of the feature maps.
+        options: the recipe's options of proposals and of the RPN's losses.
+        convention: convention by which deltas are decoded and boxes clipped.
+    """
 
     def __init__(
         self,
@@ -92,7 +100,7 @@ class RegionProposalNetwork(nn.Module):
 
     @torch.no_grad()
     def filter_proposals(self, output: RpnOutput, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Decode the top-scoring anchors of each level, clip them, and apply NMS within each level.
+        """Decode the top-scoring anchors of each level, clip them to the image, and apply NMS within each level.
 
         Args:
             output: predictions of `forward`.
@@ -119,7 +127,7 @@ class RegionProposalNetwork(nn.Module):
         else:
             boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
         nonempty = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
-        # boxes are masked, not removed, as reading their number would synchronize with the GPU
+        # boxes to drop get image -1: removing them would synchronize with the GPU to read how many are left
         images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(nonempty).masked_fill(~nonempty, -1)
         levels = None
         if len(all_scores) > 1:
@@ -141,13 +149,13 @@ class RegionProposalNetwork(nn.Module):
     def assign_targets(
         self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth
     ) -> tuple[Tensor, Tensor]:
-        """Label anchors (N, 4) for each image of the given (height, width); see `assign_labels` for the result."""
+        """Label anchors (N, 4) in each image of the given (height, width); returns what `assign_labels` does."""
         options = self.options
         inside_image = anchors_inside(anchors, sizes) if options.inside_only else None
         # an empty box overlaps nothing
         candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
         labels, matched = assign_labels(
-            candidates, truth, options.positive_iou, options.negative_iou, best_for_each=True
+            candidates, truth, options.positive_iou, options.negative_iou, allow_low_quality_matches=True
         )
         return labels if inside_image is None else labels.masked_fill(~inside_image, IGNORE), matched
 
@@ -170,23 +178,23 @@ class RegionProposalNetwork(nn.Module):
         options = self.options
         labels, matched = self.assign_targets(output.anchors, sizes, truth)
         samples = subsample_labels(labels, options.batch_size_per_image, options.positive_fraction, seeds)
-        scores = F.binary_cross_entropy_with_logits(
+        objectness_losses = F.binary_cross_entropy_with_logits(
             output.logits.gather(1, samples.index), samples.positive.to(output.logits.dtype), reduction="none"
         )
-        # positives come first
+        # positives come first, so the box losses need only this many samples
         max_positives = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
         index, negative = samples.index[:, :max_positives], ~samples.positive[:, :max_positives, None]
         objects = box_ops.gather(truth.boxes, matched.gather(1, index))
         targets = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
         deltas = box_ops.gather(output.deltas, index)
-        boxes = F.smooth_l1_loss(
+        box_losses = F.smooth_l1_loss(
             deltas,
             targets.reshape(deltas.shape).masked_fill(negative, 0),
             beta=options.smooth_l1_beta,
             reduction="none",
         )
         sums = {
-            "loss_objectness": scores.masked_fill(~samples.valid, 0).sum(),
-            "loss_rpn_box_reg": boxes.masked_fill(negative, 0).sum(),
+            "loss_objectness": objectness_losses.masked_fill(~samples.valid, 0).sum(),
+            "loss_rpn_box_reg": box_losses.masked_fill(negative, 0).sum(),
         }
         return sums, samples.valid.sum()

@@ -1,11 +1,11 @@
-"""Sample anchors and RoIs for the losses at random, for a whole batch at once and without waiting for a GPU.
+"""Sample anchors and RoIs for the losses, for a whole batch at once and without synchronizing with a GPU.
 
 Shape shorthand in this module:
 
     B: images in the batch
     N: candidates of an image, anchors or RoIs
     S: samples of an image
-    T: candidates of a random order that are kept, min(S, N)
+    T: candidates in a random order, at most min(S, N)
 
 The random numbers are hashes of a seed per image and the index of a candidate, so a sample depends neither on the
 device nor on the rest of the batch.
@@ -31,9 +31,9 @@ class Samples:
     """Sampled candidates of each image, positives first.
 
     Attributes:
-        index: (B, S) int64 of the candidates.
-        positive: (B, S) bool, whether it is a positive.
-        valid: (B, S) bool, False where an image has fewer than S.
+        index: (B, S) int64 indices of the candidates.
+        positive: (B, S) bool, whether the candidate is positive.
+        valid: (B, S) bool, False for padding where an image has fewer than S samples.
     """
 
     index: Tensor
@@ -42,21 +42,27 @@ class Samples:
 
 
 def image_seeds(images: int, uses: int, generator: torch.Generator | None) -> Tensor:
-    """Random seeds (uses, images) int64, on the device of the generator."""
+    """Random seeds (uses, images) int64, on the device of the generator.
+
+    Args:
+        images: number of images.
+        uses: number of seeds per image, one for each call of `subsample_labels`.
+        generator: source of the seeds; PyTorch's global generator if None.
+    """
     device = None if generator is None else generator.device
-    # an image's seeds first, so that they do not depend on the number of images
+    # drawn image after image, so that those of the first images do not depend on the number of images
     return torch.randint(2**_BITS, (images, uses), generator=generator, device=device).t()
 
 
 def random_numbers(seeds: Tensor, count: int, positions: Tensor | None = None) -> Tensor:
     """Random numbers (B, count) int64, 0 or more, from seeds (B,) int64.
 
-    splitmix64 with arithmetic shifts, as torch has no unsigned 64-bit integers.
+    The generator is splitmix64 with arithmetic shifts, as torch has no logical shift of 64-bit integers.
 
     Args:
         seeds: (B,) int64.
-        count: how many numbers per seed.
-        positions: (count,) int64, their positions in the sequence of each seed; the first by default.
+        count: numbers per seed.
+        positions: (count,) int64 positions in the sequence of each seed; 0 to count - 1 by default.
     """
     positions = torch.arange(count, device=seeds.device) if positions is None else positions
     state = seeds[:, None] + (positions + 1) * _INCREMENT
@@ -85,7 +91,7 @@ def subsample_labels(
         candidate_ids: (N,) int64 ids of the candidates, which determine their random order; by default 0 to N - 1.
 
     Returns:
-        The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
+        The samples. S is min(count, N), or `count` with replacement unless there are no candidates.
     """
     candidates = labels.shape[1]
     size = min(count, candidates) if not sample_with_replacement or candidates == 0 else count
@@ -97,8 +103,8 @@ def subsample_labels(
     if sample_with_replacement:
         num_positives = num_positives.masked_fill((available_negatives == 0) & (available_positives > 0), count)
         repeats = random_numbers(~seeds, size)  # independent of the random order of the candidates
-        first = _with_repeats(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
-        second = _with_repeats(slot - num_positives, available_negatives, count - num_positives, repeats)
+        first = _repeat_if_short(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
+        second = _repeat_if_short(slot - num_positives, available_negatives, count - num_positives, repeats)
     else:
         first, second = slot.expand(len(labels), -1), slot - num_positives
     positive = slot < num_positives
@@ -108,13 +114,29 @@ def subsample_labels(
 
 
 def _random_order(mask: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Candidates in a mask in random order (B, T), padded with others; and the number in the mask (B, 1)."""
+    """Order the candidates in a mask at random.
+
+    Args:
+        mask: (B, N) bool.
+        keys: (B, N) int64 random numbers, 0 or more; the candidate with the highest comes first.
+        size: largest number of candidates to return per image.
+
+    Returns:
+        Candidates (B, T), those outside the mask last, and the number of candidates in the mask (B, 1).
+    """
     order = keys.masked_fill(~mask, -1).topk(min(size, keys.shape[1]), dim=1).indices
     return order, mask.sum(dim=1, keepdim=True)
 
 
-def _with_repeats(index: Tensor, available: Tensor, needed: Tensor, repeats: Tensor) -> Tensor:
-    """Indices (B, S) into a random order of (B, 1) available candidates; random, with repeats, if more are needed."""
+def _repeat_if_short(index: Tensor, available: Tensor, needed: Tensor, repeats: Tensor) -> Tensor:
+    """Replace indices by random ones, with repeats, in images that have fewer candidates than needed.
+
+    Args:
+        index: (B, S) indices into a random order of candidates.
+        available: (B, 1) number of candidates in the order.
+        needed: (B, 1) number of samples needed.
+        repeats: (B, S) random numbers.
+    """
     return torch.where(available < needed, repeats % available.clamp(min=1), index)
 
 

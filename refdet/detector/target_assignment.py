@@ -27,7 +27,11 @@ IGNORE, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def assign_labels(
-    candidates: Tensor, truth: PaddedGroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
+    candidates: Tensor,
+    truth: PaddedGroundTruth,
+    positive_iou: float,
+    negative_iou: float,
+    allow_low_quality_matches: bool,
 ) -> tuple[Tensor, Tensor]:
     """Label candidates as positive, negative or ignored.
 
@@ -36,28 +40,30 @@ def assign_labels(
         truth: annotated objects of the images.
         positive_iou: candidates with this IoU or more are positive.
         negative_iou: candidates below it are negative; those between the two are ignored.
-        best_for_each: also label the best candidates of each object as positive, whatever their IoU, as in the RPN
-            (Ren et al., "Faster R-CNN", section 3.1.2; ``allow_low_quality_matches`` in torchvision).
+        allow_low_quality_matches: also label the best candidates of each object as positive, whatever their IoU, as in
+            the RPN (Ren et al., "Faster R-CNN", section 3.1.2) and torchvision's ``Matcher``.
+
+    Candidates that match no object and have more than half of their area in a crowd region are ignored.
 
     Returns:
         labels (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each
-        candidate overlaps most (0 if there are none).
+        candidate overlaps most (0 if it overlaps none).
     """
     matches = match_boxes(candidates, truth.boxes)
     labels = torch.full_like(matches.max_iou, NEGATIVE, dtype=torch.int8)
     for crowd in truth.crowds.unbind(dim=1):
-        inside = _intersection(candidates, crowd[:, None])
-        labels.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
+        overlap = _intersection(candidates, crowd[:, None])
+        labels.masked_fill_(overlap > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
     has_objects = truth.valid.any(dim=1, keepdim=True)
     positive = matches.max_iou >= positive_iou
     labels.masked_fill_((matches.max_iou >= negative_iou) & ~positive & has_objects, IGNORE)
-    if best_for_each:
+    if allow_low_quality_matches:
         positive = positive | matches.is_best
     return labels.masked_fill_(positive & has_objects, POSITIVE), matches.object
 
 
 def _intersection(boxes: Tensor, other: Tensor) -> Tensor:
-    """Intersection areas (B, N) of boxes (B, N, 4) or (N, 4) with one box per image (B, 1, 4)."""
+    """Areas (B, N) of the intersections of boxes (B, N, 4) or (N, 4) with one box per image (B, 1, 4)."""
     sides = torch.minimum(boxes[..., 2:], other[..., 2:]) - torch.maximum(boxes[..., :2], other[..., :2])
     width, height = sides.clamp(min=0).unbind(dim=-1)
     return width * height
@@ -68,19 +74,19 @@ def _area(boxes: Tensor) -> Tensor:
     return width * height
 
 
-def anchors_inside(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Whether boxes (N, 4) are inside each image of the given (height, width), (B, N) bool."""
-    limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], boxes)
-    return (boxes[:, :2] >= 0).all(dim=1) & (boxes[:, 2:] <= limits.reshape(-1, 1, 2)).all(dim=2)
+def anchors_inside(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Whether each anchor (N, 4) is inside each image of the given (height, width), (B, N) bool."""
+    limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], anchors).view(-1, 1, 2)
+    return (anchors[:, :2] >= 0).all(dim=1) & (anchors[:, 2:] <= limits).all(dim=2)
 
 
 def compute_mask_targets(
     rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: BoxConvention | None = None
 ) -> Tensor:
-    """Mask targets of RoIs, on the CPU, where the annotations are.
+    """Compute mask targets of RoIs on the CPU, where the annotations are.
 
-    A cell is 1 if the object covers at least half of it. The coverage is computed exactly in the original image,
-    without resizing masks.
+    A cell is 1 if the object covers at least half of it. The coverage is computed exactly from the object's mask in the
+    original image; masks are not resized.
 
     Args:
         rois: (P, 4) in pixels of the network's input, on the CPU.
@@ -94,7 +100,7 @@ def compute_mask_targets(
     """
     if truth.masks is None:
         raise ValueError("truth: has no masks; make the targets with masks")
-    uncropped = rois + rois.new_tensor(truth.crop_origin * 2)
+    uncropped = rois + rois.new_tensor(truth.crop_origin * 2)  # pixels of the resized image before it was cropped
     boxes = (convention or BoxConvention()).unscale(uncropped, truth.scale)
     if truth.flipped_width is not None:
         boxes = torch.stack(

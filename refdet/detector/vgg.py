@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
-from refdet.detector.backbones import vgg_channels
+from refdet.detector.backbone_channels import vgg_channels
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.roi_chunks import cat_chunks, roi_chunks
 from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, pool_cells, pool_mean
@@ -50,14 +50,14 @@ class VGG16(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def frozen_layers(self) -> list[nn.Module]:
-        """The layers that are frozen in fine-tuning with frozen norms: the first two stages."""
+        """Layers that are not trained in recipes with frozen norms: the first two stages."""
         return list(self.convs[: STAGES[0][1] + STAGES[1][1]])
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
         """The first `stages` of the feature maps of strides 4, 8 and 16.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalized.
             stages: number of maps, 1 to 3.
 
         Returns:
@@ -114,9 +114,9 @@ class VGGHead(nn.Module):
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
-        samples = 4 * POOL_SIZE**2 * x.shape[1]  # of a RoI; crop_max and crop_align take four per cell
-        max_rois = max(CPU_CHUNK_BYTES // (4 * samples), 1)
-        chunks = roi_chunks(len(rois), rois.device, samples * x.element_size(), max_rois)
+        values = 4 * POOL_SIZE**2 * x.shape[1]  # of a RoI; crop_max and crop_align take four samples per cell
+        max_rois = max(CPU_CHUNK_BYTES // (4 * values), 1)  # 4 bytes per float32
+        chunks = roi_chunks(len(rois), rois.device, values * x.element_size(), max_rois)
         return cat_chunks([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:

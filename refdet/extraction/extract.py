@@ -132,11 +132,11 @@ def extract_features(
     from refdet.extraction.batch_size import auto_batch_size
     from refdet.extraction.computing import make_compute
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
-    from refdet.ops._library import kernels_state
+    from refdet.ops._library import describe_kernels
 
     torch_device = resolve_device(device)
     job = job.with_precision(supported_precision(job.options.precision, torch_device), say)
-    for line in start_lines(job, describe_device(device), kernels_state()):
+    for line in start_lines(job, describe_device(device), describe_kernels()):
         announce(line)
     if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)

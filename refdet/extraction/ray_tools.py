@@ -116,7 +116,7 @@ class DetectorTools:
         from refdet.extraction.computing import make_compute
         from refdet.extraction.defaults import default_workers
         from refdet.extraction.ray_messages import Tools
-        from refdet.ops._library import kernels_state
+        from refdet.ops._library import describe_kernels
 
         device = resolve_device(self.device)
         if device.type == "cpu":
@@ -132,7 +132,7 @@ class DetectorTools:
             compute=make_compute(detector, self.options, given_regions if self.regions_given else None),
             device=name,
             precision=precision,
-            kernels=kernels_state(),
+            kernels=describe_kernels(),
             threads=self.workers or default_workers(device),
             auto_batch_size=partial(auto_batch_size, detector, self.records, self.options, self.options.features),
             context=detector.inference,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
-from refdet.detector.backbones import roi_channels
+from refdet.detector.backbone_channels import roi_channels
 from refdet.store import Columns, Header, ImageRow
 from refdet.store.size import space_needed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -15,7 +16,10 @@ _CURSOR_UP = "\x1b[A"  # written by tqdm for nested bars
 
 
 class _LineStream:
-    """A stream for tqdm that writes each update of a bar on a new line."""
+    """A stream for tqdm that writes each update of a bar on a new line.
+
+    If the reader of a pipe has ended, such as tee after Ctrl-C, lines are dropped: the work must go on and be saved.
+    """
 
     encoding = "utf-8"
 
@@ -24,10 +28,12 @@ class _LineStream:
 
     def write(self, text: str) -> None:
         if text := text.replace(_CURSOR_UP, "").strip("\r\n "):
-            self._stream.write(text + "\n")
+            with suppress(BrokenPipeError):
+                self._stream.write(text + "\n")
 
     def flush(self) -> None:
-        self._stream.flush()
+        with suppress(BrokenPipeError):
+            self._stream.flush()
 
 
 def progress_bar(

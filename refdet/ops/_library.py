@@ -1,4 +1,4 @@
-"""Load the compiled kernels, refdet/_C, if they were built."""
+"""Load the compiled kernels, the extension module ``refdet/_C``, if they were built."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(folder: Path) -> frozenset[str]:
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
-        # an extension built from older sources lacks the newest operator, or fails the newest kind of call
+        # an extension built from older sources lacks an operator or rejects a call that was added later
         _ = torch.ops.refdet.nms_padded
         torch.ops.refdet.match_boxes(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4))
         if not torch._C._dispatch_has_kernel_for_dispatch_key("refdet::roi_pool", "Autograd"):
@@ -52,8 +52,8 @@ DEVICES = load(Path(__file__).resolve().parents[1])
 """Device types with compiled kernels."""
 
 
-def kernels_state() -> str:
-    """The compiled kernels in use, for the first line of a run and ``refdet --version``."""
+def describe_kernels() -> str:
+    """Which compiled kernels are in use, for the first line of a run and ``refdet --version``."""
     if _disabled():
         return "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
     if not DEVICES:
@@ -66,10 +66,10 @@ def kernels_state() -> str:
 
 
 @functools.cache
-def warn_of_plain_pytorch(device: torch.device) -> None:
-    """Warn, once per GPU, if there are no compiled kernels for it; not if they were switched off.
+def warn_without_cuda_kernels(device: torch.device) -> None:
+    """Log a warning, once per GPU, if it has no compiled kernels, unless ``REFDET_NO_EXT=1`` switched them off.
 
-    The fallbacks give the same results, but NMS waits for the GPU at every block of boxes.
+    The fallbacks give the same results, but their NMS synchronizes with the GPU at every block of boxes.
     """
     if device.type == "cuda" and "cuda" not in DEVICES and not _disabled():
         log.warning(

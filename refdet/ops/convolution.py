@@ -8,10 +8,10 @@ Shape shorthand in this module:
     P: matrices of packed weights, 36 for a 3x3 convolution and 1 for a 1x1
 
 3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", 2016), which needs a third of the multiplications. 1x1 convolutions are matrix products,
-fused with the shortcut and ReLU after them. The result of an image does not depend on the rest of its batch, bit for
-bit. Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution, inputs beyond 5e36 overflow, and a NaN or
-inf spoils the whole output tile of 4x4.
+Convolutional Neural Networks", 2016), which needs a quarter to a third of the multiplications. 1x1 convolutions are
+matrix products, fused with the shortcut and ReLU after them. The result of an image has the same bits in any batch.
+Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution, inputs beyond 5e36 overflow, and a NaN or inf
+spreads to the whole 4x4 tile of outputs.
 
 Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, 2e-6 of the
 standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs and float16 products, on processors with
@@ -37,9 +37,8 @@ class Packed(NamedTuple):
     """Weights in the layout of the kernels.
 
     Attributes:
-        weight: (P, K / panel, C, panel) float32 in panels of 16 output channels, or with `half` float16 in panels of
-            64.
-        scale: (K,) float32 factors of the sums, which undo the scaling of float16 weights.
+        weight: (P, K / panel, C, panel): float32 in panels of 16 output channels, or float16 in panels of 64 (`half`).
+        scale: (K,) float32; the sums are multiplied by it to undo the scaling of float16 weights.
     """
 
     weight: Tensor
@@ -62,7 +61,7 @@ def is_half_fastest(device: torch.device) -> bool:
 
 
 def pack_conv3x3(weight: Tensor, half: bool = False) -> Packed:
-    """Pack float32 weights (K, C, 3, 3) for `conv3x3`; they take four times the space.
+    """Pack float32 weights (K, C, 3, 3) for `conv3x3`; packed float32 weights are four times as large.
 
     Raises:
         RuntimeError: C or K is not a multiple of `CHANNEL_MULTIPLE` or `OUTPUT_MULTIPLE`, the weights are not float32,

@@ -8,9 +8,9 @@ convolution itself. There are three ways to avoid these passes, with plain PyTor
     library: 1x1 convolutions as matrix products fused with bias and ReLU (cuBLASLt), and the last convolution of a
         bottleneck fused with bias, shortcut and ReLU (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for
         exact float32. The ReLU of these libraries turns NaN into 0. Other convolutions use the kernel, as cuDNN's
-        fusion with ReLU alone adds 0 times its uninitialised output, which can be NaN.
-    products: like library, without cuDNN's fusion, for which cuDNN may compile code for each new size of a feature map;
-        one pass more for each bottleneck. `make gpu-check` compares the two.
+        fusion with ReLU alone adds 0 times its uninitialized output, which can be NaN.
+    products: like library, but without cuDNN's fusion, for which cuDNN may compile code for each new size of a feature
+        map. Costs one more pass per bottleneck. `make gpu-check` compares the two.
 
 Shape shorthand in this module:
 
@@ -44,9 +44,9 @@ class Epilogue(Enum):
 
 
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
-    """The fastest epilogue on a device: library for the half dtypes, kernel for float32; on CPUs, plain PyTorch.
+    """The fastest epilogue on a device: library for bfloat16 and float16, kernel for float32; on CPUs, plain PyTorch.
 
-    The kernel is used for half dtypes too if cuDNN fails a small trial convolution with a shortcut.
+    If cuDNN fails a small trial convolution with a shortcut, the kernel is used for bfloat16 and float16 too.
     """
     if device.type != "cuda":
         return Epilogue.PLAIN

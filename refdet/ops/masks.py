@@ -1,8 +1,9 @@
-"""Conversion between masks of boxes and RLE of the image, by compiled kernels or plain PyTorch.
+"""Conversion between m x m masks of boxes and RLEs of the image, by compiled kernels or plain PyTorch.
 
 Shape shorthand in this module:
 
     N, K: boxes
+    M: bytes of all RLEs
     m: side of a mask in cells
 """
 
@@ -24,12 +25,12 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
-    """Paste masks of boxes into the image as RLE, at sub-pixel precision.
+    """Paste masks of boxes into the image, without rounding the boxes, and encode each as RLE.
 
     Each pixel whose center is in the box is interpolated bilinearly from the values at the cell centers, clamped at the
-    outer cells, and thresholded. Boxes are not rounded. A box with a NaN or infinite coordinate has an empty mask.
-    Computed in float32 in a fixed order, so that the result is the same with and without the compiled kernels. Tensors
-    on a GPU are copied to the CPU first.
+    outer cells, and thresholded. A box with a NaN or infinite coordinate has an empty mask. The arithmetic is float32
+    in a fixed order, so that the result is the same with and without the compiled kernels. Tensors on a GPU are copied
+    to the CPU first.
 
     Args:
         probabilities: (N, m, m) in 0..1, any floating dtype.
@@ -70,7 +71,7 @@ def masks_to_rle_plain(
     probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
 ) -> list[bytes]:
     """`masks_to_rle` with NumPy and pycocotools, for float32 CPU tensors; arguments are not checked."""
-    full = np.zeros((height, width, 1), np.uint8, order="F")
+    image_mask = np.zeros((height, width, 1), np.uint8, order="F")
     counts = []
     for cells, box in zip(probabilities.numpy(), boxes.numpy(), strict=True):
         top, rows = _interpolation(box[1], box[3], len(cells), height)
@@ -79,9 +80,9 @@ def masks_to_rle_plain(
             window = columns.apply(cells.T).T  # (m, columns)
             window = rows.apply(window) >= np.float32(threshold)
         window_slice = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
-        full[window_slice] = window
-        counts.append(coco_mask.encode(full)[0]["counts"])
-        full[window_slice] = 0
+        image_mask[window_slice] = window
+        counts.append(coco_mask.encode(image_mask)[0]["counts"])
+        image_mask[window_slice] = 0
     return counts
 
 
@@ -105,7 +106,17 @@ class _Interpolation:
 
 
 def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
-    """The first pixel whose center is in [low, high), and the interpolation of all such pixels."""
+    """Interpolation of the pixels of an axis whose centers are in a box.
+
+    Args:
+        low: start of the box, in pixels.
+        high: end of the box, in pixels.
+        size: cells of the mask along the axis.
+        limit: pixels of the image along the axis.
+
+    Returns:
+        The first of these pixels, and the interpolation of all of them.
+    """
     if not (np.isfinite(low) and np.isfinite(high)):
         return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
     first, last = (int(np.clip(np.ceil(np.float64(edge) - 0.5), 0, limit)) for edge in (low, high))
@@ -120,11 +131,11 @@ def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> 
 
 
 def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Exact fraction of each cell of a grid over a box that the object's mask covers.
+    """Compute the exact fraction of each cell of an m x m grid over a box that an object's mask covers.
 
     The covered area of a cell is a difference of four values of the mask's integral image, which is interpolated
-    linearly between pixel corners. The result is the same with and without the compiled kernel. It always runs on the
-    CPU, as annotations are RLE.
+    linearly between pixel corners. The result is the same with and without the compiled kernel. Runs on the CPU, as
+    annotations are RLE.
 
     Args:
         rles: pycocotools RLEs of the objects of one image, with ``counts`` as bytes.

@@ -36,13 +36,14 @@ class Matches(NamedTuple):
 def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
     """Find the best object of each candidate and the best candidates of each object, by IoU.
 
-    The kernels never store the (N, M) IoU matrix. Computed in float32 in a fixed order, so that the result is the same
-    with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap nothing.
+    The kernels never store the (N, M) IoU matrix. The arithmetic is float32 in a fixed order, so that the result is the
+    same with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap
+    nothing.
 
     For a batch, the objects of each image are padded with empty boxes to the same number.
 
     Args:
-        candidates: half-open xyxy, any floating dtype: (N, 4), the same for all images of a batch, or (B, N, 4).
+        candidates: (N, 4), the same for all images of a batch, or (B, N, 4); half-open xyxy, any floating dtype.
         objects: (M, 4), or (B, M, 4) for a batch; half-open xyxy, on the same device.
 
     Raises:

@@ -3,7 +3,7 @@
 Shape shorthand in this module:
 
     N: boxes of all images
-    K: boxes that are kept
+    K: kept boxes
     B: images
     M: maximum number of boxes to keep per image
 """
@@ -31,9 +31,10 @@ def nms(
 ) -> Tensor:
     """Greedy NMS within each group of each image.
 
-    Boxes are visited by descending score, ties by index, NaN as -inf; a box is kept unless its IoU with a kept one
-    exceeds the threshold. Both are float32, so an IoU of exactly 3/10 is not above 0.3. Empty boxes and boxes with a
-    NaN coordinate suppress nothing and are always kept. The result is the same with and without the compiled kernel.
+    Boxes are visited by descending score, ties by index, NaN scores as -inf; a box is kept unless its IoU with a kept
+    box exceeds the threshold. IoU and threshold are float32, so an IoU of exactly 3/10 is not above 0.3. Empty boxes
+    and boxes with a NaN coordinate suppress nothing and are always kept. The result is the same with and without the
+    compiled kernel.
 
     Args:
         boxes: (N, 4) half-open xyxy, any floating dtype.
@@ -65,20 +66,20 @@ def nms_padded(
     *,
     groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`nms` with a result whose size is known beforehand, so that the compiled kernel never waits for a GPU.
+    """`nms` with an output of fixed size, so that the compiled kernel does not synchronize with a GPU.
 
     Args:
         boxes: (N, 4) half-open xyxy, any floating dtype.
         scores: (N,) on the same device.
         iou_threshold: in 0..1.
         max_keep: boxes to keep per image, M.
-        images: (N,) int64, the image of each box; boxes of images outside 0..B - 1 are left out.
+        images: (N,) int64, the image of each box; boxes whose image is not in 0..B - 1 are left out.
         count: number of images, B.
         groups: (N,) int64, any values: only boxes of one group suppress each other. None for a single group.
 
     Returns:
-        Indices (B, M) int64 of the kept boxes of each image, by descending score, padded with -1; and their numbers
-        (B,).
+        Indices (B, M) int64 of the kept boxes of each image, by descending score, padded with -1; and the number (B,)
+        of kept boxes of each image.
 
     Raises:
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
@@ -92,13 +93,19 @@ def nms_padded(
 
 
 def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
-    """Indices (K,) of all images and the number per image, from the result of `nms_padded`; waits for a GPU once."""
+    """Remove the padding from the result of `nms_padded`; synchronizes with a GPU once.
+
+    Args:
+        kept: (B, M) int64 indices, padded at the end of each row.
+        counts: (B,) number of indices in each row.
+
+    Returns:
+        Indices (K,) of all images, and the number of them in each image.
+    """
     counts_list = counts.tolist()
-    width = kept.shape[1]
-    indices = np.concatenate(
-        [np.arange(count) + row * width for row, count in enumerate(counts_list)] or [np.arange(0)]
-    )
-    return kept.flatten()[to_device(torch.from_numpy(indices), kept.device)], counts_list
+    is_index = np.arange(kept.shape[1]) < np.array(counts_list, np.int64)[:, None]
+    positions = torch.from_numpy(is_index.ravel().nonzero()[0])
+    return kept.flatten()[to_device(positions, kept.device)], counts_list
 
 
 def _check_inputs(
@@ -152,7 +159,8 @@ def nms_plain(
         orders = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
     threshold = boxes.new_tensor(iou_threshold)
 
-    def suppressing(a: Tensor, b: Tensor) -> Tensor:
+    def suppression_matrix(a: Tensor, b: Tensor) -> Tensor:
+        """Whether each box of indices `a` (N,) and each of `b` (M,) suppress each other, (N, M) bool."""
         overlapping = _iou(boxes[a], boxes[b]) > threshold
         return overlapping if groups is None else overlapping & (groups[a][:, None] == groups[b])
 
@@ -163,9 +171,9 @@ def nms_plain(
         for block in image_order.split(BLOCK):
             if len(kept) == limit:
                 break
-            block = block[~suppressing(block, kept).any(dim=1)]
-            suppresses = suppressing(block, block).cpu().numpy()
-            alive = torch.ones(len(block), dtype=torch.bool).numpy()
+            block = block[~suppression_matrix(block, kept).any(dim=1)]
+            suppresses = suppression_matrix(block, block).cpu().numpy()
+            alive = np.ones(len(block), bool)
             for row in range(len(block)):
                 if alive[row]:
                     alive[row + 1 :] &= ~suppresses[row, row + 1 :]

@@ -8,13 +8,13 @@ Shape shorthand in this module:
     m: cells on a side of a RoI
 
 Feature maps (B, C, H, W) may have any floating dtype and memory format; channels_last is fastest, as others are copied
-into it. Sums and means are float32 (float64 for float64 maps). With and without the compiled kernels results differ
-only by the rounding of these sums, by less than 1e-5 for values about 1.
+into it. Sums and means are float32 (float64 for float64 maps). Results with and without the compiled kernels differ
+only by the rounding of these sums, by less than 1e-5 for values of magnitude 1. Feature maps must be finite: NaN and
+inf may spread to other RoIs.
 
 RoIs (K, 5) are rows of image index and half-open xyxy box in pixels of the network's input; they get no gradient.
-Samples outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is a point: RoIAlign with
-fixed sampling and the crop read the map there; adaptive sampling takes no samples and returns 0. Swapped corners flip
-the cells, and give 0 with adaptive sampling. Feature maps must be finite: NaN and inf may spread to other RoIs.
+Samples outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is sampled at its point or
+line, and a reversed box gives flipped cells; with adaptive sampling both give 0.
 
 All functions raise:
     TypeError: the map or the RoIs are not floating point.
@@ -51,13 +51,13 @@ def roi_align(
         stride: of the feature map, in pixels of the network's input.
         sampling_ratio: samples on a side of a cell, as in torchvision. 0 for adaptive sampling: ceil(RoI side / m) in
             positions of the map, at most 1024.
-        aligned: as in torchvision. Without it, position 0 of the map is the centre of its first cell, and RoIs are at
-            least one position wide and high.
+        aligned: as in torchvision. If False, coordinate 0 is the center of the map's first position instead of its
+            edge, and RoIs are at least one position wide and high.
 
     Returns:
         (K, C, m, m) in the dtype of the map, channels_last.
     """
-    rois = rois if aligned else _unaligned(rois, stride)
+    rois = rois if aligned else _convert_unaligned(rois, stride)
     return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=False)
 
 
@@ -65,15 +65,15 @@ def roi_align_mean(
     x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
     """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    rois = rois if aligned else _unaligned(rois, stride)
+    rois = rois if aligned else _convert_unaligned(rois, stride)
     return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=True).flatten(1)
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     """Crop and resize as in the reference (lichengunc/mask-faster-rcnn).
 
-    One bilinear sample per cell, the outermost ones on the corners of the RoI; position 0 of the map is the centre of
-    its first cell. Outside the map everything is 0.
+    Takes one bilinear sample per cell, the outermost ones on the edges of the RoI. Coordinate 0 is the center of the
+    map's first position; the map is padded with zeros.
 
     Args:
         x: (B, C, H, W) feature map; fastest in channels_last.
@@ -103,14 +103,14 @@ class PyramidLevels(NamedTuple):
     rows: tuple[Tensor, ...]
     inverse: Tensor
 
-    def padded(self, count: int) -> PyramidLevels:
-        """Levels of `count` RoIs, those after these ones on the coarsest level."""
-        more = torch.arange(len(self.inverse), count, device=self.inverse.device)
-        return PyramidLevels((*self.rows[:-1], torch.cat((self.rows[-1], more))), torch.cat((self.inverse, more)))
+    def pad(self, count: int) -> PyramidLevels:
+        """Add RoIs on the coarsest level until there are `count`."""
+        added = torch.arange(len(self.inverse), count, device=self.inverse.device)
+        return PyramidLevels((*self.rows[:-1], torch.cat((self.rows[-1], added))), torch.cat((self.inverse, added)))
 
 
 def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
-    """Assign RoIs to levels, as in `pyramid_roi_align`; waits for a GPU once, if there are several levels."""
+    """Assign rois (K, 5) to levels as in `pyramid_roi_align`; synchronizes with a GPU once if there are several."""
     if len(strides) == 1:
         indices = torch.arange(len(rois), device=rois.device)
         return PyramidLevels((indices,), indices)
@@ -144,13 +144,13 @@ def pyramid_roi_align(
         strides: strides of the maps, each twice the one before, in pixels of the network's input.
         sampling_ratio: as in `roi_align`.
         aligned: as in `roi_align`.
-        levels: levels of these RoIs, if already known.
+        levels: result of `pyramid_levels` for these RoIs; computed if None.
 
     Returns:
         (K, C, m, m), channels_last.
     """
     pool = partial(roi_align, sampling_ratio=sampling_ratio, aligned=aligned)
-    return _by_level(maps, rois, size, strides, levels, pool)
+    return _pool_by_level(maps, rois, size, strides, levels, pool)
 
 
 def pyramid_roi_align_mean(
@@ -164,17 +164,17 @@ def pyramid_roi_align_mean(
 ) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
     pool = partial(roi_align_mean, sampling_ratio=sampling_ratio, aligned=aligned)
-    return _by_level(maps, rois, size, strides, levels, pool)
+    return _pool_by_level(maps, rois, size, strides, levels, pool)
 
 
-def _unaligned(rois: Tensor, stride: float) -> Tensor:
-    """RoIs (K, 5) for which pooling with alignment gives what `rois` (K, 5) give without it."""
+def _convert_unaligned(rois: Tensor, stride: float) -> Tensor:
+    """Convert rois (K, 5) for ``aligned=False`` to RoIs that give the same result with ``aligned=True``."""
     corner = rois[:, 1:3] + stride / 2
     sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=stride)
     return torch.cat((rois[:, :1], corner, corner + sides), dim=1)
 
 
-def _by_level(
+def _pool_by_level(
     maps: Sequence[Tensor],
     rois: Tensor,
     size: int,
@@ -194,7 +194,7 @@ def _by_level(
 
 
 class _Reorder(torch.autograd.Function):
-    """``x[inverse]`` for a permutation, whose gradient is a plain copy instead of a sum."""
+    """``x[inverse]`` for a permutation of rows; its gradient is a gather, faster than the scatter-add of indexing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int, crop: bool, mean: bool) -> Tensor:
-    """(K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in float32 or float64."""
+    """Check the arguments and pool: (K, C, m, m) in the dtype of x, or (K, C, 1, 1) float32 or float64 if `mean`."""
     _check_rois(x, rois)
     if not (2 if crop else 1) <= size <= MAX_CELLS:
         raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MAX_CELLS} cells on a side, got {size}")
@@ -227,13 +227,13 @@ def _pool(x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int
 
 def _check_rois(x: Tensor, rois: Tensor) -> None:
     if not (x.is_floating_point() and rois.is_floating_point()):
-        raise TypeError(f"RoI pooling needs a floating-point map and RoIs, got {x.dtype} and {rois.dtype}")
+        raise TypeError(f"RoI pooling needs a floating-point feature map and RoIs, got {x.dtype} and {rois.dtype}")
     if x.dim() != 4:
-        raise ValueError(f"RoI pooling needs a map (B, C, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"RoI pooling needs a feature map (B, C, H, W), got {tuple(x.shape)}")
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"RoI pooling needs RoIs (K, 5), rows of image index and box, got {tuple(rois.shape)}")
     if x.device != rois.device:
-        raise ValueError(f"RoI pooling needs map and RoIs on one device, got {x.device} and {rois.device}")
+        raise ValueError(f"RoI pooling needs the feature map and RoIs on one device, got {x.device} and {rois.device}")
 
 
 if DEVICES:

@@ -9,8 +9,8 @@ Shape shorthand in this module:
     n: samples on a side of a cell
 
 A cell is a weighted sum of positions of the map; the weights are separable in x and y. With fixed sampling a cell reads
-few positions: an embedding bag over the rows of a channels_last map, which PyTorch vectorizes along C. With adaptive
-sampling, and for the mean, it reads a whole range of positions: two matrix products.
+few positions, so the sum is an embedding bag over the positions of a channels_last map, which PyTorch vectorizes along
+C. With adaptive sampling, and for the mean over cells, it reads many positions, so the sum is two matrix products.
 """
 
 from __future__ import annotations
@@ -77,8 +77,16 @@ def pool_plain(
 def _taps(low: Tensor, high: Tensor, size: int, limit: int, sampling_ratio: int, crop: bool) -> tuple[Tensor, Tensor]:
     """Positions that each cell reads along one axis of the map, and their weights, both (K, m, 2n).
 
-    In RoIAlign a sample up to one position outside the map takes the value at the border, and one further out is 0, as
-    in the original.
+    As in Caffe2 and torchvision, a RoIAlign sample up to one position outside the map has the value at the border;
+    beyond, it is 0.
+
+    Args:
+        low: (K,) start of each RoI, in positions of the map.
+        high: (K,) end of each RoI.
+        size: cells along the axis, m.
+        limit: positions of the map along the axis.
+        sampling_ratio: as in `pool_plain`.
+        crop: as in `pool_plain`.
     """
     side = (high - low)[:, None, None]
     adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MAX_CELLS)
@@ -106,7 +114,14 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, sampling_ratio: int,
 def _pool_with_embedding_bag(
     x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Cells (K, C, m, m) as weighted sums of positions of the channels_last map."""
+    """Pool cells (K, C, m, m) with positions and weights of `_taps` for x and y.
+
+    Args:
+        x: (B, C, H, W) feature map.
+        image: (K,) int64 image index of each RoI.
+        across: positions and weights (K, m, 2n) along x.
+        down: positions and weights (K, m, 2n) along y.
+    """
     (x_cells, x_weights), (y_cells, y_weights) = across, down
     channels, height, width = x.shape[1:]
     count, size, bag = len(image), x_cells.shape[1], x_cells.shape[2] * y_cells.shape[2]
@@ -119,12 +134,12 @@ def _pool_with_embedding_bag(
 
 
 def _dense_weights(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
-    """Dense weights (K, m, limit) from positions and weights (K, m, 2n) of `_taps`."""
+    """Weights (K, m, limit) of all positions of an axis, from positions and weights (K, m, 2n) of `_taps`."""
     return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, cells, weights)
 
 
 def _pool_with_matmul(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Cells (K, C, m, m) from dense weights of columns (K, m, W) and rows (K, m, H)."""
+    """Pool cells (K, C, m, m) with the weights of all columns (K, m, W) and rows (K, m, H)."""
     channels, height, width = x.shape[1:]
     order, pooled = [], []
     for index, table in enumerate(x.permute(0, 2, 3, 1)):

@@ -1,4 +1,4 @@
-"""Weights of a convolution times a scale per output channel, in the dtype to compute in, with one kernel each way.
+"""Scale the weights of a convolution per output channel and convert their dtype, in one GPU kernel.
 
 Shape shorthand in this module:
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def scaled_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(weight * scale).to(dtype)``, bit for bit; so is its gradient.
+    """``(weight * scale).to(dtype)``; result and gradient have the same bits as of these two operators.
 
     Args:
         weight: (K, C, h, w).
@@ -30,7 +30,7 @@ def scaled_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _ScaledWeight(torch.autograd.Function):
-    """As two operators, the product and its conversion would each be a kernel forward and another backward."""
+    """The product and the conversion in one kernel, and one in the backward pass, instead of two each."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,4 +41,4 @@ class _ScaledWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
-        return gradient * scale, None, None  # in the wider dtype of the two
+        return gradient * scale, None, None  # promoted to the wider dtype of the two

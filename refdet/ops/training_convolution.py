@@ -10,8 +10,8 @@ Shape shorthand in this module:
     P: evaluation points of a tile of 4x4 outputs, 36
 
 The output and the gradient of the input are convolutions by the kernel of `refdet.ops.convolution`; the weights are
-transformed in each call, which takes as long as about 30 tiles. The gradient of the weights has its own kernel, the
-transpose of the same algorithm, with rounding errors up to five times those of PyTorch's convolution.
+transformed in each call, which takes as long as convolving about 30 tiles. The gradient of the weights has another
+kernel, the transpose of the same algorithm, with rounding errors up to five times those of PyTorch's convolution.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from refdet.ops.convolution import (
     pack_conv3x3,
 )
 
-TILE, TAPS = 4, 3
+TILE, TAPS = 4, 3  # sides of a tile of outputs and of a filter
 MIN_CHANNELS, MIN_TILES = 64, 48  # with fewer, PyTorch's convolution is faster
 VECTOR = 16  # float32 numbers in a vector of AVX-512
 
@@ -63,11 +63,11 @@ def conv2d(
     Returns:
         (N, K, H', W').
     """
-    plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
-    if plain and torch.is_grad_enabled() and _is_faster(x, weight):
+    is_plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
+    if is_plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
-    if torch.is_grad_enabled() and _crashes(x, weight, stride, padding, groups):
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    if torch.is_grad_enabled() and _crashes_onednn(x, weight, stride, padding, groups):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)  # the same convolution
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -84,10 +84,12 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _crashes(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int) -> bool:
-    """Whether oneDNN's gradient of the weights crashes, seen with PyTorch 2.14.1 and AVX-512.
+def _crashes_onednn(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int
+) -> bool:
+    """Whether oneDNN would crash when it computes the gradient of the weights, as in PyTorch 2.14.1 with AVX-512.
 
-    Its kernel for strided 1x1 convolutions assumes a full vector of input channels.
+    Its kernel for strided 1x1 convolutions reads a full vector of input channels.
     """
     pointwise = weight.shape[2:] == (1, 1) and padding in ((0, 0), "valid") and groups == 1
     return pointwise and max(stride) > 1 and weight.shape[1] < VECTOR and x.device.type == "cpu"

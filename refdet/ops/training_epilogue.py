@@ -1,8 +1,8 @@
 """`refdet.ops.epilogue.bias_relu` with gradients: bias, shortcut and ReLU in one pass over a convolution's output.
 
-As separate operators they are up to three passes in the forward pass of training. PyTorch's sums in bfloat16 and
-float16 are rounded after each of them; here the sum is float32 and rounded once, and the bias keeps its float32
-precision under autocast. In float32 the numbers are those of the separate operators.
+As separate operators they read and write the output up to three times. PyTorch's sums in bfloat16 and float16 are
+rounded after each operator; here the sum is float32 and rounded once, and the bias keeps its float32 precision under
+autocast. In float32 the results are those of the separate operators.
 
 Shape shorthand in this module:
 
@@ -22,28 +22,29 @@ from torch.autograd.function import once_differentiable
 from refdet.ops import epilogue
 from refdet.ops._library import DEVICES
 
-FUSED = frozenset({"cuda"}) & DEVICES  # device types on which training uses the fused pass; CPUs gain nothing from it
+FUSED = frozenset({"cuda"}) & DEVICES  # device types on which training uses the fused pass; on CPUs it is not faster
 
 
-def fuses(device: torch.device) -> bool:
-    """Whether `bias_relu` is faster than separate operators on a device; only with gradients enabled."""
+def is_fused_faster(device: torch.device) -> bool:
+    """Whether to train with `bias_relu` instead of separate operators on a device; False without gradients."""
     return device.type in FUSED and torch.is_grad_enabled()
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a convolution with weights of `dtype` computes in: of autocast, if it applies."""
+    """The dtype that a convolution with weights of `dtype` computes in: that of autocast, if it is enabled."""
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype
 
 
 def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(x + bias + shortcut)`` with gradients, of the output of a convolution or pooling that has no other use.
+    """``relu(x + bias + shortcut)`` with gradients.
 
     Layouts and dtypes that the fused pass does not support are computed by separate operators.
 
     Args:
-        x: (N, K, H, W), overwritten; its own gradient function must not need it.
+        x: (N, K, H, W), overwritten: the output of a convolution or pooling, whose gradients do not need it, and which
+            is not used elsewhere.
         bias: (K,).
         shortcut: (N, K, H, W).
 
@@ -57,14 +58,14 @@ def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor
 
 
 class _BiasRelu(torch.autograd.Function):
-    """Keeps nothing but its output, in the memory of its input."""
+    """`bias_relu` in place; saves only its output for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
         y = epilogue.bias_relu(x, bias, shortcut)
         if y is x:
             ctx.mark_dirty(x)
-            y = x  # for torch.compile, which does not see that it is
+            y = x  # torch.compile does not know that they are the same tensor
         ctx.save_for_backward(y)
         ctx.bias_dtype = bias.dtype
         return y
@@ -74,6 +75,6 @@ class _BiasRelu(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (y,) = ctx.saved_tensors
         masked = torch.ops.aten.threshold_backward(gradient, y, 0)
-        of_x, of_bias, of_shortcut = ctx.needs_input_grad
-        summed = masked.sum((0, 2, 3), dtype=ctx.bias_dtype) if of_bias else None
-        return masked if of_x else None, summed, masked if of_shortcut else None
+        needs_x, needs_bias, needs_shortcut = ctx.needs_input_grad
+        grad_bias = masked.sum((0, 2, 3), dtype=ctx.bias_dtype) if needs_bias else None
+        return masked if needs_x else None, grad_bias, masked if needs_shortcut else None

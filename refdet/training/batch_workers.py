@@ -27,7 +27,7 @@ from torch import multiprocessing as processes
 from refdet.data.training_batches import Batch, TrainingBatches, max_image_bytes
 from refdet.errors import RuntimeFailure
 from refdet.files.short_text import format_count
-from refdet.interrupt import Stop, StopRequested, ignore
+from refdet.interrupt import Stop, StopRequested, ignore_signals
 
 SHARED_MEMORY = Path("/dev/shm")  # holds tensors sent between processes
 _FIX = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
@@ -65,7 +65,7 @@ def prefetch_batches(
 
 def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
     for step in steps:
-        with stop.ends_waiting():
+        with stop.interrupt_waits():
             batch = _pin(_batch_or_raise(batches[step]), device)
         yield batch
 
@@ -181,7 +181,7 @@ class _WorkerPool:
 
 def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -> None:
     """Main loop of a worker process; ends on None or when the parent dies."""
-    ignore()
+    ignore_signals()
     parent_pipe.close()  # an inherited copy would keep the pipe open after the parent's death
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):

@@ -153,7 +153,7 @@ def _measure_steps(
         raise largest
     try:
         with (
-            Stop.watching() as stop,
+            Stop.watch() as stop,
             progress_bar(1 + len(steps), "measure", "step", leave=False) as bar,
             prefetch_batches(batches, steps, options.workers, device, stop) as prefetched,
         ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
-from refdet.detector.backbones import network_name
+from refdet.detector.backbone_channels import network_name
 from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
@@ -64,7 +64,7 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
     folder = checkpoint.run_directory(weights)
     pretrained = checkpoint.load_meta(folder)
     new_prefixes = find_new_prefixes(weights, model.recipe, categories)
-    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
+    tensors = checkpoint.read_weights(folder, pretrained)
     if pretrained.recipe.model.neck != model.recipe.model.neck and pretrained.untrained:
         tensors = _move_conv5_to_backbone(tensors)
     load_weights(model, tensors, folder / checkpoint.MODEL, skip=new_prefixes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.detector.backbones import network_name
+from refdet.detector.backbone_channels import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import escape_unprintable

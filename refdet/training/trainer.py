@@ -24,7 +24,7 @@ from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
-from refdet.ops._library import kernels_state, warn_of_plain_pytorch
+from refdet.ops._library import describe_kernels, warn_without_cuda_kernels
 from refdet.structures.provenance import file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import check_shared_memory, prefetch_batches
@@ -104,7 +104,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     if inputs.saved_run is not None:
         start = f"resumes from step {meta.step}"
     disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
-    warn_of_plain_pytorch(target)
+    warn_without_cuda_kernels(target)
     precision = supported_precision(
         "tf32" if recipe.train.tf32 else "float32", target
     )  # of operations that do not run in bfloat16
@@ -112,7 +112,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         describe_device(device),
         "bfloat16" if uses_bfloat16(model, target) else precision,
-        kernels_state(),
+        describe_kernels(),
         format_count(len(batches.records), "image"),
         index.path.name,
         recipe.name,
@@ -182,7 +182,7 @@ class _Training:
         steps = range(first, options.steps)
         self.model.train()
         with (
-            Stop.watching() as stop,
+            Stop.watch() as stop,
             _freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
             MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,

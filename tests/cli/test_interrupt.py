@@ -70,7 +70,7 @@ def press(number: int) -> None:
 
 def test_stop_remembers_the_first_signal_and_cuts_nothing_short() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Stop.watching() as stop:
+    with Stop.watch() as stop:
         assert not stop.requested
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             press(number)
@@ -80,20 +80,55 @@ def test_stop_remembers_the_first_signal_and_cuts_nothing_short() -> None:
 
 @pytest.mark.parametrize("early", [True, False])
 def test_stop_ends_a_wait(early: bool) -> None:
-    with Stop.watching() as stop:
+    with Stop.watch() as stop:
         if early:
             press(signal.SIGHUP)
-        with pytest.raises(StopRequested), stop.ends_waiting():
+        with pytest.raises(StopRequested), stop.interrupt_waits():
             press(signal.SIGHUP)
             raise AssertionError("went on")
         press(signal.SIGINT)  # outside it raises nothing
     assert stop.name == "SIGHUP"
 
 
+def test_a_signal_does_not_abort_a_step_if_stderr_is_a_broken_pipe() -> None:
+    code = (
+        "import os, signal\n"
+        "from refdet.interrupt import Stop\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n"
+        "with Stop.watch() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('finished the step, stopping by', stop.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "finished the step, stopping by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_an_import_exits_even_if_stderr_is_a_broken_pipe(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    (tmp_path / "slow_part.py").write_text(SLOW)
+    code = (
+        "import os\n"
+        "from refdet.interrupt import exit_during_imports\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n"
+        "with exit_during_imports():\n"
+        "    import swallows; print('went on')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(tmp_path, NUMBER=str(int(number))),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stop.watching() as stop, as_keyboard_interrupt():
+        with Stop.watch() as stop, as_keyboard_interrupt():
             press(signal.SIGHUP)
         assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -104,7 +139,7 @@ def test_in_another_thread_nothing_changes() -> None:
     handlers: list[object] = []
 
     def look() -> None:
-        with Stop.watching(), as_keyboard_interrupt():
+        with Stop.watch(), as_keyboard_interrupt():
             handlers.extend(signal.getsignal(number) for number in SIGNALS)
 
     before = [signal.getsignal(number) for number in SIGNALS]

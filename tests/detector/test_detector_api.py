@@ -205,6 +205,7 @@ BAD_BOXES: dict[str, tuple[Any, str]] = {
     "one box": ([1, 2, 3, 4], r"\(n, 4\) numbers are needed, x1 y1 x2 y2 of each box, not \(4,\)"),
     "five numbers": ([[1, 2, 3, 4, 5]], r"\(n, 4\) numbers are needed, .* not \(1, 5\)"),
     "ragged": ([[1, 2, 3], [1, 2, 3, 4]], r"\(n, 4\) numbers are needed"),
+    "too large": ([[0, 0, 10**400, 5]], r"\(n, 4\) numbers are needed, .*too large"),
     "text": ("boxes", r"\(n, 4\) numbers are needed"),
 }
 
@@ -235,6 +236,8 @@ def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
         detector.detect(IMAGES[0], score_threshold=50)
     with pytest.raises(ValueError, match="^features: unknown feature 'fc8'; choose from pool5, "):
         detector.detect(IMAGES[0], features=["fc8"])
+    with pytest.raises(ValueError, match="^features: a list of names is needed, not <"):
+        detector.detect(IMAGES[0], features=iter(["fc7"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'"):
         detector.describe(IMAGES[0], BOXES, features="fc7")
     with pytest.raises(ValueError, match="^precision: must be one of float32, tf32, bfloat16, not 'half'"):

@@ -39,7 +39,7 @@ def test_rpn_losses_are_their_formulas() -> None:
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
         own = PaddedGroundTruth.pad([truth], torch.device("cpu"))
-        ((labels,), _) = assign_labels(output.anchors, own, 0.7, 0.3, best_for_each=True)
+        ((labels,), _) = assign_labels(output.anchors, own, 0.7, 0.3, allow_low_quality_matches=True)
         for anchor in range(len(labels)):
             probability = 1 / (1 + torch.exp(-logits[anchor]))
             if labels[anchor] == POSITIVE:

@@ -187,8 +187,8 @@ def test_given_boxes(case: Case) -> None:
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
     with patch.object(case.model, "extract_feature_maps", return_value=[case.conv4]):  # the same image again
         (found,) = case.model.extract_features(case.inputs, [case.size], [boxes])
-    pool5 = relative(found.pool5.numpy(), case.golden["given_pool5"])
-    fc7 = relative(found.fc7.numpy(), case.golden["given_fc7"])
+    pool5 = relative(found.features["pool5"].numpy(), case.golden["given_pool5"])
+    fc7 = relative(found.features["fc7"].numpy(), case.golden["given_fc7"])
     print(f"pool5 {pool5:.1e}, fc7 {fc7:.1e}")
     assert pool5 < 5e-5 and fc7 < 5e-5
 
@@ -206,7 +206,7 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: Detectors) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=not used):
         (found,) = model.extract_features(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
     wanted = torch.from_numpy(case.golden["given_fc7"])
-    cosine = torch.nn.functional.cosine_similarity(found.fc7, wanted).min().item()
+    cosine = torch.nn.functional.cosine_similarity(found.features["fc7"], wanted).min().item()
     print(f"cosine of fc7 in bfloat16 {cosine:.5f}")
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 

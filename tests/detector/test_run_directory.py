@@ -80,7 +80,7 @@ def test_a_training_killed_in_its_first_save_is_to_be_resumed(tmp_path: Path, wr
     begun = run_at(tmp_path / "run")
     for name in {META, MODEL} - set(written):
         (begun / name).unlink()
-    assert "saved a state but no model yet; finish it with `refdet train --resume`" in refusal(begun)
+    assert "saved a training state but no model yet; continue it with `refdet train --resume`" in refusal(begun)
 
 
 def hdf5(path: Path) -> None:

@@ -49,7 +49,7 @@ def sampled(labels: torch.Tensor, count: int, fraction: float, seed: int = 0, **
 def test_match_by_thresholds() -> None:
     truth = truth_of([[0, 0, 10, 10]])
     candidates = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2], [50, 50, 60, 60]])
-    labels, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=False)
+    labels, matched = labels_of(candidates, truth, 0.7, 0.3, allow_low_quality_matches=False)
     assert labels.tolist() == [POSITIVE, IGNORE, NEGATIVE, NEGATIVE]
     assert matched[:3].tolist() == [0, 0, 0]
 
@@ -57,13 +57,15 @@ def test_match_by_thresholds() -> None:
 def test_each_object_gets_its_best_anchor() -> None:
     truth = truth_of([[0, 0, 10, 10], [100, 100, 101, 101]])
     candidates = torch.tensor([[0.0, 0, 10, 4], [0, 0, 10, 3], [99, 99, 109, 109]])
-    labels, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=True)
+    labels, matched = labels_of(candidates, truth, 0.7, 0.3, allow_low_quality_matches=True)
     assert labels.tolist() == [POSITIVE, IGNORE, POSITIVE]
     assert matched.tolist() == [0, 0, 1]
 
 
 def test_an_object_that_no_anchor_touches_makes_none_positive() -> None:
-    labels, _ = labels_of(torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, best_for_each=True)
+    labels, _ = labels_of(
+        torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, allow_low_quality_matches=True
+    )
     assert labels.tolist() == [NEGATIVE]
 
 
@@ -74,7 +76,7 @@ def test_crowds_are_neither_object_nor_background() -> None:
 
 
 def test_without_objects_all_is_background() -> None:
-    labels, matched = labels_of(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, best_for_each=True)
+    labels, matched = labels_of(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, allow_low_quality_matches=True)
     assert labels.tolist() == [NEGATIVE] * 3
     assert matched.tolist() == [0, 0, 0]
 
@@ -160,9 +162,11 @@ def test_a_batch_is_labeled_as_its_images_are(seed: int, images: int, best: bool
     truths = [truth_of(boxes(random.integers(0, 5)), boxes(random.integers(0, 3))) for _ in range(images)]
     rows = [torch.tensor(boxes(60), dtype=torch.float32) for _ in range(1 if shared else images)]
     candidates = rows[0] if shared else torch.stack(rows)
-    labels, matched = assign_labels(candidates, PaddedGroundTruth.pad(truths, CPU), 0.5, 0.3, best_for_each=best)
+    labels, matched = assign_labels(
+        candidates, PaddedGroundTruth.pad(truths, CPU), 0.5, 0.3, allow_low_quality_matches=best
+    )
     for image, truth in enumerate(truths):
-        own = labels_of(rows[0 if shared else image], truth, 0.5, 0.3, best_for_each=best)
+        own = labels_of(rows[0 if shared else image], truth, 0.5, 0.3, allow_low_quality_matches=best)
         assert torch.equal(labels[image], own[0]) and torch.equal(matched[image], own[1])
 
 

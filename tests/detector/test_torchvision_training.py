@@ -53,7 +53,7 @@ def test_labels(high: float, low: float, best: bool) -> None:
         objects[None].float(), torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.bool),
         torch.zeros(1, 0, 4),
     )  # fmt: skip
-    (labels,), (matched,) = assign_labels(candidates[None].float(), truth, high, low, best_for_each=best)
+    (labels,), (matched,) = assign_labels(candidates[None].float(), truth, high, low, allow_low_quality_matches=best)
     wanted = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BETWEEN_THRESHOLDS, IGNORE, 0))
     assert {-1, 0, 1} >= set(wanted.tolist()) >= {0, 1}
     assert torch.equal(labels.long(), wanted) and torch.equal(matched[labels == 1], theirs[theirs >= 0])

@@ -21,7 +21,7 @@ from torchvision.ops import roi_align
 
 from refdet.config import recipe
 from refdet.detector import loading
-from refdet.detector.backbones import network_name
+from refdet.detector.backbone_channels import network_name
 from refdet.detector.feature_names import check_features
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference

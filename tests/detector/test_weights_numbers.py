@@ -17,7 +17,7 @@ from refdet.config.recipe_limits import LIMITS
 from refdet.data.coco import ImageRecord
 from refdet.detector import checkpoint, loading
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
-from refdet.detector.loading import MAX_NUMBERS, build_on_meta, load_weights
+from refdet.detector.loading import MAX_VALUES, build_on_meta, load_weights
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.weights.identify import identify_checkpoint
@@ -25,6 +25,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.training.optim import build_optimizer
+from refdet.training.pretrained import load_pretrained
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
@@ -65,6 +66,19 @@ def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Pa
         loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
     loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
     assert find_unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
+
+
+def test_weights_and_metadata_of_different_steps_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, out := tmp_path / "run")
+    meta = replace(META, step=4)
+    (out / checkpoint.META).write_text(json.dumps(meta.to_json()))  # as between the two writes of `save`
+    said = r"run/model\.safetensors: has the weights of step 3, but model\.json is of step 4: .* try again"
+    with pytest.raises(InputError, match=said):
+        loading.load(out)
+    with pytest.raises(InputError, match=said):
+        load_pretrained(MaskRCNN(TINY, 2), META.categories, out)
+    checkpoint.save(out, MaskRCNN(TINY, 2), meta)
+    assert loading.load(out).meta.step == 4
 
 
 def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
@@ -132,9 +146,9 @@ def test_the_largest_recipe_is_too_large() -> None:
         largest["model"][key] = int(LIMITS[f"model.{key}"].high)
     for neck in ("c4", "fpn"):
         chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})
-        with pytest.raises(InputError, match="billion numbers .* lower model.width"):
+        with pytest.raises(InputError, match="billion parameters .* lower model.width"):
             build_on_meta(chosen, 50_000)
-    assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_NUMBERS
+    assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_VALUES
 
 
 def test_integers_are_no_weights(run: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -67,3 +69,20 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_stream_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert list(progress([1, 2], "export", "image", total=2)) == [1, 2]
+
+
+def test_work_goes_on_when_the_reader_of_its_log_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(module, "LINE_INTERVAL", 0)
+    with progress_bar(10, "train", "step") as bar:
+        bar.update()
+        assert b"train: " in os.read(reader, 10_000)
+        os.close(reader)
+        for _ in range(9):
+            bar.refresh()
+            bar.update()
+    assert bar.n == 10
+    with suppress(BrokenPipeError):
+        stream.close()

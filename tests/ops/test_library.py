@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from refdet.cli.main import main
 from refdet.ops import _library
-from refdet.ops._library import kernels_state, warn_of_plain_pytorch
+from refdet.ops._library import describe_kernels, warn_without_cuda_kernels
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 REBUILD = "REFDET_BUILD_CUDA=1 pip install --no-build-isolation . builds them"
@@ -19,9 +19,9 @@ REBUILD = "REFDET_BUILD_CUDA=1 pip install --no-build-isolation . builds them"
 @pytest.fixture(autouse=True)
 def not_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("REFDET_NO_EXT", raising=False)
-    warn_of_plain_pytorch.cache_clear()
+    warn_without_cuda_kernels.cache_clear()
     yield
-    warn_of_plain_pytorch.cache_clear()
+    warn_without_cuda_kernels.cache_clear()
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
@@ -35,7 +35,7 @@ def test_a_gpu_without_kernels_is_warned_of_once(
 ) -> None:
     built(monkeypatch, *devices, gpu=True)
     for device in (FIRST, CPU, FIRST, SECOND, FIRST):
-        warn_of_plain_pytorch(device)
+        warn_without_cuda_kernels(device)
     first, second = (record.getMessage() for record in caplog.records)
     assert "no compiled kernels for cuda:0" in first and REBUILD in first and "cuda:1" in second
 
@@ -44,11 +44,11 @@ def test_nothing_is_warned_of_where_kernels_are_or_were_not_wanted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     built(monkeypatch, "cpu", "cuda", gpu=True)
-    warn_of_plain_pytorch(FIRST)
+    warn_without_cuda_kernels(FIRST)
     built(monkeypatch, gpu=True)
-    warn_of_plain_pytorch(CPU)
+    warn_without_cuda_kernels(CPU)
     monkeypatch.setenv("REFDET_NO_EXT", "1")
-    warn_of_plain_pytorch(SECOND)
+    warn_without_cuda_kernels(SECOND)
     assert not caplog.records
 
 
@@ -70,7 +70,7 @@ def test_the_state_of_the_kernels(
 ) -> None:
     built(monkeypatch, *devices, gpu=gpu)
     monkeypatch.setattr("refdet.device.describe_device", lambda name: "a device")
-    assert kernels_state() == said
+    assert describe_kernels() == said
     assert CliRunner().invoke(main, ["--version"]).output.splitlines()[-1] == said
     monkeypatch.setenv("REFDET_NO_EXT", "1")
-    assert kernels_state() == "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
+    assert describe_kernels() == "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"

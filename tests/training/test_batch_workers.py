@@ -131,7 +131,7 @@ def test_a_signal_ends_the_wait_for_a_batch_that_never_comes(
     begun = tmp_path / "begun"
     batches = Batches(tmp_path, 2, lambda: (begun.touch(), open(tmp_path / "pipe").read()))  # noqa: SIM115
     thread = threading.Thread(target=signal_once_begun, args=(begun, number))
-    with Stop.watching() as stop:
+    with Stop.watch() as stop:
         thread.start()
         with pytest.raises(StopRequested):
             take(batches, workers, stop)
@@ -156,7 +156,7 @@ def test_signals_at_the_end_of_a_timeout_do_not_make_it_endless(
 
     before = signal.signal(signal.SIGALRM, count)
     try:
-        with Stop.watching() as stop:
+        with Stop.watch() as stop:
             batches = Batches(tmp_path, 0, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
             with prefetch_batches(batches, range(6), 1, CPU, stop) as ahead, pytest.raises(StopRequested):
                 signal.setitimer(signal.ITIMER_REAL, 0.004, 0.004)

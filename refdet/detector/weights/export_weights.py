@@ -64,7 +64,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     folder, meta = checkpoint.run_directory(run), checkpoint.load_meta(run)
     recipe, classes = meta.recipe, len(meta.categories)
     _reject_unsupported(run, meta, format)
-    tensors = checkpoint.read_tensors(folder / checkpoint.MODEL)[0]
+    tensors = checkpoint.read_weights(folder, meta)
     check_compatible(build_on_meta(recipe, classes).state_dict(), tensors, folder / checkpoint.MODEL)
     tensors = {name: value.float() for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     if format == "detectron2":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
-from refdet.detector.backbones import MOBILENET_WIDTH, network_name
+from refdet.detector.backbone_channels import MOBILENET_WIDTH, network_name
 from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.mobilenet import LAYERS, NUM_ROI_LAYERS
 from refdet.detector.vgg import STAGES

@@ -1,4 +1,4 @@
-"""Names and widths of the backbones. No torch."""
+"""Names of the backbones and numbers of their channels. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vgg_channels(width: int) -> tuple[int, int, int]:
 
 
 def mobilenet_channels(channels: int, width: int) -> int:
-    """Channels of a MobileNet v1 layer that has `channels` as published, if the first layer has `width`.
+    """Channels of a MobileNet v1 layer that has `channels` in the paper, if the first layer has `width` channels.
 
     The depth multiplier of Howard et al., "MobileNets", 2017 is ``width / 32``.
     """
