@@ -14,7 +14,7 @@ from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import AuditResult, audit
 from refdet.splits.selection_audit import SelectionAudit, audit_selection
-from refdet.structures.known_weights import KnownFile, known_initial_weights
+from refdet.structures.known_weights import LEAKS, KnownFile, known_initial_weights
 from refdet.structures.provenance import Provenance
 
 
@@ -95,8 +95,8 @@ def audit_provenance(
         instances: the file that the detector was trained on.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
-        trust_weights: assume that the initial weights have not seen held-out images, and that the weights of a store
-            without a record of their selection were not selected on such images.
+        trust_weights: assume that initial weights of unknown training have not seen held-out images, and that the
+            weights of a store without a record of their selection were not selected on such images.
         val_instances: the file that the detector was validated on.
 
     Returns:
@@ -147,6 +147,11 @@ def audit_provenance(
         known = _clean_initial_weights(provenance.weights)
         if known is not None:
             notes.append(f"initial weights: {known.model}, {known.trained_on.leak_note()}")
+        elif LEAKS in provenance.weights:  # `trust_weights` is for weights about which nothing is known
+            leak = f"{subject}: its initial weights leak: {provenance.weights}"
+            problem = problem or leak
+            if problem != leak:
+                notes.append(leak)
         elif trust_weights:
             notes.append(
                 f"`trust_weights`: assumed that the initial weights have seen no held-out images: {provenance.weights}"

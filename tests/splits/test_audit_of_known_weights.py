@@ -79,10 +79,8 @@ def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Pat
     assert found.proven and found.notes[-1] == (
         "initial weights: torchvision's resnet50 IMAGENET1K_V1, trained on ImageNet-1k, which has no image of COCO"
     )
-    # the note of a detector that leaks, and what only looks like a known file
-    leaky = imported_note("x.pth", "bf2d0c1e" + SHA[8:], FILES["bf2d0c1e"])
+    # notes that only look like that of a known file
     for text in (
-        f"run (sha256 0123456789ab; {leaky})",
         f"run (sha256 0123456789ab; {note.replace(SHA, '1' * 64)})",
         f"run (sha256 0123456789ab; {note.replace('resnet50 IMAGENET1K_V1', 'resnet18 IMAGENET1K_V1')})",
         f"run (sha256 0123456789ab; 5 images of a.json; ids 00; started from b (sha256 0123456789ab; {note}))",
@@ -91,6 +89,27 @@ def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Pat
         run = run_directory(tmp_path / "run", provenance.with_weights(text))
         assert "unproven" in audit_provenance(run, root, split).problem, text
         assert audit_provenance(run, root, split, trust_weights=True).proven
+
+
+@pytest.mark.parametrize("start", ["bf2d0c1e", "571f7c"], ids=["COCO", "LVIS"])
+def test_initial_weights_that_leak_cannot_be_vouched_for(tmp_path: Path, start: str) -> None:
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
+    split = build_split(write(tmp_path / "all.json", coco([1, 2, 3], [1, 2, 3])), root, tmp_path / "split.json").out
+    leaky = imported_note("x.pth", start + SHA[len(start) :], FILES[start])
+    provenance = provenance_of_instances(CocoIndex.load(split))
+    for text in (
+        f"run (sha256 0123456789ab; {leaky})",
+        f"run (sha256 0123456789ab; 5 images of a.json; ids 00; started from b (sha256 0123456789ab; {leaky}))",
+    ):
+        run = run_directory(tmp_path / "run", provenance.with_weights(text))
+        for trust in (False, True):
+            found = audit_provenance(run, root, split, trust_weights=trust)
+            assert not found.proven and found.problem == f"{run}: its initial weights leak: {text}"
+        done = call(
+            "audit", "--checkpoint", run, "--refer-root", root, "--instances", split, "--trust-weights", "--json"
+        )
+        tree = json.loads(done.stdout)
+        assert done.exit_code == 1 and not tree["proven"] and not tree["clean"] and "initial weights leak" in done.stderr
 
 
 def test_only_the_last_remark_of_weights_counts() -> None:
