@@ -52,7 +52,7 @@ from refdet.device import exact_float32
 from refdet.evaluation.average_precision import coco_ap
 from refdet.structures.detection_options import DetectionOptions
 from refdet.training.optim import build_optimizer, learning_rate
-from refdet.training.step import start_step
+from refdet.training.step import start_step, step_seed
 
 SIDES = ("torchvision", "refdet")
 RATES = ("AP", "AP75")
@@ -104,7 +104,7 @@ def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, Callable
 
     def prepared(batch: Batch, step: int) -> Callable[[], object]:
         def run() -> object:
-            generator.manual_seed(options.seed * 1_000_003 + step)
+            generator.manual_seed(step_seed(options.seed, step))
             return start_step(
                 model, sgd, batch, learning_rate(step, options), options.max_grad_norm, generator
             ).losses()

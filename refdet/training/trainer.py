@@ -40,7 +40,7 @@ from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
 from refdet.training.selection import provenance_of_last_step
 from refdet.training.start_lines import start_lines
-from refdet.training.step import Passes, PendingStep, start_step, uses_bfloat16
+from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, format_ap
 
@@ -89,6 +89,13 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
         new_prefixes = inputs.saved_run.new_prefixes
+        if inputs.weights is not None and provenance.weights != inputs.saved_run.meta.provenance.weights:
+            log.warning(
+                "note: `weights` %s: not loaded, as the run in %s is resumed, which started from %s",
+                inputs.weights,
+                out,
+                inputs.saved_run.meta.provenance.weights or "random weights",
+            )
         # the run's own provenance, which may name the weights it started from
         meta = dataclasses.replace(meta, provenance=inputs.saved_run.meta.provenance, step=inputs.saved_run.meta.step)
     elif inputs.weights is not None:
@@ -196,9 +203,8 @@ class _Training:
             while step < options.steps:
                 batch = self._next(prefetched, step, stop)
                 orientations.add(self._oriented_files(batch, step + 1, first))
-                # seeded by the step, so that a resumed run samples like an uninterrupted one
-                generator.manual_seed(options.seed * 1_000_003 + step)
-                torch.manual_seed(options.seed * 1_000_003 + step)  # for dropout in a VGG's head
+                generator.manual_seed(step_seed(options.seed, step))
+                torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
                 lr = learning_rate(step, options)
                 try:
                     with self.processes.computing():
