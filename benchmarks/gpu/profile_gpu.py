@@ -40,7 +40,7 @@ from refdet.training.step import start_step
 # the first that fits the name of a CUDA kernel, or of an op on the CPU, tells its kind
 KINDS = {
     "bias and ReLU": r"bias_relu",  # an element-wise pass too, but of ours
-    "refdet": r"refdet|\b(key|greedy|tap|pool|unpool|group|mean|match|reach)_kernel\b",
+    "refdet": r"refdet|\b(key|greedy|group_greedy|tap|pool|pool_backward|group|mean|match|best|bias_relu)_kernel\b",
     "copies between host and device": r"Memcpy (HtoD|DtoH)",
     "element-wise": r"elementwise|triton_poi|bn_fw|bn_bw|Memset"
     r"|aten::(add|mul|div|sub|relu|clamp|clamp_min|copy|where|sigmoid|exp|fill|zero|threshold_backward)_?\b",
