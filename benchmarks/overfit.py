@@ -72,13 +72,13 @@ def learn(network: str, data: Dataset, options: argparse.Namespace) -> dict[str,
     """Train until the box AP50 on the training images reaches `TARGET_AP50`."""
     recipe = recipe_of(network, options)
     torch.manual_seed(0)
-    model, prepared = refdet_side(recipe, len(data.index.categories))
+    model, prepare_step = refdet_side(recipe, len(data.index.categories))
     batches, curve = TrainingBatches(data.index, data.source, recipe), {}
     for step in range(options.steps):
         batch = batches[step]
         if not isinstance(batch, Batch):
             raise batch
-        prepared(batch, step)()
+        prepare_step(batch, step)()
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             results = detections(model.eval(), recipe, data)
             model.train()
