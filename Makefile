@@ -105,8 +105,8 @@ bench-train: env ## benchmark a training step, compared with torchvision's Mask 
 bench-learning: env ## compare AP with torchvision after 300 steps, three seeds, in 90 minutes (SHORT=1: one seed of a narrow network, in 5)
 	@echo "==> bench-learning: the embedded dataset"
 	@$(BIN)/python benchmarks/learning.py $(if $(SHORT),--seeds 0 --small) $(if $(RESULTS),--results $(RESULTS)) $(if $(JSON),--json)
-	@$(if $(SHORT),true,echo "==> bench-learning: memorizing real images")
-	@$(if $(SHORT),true,$(BIN)/python benchmarks/by_heart.py $(if $(JSON),--json))
+	@$(if $(SHORT),true,echo "==> bench-learning: overfitting real images")
+	@$(if $(SHORT),true,$(BIN)/python benchmarks/overfit.py $(if $(JSON),--json))
 
 bench-pipeline: env ## benchmark everything after the detector: shards, merging, the store (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)

@@ -1,12 +1,12 @@
-"""Times refdet browse on a drawn store of real size: starting, the first view, pages of thumbnails, searching; memory.
+"""Benchmarks refdet browse on a synthetic store of real size: startup, first view, thumbnails, searches and memory.
 
-And refdet report on the same store: time, memory and the size of the page.
+Also benchmarks refdet report on the same store: time, memory and the size of the page.
 
     python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
 
-The store has 100 regions an image with masks and a feature, of a small width as features are never read; there are
-50,000 refs with 150,000 sentences, in proportion to the images. Views are asked for as a browser does, over six
-connections, before and after all regions were read in the background.
+The store has 100 regions per image, with masks and a narrow feature, as features are never read. For 28,000 images
+there are 50,000 refs with 150,000 sentences. Views are requested as by a browser, over six connections, before and
+after the server has indexed all regions in the background.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from refdet import store
 from refdet.structures.regions import Regions
 
 HEIGHT, WIDTH, REGIONS, FEATURE = 480, 640, 100, 32
-DISTINCT = 50  # images and sets of regions, so that drawing takes no time
-REFS, SENTENCES = 50 / 28, 3  # an image, a ref
+DISTINCT = 50  # different images and sets of regions; the others repeat them, so that drawing is fast
+REFS, SENTENCES = 50 / 28, 3  # refs per image, sentences per ref
 WORDS = [
     "man", "woman", "boy", "girl", "dog", "cat", "left", "right", "red", "blue", "green", "white", "black",
     "standing", "sitting", "holding", "tall", "small", "front", "back", "middle", "table", "chair", "car", "bus",
@@ -51,27 +51,29 @@ CONNECTIONS, PAGES, SEARCHES = 6, 15, 30
 
 def draw(folder: Path, images: int) -> None:
     """Write the store, its images and its refs."""
-    values = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     mask = coco_mask.encode(np.asfortranarray((x - 300) ** 2 + (y - 200) ** 2 < 60**2, np.uint8))["counts"]
     names = [f"COCO_train2014_{i:012d}.jpg" for i in range(images)]
     rows = [store.ImageRow(i, name, HEIGHT, WIDTH, "", REGIONS, REGIONS * len(mask)) for i, name in enumerate(names)]
     header = store.Header([{"id": i, "name": f"category {i}"} for i in range(1, 81)], "", PROVENANCE, {})
-    low = values.uniform(0, (WIDTH, HEIGHT), (DISTINCT, REGIONS, 2))
+    low = rng.uniform(0, (WIDTH, HEIGHT), (DISTINCT, REGIONS, 2))
     boxes = np.concatenate((low, (low + (WIDTH, HEIGHT)) / 2), axis=2).astype(np.float32)
-    scores = values.random((DISTINCT, REGIONS), np.float32)
-    categories = values.integers(1, 81, (DISTINCT, REGIONS))
-    features = values.random((DISTINCT, REGIONS, FEATURE), np.float32)
+    scores = rng.random((DISTINCT, REGIONS), np.float32)
+    categories = rng.integers(1, 81, (DISTINCT, REGIONS))
+    features = rng.random((DISTINCT, REGIONS, FEATURE), np.float32)
     with store.create(folder / "s.h5", header, store.Columns({"fc7": (FEATURE,)}, masks=True), rows) as writer:
         for i, name in enumerate(names):
             k = i % DISTINCT
-            found = (boxes[k], scores[k], categories[k])
-            writer.put(Regions(i, name, HEIGHT, WIDTH, *found, masks=(mask,) * REGIONS, features={"fc7": features[k]}))
+            detections = (boxes[k], scores[k], categories[k])
+            writer.put(
+                Regions(i, name, HEIGHT, WIDTH, *detections, masks=(mask,) * REGIONS, features={"fc7": features[k]})
+            )
     (folder / "images").mkdir()
     for i, name in enumerate(names):
         path = folder / "images" / name
         if i < DISTINCT:
-            coarse = Image.fromarray(values.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8))
+            coarse = Image.fromarray(rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8))
             coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path, quality=92)
         else:
             path.hardlink_to(folder / "images" / names[i % DISTINCT])
@@ -79,16 +81,16 @@ def draw(folder: Path, images: int) -> None:
 
 
 def _refs(folder: Path, names: list[str]) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     refs, annotations = [], []
     for k in range(int(len(names) * REFS)):
         i = k % len(names)
-        x, y = chance.uniform(0, WIDTH * 0.7), chance.uniform(0, HEIGHT * 0.7)
-        box = [x, y, chance.uniform(10, WIDTH * 0.3), chance.uniform(10, HEIGHT * 0.3)]
-        category = chance.randint(1, 80)
+        x, y = rng.uniform(0, WIDTH * 0.7), rng.uniform(0, HEIGHT * 0.7)
+        box = [x, y, rng.uniform(10, WIDTH * 0.3), rng.uniform(10, HEIGHT * 0.3)]
+        category = rng.randint(1, 80)
         annotations.append({"id": k, "image_id": i, "category_id": category, "bbox": box, "area": box[2] * box[3],
                             "iscrowd": 0, "segmentation": [[x, y, x + 9, y, x + 9, y + 9]]})  # fmt: skip
-        texts = [" ".join(chance.choices(WORDS, k=4)) for _ in range(SENTENCES)]
+        texts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(SENTENCES)]
         sentences = [{"sent_id": 3 * k + n, "sent": s, "raw": s, "tokens": s.split()} for n, s in enumerate(texts)]
         refs.append({"ref_id": k, "ann_id": k, "image_id": i, "category_id": category, "file_name": names[i],
                      "split": SPLITS[i % len(SPLITS)], "sentences": sentences,
@@ -102,7 +104,7 @@ def _refs(folder: Path, names: list[str]) -> None:
 
 
 class Browser:
-    """Asks for views as a browser does."""
+    """Requests views as a browser does."""
 
     def __init__(self, address: str) -> None:
         self.parts = urlsplit(address)
@@ -138,22 +140,27 @@ class Browser:
             time.sleep(0.2)
 
 
-def timed(act: Callable[[], object]) -> float:
-    """Milliseconds that something takes."""
+def elapsed_ms(action: Callable[[], object]) -> float:
+    """Wall time of an action in milliseconds."""
     start = time.perf_counter()
-    act()
+    action()
     return (time.perf_counter() - start) * 1000
 
 
-def clocked(what: str, server: int, acts: list[Callable[[], object]]) -> dict[str, float]:
-    """Time acts; and the CPU time of the server for one, which other programs on the machine do not lengthen."""
-    before, took = cpu(server), [timed(act) for act in acts]
-    found = {f"{what}_ms": statistics.median(took), f"{what}_cpu_ms": (cpu(server) - before) / len(acts)}
-    return found | ({f"{what}_slowest_ms": max(took)} if len(acts) > 1 else {})
+def time_actions(name: str, server_pid: int, actions: list[Callable[[], object]]) -> dict[str, float]:
+    """Median and maximum wall time of actions, and the server's CPU time per action, in milliseconds.
+
+    CPU time, unlike wall time, hardly depends on other programs on the machine.
+    """
+    before, times = cpu_ms(server_pid), [elapsed_ms(action) for action in actions]
+    row = {f"{name}_ms": statistics.median(times), f"{name}_cpu_ms": (cpu_ms(server_pid) - before) / len(actions)}
+    if len(actions) > 1:
+        row[f"{name}_slowest_ms"] = max(times)
+    return row
 
 
 def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
-    """Start the server and ask it."""
+    """Start the server and time its views."""
     command = [sys.executable, "-m", "refdet", "browse", str(folder / "s.h5"), "--images", str(folder / "images"),
                "--port", "0"]  # fmt: skip
     if refs:
@@ -162,28 +169,28 @@ def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         browser = Browser(process.stdout.readline().strip())
-        found = {"start_ms": (time.perf_counter() - start) * 1000, "start_cpu_ms": cpu(process.pid)}
-        found |= clocked("first_view", process.pid, [browser.first_view])
-        found["start_rss_mb"] = rss(process.pid)
-        found |= clocked("index", process.pid, [browser.wait])
-        found["index_rss_mb"] = rss(process.pid)
-        chance = random.Random(1)
+        times = {"start_ms": (time.perf_counter() - start) * 1000, "start_cpu_ms": cpu_ms(process.pid)}
+        times |= time_actions("first_view", process.pid, [browser.first_view])
+        times["start_rss_mb"] = rss_mb(process.pid)
+        times |= time_actions("index", process.pid, [browser.wait])
+        times["index_rss_mb"] = rss_mb(process.pid)
+        rng = random.Random(1)
         show = "refs" if refs else "images"
-        pages = [f"show={show}&offset={chance.randrange(images - 60)}" for _ in range(PAGES)]
-        found |= clocked("page_of_60", process.pid, [partial(browser.page, filters) for filters in pages])
+        pages = [f"show={show}&offset={rng.randrange(images - 60)}" for _ in range(PAGES)]
+        times |= time_actions("page_of_60", process.pid, [partial(browser.page, filters) for filters in pages])
         sorts = [f"/api/items?show={show}&sort={order}" for order in ("iou", "score", "regions") * 3]
-        found |= clocked("sorted_list", process.pid, [partial(browser.get, path) for path in sorts])
+        times |= time_actions("sorted_list", process.pid, [partial(browser.get, path) for path in sorts])
         if refs:
-            words = [f"{chance.choice(WORDS)}%20{chance.choice(WORDS)[:3]}" for _ in range(SEARCHES)]
+            words = [f"{rng.choice(WORDS)}%20{rng.choice(WORDS)[:3]}" for _ in range(SEARCHES)]
             searches = [f"/api/items?show=refs&q={text}" for text in words]
-            found |= clocked("search", process.pid, [partial(browser.get, path) for path in searches])
-        found["end_rss_mb"] = rss(process.pid)
+            times |= time_actions("search", process.pid, [partial(browser.get, path) for path in searches])
+        times["end_rss_mb"] = rss_mb(process.pid)
         process.terminate()
-    return found
+    return times
 
 
 def measure_report(folder: Path) -> dict[str, float]:
-    """Make the report of the store with its refs."""
+    """Benchmark refdet report on the store and its refs."""
     out = folder / "report.html"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "refdet", "report", "--store", str(folder / "s.h5"), "--images",
@@ -197,19 +204,19 @@ def measure_report(folder: Path) -> dict[str, float]:
     return {
         "report_s": time.perf_counter() - start,
         "report_cpu_s": used.ru_utime + used.ru_stime,
-        "report_most_rss_mb": used.ru_maxrss / 1e3,
+        "report_peak_rss_mb": used.ru_maxrss / 1e3,
         "report_kb": out.stat().st_size / 1e3,
     }
 
 
-def cpu(pid: int) -> float:
+def cpu_ms(pid: int) -> float:
     """CPU time of a process so far in milliseconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
 
 
-def rss(pid: int) -> float:
-    """Memory of a process in MB."""
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process in MB."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) / 1e3
 
@@ -218,22 +225,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--images", type=int, default=28_000)
-    parser.add_argument("--folder", type=Path, help="where to keep what is drawn; a temporary folder by default")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the synthetic files, reused by later runs; temporary by default"
+    )
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "refer").exists():
-            draw(folder, given.images)
-        results = {name: measure(folder, given.images, name == "with refs") for name in ("store alone", "with refs")}
+            draw(folder, options.images)
+        results = {name: measure(folder, options.images, name == "with refs") for name in ("store alone", "with refs")}
         results["report"] = measure_report(folder)
-    if given.json:
+    if options.json:
         print(json.dumps(results, indent=2))
         return
-    for name, found in results.items():
-        print(f"{given.images} images, {name}")
-        for what, value in found.items():
-            print(f"  {what:24} {value:10.0f}")
+    for name, row in results.items():
+        print(f"{options.images} images, {name}")
+        for key, value in row.items():
+            print(f"  {key:24} {value:10.0f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Times `refdet build-split` on a file as large as COCO's instances_train2014.json: seconds and peak memory.
+"""Benchmarks `refdet build-split` and `audit` on a file as large as COCO's instances_train2014.json: time and memory.
 
     python benchmarks/build_split.py [--json] [--repeat 3] [--images 82783] [--annotations 604907] [--folder DIR]
 
-The file is drawn: ids, sizes, polygons of COCO's lengths with two decimals, one crowd in a hundred, the keys and
-the order of keys that the real file has; it has about its 330 MB. Beside it lie refs of RefCOCO, RefCOCO+ and
-RefCOCOg of the published numbers of images a split. The command runs as a process of its own.
+The file is synthetic, with the keys of the real one in the same order, polygons of similar lengths with two decimals,
+and one crowd in a hundred annotations; it has about the same size, 330 MB. Refs of RefCOCO, RefCOCO+ and RefCOCOg cover
+the published numbers of images per split. Each command runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _annotation(random: np.random.Generator, number: int, owner: int, corners: i
 
 
 def draw_refs(root: Path, ids: np.ndarray) -> None:
-    """Write refs in images of the file, of the published numbers of images; 2.5 an image, 3 sentences each."""
+    """Write refs for the published numbers of images per split: 2.5 refs per image, 3 sentences per ref."""
     for (dataset, split_by), splits in SPLITS.items():
         share = len(ids) / 82_783
         refs: list[dict[str, Any]] = []
@@ -118,12 +118,12 @@ def _ref(number: int, image_id: int, split: str) -> dict[str, Any]:
 
 
 def run(command: list[str]) -> tuple[float, float, float]:
-    """Run a command to its end; seconds, those of the processor, and the peak of its resident memory in GB."""
+    """Run a command; returns its wall time and CPU time in seconds, and its peak resident memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1: audit found a leak, as it should in the file that is drawn
+    if process.returncode not in (0, 1):  # 1: audit found leaks, as it should in this file
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
 
@@ -131,10 +131,12 @@ def run(command: list[str]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="runs per command, of which the median is printed")
     parser.add_argument("--images", type=int, default=82_783)
     parser.add_argument("--annotations", type=int, default=604_907)
-    parser.add_argument("--folder", type=Path, help="keep the drawn files here, or use those that are there")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the synthetic files, reused by later runs; temporary by default"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -152,12 +154,12 @@ def main() -> None:
         for name, command in commands.items():
             results = []
             for _ in range(options.repeat):
-                for made in Path(temporary).glob("out*.json"):
-                    made.unlink()
+                for previous in Path(temporary).glob("out*.json"):
+                    previous.unlink()
                 results.append(run(command))
             rows[name] = {
                 "seconds": statistics.median(seconds for seconds, _, _ in results),
-                "processor_seconds": statistics.median(seconds for _, seconds, _ in results),
+                "cpu_seconds": statistics.median(seconds for _, seconds, _ in results),
                 "peak_gb": max(peak for _, _, peak in results),
             }
         size = source.stat().st_size / 1e6
@@ -166,8 +168,8 @@ def main() -> None:
         return
     print(f"file of {size:.0f} MB, {options.images} images, {options.annotations} annotations")
     for name, row in rows.items():
-        processor = f"processor {row['processor_seconds']:.1f} s"
-        print(f"{name:12} {row['seconds']:6.1f} s   {processor}   peak {row['peak_gb']:.2f} GB")
+        cpu = f"CPU time {row['cpu_seconds']:.1f} s"
+        print(f"{name:12} {row['seconds']:6.1f} s   {cpu}   peak {row['peak_gb']:.2f} GB")
 
 
 if __name__ == "__main__":

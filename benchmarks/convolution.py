@@ -1,8 +1,8 @@
-"""Times refdet's convolutions beside PyTorch's, on layers of a ResNet-101-C4 detector in use.
+"""Benchmarks refdet's convolutions against PyTorch's, on the layers of a ResNet-101-C4 detector at inference.
 
-All work on channels_last maps and weights, without gradients; refdet's weights were packed before. Where a layer ends
-with the sum with a shortcut, both sides add it, and both end with ReLU. ``error`` is the root of the mean square of the
-difference to float64, in standard deviations of the result.
+Maps and weights are channels_last; refdet's weights are packed before the measurement. Both sides add the shortcut of
+layers that have one, and end with ReLU. ``error`` is the root mean square difference from float64, in standard
+deviations of the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from refdet.ops.convolution import conv1x1, conv3x3, has_kernels, pack_conv1x1, pack_conv3x3
 
-# where, map (N, C, H, W), output channels, size, whether a shortcut is added
+# layer, map (N, C, H, W), output channels, kernel size, whether a shortcut is added
 CASES = (
     ("conv2", (1, 64, 150, 200), 64, 3, False),
     ("conv3", (1, 128, 75, 100), 128, 3, False),
@@ -36,14 +36,14 @@ CASES = (
 
 @torch.inference_mode()
 def rows(settings: Settings) -> list[Row]:
-    """The table, in float32 and where there are kernels for it in bfloat16; empty where there are none."""
+    """Rows in float32 and bfloat16, each if this processor has kernels for it."""
     device = torch.device(settings.device)
-    kinds = [half for half in (False, True) if has_kernels(device, half)]
-    return [_row(settings, half, *case) for half in kinds for case in CASES]
+    precisions = [half for half in (False, True) if has_kernels(device, half)]
+    return [_row(settings, half, *case) for half in precisions for case in CASES]
 
 
 def _row(
-    settings: Settings, half: bool, where: str, shape: tuple[int, ...], channels: int, size: int, added: bool
+    settings: Settings, half: bool, layer: str, shape: tuple[int, ...], channels: int, size: int, has_shortcut: bool
 ) -> Row:
     random = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if half else torch.float32
@@ -51,7 +51,7 @@ def _row(
     weight = torch.randn(channels, shape[1], size, size, generator=random) / (size**2 * shape[1]) ** 0.5
     weight = weight.to(dtype).to(memory_format=torch.channels_last)
     shortcut, bias = None, torch.zeros(channels)
-    if added:
+    if has_shortcut:
         shortcut = torch.randn(shape[0], channels, *shape[2:], generator=random).to(dtype)
         shortcut = shortcut.to(memory_format=torch.channels_last)
     ours = _ours(x, weight.float(), bias, shortcut, half)
@@ -63,11 +63,11 @@ def _row(
 
     exact = F.conv2d(x[:8].double(), weight.double(), padding=size // 2)
     exact = (exact if shortcut is None else exact + shortcut[:8]).relu()
-    found = settings.measure({"refdet": ours, "PyTorch": theirs})
-    row: Row = {"what": f"{size}x{size}, {where}", "map": "x".join(map(str, shape)), "channels": channels}
+    times = settings.measure({"refdet": ours, "PyTorch": theirs})
+    row: Row = {"what": f"{size}x{size}, {layer}", "map": "x".join(map(str, shape)), "channels": channels}
     row["type"] = str(dtype).removeprefix("torch.")
-    row |= {f"{name}_ms": round(value, 2) for name, value in found.items()}
-    row["ratio"] = round(found["PyTorch"] / found["refdet"], 2)
+    row |= {f"{name}_ms": round(value, 2) for name, value in times.items()}
+    row["ratio"] = round(times["PyTorch"] / times["refdet"], 2)
     for name, values in (("error", ours()[:8]), ("PyTorch_error", theirs()[:8])):
         row[name] = f"{float((values - exact).square().mean().sqrt() / exact.std()):.1e}"
     return row

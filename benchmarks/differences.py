@@ -1,27 +1,27 @@
-"""How far apart two computations of the same numbers are."""
+"""Relative differences between two computations of the same values."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def row_difference(found: Tensor, wanted: Tensor) -> float:
-    """The greatest distance of a row from the wanted one, relative to its norm or, if greater, the typical norm.
+def row_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest L2 distance between corresponding rows, relative to the expected row's norm or the typical norm.
 
-    The typical norm is the root mean square over the wanted rows. A row that a ReLU leaves at zero, or nearly, has no
-    scale of its own: rounding in the layers before moves it as far as any other row, which may be many times its norm.
-    A row that is wrong differs by as much as its norm, so that it shows unless all of it is smaller than rounding.
+    The larger of both norms counts; the typical norm is the root mean square of the norms of all expected rows. Without
+    it, a row that a ReLU leaves at or near zero would fail: rounding errors of earlier layers change it as much as any
+    other row, possibly by many times its norm. A wrong row still shows, as it differs by about its norm.
 
     Args:
-        found: rows (N, ...), such as the features of boxes, or the channels of a map.
-        wanted: the same, of the computation to compare with.
+        actual: rows (N, ...), such as the features of boxes, or the channels of a map.
+        expected: the same rows from the computation to compare with.
 
     Returns:
-        0 without rows; NaN if a number is NaN.
+        0 without rows; NaN if a value is NaN.
     """
-    if not len(wanted):
+    if not len(expected):
         return 0.0
-    expected = wanted.double().flatten(1)
-    norms = expected.norm(dim=1)
+    target = expected.double().flatten(1)
+    norms = target.norm(dim=1)
     scale = norms.clamp(min=float(norms.square().mean().sqrt()))
-    return float(((found.double().flatten(1) - expected).norm(dim=1) / scale.clamp(min=1e-30)).max())
+    return float(((actual.double().flatten(1) - target).norm(dim=1) / scale.clamp(min=1e-30)).max())

@@ -1,4 +1,4 @@
-"""Untrained weights that tell boxes and classes apart, for benchmarks and checks that need a detector at work."""
+"""Random weights with realistically spread outputs, for benchmarks that need many distinct detections."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import Provenance
 
-CANDIDATES = 1000  # (box, class) pairs above the threshold an image: about what a trained network has at 0.05
+CANDIDATES = 1000  # (box, class) pairs per image above the returned threshold, as of a trained network at 0.05
 
 
 @torch.inference_mode()
 def make_weights(folder: Path, recipe: Recipe, pixels: Sequence[np.ndarray]) -> float:
-    """Write a run directory of a network whose outputs are spread out over some images.
+    """Write a run directory of random weights, scaled so that the outputs on some images are spread out.
 
     Args:
         folder: the run directory, new.
-        recipe: a network of frozen norms.
+        recipe: the network, with ``model.norm`` frozen.
         pixels: images (H, W, 3) uint8 RGB.
 
     Returns:
-        The score that `CANDIDATES` (box, class) pairs of an image reach.
+        The score threshold that about `CANDIDATES` (box, class) pairs per image reach.
     """
     torch.manual_seed(0)
     model = MaskRCNN(recipe, len(coco_categories())).eval()
     last = "bn3" if recipe.model.depth >= 50 else "bn2"
     for name, norm in model.named_modules():
-        if name.endswith(last):  # the last of a block: the sum of 33 blocks must not grow without bound
+        if name.endswith(last):  # the last norm of a residual block: keeps the sum over up to 33 blocks bounded
             norm.weight.fill_(0.2)
     inputs = []
     for image in pixels:
@@ -50,7 +50,7 @@ def make_weights(folder: Path, recipe: Recipe, pixels: Sequence[np.ndarray]) -> 
     for (size, _), m in zip(inputs, maps, strict=True):
         (boxes,) = model.rpn.filter_proposals(model.rpn(m), [(size.height, size.width)])
         if len(boxes) < recipe.proposals.post_nms_top_n_test:
-            raise SystemExit(f"the drawn weights propose {len(boxes)} boxes only")
+            raise SystemExit(f"the random weights propose only {len(boxes)} boxes per image")
         fc7.append(model.head.features(m, torch.cat((torch.zeros(len(boxes), 1), boxes), 1)).fc7)
     _spread(model.head.box.score, torch.cat(fc7), 2.0)
     scores = model.head.predict_boxes(torch.cat(fc7))[0].softmax(1)[:, 1:].flatten()
@@ -61,7 +61,7 @@ def make_weights(folder: Path, recipe: Recipe, pixels: Sequence[np.ndarray]) -> 
 
 
 def _spread(layer: nn.Conv2d | nn.Linear, inputs: Tensor, deviation: float) -> None:
-    """Set the weights of a layer so that its outputs of inputs (N, C) have mean 0 and this deviation."""
+    """Scale a layer so that its outputs for inputs (N, C) have mean 0 and the given standard deviation."""
     weight = layer.weight.flatten(1)
     scale = deviation / (inputs @ weight.T).std(dim=0)
     layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))

@@ -1,14 +1,14 @@
-"""Times `refdet extract-features` beside the same work by torchvision's detection parts used in the ordinary way.
+"""Benchmarks `refdet extract-features` against the same extraction with torchvision's detection modules.
 
     python benchmarks/extract.py [--device cpu] [--precision float32] [--images 8] [--batch-size 4] [--rounds 3]
                                  [--instances F.json --images-dir DIR] [--json]
 
-Mask R-CNN, ResNet-101-C4, short side 600, 300 proposals, 100 regions an image with masks, pool5 and fc7, all of it
-written as HDF5. The peer (`benchmarks/torchvision_c4.py`) takes one image a call. Both have the same
-untrained weights, made to tell boxes and classes apart, and see the same images: drawn ones where none are given. They
-compute in the same arithmetic, the peer in bfloat16 by autocast, unless --peer-precision gives it another. In
-every round both take a turn, from the first image to the finished file; loading the weights is not counted, on either
-side. Peak memory is that of a process that has one side alone do the work once, its weights and libraries included.
+Mask R-CNN, ResNet-101-C4, short side 600, 300 proposals, 100 regions per image with masks, pool5 and fc7, written to
+HDF5. torchvision's side (`benchmarks/torchvision_c4.py`) processes one image at a time. Both have the same random
+weights (`drawn_weights.py`) and images, which are synthetic unless given. They compute in the same precision, for
+torchvision in bfloat16 by autocast, unless --peer-precision differs. In each round the sides take turns; a turn is
+timed from the first image to the finished file, without loading the weights. Peak memory is that of a process that runs
+one side once, including weights and libraries.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REGIONS, NMS = 100, 0.3
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are given."""
+    """Inputs of both sides."""
 
     checkpoint: Path
     images_dir: Path
@@ -61,7 +61,7 @@ class Work:
 
 
 def draw_images(folder: Path, count: int) -> None:
-    """Smooth noise as JPEG in COCO's sizes, and an instances file of them."""
+    """Write JPEGs of smooth noise in COCO's most frequent sizes, and their instances file."""
     random, records = np.random.default_rng(0), []
     for number in range(1, count + 1):
         width, height = ((640, 480), (640, 427), (480, 640), (640, 480))[number % 4]
@@ -75,7 +75,7 @@ def draw_images(folder: Path, count: int) -> None:
 
 @torch.inference_mode()
 def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict[str, float]:
-    """Greatest relative difference of the features of 50 boxes, by either side's network of one input."""
+    """Largest relative difference between the features of 50 boxes that both networks compute from the same input."""
     ours = loading.load(work.checkpoint).model
     size = input_size(*pixels.shape[:2], ours.recipe.input)
     inputs = network_input(pixels, size, ours.recipe.input)[None]
@@ -88,12 +88,14 @@ def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict
         mine = getattr(found, name)
         differences[name] = float(((mine - values).norm(dim=1) / values.norm(dim=1)).max())
         if differences[name] > 1e-4:
-            raise SystemExit(f"not the same work: {name} differs by {differences[name]:.1e}")
+            raise SystemExit(
+                f"the two networks disagree: {name} differs by {differences[name]:.1e}, relative; at most 1e-4 expected"
+            )
     return differences
 
 
-def alike(theirs: Path, ours: Path) -> float:
-    """The share of the peer's regions that refdet has too: same class, IoU above 0.9."""
+def matched_share(theirs: Path, ours: Path) -> float:
+    """Share of torchvision's regions that refdet has too: same class, IoU above 0.9."""
     import h5py
 
     same = total = 0
@@ -110,13 +112,13 @@ def alike(theirs: Path, ours: Path) -> float:
 
 @contextmanager
 def computing_as(precision: str, device: torch.device) -> Iterator[None]:
-    """The arithmetic of the peer: refdet's of the same name, and for bfloat16 what autocast makes of it."""
+    """Compute torchvision's side in a precision; bfloat16 by autocast."""
     with float32_arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
 
 
 def run(work: Work, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Alternating turns of both sides; seconds of each, and what they say of themselves."""
+    """Run both sides in turns; returns their speed, regions, stages and memory."""
     sides = options.sides.split(",")
     extraction = ExtractOptions(
         score_threshold=work.threshold, nms_threshold=NMS, max_regions=REGIONS, precision=options.precision
@@ -163,7 +165,7 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
         result["torchvision_stages"] = shares(stages.seconds)
     if len(sides) == 2:
         result["ratio"] = statistics.median(seconds["torchvision"]) / statistics.median(seconds["refdet"])
-        result["alike"] = alike(theirs, ours)
+        result["matched"] = matched_share(theirs, ours)
     elif device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     else:
@@ -172,13 +174,13 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Each stage's share of the time of all; refdet's overlap, so that theirs is of the work and not of the hours."""
+    """Each stage's share of the sum of all stages; refdet's stages overlap, so their sum exceeds the elapsed time."""
     total = sum(seconds.values()) or 1.0
     return {name: value / total for name, value in seconds.items()}
 
 
 def peak_of(side: str, prepared: Path) -> int:
-    """Peak bytes of a process that has one side alone do the work: resident on the CPU, allocated on a GPU."""
+    """Peak memory in bytes of a process that runs one side: resident memory on a CPU, allocated memory on a GPU."""
     arguments = [sys.executable, __file__, *sys.argv[1:], "--json", "--rounds", "1", "--sides", side]
     arguments += ["--prepared", str(prepared)]
     done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
@@ -190,15 +192,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of both sides")
-    parser.add_argument("--peer-precision", choices=PRECISIONS, help="of torchvision, if another")
-    parser.add_argument("--images", type=int, default=8, help="how many")
-    parser.add_argument("--instances", type=Path, help="real images: their instances file, with --images-dir")
+    parser.add_argument("--peer-precision", choices=PRECISIONS, help="of torchvision; default: --precision")
+    parser.add_argument("--images", type=int, default=8, help="number of images")
+    parser.add_argument("--instances", type=Path, help="instances file of real images, with --images-dir")
     parser.add_argument("--images-dir", type=Path)
     parser.add_argument("--batch-size", type=int, default=4, help="of refdet")
     parser.add_argument("--workers", type=int, default=2, help="of refdet")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", default="torchvision,refdet", help="one alone gives its peak memory")
-    parser.add_argument("--prepared", type=Path, help=argparse.SUPPRESS)  # what another process has drawn
+    parser.add_argument("--sides", default="torchvision,refdet", help="with a single side, its peak memory is measured")
+    parser.add_argument("--prepared", type=Path, help=argparse.SUPPRESS)  # folder prepared by the parent process
     options = parser.parse_args()
     if (options.instances is None) != (options.images_dir is None):
         parser.error("--instances and --images-dir go together")
@@ -247,7 +249,7 @@ def main() -> None:
         stages = ", ".join(f"{name} {share:.1%}" for name, share in result[f"{side}_stages"].items())
         print(f"stages of {side}: {stages}")
     if "ratio" in result:
-        print(f"refdet is {result['ratio']:.2f} times as fast; {result['alike']:.1%} of the regions are alike")
+        print(f"refdet is {result['ratio']:.2f} times as fast; {result['matched']:.1%} of torchvision's regions match")
 
 
 if __name__ == "__main__":

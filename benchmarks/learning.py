@@ -1,22 +1,22 @@
-"""Trains refdet's and torchvision's Mask R-CNN on the embedded dataset, in the same steps, and compares their AP.
+"""Trains refdet's and torchvision's Mask R-CNN on the embedded dataset with the same batches, and compares their AP.
 
     python benchmarks/learning.py [--seeds 0,1,2] [--sides torchvision,refdet] [--steps 300] [--batch-size 4]
                                   [--jobs N] [--results FILE.jsonl] [--set KEY=VALUE ...] [--json]
 
-Both sides: a ResNet-18 of full width with trained norms from random weights, a feature pyramid of 256 channels, linear
-layers of 1024, masks of 28x28; the `demo` recipe's anchors, proposals, samples and input size; the same batches and
-flips in the same order, the same learning rate in each step. Each seed gives both its own random weights, batches,
-flips and samples. Both are evaluated by pycocotools on the same images, with the same thresholds.
+Both sides train a full-width ResNet-18 with batch norm from random weights, a 256-channel feature pyramid, 1024-wide
+linear layers and 28x28 masks. Anchors, proposals, sampling and input size are those of the `demo` recipe. Both see the
+same batches and flips in the same order, at the same learning rate in each step. A seed determines the initial weights,
+batches, flips and samples. Both are evaluated by pycocotools on the same images with the same thresholds.
 
---jobs trainings run at a time, by default one per core, each with its share of the cores: two single threads train more
-than two threads that wait for each other. Seed after seed, the sides in turn, so that both run under the same load.
+--jobs trainings run at a time, by default one per core with a single thread, which is faster in total than one training
+on all threads. For each seed the sides take turns, so that both run under the same load.
 
-A step begins with a batch in memory, for refdet as uint8 with masks as RLE, for torchvision as floats in 0..1 with
-masks as bitmaps, and ends with the new weights; only that is timed. With --results a finished training adds a row to a
-file, and is not done again by a later run that has the same file; rows say under which load the times were taken.
+A timed step starts with a batch in memory and ends with the new weights. Batches are uint8 images with RLE masks for
+refdet, and float images in 0..1 with bitmaps for torchvision. --results appends a row per finished training to a file,
+including the load of the machine; later runs with the same file skip these trainings.
 
---small takes the `demo` recipe's narrow network on both sides, a seventh of the work. --set changes the recipe of
-refdet's side, for trials; it is part of the name of the row.
+--small trains the `demo` recipe's narrow network on both sides, a seventh of the work. --set changes refdet's recipe
+for experiments; the change becomes part of the row's name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from refdet.device import exact_float32
 from refdet.evaluation.average_precision import coco_ap
 from refdet.structures.detection_options import DetectionOptions
 from refdet.training.optim import build_optimizer, learning_rate
-from refdet.training.step import start_step
+from refdet.training.step import start_step, step_seed
 
 SIDES = ("torchvision", "refdet")
 RATES = ("AP", "AP75")
@@ -79,9 +79,9 @@ class Training:
     """One training: a side, a seed and a recipe.
 
     Attributes:
-        side: of SIDES.
-        changes: of refdet's recipe, beside those of both sides.
-        recipe: of this side.
+        side: "torchvision" or "refdet".
+        changes: changes by --set, of refdet's recipe only.
+        recipe: recipe with all changes and the seed.
     """
 
     side: str
@@ -93,7 +93,7 @@ class Training:
         return " ".join((self.side, *self.changes))
 
     def key(self) -> str:
-        """Names the training among the rows of a file of results."""
+        """Identify the training in a --results file: a hash of the side and the recipe."""
         text = json.dumps([self.side, self.recipe.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -102,27 +102,27 @@ def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, Callable
     model = MaskRCNN(recipe, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.train
 
-    def prepared(batch: Batch, step: int) -> Callable[[], object]:
+    def prepare_step(batch: Batch, step: int) -> Callable[[], object]:
         def run() -> object:
-            generator.manual_seed(options.seed * 1_000_003 + step)
+            generator.manual_seed(step_seed(options.seed, step))
             return start_step(
                 model, sgd, batch, learning_rate(step, options), options.max_grad_norm, generator
             ).losses()
 
         return run
 
-    return model, prepared
+    return model, prepare_step
 
 
 def torchvision_side(
     recipe: Recipe, classes: int
 ) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
-    """Model of torchvision, trained as its reference scripts do: SGD with weight decay on all parameters."""
+    """The model of torchvision, trained as by its reference scripts: SGD with weight decay on all parameters."""
     model, options = torchvision_fpn(recipe, classes, DETECTION).train(), recipe.train
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sgd = torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
 
-    def prepared(batch: Batch, step: int) -> Callable[[], object]:
+    def prepare_step(batch: Batch, step: int) -> Callable[[], object]:
         images, targets = torchvision_batch(batch)
 
         def run() -> object:
@@ -136,21 +136,21 @@ def torchvision_side(
 
         return run
 
-    return model, prepared
+    return model, prepare_step
 
 
 def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[float], list[float]]:
-    """The trained network, and the seconds and the processor seconds, of all threads, of each step."""
+    """Train a network; returns it with the wall time and CPU time (of all threads) of each step in seconds."""
     recipe, seconds, processor = training.recipe, [], []
     torch.manual_seed(recipe.train.seed)
     make = refdet_side if training.side == "refdet" else torchvision_side
-    model, prepared = make(recipe, len(data.index.categories))
+    model, prepare_step = make(recipe, len(data.index.categories))
     batches = TrainingBatches(data.index, data.source, recipe)
     for step in range(recipe.train.steps):
         batch = batches[step]
         if not isinstance(batch, Batch):
             raise batch
-        run = prepared(batch, step)
+        run = prepare_step(batch, step)
         start, processor_start = time.perf_counter(), time.process_time()
         loss = run()
         seconds.append(time.perf_counter() - start)
@@ -165,7 +165,7 @@ def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[fl
 
 @torch.inference_mode()
 def detections(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[dict[str, Any]]:
-    """Entries of a COCO results JSON."""
+    """Detections in all images, as entries of a COCO results JSON."""
     ids, records, found = list(data.index.categories), list(data.index.images.values()), []
     if isinstance(model, MaskRCNN):
         for group in group_by_input_size(records, recipe.input, 4):
@@ -193,7 +193,7 @@ def detections(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[di
 
 
 def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Train and evaluate."""
+    """Train and evaluate; returns a row of the table."""
     load, started = os.getloadavg()[0], time.perf_counter()
     with exact_float32():
         model, seconds, processor = trained(training, train)
@@ -222,7 +222,7 @@ def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
 
 
 def trainings(options: argparse.Namespace) -> list[Training]:
-    """Seed after seed, the sides in turn."""
+    """The trainings of all seeds; for each seed the sides take turns."""
     both = [f"train.steps={options.steps}", f"train.batch_size={options.batch_size}", f"train.lr={options.lr}"]
     base = recipes.load("demo").with_changes([*(() if options.small else RECIPE), *both])
     listed = []
@@ -235,13 +235,13 @@ def trainings(options: argparse.Namespace) -> list[Training]:
 
 
 def row_from(training: Training, folder: Path, threads: int) -> dict[str, Any]:
-    """Train and evaluate on the dataset in a folder, with a number of threads."""
+    """`row_of` for the dataset in a folder, computed with a number of threads."""
     torch.set_num_threads(threads)
     return row_of(training, Dataset.of(folder, "train2014"), Dataset.of(folder, "val2014"))
 
 
 def finished_rows(trainings: list[Training], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """The rows of trainings, so many at a time, as they are done."""
+    """Run `jobs` trainings at a time; yields their rows as they finish."""
     threads = max((os.cpu_count() or 1) // jobs, 1)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from (
@@ -251,7 +251,7 @@ def finished_rows(trainings: list[Training], folder: Path, jobs: int) -> Iterato
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean over the seeds of each side."""
+    """Mean over the seeds, for each side."""
     found = []
     for side, changes in dict.fromkeys((row["side"], tuple(row["changes"])) for row in rows):
         of_side = [row for row in rows if (row["side"], tuple(row["changes"])) == (side, changes)]
@@ -265,7 +265,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["side                      seed        box AP   AP75  mask AP   AP75   s of steps  of processors"]
+    lines = ["side                      seed        box AP   AP75  mask AP   AP75   steps, s      CPU, s"]
     for row in [*rows, *means(rows)]:
         name = " ".join((row["side"], *row["changes"]))
         rates = (row[kind][rate] for kind in ("bbox", "segm") for rate in RATES)
@@ -284,24 +284,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of trainings at a time")
     parser.add_argument("--small", action="store_true", help="the demo's narrow network on both sides")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change refdet's recipe")
-    parser.add_argument("--results", type=Path, help="file of rows that are kept and not done again")
+    parser.add_argument("--results", type=Path, help="file of finished trainings, which are not repeated")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    known = {}
+    finished = {}
     if options.results is not None and options.results.exists():
-        known = {row["key"]: row for row in map(json.loads, options.results.read_text(encoding="utf-8").splitlines())}
+        finished = {
+            row["key"]: row for row in map(json.loads, options.results.read_text(encoding="utf-8").splitlines())
+        }
     planned = trainings(options)
     with tempfile.TemporaryDirectory() as folder:
         data = shapes.write(Path(folder) / "data")
-        for row in finished_rows([one for one in planned if one.key() not in known], data, options.jobs):
-            known[row["key"]] = row
+        for row in finished_rows(
+            [training for training in planned if training.key() not in finished], data, options.jobs
+        ):
+            finished[row["key"]] = row
             if options.results is not None:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    rows = [known[training.key()] for training in planned]
+    rows = [finished[training.key()] for training in planned]
     print(json.dumps({"rows": rows, "means": means(rows)}) if options.json else table(rows))
 
 

@@ -1,7 +1,7 @@
-"""Times refdet's way between masks of boxes and RLE of images beside torchvision's and pycocotools'.
+"""Benchmarks refdet's conversions between box masks and image RLE against torchvision and pycocotools.
 
-Objects are outlines of 24 corners about random centers in an image of 480x640, a third of it large at most. Times
-are medians of rounds in which all take turns.
+Objects are polygons of 24 corners around random centers in a 480x640 image, at most a third of its size. Times are
+medians of rounds in which all implementations take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Outline = list[list[float]]
 
 
 def outlines(count: int, random: np.random.Generator) -> list[Outline]:
-    """Polygons of one part each, wobbly ellipses of 16 to 200 pixels."""
+    """Irregular ellipses with radii of 8 to 100 pixels, as one polygon each."""
     angles = np.arange(24) * (2 * np.pi / 24)
     found = []
     for _ in range(count):
@@ -36,7 +36,7 @@ def outlines(count: int, random: np.random.Generator) -> list[Outline]:
 
 
 def boxes_of(polygons: list[Outline], random: np.random.Generator) -> Tensor:
-    """A box about each, a little off as those of a detector are, (N, 4)."""
+    """A slightly inaccurate box around each polygon, as from a detector, (N, 4)."""
     points = [np.reshape(polygon[0], (-1, 2)) for polygon in polygons]
     tight = np.array([np.concatenate((p.min(0), p.max(0))) for p in points])
     sides = np.tile(tight[:, 2:] - tight[:, :2], 2) + 1
@@ -51,7 +51,7 @@ def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
     cells = mask_coverage(rles, torch.arange(count), boxes, size)
     if noise:
         cells = torch.from_numpy(random.random(cells.shape)).float()
-    at_host = cells, boxes
+    on_host = cells, boxes
     cells, boxes = cells.to(settings.device), boxes.to(settings.device)
 
     def theirs() -> list[dict]:
@@ -59,13 +59,13 @@ def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
         return [coco_mask.encode(np.asfortranarray(mask)) for mask in full.cpu().numpy().astype(np.uint8)]
 
     ours = masks_to_rle(cells, boxes, HEIGHT, WIDTH)
-    same = ours == masks_to_rle_plain(*at_host, HEIGHT, WIDTH)
-    named = [{"size": [HEIGHT, WIDTH], "counts": counts} for counts in ours]
-    alike = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(named, theirs(), strict=True)]
+    same = ours == masks_to_rle_plain(*on_host, HEIGHT, WIDTH)
+    rles_of_ours = [{"size": [HEIGHT, WIDTH], "counts": counts} for counts in ours]
+    alike = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(rles_of_ours, theirs(), strict=True)]
     times = settings.measure(
         {
             "refdet": lambda: masks_to_rle(cells, boxes, HEIGHT, WIDTH),
-            "plain": lambda: masks_to_rle_plain(*at_host, HEIGHT, WIDTH),
+            "plain": lambda: masks_to_rle_plain(*on_host, HEIGHT, WIDTH),
             "libraries": theirs,
         }
     )
@@ -110,7 +110,10 @@ def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> Row:
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The table; ``drawing_ms`` is what pycocotools takes, on both sides, to draw polygons. Targets are of the CPU."""
+    """Rows of the table. ``drawing_ms`` is pycocotools' time to rasterize polygons, included on both sides.
+
+    Mask targets are computed on the CPU.
+    """
     found = [to_rle_case(size, 100, noise, settings) for size, noise in ((14, False), (28, False), (28, True))]
     found = [row | {"drawing_ms": 0.0} for row in found]
     for objects in (64, 8):

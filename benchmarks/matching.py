@@ -1,8 +1,8 @@
-"""Times refdet's matching of boxes beside the plain matrix of overlaps and torchvision's.
+"""Benchmarks refdet's box matching against the full IoU matrix, by refdet's fallback and by torchvision.
 
-Candidates are the anchors of a map of 90x93 cells with 12 anchors each, in the detector's order, or boxes about
-the objects as the proposals of an RPN are. Times are medians of rounds in which all take turns; memory is the
-peak of one call above what was held before it.
+Candidates are the anchors of a 90x93 map with 12 anchors per cell, or boxes around the objects, as RPN proposals are.
+Times are medians of rounds in which all implementations take turns. Memory is the peak during a call, less what was
+allocated before it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def objects_of(count: int, random: torch.Generator) -> Tensor:
 def problem(name: str) -> tuple[Tensor, Tensor]:
     """Candidates (N, 4) and objects (M, 4)."""
     random = torch.Generator().manual_seed(0)
-    count, known = CASES[name]
-    objects = objects_of(known, random)
+    count, object_count = CASES[name]
+    objects = objects_of(object_count, random)
     if name == "anchors":
         y, x = torch.meshgrid(torch.arange(ROWS) * STRIDE, torch.arange(COLUMNS) * STRIDE, indexing="ij")
         cell = cell_anchors((64, 128, 256, 512), (0.5, 1, 2))
         return (torch.stack((x, y, x, y), dim=2)[:, :, None] + cell).reshape(-1, 4).float(), objects
-    chosen = objects[torch.randint(known, (count,), generator=random)]
+    chosen = objects[torch.randint(object_count, (count,), generator=random)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
     return chosen + 0.2 * sides * torch.randn(count, 4, generator=random), objects
 
@@ -52,55 +52,55 @@ def with_torchvision(candidates: Tensor, objects: Tensor) -> tuple[Tensor, ...]:
     return best, matched, most, ((overlaps == most) & (most > 0)).any(dim=1)
 
 
-WAYS = {"refdet": match_boxes, "plain": match_boxes_plain, "torchvision": with_torchvision}
+IMPLEMENTATIONS = {"refdet": match_boxes, "plain": match_boxes_plain, "torchvision": with_torchvision}
 
 
-def peak_of(way: str, name: str, device: str) -> float:
-    """MB that one call takes at most above what was held before it."""
+def peak_of(peer: str, name: str, device: str) -> float:
+    """Peak memory of one call in MB, less what was allocated before it."""
     candidates, objects = (tensor.to(device) for tensor in problem(name))
-    WAYS[way](candidates[:10], objects[:2])
+    IMPLEMENTATIONS[peer](candidates[:10], objects[:2])
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        WAYS[way](candidates, objects)
+        IMPLEMENTATIONS[peer](candidates, objects)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew from what is held now
-    before = _high_mark()
-    WAYS[way](candidates, objects)
-    return (_high_mark() - before) * 1024 / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before = _peak_kib()
+    IMPLEMENTATIONS[peer](candidates, objects)
+    return (_peak_kib() - before) * 1024 / 1e6
 
 
-def _high_mark() -> int:
-    """The most memory, in KiB, that this process has held."""
+def _peak_kib() -> int:
+    """Peak resident memory of this process in KiB."""
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def memory(name: str, device: str) -> dict[str, float]:
-    """`peak_of` all ways; on the CPU each in a process of its own: the highest mark of one never goes down again."""
+    """`peak_of` each implementation; on the CPU in a process each, as freed memory may stay resident."""
     if device.startswith("cuda"):
-        return {f"{way}_mb": round(peak_of(way, name, device), 1) for way in WAYS}
+        return {f"{peer}_mb": round(peak_of(peer, name, device), 1) for peer in IMPLEMENTATIONS}
     found = {}
-    for way in WAYS:
-        command = [sys.executable, "-c", f"import matching; print(matching.peak_of({way!r}, {name!r}, {device!r}))"]
+    for peer in IMPLEMENTATIONS:
+        command = [sys.executable, "-c", f"import matching; print(matching.peak_of({peer!r}, {name!r}, {device!r}))"]
         here = Path(__file__).parent
         text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout
-        found[f"{way}_mb"] = round(float(text), 1)
+        found[f"{peer}_mb"] = round(float(text), 1)
     return found
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The table."""
+    """Rows of the table."""
     results = []
-    for name, (count, known) in CASES.items():
+    for name, (count, object_count) in CASES.items():
         candidates, objects = (tensor.to(settings.device) for tensor in problem(name))
-        runs = {way: partial(run, candidates, objects) for way, run in WAYS.items()}
+        runs = {peer: partial(run, candidates, objects) for peer, run in IMPLEMENTATIONS.items()}
         same = all(a.equal(b) for a, b in zip(runs["refdet"](), runs["plain"](), strict=True))
-        found = settings.measure(runs)
+        times = settings.measure(runs)
         results.append(
-            {"what": name, "candidates": count, "objects": known, "same_as_plain": same}
-            | {f"{way}_ms": round(value, 3) for way, value in found.items()}
-            | {"ratio": round(min(found["plain"], found["torchvision"]) / found["refdet"], 1)}
+            {"what": name, "candidates": count, "objects": object_count, "same_as_plain": same}
+            | {f"{peer}_ms": round(value, 3) for peer, value in times.items()}
+            | {"ratio": round(min(times["plain"], times["torchvision"]) / times["refdet"], 1)}
             | memory(name, settings.device)
-            | settings.roof(candidates.nbytes + objects.nbytes + count * 13, found["refdet"])
+            | settings.roof(candidates.nbytes + objects.nbytes + count * 13, times["refdet"])
         )
     return results

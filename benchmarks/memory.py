@@ -1,9 +1,9 @@
-"""Peak memory of `extract-features` with 200 and with 2000 images, torch and the detector included.
+"""Benchmarks the peak memory of `extract-features` on 200 and on 2000 images, including torch and the detector.
 
     python benchmarks/memory.py [--images 200,2000] [--json]
 
-A small C4 detector with untrained weights on drawn images, 20 regions an image with masks, pool5, fc7 and the map. Each
-extraction runs in a process of its own, whose peak resident memory is what is printed.
+A small C4 detector with random weights on synthetic images, 20 regions per image with masks, pool5, fc7 and the feature
+map. Each extraction runs in a process of its own; the table shows its peak resident memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPE = [
 
 
 def prepare(folder: Path, counts: list[int]) -> None:
-    """A detector, some images, and for each count an instances file that names them in turn."""
+    """Write a detector, some images, and for each count an instances file that repeats them."""
     from refdet.config import recipe as recipes
     from refdet.detector import checkpoint
     from refdet.detector.mask_rcnn import MaskRCNN
@@ -56,7 +56,7 @@ def prepare(folder: Path, counts: list[int]) -> None:
 
 
 def extract(folder: Path, count: int) -> None:
-    """In a process of its own: one extraction, then its peak on stdout."""
+    """Run one extraction in this process and print its peak memory as JSON."""
     from refdet.extraction.extract import extract_features
     from refdet.extraction.image_list import ImageList
     from refdet.extraction.options import ExtractOptions
@@ -72,7 +72,7 @@ def extract(folder: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--images", default="200,2000", help="two numbers")
+    parser.add_argument("--images", default="200,2000", help="numbers of images, separated by commas")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:

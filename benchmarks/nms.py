@@ -1,9 +1,9 @@
-"""Times refdet's nms, its plain PyTorch fallback and torchvision's side by side.
+"""Benchmarks refdet's nms against its plain PyTorch fallback and torchvision's.
 
-The boxes are clustered as the proposals of an RPN are: many shifted copies around each of some objects. Times
-are medians of rounds in which all three take turns, so that a busy machine slows all of them. Rows with several
-images ask torchvision image by image. On a GPU the bytes are those that must be read and written once: boxes, scores,
-ids and the answer. What NMS does with them is arithmetic, so that it stays far from the roof of the memory.
+Boxes are clustered like RPN proposals: several shifted copies around each object. Times are medians of rounds in which
+all three take turns, so that other load on the machine slows all of them. torchvision processes one image at a time. On
+a GPU, the bytes are those that must be read and written once: boxes, scores, ids and the result. NMS is bound by
+arithmetic and stays far below the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refdet.ops.nms import nms, nms_plain
 
 @dataclass(frozen=True)
 class Case:
-    """Of each image `boxes` boxes in `classes` classes, of which max_keep (or, if negative, all survivors) are kept."""
+    """`boxes` boxes per image in `classes` classes; at most max_keep are kept per image (negative: no limit)."""
 
     boxes: int
     max_keep: int
@@ -43,7 +43,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes (N, 4), with their scores, classes and images (N,); those of an image are next to each other."""
+    """Boxes (N, 4) with their scores, classes and image indices (N,), sorted by image."""
 
     boxes: Tensor
     scores: Tensor
@@ -55,7 +55,7 @@ class Boxes:
 
 
 def proposals(case: Case, seed: int = 0) -> Boxes:
-    """Boxes in images of 1000x600 pixels."""
+    """Random clustered boxes in images of 1000x600 pixels."""
     random = torch.Generator().manual_seed(seed)
     count = case.boxes * case.images
     centers = torch.rand(count // 6 + 1, 2, generator=random) * torch.tensor([1000.0, 600.0])
@@ -68,14 +68,14 @@ def proposals(case: Case, seed: int = 0) -> Boxes:
     return Boxes(boxes, scores, classes, torch.arange(case.images).repeat_interleave(case.boxes))
 
 
-def torchvision_nms(given: Boxes, case: Case) -> Tensor:
-    """What torchvision does for the case, image by image."""
+def torchvision_nms(inputs: Boxes, case: Case) -> Tensor:
+    """The result of torchvision's nms or batched_nms for each image."""
     kept = []
-    for first in range(0, len(given.boxes), case.boxes):
+    for first in range(0, len(inputs.boxes), case.boxes):
         rows = slice(first, first + case.boxes)
-        boxes, scores = given.boxes[rows], given.scores[rows]
+        boxes, scores = inputs.boxes[rows], inputs.scores[rows]
         if case.classes > 1:
-            found = torchvision.ops.batched_nms(boxes, scores, given.classes[rows], case.iou_threshold)
+            found = torchvision.ops.batched_nms(boxes, scores, inputs.classes[rows], case.iou_threshold)
         else:
             found = torchvision.ops.nms(boxes, scores, case.iou_threshold)
         kept.append((found if case.max_keep < 0 else found[: case.max_keep]) + first)
@@ -84,26 +84,26 @@ def torchvision_nms(given: Boxes, case: Case) -> Tensor:
 
 def row(case: Case, settings: Settings) -> Row:
     """A row of the table."""
-    given = proposals(case).to(settings.device)
+    inputs = proposals(case).to(settings.device)
     ids = {
-        "groups": given.classes if case.classes > 1 else None,
-        "images": given.images if case.images > 1 else None,
+        "groups": inputs.classes if case.classes > 1 else None,
+        "images": inputs.images if case.images > 1 else None,
     }
     runs = {
-        name: partial(function, given.boxes, given.scores, case.iou_threshold, case.max_keep, **ids)
+        name: partial(function, inputs.boxes, inputs.scores, case.iou_threshold, case.max_keep, **ids)
         for name, function in (("refdet", nms), ("plain", nms_plain))
-    } | {"torchvision": partial(torchvision_nms, given, case)}
-    answers = [answer() for answer in runs.values()]
-    found = settings.measure(runs)
-    moved = [given.boxes, given.scores, answers[0], *(tensor for tensor in ids.values() if tensor is not None)]
+    } | {"torchvision": partial(torchvision_nms, inputs, case)}
+    results = [run() for run in runs.values()]
+    times = settings.measure(runs)
+    tensors = [inputs.boxes, inputs.scores, results[0], *(tensor for tensor in ids.values() if tensor is not None)]
     return (
-        {**vars(case), "same": all(answers[0].equal(answer) for answer in answers)}
-        | {f"{name}_ms": round(value, 4) for name, value in found.items()}
-        | {"ratio": round(found["torchvision"] / found["refdet"], 1)}
-        | settings.roof(sum(tensor.nbytes for tensor in moved), found["refdet"])
+        {**vars(case), "same": all(results[0].equal(result) for result in results)}
+        | {f"{name}_ms": round(value, 4) for name, value in times.items()}
+        | {"ratio": round(times["torchvision"] / times["refdet"], 1)}
+        | settings.roof(sum(tensor.nbytes for tensor in tensors), times["refdet"])
     )
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The table."""
+    """Rows of the table."""
     return [row(case, settings) for case in CASES]

@@ -1,8 +1,9 @@
-"""Times the compiled kernels beside plain PyTorch and the libraries, all in one run.
+"""Benchmarks the compiled kernels against plain PyTorch, torchvision and pycocotools.
 
     python benchmarks/ops.py [nms] [pooling] [masks] [matching] [convolution] [--json] [--repeat 20] [--device cpu]
 
-Milliseconds are medians of rounds in which all peers take turns. ``ratio`` is the library's time to refdet's.
+Times are medians, in milliseconds, of rounds in which all implementations take turns. ``ratio`` is the library's time
+divided by refdet's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, TB/s (default: an H200's)")
+    parser.add_argument(
+        "--memory-bandwidth", type=float, default=4.8, help="of the GPU's memory, in TB/s (default: an H200's)"
+    )
     options = parser.parse_args()
     settings = Settings(options.repeat, options.device, options.memory_bandwidth)
     machine = {

@@ -1,4 +1,4 @@
-"""Peak memory of a process, for the benchmarks of this folder; without torch, which alone is half a gigabyte."""
+"""Peak memory of this process. Does not import torch, which would add half a gigabyte."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Most bytes that this process had in memory.
+    """Peak resident memory of this process in bytes.
 
-    Those of the parent that started it are not among them, as they are in what getrusage says.
+    On Linux, getrusage would include the memory of the parent process before exec.
     """
     status = Path("/proc/self/status")
     if not status.exists():

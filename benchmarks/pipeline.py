@@ -1,16 +1,16 @@
-"""Times everything behind the detector: serializing, shards, merging and closing the store.
+"""Benchmarks everything after the detector: serialization, shards, merging and closing the store.
 
     python benchmarks/pipeline.py [--json] [--images 512] [--rounds 5] [--dtype float32,float16] [--folder DIR]
 
-A detector that costs nothing returns prepared results, 100 regions with masks, pool5 and fc7 of ResNet-101, to the real
-extraction. Beside it, in turns on the same results and disk:
+The real extraction runs with a fake detector that returns prepared results at no cost: 100 regions per image with
+masks, pool5 and fc7 of ResNet-101. It takes turns, on the same results and disk, with:
 
-- h5py: the same columns written with one dataset per image and column, without checksums and without resuming;
-- disk: the bytes of the features alone, written to a file, read again, written to another one, and the first one
-  removed, which is what any way of writing shards first and a store afterwards costs.
+- h5py: the same columns, written with one dataset per image and column, without checksums and without resuming;
+- disk: only the bytes of the features, written to a file, read back and copied to another file, the least that any
+  extraction with shards has to do.
 
-The folder is on a RAM disk by default, so that the disk is as fast as it gets. Encoding the masks is a part of the
-detector, and timed on its own.
+The folder is on a RAM disk by default, the fastest disk possible. Encoding the masks belongs to the detector and is
+timed separately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from refdet.structures.regions import Regions
 
 REGIONS, WIDTHS = 100, {"pool5": 1024, "fc7": 2048}
 SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (640, 640), (426, 640), (500, 375))
-DISTINCT = 64  # results, far more than fits into the processor's cache
+DISTINCT = 64  # different results, far more than fit into the processor's cache
 RAM_DISK = Path("/dev/shm")
 
 Masks = tuple[torch.Tensor, torch.Tensor]  # probabilities (REGIONS, 14, 14) and boxes (REGIONS, 4) of an image
@@ -62,7 +62,7 @@ def draw_masks(height: int, width: int, seed: int) -> Masks:
 
 
 def draw_results(dtype: str) -> list[Regions]:
-    """What the detector found in `DISTINCT` images, with features of this type."""
+    """Regions of `DISTINCT` images, with features of the given dtype."""
     random, results = np.random.default_rng(0), []
     for number in range(DISTINCT):
         height, width = SIZES[number % len(SIZES)]
@@ -88,13 +88,13 @@ def draw_results(dtype: str) -> list[Regions]:
 
 
 def records_of(images: int) -> list[ImageRecord]:
-    """Images in sizes that alternate, as in a list of a dataset."""
+    """Records of images in random order of sizes, as in a dataset."""
     sizes = np.random.default_rng(1).integers(0, len(SIZES), images).tolist()
     return [ImageRecord(i, f"COCO_train2014_{i:012d}.jpg", *SIZES[size]) for i, size in enumerate(sizes)]
 
 
 def run(out: Path, records: list[ImageRecord], dtype: str, results: list[Regions], batch_size: int) -> Summary:
-    """The real extraction, with a detector and images that cost nothing."""
+    """The real extraction, with a detector and images that take no time."""
     by_size: dict[tuple[int, int], list[Regions]] = {}
     for result in results:
         by_size.setdefault((result.height, result.width), []).append(result)
@@ -115,7 +115,7 @@ def run(out: Path, records: list[ImageRecord], dtype: str, results: list[Regions
 
 
 def naive(out: Path, records: list[ImageRecord], results: list[Regions]) -> None:
-    """What one writes first: a group per image, with a dataset per column."""
+    """A straightforward h5py writer: a group per image, a dataset per column."""
     with h5py.File(out, "w") as file:
         for record in records:
             found, group = results[record.id % DISTINCT], file.create_group(str(record.id))
@@ -129,7 +129,7 @@ def naive(out: Path, records: list[ImageRecord], results: list[Regions]) -> None
 
 
 def disk(folder: Path, images: int, results: list[Regions]) -> None:
-    """Write the features to a file, read them again and write them to another one."""
+    """Write the features to a file, read them back and write them to another file."""
     with (folder / "a").open("w+b", buffering=0) as first, (folder / "b").open("wb", buffering=0) as second:
         for number in range(images):
             for values in results[number % DISTINCT].features.values():
@@ -145,7 +145,7 @@ def disk(folder: Path, images: int, results: list[Regions]) -> None:
 
 
 def masks_ms(rounds: int) -> float:
-    """Milliseconds to encode the masks of an image, one thread."""
+    """Milliseconds to encode the masks of an image on one thread."""
     drawn, times = [(*draw_masks(*SIZES[k], k), *SIZES[k]) for k in range(len(SIZES))], []
     for turn in range(10 * rounds + 1):
         start = time.perf_counter()
@@ -157,7 +157,7 @@ def masks_ms(rounds: int) -> float:
 
 
 def timed(folder: Path, work: Callable[[Path], Any]) -> tuple[float, float, Any]:
-    """Wall and processor seconds of work in an empty folder, and what it returns."""
+    """Wall time and CPU time, in seconds, of work in an empty folder, and its result."""
     folder.mkdir()
     try:
         before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -169,7 +169,7 @@ def timed(folder: Path, work: Callable[[Path], Any]) -> tuple[float, float, Any]
 
 
 def measure(folder: Path, dtype: str, images: int, rounds: int, batch_size: int) -> dict[str, Any]:
-    """Medians of rounds in which the three sides take turns; milliseconds an image."""
+    """Medians, in milliseconds per image, of rounds in which the three sides take turns."""
     results, records = draw_results(dtype), records_of(images)
     sides: dict[str, Callable[[Path], Any]] = {
         "refdet": lambda at: run(at / "a.h5", records, dtype, results, batch_size),

@@ -1,9 +1,9 @@
-"""Times refdet's RoI pooling, plain PyTorch's and torchvision's side by side, forward and backward.
+"""Benchmarks refdet's RoI pooling against plain PyTorch and torchvision, forward and backward.
 
-On channels_last maps, as the detector has them. Times are medians of rounds in which all take turns, so that a busy
-machine slows all of them. The crop is not in torchvision: it stands beside RoIAlign of one sample a cell, which is
-the same work on another box. On a GPU also the bytes that must be moved (the map and the cells once, and with backward
-the gradients of both), and which part of the time the memory would need for that.
+Maps are channels_last, as in the detector. Times are medians of rounds in which all implementations take turns, so that
+other load on the machine slows all of them. torchvision has no crop pooling; it is compared with RoIAlign of one sample
+per cell, which does the same work on another box. On a GPU, the table also has the bytes that must be moved (map and
+cells once, and their gradients for backward), and the share of the time that the memory needs for them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from refdet.ops.pooling import SAMPLING_RATIO, roi_align, roi_align_mean, roi_crop, roi_crop_mean
 from refdet.ops.pooling_plain import pool_plain
 
-CONV4 = ((1, 1024, 38, 50), 16, 300)  # map (B, C, H, W) of an image, its stride, RoIs
+CONV4 = ((1, 1024, 38, 50), 16, 300)  # map (B, C, H, W), its stride, number of RoIs
 PYRAMID = ((8, 64, 36, 48), 4, 384)  # a level of eight small images
-# what, where, cells on a side, samples on a side of a cell, type, with backward
+# pooling, (map, stride, RoIs), cells per side, samples per side of a cell, dtype, with backward
 CASES = (
     ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, False),
     ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, True),
@@ -41,7 +41,7 @@ CASES = (
 
 
 def some_rois(shape: tuple[int, ...], stride: int, count: int, random: torch.Generator) -> Tensor:
-    """RoIs (count, 5) inside the map, up to 3 tenths of it on a side."""
+    """RoIs (count, 5) inside the map, with sides of up to 30% of it."""
     extent = torch.tensor([shape[3], shape[2]]) * stride
     corner = torch.rand(count, 2, generator=random) * extent * 0.7
     sides = torch.rand(count, 2, generator=random) * extent * 0.3
@@ -49,7 +49,7 @@ def some_rois(shape: tuple[int, ...], stride: int, count: int, random: torch.Gen
 
 
 def peers(what: str, x: Tensor, rois: Tensor, size: int, stride: int, samples: int) -> dict[str, Callable[[], Tensor]]:
-    """The three, each from the map to cells (K, C, m, m), or their means (K, C)."""
+    """The three implementations, from the map to cells (K, C, m, m) or their means (K, C)."""
     crop, mean = what.startswith("crop"), what.endswith("mean")
 
     def ours() -> Tensor:
@@ -57,7 +57,7 @@ def peers(what: str, x: Tensor, rois: Tensor, size: int, stride: int, samples: i
             return (roi_crop_mean if mean else roi_crop)(x, rois, size, stride)
         return (roi_align_mean if mean else roi_align)(x, rois, size, stride, samples)
 
-    def plain() -> Tensor:  # the mean of the cells where that is the sooner way
+    def plain() -> Tensor:  # pools the cells first, which is faster except with adaptive sampling
         pooled = pool_plain(x, rois, size, stride, samples, crop, mean and samples == 0)
         return pooled.mean((2, 3)) if mean else pooled
 
@@ -74,7 +74,7 @@ def with_backward(run: Callable[[], Tensor], x: Tensor, weight: Tensor) -> Calla
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The table."""
+    """Rows of the table."""
     random, results = torch.Generator().manual_seed(0), []
     for what, (shape, stride, count), size, samples, dtype, backward in CASES:
         x = torch.randn(shape, generator=random).to(settings.device, dtype)
@@ -86,7 +86,7 @@ def rows(settings: Settings) -> list[Row]:
         if backward:
             weight = torch.randn_like(pooled)
             runs = {name: with_backward(run, x, weight) for name, run in runs.items()}
-        found = settings.measure(runs)
+        times = settings.measure(runs)
         row: Row = {
             "what": f"{what} {size}x{size}" + ("" if samples else ", adaptive") + (", backward" if backward else ""),
             "map": "x".join(map(str, shape)),
@@ -94,8 +94,8 @@ def rows(settings: Settings) -> list[Row]:
             "type": str(dtype).removeprefix("torch."),
             "max_difference": f"{error:.0e}",
         }
-        row |= {f"{name}_ms": round(value, 3) for name, value in found.items()}
-        row["to_plain"] = round(found["plain"] / found["refdet"], 1)
-        row["ratio"] = round(found["torchvision"] / found["refdet"], 1)
-        results.append(row | settings.roof((x.nbytes + pooled.nbytes) * (2 if backward else 1), found["refdet"]))
+        row |= {f"{name}_ms": round(value, 3) for name, value in times.items()}
+        row["to_plain"] = round(times["plain"] / times["refdet"], 1)
+        row["ratio"] = round(times["torchvision"] / times["refdet"], 1)
+        results.append(row | settings.roof((x.nbytes + pooled.nbytes) * (2 if backward else 1), times["refdet"]))
     return results

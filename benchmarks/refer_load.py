@@ -1,9 +1,9 @@
-"""Times `REFER` on drawn files of RefCOCO's real size: 50000 refs, 142000 sentences, 197000 annotations.
+"""Benchmarks loading `REFER` on synthetic files of RefCOCO's size: 50000 refs, 142000 sentences, 197000 annotations.
 
     python benchmarks/refer_load.py [--json] [--repeat 3] [--protocol 0]
 
-Each load is a process of its own, as in use; the time is that of the constructor. Without msgspec Python's own JSON
-reader is timed, which needs four times as long for instances.json.
+Each load runs in a process of its own; the constructor is timed. Without msgspec, Python's json module is used, which
+takes four times as long for instances.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOAD = (
 
 
 def write(root: Path, protocol: int) -> None:
-    """Files as large as the real ones: 119 MB of instances, 25 MB of refs."""
+    """Write files as large as the real ones: 119 MB of instances, 25 MB of refs."""
     draw = random.Random(0)
     images = [
         {
@@ -86,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--protocol", type=int, default=0, help="of the pickle; 0 is Python 2's")
+    parser.add_argument(
+        "--protocol", type=int, default=0, help="pickle protocol of the refs; the real files have 0, Python 2's default"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         write(Path(root), options.protocol)

@@ -1,12 +1,12 @@
-"""What many workers cost, and where they stop scaling.
+"""Benchmarks extraction with many workers, and extrapolates to 64 GPUs.
 
     python benchmarks/scaling.py [--json] [--workers 1,2,4,8] [--shards 12] [--seconds 0.25] [--images-per-second 300]
 
-1. Engine: the real extraction by workers on a Ray cluster of this machine, and by parts, whose detectors sleep instead
-   of computing, with the same number of shards for each worker. Their images/s beside those of one worker, times their
-   number, are the efficiency. Starting the workers is left out, and shown.
-2. Figures of a shard: its size, and the time to write it and to merge it, with results of real size on a RAM disk.
-3. On paper: from these, the time of 28,000 images on 1, 8 and 64 GPUs that read their images from a shared disk and
+1. Weak scaling: the real extraction by workers of a local Ray cluster, and in parts, with the same number of shards per
+   worker and detectors that sleep instead of computing. Efficiency is the speed relative to that of one worker times
+   the number of workers. The workers' startup is not included, but shown.
+2. Costs per shard: its size, and the time to write and to merge it, with results of real size on a RAM disk.
+3. Extrapolation from these: the time for 28,000 images on 1, 8 and 64 GPUs that read images from a shared disk and
    write shards to it, which one process merges. The speed of a GPU is an assumption (--images-per-second).
 """
 
@@ -44,7 +44,7 @@ from refdet.extraction.steps import Finish
 from refdet.structures.regions import Regions
 
 BATCH = 8
-REGIONS, WIDTH = 4, 16  # of the sleeping detectors
+REGIONS, WIDTH = 4, 16  # results of the sleeping detectors: regions per image, feature width
 HEADER = store.Header([{"id": 1, "name": "person"}], "{}", {}, {"dtype": "float32"})
 PLAN = Plan({"dtype": "float32"}, ("fc7",), "float32", masks=False, ann_ids=False, batch_size=BATCH)
 IMAGES, JPEG_BYTES = 28_000, 163_000  # of the REFER datasets; the mean of COCO's train2014
@@ -78,7 +78,7 @@ def result_of(record: ImageRecord) -> Regions:
 
 @dataclass(frozen=True)
 class Sleeping:
-    """A detector that takes a fixed time for a batch and no processor."""
+    """A fake detector that sleeps a fixed time per batch."""
 
     seconds: float
 
@@ -101,7 +101,7 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     import ray
 
-    records, begun = records_of(shards * workers), time.perf_counter()
+    records, start = records_of(shards * workers), time.perf_counter()
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init("local", num_cpus=workers, object_store_memory=2**27, **quiet)
     try:
@@ -114,7 +114,7 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
             while sum(worker.started is not None for worker in pool.workers) < workers:
                 for worker, _, answer in pool.answers():
                     pool.handle_start(worker, answer)
-            started, before = time.perf_counter() - begun, time.process_time()
+            started, before = time.perf_counter() - start, time.process_time()
             done = extract(
                 folder / "a.h5",
                 PLAN,
@@ -125,14 +125,14 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
                 Sleeping(seconds).compute,
                 engine=RayEngine(pool),
             )
-            processor = time.process_time() - before
+            cpu_seconds = time.process_time() - before
     finally:
         ray.shutdown()
     return {
         "workers": workers,
         "images_per_second": done.images / done.seconds,
         "start_s": started,
-        "driver_ms_per_shard": 1000 * processor / (shards * workers),
+        "driver_ms_per_shard": 1000 * cpu_seconds / (shards * workers),
     }
 
 
@@ -147,7 +147,7 @@ def part_main(out: str, part: str, shards: str, seconds: str) -> None:
 
 
 def parts_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
-    """One extraction in as many parts; the slowest counts."""
+    """One extraction in `workers` parts; the time is that of the slowest."""
     with folder_on_ram() as folder:
         command = [sys.executable, __file__, "--part-of", str(folder / "a.h5")]
         running = [
@@ -165,7 +165,7 @@ def parts_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
 
 
 def efficiencies(runs: list[dict[str, float]], images_per_second: float) -> list[dict[str, float]]:
-    """Add the share of the speed of the detectors alone, and of that of one worker, times their number."""
+    """Add the speed relative to the detectors alone, and to one worker, both times the number of workers."""
     one = runs[0]["images_per_second"] / runs[0]["workers"]
     return [
         {
@@ -178,7 +178,7 @@ def efficiencies(runs: list[dict[str, float]], images_per_second: float) -> list
 
 
 def shard_figures(dtype: str) -> dict[str, float]:
-    """What a shard of real size costs besides the detector: its size, and processor time to write and to merge it."""
+    """Size of a shard with results of real size, and the CPU time to write and to merge it."""
     from pipeline import draw_results, run
     from pipeline import records_of as real_records
 
@@ -207,22 +207,22 @@ def shard_figures(dtype: str) -> dict[str, float]:
     }
 
 
-def on_paper(
+def extrapolate(
     gpus: int, disk: float, figures: dict[str, float], images_per_second: float, driver_s: float, local_images: bool
 ) -> dict[str, Any]:
-    """Time of all images, and what limits it.
+    """Extrapolated time for all images, and its bottleneck.
 
     Args:
-        gpus: how many.
+        gpus: number of GPUs.
         disk: bandwidth of the shared disk, bytes per second.
-        figures: of `shard_figures`.
-        images_per_second: of a GPU.
-        driver_s: processor time of the driver for a shard.
-        local_images: whether the images lie on a disk of each machine.
+        figures: costs per shard, from `shard_figures`.
+        images_per_second: speed of one GPU.
+        driver_s: CPU time of the driver per shard, in seconds.
+        local_images: whether each machine reads the images from its own disk.
     """
     shards, size = math.ceil(IMAGES / SHARD_IMAGES), figures["shard_mb"] * 1e6
     moved = size + (0 if local_images else SHARD_IMAGES * JPEG_BYTES)
-    # seconds between two shards of all workers together, by each thing that may limit them
+    # seconds per shard of all workers together, by possible bottleneck
     between = {
         "GPUs": SHARD_IMAGES / images_per_second / gpus,
         "shared disk": moved / disk,
@@ -248,7 +248,7 @@ def on_paper(
     }
 
 
-def paper_table(
+def extrapolation_table(
     figures: dict[str, dict[str, float]], images_per_second: float, driver_s: float
 ) -> list[dict[str, Any]]:
     rows = []
@@ -256,7 +256,7 @@ def paper_table(
         for disk in (1e9, 1e10):
             for gpus in (1, 8, 64):
                 row, local = (
-                    on_paper(gpus, disk, of_dtype, images_per_second, driver_s, local_images)
+                    extrapolate(gpus, disk, of_dtype, images_per_second, driver_s, local_images)
                     for local_images in (False, True)
                 )
                 rows.append({"dtype": dtype, **row, "compute_with_local_images_s": local["compute_s"]})
@@ -267,9 +267,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--workers", default="1,2,4,8")
-    parser.add_argument("--shards", type=int, default=12, help="of each worker")
-    parser.add_argument("--seconds", type=float, default=0.25, help="that a batch of 8 images takes")
-    parser.add_argument("--images-per-second", type=float, default=300.0, help="of a GPU, on paper")
+    parser.add_argument("--shards", type=int, default=12, help="shards per worker")
+    parser.add_argument("--seconds", type=float, default=0.25, help="time per batch of 8 images")
+    parser.add_argument("--images-per-second", type=float, default=300.0, help="assumed speed of a GPU")
     parser.add_argument("--dtype", default="float32,float16")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
@@ -280,7 +280,7 @@ def main() -> None:
         result[kind] = efficiencies(runs, BATCH / options.seconds)
     result["figures"] = {dtype: shard_figures(dtype) for dtype in options.dtype.split(",")}
     driver_s = result["ray"][-1]["driver_ms_per_shard"] / 1000
-    result["paper"] = paper_table(result["figures"], options.images_per_second, driver_s)
+    result["extrapolation"] = extrapolation_table(result["figures"], options.images_per_second, driver_s)
     if options.json:
         print(json.dumps(result))
         return
@@ -306,7 +306,7 @@ def main() -> None:
         "| total, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for row in result["paper"]:
+    for row in result["extrapolation"]:
         print(
             f"| {row['dtype']} | {row['disk_gb_s']:g} | {row['gpus']} | "
             f"{row['compute_s']:.0f} | {row['compute_limit']} | "

@@ -1,9 +1,9 @@
-"""Times the store: writing, opening, reading one image anywhere, verifying; and the memory of it.
+"""Benchmarks the store: writing, opening, random reads and verification, and their memory.
 
     python benchmarks/store.py [--json] [--images 100000] [--folder DIR]
 
-Writing is of images with 100 regions and pool5 + fc7 of ResNet-101, float32; reading of these, and of a store of many
-images with 5 regions and fc7. Each step runs in a process of its own, so that its peak memory is its own.
+Writes images with 100 regions and float32 pool5 + fc7 of ResNet-101, and reads them; also reads a store of many images
+with 5 regions and fc7. Each step runs in a process of its own, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEATURES = {"pool5": (1024,), "fc7": (2048,)}
 
 
 def draw(images: int, regions: int, features: dict[str, tuple[int, ...]], distinct: int) -> Iterator[Regions]:
-    """Images with this many regions each; only ``distinct`` of them differ, so that drawing takes no time."""
+    """Yield images with regions; only ``distinct`` of them differ, so that drawing is fast."""
     random = np.random.default_rng(0)
     low = random.uniform(0, (WIDTH, HEIGHT), (distinct, regions, 2)).astype(np.float32)
     boxes = np.concatenate((low, (low + (WIDTH, HEIGHT)) / 2), axis=2).astype(np.float32)
@@ -59,7 +59,7 @@ def draw(images: int, regions: int, features: dict[str, tuple[int, ...]], distin
 
 
 def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, ...]], compression: str) -> dict:
-    """Write a store; what `put` takes, in the order of the file and then the disk."""
+    """Write a store; returns times per image, of `put` alone and of everything, and memory."""
     rows = [
         store.ImageRow(i, f"COCO_train2014_{i:012d}.jpg", HEIGHT, WIDTH, "", regions, regions * len(MASK))
         for i in range(images)
@@ -69,9 +69,9 @@ def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, 
     before, start, put = _peak_mb(), time.perf_counter(), 0.0
     with store.create(path, header, columns, rows) as writer:
         for drawn in draw(images, regions, features, min(images, 50)):
-            begun = time.perf_counter()
+            put_start = time.perf_counter()
             writer.put(drawn)
-            put += time.perf_counter() - begun
+            put += time.perf_counter() - put_start
     whole = time.perf_counter() - start
     return {
         "put_ms_an_image": put / images * 1000,
@@ -83,45 +83,45 @@ def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, 
 
 
 def read(path: Path, times: int) -> dict:
-    """Open a store and read images of it in random order, warm."""
+    """Open a store and read its images in random order, from the page cache."""
     before, opening = _peak_mb(), []
     for _ in range(3):
         start = time.perf_counter()
-        with store.open(path) as found:
+        with store.open(path) as reader:
             opening.append(time.perf_counter() - start)
-    took: dict[str, list[float]] = {"all": [], "boxes": []}
-    with store.open(path) as found:
-        ids = np.random.default_rng(1).choice(found.image_ids, times).tolist()
+    times_by_kind: dict[str, list[float]] = {"all": [], "boxes": []}
+    with store.open(path) as reader:
+        ids = np.random.default_rng(1).choice(reader.image_ids, times).tolist()
         for image_id in ids:  # warm
-            found[image_id]
+            reader[image_id]
         for image_id in ids:
             start = time.perf_counter()
-            found[image_id]
-            took["all"].append(time.perf_counter() - start)
+            reader[image_id]
+            times_by_kind["all"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            found.read(image_id, features=())
-            took["boxes"].append(time.perf_counter() - start)
+            reader.read(image_id, features=())
+            times_by_kind["boxes"].append(time.perf_counter() - start)
     return {
         "open_ms": statistics.median(opening) * 1000,
-        **{f"{name}_ms": statistics.median(values) * 1000 for name, values in took.items()},
-        "all_99th_ms": float(np.quantile(took["all"], 0.99)) * 1000,
+        **{f"{name}_ms": statistics.median(values) * 1000 for name, values in times_by_kind.items()},
+        "all_99th_ms": float(np.quantile(times_by_kind["all"], 0.99)) * 1000,
         "peak_mb": _peak_mb(),
         "peak_before_mb": before,
     }
 
 
 def check(path: Path) -> dict:
-    """Verify a store."""
+    """Verify a store; returns the time per image and memory."""
     before, start = _peak_mb(), time.perf_counter()
-    found = verify(path)
-    if found.problems:
-        raise SystemExit(f"{path}: {found.problems[0]}")
+    result = verify(path)
+    if result.problems:
+        raise SystemExit(f"{path}: {result.problems[0]}")
     seconds = time.perf_counter() - start
-    return {"ms_an_image": seconds / found.images * 1000, "peak_mb": _peak_mb(), "peak_before_mb": before}
+    return {"ms_an_image": seconds / result.images * 1000, "peak_mb": _peak_mb(), "peak_before_mb": before}
 
 
 def plain(path: Path) -> dict:
-    """What writing the same bytes to a file takes, for comparison: no HDF5, no checksums."""
+    """Time per image to write the same bytes to a plain file, without HDF5 and checksums."""
     drawn = list(draw(50, 100, FEATURES, 50))
     start = time.perf_counter()
     with path.open("wb") as file:
@@ -145,8 +145,8 @@ def _alone(*call: object) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--images", type=int, default=100_000, help="of the store that is read")
-    parser.add_argument("--folder", type=Path, help="where the drawn files are written for a while; 5 GB")
+    parser.add_argument("--images", type=int, default=100_000, help="images of the large store")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files of 5 GB")
     options = parser.parse_args()
     few = {"fc7": (2048,)}
     results: dict[str, dict] = {}

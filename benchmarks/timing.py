@@ -1,4 +1,4 @@
-"""Side by side timing, for the benchmarks of this folder."""
+"""Timing of several implementations in turns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is measured.
+    """Settings of a measurement.
 
     Attributes:
-        repeat: rounds, of which the median is taken.
+        repeat: number of rounds, of which the median is taken.
         device: "cpu" or "cuda".
-        bandwidth: of the GPU's memory, TB/s.
+        bandwidth: memory bandwidth of the GPU in TB/s.
     """
 
     repeat: int = 20
@@ -31,14 +31,17 @@ class Settings:
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
-    def roof(self, moved: int, milliseconds: float) -> Row:
-        """Bytes that must be moved, and the part of the time that the memory of a GPU would need for them."""
+    def roof(self, bytes_moved: int, milliseconds: float) -> Row:
+        """Megabytes to move, and the share of the time that the GPU's memory needs for that (its roofline)."""
         if not self.on_gpu:
             return {}
-        return {"MB": round(moved / 1e6, 2), "of_roof": round(moved / (self.bandwidth * 1e9) / milliseconds, 4)}
+        return {
+            "MB": round(bytes_moved / 1e6, 2),
+            "of_roof": round(bytes_moved / (self.bandwidth * 1e9) / milliseconds, 4),
+        }
 
     def measure(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Median milliseconds of each, taking turns, so that a busy machine slows all of them."""
+        """Median milliseconds of each run; they take turns, so that other load on the machine slows all of them."""
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(self.repeat + 1):
             for name, run in runs.items():
@@ -52,7 +55,7 @@ class Settings:
 
 
 def in_columns(rows: Sequence[Row]) -> str:
-    """Rows of the same names as a table."""
+    """Format rows with the same keys as a table."""
     if not rows:
         return "nothing to measure"
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}

@@ -1,8 +1,8 @@
-"""The peer of `benchmarks/extract.py`: Mask R-CNN with a C4 layout, put together from torchvision's detection parts.
+"""torchvision's side of `benchmarks/extract.py`: C4 Mask R-CNN built from torchvision's detection modules.
 
-It is what one writes without refdet: `RegionProposalNetwork`, `RoIHeads` and `GeneralizedRCNNTransform` as they are,
-layer4 as the box head and as the mask head, `paste_masks_in_image` (through the transform), pycocotools and h5py. It
-takes refdet's weights, so that both do the same work on the same numbers.
+This is what one would write without refdet: unmodified `RegionProposalNetwork`, `RoIHeads` and
+`GeneralizedRCNNTransform`, layer4 as the box head and as the mask head, `paste_masks_in_image` (called by the
+transform), pycocotools and h5py. It loads refdet's weights, so that both compute the same detections.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ NETWORKS = {18: resnet18, 50: resnet50, 101: resnet101}
 
 
 class AlignedPool(nn.Module):
-    """What MultiScaleRoIAlign does with one map, but for the half-pixel alignment that it lacks."""
+    """MultiScaleRoIAlign of a single map, with ``aligned=True``, which MultiScaleRoIAlign does not support."""
 
     def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         return roi_align(maps["0"], boxes, CELLS, 1 / STRIDE, sampling_ratio=2, aligned=True)
 
 
 class MeanOfLayer4(nn.Module):
+    """Box head of a C4 network: layer4 and average pooling."""
+
     def __init__(self, layer4: nn.Module) -> None:
         super().__init__()
         self.layer4 = layer4
@@ -51,10 +53,13 @@ class MeanOfLayer4(nn.Module):
 
 
 class TorchvisionC4(nn.Module):
-    """Detections of one image, its masks in full size, and pool5 and fc7 out of the mask pass.
+    """C4 Mask R-CNN with full-size masks; pool5 and fc7 are taken from the inputs of the mask head.
 
     Args:
-        ours: the detector whose weights it takes: a C4 network of 18, 50 or 101 layers, frozen norms, RoIAlign.
+        ours: detector whose weights are loaded: a C4 ResNet-18, 50 or 101 with frozen norms and RoIAlign.
+        score_threshold: minimum score of a detection.
+        nms_threshold: IoU threshold of NMS per class.
+        max_regions: maximum number of detections per image.
     """
 
     def __init__(self, ours: MaskRCNN, score_threshold: float, nms_threshold: float, max_regions: int) -> None:
@@ -138,13 +143,13 @@ class TorchvisionC4(nn.Module):
         self.features[name] = maps.mean((2, 3))
 
     def of_boxes(self, inputs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """pool5 (n, 1024) and fc7 (n, 2048) of boxes (n, 4) in pixels of inputs (1, 3, H, W)."""
+        """pool5 (N, 1024) and fc7 (N, 2048) of boxes (N, 4), in pixels of the inputs (1, 3, H, W)."""
         pooled = self.heads.mask_roi_pool({"0": self.body(inputs)}, [boxes], [])
         return {"pool5": pooled.mean((2, 3)), "fc7": self.heads.box_head(pooled)}
 
 
 class Stages:
-    """Seconds of each stage; on a GPU a stage ends when its work is done."""
+    """Seconds spent in each stage; synchronizes the GPU at the end of a stage."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -159,7 +164,7 @@ class Stages:
 
 
 def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages, batch_size: int = 1) -> list[int]:
-    """Detections, masks and features of each image into an HDF5 file; returns the number of regions of each."""
+    """Write detections, masks and features of images to an HDF5 file; returns the number of regions per image."""
     device, counts = next(model.parameters()).device, []
     with torch.inference_mode(), h5py.File(out, "w") as file:
         for first in range(0, len(paths), batch_size):

@@ -1,4 +1,4 @@
-"""The peer of `benchmarks/train.py` and `benchmarks/learning.py`: torchvision's Mask R-CNN as large as a recipe's."""
+"""torchvision's side of `benchmarks/train.py` and `learning.py`: its Mask R-CNN, configured by a recipe."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from refdet.data.training_batches import Batch
 from refdet.structures.detection_options import DetectionOptions
 
 FULL_WIDTH = {"width": 64, "fpn_channels": 256, "fpn_hidden": 1024, "rpn_channels": 256, "mask_channels": 256}
-"""Of `Recipe.model`: the network that torchvision builds by default."""
+"""Options of `Recipe.model` for the widths that torchvision has by default."""
 
 
 class NarrowResNet(resnet.ResNet):
-    """ResNet-18 or 34 of torchvision with another number of channels in its first stage than 64."""
+    """torchvision's ResNet-18 or 34 with `width` instead of 64 channels in the first stage."""
 
     def __init__(self, depth: int, width: int, norm: Callable[[int], nn.Module]) -> None:
         blocks = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3]}[depth]
@@ -45,10 +45,10 @@ class NarrowResNet(resnet.ResNet):
 
 
 def torchvision_fpn(recipe: Recipe, classes: int, detection: DetectionOptions | None = None) -> MaskRCNN:
-    """Mask R-CNN of torchvision with the widths, anchors, proposals, samples and input of a recipe with a pyramid.
+    """Mask R-CNN of torchvision with the widths, anchors, proposals, sampling and input size of an FPN recipe.
 
     Args:
-        recipe: ``model.norm`` is "frozen", or "batch" for trained norms; as many channels in the RPN as in the pyramid.
+        recipe: ``model.norm`` is "frozen" or "batch"; the RPN must have as many channels as the pyramid.
         classes: number of object classes, without background.
         detection: thresholds at test time; torchvision's own if None.
     """
@@ -108,9 +108,9 @@ def torchvision_fpn(recipe: Recipe, classes: int, detection: DetectionOptions | 
 
 
 def torchvision_batch(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images (3, H, W) in 0..1 and targets as torchvision takes them: boxes, labels and bitmaps in original pixels.
+    """Inputs of torchvision for a batch: images (3, H, W) in 0..1, and boxes, labels and bitmaps in original pixels.
 
-    Crowds are left out, as in torchvision's own training.
+    Crowds are left out, as in torchvision's reference training.
     """
     images, targets = [], []
     for stored, flipped, truth in zip(

@@ -1,14 +1,14 @@
-"""Times a step of refdet's training beside one of torchvision's Mask R-CNN of the same size, on the same images.
+"""Benchmarks a training step against torchvision's Mask R-CNN of the same size, on the same images.
 
     python benchmarks/train.py [--device cpu] [--networks fpn-res50] [--short-side 192] [--batch-size 2]
                                [--steps 3] [--bf16] [--json]
 
-Both sides: a ResNet with frozen norms and frozen first layers (or, with --norm batch, trained norms), a feature
-pyramid, as many anchors, proposals, RoIs and channels, masks of 28x28, SGD with momentum, drawn images with eight
-elliptic objects each. Images are in memory, for refdet as uint8 with masks as RLE, for torchvision as floats in 0..1
-with masks as bitmaps, so that neither side reads or decodes. A step begins with them and ends with the new weights. In
-every round both take a turn. Processor time, of all threads, says more than seconds where other programs run; with
-OMP_NUM_THREADS=1 threads that wait for each other do not count.
+Both sides have a ResNet with frozen norms and first layers (or batch norm, with --norm batch), a feature pyramid, the
+same numbers of anchors, proposals, RoIs and channels, 28x28 masks and SGD with momentum. Images are synthetic, with
+eight elliptic objects each. They are in memory, so that neither side reads or decodes them: uint8 with RLE masks for
+refdet, floats in 0..1 with bitmaps for torchvision. A step starts from them and ends with the new weights. The sides
+take turns. On a busy machine, CPU time (of all threads) is more reliable than wall time; with OMP_NUM_THREADS=1 it does
+not include threads that wait for each other.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def draw_batches(count: int, batch_size: int) -> list[list[Drawn]]:
     return [[draw(random, *sizes[i % 4]) for i in range(batch_size)] for _ in range(count)]
 
 
-def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
-    """A function that takes a step."""
+def refdet_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
+    """A function that runs one training step of refdet, given its number."""
     model = MaskRCNN(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.input
-    given = []
+    prepared = []
     for batch in batches:
         sizes = [input_size(*image.pixels.shape[:2], options) for image in batch]
         truths = []
@@ -91,28 +91,26 @@ def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Ca
             rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in image.masks]
             boxes = model.convention.scale(torch.from_numpy(image.boxes), size.scale)
             truths.append(GroundTruth(boxes, torch.from_numpy(image.labels), rles, torch.zeros(0, 4), size.scale, None))
-        packed, shape = (
-            PackedImages.from_images([image.pixels for image in batch]),
-            padded_shape(sizes, options.size_divisibility),
-        )
-        made = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])
-        given.append(made.pin_memory() if device.type == "cuda" else made)
+        packed = PackedImages.from_images([image.pixels for image in batch])
+        shape = padded_shape(sizes, options.size_divisibility)
+        inputs = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])
+        prepared.append(inputs.pin_memory() if device.type == "cuda" else inputs)
 
     def step(number: int) -> object:
         generator.manual_seed(number)
-        return start_step(model, sgd, given[number % len(given)], recipe.train.lr, 0.0, generator)
+        return start_step(model, sgd, prepared[number % len(prepared)], recipe.train.lr, 0.0, generator)
 
     return step
 
 
-def torchvisions(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
-    """A function that takes a step; the model put together from torchvision's own parts, trained the usual way."""
+def torchvision_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
+    """A function that runs one training step of torchvision's model, as its reference scripts do, given its number."""
     peer = torchvision_fpn(recipe, CLASSES)
     peer = peer.to(device).train()
     sgd = torch.optim.SGD(
         [p for p in peer.parameters() if p.requires_grad], lr=recipe.train.lr, momentum=0.9, weight_decay=1e-4
     )
-    given = []
+    prepared = []
     for batch in batches:
         images = [torch.from_numpy(image.pixels).permute(2, 0, 1).float() / 255 for image in batch]
         targets = [
@@ -123,10 +121,10 @@ def torchvisions(recipe: Recipe, batches: list[list[Drawn]], device: torch.devic
             }
             for i in batch
         ]
-        given.append((images, targets))
+        prepared.append((images, targets))
 
     def step(number: int) -> Tensor:
-        images, targets = given[number % len(given)]
+        images, targets = prepared[number % len(prepared)]
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.bf16):
@@ -139,8 +137,8 @@ def torchvisions(recipe: Recipe, batches: list[list[Drawn]], device: torch.devic
     return step
 
 
-def compared(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Alternating turns of both sides."""
+def compare(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time both sides in turns; returns a row of the table."""
     recipe = recipes.load(name).with_changes(
         [f"model.norm={options.norm}", f"input.min_sizes=[{options.short_side}]",
          f"train.batch_size={options.batch_size}", f"train.bf16={str(options.bf16).lower()}", "train.lr=0.0001",
@@ -148,7 +146,10 @@ def compared(name: str, options: argparse.Namespace, device: torch.device) -> di
     )  # fmt: skip
     batches = draw_batches(options.batches, options.batch_size)
     torch.manual_seed(0)
-    sides = {"torchvision": torchvisions(recipe, batches, device), "refdet": ours(recipe, batches, device)}
+    sides = {
+        "torchvision": torchvision_step(recipe, batches, device),
+        "refdet": refdet_step(recipe, batches, device),
+    }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     processor: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.steps + 1):
@@ -174,17 +175,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--networks", default="fpn-res50", help="shipped recipes with a pyramid, separated by commas")
+    parser.add_argument("--networks", default="fpn-res50", help="names of FPN recipes, separated by commas")
     parser.add_argument("--norm", choices=("frozen", "batch"), default="frozen")
     parser.add_argument("--short-side", type=int, default=192)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=2, help="different batches, in turn")
+    parser.add_argument("--batches", type=int, default=2, help="number of different batches, used in turn")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     device = resolve_device(options.device)
     with exact_float32():
-        rows = [compared(name, options, device) for name in options.networks.split(",")]
+        rows = [compare(name, options, device) for name in options.networks.split(",")]
     about = {
         "torch": torch.__version__,
         "device": str(device),
@@ -203,7 +204,7 @@ def main() -> None:
         times = ", ".join(f"{side} {row[f'{side}_s']:.3f} s" for side in ("torchvision", "refdet"))
         print(f"{row['network']}: {times} a step; refdet is {row['ratio']:.2f} times as fast")
         times = ", ".join(f"{side} {row[f'{side}_processor_s']:.3f} s" for side in ("torchvision", "refdet"))
-        print(f"  processor time of the quickest steps: {times}; {row['processor_ratio']:.2f} times as fast")
+        print(f"  CPU time of the fastest steps: {times}; refdet is {row['processor_ratio']:.2f} times as fast")
 
 
 if __name__ == "__main__":

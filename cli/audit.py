@@ -45,7 +45,7 @@ MAX_SHOWN = 10  # image ids in a cell of the table
 @click.option(
     "--trust-weights",
     is_flag=True,
-    help="Vouch that unknown initial weights saw no held-out image and that no unrecorded validation chose the weights.",
+    help="Vouch that unknown initial weights saw no held-out image and no unrecorded validation chose the weights.",
 )
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images cannot be identified.")
 @renamed_option(

@@ -22,7 +22,7 @@ TORCH_LIBRARY(refdet, m) {
       " Tensor? groups=None) -> (Tensor kept, Tensor counts)");
   // whether this processor supports the float32 products, or with `half` the float16 ones
   m.def("has_products(bool half) -> bool",
-        [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });
+        [](bool half) { return half ? refdet::Half::is_supported() : refdet::Single::is_supported(); });
   m.def("has_avx512() -> bool", []() { return refdet::has_avx512(); });
   m.def("has_matrix_units() -> bool", &refdet::has_matrix_units);
   m.def("pack_conv3x3(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
@@ -33,7 +33,7 @@ TORCH_LIBRARY(refdet, m) {
       "conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? shortcut=None, bool relu=False) -> Tensor");
   // out = relu(x + bias + shortcut); on GPUs only
   m.def("bias_relu(Tensor x, Tensor bias, Tensor? shortcut, Tensor(a!) out) -> ()");
-  m.def("match_boxes(Tensor candidates, Tensor objects) -> (Tensor best, Tensor object, Tensor reaches)");
+  m.def("match_boxes(Tensor candidates, Tensor objects) -> (Tensor max_iou, Tensor object, Tensor is_best)");
   m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
       " -> (Tensor counts, Tensor starts)");

@@ -218,8 +218,8 @@ def test_a_checkout_without_an_installation_finds_the_commands(gpu: Any, tmp_pat
 def test_requirements_are_packed_or_there(gpu: Any) -> None:
     packed = [gpu.pack.name_of(line) for line in gpu.pack.requirements()]
     assert {"pycocotools", "msgspec", "click", "lmdb"} <= set(packed) and not gpu.pack.ASSUMED & set(packed)
-    assert all(gpu.bare.met(line) for line in gpu.pack.requirements())
-    assert not gpu.bare.met("no-such-thing") and not gpu.bare.met("click>=1000") and gpu.bare.met("click>=8.2")
+    assert all(gpu.bare.is_met(line) for line in gpu.pack.requirements())
+    assert not gpu.bare.is_met("no-such-thing") and not gpu.bare.is_met("click>=1000") and gpu.bare.is_met("click>=8.2")
 
 
 @pytest.mark.slow

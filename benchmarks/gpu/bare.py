@@ -1,8 +1,8 @@
-"""Makes a checkout usable where refdet is not installed, without changing that Python.
+"""Runs a checkout without installing refdet, and without changing the Python installation.
 
-refdet.cli lies in cli/ until it is installed, and some requirements may be missing. `prepare` fills build/gpu-site with
-the missing ones, from the wheels of `pack.py`, and with a ``sitecustomize.py`` that finds refdet.cli; `environment` has
-it on the PYTHONPATH, so that every process of the check starts with it.
+Without an installation, refdet.cli is in cli/, and some requirements may be missing. `prepare` fills build/gpu-site
+with the missing requirements, from the wheels of `pack.py`, and with a ``sitecustomize.py`` that finds refdet.cli;
+`environment` puts this folder on the PYTHONPATH of all processes of the check.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ sys.meta_path.append(Cli)
 
 
 def prepare() -> None:
-    """Fill the folder. Exits with a message if a requirement is neither there nor among the wheels."""
+    """Fill build/gpu-site. Exits with a message if a requirement is neither installed nor among the wheels."""
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir(parents=True)
     (SITE / "sitecustomize.py").write_text(FINDER)
-    needed = [line for line in pack.requirements() if not met(line)]
-    if not needed:
+    missing = [line for line in pack.requirements() if not is_met(line)]
+    if not missing:
         return
-    print(f"installing {', '.join(needed)} from {pack.FOLDER} into {SITE}", flush=True)
+    print(f"installing {', '.join(missing)} from {pack.FOLDER} into {SITE}", flush=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--find-links", str(pack.FOLDER), "--target", str(SITE), *needed]
+    command += ["--find-links", str(pack.FOLDER), "--target", str(SITE), *missing]
     if subprocess.run(command).returncode:
-        sys.exit(f"error: {', '.join(needed)}: not installed here, and not in {pack.FOLDER}; make gpu-pack fills it")
+        sys.exit(f"error: {', '.join(missing)}: not installed here, and not in {pack.FOLDER}; make gpu-pack fills it")
 
 
-def met(requirement: str) -> bool:
+def is_met(requirement: str) -> bool:
     """Whether an installed distribution meets a requirement such as "click>=8.2"."""
     try:
-        found = metadata.version(pack.name_of(requirement))
+        installed = metadata.version(pack.name_of(requirement))
     except metadata.PackageNotFoundError:
         return False
-    least = requirement.partition(">=")[2].strip()
-    return not least or _numbers(found) >= _numbers(least)
+    minimum = requirement.partition(">=")[2].strip()
+    return not minimum or _numbers(installed) >= _numbers(minimum)
 
 
 def _numbers(version: str) -> list[int]:
@@ -69,8 +69,8 @@ def environment() -> dict[str, str]:
     """The environment of processes that import refdet, the other benchmarks and the tests' helpers."""
     paths = [SITE, ROOT, ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
     programs = [Path(sys.executable).parent, os.environ.get("PATH", "")]  # torch's builder looks for ninja there
-    return {**os.environ, "PYTHONPATH": _joined(paths), "PATH": _joined(programs)}
+    return {**os.environ, "PYTHONPATH": _join_paths(paths), "PATH": _join_paths(programs)}
 
 
-def _joined(paths: Sequence[str | Path]) -> str:
+def _join_paths(paths: Sequence[str | Path]) -> str:
     return os.pathsep.join(str(path) for path in paths if path)

@@ -1,4 +1,4 @@
-"""Step: the compiled kernels, built in place for this GPU; a rehearsal takes those that are there."""
+"""Step: build the kernels in place for this GPU. A rehearsal uses the existing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATE = "import refdet.ops._library as l; print(','.join(sorted(l.DEVICES)))"
 
 
 def capability() -> str:
-    """The compute capability of the GPU, by the driver's own tool: torch takes seconds to import."""
+    """The compute capability of the GPU, from nvidia-smi, as importing torch takes seconds; "9.0" if unknown."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True).stdout.split()

@@ -1,10 +1,10 @@
-"""Proves and measures refdet on a GPU, in one run of at most nine minutes; `make gpu-check` starts it.
+"""Tests and benchmarks refdet on a GPU in at most nine minutes; started by `make gpu-check`.
 
     python benchmarks/gpu/check.py [--device cuda] [--out build/gpu-check] [--work DIR] [--only STEP ...]
 
-Each step is a process of its own with a time limit and writes its results as it finds them, so that a run may be cut
-off at any second. Steps that would start too late are skipped. Exits 1 if a check failed; a missed goal of speed is
-reported, but is no failure. With ``--device cpu`` it is a rehearsal: the same steps with small networks and images.
+Each step runs in its own process with a time limit and writes each result at once, so that a run that is cut off keeps
+its results. Steps that would start too late are skipped. Exits 1 if a check failed; a missed speed goal is reported but
+is not a failure. With ``--device cpu`` it is a rehearsal: the same steps with small networks and images.
 
 The output folder holds a JSON file for each group of steps, ``check.log`` and ``trace.json.gz``.
 """
@@ -37,14 +37,14 @@ MAX_LOG_BYTES = 1 << 20  # bytes of a step in the log
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step.
+    """A step and when to run it.
 
     Attributes:
-        name: its file is `name`.py.
-        group: the results file that it writes into.
-        limit: of its time, in seconds.
-        beside: the steps after it need not wait for it.
-        alone: it waits for all steps before it.
+        name: name of its module, without ".py".
+        group: name of its results file, without ".json".
+        limit: time limit in seconds.
+        beside: run it concurrently with the next step.
+        alone: wait until all earlier steps have ended.
     """
 
     name: str
@@ -54,7 +54,7 @@ class StepPlan:
     alone: bool = False
 
 
-# Correctness first, then the two numbers that decide the rest. What is timed runs alone; the rest, beside each other.
+# Correctness first, then the most important measurements. Timed steps run alone, the others concurrently.
 PLAN = (
     StepPlan("build", "env", 180, beside=True),
     StepPlan("env", "env", 40),
@@ -89,7 +89,7 @@ class Log:
 
 
 class Running:
-    """The process of a step and of what it started."""
+    """A running step: its process and the processes that it started."""
 
     def __init__(self, plan: StepPlan, environment: dict[str, str], log: Log) -> None:
         self.plan, self._log, self.started = plan, log, time.monotonic()
@@ -116,7 +116,7 @@ class Running:
                 self._log(line.rstrip("\n"))
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, or None at the time limit, where everything that the step started is ended."""
+        """Wait for the exit status, or None after the time limit; kills the step's remaining processes."""
         try:
             return self._process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
@@ -125,7 +125,7 @@ class Running:
             self.end()
 
     def end(self) -> None:
-        """End the step and all that it started."""
+        """Kill the step and all processes that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -139,7 +139,7 @@ class Check:
         device: "cuda" or "cpu".
         out: folder of the results.
         names: the steps to run.
-        work: folder of what the steps draw and write; a run of all steps begins with an empty one.
+        work: folder of images, weights and outputs of the steps; emptied before a run of all steps.
     """
 
     def __init__(self, device: str, out: Path, names: Sequence[str], work: Path | None = None) -> None:
@@ -180,14 +180,14 @@ class Check:
             if begun is not None and not plan.beside:
                 self._finish(begun)
             if self.device != "cpu" and read_group(self.out, "env").get("env", {}).get("gpu") is False:
-                self.log("no GPU here; DEVICE=cpu rehearses")
+                self.log("no GPU was found, so the other steps are not run; use DEVICE=cpu for a rehearsal on the CPU")
                 break
         while self.running:
             self._finish(self.running[0])
         return self.summary()
 
     def watch(self) -> None:
-        """Have Ctrl-C and SIGTERM end the steps in progress and print the table."""
+        """Make Ctrl-C and SIGTERM kill the running steps and print the summary."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stopped)
 
@@ -207,7 +207,7 @@ class Check:
 
     def _finish(self, begun: Running) -> None:
         plan = begun.plan
-        limit = plan.limit * (2 if self.device == "cpu" else 1)  # such a machine may have other work
+        limit = plan.limit * (2 if self.device == "cpu" else 1)  # a rehearsal may share the machine with other programs
         until = min(begun.started + limit, self.started + END)
         status = begun.wait(until - time.monotonic())
         self.running.remove(begun)
@@ -229,7 +229,7 @@ class Check:
         os._exit(1)
 
     def summary(self) -> int:
-        """Print a line for each step and what failed; returns the exit status."""
+        """Print the result of each step and the failures; returns the exit status."""
         failures = []
         self.log(f"\n{'step':16}{'seconds':>8}  {'result':10} notes")
         for plan in self.ran:

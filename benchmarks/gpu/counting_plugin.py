@@ -1,4 +1,4 @@
-"""A pytest plugin that writes how many tests passed, failed and were skipped, while they run."""
+"""A pytest plugin that writes the numbers of passed, failed and skipped tests to a file during the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGET = "REFDET_GPU_COUNTS"
 
 
 class Counting:
-    """Counts the reports of all workers."""
+    """Counts test reports, with pytest-xdist those of all workers."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.written = path, 0.0
@@ -48,5 +48,7 @@ class Counting:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if TARGET in os.environ and not hasattr(config, "workerinput"):  # not in the workers, which report to the first
+    if TARGET in os.environ and not hasattr(
+        config, "workerinput"
+    ):  # not in xdist workers, which report to the main process
         config.pluginmanager.register(Counting(Path(os.environ[TARGET])), "counting")

@@ -1,4 +1,4 @@
-"""Step: draws annotated JPEGs of forty sizes, and the weights of a C4 network and of a pyramid for them."""
+"""Step: draw annotated JPEGs in forty sizes, and make random weights of a C4 and an FPN network for them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from results import Step, run
 
 from refdet.structures.coco_categories import coco_categories
 
-FREQUENT = ((640, 480), (640, 427), (480, 640))  # of COCO's images, with half of all between them
+FREQUENT = ((640, 480), (640, 427), (480, 640))  # sizes of half of COCO's images
 SHARES = (0.25, 0.125, 0.125)
 
 
 def sizes(count: int, small: bool) -> list[tuple[int, int]]:
-    """Width and height of each image: forty sizes in an order at random, three of them more frequent."""
+    """Width and height of each image: forty sizes in random order, of which three are more frequent."""
     rare = [(640, height) for height in range(356, 621, 14)] + [(width, 640) for width in range(386, 625, 14)]
     assert len(rare) == 37 and not set(rare) & set(FREQUENT)
     random = np.random.default_rng(0)
@@ -40,9 +40,9 @@ def draw(job: tuple[Path, int, tuple[int, int]]) -> list[dict[str, Any]]:
     pencil, found = ImageDraw.Draw(image), []
     angles = np.arange(20) * (2 * np.pi / 20)
     for index in range(int(random.integers(3, 13))):
-        centre, radius = random.uniform((0, 0), (width, height)), random.uniform(0.04, 0.3) * min(width, height)
+        center, radius = random.uniform((0, 0), (width, height)), random.uniform(0.04, 0.3) * min(width, height)
         reach = radius * (1 + 0.2 * random.standard_normal(20))[:, None]
-        points = centre + np.stack((np.cos(angles), np.sin(angles)), 1) * reach
+        points = center + np.stack((np.cos(angles), np.sin(angles)), 1) * reach
         points = np.clip(points, 0, (width, height)).round(2)
         low, high = points.min(0), points.max(0)
         if (high - low).min() < 4:
@@ -93,14 +93,14 @@ def work(step: Step) -> None:
 
 
 def weights(step: Step, folder: Path) -> dict[str, float]:
-    """Write both networks; returns the score threshold of each."""
+    """Write run directories of both networks; returns the score threshold of each."""
     from drawn_weights import make_weights  # imports torch, which the processes that draw do without
     from work import NETWORKS, recipe_of, run_folder
 
     pixels = [np.array(Image.open(folder / f"{number:06d}.jpg").convert("RGB")) for number in (1, 2)]
     thresholds = {}
     for network in NETWORKS:
-        shutil.rmtree(run_folder(step, network), ignore_errors=True)  # of a run that was cut off
+        shutil.rmtree(run_folder(step, network), ignore_errors=True)  # left by a run that was cut off
         thresholds[network] = make_weights(run_folder(step, network), recipe_of(step, network), pixels)
         step.put(f"threshold_{network}", thresholds[network])
     return thresholds

@@ -1,4 +1,4 @@
-"""Step: versions, the bandwidth of the memories and of the disk, and the rate of bfloat16 products."""
+"""Step: versions, bandwidth of memory and disk, and throughput of matrix products."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from results import Step, run
 from work import median, synchronize
 
 
-def best_seconds(step: Step, work: Callable[[], object], rounds: int = 7) -> float:
-    """Median seconds of some work, after a first round."""
+def median_seconds(step: Step, work: Callable[[], object], rounds: int = 7) -> float:
+    """Median seconds of some work, after a warm-up round."""
     times = []
     for turn in range(rounds + 1):
         synchronize(step)
@@ -62,16 +62,16 @@ def work(step: Step) -> None:
     count = 1 << (20 if step.small else 30)
     source, target = (torch.empty(count, dtype=torch.uint8, device=step.device) for _ in range(2))
     source.random_(0, 256)
-    step.put("copy_tb_per_s", 2 * count / best_seconds(step, lambda: target.copy_(source)) / 1e12)
+    step.put("copy_tb_per_s", 2 * count / median_seconds(step, lambda: target.copy_(source)) / 1e12)
     host = torch.empty(count // 4, dtype=torch.uint8, pin_memory=not step.small)
     on_device = source[: count // 4]
-    step.put("to_host_gb_per_s", host.nbytes / best_seconds(step, lambda: host.copy_(on_device)) / 1e9)
-    step.put("to_device_gb_per_s", host.nbytes / best_seconds(step, lambda: on_device.copy_(host)) / 1e9)
+    step.put("to_host_gb_per_s", host.nbytes / median_seconds(step, lambda: host.copy_(on_device)) / 1e9)
+    step.put("to_device_gb_per_s", host.nbytes / median_seconds(step, lambda: on_device.copy_(host)) / 1e9)
     disk(step)
 
 
 def commit() -> str | None:
-    """The commit of the checkout; None without git, which a machine for computing need not have."""
+    """The commit of the checkout; None without git or outside a repository."""
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -80,14 +80,14 @@ def commit() -> str | None:
 
 
 def product_tflops(step: Step, dtype: torch.dtype) -> float:
-    """Rate of products of random square matrices."""
+    """Throughput of products of random square matrices in TFLOP/s."""
     side = 256 if step.small else 8192
     a, b = (torch.randn(side, side, device=step.device).to(dtype) for _ in range(2))
-    return 2 * side**3 / best_seconds(step, lambda: a @ b) / 1e12
+    return 2 * side**3 / median_seconds(step, lambda: a @ b) / 1e12
 
 
 def disk(step: Step) -> None:
-    """Rate of writing in the folder of the work, with an fsync."""
+    """Measure the write speed in the work folder, including fsync, and the free space."""
     data, path = os.urandom(1 << 20), step.work / "disk-test"
     count = 8 if step.small else 512
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Step: `extract-features` from JPEGs to the finished file, beside torchvision's parts in each arithmetic.
+"""Step: `extract-features` from JPEGs to the finished file, compared with torchvision's modules in each precision.
 
-ResNet-101-C4, 300 proposals, 100 regions with masks, pool5 and fc7. torchvision's parts take one image a call, as
-people use them, and batches of images of about one size, the best that they can do.
+ResNet-101-C4, 300 proposals, 100 regions with masks, pool5 and fc7. torchvision's modules process one image at a time,
+as is usual, and batches of images of similar size, which is fastest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RAM = Path("/dev/shm")
 def ours(
     step: Step, name: str, count: int, batch_size: int | Literal["auto"], folder: Path | None = None, **options: Any
 ) -> float:
-    """Measure an extraction of the first images; returns images per second to the finished file."""
+    """Extract features of the first images; returns images per second, including the merge into the final file."""
     out = (folder or step.work) / "refdet-gpu-check.h5"
     out.unlink(missing_ok=True)
     shutil.rmtree(shards_folder(out), ignore_errors=True)
@@ -85,17 +85,17 @@ def ours(
 
 
 def theirs(step: Step, peer: TorchvisionC4, mode: str, batch_size: int, count: int) -> float:
-    """Measure torchvision's parts; returns images per second."""
+    """Extract features with torchvision's modules; returns images per second."""
     records = image_list(step, count).records
-    if batch_size > 1:  # of about one size, for little padding
+    if batch_size > 1:  # similar sizes next to each other, for little padding
         records = sorted(records, key=lambda record: (record.width, record.height))
     source = ImageSource.open(images_folder(step))
     paths = [images_folder(step) / str(source.find(record)) for record in records]
     out = step.work / "torchvision.h5"
     with arithmetic(mode, step.device):
-        for turn in range(2):  # the first, of fewer images, warms up
+        for turn in range(2):  # a warm-up with fewer images, then the measurement
             some = paths[: 2 * batch_size] if turn == 0 else paths
-            stages = Stages(torch.device("cpu"))  # on a GPU it would wait at the end of each
+            stages = Stages(torch.device("cpu"))  # "cpu", so that stages do not synchronize with the GPU
             start = time.perf_counter()
             regions = torchvision_extract(peer, some, out, stages, batch_size)
             seconds = time.perf_counter() - start
@@ -126,7 +126,7 @@ def work(step: Step) -> None:
         few_peak, many_peak = (step.values[f"refdet, {name}{main}"]["peak_gib"] for name in ("few images, ", ""))
         step.at_most("peak memory of 512 images to that of 128", many_peak / few_peak, 1.1)
 
-    peer = made_peer(step)
+    peer = make_peer(step)
     ways = {"one image a call": 1, "batched": 2 if step.small else 8}
     for way, size in ways.items():
         speed = step.attempt(f"torchvision, autocast, {way}", theirs, step, peer, "autocast", size, of_peer)
@@ -149,8 +149,8 @@ def work(step: Step) -> None:
         step.attempt(f"torchvision, {mode}, {way}", theirs, step, peer, mode, size, of_slow_peer)
 
 
-def made_peer(step: Step) -> TorchvisionC4:
-    """The parts of torchvision with the same weights, after a check that they give the same features."""
+def make_peer(step: Step) -> TorchvisionC4:
+    """Build torchvision's detector with the same weights, and check that it computes the same features."""
     threshold = drawn(step)["threshold"]["c4"]
     peer = TorchvisionC4(loading.load(run_folder(step, "c4")).model, threshold, NMS, max_regions(step))
     pixels = one_size(step, "c4", 1)[1][0]
@@ -160,7 +160,7 @@ def made_peer(step: Step) -> TorchvisionC4:
 
 
 def roof(step: Step, images_per_second: float) -> None:
-    """Which part of the GPU's rate of products the extraction uses."""
+    """Report the share of the GPU's throughput of matrix products that the extraction reaches."""
     with torch.inference_mode():
         records, pixels = one_size(step, "c4", 4)
         flops = flops_of_image(step, detector(step, "c4", "bfloat16"), records, pixels)

@@ -1,4 +1,4 @@
-"""Operations of a network for an image, counted as it computes."""
+"""Floating-point operations of a network per image."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ FUSED = {
 def flops_of_image(
     step: Step, loaded: TrainedDetector, records: Sequence[ImageRecord], pixels: Sequence[np.ndarray]
 ) -> float:
-    """Floating-point operations per image of a batch, in convolutions and products.
+    """Count the floating-point operations per image in convolutions and matrix products of a batch.
 
-    A rehearsal counts little of them: PyTorch does not know refdet's kernels for the CPU.
+    In a rehearsal most are missed, as PyTorch cannot count those of refdet's CPU kernels.
     """
     options = extract_options(step, "c4")
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:

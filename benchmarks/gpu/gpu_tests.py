@@ -1,4 +1,4 @@
-"""Step: the tests marked ``gpu``; a rehearsal runs those of one file, where they are skipped."""
+"""Step: run the tests marked ``gpu``. A rehearsal runs those of one file, which are skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def work(step: Step) -> None:
     counts = step.work / "counts.json"
     counts.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "counting_plugin", "-p", "no:cacheprovider"]
-    command += ["-p", "no:benchmark"]  # a plugin that warns of other processes
+    command += ["-p", "no:benchmark"]  # pytest-benchmark, if installed, warns about xdist
     command += ["-n", "2" if step.small else "8", "--dist", "load", "--tb=short", "-rf", "--maxfail=50"]
     command += ["tests/ops/test_nms.py"] if step.small else []
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -28,8 +28,8 @@ def work(step: Step) -> None:
     seen = ""
     while process.poll() is None:
         time.sleep(0.5)
-        seen = take(step, counts, seen)
-    take(step, counts, seen)
+        seen = report_counts(step, counts, seen)
+    report_counts(step, counts, seen)
     found = step.values.get("tests", {})
     step.check("pytest ran", process.returncode in (0, 1), status=process.returncode)
     step.check("no test failed", process.returncode == 0, failures=found.get("failures", [])[:20])
@@ -37,8 +37,8 @@ def work(step: Step) -> None:
         step.check("tests ran", found.get("passed", 0) > 0)
 
 
-def take(step: Step, counts: Path, seen: str) -> str:
-    """Report the counts so far; returns the text that was read."""
+def report_counts(step: Step, counts: Path, seen: str) -> str:
+    """Report the counts so far if they have changed; returns the text of the file."""
     text = counts.read_text() if counts.exists() else seen
     if text != seen:
         step.put("tests", json.loads(text))

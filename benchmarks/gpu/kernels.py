@@ -1,4 +1,4 @@
-"""Step: the kernels beside torchvision's on the GPU, with the share of the memory's roof: the tables of ops.py."""
+"""Step: the tables of ops.py on the GPU: refdet's kernels, torchvision's, and the share of the memory bandwidth."""
 
 from __future__ import annotations
 

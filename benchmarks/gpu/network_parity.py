@@ -1,12 +1,12 @@
-"""Step: whole networks on the GPU and on the CPU in exact float32, bfloat16 beside them, and losses with gradients.
+"""Step: compare whole networks on the GPU with the CPU: features, detections, losses and gradients.
 
-Features, losses and detections of the GPU are compared with the CPU's. In float32, maps and gradients are off by about
-as much as their limits: maps after a hundred layers, gradients because rounding opens or closes the gates of some
-ReLUs. They are compared with float64, and may have a multiple of the error that float32 has on the CPU. Float64 is
-computed on the GPU too, in plain PyTorch, as it would take the CPU minutes; so it is also checked that float32 on the
-CPU, which shares no kernel with it, is within the limit of it.
+Features, losses and detections in float32 (and features in bfloat16) are compared with float32 on the CPU. The rounding
+errors of maps and gradients in float32 are close to the limits: maps pass a hundred layers, and in the backward pass
+rounding can switch a ReLU on or off. So the errors of both devices are measured against float64, each within the limit.
+Float64 is computed on the GPU in plain PyTorch, as the CPU would take minutes; float32 on the CPU, which shares no
+kernels with it, validates it.
 
-A rehearsal compares the layers packed for inference with the network as it is trained, both on the CPU.
+A rehearsal compares the layers optimized for inference with the original network, both on the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from differences import row_difference
 from results import Step, run
 from torch import Tensor
-from work import detector, drawn, extract_options, image_list, one_size, recipe_of, relative, run_folder
+from work import detector, drawn, extract_options, image_list, one_size, recipe_of, relative_difference, run_folder
 
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
@@ -35,19 +35,19 @@ MAPS, FEATURES, ALIKE, COSINE, LOSSES, GRADIENTS = 1e-5, 1e-4, 0.99, 0.999, 1e-4
 
 
 def reference(step: Step, network: str) -> MaskRCNN:
-    """The network that the other is compared with, on the CPU."""
+    """The network on the CPU that the one on the device is compared with."""
     return loading.load(run_folder(step, network), "cpu", for_inference=not step.small).model
 
 
 def check_float32(step: Step, name: str, there: float, here: float, limit: float, **details: object) -> None:
-    """Check the errors against float64 of float32 on the device and on the CPU."""
+    """Check the relative errors of float32 against float64, `there` on the device and `here` on the CPU."""
     step.at_most(f"{name} of the CPU, relative error", here, limit)
     step.check(f"{name}, relative error", there <= limit, value=there, limit=limit, **details)
 
 
 @torch.inference_mode()
 def inference(step: Step, network: str) -> None:
-    """Maps, features of given boxes and detections of two images."""
+    """Compare feature maps, features of given boxes and detections of two images."""
     records, pixels = one_size(step, network, 2)
     there, here = detector(step, network), reference(step, network)
     sizes = [input_size(*image.shape[:2], here.recipe.input) for image in pixels]
@@ -69,14 +69,14 @@ def inference(step: Step, network: str) -> None:
             regions[name] = detect_batch(model, pixels, records, there.meta.category_ids, options)
     exact = loading.load(run_folder(step, network), step.device).model.double()
     x = network_inputs(pixels, sizes, here.recipe.input, torch.device(step.device)).double()
-    wanted = exact.extract_feature_maps(x.contiguous(memory_format=torch.channels_last))
-    maps = [f"map {i}" for i in range(len(wanted))]
+    expected = exact.extract_feature_maps(x.contiguous(memory_format=torch.channels_last))
+    maps = [f"map {i}" for i in range(len(expected))]
     errors = {
-        name: max(relative(found[name][key], level) for key, level in zip(maps, wanted, strict=True))
+        name: max(relative_difference(found[name][key], level) for key, level in zip(maps, expected, strict=True))
         for name in ("here", "there")
     }
     check_float32(step, f"{network}: maps", errors["there"], errors["here"], MAPS)
-    worst = max(relative(found["there"][key], found["here"][key]) for key in maps)
+    worst = max(relative_difference(found["there"][key], found["here"][key]) for key in maps)
     step.put(f"{network}_maps_difference_to_cpu", worst)
     for key in found["here"].keys() - set(maps):
         a, b = found["there"][key], found["here"][key]
@@ -89,10 +89,10 @@ def inference(step: Step, network: str) -> None:
     step.put(f"{network}_detections_alike_bf16", alike(regions["half"], regions["here"]))
 
 
-def alike(found: list[Regions], wanted: list[Regions]) -> float:
-    """The share of wanted detections that have a counterpart: same category, IoU above 0.99, score within 1e-3."""
+def alike(found: list[Regions], expected: list[Regions]) -> float:
+    """Share of the expected detections that were found: same category, IoU above 0.99, score within 1e-3."""
     same = total = 0
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(found, expected, strict=True):
         total += len(b)
         if len(a) and len(b):
             close = iou(torch.from_numpy(b.boxes), torch.from_numpy(a.boxes)).numpy() > 0.99
@@ -103,7 +103,7 @@ def alike(found: list[Regions], wanted: list[Regions]) -> float:
 
 
 def targets_of(step: Step, network: str, records: list[ImageRecord]) -> list[GroundTruth]:
-    """The annotated objects of images in their network inputs."""
+    """The annotated objects of images, in pixels of the network's input."""
     index = image_list(step, 512).index
     annotations, label_of = index.annotations, {id_: label for label, id_ in enumerate(index.categories, start=1)}
     found = []
@@ -119,28 +119,32 @@ def targets_of(step: Step, network: str, records: list[ImageRecord]) -> list[Gro
 
 @contextmanager
 def fixed_proposals(model: MaskRCNN, proposals: list[Tensor] | None) -> Iterator[list[list[Tensor]]]:
-    """Have the network propose these boxes, or if None note those that it proposes.
+    """Replace the proposals of a network by the given boxes, if any; yields the list of those used in each call.
 
-    The rounding of another device could otherwise change which boxes are proposed, and with them every loss.
+    Otherwise, rounding differences between devices could change the proposals, and with them all losses.
     """
-    own, noted = model.rpn.filter_proposals, []
+    original, used_proposals = model.rpn.filter_proposals, []
 
     def propose(*arguments: object) -> list[Tensor]:
-        boxes = own(*arguments) if proposals is None else [b.to(next(model.parameters()).device) for b in proposals]  # type: ignore[arg-type]
-        noted.append(boxes)
+        if proposals is None:
+            boxes = original(*arguments)  # type: ignore[arg-type]
+        else:
+            boxes = [proposal.to(next(model.parameters()).device) for proposal in proposals]
+        used_proposals.append(boxes)
         return boxes
 
     model.rpn.filter_proposals = propose  # type: ignore[method-assign]
     try:
-        yield noted
+        yield used_proposals
     finally:
         del model.rpn.filter_proposals
 
 
 def losses(step: Step, network: str) -> None:
-    """Losses and gradients of two images of one size, of all RoIs, and of all anchors or the most that a recipe allows.
+    """Compare losses and gradients of two images of the same size.
 
-    A pyramid has more of them, and so has a rehearsal, so both sides have the same seeds, which give the same samples.
+    All RoIs are sampled, and as many anchors as a recipe allows, which can be less than all; both sides have the same
+    seeds, and so the same samples.
     """
     records, pixels = one_size(step, network, 2)
     everything = [
@@ -166,7 +170,7 @@ def losses(step: Step, network: str) -> None:
         model.load_state_dict(loaded.state_dict())
         model.train().to(dtype)
         x = network_inputs(pixels, sizes, recipe.input, torch.device(device)).to(dtype)
-        with exact_float32(), fixed_proposals(model, proposals) as noted:
+        with exact_float32(), fixed_proposals(model, proposals) as used_proposals:
             terms = model.compute_losses(
                 x.contiguous(memory_format=torch.channels_last),
                 [(s.height, s.width) for s in sizes],
@@ -174,13 +178,13 @@ def losses(step: Step, network: str) -> None:
                 torch.Generator().manual_seed(0),
             )
             torch.stack([term.to(dtype) for term in terms.values()]).sum().backward()
-        proposals = [boxes.detach().cpu() for boxes in noted[0]]
+        proposals = [boxes.detach().cpu() for boxes in used_proposals[0]]
         gradients = {n: p.grad.cpu().double() for n, p in model.named_parameters() if p.grad is not None}
         results[name] = ({key: value.item() for key, value in terms.items()}, gradients)
         del model, loaded, terms, x
-    (wanted, of_cpu), (found, of_device), (_, exact) = (results[name] for name in ("here", "there", "exact"))
-    step.put(f"{network}_losses", wanted)
-    worst = max(abs(found[name] - wanted[name]) / max(abs(wanted[name]), 1e-12) for name in wanted)
+    (expected, of_cpu), (found, of_device), (_, exact) = (results[name] for name in ("here", "there", "exact"))
+    step.put(f"{network}_losses", expected)
+    worst = max(abs(found[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in expected)
     step.at_most(f"{network}: losses, relative difference", worst, LOSSES)
     here, there = gradient_errors(of_cpu, exact), gradient_errors(of_device, exact)
     name = max(there, key=lambda n: there[n])
@@ -192,13 +196,13 @@ def losses(step: Step, network: str) -> None:
     step.put(f"{network}_gradients_difference_to_cpu", difference)
 
 
-def gradient_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """The distance of the gradient of each parameter, relative to its norm.
+def gradient_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """L2 distance of each parameter's gradient from the expected one, relative to the norm of the latter.
 
-    A norm below a thousandth of the greatest counts as that: of a smaller one the terms have cancelled out.
+    The norm counts as at least a thousandth of the largest gradient's: in smaller gradients, most terms have canceled.
     """
-    least = 1e-3 * max(float(g.norm()) for g in wanted.values())
-    return {n: float((found[n] - g).norm() / g.norm().clamp(min=least)) for n, g in wanted.items()}
+    min_norm = 1e-3 * max(float(g.norm()) for g in expected.values())
+    return {n: float((found[n] - g).norm() / g.norm().clamp(min=min_norm)) for n, g in expected.items()}
 
 
 def work(step: Step) -> None:

@@ -1,6 +1,6 @@
-"""Step: every op of refdet with a CUDA kernel, on the GPU and on the CPU, twice, and on a side stream.
+"""Step: compare every op that has a CUDA kernel with the CPU, with a second run, and with a run on a side stream.
 
-A rehearsal compares the kernels for the CPU with their plain PyTorch fallback.
+A rehearsal compares the CPU kernels with their plain PyTorch fallbacks.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ PLAIN = {
     "roi_crop": (1, True, False),
     "roi_crop_mean": (1, True, True),
 }
-# name, inputs, the op, the op of the rehearsal's other side, greatest difference relative to the greatest value
+# name, inputs, op, op to compare with in a rehearsal, maximum difference relative to the largest value
 Case = tuple[str, tuple[Tensor, ...], Callable[..., object], Callable[..., object], float]
 
 
 def some_boxes(count: int, random: torch.Generator, odd: bool) -> Tensor:
-    """Boxes (count, 4) in clusters, some of them empty, and if `odd` some with NaN, infinities and tiny numbers."""
-    centre = torch.rand(count // 5 + 1, 2, generator=random).repeat(5, 1)[:count] * 600
+    """Clustered boxes (count, 4), some of them empty; with `odd`, some coordinates are NaN, infinite, huge or tiny."""
+    center = torch.rand(count // 5 + 1, 2, generator=random).repeat(5, 1)[:count] * 600
     size = torch.rand(count, 2, generator=random) * 120
     size *= torch.rand(count, 1, generator=random) > 0.02
-    boxes = torch.cat((centre - size / 2, centre + size / 2), 1)
+    boxes = torch.cat((center - size / 2, center + size / 2), 1)
     return with_odd(boxes, random) if odd else boxes
 
 
@@ -138,9 +138,9 @@ def pooling_cases(step: Step) -> Iterator[Case]:
                 for name, pool in POOLS.items():
                     samples, crop, mean = PLAIN[name]
 
-                    def plain(x: Tensor, rois: Tensor, how: tuple = (samples, crop, mean)) -> Tensor:
-                        pooled = pool_plain(x, rois, 7, 16, *how)
-                        return pooled.flatten(1) if how[2] else pooled
+                    def plain(x: Tensor, rois: Tensor, options: tuple = (samples, crop, mean)) -> Tensor:
+                        pooled = pool_plain(x, rois, 7, 16, *options)
+                        return pooled.flatten(1) if options[2] else pooled
 
                     shape = f"{count} of 2x{channels}x{height}x{width}, {str(dtype)[6:]}{', odd' if odd else ''}"
                     yield f"{name} of {shape}", (x, rois), lambda *a, p=pool: p(*a, 7, 16), plain, limit
@@ -209,10 +209,10 @@ def other_cases(step: Step) -> Iterator[Case]:
     yield "mask_coverage of 50", (objects, some_boxes(50, random, False)), coverage, coverage, 1e-6
 
 
-def difference(found: object, wanted: object) -> float:
-    """Greatest difference relative to the greatest value; infinite where shapes, NaN or exact values differ."""
-    if isinstance(found, Tensor) and isinstance(wanted, Tensor):
-        a, b = found.detach().cpu(), wanted.detach().cpu()
+def difference(found: object, expected: object) -> float:
+    """Largest difference relative to the largest value; inf for different shapes, NaNs, integers or bytes."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        a, b = found.detach().cpu(), expected.detach().cpu()
         if a.shape != b.shape:
             return math.inf
         if not a.is_floating_point():
@@ -222,13 +222,13 @@ def difference(found: object, wanted: object) -> float:
             return math.inf
         a, b = a.nan_to_num(), b.nan_to_num()
         return float((a - b).abs().max() / b.abs().max().clamp(min=1)) if a.numel() else 0.0
-    if isinstance(found, Sequence) and isinstance(wanted, Sequence) and not isinstance(found, bytes):
-        return max((difference(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
-    return 0.0 if found == wanted else math.inf
+    if isinstance(found, Sequence) and isinstance(expected, Sequence) and not isinstance(found, bytes):
+        return max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+    return 0.0 if found == expected else math.inf
 
 
 def on_side_stream(op: Callable[..., object], inputs: tuple[Tensor, ...]) -> object:
-    """The op on another stream, whose inputs are there only after a while."""
+    """Run the op on a side stream on which its inputs arrive late."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(2_000_000)  # cycles, about a millisecond
@@ -257,7 +257,7 @@ def work(step: Step) -> None:
                 "differs": difference(first, (plain if step.small else op)(*inputs)),
                 "differs from run to run": difference(first, again) if group != "pooling" else 0.0,
             }
-            if group == "pooling":  # sums of floats must repeat too, bit by bit
+            if group == "pooling":  # sums must be bit-identical from run to run
                 found["differs from run to run"] = 0.0 if same_bits(first, again) else math.inf
             if not step.small:
                 found["differs on a side stream"] = difference(on_side_stream(op, inputs), first)

@@ -1,10 +1,9 @@
-"""Downloads what a GPU machine without a network may lack, as wheels: `make gpu-pack`.
+"""Downloads wheels of refdet's requirements for a GPU machine without a network: `make gpu-pack`.
 
     python benchmarks/gpu/pack.py [--python 3.12] [--out build/gpu-pack]
 
-Carry the folder along with the repository; `check.py` there installs, beside the repository, those of its wheels whose
-requirement is not met. What brings a GPU into Python (torch, torchvision, numpy) is taken to be there, and so are the
-large libraries that such a machine has; `ASSUMED` lists them.
+Copy the folder to the machine together with the repository. `check.py` installs the wheels of unmet requirements into
+build/gpu-site. Large packages that a GPU machine has anyway (`ASSUMED`, such as torch) are not downloaded.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu-pack"
 ASSUMED = {"torch", "torchvision", "numpy", "pandas", "tensorboard"}
-TESTS = ("lmdb",)  # of the extras, what tests on a GPU may import
+TESTS = ("lmdb",)  # extras that GPU tests import
 MAX_BYTES = 64 << 20
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def requirements() -> list[str]:
-    """The requirements of refdet that are packed, as setup.cfg has them."""
+    """The requirements in setup.cfg to download."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     needed = setup["options"]["install_requires"].split("\n") + list(TESTS)

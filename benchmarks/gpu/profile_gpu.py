@@ -1,7 +1,7 @@
-"""Step: where the time of the GPU goes, in three batches of an extraction and two steps of a training.
+"""Step: profile three batches of an extraction and two training steps.
 
-Two numbers decide what is worth doing: the share of element-wise passes, and the cost of cuDNN's plans for a shape that
-was not seen before. Writes ``trace.json.gz``, with both parts marked.
+The most important results are the share of element-wise kernels, and the cost of cuDNN's planning for a new input
+shape. Writes ``trace.json.gz``, in which both parts are marked.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from refdet.ops.epilogue import Epilogue
 from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
 
-# the first that fits the name of a CUDA kernel, or of an op on the CPU, tells its kind
+# kind -> pattern of the names of its CUDA kernels and CPU ops; the first match counts
 KINDS = {
-    "bias and ReLU": r"bias_relu",  # an element-wise pass too, but of ours
-    "refdet": r"refdet|\b(key|greedy|tap|pool|unpool|group|mean|match|reach)_kernel\b",
+    "bias and ReLU": r"bias_relu",  # refdet's element-wise kernel
+    "refdet": r"refdet|\b(key|greedy|group_greedy|tap|pool|pool_backward|group|mean|match|best|bias_relu)_kernel\b",
     "copies between host and device": r"Memcpy (HtoD|DtoH)",
     "element-wise": r"elementwise|triton_poi|bn_fw|bn_bw|Memset"
     r"|aten::(add|mul|div|sub|relu|clamp|clamp_min|copy|where|sigmoid|exp|fill|zero|threshold_backward)_?\b",
@@ -52,7 +52,7 @@ KINDS = {
     "|Memcpy DtoD",
     "resizing": r"upsample|interpolat",
 }
-# names of ranges, which the profiler lists among the kernels within them
+# name prefixes of ranges, which the profiler lists among the kernels
 RANGES = ("ProfilerStep", "part:", "Optimizer.")
 
 
@@ -61,7 +61,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(prof: profile, step: Step, window: tuple[float, float]) -> dict[str, Any]:
-    """Milliseconds of the GPU (in a rehearsal of the CPU's ops) by kind within a window of microseconds."""
+    """GPU time (in a rehearsal, CPU time) by kind of kernel, of the events that start in a window in microseconds."""
     where = DeviceType.CPU if step.small else DeviceType.CUDA
     spent: dict[str, float] = defaultdict(float)
     each: dict[str, list[float]] = defaultdict(list)
@@ -85,13 +85,13 @@ def by_kind(prof: profile, step: Step, window: tuple[float, float]) -> dict[str,
 
 
 def window_of(prof: profile, name: str) -> tuple[float, float]:
-    """First and last microsecond of a part."""
+    """Start and end of a part in microseconds."""
     ranges = [e.time_range for e in prof.events() if e.name == name and e.device_type == DeviceType.CPU]
     return min(r.start for r in ranges), max(r.end for r in ranges)
 
 
 def extraction_work(step: Step) -> Callable[[], object]:
-    """A function that detects one batch, to the end."""
+    """A function that runs detection on one batch and waits for the result."""
     batch = 2 if step.small else 16
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
     records, pixels = one_size(step, "c4", batch)
@@ -104,7 +104,7 @@ def extraction_work(step: Step) -> Callable[[], object]:
 
 
 def training_work(step: Step) -> Callable[..., object]:
-    """A function that takes one step of a training, on the first batch or on another."""
+    """A function that runs one training step on the batch of the given number."""
     changes = ["train.bf16=true", f"train.batch_size={2 if step.small else 16}", "train.lr=0.0001"]
     recipe = recipe_of(step, "c4").with_changes(changes)
     index = CocoIndex.load(instances_file(step), True)
@@ -130,7 +130,7 @@ def training_work(step: Step) -> Callable[..., object]:
 
 
 def backbone_of(step: Step, model: MaskRCNN, size: tuple[int, int]) -> Callable[[], object]:
-    """A function that computes the feature maps of images of a height and width."""
+    """A function that computes the feature maps of images of a size (height, width)."""
     x = torch.randn((1 if step.small else 8, 3, *size), device=step.device)
     x = x.to(next(model.parameters()).dtype, memory_format=torch.channels_last)
     return lambda: model.extract_feature_maps(x)
@@ -138,12 +138,12 @@ def backbone_of(step: Step, model: MaskRCNN, size: tuple[int, int]) -> Callable[
 
 @torch.inference_mode()
 def costs_without_fusion(step: Step) -> None:
-    """`plan_costs` of portrait images with products in place of cuDNN's fused convolutions."""
+    """Measure new portrait sizes with cuDNN's fused convolutions, and with matrix products instead."""
     height, width = (64, 96) if step.small else (600, 800)
     for name, epilogue in (("", Epilogue.LIBRARY), ("_with_products", Epilogue.PRODUCTS)):
         model = loading.load(run_folder(step, "c4"), step.device).model
         optimize_for_inference(model, bf16=True, epilogue=epilogue)
-        more = 0 if epilogue is Epilogue.LIBRARY else 16 * 5  # other sizes, as plans are kept for all models
+        more = 0 if epilogue is Epilogue.LIBRARY else 16 * 5  # other sizes, as plans are cached across models
         sizes = [(width - 16 * turn, height + 16 * turn + more) for turn in range(5)]
         extra, later = first_and_later(step, [backbone_of(step, model, size) for size in sizes])
         step.put(f"new_portrait_size{name}_ms", 1000 * median(extra[1:]))  # the first loads libraries
@@ -151,7 +151,7 @@ def costs_without_fusion(step: Step) -> None:
 
 
 def first_and_later(step: Step, computations: Iterable[Callable[[], object]]) -> tuple[list[float], list[float]]:
-    """Seconds of the first call of each beyond those of later calls, and of later calls."""
+    """For each computation, the extra seconds of the first call, and the median seconds of later calls."""
     extra, later = [], []
     for compute in computations:
         first, *others = [seconds(step, compute) for _ in range(4)]
@@ -162,9 +162,9 @@ def first_and_later(step: Step, computations: Iterable[Callable[[], object]]) ->
 
 @torch.inference_mode()
 def plan_costs(step: Step) -> dict[str, float]:
-    """Milliseconds that a shape costs the first time, beyond what it costs later, and their share of a pass.
+    """Measure how much longer the first call with a new shape takes than later calls, in milliseconds.
 
-    For the backbone: input sizes that were not seen; for conv5: numbers of RoIs that were not seen.
+    The new shapes are input sizes of the backbone, and numbers of RoIs of conv5.
     """
     model = detector(step, "c4", "bfloat16").model
     weight = next(model.parameters())
@@ -204,7 +204,7 @@ def seconds(step: Step, compute: Callable[[], object]) -> float:
 
 
 def plan_cost_of_training(step: Step, compute: Callable[..., object]) -> float:
-    """Milliseconds that a batch of new shapes costs the first time beyond the second."""
+    """Median extra milliseconds of the first training step on a batch with new shapes."""
     numbers = range(1, 3 if step.small else 5)
     for number in numbers:
         compute.batch_of(number)  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ def plan_cost_of_training(step: Step, compute: Callable[..., object]) -> float:
 
 @contextmanager
 def counting_waits(step: Step) -> Iterator[list[int]]:
-    """Count how often the host waits for the GPU, into a list of one number."""
+    """Count how often the host waits for the GPU; the yielded list has the count after the block."""
     found = [0]
     if step.small:
         yield found
@@ -265,7 +265,7 @@ def work(step: Step) -> None:
 
 
 def save_trace(step: Step, prof: profile) -> None:
-    """Write the trace, compressed, if it is small enough to come back."""
+    """Write the compressed trace to the results if it is smaller than 15 MiB."""
     plain = step.work / "trace.json"
     prof.export_chrome_trace(str(plain))
     packed = step.work / "trace.json.gz"

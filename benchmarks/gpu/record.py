@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/record.py build/gpu-check [--docs docs/performance.md]
 
-Only what was measured on a GPU is written: a rehearsal is refused, a step that did not end is named, and rows that a
-run lacks are left out.
+Only results from a GPU are written; a rehearsal is refused. Steps that did not finish are named, and missing rows are
+left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def machine(tree: Tree) -> list[str]:
-    """The card, the versions and the roofs."""
+    """The GPU, the versions, and the throughput and bandwidths measured on the machine."""
     env, build = tree["env"], tree.get("build", {})
     versions = env.get("versions", {})
     commit = f", commit {env['commit']}" if env.get("commit") else ""
@@ -63,7 +63,7 @@ def machine(tree: Tree) -> list[str]:
 
 
 def steps(tree: Tree) -> list[str]:
-    """The result of each step, the failed checks by name."""
+    """The result of each step, with the names of failed checks."""
     rows = []
     for name, values in tree.items():
         checks = values.get("checks", [])
@@ -118,7 +118,7 @@ def training(tree: Tree) -> list[str]:
 
 
 def profile(tree: Tree) -> list[str]:
-    """Where the time goes, the two questions that decide the rest first."""
+    """The profile, with the most important rows first."""
     values = tree.get("profile_gpu", {})
     names = {
         "extraction_share_elementwise": "extraction: share of element-wise passes",
@@ -176,7 +176,7 @@ def rendered(folder: Path) -> str:
 
 
 def replace(text: str, new: str) -> str:
-    """Text with what is between its markers replaced."""
+    """Replace the text between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"error: the page needs the lines {BEGIN} and {END}, once each")
     head, rest = text.split(BEGIN)

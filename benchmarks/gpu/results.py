@@ -1,7 +1,7 @@
-"""What a step of the GPU check finds: values, checks and goals, in the JSON file of its group.
+"""Results of a step of the GPU check: values, checks and goals, in the JSON file of its group.
 
-A file is replaced as a whole each time something is added, so that a run that is cut off loses nothing. The steps of
-a group share a file; they may run at the same time.
+The file is replaced atomically with each new result, so that a run that is cut off loses nothing. The steps of a group
+share a file and may run concurrently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 OUT, WORK, DEVICE = "REFDET_GPU_OUT", "REFDET_GPU_WORK", "REFDET_GPU_DEVICE"
-UNFINISHED = ".unfinished"  # the file that is being written; one, as the folder is locked meanwhile
+UNFINISHED = ".unfinished"  # temporary file; a single name is enough, as the folder is locked while writing
 
 Values = dict[str, Any]
 Value = TypeVar("Value")
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other steps from writing into a folder."""
+    """Lock a folder against other steps that write into it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_group(folder: Path, group: str) -> dict[str, Values]:
-    """Step -> its values, of a group; empty if there is no such file."""
+    """Read the results of a group: step name -> values; empty if there are none yet."""
     path = folder / f"{group}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -55,7 +55,7 @@ def write_step(folder: Path, group: str, step: str, values: Mapping[str, Any]) -
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON: NaN and infinities, which JSON lacks, as text."""
+    """Convert a value for JSON; NaN and infinities, which JSON does not have, become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -77,7 +77,7 @@ class Step:
         out: folder of the results.
         work: folder of drawn images, weights and outputs.
         device: "cuda" or "cpu"; the latter is a rehearsal with small sizes.
-        values: what was found so far.
+        values: the results so far.
     """
 
     group: str
@@ -99,13 +99,13 @@ class Step:
             self.say(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
 
     def check(self, name: str, passed: bool, **details: Any) -> None:
-        """Add a check, which fails the step if it did not pass."""
+        """Add a check; the step fails if any of its checks failed."""
         self.values.setdefault("checks", []).append({"name": name, "passed": bool(passed), **details})
         self._write()
         self.say(f"{'passed' if passed else 'FAILED'}: {name}{_listed(details)}")
 
     def attempt(self, name: str, work: Callable[..., Value], *arguments: Any, **options: Any) -> Value | None:
-        """Do a part of the work; an error fails a check, and the other parts go on."""
+        """Run a part of the step; an exception becomes a failed check, so that the other parts still run."""
         try:
             return work(*arguments, **options)
         except Exception as error:
@@ -114,11 +114,11 @@ class Step:
             return None
 
     def at_most(self, name: str, value: float, limit: float) -> None:
-        """Add a check that a value is not above a limit; NaN is."""
+        """Add a check that a value is at most a limit; NaN fails."""
         self.check(name, value <= limit, value=value, limit=limit)
 
     def goal(self, name: str, value: float, at_least: float) -> None:
-        """Add a goal, which may be missed; without a GPU nobody knows."""
+        """Add a speed goal, which may be missed; not evaluated in a rehearsal."""
         reached = None if self.small else value >= at_least
         self.values.setdefault("goals", []).append(
             {"name": name, "value": value, "at_least": at_least, "reached": reached}
@@ -131,7 +131,7 @@ class Step:
         print(f"    {self.name}: {text}", flush=True)
 
     def failed(self) -> list[str]:
-        """The names of failed checks."""
+        """Names of the failed checks."""
         return [check["name"] for check in self.values.get("checks", []) if not check["passed"]]
 
     def _write(self) -> None:
@@ -146,7 +146,7 @@ def _listed(details: Mapping[str, Any]) -> str:
 
 
 def run(work: Callable[[Step], None], group: str) -> None:
-    """Run a step that `check.py` has started, and exit with 1 if a check failed."""
+    """Main function of a step started by `check.py`: run it, and exit with 1 if a check failed."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with check.py
     name = Path(sys.argv[0]).stem

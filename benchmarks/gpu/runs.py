@@ -1,4 +1,4 @@
-"""Step: whole commands on the device: an extraction killed and resumed, automatic batches, a training resumed."""
+"""Step: run whole commands: an extraction killed and resumed, batch size auto, a training stopped and resumed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from refdet.extraction.batch_size import auto_batch_size, measure_batch_size
 from refdet.extraction.shard_folder import shards_folder
 from refdet.structures.regions import Regions
 
-WITHIN = 0.1  # of what a batch takes is what the automatic batch size expects
-TRAINED = 0.05  # relative difference of the weights of a resumed training
+MEMORY_TOLERANCE = 0.1  # relative error of the memory that batch size auto predicts
+WEIGHT_TOLERANCE = 0.05  # relative difference of the weights of a resumed training
 
 
 def command(step: Step, *arguments: object) -> str:
@@ -48,8 +48,8 @@ def command(step: Step, *arguments: object) -> str:
 
 
 def extraction(step: Step) -> None:
-    """Kill an extraction, resume it, and compare the store with that of one that was left alone."""
-    folder = fresh(step.work / "extraction")
+    """Kill an extraction, resume it, and compare the store with that of an uninterrupted one."""
+    folder = empty_folder(step.work / "extraction")
     count = 40 if step.small else 160
     tree = json.loads(instances_file(step).read_text())
     chosen = [tree["images"][i % len(tree["images"])] for i in range(count)]
@@ -71,13 +71,15 @@ def extraction(step: Step) -> None:
         status = process.wait()
     finally:
         process.kill()
-    step.check("an extraction was killed on its way", not finished and status == -signal.SIGKILL, shards=shards(killed))
+    step.check(
+        "an extraction was killed before its end", not finished and status == -signal.SIGKILL, shards=shards(killed)
+    )
     command(step, *common, "--out", killed, "--resume")
     command(step, *common, "--out", whole)
     step.check("the resumed store verifies", bool(command(step, "inspect", killed, "--verify")))
     differing, regions = differences(killed, whole)
     step.put("extraction_regions", regions)
-    step.check("it has the same contents as a whole one, bit by bit", not differing, images=len(differing))
+    step.check("it is bit-identical to that of an uninterrupted extraction", not differing, images=len(differing))
     shutil.rmtree(folder)
 
 
@@ -85,14 +87,14 @@ def shards(out: Path) -> int:
     return len(list(shards_folder(out).glob("[0-9]*.shard")))
 
 
-def fresh(folder: Path) -> Path:
+def empty_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def differences(a: Path, b: Path) -> tuple[list[int], int]:
-    """Ids of the images whose regions are not equal, and the number of all regions."""
+    """Ids of images whose regions differ, and the total number of regions."""
     with store.open(a) as first, store.open(b) as second:
         return [i for i in second if not same(first.read(i), second.read(i))], second.regions
 
@@ -105,7 +107,7 @@ def same(a: Regions, b: Regions) -> bool:
 
 @torch.inference_mode()
 def automatic_batches(step: Step) -> None:
-    """The size that `auto` chooses, and the memory of a batch of the largest images beside what was expected."""
+    """Measure the batch size that auto chooses, and compare its predicted memory with that of the largest images."""
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
     records = image_list(step, 512).records
     if step.small:
@@ -125,13 +127,15 @@ def automatic_batches(step: Step) -> None:
     step.put("memory_of_batch_gib", peak / 2**30)
     step.put("memory_expected_of_batch_gib", found.peak_bytes / 2**30)
     step.at_most(
-        "memory of an automatic batch, difference to what was expected", abs(found.peak_bytes / peak - 1), WITHIN
+        "memory of an automatic batch, difference to what was expected",
+        abs(found.peak_bytes / peak - 1),
+        MEMORY_TOLERANCE,
     )
 
 
 def training(step: Step) -> None:
-    """Train, and train again in two parts; the device's sums may be taken in another order, so nearly the same."""
-    folder = fresh(step.work / "training")
+    """Compare a training with one that is stopped and resumed; equal up to the order of sums on a GPU."""
+    folder = empty_folder(step.work / "training")
     workers = 0 if step.small else 2
     common = ["train", "--recipe", "demo", "--instances", instances_file(step), "--images", images_folder(step)]
     common += ["--device", step.device, "--set", f"train.workers={workers}", "--set", "train.batch_size=4"]
@@ -148,27 +152,27 @@ def training(step: Step) -> None:
     common += ["--set", "model.width=8", "--set", "input.min_sizes=[96]"] if step.small else []
     steps = 6 if step.small else 12
     command(step, *common, "--set", f"train.steps={steps}", "--out", folder / "whole")
-    parted = folder / "parted"
+    resumed = folder / "resumed"
     process = subprocess.Popen(
-        refdet_command(*common, "--set", f"train.steps={steps}", "--out", parted), stderr=subprocess.PIPE, text=True
+        refdet_command(*common, "--set", f"train.steps={steps}", "--out", resumed), stderr=subprocess.PIPE, text=True
     )
     until = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until and not list(parted.glob("state/step-*.safetensors")):
+    while process.poll() is None and time.monotonic() < until and not list(resumed.glob("state/step-*.safetensors")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
+    output = process.communicate(timeout=60)[1]
     step.put("training_stopped_with", process.returncode)
-    stopped = re.search(r"after step (\d+)", told)
+    stopped = re.search(r"after step (\d+)", output)
     step.put("training_stopped_after_step", int(stopped[1]) if stopped else None)
-    command(step, *common, "--set", f"train.steps={steps}", "--out", parted, "--resume")
-    weights = [load_file(folder / name / "model.safetensors") for name in ("whole", "parted")]
+    command(step, *common, "--set", f"train.steps={steps}", "--out", resumed, "--resume")
+    weights = [load_file(folder / name / "model.safetensors") for name in ("whole", "resumed")]
     worst = max(
         float(np.linalg.norm(weights[1][n].astype(np.float64) - w) / max(np.linalg.norm(w.astype(np.float64)), 1e-6))
         for n, w in weights[0].items()
-        if w.ndim > 1  # biases begin at zero, so that any difference is a large part of them
+        if w.ndim > 1  # not biases, which start at zero, so that relative differences are large
     )
     step.check("trained weights are finite", all(np.isfinite(w).all() for w in weights[1].values()))
-    step.at_most("weights of a training that was stopped and resumed, relative difference", worst, TRAINED)
+    step.at_most("weights of a training that was stopped and resumed, relative difference", worst, WEIGHT_TOLERANCE)
     losses = [json.loads(line)["loss"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     step.put("training_losses", losses)
     shutil.rmtree(folder)

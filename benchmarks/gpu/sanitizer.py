@@ -1,4 +1,4 @@
-"""Step: compute-sanitizer's memcheck and racecheck over a small run of every kernel."""
+"""Step: run every kernel on small inputs under compute-sanitizer's memcheck and racecheck."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from results import Step, run
 
 TOOLS = {"memcheck": ["--leak-check", "no"], "racecheck": []}
 CASE = Path(__file__).parent / "sanitizer_case.py"
-LIMIT = 60  # seconds of a tool
-PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+LIMIT = 60  # seconds per tool
+INSTALL_PATHS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 
 
 def work(step: Step) -> None:
     command = [sys.executable, str(CASE), step.device]
-    found = shutil.which("compute-sanitizer") or next((place for place in PLACES if Path(place).exists()), None)
-    if step.small or found is None:
+    sanitizer = shutil.which("compute-sanitizer") or next((path for path in INSTALL_PATHS if Path(path).exists()), None)
+    if step.small or sanitizer is None:
         done = subprocess.run(command, capture_output=True, text=True)
         step.check("every kernel runs without it", done.returncode == 0, stderr=done.stderr[-500:])
         step.put("skipped", "no CUDA in a rehearsal" if step.small else "compute-sanitizer was not found")
         return
-    # each allocation of its own, so that reading past its end is seen
+    # separate allocations, so that memcheck sees reads past their ends
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
     for tool, options in TOOLS.items():
-        arguments = [found, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *options]
+        arguments = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *options]
         try:
             done = subprocess.run(
                 [*arguments, *command], env=environment, capture_output=True, text=True, timeout=LIMIT

@@ -1,4 +1,4 @@
-"""A small run of every kernel, forward and backward, for compute-sanitizer; `sanitizer.py` starts it."""
+"""Runs every kernel on small inputs, forward and backward; started by `sanitizer.py` under compute-sanitizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Step: training of the pyramid by torchrun, in one process beside a plain one, and in two where there are two GPUs.
+"""Step: train an FPN network with torchrun: in one process, compared with a plain one, and on all GPUs if several.
 
-One process under torchrun does all that many do: it sums counts, losses and gradients, agrees with itself before each
-step, and DistributedDataParallel keeps its buckets. So the ratio of the two speeds is what all that costs.
+A single process under torchrun does everything that several do: it sums counts, losses and gradients, exchanges errors
+before each step, and uses DistributedDataParallel. So its speed relative to a plain process shows the overhead.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from results import Step, run
 from work import images_folder, instances_file, median, recipe_of, refdet_command, run_folder
 
 NETWORK, ROUNDS = "fpn", 2
-WITHIN = 0.97  # of the speed of a plain process
-WINDOW = 5  # steps of a timing
-# relative differences of losses: of the first window on a GPU, which sums gradients in no fixed order; of three steps
-# in float32 on a CPU
+MIN_SPEED = 0.97  # relative to a plain process
+WINDOW = 5  # steps per timing
+# maximum relative differences of losses: of the first window on a GPU, where the order of sums varies, and of three
+# steps in float32 on a CPU
 LOSS, LOSS_SMALL = 0.05, 1e-4
 
 
 def trained(step: Step, name: str, processes: int | None, batch_size: int, steps: int) -> list[dict[str, float]]:
-    """Train, by torchrun if `processes` are given; returns the rows of the log."""
+    """Train, with torchrun unless `processes` is None; returns the rows of metrics.jsonl."""
     out, recipe = step.work / "torchrun" / name, step.work / "torchrun.yaml"
     out.parent.mkdir(exist_ok=True)
     recipe.write_text(json.dumps(recipe_of(step, NETWORK).to_dict()))  # JSON is YAML
@@ -58,10 +58,10 @@ def speed(rows: list[dict[str, float]]) -> float:
     return median([row["images_per_second"] for row in rows[len(rows) // 2 :]])
 
 
-def compare(step: Step, who: str, found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    """Check the first losses."""
-    most, limit = (3, LOSS_SMALL) if step.small else (1, LOSS)
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(found[:most], wanted[:most], strict=True)]
+def compare(step: Step, who: str, found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """Check that the first losses are equal within the limit."""
+    count, limit = (3, LOSS_SMALL) if step.small else (1, LOSS)
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(found[:count], expected[:count], strict=True)]
     worst = float(np.max([abs(a - b) / abs(b) for a, b in pairs]))
     step.at_most(f"losses of {who} and of a plain process, relative difference", worst, limit)
 
@@ -69,7 +69,7 @@ def compare(step: Step, who: str, found: list[dict[str, float]], wanted: list[di
 def work(step: Step) -> None:
     batch_size, steps = (4, 4) if step.small else (16, 40)
     plain, alone = [], []
-    for number in range(1 if step.small else ROUNDS):  # one after the other, as the machine's speed may drift
+    for number in range(1 if step.small else ROUNDS):  # in turns, as the machine's speed may drift
         for name, processes, found in (("plain", None, plain), ("torchrun", 1, alone)):
             rows = step.attempt(f"{name}, round {number + 1}", trained, step, name, processes, batch_size, steps)
             if rows is not None:
@@ -81,7 +81,7 @@ def work(step: Step) -> None:
         return
     compare(step, "one process under torchrun", alone[0], plain[0])
     fastest = [max(map(speed, rounds)) for rounds in (alone, plain)]
-    step.goal("speed of one process under torchrun to a plain one's", fastest[0] / fastest[1], WITHIN)
+    step.goal("speed of one process under torchrun to a plain one's", fastest[0] / fastest[1], MIN_SPEED)
     many = 2 if step.small else min(torch.cuda.device_count(), 8)
     if many < 2:
         step.put("more_than_one", "skipped: one GPU")

@@ -1,7 +1,7 @@
-"""The peer of training: torchvision's detection modules, trained as its reference scripts do.
+"""torchvision's side of the training benchmark, trained as by its reference scripts.
 
-A DataLoader whose workers read JPEGs and draw masks, resizing on the GPU, autocast to bfloat16 and SGD.
-The network is the recipe's: the C4 parts of `torchvision_c4`, or `MaskRCNN` on torchvision's ResNet with a pyramid.
+DataLoader workers read JPEGs and rasterize masks; images are resized on the GPU; autocast to bfloat16 and SGD. The
+network is that of the recipe: `TorchvisionC4`, or torchvision's `MaskRCNN` with a ResNet-FPN backbone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Example = tuple[Tensor, dict[str, Tensor]]
 
 
 class Examples(Dataset):
-    """Images as (3, H, W) floats of 0..1, with boxes, labels and masks."""
+    """Dataset of images (3, H, W) in 0..1 with boxes, labels and masks."""
 
     def __init__(self, index: CocoIndex, folder: Path) -> None:
         self.folder, self.index = folder, index
@@ -57,7 +57,7 @@ class Examples(Dataset):
 
 
 class TrainedC4(nn.Module):
-    """The losses of the C4 parts."""
+    """`TorchvisionC4` in training; returns the losses."""
 
     def __init__(self, run: Path) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class TrainedC4(nn.Module):
 
 
 def pyramid(recipe: Recipe, classes: int) -> MaskRCNN:
-    """`MaskRCNN` with the numbers of a recipe, untrained."""
+    """`MaskRCNN` with the depth, anchors and sampling of an FPN recipe and random weights."""
     backbone = resnet_fpn_backbone(
         backbone_name=f"resnet{recipe.model.depth}", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
     for name, norm in backbone.named_modules():
         if name.endswith("bn3" if recipe.model.depth >= 50 else "bn2"):
-            norm.weight.fill_(0.2)  # the sum of the blocks must not grow without bound
+            norm.weight.fill_(0.2)  # keeps the sum over the residual blocks bounded
     options, head = recipe.proposals, recipe.head
     sizes = tuple((size,) for size in recipe.model.anchor_sizes)
     return MaskRCNN(
@@ -100,18 +100,18 @@ def pyramid(recipe: Recipe, classes: int) -> MaskRCNN:
     )
 
 
-def _together(examples: list[Example]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def _collate(examples: list[Example]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return [image for image, _ in examples], [target for _, target in examples]
 
 
 def batches(examples: Examples, batch_size: int, workers: int, on_gpu: bool) -> Iterator[Any]:
-    """Batches without end, at random."""
+    """Yield random batches without end."""
     loader = DataLoader(
         examples,
         batch_size,
         shuffle=True,
         num_workers=workers,
-        collate_fn=_together,
+        collate_fn=_collate,
         pin_memory=on_gpu,
         drop_last=True,
         persistent_workers=workers > 0,
@@ -120,9 +120,9 @@ def batches(examples: Examples, batch_size: int, workers: int, on_gpu: bool) -> 
         yield from loader
 
 
-def stepper(model: nn.Module, device: str, rate: float, autocast: bool) -> Callable[[Any], float]:
-    """A function that trains on one batch and returns the loss."""
-    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.9, weight_decay=1e-4)
+def make_train_step(model: nn.Module, device: str, lr: float, autocast: bool) -> Callable[[Any], float]:
+    """Make a function that runs a training step on a batch and returns the loss."""
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9, weight_decay=1e-4)
     model.train()
 
     def train(batch: Any) -> float:

@@ -1,6 +1,6 @@
-"""Step: training in bfloat16 of the C4 network and of the pyramid, beside torchvision's modules under autocast.
+"""Step: benchmark training of C4 and FPN networks in bfloat16, compared with torchvision under autocast.
 
-Both sides see the same images, in batches of 16, and are timed with their workers; the first steps are left out.
+Both sides see the same images in batches of 16 and are timed including their workers, without the first steps.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 from results import Step, run
-from torchvision_training import Examples, TrainedC4, batches, pyramid, stepper
+from torchvision_training import Examples, TrainedC4, batches, make_train_step, pyramid
 from work import NETWORKS, images_folder, instances_file, median, recipe_of, run_folder
 
 from refdet.data.coco import CocoIndex
 from refdet.training.train import train
 
-RATE = 1e-4  # drawn weights must stay finite
-WINDOW = 5  # steps of a timing
-SECONDS = 14  # at most, of the peer
+LR = 1e-4  # low, so that training from random weights stays finite
+WINDOW = 5  # steps per timing
+MAX_SECONDS = 14  # of torchvision's side
 
 
 def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
-    """refdet: steady images per second, from the log of a training, and what else it told."""
+    """Train with refdet; returns steady images per second and other results from its log."""
     steps = 4 if step.small else 40
     window = 1 if step.small else WINDOW
     out = step.work / f"trained-{network}"
@@ -34,10 +34,10 @@ def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
         f"train.batch_size={batch_size}",
         f"train.steps={steps}",
         f"train.log_every={window}",
-        f"train.lr={RATE}",
+        f"train.lr={LR}",
         "train.workers=" + ("0" if step.small else "8"),
     ]
-    peak_begins(step)
+    reset_peak(step)
     started = time.perf_counter()
     recipe = recipe_of(step, network)
     train(
@@ -64,19 +64,19 @@ def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
 
 
 def theirs(step: Step, network: str, batch_size: int) -> dict[str, float]:
-    """torchvision: the same."""
+    """Train with torchvision; returns the same results."""
     recipe = recipe_of(step, network)
     index = CocoIndex.load(instances_file(step))
     examples = Examples(index, Path(images_folder(step)))
     torch.manual_seed(0)
     model = TrainedC4(run_folder(step, network)) if network == "c4" else pyramid(recipe, len(index.categories))
     model = model.to(step.device)
-    peak_begins(step)
-    work = stepper(model, step.device, RATE, autocast=True)
+    reset_peak(step)
+    work = make_train_step(model, step.device, LR, autocast=True)
     times, loss, started = [], float("nan"), time.perf_counter()
     for number, batch in enumerate(batches(examples, batch_size, 0 if step.small else 8, not step.small)):
-        begun = time.perf_counter()
-        if number == (2 if step.small else 40) or begun - started > SECONDS and number > 5:
+        step_start = time.perf_counter()
+        if number == (2 if step.small else 40) or step_start - started > MAX_SECONDS and number > 5:
             break
         loss = work(batch)  # waits for the GPU
         times.append(time.perf_counter())
@@ -86,7 +86,7 @@ def theirs(step: Step, network: str, batch_size: int) -> dict[str, float]:
     return {"images_per_second": batch_size / mean, "steps": len(times), "last_loss": loss, **peak(step)}
 
 
-def peak_begins(step: Step) -> None:
+def reset_peak(step: Step) -> None:
     if not step.small:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

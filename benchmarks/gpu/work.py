@@ -1,4 +1,4 @@
-"""What the steps work on: networks and images, of full size on a GPU and small ones in a rehearsal."""
+"""Networks and images of the steps: of full size on a GPU, small in a rehearsal."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def instances_file(step: Step) -> Path:
 
 
 def run_folder(step: Step, network: str) -> Path:
-    """The run directory of drawn weights."""
+    """The run directory of a network with random weights."""
     return step.work / network
 
 
 def drawn(step: Step) -> dict[str, Any]:
-    """What the step `draw` wrote of its work, such as the score thresholds of the networks."""
+    """The results of the step `draw`, such as the score thresholds of the networks."""
     return json.loads((step.work / "drawn.json").read_text())
 
 
@@ -96,7 +96,7 @@ def _repeated(step: Step, records: list[ImageRecord], count: int) -> tuple[list[
 
 
 def detector(step: Step, network: str, precision: str = "float32", device: str | None = None) -> TrainedDetector:
-    """The detector of drawn weights, ready for inference."""
+    """Load a detector with random weights, optimized for inference."""
     where = device or step.device
     return loading.load(run_folder(step, network), where, for_inference=True, precision=precision)
 
@@ -106,7 +106,7 @@ def max_regions(step: Step) -> int:
 
 
 def extract_options(step: Step, network: str, **changes: Any) -> ExtractOptions:
-    """Options at which drawn weights give about as many detections as trained ones."""
+    """Options with which random weights give about as many detections as trained ones."""
     given = {
         "score_threshold": drawn(step)["threshold"][network],
         "nms_threshold": NMS,
@@ -127,7 +127,7 @@ def arithmetic(mode: str, device: str) -> Iterator[None]:
         with exact_float32():
             yield
         return
-    with exact_float32(), warnings.catch_warnings():  # which restores the settings
+    with exact_float32(), warnings.catch_warnings():  # exact_float32 restores the settings
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         torch.backends.cudnn.allow_tf32 = True  # these set the newer settings too
         torch.set_float32_matmul_precision("high")
@@ -140,10 +140,10 @@ def refdet_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "refdet", *map(str, arguments)]
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Greatest difference of two tensors, relative to the greatest value."""
-    wanted = wanted.double().cpu()
-    return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest expected value."""
+    expected = expected.double().cpu()
+    return float((actual.double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
 def median(values: Sequence[float]) -> float:

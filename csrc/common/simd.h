@@ -64,8 +64,8 @@ REFDET_INLINE void store(const Floats& from, c10::BFloat16* to) {
   Words bits;
   std::memcpy(&bits, &from, sizeof bits);
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Words known = from == from;  // all ones, or 0 for NaN
-  const Halves narrow = __builtin_convertvector((rounded & known) | (~known & 0x7fc0), Halves);
+  const Words is_number = from == from;  // all ones, or 0 for NaN
+  const Halves narrow = __builtin_convertvector((rounded & is_number) | (~is_number & 0x7fc0), Halves);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -99,12 +99,12 @@ REFDET_INLINE void store(const Floats& from, uint32_t* to) {
 
 // ReLU: 0 for negative values; NaN stays NaN. On integers: without AVX-512, compilers split a comparison of 16 values
 // into scalar ones.
-REFDET_INLINE void rectify(Floats& x) {
+REFDET_INLINE void relu(Floats& x) {
   using Signed = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
   Signed bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const Signed negative = bits >> 31, unknown = (0x7f800000 - (bits & 0x7fffffff)) >> 31;  // all ones, or 0
-  bits &= unknown | ~negative;
+  const Signed negative = bits >> 31, is_nan = (0x7f800000 - (bits & 0x7fffffff)) >> 31;  // all ones, or 0
+  bits &= is_nan | ~negative;
   std::memcpy(&x, &bits, sizeof bits);
 }
 

@@ -10,7 +10,7 @@
 namespace refdet {
 
 // Maps, weights and sums in float32. Each result is one chain of fused multiply-adds over depth, for any number of rows
-// and any processor, so that it does not depend on how the work is split, bit for bit.
+// and any processor, so that it is bit-identical however the work is split.
 struct Single {
   using Map = float;  // the type of feature maps between layers
   using A = float;
@@ -20,18 +20,19 @@ struct Single {
   static constexpr int64_t kDepth = 256;  // rows of it used at a time, so that they stay in the L1 cache
 
   // Whether this processor supports it.
-  static bool can();
+  static bool is_supported();
 
-  // c (rows x 16 panels) = a (rows x depth) times `panels` panels (depth x 16) that are `distance` elements apart, or
-  // with `add` c plus that. Rows of `a` are `a_row` elements apart, rows of `c` `c_row`. `depth` is a multiple of 4.
-  static void multiply(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
-                       int64_t depth, int64_t rows, float* c, int64_t c_row, bool add);
+  // c = a b, or c += a b with `add`, where a is (rows, depth), b (depth, 16 panels) in `panels` panels (depth, 16),
+  // each `panel_stride` elements after the last, and c (rows, 16 panels). As in BLAS, rows of a and c are `lda` and
+  // `ldc` elements apart. `depth` is a multiple of 4.
+  static void multiply(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t panels,
+                       int64_t depth, int64_t rows, float* c, int64_t ldc, bool add);
 };
 
 // Maps in bfloat16, products in float16: twice the throughput of float32, and 3 bits more than bfloat16. kRun products
 // are summed in float16, and those sums in float32. Every row of `a` and every column of a panel is scaled by a power
-// of two to stay in the range of float16: the values of a row are at most kLargest, and kRun values of a column sum up
-// to at most kHeaviest.
+// of two to stay in the range of float16: the values of a row are at most kMaxValue, and kRun values of a column sum up
+// to at most kMaxColumnSum.
 struct Half {
   using Map = c10::BFloat16;
   using A = uint32_t;  // a float16 value twice, which broadcasts to a vector faster than a single one
@@ -40,13 +41,13 @@ struct Half {
   static constexpr int64_t kPanel = 64;
   static constexpr int64_t kDepth = 256;
   static constexpr int64_t kRun = 64;
-  static constexpr float kLargest = 256, kHeaviest = 128;  // their product is half of what float16 can hold
+  static constexpr float kMaxValue = 256, kMaxColumnSum = 128;  // their product is half of what float16 can hold
 
-  static bool can();
+  static bool is_supported();
 
   // As `Single::multiply`.
-  static void multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance, int64_t panels,
-                       int64_t depth, int64_t rows, float* c, int64_t c_row, bool add);
+  static void multiply(const uint32_t* a, int64_t lda, const c10::Half* panel, int64_t panel_stride, int64_t panels,
+                       int64_t depth, int64_t rows, float* c, int64_t ldc, bool add);
 };
 
 // Whether the processor has AMX for bfloat16, which PyTorch uses and these kernels do not; false if there are no

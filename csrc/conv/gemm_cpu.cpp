@@ -60,23 +60,23 @@ struct RowGroups {
   }
 };
 
-// Vectors of columns `distance` apart: panels, or with AVX2 the halves of one. All loops but the one over depth are
+// Vectors of columns `panel_stride` apart: panels, or with AVX2 the halves of one. All loops but the one over depth are
 // unrolled, or the sums would spill to memory.
 template <typename Vector, int vectors, int rows>
-REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
-                                 float* c, int64_t c_row, bool add) {
+REFDET_INLINE void multiply_rows(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t depth,
+                                 float* c, int64_t ldc, bool add) {
   constexpr int kStep = sizeof(Vector) / sizeof(float);
-  const auto result = [&](int r, int v) { return reinterpret_cast<Vector*>(c + r * c_row + v * kStep); };
+  const auto result = [&](int r, int v) { return reinterpret_cast<Vector*>(c + r * ldc + v * kStep); };
   const Vector* right[vectors];
   Vector sum[rows][vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) right[v] = reinterpret_cast<const Vector*>(panel + v * distance);
+  for (int v = 0; v < vectors; ++v) right[v] = reinterpret_cast<const Vector*>(panel + v * panel_stride);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[r][v] = add ? *result(r, v) : Vector{};
   }
-  RowGroups<float, rows> groups(a, a_row);
+  RowGroups<float, rows> groups(a, lda);
   for (int64_t k = 0; k < depth; k += kUnrolled, groups.advance()) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnrolled; ++u) {
@@ -97,57 +97,57 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* pan
   }
 }
 
-// All rows, `most` at a time, and the remainder in successive halvings of that.
-template <typename Vector, int vectors, int most>
-REFDET_INLINE void multiply_all(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
-                                int64_t rows, float* c, int64_t c_row, bool add) {
-  for (; rows >= most; rows -= most, a += most * a_row, c += most * c_row) {
-    multiply_rows<Vector, vectors, most>(a, a_row, panel, distance, depth, c, c_row, add);
+// All rows, `max_rows` at a time; the remainder in half as many, a quarter and so on.
+template <typename Vector, int vectors, int max_rows>
+REFDET_INLINE void multiply_all(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t depth,
+                                int64_t rows, float* c, int64_t ldc, bool add) {
+  for (; rows >= max_rows; rows -= max_rows, a += max_rows * lda, c += max_rows * ldc) {
+    multiply_rows<Vector, vectors, max_rows>(a, lda, panel, panel_stride, depth, c, ldc, add);
   }
-  if constexpr (most > 1) {
-    multiply_all<Vector, vectors, most / 2>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  if constexpr (max_rows > 1) {
+    multiply_all<Vector, vectors, max_rows / 2>(a, lda, panel, panel_stride, depth, rows, c, ldc, add);
   }
 }
 
-__attribute__((target("avx2,fma"))) void multiply_avx2(const float* a, int64_t a_row, const float* panel,
-                                                       int64_t distance, int64_t panels, int64_t depth, int64_t rows,
-                                                       float* c, int64_t c_row, bool add) {
-  for (int64_t p = 0; p < panels; ++p, panel += distance, c += Single::kPanel) {
-    multiply_all<Vector8, 2, 6>(a, a_row, panel, 8, depth, rows, c, c_row, add);
+__attribute__((target("avx2,fma"))) void multiply_avx2(const float* a, int64_t lda, const float* panel,
+                                                       int64_t panel_stride, int64_t panels, int64_t depth,
+                                                       int64_t rows, float* c, int64_t ldc, bool add) {
+  for (int64_t p = 0; p < panels; ++p, panel += panel_stride, c += Single::kPanel) {
+    multiply_all<Vector8, 2, 6>(a, lda, panel, 8, depth, rows, c, ldc, add);
   }
 }
 
 // A run of four panels stays in the L1 cache over all rows.
-REFDET_AVX512 void multiply_avx512(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
-                                   int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+REFDET_AVX512 void multiply_avx512(const float* a, int64_t lda, const float* panel, int64_t panel_stride,
+                                   int64_t panels, int64_t depth, int64_t rows, float* c, int64_t ldc, bool add) {
   constexpr int64_t kRun = 64;
   for (int64_t k = 0; k < depth; k += kRun, add = true) {
     const int64_t run = depth - k < kRun ? depth - k : kRun;
     const float* right = panel + k * Single::kPanel;
     int64_t p = 0;
     for (; p + 4 <= panels; p += 4) {
-      multiply_all<Vector16, 4, 6>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel,
-                                   c_row, add);
+      multiply_all<Vector16, 4, 6>(a + k, lda, right + p * panel_stride, panel_stride, run, rows,
+                                   c + p * Single::kPanel, ldc, add);
     }
     for (; p < panels; ++p) {
-      multiply_all<Vector16, 1, 12>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel,
-                                    c_row, add);
+      multiply_all<Vector16, 1, 12>(a + k, lda, right + p * panel_stride, panel_stride, run, rows,
+                                    c + p * Single::kPanel, ldc, add);
     }
   }
 }
 
 }  // namespace
 
-bool Single::can() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool Single::is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-void Single::multiply(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
-                      int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
-  (has_avx512() ? multiply_avx512 : multiply_avx2)(a, a_row, panel, distance, panels, depth, rows, c, c_row, add);
+void Single::multiply(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t panels,
+                      int64_t depth, int64_t rows, float* c, int64_t ldc, bool add) {
+  (has_avx512() ? multiply_avx512 : multiply_avx2)(a, lda, panel, panel_stride, panels, depth, rows, c, ldc, add);
 }
 
 #else
 
-bool Single::can() { return false; }
+bool Single::is_supported() { return false; }
 
 void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t, bool) {}
 
@@ -165,8 +165,8 @@ REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& 
 // A run of depth; `panels` panels of two vectors. The same loop as `multiply_rows`, but with intrinsics: in a template,
 // the compiler would widen _Float16 before it knows the target processor.
 template <int rows, int panels>
-REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t a_row, const c10::Half* panel,
-                                                     int64_t distance, int64_t depth, float* c, int64_t c_row,
+REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t lda, const c10::Half* panel,
+                                                     int64_t panel_stride, int64_t depth, float* c, int64_t ldc,
                                                      bool add) {
   constexpr int kVectors = 2 * panels, kStep = Half::kPanel / 2;
   __m512h sum[rows][kVectors];
@@ -175,14 +175,14 @@ REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ph();
   }
-  RowGroups<uint32_t, rows> groups(a, a_row);
+  RowGroups<uint32_t, rows> groups(a, lda);
   for (int64_t k = 0; k < depth; k += kUnrolled, groups.advance()) {
     const c10::Half* right = panel + k * Half::kPanel;
 #pragma GCC unroll 4
     for (int u = 0; u < kUnrolled; ++u, right += Half::kPanel) {
       __m512h columns[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_ph(right + v / 2 * distance + v % 2 * kStep);
+      for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_ph(right + v / 2 * panel_stride + v % 2 * kStep);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const auto number = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.number(r, u))));
@@ -198,42 +198,42 @@ REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t 
       const __m512i bits = _mm512_castph_si512(sum[r][part / 2]);
       const __m256i half = part % 2 == 0 ? _mm512_castsi512_si256(bits) : _mm512_extracti64x4_epi64(bits, 1);
       const __m512 wide = _mm512_cvtph_ps(half);
-      float* result = c + r * c_row + part * 16;
+      float* result = c + r * ldc + part * 16;
       _mm512_storeu_ps(result, add ? _mm512_add_ps(_mm512_loadu_ps(result), wide) : wide);
     }
   }
 }
 
-template <int most, int panels>
-REFDET_FLOAT16 REFDET_INLINE void multiply_half_all(const uint32_t* a, int64_t a_row, const c10::Half* panel,
-                                                    int64_t distance, int64_t depth, int64_t rows, float* c,
-                                                    int64_t c_row, bool add) {
-  for (; rows >= most; rows -= most, a += most * a_row, c += most * c_row) {
-    multiply_half_rows<most, panels>(a, a_row, panel, distance, depth, c, c_row, add);
+template <int max_rows, int panels>
+REFDET_FLOAT16 REFDET_INLINE void multiply_half_all(const uint32_t* a, int64_t lda, const c10::Half* panel,
+                                                    int64_t panel_stride, int64_t depth, int64_t rows, float* c,
+                                                    int64_t ldc, bool add) {
+  for (; rows >= max_rows; rows -= max_rows, a += max_rows * lda, c += max_rows * ldc) {
+    multiply_half_rows<max_rows, panels>(a, lda, panel, panel_stride, depth, c, ldc, add);
   }
-  if constexpr (most > 1) {
-    multiply_half_all<most / 2, panels>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  if constexpr (max_rows > 1) {
+    multiply_half_all<max_rows / 2, panels>(a, lda, panel, panel_stride, depth, rows, c, ldc, add);
   }
 }
 
 }  // namespace
 
-bool Half::can() { return has_float16(); }
+bool Half::is_supported() { return has_float16(); }
 
 bool has_matrix_units() { return __builtin_cpu_supports("amx-bf16"); }
 
 // A run of a pair of panels stays in the L1 cache over all rows.
-REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance,
-                                   int64_t panels, int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t lda, const c10::Half* panel, int64_t panel_stride,
+                                   int64_t panels, int64_t depth, int64_t rows, float* c, int64_t ldc, bool add) {
   for (int64_t k = 0; k < depth; k += kRun, add = true) {
     const int64_t run = depth - k < kRun ? depth - k : kRun;
     const c10::Half* right = panel + k * kPanel;
-    for (int64_t p = 0; p < panels; p += 2, right += 2 * distance) {
+    for (int64_t p = 0; p < panels; p += 2, right += 2 * panel_stride) {
       float* to = c + p * kPanel;
       if (panels - p >= 2) {
-        multiply_half_all<6, 2>(a + k, a_row, right, distance, run, rows, to, c_row, add);
+        multiply_half_all<6, 2>(a + k, lda, right, panel_stride, run, rows, to, ldc, add);
       } else {
-        multiply_half_all<12, 1>(a + k, a_row, right, distance, run, rows, to, c_row, add);
+        multiply_half_all<12, 1>(a + k, lda, right, panel_stride, run, rows, to, ldc, add);
       }
     }
   }
@@ -241,7 +241,7 @@ REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t a_row, const c10::
 
 #else
 
-bool Half::can() { return false; }
+bool Half::is_supported() { return false; }
 
 bool has_matrix_units() { return false; }
 

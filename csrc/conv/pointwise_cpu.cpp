@@ -26,7 +26,7 @@ namespace refdet {
 namespace {
 
 constexpr int64_t kRows = 48, kWidth = 128;  // positions and output channels whose sums are held at once: 24 kB
-constexpr int64_t kMostRows = 5 * kRows;
+constexpr int64_t kMaxRows = 5 * kRows;
 
 template <typename Product>
 struct Result {
@@ -34,7 +34,7 @@ struct Result {
   int64_t channels;
   const float *scale, *bias;              // of each channel
   const typename Product::Map* shortcut;  // or null; is added before ReLU
-  int64_t shortcut_pixel;
+  int64_t shortcut_stride;
   bool relu;
 };
 
@@ -51,41 +51,41 @@ template <typename Product>
 REFDET_INLINE void pack_rows(const Positions<typename Product::Map>& x, int64_t first, int64_t rows,
                              Block<Product>& block) {
   for (int64_t row = 0; row < rows; ++row) {
-    const auto* from = x.data + (first + row) * x.pixel;
+    const auto* from = x.data + (first + row) * x.stride;
     float scale = 1;
     if constexpr (Product::kScaled) {
-      Largest largest;
-      largest.take(from, x.channels);
-      scale = scale_to(Product::kLargest, largest);
+      MaxMagnitude magnitude;
+      magnitude.update(from, x.channels);
+      scale = scale_to(Product::kMaxValue, magnitude);
       block.scale.data()[row] = 1 / scale;
     }
-    for (int64_t part = 0; part < x.channels; part += Product::kDepth) {
-      const int64_t depth = std::min(Product::kDepth, x.channels - part);
-      auto* to = block.left.data() + part * rows + row * depth;
+    for (int64_t slice = 0; slice < x.channels; slice += Product::kDepth) {
+      const int64_t depth = std::min(Product::kDepth, x.channels - slice);
+      auto* to = block.left.data() + slice * rows + row * depth;
       for (int64_t c = 0; c < depth; c += kLanes) {
-        Floats numbers;
-        load(from + part + c, numbers);
-        store(Product::kScaled ? numbers * scale : numbers, to + c);
+        Floats values;
+        load(from + slice + c, values);
+        store(Product::kScaled ? values * scale : values, to + c);
       }
     }
   }
 }
 
 // A tile of a block: a range of its positions and of output channels.
-struct Part {
+struct Tile {
   int64_t row, rows, channel, width;
 };
 
 // Writes the results of a tile from its sums; its block begins at the position `first`.
 template <typename Product>
-REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const Part part, const Result<Product> y) {
-  const int64_t channel = part.channel;
-  const float *sums = block.sums.data(), *scales = block.scale.data() + part.row;
-  for (int64_t row = 0; row < part.rows; ++row) {
-    const int64_t position = first + part.row + row;
+REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const Tile tile, const Result<Product> y) {
+  const int64_t channel = tile.channel;
+  const float *sums = block.sums.data(), *scales = block.scale.data() + tile.row;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const int64_t position = first + tile.row + row;
     auto* to = y.data + position * y.channels + channel;
-    const auto* shortcut = y.shortcut == nullptr ? nullptr : y.shortcut + position * y.shortcut_pixel + channel;
-    for (int64_t c = 0; c < part.width; c += kLanes) {
+    const auto* shortcut = y.shortcut == nullptr ? nullptr : y.shortcut + position * y.shortcut_stride + channel;
+    for (int64_t c = 0; c < tile.width; c += kLanes) {
       Floats sum, bias;
       load(sums + row * kWidth + c, sum);
       load(y.bias + channel + c, bias);
@@ -100,7 +100,7 @@ REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const
         load(shortcut + c, other);
         sum += other;
       }
-      if (y.relu) rectify(sum);
+      if (y.relu) relu(sum);
       store(sum, to + c);
     }
   }
@@ -118,18 +118,18 @@ void pack_block(const Positions<float>& x, int64_t first, int64_t rows, Block<Si
   (has_avx512() ? pack_block_avx512 : pack_block_avx2)(x, first, rows, block);
 }
 
-REFDET_AVX2 void finish_part_avx2(const Block<Single>& block, int64_t first, const Part& part,
+REFDET_AVX2 void finish_tile_avx2(const Block<Single>& block, int64_t first, const Tile& tile,
                                   const Result<Single>& y) {
-  finish_rows(block, first, part, y);
+  finish_rows(block, first, tile, y);
 }
 
-REFDET_AVX512 void finish_part_avx512(const Block<Single>& block, int64_t first, const Part& part,
+REFDET_AVX512 void finish_tile_avx512(const Block<Single>& block, int64_t first, const Tile& tile,
                                       const Result<Single>& y) {
-  finish_rows(block, first, part, y);
+  finish_rows(block, first, tile, y);
 }
 
-void finish_part(const Block<Single>& block, int64_t first, const Part& part, const Result<Single>& y) {
-  (has_avx512() ? finish_part_avx512 : finish_part_avx2)(block, first, part, y);
+void finish_tile(const Block<Single>& block, int64_t first, const Tile& tile, const Result<Single>& y) {
+  (has_avx512() ? finish_tile_avx512 : finish_tile_avx2)(block, first, tile, y);
 }
 
 #ifdef REFDET_FLOAT16
@@ -137,38 +137,38 @@ REFDET_FLOAT16 void pack_block(const Positions<c10::BFloat16>& x, int64_t first,
   pack_rows(x, first, rows, block);
 }
 
-REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const Part& part, const Result<Half>& y) {
-  finish_rows(block, first, part, y);
+REFDET_FLOAT16 void finish_tile(const Block<Half>& block, int64_t first, const Tile& tile, const Result<Half>& y) {
+  finish_rows(block, first, tile, y);
 }
 #endif
 
 // Positions per block: as many as fit in the L2 cache together with the weights, balanced over the threads.
 int64_t rows_of_block(int64_t positions, int64_t depth) {
-  const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
-  const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();
-  const int64_t turns = (positions + most * threads - 1) / (most * threads);
-  const int64_t rows = (positions + turns * threads - 1) / (turns * threads);
+  const int64_t values = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
+  const int64_t max_rows = std::clamp(values / depth, kRows, kMaxRows), threads = at::get_num_threads();
+  const int64_t rounds = (positions + max_rows * threads - 1) / (max_rows * threads);
+  const int64_t rows = (positions + rounds * threads - 1) / (rounds * threads);
   return (rows + kRows / 4 - 1) / (kRows / 4) * (kRows / 4);
 }
 
 template <typename Product>
 void multiply_positions(const Positions<typename Product::Map>& x, const typename Product::B* weights,
                         const Result<Product>& y) {
-  const int64_t positions = x.count(), most = rows_of_block(positions, x.channels);
-  const auto start = [&] { return Block<Product>(most, x.channels); };
-  parallel_tasks((positions + most - 1) / most, start, [&](Block<Product>& block, int64_t piece) {
-    const int64_t first = piece * most, rows = std::min(most, positions - first);
+  const int64_t positions = x.count(), block_rows = rows_of_block(positions, x.channels);
+  const auto start = [&] { return Block<Product>(block_rows, x.channels); };
+  parallel_tasks((positions + block_rows - 1) / block_rows, start, [&](Block<Product>& block, int64_t piece) {
+    const int64_t first = piece * block_rows, rows = std::min(block_rows, positions - first);
     pack_block(x, first, rows, block);
     for (int64_t channel = 0; channel < y.channels; channel += kWidth) {
       for (int64_t row = 0; row < rows; row += kRows) {
-        const Part part{row, std::min(kRows, rows - row), channel, std::min(kWidth, y.channels - channel)};
+        const Tile tile{row, std::min(kRows, rows - row), channel, std::min(kWidth, y.channels - channel)};
         for (int64_t k = 0; k < x.channels; k += Product::kDepth) {
           const int64_t depth = std::min(Product::kDepth, x.channels - k);
           Product::multiply(block.left.data() + k * rows + row * depth, depth,
                             weights + channel * x.channels + k * Product::kPanel, x.channels * Product::kPanel,
-                            part.width / Product::kPanel, depth, part.rows, block.sums.data(), kWidth, k > 0);
+                            tile.width / Product::kPanel, depth, tile.rows, block.sums.data(), kWidth, k > 0);
         }
-        finish_part(block, first, part, y);
+        finish_tile(block, first, tile, y);
       }
     }
   });
@@ -185,20 +185,21 @@ at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::
                        const std::optional<at::Tensor>& shortcut, bool relu) {
   using Map = typename Product::Map;
   const int64_t channels = check_packed<Product>("conv1x1", x, weight, scale, bias, 1);
-  const at::Tensor map = with_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
+  const at::Tensor map = with_even_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
   at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor added;
+  at::Tensor addend;
   if (shortcut.has_value()) {
     TORCH_CHECK(shortcut->sizes() == out.sizes() && shortcut->scalar_type() == out.scalar_type(),
                 "conv1x1: the shortcut must be ", out.scalar_type(), " ", out.sizes(), " like the result, got ",
                 shortcut->scalar_type(), " ", shortcut->sizes());
-    added = with_positions(*shortcut);
+    addend = with_even_positions(*shortcut);
   }
   if (out.numel() > 0) {
-    multiply_positions<Product>(Positions<Map>(map), weight.const_data_ptr<typename Product::B>(),
-                                {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(),
-                                 shift.const_data_ptr<float>(), added.defined() ? added.const_data_ptr<Map>() : nullptr,
-                                 added.defined() ? distance_of_positions(added) : 0, relu});
+    multiply_positions<Product>(
+        Positions<Map>(map), weight.const_data_ptr<typename Product::B>(),
+        {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(), shift.const_data_ptr<float>(),
+         addend.defined() ? addend.const_data_ptr<Map>() : nullptr, addend.defined() ? position_stride(addend) : 0,
+         relu});
   }
   return out;
 }

@@ -9,14 +9,14 @@
 
 namespace refdet {
 
-// Largest magnitude of bfloat16 values, as its bits, which sort the same way.
-struct Largest {
+// The largest magnitude of bfloat16 values, in each lane, as bits, which sort like the magnitudes.
+struct MaxMagnitude {
   Halves bits{};
 
-  REFDET_INLINE void take(const c10::BFloat16* numbers, int64_t count) {
+  REFDET_INLINE void update(const c10::BFloat16* values, int64_t count) {
     for (int64_t c = 0; c < count; c += kLanes) {
       Halves other;
-      std::memcpy(&other, numbers + c, sizeof other);
+      std::memcpy(&other, values + c, sizeof other);
       other &= 0x7fff;
       bits = other > bits ? other : bits;
     }
@@ -25,15 +25,15 @@ struct Largest {
 
 // The power of two that scales a value to at most `bound`, also a power of two, and at least half of it. 1 if the value
 // is not finite, so that its results are not finite either; at most 2^100, for values near 0.
-REFDET_INLINE float scale_to(float bound, const Largest& largest) {
+REFDET_INLINE float scale_to(float bound, const MaxMagnitude& magnitude) {
   int bits = 0, bound_bits;
-  for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, static_cast<int>(largest.bits[lane]));
+  for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, static_cast<int>(magnitude.bits[lane]));
   std::memcpy(&bound_bits, &bound, sizeof bound_bits);
   const int exponent = bits >> 7;  // the number is less than 2^(exponent - 126)
   if (exponent == 255) return 1;
-  const int wanted = std::clamp((bound_bits >> 23) - (exponent - 126), 1, 227) << 23;
+  const int scale_bits = std::clamp((bound_bits >> 23) - (exponent - 126), 1, 227) << 23;
   float scale;
-  std::memcpy(&scale, &wanted, sizeof scale);
+  std::memcpy(&scale, &scale_bits, sizeof scale);
   return scale;
 }
 

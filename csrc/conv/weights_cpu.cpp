@@ -18,23 +18,23 @@ constexpr at::ScalarType kTypeOf = c10::CppTypeToScalarType<T>::value;
 
 template <typename Product>
 void check_processor(const char* name) {
-  TORCH_CHECK(Product::can(), name, ": this processor has no ",
+  TORCH_CHECK(Product::is_supported(), name, ": this processor has no ",
               Product::kScaled ? "AVX512-FP16, or the kernel was built by a compiler without it"
                                : "AVX2 or no fused multiply-adds");
 }
 
-// The scale factor for the weights of an output channel, for `Half`; their matrices are `distance` apart.
-float scale_of(const float* weights, int64_t matrices, int64_t distance, int64_t in) {
-  double heaviest = 0;
+// The scale factor for the weights of an output channel, for `Half`; their matrices are `matrix_stride` apart.
+float scale_of(const float* weights, int64_t matrices, int64_t matrix_stride, int64_t in) {
+  double max_sum = 0;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {
     for (int64_t k = 0; k < in; k += Half::kRun) {
       double sum = 0;
-      for (int64_t c = k; c < std::min(k + Half::kRun, in); ++c) sum += std::abs(weights[matrix * distance + c]);
-      heaviest = sum <= heaviest ? heaviest : sum;
+      for (int64_t c = k; c < std::min(k + Half::kRun, in); ++c) sum += std::abs(weights[matrix * matrix_stride + c]);
+      max_sum = sum <= max_sum ? max_sum : sum;
     }
   }
-  if (!(heaviest > 0) || !std::isfinite(heaviest)) return 1;
-  return std::ldexp(1.0f, std::clamp(std::ilogb(Half::kHeaviest / heaviest), -126, 100));
+  if (!(max_sum > 0) || !std::isfinite(max_sum)) return 1;
+  return std::ldexp(1.0f, std::clamp(std::ilogb(Half::kMaxColumnSum / max_sum), -126, 100));
 }
 
 template <typename Product>
@@ -52,9 +52,9 @@ std::tuple<at::Tensor, at::Tensor> pack_as(const at::Tensor& weights) {
       const float factor = Product::kScaled ? scale_of(from + o * in, matrices, out * in, in) : 1;
       scales[o] = 1 / factor;
       for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-        const float* numbers = from + (matrix * out + o) * in;
+        const float* values = from + (matrix * out + o) * in;
         B* panel = to + (matrix * out + o / kPanel * kPanel) * in + o % kPanel;
-        for (int64_t c = 0; c < in; ++c) panel[c * kPanel] = static_cast<B>(numbers[c] * factor);
+        for (int64_t c = 0; c < in; ++c) panel[c * kPanel] = static_cast<B>(values[c] * factor);
       }
     }
   });
@@ -90,9 +90,9 @@ int64_t check_packed(const char* name, const at::Tensor& x, const at::Tensor& we
               ", H, W), got ", x.sizes());
   TORCH_CHECK(x.scalar_type() == kTypeOf<Map>, name, ": the map must be ", Product::kScaled ? "bfloat16" : "float32",
               ", got ", x.scalar_type());
-  for (const at::Tensor& numbers : {scale, bias}) {
-    TORCH_CHECK(numbers.sizes() == at::IntArrayRef({channels}) && numbers.scalar_type() == at::kFloat, name, ": the ",
-                numbers.is_same(bias) ? "bias" : "scale", " must be float32 (", channels, "), got ", numbers.sizes());
+  for (const at::Tensor& values : {scale, bias}) {
+    TORCH_CHECK(values.sizes() == at::IntArrayRef({channels}) && values.scalar_type() == at::kFloat, name, ": the ",
+                values.is_same(bias) ? "bias" : "scale", " must be float32 (", channels, "), got ", values.sizes());
   }
   return channels;
 }

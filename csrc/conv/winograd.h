@@ -18,20 +18,21 @@ namespace refdet {
 constexpr int kPoints = 6;         // of an axis, for a tile of 4 results; one of 3 uses the first 5
 constexpr int kInfinityPoint = 4;  // its index among the points
 constexpr int kTaps = 3;           // weights along an axis
-constexpr std::array<double, kPoints> kPoint = {0, 0.75, -0.75, 1.5, 0, -1.5};  // the entry at kInfinityPoint is unused
+// The entry at kInfinityPoint is unused.
+constexpr std::array<double, kPoints> kPointValues = {0, 0.75, -0.75, 1.5, 0, -1.5};
 
 template <int rows, int columns>
 using Matrix = std::array<std::array<float, columns>, rows>;
 
 // The coefficients, in ascending order, of the product of (x - point) over all finite points among the first `used`,
-// except `left_out`.
+// except `excluded`.
 template <int used>
-constexpr std::array<double, kPoints> product_of_others(int left_out) {
+constexpr std::array<double, kPoints> product_of_others(int excluded) {
   std::array<double, kPoints> product = {1};
   for (int other = 0; other < used; ++other) {
-    if (other == left_out || other == kInfinityPoint) continue;
+    if (other == excluded || other == kInfinityPoint) continue;
     for (int power = kPoints - 1; power >= 0; --power) {
-      product[power] = (power > 0 ? product[power - 1] : 0) - kPoint[other] * product[power];
+      product[power] = (power > 0 ? product[power - 1] : 0) - kPointValues[other] * product[power];
     }
   }
   return product;
@@ -47,27 +48,27 @@ constexpr auto input_matrix() {
     // omits
     double missing = 1;
     for (int other = kUsed; other < kPoints && point != kInfinityPoint; ++other)
-      missing *= kPoint[point] - kPoint[other];
+      missing *= kPointValues[point] - kPointValues[other];
     const auto product = product_of_others<kUsed>(point);
     for (int input = 0; input < kUsed; ++input) matrix[point][input] = static_cast<float>(missing * product[input]);
   }
   return matrix;
 }
 
-// Largest value at a point / largest input of the tile.
+// Upper bound of the largest value at a point, relative to the largest input of the tile; a power of two.
 constexpr float kGrowth = 64;
 
 template <int results>
-constexpr bool grows_no_more() {
-  float most = 0;
+constexpr bool growth_is_bounded() {
+  float max_sum = 0;
   for (const auto& row : input_matrix<results>()) {
     float sum = 0;
-    for (const float number : row) sum += number < 0 ? -number : number;
-    most = sum > most ? sum : most;
+    for (const float value : row) sum += value < 0 ? -value : value;
+    max_sum = sum > max_sum ? sum : max_sum;
   }
-  return most * most <= kGrowth;
+  return max_sum * max_sum <= kGrowth;
 }
-static_assert(grows_no_more<3>() && grows_no_more<4>());
+static_assert(growth_is_bounded<3>() && growth_is_bounded<4>());
 
 // Output transform along an axis.
 template <int results>
@@ -76,7 +77,7 @@ constexpr auto output_matrix() {
   Matrix<results, kUsed> matrix = {};
   for (int point = 0; point < kUsed; ++point) {
     double power = 1;
-    for (int result = 0; result < results; ++result, power *= kPoint[point]) {
+    for (int result = 0; result < results; ++result, power *= kPointValues[point]) {
       matrix[result][point] = static_cast<float>(point == kInfinityPoint ? result == results - 1 : power);
     }
   }
@@ -93,10 +94,10 @@ constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
     }
     double divisor = 1;
     for (int other = 0; other < kPoints; ++other) {
-      if (other != point && other != kInfinityPoint) divisor *= kPoint[point] - kPoint[other];
+      if (other != point && other != kInfinityPoint) divisor *= kPointValues[point] - kPointValues[other];
     }
     double power = 1;
-    for (int tap = 0; tap < kTaps; ++tap, power *= kPoint[point]) matrix[point][tap] = power / divisor;
+    for (int tap = 0; tap < kTaps; ++tap, power *= kPointValues[point]) matrix[point][tap] = power / divisor;
   }
   return matrix;
 }
@@ -115,7 +116,7 @@ struct Tiles {
 
   int64_t count() const { return fours + threes; }
   // Number of tiles that use a point.
-  int64_t with(int point) const { return point < kPoints - 1 ? count() : fours; }
+  int64_t count_using(int point) const { return point < kPoints - 1 ? count() : fours; }
   bool is_four(int64_t tile) const { return tile < fours; }
   int64_t start(int64_t tile) const { return 3 * tile + (is_four(tile) ? tile : fours); }
 };

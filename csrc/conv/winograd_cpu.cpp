@@ -32,8 +32,9 @@
 namespace refdet {
 namespace {
 
-constexpr int64_t kTilesAtOnce = 144;  // in a block, or one row of tiles if that is more
-constexpr int64_t kWidthAtOnce = 128;  // output channels of a work item
+constexpr int64_t kAllPoints = kPoints * kPoints;  // of a tile
+constexpr int64_t kTilesAtOnce = 144;              // in a block, or one row of tiles if that is more
+constexpr int64_t kWidthAtOnce = 128;              // output channels of a work item
 
 template <typename Product>
 struct Result {
@@ -51,7 +52,7 @@ struct Block {
   Tiles down, across;
   std::vector<Row> rows;
   int64_t fours = 0;
-  std::array<int64_t, kPoints * kPoints> slots{},
+  std::array<int64_t, kAllPoints> slots{},
       first{};  // per point: how many tiles use it, and the total of the points before it
 
   // Rows of tiles [begin, end), counted over all images.
@@ -65,7 +66,7 @@ struct Block {
     for (int i = 0; i < kPoints; ++i) {
       for (int j = 0; j < kPoints; ++j) {
         const int64_t point = i * kPoints + j;
-        slots[point] = (i < kPoints - 1 ? static_cast<int64_t>(rows.size()) : fours) * across.with(j);
+        slots[point] = (i < kPoints - 1 ? static_cast<int64_t>(rows.size()) : fours) * across.count_using(j);
         first[point] = sum, sum += slots[point];
       }
     }
@@ -73,9 +74,9 @@ struct Block {
 
   // Offset of the values of a point, `channels` for each tile. Points are padded by a vector: otherwise the values of a
   // tile at its points would all map to the same cache set.
-  int64_t at(int64_t point, int64_t channels) const { return first[point] * channels + point * kLanes; }
+  int64_t offset(int64_t point, int64_t channels) const { return first[point] * channels + point * kLanes; }
   int64_t slot(int64_t row, int64_t column, int i, int j) const {
-    return (i < kPoints - 1 ? row : rows[row].among_fours) * across.with(j) + column;
+    return (i < kPoints - 1 ? row : rows[row].among_fours) * across.count_using(j) + column;
   }
 };
 
@@ -86,27 +87,27 @@ template <typename Product, int down, int across>
 REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
                               int64_t column, typename Product::A* points) {
   constexpr int kHigh = down + kTaps - 1, kWide = across + kTaps - 1;
-  const auto* image = x.data + block.rows[row].image * x.height * x.width * x.pixel;
+  const auto* image = x.data + block.rows[row].image * x.height * x.width * x.stride;
   const int64_t top = block.down.start(block.rows[row].tile) - 1, left = block.across.start(column) - 1;
   float scale = 1;
   if constexpr (Product::kScaled) {
     const int64_t first_x = std::max(left, int64_t{0}), last_x = std::min(left + kWide, x.width);
-    Largest largest;
+    MaxMagnitude magnitude;
     for (int64_t at_y = std::max(top, int64_t{0}); at_y < std::min(top + kHigh, x.height); ++at_y) {
       for (int64_t at_x = first_x; at_x < last_x; ++at_x) {
-        largest.take(image + (at_y * x.width + at_x) * x.pixel, x.channels);
+        magnitude.update(image + (at_y * x.width + at_x) * x.stride, x.channels);
       }
     }
-    scale = scale_to(Product::kLargest / kGrowth, largest);
+    scale = scale_to(Product::kMaxValue / kGrowth, magnitude);
   }
   for (int64_t c = 0; c < x.channels; c += kLanes) {
-    const int64_t part = c / Product::kDepth * Product::kDepth, depth = std::min(Product::kDepth, x.channels - part);
+    const int64_t slice = c / Product::kDepth * Product::kDepth, depth = std::min(Product::kDepth, x.channels - slice);
     transform_tile<kInput<down>, kInput<across>>(
         x, image, top, left, c, [&](int i, int j, const Floats& value) __attribute__((always_inline)) {
           const int64_t point = i * kPoints + j;
-          const int64_t at = block.at(point, x.channels) + part * block.slots[point];
+          const int64_t offset = block.offset(point, x.channels) + slice * block.slots[point];
           store(Product::kScaled ? value * scale : value,
-                points + at + block.slot(row, column, i, j) * depth + (c - part));
+                points + offset + block.slot(row, column, i, j) * depth + (c - slice));
         });
   }
   return scale;
@@ -127,8 +128,8 @@ REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const 
     if constexpr (Product::kScaled) load(y.scale + c, scales);
     for (int i = 0; i < kHigh; ++i) {
       for (int j = 0; j < kWide; ++j) {
-        const int64_t at = block.at(i * kPoints + j, y.channels) + block.slot(row, column, i, j) * y.channels;
-        load(products + at + c, values[i][j]);
+        const int64_t offset = block.offset(i * kPoints + j, y.channels) + block.slot(row, column, i, j) * y.channels;
+        load(products + offset + c, values[i][j]);
       }
     }
     for (int j = 0; j < kWide; ++j) apply<kOutput<down>>(&values[0][j], kWide, &half[0][j], kWide);
@@ -140,35 +141,35 @@ REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const 
         Floats result = results[j];
         if constexpr (Product::kScaled) result = result * tile_scale * scales;
         result += bias;
-        if (y.relu) rectify(result);
+        if (y.relu) relu(result);
         store(result, image + (at_y * x.width + at_x) * y.channels + c);
       }
     }
   }
 }
 
-// Calls `each` with the size of a tile as compile-time constants.
-template <typename Each>
-REFDET_INLINE auto by_size(const Block& block, int64_t row, int64_t column, const Each& each) {
+// Calls `function` with the height and width of a tile as compile-time constants.
+template <typename Function>
+REFDET_INLINE auto with_tile_size(const Block& block, int64_t row, int64_t column, const Function& function) {
   using Four = std::integral_constant<int, 4>;
   using Three = std::integral_constant<int, 3>;
   const bool four_across = block.across.is_four(column);
   if (block.down.is_four(block.rows[row].tile)) {
-    return four_across ? each(Four{}, Four{}) : each(Four{}, Three{});
+    return four_across ? function(Four{}, Four{}) : function(Four{}, Three{});
   }
-  return four_across ? each(Three{}, Four{}) : each(Three{}, Three{});
+  return four_across ? function(Three{}, Four{}) : function(Three{}, Three{});
 }
 
 REFDET_AVX2 float tile_to_points_avx2(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
                                       float* points) {
-  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  return with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     return to_points<Single, down.value, across.value>(x, block, row, column, points);
   });
 }
 
 REFDET_AVX512 float tile_to_points_avx512(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
                                           float* points) {
-  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  return with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     return to_points<Single, down.value, across.value>(x, block, row, column, points);
   });
 }
@@ -179,14 +180,14 @@ float tile_to_points(const Positions<float>& x, const Block& block, int64_t row,
 
 REFDET_AVX2 void tile_from_points_avx2(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
                                        const float* products, float scale, const Result<Single>& y) {
-  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     from_points<Single, down.value, across.value>(x, block, row, column, products, scale, y);
   });
 }
 
 REFDET_AVX512 void tile_from_points_avx512(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
                                            const float* products, float scale, const Result<Single>& y) {
-  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     from_points<Single, down.value, across.value>(x, block, row, column, products, scale, y);
   });
 }
@@ -199,14 +200,14 @@ void tile_from_points(const Positions<float>& x, const Block& block, int64_t row
 #ifdef REFDET_FLOAT16
 REFDET_FLOAT16 float tile_to_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row, int64_t column,
                                     uint32_t* points) {
-  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  return with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     return to_points<Half, down.value, across.value>(x, block, row, column, points);
   });
 }
 
 REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row, int64_t column,
                                      const float* products, float scale, const Result<Half>& y) {
-  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+  with_tile_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     from_points<Half, down.value, across.value>(x, block, row, column, products, scale, y);
   });
 }
@@ -215,24 +216,23 @@ REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Bl
 // At each point, multiplies the values of tiles by weights. A work item is a point, or with many threads a range of its
 // output channels, so that the tiles' values stay in the L2 cache of a thread.
 template <typename Product>
-void multiply_points(const Block& block, const typename Product::A* points, int64_t depth_in_all,
+void multiply_points(const Block& block, const typename Product::A* points, int64_t in_channels,
                      const typename Product::B* weights, int64_t channels, float* products) {
-  constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
   const int64_t pieces =
       std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 work items per thread over all points
   parallel_tasks(
-      pieces * kAll, [] { return nullptr; },
+      pieces * kAllPoints, [] { return nullptr; },
       [&](std::nullptr_t, int64_t piece) {
         const int64_t point = piece / pieces, slots = block.slots[point];
         for (int64_t group = piece % pieces; group < groups; group += pieces) {
           const int64_t first = group * kWidthAtOnce, width = std::min(kWidthAtOnce, channels - first);
-          float* to = products + block.at(point, channels) + first;
-          for (int64_t k = 0; k < depth_in_all; k += Product::kDepth) {
-            const int64_t depth = std::min(Product::kDepth, depth_in_all - k);
-            const auto* left = points + block.at(point, depth_in_all) + k * slots;
-            const auto* panel = weights + (point * channels + first) * depth_in_all + k * Product::kPanel;
-            Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, width / Product::kPanel, depth, slots,
+          float* to = products + block.offset(point, channels) + first;
+          for (int64_t k = 0; k < in_channels; k += Product::kDepth) {
+            const int64_t depth = std::min(Product::kDepth, in_channels - k);
+            const auto* left = points + block.offset(point, in_channels) + k * slots;
+            const auto* panel = weights + (point * channels + first) * in_channels + k * Product::kPanel;
+            Product::multiply(left, depth, panel, in_channels * Product::kPanel, width / Product::kPanel, depth, slots,
                               to, channels, k > 0);
           }
         }
@@ -242,25 +242,25 @@ void multiply_points(const Block& block, const typename Product::A* points, int6
 template <typename Product>
 void convolve(const Positions<typename Product::Map>& x, const typename Product::B* weights, const Result<Product>& y) {
   const Tiles down(x.height), across(x.width);
-  const int64_t total = x.images * down.count(), wide = across.count();
-  const int64_t blocks = std::max((total * wide + kTilesAtOnce / 2) / kTilesAtOnce, int64_t{1});
-  const int64_t each = (total + blocks - 1) / blocks;
-  const int64_t most = std::min(each, total) * wide * kPoints * kPoints;
-  const int64_t between = kPoints * kPoints * kLanes;
-  const Scratch<typename Product::A> in(most * x.channels + between);
-  const Scratch<float> made(most * y.channels + between);
-  auto* points = in.data();
-  float* products = made.data();
-  std::vector<float> scales(each * wide);
-  for (int64_t begin = 0; begin < total; begin += each) {
-    const Block block(down, across, begin, std::min(begin + each, total));
-    const int64_t tiles = static_cast<int64_t>(block.rows.size()) * wide;
+  const int64_t rows = x.images * down.count(), columns = across.count();
+  const int64_t blocks = std::max((rows * columns + kTilesAtOnce / 2) / kTilesAtOnce, int64_t{1});
+  const int64_t rows_per_block = (rows + blocks - 1) / blocks, max_tiles = rows_per_block * columns;
+  const Scratch<typename Product::A> point_memory(max_tiles * kAllPoints * x.channels + kAllPoints * kLanes);
+  const Scratch<float> product_memory(max_tiles * kAllPoints * y.channels + kAllPoints * kLanes);
+  auto* points = point_memory.data();
+  float* products = product_memory.data();
+  std::vector<float> scales(max_tiles);
+  for (int64_t begin = 0; begin < rows; begin += rows_per_block) {
+    const Block block(down, across, begin, std::min(begin + rows_per_block, rows));
+    const int64_t tiles = static_cast<int64_t>(block.rows.size()) * columns;
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) scales[i] = tile_to_points(x, block, i / wide, i % wide, points);
+      for (int64_t i = from; i < to; ++i) scales[i] = tile_to_points(x, block, i / columns, i % columns, points);
     });
     multiply_points<Product>(block, points, x.channels, weights, y.channels, products);
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) tile_from_points(x, block, i / wide, i % wide, products, scales[i], y);
+      for (int64_t i = from; i < to; ++i) {
+        tile_from_points(x, block, i / columns, i % columns, products, scales[i], y);
+      }
     });
   }
 }
@@ -269,7 +269,7 @@ template <typename Product>
 at::Tensor run_conv3x3(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
                        bool relu) {
   const int64_t channels = check_packed<Product>("conv3x3", x, weight, scale, bias, kPoints * kPoints);
-  const at::Tensor map = with_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
+  const at::Tensor map = with_even_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
   at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   if (out.numel() > 0) {
     convolve<Product>(Positions<typename Product::Map>(map), weight.const_data_ptr<typename Product::B>(),

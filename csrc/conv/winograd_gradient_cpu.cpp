@@ -52,35 +52,35 @@ struct Points {
       : values(at::empty({kAllPoints, tiles * channels + kLanes})), tiles(tiles), channels(channels) {}
 
   float* of(int64_t tile) const { return values.mutable_data_ptr<float>() + tile * channels; }
-  int64_t between() const { return tiles * channels + kLanes; }
+  int64_t point_stride() const { return tiles * channels + kLanes; }
   at::Tensor first(int64_t count) const {
-    return values.as_strided({kAllPoints, count, channels}, {between(), channels, 1});
+    return values.as_strided({kAllPoints, count, channels}, {point_stride(), channels, 1});
   }
 };
 
 template <const auto& matrix>
 REFDET_INLINE void to_points(const Positions<float>& x, const Grid& grid, int64_t tile, float* points,
-                             int64_t between) {
+                             int64_t point_stride) {
   const int64_t column = tile % grid.across, row = tile / grid.across % grid.down;
-  const float* image = x.data + tile / grid.across / grid.down * x.height * x.width * x.pixel;
+  const float* image = x.data + tile / grid.across / grid.down * x.height * x.width * x.stride;
   for (int64_t c = 0; c < x.channels; c += kLanes) {
     transform_tile<matrix, matrix>(x, image, kTile * row - grid.margin, kTile * column - grid.margin, c,
                                    [&](int i, int j, const Floats& value) __attribute__((always_inline)) {
-                                     store(value, points + (i * kPoints + j) * between + c);
+                                     store(value, points + (i * kPoints + j) * point_stride + c);
                                    });
   }
 }
 
 template <const auto& matrix>
 REFDET_AVX2 void to_points_avx2(const Positions<float>& x, const Grid& grid, int64_t tile, float* points,
-                                int64_t between) {
-  to_points<matrix>(x, grid, tile, points, between);
+                                int64_t point_stride) {
+  to_points<matrix>(x, grid, tile, points, point_stride);
 }
 
 template <const auto& matrix>
 REFDET_AVX512 void to_points_avx512(const Positions<float>& x, const Grid& grid, int64_t tile, float* points,
-                                    int64_t between) {
-  to_points<matrix>(x, grid, tile, points, between);
+                                    int64_t point_stride) {
+  to_points<matrix>(x, grid, tile, points, point_stride);
 }
 
 // Transforms the tiles [begin, end).
@@ -88,15 +88,16 @@ template <const auto& matrix>
 void transform_tiles(const Positions<float>& x, const Grid& grid, int64_t begin, int64_t end, const Points& points) {
   const auto transform = has_avx512() ? to_points_avx512<matrix> : to_points_avx2<matrix>;
   at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
-    for (int64_t tile = from; tile < to; ++tile) transform(x, grid, tile, points.of(tile - begin), points.between());
+    for (int64_t tile = from; tile < to; ++tile)
+      transform(x, grid, tile, points.of(tile - begin), points.point_stride());
   });
 }
 
 // The matrix (36, 9) from the 9 weights of a filter to its values at the points.
 at::Tensor weight_transform() {
   constexpr auto kMatrix = weight_matrix();
-  const at::Tensor both = at::empty({kPoints, kPoints, kTaps, kTaps});
-  auto values = both.accessor<float, 4>();
+  const at::Tensor products = at::empty({kPoints, kPoints, kTaps, kTaps});
+  auto values = products.accessor<float, 4>();
   for (int i = 0; i < kPoints; ++i) {
     for (int j = 0; j < kPoints; ++j) {
       for (int y = 0; y < kTaps; ++y) {
@@ -104,7 +105,7 @@ at::Tensor weight_transform() {
       }
     }
   }
-  return both.view({kAllPoints, kTaps * kTaps});
+  return products.view({kAllPoints, kTaps * kTaps});
 }
 
 at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& gradient) {
@@ -115,16 +116,16 @@ at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& gr
               "conv3x3_weight_gradient: maps must be float32");
   TORCH_CHECK(x.size(1) % kLanes == 0 && gradient.size(1) % kLanes == 0,
               "conv3x3_weight_gradient: channels must be multiples of ", kLanes);
-  const at::Tensor input_map = with_positions(x), output_map = with_positions(gradient);
+  const at::Tensor input_map = with_even_positions(x), output_map = with_even_positions(gradient);
   const Positions<float> inputs(input_map), outputs(output_map);
   const Grid input_grid(inputs, 1), output_grid(outputs, 0);
   const int64_t tiles = inputs.images * input_grid.down * input_grid.across;
   const int64_t chunks = std::max<int64_t>((tiles + kTilesAtOnce / 2) / kTilesAtOnce, 1);
-  const int64_t each = (tiles + chunks - 1) / chunks;
-  const Points left(each, outputs.channels), right(each, inputs.channels);
+  const int64_t chunk = (tiles + chunks - 1) / chunks;
+  const Points left(chunk, outputs.channels), right(chunk, inputs.channels);
   const at::Tensor products = at::zeros({kAllPoints, outputs.channels, inputs.channels});
-  for (int64_t begin = 0; begin < tiles; begin += each) {
-    const int64_t end = std::min(begin + each, tiles);
+  for (int64_t begin = 0; begin < tiles; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, tiles);
     transform_tiles<kOutputTransposed>(outputs, output_grid, begin, end, left);
     transform_tiles<kInput<kTile>>(inputs, input_grid, begin, end, right);
     products.baddbmm_(left.first(end - begin).transpose(1, 2), right.first(end - begin));

@@ -45,7 +45,7 @@ REFDET_INLINE void transform_tile(const Positions<Map>& x, const Map* image, int
       const int64_t at_y = top + i, at_x = left + j;
       inputs[i][j] = Floats{};
       if (at_y >= 0 && at_y < x.height && at_x >= 0 && at_x < x.width) {
-        load(image + (at_y * x.width + at_x) * x.pixel + c, inputs[i][j]);
+        load(image + (at_y * x.width + at_x) * x.stride + c, inputs[i][j]);
       }
     }
   }

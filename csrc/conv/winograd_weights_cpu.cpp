@@ -15,11 +15,11 @@ namespace {
 
 // Transformed weights (36, K, C) of weights (K, C, 3, 3), not yet packed.
 at::Tensor weights_at_points(const at::Tensor& weight) {
-  const at::Tensor given = weight.contiguous();
-  const int64_t out = given.size(0), in = given.size(1);
-  at::Tensor found = at::empty({kPoints * kPoints, out, in}, given.options());
-  const float* from = given.const_data_ptr<float>();
-  float* to = found.mutable_data_ptr<float>();
+  const at::Tensor flat = weight.contiguous();
+  const int64_t out = flat.size(0), in = flat.size(1);
+  at::Tensor transformed = at::empty({kPoints * kPoints, out, in}, flat.options());
+  const float* from = flat.const_data_ptr<float>();
+  float* to = transformed.mutable_data_ptr<float>();
   constexpr auto kWeight = weight_matrix();
   at::parallel_for(0, out * in, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -36,7 +36,7 @@ at::Tensor weights_at_points(const at::Tensor& weight) {
       }
     }
   });
-  return found;
+  return transformed;
 }
 
 std::tuple<at::Tensor, at::Tensor> pack_conv3x3_cpu(const at::Tensor& weight, bool half) {

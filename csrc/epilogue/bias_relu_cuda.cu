@@ -38,25 +38,25 @@ void launch(const at::Tensor& x, const at::Tensor& bias, const std::optional<at:
   const int64_t channels = x.size(1), rows = x.size(0) * x.size(2) * x.size(3);
   const int64_t x_stride = position_stride(x, "x"), out_stride = position_stride(out, "out");
   const int64_t shortcut_stride = shortcut ? position_stride(*shortcut, "shortcut") : 0;
-  const T* x_at = x.const_data_ptr<T>();
-  const T* shortcut_at = shortcut ? shortcut->const_data_ptr<T>() : nullptr;
-  T* out_at = out.mutable_data_ptr<T>();
+  const T* x_data = x.const_data_ptr<T>();
+  const T* shortcut_data = shortcut ? shortcut->const_data_ptr<T>() : nullptr;
+  T* out_data = out.mutable_data_ptr<T>();
   constexpr int kVector = kBytes / sizeof(T);
-  const auto fits = [](const void* at, int64_t stride) {
+  const auto aligned = [](const void* at, int64_t stride) {
     return reinterpret_cast<std::uintptr_t>(at) % kBytes == 0 && stride % kVector == 0;
   };
-  const bool whole = channels % kVector == 0 && fits(x_at, x_stride) && fits(out_at, out_stride) &&
-                     fits(shortcut_at, shortcut_stride);
-  const int64_t columns = whole ? channels / kVector : channels;
+  const bool vectorized = channels % kVector == 0 && aligned(x_data, x_stride) && aligned(out_data, out_stride) &&
+                          aligned(shortcut_data, shortcut_stride);
+  const int64_t columns = vectorized ? channels / kVector : channels;
   const auto blocks = static_cast<unsigned>(blocks_for(rows, columns));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const float* bias_at = bias.const_data_ptr<float>();
-  if (whole) {
-    bias_relu_kernel<T, kVector><<<blocks, kPerBlock, 0, stream>>>(x_at, x_stride, bias_at, shortcut_at,
-                                                                   shortcut_stride, out_at, out_stride, rows, columns);
+  const float* bias_data = bias.const_data_ptr<float>();
+  if (vectorized) {
+    bias_relu_kernel<T, kVector><<<blocks, kPerBlock, 0, stream>>>(
+        x_data, x_stride, bias_data, shortcut_data, shortcut_stride, out_data, out_stride, rows, columns);
   } else {
-    bias_relu_kernel<T, 1><<<blocks, kPerBlock, 0, stream>>>(x_at, x_stride, bias_at, shortcut_at, shortcut_stride,
-                                                             out_at, out_stride, rows, columns);
+    bias_relu_kernel<T, 1><<<blocks, kPerBlock, 0, stream>>>(x_data, x_stride, bias_data, shortcut_data,
+                                                             shortcut_stride, out_data, out_stride, rows, columns);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -70,9 +70,9 @@ void bias_relu_cuda(const at::Tensor& x, const at::Tensor& bias, const std::opti
               "bias_relu: bias must be (", x.size(1), ",) float32, got ", bias.sizes(), " ", bias.scalar_type());
   TORCH_CHECK(out.scalar_type() == x.scalar_type() && (!shortcut || shortcut->scalar_type() == x.scalar_type()),
               "bias_relu: shortcut and out must be ", x.scalar_type(), " like x");
-  TORCH_CHECK(bias.device() == x.device() && out.device() == x.device() &&
-                  (!shortcut || shortcut->device() == x.device()),
-              "bias_relu: all tensors must be on ", x.device());
+  TORCH_CHECK(
+      bias.device() == x.device() && out.device() == x.device() && (!shortcut || shortcut->device() == x.device()),
+      "bias_relu: all tensors must be on ", x.device());
   if (x.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(x.device());
   switch (x.scalar_type()) {

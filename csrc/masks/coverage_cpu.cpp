@@ -128,20 +128,21 @@ class Bins {
   std::vector<int64_t> balance_, rows_;  // per bin: starts minus ends, and the sum of their rows
 };
 
-void cover(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width, float* found) {
+void compute_coverage(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width,
+                      float* coverage) {
   const Edges xs(box[0], box[2], size, width), ys(box[1], box[3], size, height);
   Bins bins(ys, height);
   std::vector<double> left(size + 1), right(size + 1), corners((size + 1) * (size + 1));
-  int64_t done = -1;  // `right` is T at the right side of this column, `left` at its left
+  int64_t column = -1;  // `left` and `right` are T at the left and right side of this column of pixels
   size_t next = 0;
   for (int64_t i = 0; i <= size; ++i) {
     const int64_t x = xs.pixel[i];
-    if (x != done) {
+    if (x != column) {
       while (next < runs.size() && runs[next].x < x) bins.add(runs[next++]);
       bins.read(left);
       while (next < runs.size() && runs[next].x == x) bins.add(runs[next++]);
       bins.read(right);
-      done = x;
+      column = x;
     }
     const double fraction = xs.fraction[i];
     double* corner = &corners[i * (size + 1)];
@@ -154,14 +155,14 @@ void cover(const std::vector<Run>& runs, const double* box, int64_t size, int64_
       const double* before = &corners[x * (size + 1) + y];
       const double* after = before + size + 1;
       const double covered = (after[1] - after[0]) - (before[1] - before[0]);
-      found[y * size + x] = static_cast<float>(std::min(std::max(covered / cell, 0.0), 1.0));
+      coverage[y * size + x] = static_cast<float>(std::min(std::max(covered / cell, 0.0), 1.0));
     }
   }
 }
 
 bool has_area(const double* box) {
-  constexpr double most = std::numeric_limits<float>::max();
-  return std::all_of(box, box + 4, [](double edge) { return std::abs(edge) <= most; }) && box[0] < box[2] &&
+  constexpr double max_edge = std::numeric_limits<float>::max();
+  return std::all_of(box, box + 4, [](double edge) { return std::abs(edge) <= max_edge; }) && box[0] < box[2] &&
          box[1] < box[3];
 }
 
@@ -177,31 +178,32 @@ at::Tensor mask_coverage_cpu(const at::Tensor& counts, const at::Tensor& starts,
   const auto* object = flat_objects.const_data_ptr<int64_t>();
   TORCH_CHECK(start[0] >= 0 && std::is_sorted(start, start + masks + 1) && start[masks] <= counts.size(0),
               "mask_coverage: starts must ascend within the ", counts.size(0), " bytes of counts");
-  std::vector<uint8_t> wanted(masks);
+  std::vector<uint8_t> referenced(masks);
   for (int64_t i = 0; i < n; ++i) {
     TORCH_CHECK(object[i] >= 0 && object[i] < masks, "mask_coverage: there is no object ", object[i], " among ", masks);
-    wanted[object[i]] = 1;
+    referenced[object[i]] = 1;
   }
 
   std::vector<std::vector<Run>> runs(masks);
   std::vector<const char*> errors(masks, nullptr);
   at::parallel_for(0, masks, kBoxesPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (wanted[i]) runs[i] = runs_of(text + start[i], text + start[i + 1], height, width, errors[i]);
+      if (referenced[i]) runs[i] = runs_of(text + start[i], text + start[i + 1], height, width, errors[i]);
     }
   });
   for (int64_t i = 0; i < masks; ++i) {
     TORCH_CHECK_VALUE(errors[i] == nullptr, "mask_coverage: mask ", i, " ", errors[i], " of ", height, " x ", width,
                       " pixels");
   }
-  const at::Tensor found = at::zeros({n, size, size}, boxes.options().dtype(at::kFloat));
-  auto* cells = found.mutable_data_ptr<float>();
+  const at::Tensor coverage = at::zeros({n, size, size}, boxes.options().dtype(at::kFloat));
+  auto* cells = coverage.mutable_data_ptr<float>();
   at::parallel_for(0, n, kBoxesPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (has_area(box + 4 * i)) cover(runs[object[i]], box + 4 * i, size, height, width, cells + i * size * size);
+      if (has_area(box + 4 * i))
+        compute_coverage(runs[object[i]], box + 4 * i, size, height, width, cells + i * size * size);
     }
   });
-  return found;
+  return coverage;
 }
 
 }  // namespace

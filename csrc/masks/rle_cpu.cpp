@@ -1,6 +1,6 @@
 // Pastes mask probabilities of boxes into the image as COCO's compressed RLE, on the CPU.
 //
-// A pixel whose centre is in the box is interpolated bilinearly from the values at the centres of the m x m cells, and
+// A pixel whose center is in the box is interpolated bilinearly from the values at the centers of the m x m cells, and
 // is in the mask if the result reaches the threshold. Every operation is float32 and rounded separately, in the order
 // of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along y, each time
 // lower * (1 - f) + upper * (1 - (1 - f)). The mask is scanned column by column, as in COCO, and only the ends of its
@@ -10,7 +10,7 @@
 // Cost: for a box of w x h pixels, w m interpolations along x, and along y one per pixel between two cells that are not
 // clearly both inside or both outside: about w plus the length of the outline times h / m, instead of w h.
 //
-// Speed: within a column, pixels between two cell centres have values between theirs. If both are above the threshold
+// Speed: within a column, pixels between two cell centers have values between theirs. If both are above the threshold
 // or both below it, by more than rounding errors, all of these pixels are decided at once. Interpolation and decision
 // are branchless loops over the m cells of a column that compilers vectorize. Masks are distributed to threads.
 
@@ -65,16 +65,16 @@ class Mask {
   bool open() const { return open_; }
 
   // Ends the current run before pixel (x, y); y may be the height, which is the top of the next column.
-  void turn(int64_t x, int64_t y) {
+  void end_run(int64_t x, int64_t y) {
     const int64_t position = x * height_ + y;
     counts_.add(position - position_);
     position_ = position;
     open_ = !open_;
   }
 
-  // Ends an open run at (x, y), where background follows or the image ends.
-  void leave(int64_t x, int64_t y) {
-    if (open_ && x * height_ + y < pixels_) turn(x, y);
+  // Ends the mask's run, if one is open, before pixel (x, y), where background follows or the image ends.
+  void close_run(int64_t x, int64_t y) {
+    if (open_ && x * height_ + y < pixels_) end_run(x, y);
   }
 
   std::vector<uint8_t> finish() {
@@ -88,10 +88,10 @@ class Mask {
   bool open_ = false;
 };
 
-// The pixels along one axis whose centres are in the box, and the two cells between which each is interpolated.
+// The pixels along one axis whose centers are in the box, and the two cells between which each is interpolated.
 struct Axis {
   int64_t first = 0, last = 0;      // pixels [first, last)
-  std::vector<int32_t> cell;        // the cell before the centre; the other is the next, or the same at the end
+  std::vector<int32_t> cell;        // the cell before the center; the other is the next, or the same at the end
   std::vector<float> lower, upper;  // the weights of the two cells
 
   Axis(float low, float high, int64_t size, int64_t limit) {
@@ -104,8 +104,8 @@ struct Axis {
     const auto scale = static_cast<float>(static_cast<double>(size) / (double{high} - double{low}));
     const auto end = static_cast<float>(size - 1);
     for (size_t i = 0; i < count; ++i) {
-      const float centre = static_cast<float>(first + static_cast<int64_t>(i)) + 0.5f;
-      const float position = std::min(std::max((centre - low) * scale - 0.5f, 0.0f), end);
+      const float center = static_cast<float>(first + static_cast<int64_t>(i)) + 0.5f;
+      const float position = std::min(std::max((center - low) * scale - 0.5f, 0.0f), end);
       cell[i] = static_cast<int32_t>(position);
       lower[i] = 1.0f - (position - static_cast<float>(cell[i]));
       upper[i] = 1.0f - lower[i];
@@ -129,7 +129,7 @@ struct Verdict {
   }
 };
 
-// Adds the runs of a box to `mask`; `cells` are its values column by column.
+// Adds the runs of a box to `mask`; `cells` has the probabilities (m, m) of its cells column by column.
 void draw(const float* cells, int32_t size, const Axis& columns, const Axis& rows, int64_t height,
           const Verdict& verdict, Mask& mask) {
   // Rows [row_end[c - 1], row_end[c]) of the box lie between the cells c and c + 1 of their column.
@@ -157,7 +157,7 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
       const int64_t begin = c == 0 ? 0 : row_end[c - 1], end = row_end[c];
       if (begin == end) continue;
       if (both[c] != Verdict::kUnclear) {
-        mask.turn(x, rows.first + begin);
+        mask.end_run(x, rows.first + begin);
         continue;
       }
       const float above = column[c], below = column[c + 1];
@@ -167,19 +167,19 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
         uint64_t inside = 0;
         for (int64_t y = 0; y < count; ++y)
           inside |= uint64_t{above * lower[y] + below * upper[y] >= verdict.threshold} << y;
-        uint64_t turns = inside ^ (inside << 1 | uint64_t{mask.open()});
-        if (count < 64) turns &= (uint64_t{1} << count) - 1;
-        for (; turns != 0; turns &= turns - 1) mask.turn(x, rows.first + row + __builtin_ctzll(turns));
+        uint64_t changes = inside ^ (inside << 1 | uint64_t{mask.open()});
+        if (count < 64) changes &= (uint64_t{1} << count) - 1;
+        for (; changes != 0; changes &= changes - 1) mask.end_run(x, rows.first + row + __builtin_ctzll(changes));
       }
     }
-    if (gap) mask.leave(x, rows.last);
+    if (gap) mask.close_run(x, rows.last);
   }
-  mask.leave(columns.last - 1, rows.last);
+  mask.close_run(columns.last - 1, rows.last);
 }
 
 // The string of one of N masks: `values` (m, m) row by row, `box` xyxy.
-std::vector<uint8_t> text_of(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
-                             const Verdict& verdict) {
+std::vector<uint8_t> encode(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
+                            const Verdict& verdict) {
   Mask mask(height, width);
   if (std::all_of(box, box + 4, [](float edge) { return std::isfinite(edge); })) {
     const Axis columns(box[0], box[2], size, width), rows(box[1], box[3], size, height);
@@ -206,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor> masks_to_rle_cpu(const at::Tensor& probabilit
   std::vector<std::vector<uint8_t>> texts(n);
   at::parallel_for(0, n, kMasksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      texts[i] = text_of(value + i * size * size, corner + 4 * i, size, height, width, verdict);
+      texts[i] = encode(value + i * size * size, corner + 4 * i, size, height, width, verdict);
   });
   const at::Tensor starts = at::empty({n + 1}, boxes.options().dtype(at::kLong));
   auto* start = starts.mutable_data_ptr<int64_t>();

@@ -10,7 +10,7 @@
 
 namespace refdet {
 
-// best, object and reaches: the fields max_iou, object and is_best of Matches in refdet/ops/matching.py.
+// max_iou, object and is_best, the fields of Matches in refdet/ops/matching.py.
 using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Sizes of a problem: candidates (N, 4) and objects (M, 4) of an image; or, for B images, (N, 4) or (B, N, 4) and

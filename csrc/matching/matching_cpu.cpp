@@ -30,8 +30,8 @@ namespace {
 
 constexpr int kTile = 64;
 constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;   // candidates for which the highest IoU with each object is recorded
-constexpr float kLeast = 1e-12f;  // smallest divisor
+constexpr int64_t kChunk = 256;      // candidates for which the highest IoU with each object is recorded
+constexpr float kMinUnion = 1e-12f;  // smallest divisor
 
 struct Box {
   float x1, y1, x2, y2, area;
@@ -62,14 +62,14 @@ class Tile {
     return object.x1 >= right_ || object.x2 <= left_ || object.y1 >= bottom_ || object.y2 <= top_;
   }
 
-  void iou(const Box& object, float* found) const {
+  void iou(const Box& object, float* ious) const {
     for (int i = 0; i < kTile; ++i) {
       const float width = std::max(std::min(x2_[i], object.x2) - std::max(x1_[i], object.x1), 0.0f);
       const float height = std::max(std::min(y2_[i], object.y2) - std::max(y1_[i], object.y1), 0.0f);
       const float overlap = width * height;
-      const float sum = area_[i] + object.area - overlap;
-      const float quotient = overlap / std::max(sum, kLeast);
-      found[i] = sum > 0.0f ? quotient : 0.0f;
+      const float union_area = area_[i] + object.area - overlap;
+      const float quotient = overlap / std::max(union_area, kMinUnion);
+      ious[i] = union_area > 0.0f ? quotient : 0.0f;
     }
   }
 
@@ -80,65 +80,66 @@ class Tile {
 
 // Maximum of kTile non-negative values, compared as integers, which sort the same way and have no NaN.
 float largest(const float* values) {
-  int32_t bits[kTile], found = 0;
+  int32_t bits[kTile], max_bits = 0;
   std::memcpy(bits, values, sizeof bits);
-  for (int i = 0; i < kTile; ++i) found = std::max(found, bits[i]);
+  for (int i = 0; i < kTile; ++i) max_bits = std::max(max_bits, bits[i]);
   float value;
-  std::memcpy(&value, &found, sizeof value);
+  std::memcpy(&value, &max_bits, sizeof value);
   return value;
 }
 
-// Compares candidates with all objects: writes their `best` and `object` and updates `most` of each object.
-void match_tile(const float* candidates, int count, const std::vector<Box>& objects, float* best, int64_t* object,
-                float* most) {
+// Compares candidates with all objects: writes their `max_iou` and `object` and updates `object_max` of each object.
+void match_tile(const float* candidates, int count, const std::vector<Box>& objects, float* max_iou, int64_t* object,
+                float* object_max) {
   const Tile tile(candidates, count);
-  float found[kTile], best_found[kTile] = {};
+  float ious[kTile], tile_max[kTile] = {};
   int32_t best_object[kTile] = {};
   for (size_t m = 0; m < objects.size(); ++m) {
     if (tile.misses(objects[m])) continue;
-    tile.iou(objects[m], found);
+    tile.iou(objects[m], ious);
     const auto index = static_cast<int32_t>(m);
     for (int i = 0; i < kTile; ++i) {
-      best_object[i] = found[i] > best_found[i] ? index : best_object[i];
-      best_found[i] = found[i] > best_found[i] ? found[i] : best_found[i];
+      best_object[i] = ious[i] > tile_max[i] ? index : best_object[i];
+      tile_max[i] = ious[i] > tile_max[i] ? ious[i] : tile_max[i];
     }
-    most[m] = std::max(most[m], largest(found));
+    object_max[m] = std::max(object_max[m], largest(ious));
   }
-  std::copy(best_found, best_found + count, best);
+  std::copy(tile_max, tile_max + count, max_iou);
   std::copy(best_object, best_object + count, object);
 }
 
-void mark_tile(const float* candidates, int count, const Box& object, float most, bool* reaches) {
+void mark_tile(const float* candidates, int count, const Box& object, float object_max, bool* is_best) {
   const Tile tile(candidates, count);
   if (tile.misses(object)) return;
-  float found[kTile];
-  tile.iou(object, found);
-  for (int i = 0; i < count; ++i) reaches[i] |= found[i] == most;
+  float ious[kTile];
+  tile.iou(object, ious);
+  for (int i = 0; i < count; ++i) is_best[i] |= ious[i] == object_max;
 }
 
 // Matches the n candidates of an image to its objects.
-void match_image(const float* candidate, int64_t n, const std::vector<Box>& objects, float* best, int64_t* object,
-                 bool* reaches) {
+void match_image(const float* candidate, int64_t n, const std::vector<Box>& objects, float* max_iou, int64_t* object,
+                 bool* is_best) {
   const int64_t m = objects.size(), chunks = (n + kChunk - 1) / kChunk;
-  const auto tiles_of = [n](int64_t chunk, const auto& take) {
+  const auto for_each_tile = [n](int64_t chunk, const auto& function) {
     const int64_t end = std::min((chunk + 1) * kChunk, n);
-    for (int64_t i = chunk * kChunk; i < end; i += kTile) take(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
+    for (int64_t i = chunk * kChunk; i < end; i += kTile)
+      function(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
   };
-  std::vector<float> most(m), chunk_most(chunks * m);
+  std::vector<float> object_max(m), chunk_max(chunks * m);
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      tiles_of(chunk, [&](int64_t i, int count) {
-        match_tile(candidate + 4 * i, count, objects, best + i, object + i, chunk_most.data() + chunk * m);
+      for_each_tile(chunk, [&](int64_t i, int count) {
+        match_tile(candidate + 4 * i, count, objects, max_iou + i, object + i, chunk_max.data() + chunk * m);
       });
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < m; ++i) most[i] = std::max(most[i], chunk_most[chunk * m + i]);
+    for (int64_t i = 0; i < m; ++i) object_max[i] = std::max(object_max[i], chunk_max[chunk * m + i]);
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t i = 0; i < m; ++i) {
-        if (!(most[i] > 0) || chunk_most[chunk * m + i] != most[i]) continue;
-        tiles_of(chunk, [&](int64_t first, int count) {
-          mark_tile(candidate + 4 * first, count, objects[i], most[i], reaches + first);
+        if (!(object_max[i] > 0) || chunk_max[chunk * m + i] != object_max[i]) continue;
+        for_each_tile(chunk, [&](int64_t first, int count) {
+          mark_tile(candidate + 4 * first, count, objects[i], object_max[i], is_best + first);
         });
       }
   });
@@ -148,19 +149,19 @@ Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects)
   const MatchSizes sizes = check_match_boxes(candidates, objects);
   const int64_t n = sizes.candidates, m = sizes.objects;
   const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
-  const at::Tensor best = match_output(candidates, objects, at::kFloat);
+  const at::Tensor max_iou = match_output(candidates, objects, at::kFloat);
   const at::Tensor object = match_output(candidates, objects, at::kLong);
-  const at::Tensor reaches = match_output(candidates, objects, at::kBool);
+  const at::Tensor is_best = match_output(candidates, objects, at::kBool);
   for (int64_t image = 0; image < sizes.images; ++image) {
-    const float* known_at = flat_objects.const_data_ptr<float>() + 4 * image * m;
-    std::vector<Box> known;
-    known.reserve(m);
-    for (int64_t i = 0; i < m; ++i) known.emplace_back(known_at + 4 * i);
-    match_image(flat_candidates.const_data_ptr<float>() + 4 * sizes.first_candidate(image), n, known,
-                best.mutable_data_ptr<float>() + image * n, object.mutable_data_ptr<int64_t>() + image * n,
-                reaches.mutable_data_ptr<bool>() + image * n);
+    const float* image_objects = flat_objects.const_data_ptr<float>() + 4 * image * m;
+    std::vector<Box> boxes;
+    boxes.reserve(m);
+    for (int64_t i = 0; i < m; ++i) boxes.emplace_back(image_objects + 4 * i);
+    match_image(flat_candidates.const_data_ptr<float>() + 4 * sizes.first_candidate(image), n, boxes,
+                max_iou.mutable_data_ptr<float>() + image * n, object.mutable_data_ptr<int64_t>() + image * n,
+                is_best.mutable_data_ptr<bool>() + image * n);
   }
-  return {best, object, reaches};
+  return {max_iou, object, is_best};
 }
 
 }  // namespace

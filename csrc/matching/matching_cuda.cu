@@ -28,7 +28,7 @@ namespace {
 constexpr int kThreads = 256;  // candidates in a block
 constexpr int kObjects = 256;  // objects in shared memory at a time
 constexpr int kWarp = 32;
-constexpr int kImages = 65535;  // rows of a grid
+constexpr int kMaxImages = 65535;  // rows of a grid
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Box {
@@ -46,64 +46,67 @@ __device__ float iou(const Box& a, const Box& b) {
   const float width = fmaxf(__fsub_rn(fminf(a.x2, b.x2), fmaxf(a.x1, b.x1)), 0.0f);
   const float height = fmaxf(__fsub_rn(fminf(a.y2, b.y2), fmaxf(a.y1, b.y1)), 0.0f);
   const float overlap = __fmul_rn(width, height);
-  const float sum = __fsub_rn(__fadd_rn(a.area, b.area), overlap);
-  return sum > 0.0f ? __fdiv_rn(overlap, fmaxf(sum, 1e-12f)) : 0.0f;
+  const float union_area = __fsub_rn(__fadd_rn(a.area, b.area), overlap);
+  return union_area > 0.0f ? __fdiv_rn(overlap, fmaxf(union_area, 1e-12f)) : 0.0f;
 }
 
 // Non-negative floats sort like their bits as integers, for which there is an atomic maximum.
-__device__ void raise(float* place, float value) { atomicMax(reinterpret_cast<int*>(place), __float_as_int(value)); }
+__device__ void atomic_max(float* address, float value) {
+  atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
+}
 
 __global__ void match_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
-                             float* best, int64_t* object, float* most, float* block_most) {
-  __shared__ Box others[kObjects];
-  __shared__ float own_most[kObjects];
+                             float* max_iou, int64_t* object, float* object_max, float* block_max) {
+  __shared__ Box shared_objects[kObjects];
+  __shared__ float shared_max[kObjects];
   const int thread = threadIdx.x;
   const int64_t i = blockIdx.x * int64_t{kThreads} + thread, image = blockIdx.y;
   candidates += image * stride, objects += 4 * image * m;
-  best += image * n, object += image * n;
-  most += image * m, block_most += image * gridDim.x * m;
+  max_iou += image * n, object += image * n;
+  object_max += image * m, block_max += image * gridDim.x * m;
   // threads beyond the candidates use an empty box, which overlaps nothing, and stay active for their warp
   const Box candidate = i < n ? box_at(candidates, i) : Box{};
-  float best_found = 0.0f;
+  float best_iou = 0.0f;
   int64_t best_object = 0;
   for (int64_t first = 0; first < m; first += kObjects) {
     const int count = static_cast<int>(min(int64_t{kObjects}, m - first));
     for (int j = thread; j < count; j += kThreads) {
-      others[j] = box_at(objects, first + j);
-      own_most[j] = 0.0f;
+      shared_objects[j] = box_at(objects, first + j);
+      shared_max[j] = 0.0f;
     }
     __syncthreads();
     for (int j = 0; j < count; ++j) {
-      float found = iou(candidate, others[j]);
-      if (found > best_found) best_found = found, best_object = first + j;
-      if (!__any_sync(kAllLanes, found > 0.0f)) continue;
-      for (int step = kWarp / 2; step > 0; step /= 2) found = fmaxf(found, __shfl_xor_sync(kAllLanes, found, step));
-      if (thread % kWarp == 0) raise(&own_most[j], found);
+      float pair_iou = iou(candidate, shared_objects[j]);
+      if (pair_iou > best_iou) best_iou = pair_iou, best_object = first + j;
+      if (!__any_sync(kAllLanes, pair_iou > 0.0f)) continue;
+      for (int step = kWarp / 2; step > 0; step /= 2)
+        pair_iou = fmaxf(pair_iou, __shfl_xor_sync(kAllLanes, pair_iou, step));
+      if (thread % kWarp == 0) atomic_max(&shared_max[j], pair_iou);
     }
     __syncthreads();
     for (int j = thread; j < count; j += kThreads) {
-      block_most[blockIdx.x * m + first + j] = own_most[j];
-      if (own_most[j] > 0.0f) raise(&most[first + j], own_most[j]);
+      block_max[blockIdx.x * m + first + j] = shared_max[j];
+      if (shared_max[j] > 0.0f) atomic_max(&object_max[first + j], shared_max[j]);
     }
     __syncthreads();
   }
-  if (i < n) best[i] = best_found, object[i] = best_object;
+  if (i < n) max_iou[i] = best_iou, object[i] = best_object;
 }
 
-__global__ void reach_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
-                             const float* most, const float* block_most, bool* reaches) {
+__global__ void best_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
+                            const float* object_max, const float* block_max, bool* is_best) {
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x, image = blockIdx.y;
   candidates += image * stride, objects += 4 * image * m;
-  most += image * m, block_most += image * gridDim.x * m;
+  object_max += image * m, block_max += image * gridDim.x * m;
   if (i >= n) return;
   const Box candidate = box_at(candidates, i);
-  bool found = false;
+  bool reached = false;
   for (int64_t j = 0; j < m; ++j) {
     // uniform within the block
-    if (!(most[j] > 0.0f) || block_most[blockIdx.x * m + j] != most[j]) continue;
-    found |= iou(candidate, box_at(objects, j)) == most[j];
+    if (!(object_max[j] > 0.0f) || block_max[blockIdx.x * m + j] != object_max[j]) continue;
+    reached |= iou(candidate, box_at(objects, j)) == object_max[j];
   }
-  reaches[image * n + i] = found;
+  is_best[image * n + i] = reached;
 }
 
 Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects) {
@@ -112,27 +115,27 @@ Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t n = sizes.candidates, m = sizes.objects, blocks = (n + kThreads - 1) / kThreads;
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "match_boxes: too many candidates: ", n);
-  TORCH_CHECK(sizes.images <= kImages, "match_boxes: too many images: ", sizes.images);
+  TORCH_CHECK(sizes.images <= kMaxImages, "match_boxes: too many images: ", sizes.images);
   const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
-  const at::Tensor best = match_output(candidates, objects, at::kFloat);
+  const at::Tensor max_iou = match_output(candidates, objects, at::kFloat);
   const at::Tensor object = match_output(candidates, objects, at::kLong);
-  const at::Tensor reaches = match_output(candidates, objects, at::kBool);
-  if (n == 0 || sizes.images == 0) return {best, object, reaches};
+  const at::Tensor is_best = match_output(candidates, objects, at::kBool);
+  if (n == 0 || sizes.images == 0) return {max_iou, object, is_best};
 
-  const at::Tensor most = at::zeros({sizes.images, m}, candidates.options());
-  const at::Tensor block_most = at::empty({sizes.images, blocks, m}, candidates.options());
+  const at::Tensor object_max = at::zeros({sizes.images, m}, candidates.options());
+  const at::Tensor block_max = at::empty({sizes.images, blocks, m}, candidates.options());
   const float* candidate = flat_candidates.const_data_ptr<float>();
-  const float* known = flat_objects.const_data_ptr<float>();
+  const float* object_boxes = flat_objects.const_data_ptr<float>();
   const int64_t stride = 4 * sizes.first_candidate(1);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(sizes.images));
-  match_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, known, m, best.mutable_data_ptr<float>(),
-                                              object.mutable_data_ptr<int64_t>(), most.mutable_data_ptr<float>(),
-                                              block_most.mutable_data_ptr<float>());
+  match_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, object_boxes, m, max_iou.mutable_data_ptr<float>(),
+                                              object.mutable_data_ptr<int64_t>(), object_max.mutable_data_ptr<float>(),
+                                              block_max.mutable_data_ptr<float>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  reach_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, known, m, most.const_data_ptr<float>(),
-                                              block_most.const_data_ptr<float>(), reaches.mutable_data_ptr<bool>());
+  best_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, object_boxes, m, object_max.const_data_ptr<float>(),
+                                             block_max.const_data_ptr<float>(), is_best.mutable_data_ptr<bool>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {best, object, reaches};
+  return {max_iou, object, is_best};
 }
 
 }  // namespace

@@ -7,12 +7,12 @@
 namespace refdet {
 
 using Bits = unsigned long long;
-constexpr int kChunk = 64;           // candidates processed together: one bit of a word each
-constexpr int kThreads = 1024;       // per block, a multiple of kChunk
+constexpr int kChunk = 64;      // candidates processed together: one bit of a word each
+constexpr int kThreads = 1024;  // per block, a multiple of kChunk
 constexpr int kSlices = kThreads / kChunk;
-constexpr int kFast = 1024;          // kept boxes of an image that are held in shared memory
+constexpr int kSharedKept = 1024;        // kept boxes of an image that are held in shared memory
 constexpr int64_t kNoImage = INT64_MAX;  // key of a box without an image
-constexpr unsigned kWarpMask = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Sort keys: by image, then by descending score; -0 and +0 are equal, NaN counts as -inf. A stable sort keeps ties by
 // index.
@@ -30,12 +30,12 @@ __global__ void key_kernel(const float* scores, const int64_t* images, int64_t n
   keys[box] = image << 32 | static_cast<int64_t>(~ascending);
 }
 
-// Lower bound: the first of n ascending keys that is not below `least`.
-inline __device__ int64_t first_from(const int64_t* keys, int64_t n, int64_t least) {
+// Lower bound: the first of n ascending keys that is not below `key`.
+inline __device__ int64_t lower_bound(const int64_t* keys, int64_t n, int64_t key) {
   int64_t low = 0, high = n;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (keys[middle] < least) {
+    if (keys[middle] < key) {
       low = middle + 1;
     } else {
       high = middle;
@@ -55,8 +55,8 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
   return __fdiv_rn(overlap, __fsub_rn(__fadd_rn(area_a, area_b), overlap)) > threshold;
 }
 
-// What all blocks of a launch have in common. `order` has the indices of the boxes by ascending key: by image, then by
-// descending score. Candidate number i is at place places[i] of `order`, or without `places` at place i.
+// The candidates of a launch, for all of its blocks. `order` has the indices of the boxes by ascending key: by image,
+// then by descending score. Candidate number i is at place places[i] of `order`, or without `places` at place i.
 struct Candidates {
   const float4* boxes;
   const int64_t *groups, *order, *places;
@@ -66,16 +66,16 @@ struct Candidates {
 };
 
 // NMS of the candidates begin to end - 1 by a block of kThreads, best first, until `limit` are kept. Writes the indices
-// of the kept boxes to `mine`, and to `at_place`, if given, at the place of each. Returns their number.
-inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, int64_t end, int64_t limit, int64_t* mine,
-                                        int64_t* at_place) {
-  __shared__ float4 kept_boxes[kFast];
-  __shared__ int64_t kept_groups[kFast];
+// of the kept boxes to `kept`, and to `kept_by_place`, if given, at the place of each. Returns their number.
+inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, int64_t end, int64_t limit, int64_t* kept,
+                                        int64_t* kept_by_place) {
+  __shared__ float4 kept_boxes[kSharedKept];
+  __shared__ int64_t kept_groups[kSharedKept];
   __shared__ float4 candidates[kChunk];
   __shared__ float areas[kChunk];
   __shared__ int64_t own_groups[kChunk];
   __shared__ Bits row[kChunk];  // bit j of row[i]: candidate i suppresses the later candidate j
-  __shared__ Bits gone;         // bit j: a kept box suppresses candidate j
+  __shared__ Bits suppressed;   // bit j: a kept box suppresses candidate j
   __shared__ Bits survivors;
   const int thread = threadIdx.x, column = thread % kChunk, slice = thread / kChunk;
   const float threshold = all.threshold;
@@ -92,8 +92,8 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
       own_groups[thread] = all.groups ? all.groups[index] : 0;
     }
     if (thread < kChunk) row[thread] = 0;
-    if (thread == 0) gone = 0;
-    __syncthreads();  // the chunk is loaded, and `mine` and kept_boxes hold what the last chunk wrote
+    if (thread == 0) suppressed = 0;
+    __syncthreads();  // the chunk is loaded, and `kept` and kept_boxes hold what the last chunk wrote
 
     // All lanes of a warp look at the same kept box. The vote brings them together again after each one: where groups
     // differ, lanes that left each other would otherwise walk through the kept boxes one after another.
@@ -103,18 +103,18 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
     const int64_t group = present ? own_groups[column] : 0;
     bool done = !present;
     for (int64_t k = slice; k < total; k += kSlices) {
-      const bool fast = k < kFast;
-      const int64_t other_index = fast ? 0 : mine[k];
-      const int64_t other_group = fast ? kept_groups[k] : all.groups ? all.groups[other_index] : 0;
+      const bool is_shared = k < kSharedKept;
+      const int64_t other_index = is_shared ? 0 : kept[k];
+      const int64_t other_group = is_shared ? kept_groups[k] : all.groups ? all.groups[other_index] : 0;
       if (!done && other_group == group) {
-        const float4 other = fast ? kept_boxes[k] : all.boxes[other_index];
+        const float4 other = is_shared ? kept_boxes[k] : all.boxes[other_index];
         done = suppresses(other, box, area_of(other), area, threshold);
       }
-      if (__all_sync(kWarpMask, done)) break;
+      if (__all_sync(kAllLanes, done)) break;
     }
     if (present) {
       if (done) {
-        atomicOr(&gone, Bits{1} << column);
+        atomicOr(&suppressed, Bits{1} << column);
       } else {
         for (int i = slice; i < column; i += kSlices) {
           if (own_groups[i] == group && suppresses(candidates[i], box, areas[i], area, threshold))
@@ -122,16 +122,16 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
         }
       }
     }
-    __syncthreads();  // `gone` and `row` are complete
+    __syncthreads();  // `suppressed` and `row` are complete
 
     if (thread == 0) {
-      Bits dead = gone, alive = 0;
-      int64_t room = limit - total;
-      for (int i = 0; i < count && room > 0; ++i) {
-        if (dead >> i & 1) continue;
+      Bits removed = suppressed, alive = 0;
+      int64_t remaining = limit - total;
+      for (int i = 0; i < count && remaining > 0; ++i) {
+        if (removed >> i & 1) continue;
         alive |= Bits{1} << i;
-        dead |= row[i];
-        --room;
+        removed |= row[i];
+        --remaining;
       }
       survivors = alive;
     }
@@ -140,9 +140,9 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
     const Bits alive = survivors;
     if (thread < count && (alive >> thread & 1)) {
       const int64_t k = total + __popcll(alive & ((Bits{1} << thread) - 1));
-      mine[k] = index;
-      if (at_place) at_place[place] = index;
-      if (k < kFast) {
+      kept[k] = index;
+      if (kept_by_place) kept_by_place[place] = index;
+      if (k < kSharedKept) {
         kept_boxes[k] = candidates[thread];
         kept_groups[k] = own_groups[thread];
       }
@@ -156,15 +156,14 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
 // the indices of the kept boxes, best first, and their number.
 //
 // `kept` of image i begins at i * pitch, or, if pitch is negative, at the place of its first box.
-__global__ void __launch_bounds__(kThreads)
-    greedy_kernel(Candidates all, const int64_t* keys, int64_t n, int64_t limit, int64_t pitch, int64_t* kept,
-                  int64_t* counts) {
+__global__ void __launch_bounds__(kThreads) greedy_kernel(Candidates all, const int64_t* keys, int64_t n, int64_t limit,
+                                                          int64_t pitch, int64_t* kept, int64_t* counts) {
   __shared__ int64_t ends[2];
   const int64_t image = blockIdx.x;
-  if (threadIdx.x < 2) ends[threadIdx.x] = first_from(keys, n, (image + threadIdx.x) << 32);
+  if (threadIdx.x < 2) ends[threadIdx.x] = lower_bound(keys, n, (image + threadIdx.x) << 32);
   __syncthreads();
-  int64_t* const mine = kept + (pitch < 0 ? ends[0] : image * pitch);
-  const int64_t total = keep_greedily(all, ends[0], ends[1], limit, mine, nullptr);
+  int64_t* const own_kept = kept + (pitch < 0 ? ends[0] : image * pitch);
+  const int64_t total = keep_greedily(all, ends[0], ends[1], limit, own_kept, nullptr);
   if (threadIdx.x == 0) counts[image] = total;
 }
 

@@ -111,13 +111,13 @@ struct Tile {
     for (auto* field : {x1, y1, x2, y2, area}) std::fill(field, field + kTile, std::numeric_limits<float>::quiet_NaN());
   }
 
-  void add(const float* box, float own_area) {
+  void add(const float* box, float box_area) {
     x1[size] = box[0], y1[size] = box[1], x2[size] = box[2], y2[size] = box[3];
-    area[size++] = own_area;
+    area[size++] = box_area;
   }
 
   // Whether the IoU of the box with any of these exceeds `limit`.
-  bool suppresses(const float* box, float own_area, float limit) const {
+  bool suppresses(const float* box, float box_area, float limit) const {
     const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3];
     float overlaps[kTile], unions[kTile];
     int32_t possible = 0;
@@ -125,7 +125,7 @@ struct Tile {
       const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]), 0.0f);
       const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]), 0.0f);
       overlaps[i] = width * height;
-      unions[i] = own_area + area[i] - overlaps[i];
+      unions[i] = box_area + area[i] - overlaps[i];
       possible |= static_cast<int32_t>(overlaps[i] >= limit * unions[i]) & static_cast<int32_t>(overlaps[i] > 0.0f);
     }
     if (!possible) return false;
@@ -147,10 +147,10 @@ class Kept {
     for (int32_t tile = chain.first; tile != kNone; tile = pool_[tile].next)
       if (pool_[tile].suppresses(box, area, threshold)) return false;
     if (chain.last == kNone || pool_[chain.last].size == kTile) {
-      const auto fresh = static_cast<int32_t>(pool_.size());
+      const auto tile = static_cast<int32_t>(pool_.size());
       pool_.emplace_back();
-      (chain.last == kNone ? chain.first : pool_[chain.last].next) = fresh;
-      chain.last = fresh;
+      (chain.last == kNone ? chain.first : pool_[chain.last].next) = tile;
+      chain.last = tile;
     }
     pool_[chain.last].add(box, area);
     return true;
@@ -177,10 +177,10 @@ std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const
   sort_by_key(order);
   const std::optional<Slots> slots =
       groups ? std::optional<Slots>(std::in_place, n, [&](size_t i) { return groups[members[i]]; }) : std::nullopt;
-  Kept chosen(slots ? slots->count : 1);
+  Kept kept_boxes(slots ? slots->count : 1);
   for (const Ranked& entry : order) {
     const uint32_t index = members[entry.index];
-    if (!chosen.add(slots ? slots->slot[entry.index] : 0, boxes + 4 * int64_t{index}, threshold)) continue;
+    if (!kept_boxes.add(slots ? slots->slot[entry.index] : 0, boxes + 4 * int64_t{index}, threshold)) continue;
     kept.push_back(index);
     if (kept.size() == limit) break;
   }
@@ -242,18 +242,18 @@ std::tuple<at::Tensor, at::Tensor> nms_padded_cpu(const at::Tensor& boxes, const
                                                   int64_t count, const std::optional<at::Tensor>& groups) {
   check_nms(boxes, scores, iou_threshold, groups, images);
   check_padded(max_keep, count);
-  const auto of_count = [count](const int64_t* image, int64_t n) {
+  const auto members_below_count = [count](const int64_t* image, int64_t n) {
     std::vector<std::vector<uint32_t>> members(count);
     for (int64_t i = 0; i < n; ++i)
       if (image[i] >= 0 && image[i] < count) members[image[i]].push_back(static_cast<uint32_t>(i));
     return members;
   };
-  const auto found = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, of_count);
+  const auto kept_of_image = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_below_count);
   const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
   const at::Tensor counts = at::empty({count}, kept.options());
   for (int64_t i = 0; i < count; ++i) {
-    std::copy(found[i].begin(), found[i].end(), kept.mutable_data_ptr<int64_t>() + i * max_keep);
-    counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(found[i].size());
+    std::copy(kept_of_image[i].begin(), kept_of_image[i].end(), kept.mutable_data_ptr<int64_t>() + i * max_keep);
+    counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(kept_of_image[i].size());
   }
   return {kept, counts};
 }

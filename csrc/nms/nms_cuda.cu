@@ -6,9 +6,10 @@
 // all pairs is stored, and an image that has max_keep boxes stops. The images run in parallel on different
 // multiprocessors; the others idle, since later kernels of the batch need its proposals.
 //
-// Only a limit ties the groups of an image to each other. Without one, a second sort brings together the boxes of each
-// group, and every group of every image has its own block. 2000 boxes in 80 groups then are 80 blocks that visit 25
-// boxes in one step, instead of one block that takes 32 steps and compares each box with up to 2000 kept ones.
+// The groups of an image depend on each other only through max_keep. Without it, a second sort brings together the
+// boxes of each group, and every group of every image has its own block. 2000 boxes in 80 groups then are 80 blocks
+// that visit 25 boxes in one step, instead of one block that takes 32 steps and compares each box with up to 2000 kept
+// ones.
 //
 // `nms` synchronizes with the GPU once for the size of its result, and once more for the number of images if there are
 // several. `nms_padded`, whose result has a fixed size, never does.
@@ -36,7 +37,7 @@ namespace refdet {
 namespace {
 
 // Boxes that can be read 16 bytes at a time.
-at::Tensor in_rows_of_float4(const at::Tensor& boxes) {
+at::Tensor as_float4_rows(const at::Tensor& boxes) {
   const at::Tensor flat = boxes.contiguous();
   return reinterpret_cast<std::uintptr_t>(flat.const_data_ptr<float>()) % sizeof(float4) ? flat.clone() : flat;
 }
@@ -47,7 +48,7 @@ struct Sorted {
 
   Sorted(const at::Tensor& boxes, const at::Tensor& scores, const std::optional<at::Tensor>& groups_of,
          const std::optional<at::Tensor>& images, int64_t count, cudaStream_t stream)
-      : rows(in_rows_of_float4(boxes)), groups(groups_of ? groups_of->contiguous() : at::Tensor()) {
+      : rows(as_float4_rows(boxes)), groups(groups_of ? groups_of->contiguous() : at::Tensor()) {
     const int64_t n = boxes.size(0);
     const at::Tensor flat_scores = scores.contiguous(), flat_images = images ? images->contiguous() : at::Tensor();
     const at::Tensor unsorted = at::empty({n}, boxes.options().dtype(at::kLong));
@@ -67,9 +68,9 @@ struct Sorted {
 };
 
 // Runs greedy_kernel, whose pitch is that of `kept`, or -1. Returns the number of kept boxes (count,) of each image.
-at::Tensor run(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t limit, int64_t pitch,
-               const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images, int64_t count,
-               const at::Tensor& kept) {
+at::Tensor run_greedy(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t limit,
+                      int64_t pitch, const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images,
+                      int64_t count, const at::Tensor& kept) {
   const int64_t n = boxes.size(0);
   const auto integers = boxes.options().dtype(at::kLong);
   if (n == 0 || count == 0 || limit == 0) return at::zeros({count}, integers);
@@ -84,8 +85,8 @@ at::Tensor run(const at::Tensor& boxes, const at::Tensor& scores, double iou_thr
 }
 
 // Runs group_greedy_kernel, whose results are at the place of each kept box in `kept`.
-void run_in_groups(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, const at::Tensor& groups,
-                   const std::optional<at::Tensor>& images, int64_t count, const at::Tensor& kept) {
+void run_group_greedy(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, const at::Tensor& groups,
+                      const std::optional<at::Tensor>& images, int64_t count, const at::Tensor& kept) {
   const int64_t n = boxes.size(0);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Sorted sorted(boxes, scores, groups, images, count, stream);
@@ -103,17 +104,17 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
   check_nms(boxes, scores, iou_threshold, groups, images);
   const c10::cuda::CUDAGuard guard(boxes.device());
   const int64_t n = boxes.size(0), limit = max_keep < 0 ? n : max_keep;
-  std::optional<at::Tensor> numbered;
+  std::optional<at::Tensor> image_index;
   int64_t count = 1;
   if (images && n > 0) {
-    const auto [ids, number, sizes] = at::_unique2(*images, /*sorted=*/true, /*return_inverse=*/true);
-    numbered = number, count = ids.size(0);
+    const auto [ids, index, sizes] = at::_unique2(*images, /*sorted=*/true, /*return_inverse=*/true);
+    image_index = index, count = ids.size(0);
   }
   const at::Tensor kept = at::full({n}, -1, boxes.options().dtype(at::kLong));
   if (groups && n > 0 && limit >= n) {
-    run_in_groups(boxes, scores, iou_threshold, *groups, numbered, count, kept);
+    run_group_greedy(boxes, scores, iou_threshold, *groups, image_index, count, kept);
   } else {
-    run(boxes, scores, iou_threshold, limit, /*pitch=*/-1, groups, numbered, count, kept);
+    run_greedy(boxes, scores, iou_threshold, limit, /*pitch=*/-1, groups, image_index, count, kept);
   }
   return kept.masked_select(kept.ge(0));
 }
@@ -125,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor> nms_padded_cuda(const at::Tensor& boxes, cons
   check_padded(max_keep, count);
   const c10::cuda::CUDAGuard guard(boxes.device());
   const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
-  const at::Tensor counts = run(boxes, scores, iou_threshold, max_keep, max_keep, groups, images, count, kept);
+  const at::Tensor counts = run_greedy(boxes, scores, iou_threshold, max_keep, max_keep, groups, images, count, kept);
   return {kept, counts};
 }
 

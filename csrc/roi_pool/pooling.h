@@ -16,7 +16,7 @@
 
 namespace refdet {
 
-constexpr int64_t kMost = 1024;  // cells on a side of a RoI, and samples on a side of a cell
+constexpr int64_t kMaxSide = 1024;  // limit of the cells on a side of a RoI, and of the samples on a side of a cell
 
 // Every operation is rounded separately, on the GPU too, so that a sample at the edge of the map is on the same side.
 REFDET_HOST_DEVICE inline float times(float a, float b) {
@@ -27,7 +27,7 @@ REFDET_HOST_DEVICE inline float times(float a, float b) {
 #endif
 }
 
-// Pooling options: `size` cells on a side; `samples` on a side of a cell, or 0 for adaptive sampling, at most kMost
+// Pooling options: `size` cells on a side; `samples` on a side of a cell, or 0 for adaptive sampling, at most kMaxSide
 // (RoIAlign); or `crop`, one sample per cell from corner to corner; `mean`: only the mean over the cells.
 struct Sampling {
   int64_t size, samples;
@@ -38,17 +38,17 @@ struct Sampling {
 
   // Largest number of positions that a cell can read along an axis of `limit` positions.
   int64_t capacity(int64_t limit) const {
-    const int64_t of_cell = crop ? 1 : samples > 0 ? samples : kMost;
-    return std::min(2 * of_cell * (mean ? size : 1), limit);
+    const int64_t per_cell = crop ? 1 : samples > 0 ? samples : kMaxSide;
+    return std::min(2 * per_cell * (mean ? size : 1), limit);
   }
 
   // Samples of a cell along an axis on which the RoI is `side` positions long.
   REFDET_HOST_DEVICE int64_t samples_of(float side) const {
     if (crop) return 1;
     if (samples > 0) return samples;
-    const float wanted = std::ceil(side / static_cast<float>(size));
-    if (!(wanted > 0)) return 0;
-    return wanted > static_cast<float>(kMost) ? kMost : static_cast<int64_t>(wanted);
+    const float count = std::ceil(side / static_cast<float>(size));
+    if (!(count > 0)) return 0;
+    return count > static_cast<float>(kMaxSide) ? kMaxSide : static_cast<int64_t>(count);
   }
 };
 
@@ -58,39 +58,42 @@ struct Taps {
   float* weight;
   int32_t count = 0;
 
-  REFDET_HOST_DEVICE void add(int32_t at, float share) {
-    if (count > 0 && position[count - 1] == at) {
-      weight[count - 1] += share;
-    } else if (count > 1 && position[count - 2] == at) {
-      weight[count - 2] += share;
+  REFDET_HOST_DEVICE void add(int32_t new_position, float new_weight) {
+    if (count > 0 && position[count - 1] == new_position) {
+      weight[count - 1] += new_weight;
+    } else if (count > 1 && position[count - 2] == new_position) {
+      weight[count - 2] += new_weight;
     } else {
-      position[count] = at, weight[count++] = share;
+      position[count] = new_position, weight[count++] = new_weight;
     }
   }
 };
 
 // Fills `taps`, of size capacity(limit), for a cell of a RoI from `low` to `high`, in pixels of the network's input.
 // Samples that are outside the map, NaN or infinite read nothing.
-REFDET_HOST_DEVICE inline void find_taps(const Sampling& how, float low, float high, int64_t cell, int64_t limit,
+REFDET_HOST_DEVICE inline void find_taps(const Sampling& sampling, float low, float high, int64_t cell, int64_t limit,
                                          Taps& taps) {
-  low /= how.stride, high /= how.stride;
+  low /= sampling.stride, high /= sampling.stride;
   const float side = high - low;
-  const int64_t each = how.samples_of(side), total = how.size * each, count = how.mean ? total : each;
-  const int64_t first = how.mean ? 0 : cell * each;
+  const int64_t samples = sampling.samples_of(side), total = sampling.size * samples,
+                count = sampling.mean ? total : samples;
+  const int64_t first = sampling.mean ? 0 : cell * samples;
   if (limit == 0) return;
   const auto last = static_cast<float>(limit - 1);
   for (int64_t i = 0; i < count; ++i) {
     const auto k = static_cast<float>(first + (side < 0 ? count - 1 - i : i));  // positions ascend
-    float at;
-    if (how.crop) {
-      at = low + times(side, k / static_cast<float>(how.size - 1));
-      if (!(at > -1 && at < last + 1)) continue;
+    float coordinate;
+    if (sampling.crop) {
+      coordinate = low + times(side, k / static_cast<float>(sampling.size - 1));
+      if (!(coordinate > -1 && coordinate < last + 1)) continue;
     } else {
-      at = low - 0.5f + times(side, (k + 0.5f) / static_cast<float>(total));
-      if (!(at >= -1 && at <= last + 1)) continue;
-      at = at < 0 ? 0 : at > last ? last : at;  // up to 1 outside counts as the border, as in the original
+      coordinate = low - 0.5f + times(side, (k + 0.5f) / static_cast<float>(total));
+      if (!(coordinate >= -1 && coordinate <= last + 1)) continue;
+      coordinate = coordinate < 0      ? 0
+                   : coordinate > last ? last
+                                       : coordinate;  // up to 1 outside counts as the border, as in the original
     }
-    const float floor = std::floor(at), fraction = at - floor;
+    const float floor = std::floor(coordinate), fraction = coordinate - floor;
     const auto position = static_cast<int32_t>(floor);
     if (position >= 0) taps.add(position, 1 - fraction);
     if (fraction > 0 && position + 1 < limit) taps.add(position + 1, fraction);
@@ -109,15 +112,16 @@ inline Sampling check_pooling(at::IntArrayRef map, const at::Tensor& values, con
   TORCH_CHECK(rois.scalar_type() == at::kFloat, "RoI pooling: RoIs must be float32, got ", rois.scalar_type());
   TORCH_CHECK(rois.device() == values.device(), "RoI pooling: the map is on ", values.device(), ", the RoIs on ",
               rois.device());
-  TORCH_CHECK(size >= (crop ? 2 : 1) && size <= kMost, "RoI pooling: size must be in ", crop ? 2 : 1, "..", kMost,
+  TORCH_CHECK(size >= (crop ? 2 : 1) && size <= kMaxSide, "RoI pooling: size must be in ", crop ? 2 : 1, "..", kMaxSide,
               ", got ", size);
-  TORCH_CHECK(samples >= 0 && samples <= kMost, "RoI pooling: samples must be in 0..", kMost, ", got ", samples);
+  TORCH_CHECK(samples >= 0 && samples <= kMaxSide, "RoI pooling: samples must be in 0..", kMaxSide, ", got ", samples);
   TORCH_CHECK(stride > 0 && std::isfinite(stride), "RoI pooling: the stride must be above 0, got ", stride);
   return {size, samples, static_cast<float>(stride), crop, mean};
 }
 
-inline void check_pooled(const at::Tensor& pooled, const at::Tensor& rois, at::IntArrayRef map, const Sampling& how) {
-  TORCH_CHECK(pooled.sizes() == at::IntArrayRef({rois.size(0), map[1], how.cells(), how.cells()}),
+inline void check_pooled(const at::Tensor& pooled, const at::Tensor& rois, at::IntArrayRef map,
+                         const Sampling& sampling) {
+  TORCH_CHECK(pooled.sizes() == at::IntArrayRef({rois.size(0), map[1], sampling.cells(), sampling.cells()}),
               "RoI pooling: the gradient has the wrong shape, got ", pooled.sizes());
 }
 

@@ -47,18 +47,19 @@ struct Map {
         column_stride(x.stride(3)) {}
 };
 
-// The taps of all cells along an axis; those of cell i are [i * room, i * room + count[i]).
+// The taps of all cells along an axis; those of cell i are [i * capacity, i * capacity + count[i]).
 struct Axis {
-  int64_t room = 0;
+  int64_t capacity = 0;
   std::vector<int32_t> position, count;
   std::vector<float> weight;
 
-  void fill(const Sampling& how, float low, float high, int64_t limit) {
-    room = how.capacity(limit);
-    position.resize(how.cells() * room), weight.resize(how.cells() * room), count.resize(how.cells());
-    for (int64_t cell = 0; cell < how.cells(); ++cell) {
-      Taps taps{position.data() + cell * room, weight.data() + cell * room};
-      find_taps(how, low, high, cell, limit, taps);
+  void fill(const Sampling& sampling, float low, float high, int64_t limit) {
+    capacity = sampling.capacity(limit);
+    position.resize(sampling.cells() * capacity), weight.resize(sampling.cells() * capacity),
+        count.resize(sampling.cells());
+    for (int64_t cell = 0; cell < sampling.cells(); ++cell) {
+      Taps taps{position.data() + cell * capacity, weight.data() + cell * capacity};
+      find_taps(sampling, low, high, cell, limit, taps);
       count[cell] = taps.count;
     }
   }
@@ -76,7 +77,7 @@ struct Readers {
     };
     std::vector<Tap> taps;
     for (size_t i = 0; i < axis.count.size(); ++i) {
-      for (int64_t j = i * axis.room, end = j + axis.count[i]; j < end; ++j) {
+      for (int64_t j = i * axis.capacity, end = j + axis.count[i]; j < end; ++j) {
         taps.push_back({axis.position[j], static_cast<int32_t>(i), axis.weight[j]});
       }
     }
@@ -101,11 +102,11 @@ REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axi
   for (size_t row = 0; row < y.count.size(); ++row) {
     for (size_t column = 0; column < x.count.size(); ++column, out += map.channels) {
       Lane sum[vectors] = {};
-      for (int64_t i = row * y.room, end_y = i + y.count[row]; i < end_y; ++i) {
-        const T* line = image + y.position[i] * map.row_stride;
-        for (int64_t j = column * x.room, end_x = j + x.count[column]; j < end_x; ++j) {
+      for (int64_t i = row * y.capacity, end_y = i + y.count[row]; i < end_y; ++i) {
+        const T* map_row = image + y.position[i] * map.row_stride;
+        for (int64_t j = column * x.capacity, end_x = j + x.count[column]; j < end_x; ++j) {
           const float weight = y.weight[i] * x.weight[j];
-          const T* from = line + x.position[j] * map.column_stride;
+          const T* from = map_row + x.position[j] * map.column_stride;
           for (int v = 0; v < vectors; ++v) {
             Lane values;
             load(from + v * kStep, values);
@@ -176,13 +177,15 @@ REFDET_INLINE void add_rois(const T* pooled, int64_t cells, const std::vector<in
                             const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
                             float* image, int64_t begin, int64_t end) {
   for (const int64_t roi : rois) {
-    const T* own = pooled + roi * cells * cells * map.channels;
+    const T* roi_gradient = pooled + roi * cells * cells * map.channels;
     const Readers &columns = x[roi], &rows = y[roi];
     int64_t c = begin;
-    for (; c + 8 * kLanes <= end; c += 8 * kLanes) add_cells<Floats, 8>(own + c, cells, columns, rows, map, image + c);
-    for (; c + 4 * kLanes <= end; c += 4 * kLanes) add_cells<Floats, 4>(own + c, cells, columns, rows, map, image + c);
-    for (; c + kLanes <= end; c += kLanes) add_cells<Floats, 1>(own + c, cells, columns, rows, map, image + c);
-    for (; c < end; ++c) add_cells<float, 1>(own + c, cells, columns, rows, map, image + c);
+    for (; c + 8 * kLanes <= end; c += 8 * kLanes)
+      add_cells<Floats, 8>(roi_gradient + c, cells, columns, rows, map, image + c);
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes)
+      add_cells<Floats, 4>(roi_gradient + c, cells, columns, rows, map, image + c);
+    for (; c + kLanes <= end; c += kLanes) add_cells<Floats, 1>(roi_gradient + c, cells, columns, rows, map, image + c);
+    for (; c < end; ++c) add_cells<float, 1>(roi_gradient + c, cells, columns, rows, map, image + c);
   }
 }
 
@@ -212,17 +215,17 @@ std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
 }
 
 // Requests huge pages for large new buffers, as page faults would otherwise take longer than the pooling.
-void ask_for_large_pages(const at::Tensor& fresh) {
+void request_huge_pages(const at::Tensor& buffer) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + fresh.nbytes()) / kPage * kPage;
+  const auto begin = reinterpret_cast<uintptr_t>(buffer.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + buffer.nbytes()) / kPage * kPage;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // only advice: it may fail
 #endif
 }
 
 template <typename T, typename Out>
-void pool(const at::Tensor& x, const at::Tensor& rois, const Sampling& how, at::Tensor& out) {
+void pool(const at::Tensor& x, const at::Tensor& rois, const Sampling& sampling, at::Tensor& out) {
   const std::vector<int64_t> images = images_of(rois, x.size(0));
   const Map<const T> map(x, x.const_data_ptr<T>());
   const float* box = rois.const_data_ptr<float>();
@@ -230,16 +233,16 @@ void pool(const at::Tensor& x, const at::Tensor& rois, const Sampling& how, at::
   at::parallel_for(0, rois.size(0), 1, [&](int64_t begin, int64_t end) {
     Axis columns, rows;
     for (int64_t i = begin; i < end; ++i) {
-      columns.fill(how, box[5 * i + 1], box[5 * i + 3], map.width);
-      rows.fill(how, box[5 * i + 2], box[5 * i + 4], map.height);
+      columns.fill(sampling, box[5 * i + 1], box[5 * i + 3], map.width);
+      rows.fill(sampling, box[5 * i + 2], box[5 * i + 4], map.height);
       pool_one(map.data + images[i] * map.image_stride, map, columns, rows,
-               cells + i * how.cells() * how.cells() * map.channels);
+               cells + i * sampling.cells() * sampling.cells() * map.channels);
     }
   });
 }
 
 template <typename T>
-void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampling& how, at::Tensor& gradient) {
+void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampling& sampling, at::Tensor& gradient) {
   const Map<float> map(gradient, gradient.mutable_data_ptr<float>());
   const std::vector<int64_t> images = images_of(rois, gradient.size(0));
   std::vector<std::vector<int64_t>> rois_of(gradient.size(0));
@@ -249,9 +252,9 @@ void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampl
   std::vector<Readers> columns, rows;
   Axis axis;
   for (int64_t i = 0; i < rois.size(0); ++i) {
-    axis.fill(how, box[5 * i + 1], box[5 * i + 3], map.width);
+    axis.fill(sampling, box[5 * i + 1], box[5 * i + 3], map.width);
     columns.emplace_back(axis);
-    axis.fill(how, box[5 * i + 2], box[5 * i + 4], map.height);
+    axis.fill(sampling, box[5 * i + 2], box[5 * i + 4], map.height);
     rows.emplace_back(axis);
   }
   const T* cells = pooled.const_data_ptr<T>();
@@ -262,40 +265,41 @@ void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampl
       next = std::min(end, (image + 1) * groups);
       const int64_t from = begin % groups * kLanes;
       const int64_t to = std::min(map.channels, (next - image * groups) * kLanes);
-      add_all(cells, how.cells(), rois_of[image], columns, rows, map, map.data + image * map.image_stride, from, to);
+      add_all(cells, sampling.cells(), rois_of[image], columns, rows, map, map.data + image * map.image_stride, from,
+              to);
     }
   });
 }
 
 at::Tensor roi_pool_cpu(const at::Tensor& x, const at::Tensor& rois, int64_t size, double stride, int64_t samples,
                         bool crop, bool mean) {
-  const Sampling how = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
+  const Sampling sampling = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
   const at::Tensor map = with_channels_last(x), boxes = rois.contiguous();
   const auto type = mean ? at::kFloat : x.scalar_type();
-  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options().dtype(type),
+  at::Tensor out = at::empty({rois.size(0), x.size(1), sampling.cells(), sampling.cells()}, x.options().dtype(type),
                              at::MemoryFormat::ChannelsLast);
-  ask_for_large_pages(out);
+  request_huge_pages(out);
   if (x.scalar_type() == at::kFloat) {
-    pool<float, float>(map, boxes, how, out);
+    pool<float, float>(map, boxes, sampling, out);
   } else if (mean) {
-    pool<at::BFloat16, float>(map, boxes, how, out);
+    pool<at::BFloat16, float>(map, boxes, sampling, out);
   } else {
-    pool<at::BFloat16, at::BFloat16>(map, boxes, how, out);
+    pool<at::BFloat16, at::BFloat16>(map, boxes, sampling, out);
   }
   return out;
 }
 
 at::Tensor roi_pool_backward_cpu(const at::Tensor& gradient, const at::Tensor& rois, at::IntArrayRef shape,
                                  int64_t size, double stride, int64_t samples, bool crop, bool mean) {
-  const Sampling how = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
-  check_pooled(gradient, rois, shape, how);
+  const Sampling sampling = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
+  check_pooled(gradient, rois, shape, sampling);
   const at::Tensor pooled = gradient.contiguous(at::MemoryFormat::ChannelsLast), boxes = rois.contiguous();
   at::Tensor out =
       at::zeros({shape[0], shape[2], shape[3], shape[1]}, gradient.options().dtype(at::kFloat)).permute({0, 3, 1, 2});
   if (gradient.scalar_type() == at::kFloat) {
-    pool_backward<float>(pooled, boxes, how, out);
+    pool_backward<float>(pooled, boxes, sampling, out);
   } else {
-    pool_backward<at::BFloat16>(pooled, boxes, how, out);
+    pool_backward<at::BFloat16>(pooled, boxes, sampling, out);
   }
   return out.to(gradient.scalar_type());
 }

@@ -1,10 +1,10 @@
 // RoI pooling on CUDA, forward and backward: the same sums as csrc/roi_pool/pooling_cpu.cpp, with the same find_taps.
 //
 // tap_kernel writes the positions and weights of each RoI, axis and cell. pool_kernel sums over the positions of each
-// cell, mean_kernel over those of the whole RoI. group_kernel lists the RoIs of each image in order, and unpool_kernel
-// sums, for each position of the map, over the RoIs of its image in that order and their cells that read it. Sums and
-// means are float32, without atomics, so results are deterministic. A RoI with an image index out of range gets NaN and
-// no gradient, as raising an error would need a synchronization.
+// cell, mean_kernel over those of the whole RoI. group_kernel lists the RoIs of each image in order, and
+// pool_backward_kernel sums, for each position of the map, over the RoIs of its image in that order and their cells
+// that read it. Sums and means are float32, without atomics, so results are deterministic. A RoI with an image index
+// out of range gets NaN and no gradient, as raising an error would need a synchronization.
 //
 // Cost: the forward pass writes each cell once and reads the map from global memory once, with shared positions from
 // the cache. The backward pass writes each position once, and reads a cell once per position in it, mostly from the
@@ -36,13 +36,13 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 
-// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `room` times its index. Axis 0 is x.
+// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `capacity` times its index. Axis 0 is x.
 struct Lists {
   int32_t *position, *count;
   float* weight;
   int4* window;    // of each RoI the first and last column and the first and last row it reads; none: first > last
   int64_t* image;  // of each RoI, -1 where it is not in the batch
-  int64_t room, cells;
+  int64_t capacity, cells;
 };
 
 // A map or its gradient: sizes, and strides of images, rows and columns.
@@ -50,13 +50,13 @@ struct Shape {
   int64_t batch, channels, height, width, image_stride, row_stride, column_stride;
 };
 
-template <typename T, int numbers>
-struct alignas(sizeof(T) * numbers) Pack {
-  T value[numbers];
+template <typename T, int vec_size>
+struct alignas(sizeof(T) * vec_size) Pack {
+  T value[vec_size];
 };
 
 // One block per RoI.
-__global__ void tap_kernel(const float* rois, Sampling how, Shape map, Lists lists) {
+__global__ void tap_kernel(const float* rois, Sampling sampling, Shape map, Lists lists) {
   __shared__ int first[2], last[2];
   const int64_t roi = blockIdx.x;
   const float* box = rois + 5 * roi;
@@ -65,8 +65,8 @@ __global__ void tap_kernel(const float* rois, Sampling how, Shape map, Lists lis
   for (int64_t i = threadIdx.x; i < 2 * lists.cells; i += blockDim.x) {
     const int axis = i >= lists.cells;
     const int64_t list = roi * 2 * lists.cells + i;
-    Taps taps{lists.position + list * lists.room, lists.weight + list * lists.room};
-    find_taps(how, box[1 + axis], box[3 + axis], axis ? i - lists.cells : i, axis ? map.height : map.width, taps);
+    Taps taps{lists.position + list * lists.capacity, lists.weight + list * lists.capacity};
+    find_taps(sampling, box[1 + axis], box[3 + axis], axis ? i - lists.cells : i, axis ? map.height : map.width, taps);
     lists.count[list] = taps.count;
     if (taps.count > 0) {
       atomicMin(&first[axis], taps.position[0]);
@@ -82,89 +82,90 @@ __global__ void tap_kernel(const float* rois, Sampling how, Shape map, Lists lis
 }
 
 // Adds the taps (row, column) of one cell to `sum`, those in rows begin, begin + step and so on.
-template <typename T, int numbers>
+template <typename T, int vec_size>
 __device__ void add_taps(const T* image, const Shape& map, const Lists& lists, int64_t x, int64_t y, int begin,
                          int step, float* sum) {
-  const int32_t *columns = lists.position + x * lists.room, *rows = lists.position + y * lists.room;
-  const float *column_weight = lists.weight + x * lists.room, *row_weight = lists.weight + y * lists.room;
+  const int32_t *columns = lists.position + x * lists.capacity, *rows = lists.position + y * lists.capacity;
+  const float *column_weight = lists.weight + x * lists.capacity, *row_weight = lists.weight + y * lists.capacity;
   const int count_x = lists.count[x], count_y = lists.count[y];
   for (int i = begin; i < count_y; i += step) {
-    const T* line = image + rows[i] * map.row_stride;
+    const T* map_row = image + rows[i] * map.row_stride;
 #pragma unroll 4
     for (int j = 0; j < count_x; ++j) {
       const float weight = row_weight[i] * column_weight[j];
-      const auto values = *reinterpret_cast<const Pack<T, numbers>*>(line + columns[j] * map.column_stride);
-      for (int v = 0; v < numbers; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
+      const auto values = *reinterpret_cast<const Pack<T, vec_size>*>(map_row + columns[j] * map.column_stride);
+      for (int v = 0; v < vec_size; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
     }
   }
 }
 
-template <typename T, int numbers>
+template <typename T, int vec_size>
 __device__ void write(T* to, const float* sum) {
-  Pack<T, numbers> values;
-  for (int v = 0; v < numbers; ++v) values.value[v] = static_cast<T>(sum[v]);
-  *reinterpret_cast<Pack<T, numbers>*>(to) = values;
+  Pack<T, vec_size> values;
+  for (int v = 0; v < vec_size; ++v) values.value[v] = static_cast<T>(sum[v]);
+  *reinterpret_cast<Pack<T, vec_size>*>(to) = values;
 }
 
 // A block processes one RoI for one slice of channels, a warp every kWarps-th cell.
-template <typename T, int numbers>
+template <typename T, int vec_size>
 __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
-  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + threadIdx.x % kWarp) * numbers;
+  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + threadIdx.x % kWarp) * vec_size;
   if (channel >= map.channels) return;
-  const int64_t cells = lists.cells, lists_at = roi * 2 * cells, image = lists.image[roi];
+  const int64_t cells = lists.cells, first_list = roi * 2 * cells, image = lists.image[roi];
   for (int64_t cell = threadIdx.x / kWarp; cell < cells * cells; cell += kWarps) {
-    float sum[numbers] = {};
+    float sum[vec_size] = {};
     if (image < 0) {
       for (float& value : sum) value = NAN;
     } else {
-      add_taps<T, numbers>(data + image * map.image_stride + channel, map, lists, lists_at + cell % cells,
-                           lists_at + cells + cell / cells, 0, 1, sum);
+      add_taps<T, vec_size>(data + image * map.image_stride + channel, map, lists, first_list + cell % cells,
+                            first_list + cells + cell / cells, 0, 1, sum);
     }
-    write<T, numbers>(out + (roi * cells * cells + cell) * map.channels + channel, sum);
+    write<T, vec_size>(out + (roi * cells * cells + cell) * map.channels + channel, sum);
   }
 }
 
 // The same for the mean, without rounding cells: each warp sums every kWarps-th row.
-template <typename T, int numbers>
+template <typename T, int vec_size>
 __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
-  __shared__ float parts[kWarps][kWarp * numbers];
+  __shared__ float parts[kWarps][kWarp * vec_size];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + lane) * numbers, image = lists.image[roi];
-  float sum[numbers] = {};
+  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + lane) * vec_size, image = lists.image[roi];
+  float sum[vec_size] = {};
   if (channel < map.channels && image >= 0) {
-    add_taps<T, numbers>(data + image * map.image_stride + channel, map, lists, roi * 2, roi * 2 + 1, warp, kWarps,
-                         sum);
+    add_taps<T, vec_size>(data + image * map.image_stride + channel, map, lists, roi * 2, roi * 2 + 1, warp, kWarps,
+                          sum);
   }
-  for (int v = 0; v < numbers; ++v) parts[warp][lane * numbers + v] = sum[v];
+  for (int v = 0; v < vec_size; ++v) parts[warp][lane * vec_size + v] = sum[v];
   __syncthreads();
   if (warp > 0 || channel >= map.channels) return;
-  for (int v = 0; v < numbers; ++v) {
-    for (int other = 1; other < kWarps; ++other) sum[v] += parts[other][lane * numbers + v];
+  for (int v = 0; v < vec_size; ++v) {
+    for (int other = 1; other < kWarps; ++other) sum[v] += parts[other][lane * vec_size + v];
     if (image < 0) sum[v] = NAN;
   }
-  write<float, numbers>(out + roi * map.channels + channel, sum);
+  write<float, vec_size>(out + roi * map.channels + channel, sum);
 }
 
 // The weight with which a list reads a position; its positions ascend, so its index is at most `at` minus the first.
 __device__ float weight_at(const Lists& lists, int64_t list, int32_t at) {
-  const int32_t count = lists.count[list], *position = lists.position + list * lists.room;
+  const int32_t count = lists.count[list], *position = lists.position + list * lists.capacity;
   if (count == 0 || at < position[0]) return 0;
   int32_t place = min(at - position[0], count - 1);
   while (position[place] > at) --place;
-  return position[place] == at ? lists.weight[list * lists.room + place] : 0;
+  return position[place] == at ? lists.weight[list * lists.capacity + place] : 0;
 }
 
 // A warp processes one position of the map for one slice of channels.
-template <typename T, int numbers>
-__global__ void unpool_kernel(const T* pooled, Shape map, Lists lists, Groups groups, T* out) {
+template <typename T, int vec_size>
+__global__ void pool_backward_kernel(const T* pooled, Shape map, Lists lists, Groups groups, T* out) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t place = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
-  if (place >= map.batch * map.height * map.width) return;  // the whole warp
-  const int64_t channel = (blockIdx.y * int64_t{kWarp} + lane) * numbers, image = place / (map.height * map.width);
-  const auto x = static_cast<int32_t>(place % map.width), y = static_cast<int32_t>(place / map.width % map.height);
-  const bool mine = channel < map.channels;
+  const int64_t position = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
+  if (position >= map.batch * map.height * map.width) return;  // the whole warp
+  const int64_t channel = (blockIdx.y * int64_t{kWarp} + lane) * vec_size, image = position / (map.height * map.width);
+  const auto x = static_cast<int32_t>(position % map.width),
+             y = static_cast<int32_t>(position / map.width % map.height);
+  const bool in_range = channel < map.channels;
   const int64_t cells = lists.cells;
-  float sum[numbers] = {};
+  float sum[vec_size] = {};
   const int32_t end = groups.first[image + 1];
   for (int32_t start = groups.first[image]; start < end; start += kWarp) {
     bool reads = false;
@@ -174,30 +175,31 @@ __global__ void unpool_kernel(const T* pooled, Shape map, Lists lists, Groups gr
       const int4 window = lists.window[candidate];
       reads = window.x <= x && x <= window.y && window.z <= y && y <= window.w;
     }
-    for (unsigned left = __ballot_sync(kAll, reads); left; left &= left - 1) {
-      const int64_t roi = __shfl_sync(kAll, candidate, __ffs(left) - 1), lists_at = roi * 2 * cells;
+    for (unsigned remaining = __ballot_sync(kAllLanes, reads); remaining; remaining &= remaining - 1) {
+      const int64_t roi = __shfl_sync(kAllLanes, candidate, __ffs(remaining) - 1), first_list = roi * 2 * cells;
       for (int64_t row = 0; row < cells; row += kWarp) {
-        const float row_weight = row + lane < cells ? weight_at(lists, lists_at + cells + row + lane, y) : 0;
-        const unsigned rows = __ballot_sync(kAll, row_weight != 0);
+        const float row_weight = row + lane < cells ? weight_at(lists, first_list + cells + row + lane, y) : 0;
+        const unsigned rows = __ballot_sync(kAllLanes, row_weight != 0);
         for (int64_t column = 0; rows && column < cells; column += kWarp) {
-          const float column_weight = column + lane < cells ? weight_at(lists, lists_at + column + lane, x) : 0;
-          const unsigned columns = __ballot_sync(kAll, column_weight != 0);
+          const float column_weight = column + lane < cells ? weight_at(lists, first_list + column + lane, x) : 0;
+          const unsigned columns = __ballot_sync(kAllLanes, column_weight != 0);
           for (unsigned r = rows; r; r &= r - 1) {
             const int at_row = __ffs(r) - 1;
             for (unsigned c = columns; c; c &= c - 1) {
               const int at_column = __ffs(c) - 1;
-              const float weight = __shfl_sync(kAll, row_weight, at_row) * __shfl_sync(kAll, column_weight, at_column);
+              const float weight =
+                  __shfl_sync(kAllLanes, row_weight, at_row) * __shfl_sync(kAllLanes, column_weight, at_column);
               const int64_t cell = (roi * cells + row + at_row) * cells + column + at_column;
-              if (!mine) continue;
-              const auto values = *reinterpret_cast<const Pack<T, numbers>*>(pooled + cell * map.channels + channel);
-              for (int v = 0; v < numbers; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
+              if (!in_range) continue;
+              const auto values = *reinterpret_cast<const Pack<T, vec_size>*>(pooled + cell * map.channels + channel);
+              for (int v = 0; v < vec_size; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
             }
           }
         }
       }
     }
   }
-  if (mine) write<T, numbers>(out + place * map.channels + channel, sum);
+  if (in_range) write<T, vec_size>(out + position * map.channels + channel, sum);
 }
 
 // ---- host code
@@ -207,31 +209,33 @@ struct Tables {
   at::Tensor memory;
   Lists lists;
 
-  Tables(const at::Tensor& rois, const Sampling& how, const Shape& map, cudaStream_t stream) {
-    const int64_t count = rois.size(0), cells = how.cells(), room = how.capacity(std::max(map.height, map.width));
-    const int64_t of_all = count * 2 * cells;  // lists
+  Tables(const at::Tensor& rois, const Sampling& sampling, const Shape& map, cudaStream_t stream) {
+    const int64_t count = rois.size(0), cells = sampling.cells(),
+                  capacity = sampling.capacity(std::max(map.height, map.width));
+    const int64_t list_count = count * 2 * cells;  // lists
     static_assert(sizeof(int4) == 4 * sizeof(int32_t) && sizeof(int64_t) == 2 * sizeof(int32_t));
-    memory = at::empty({count * (4 + 2) + of_all * (2 * room + 1)}, rois.options().dtype(at::kInt));
+    memory = at::empty({count * (4 + 2) + list_count * (2 * capacity + 1)}, rois.options().dtype(at::kInt));
     int32_t* const windows = memory.mutable_data_ptr<int32_t>();  // in descending order of alignment
     int32_t *const images = windows + 4 * count, *const positions = images + 2 * count;
-    int32_t *const weights = positions + of_all * room, *const counts = weights + of_all * room;
+    int32_t *const weights = positions + list_count * capacity, *const counts = weights + list_count * capacity;
     lists = {positions,
              counts,
              reinterpret_cast<float*>(weights),
              reinterpret_cast<int4*>(windows),
              reinterpret_cast<int64_t*>(images),
-             room,
+             capacity,
              cells};
     const int threads = static_cast<int>(std::min<int64_t>(kThreads, (2 * cells + kWarp - 1) / kWarp * kWarp));
-    tap_kernel<<<static_cast<unsigned>(count), threads, 0, stream>>>(rois.const_data_ptr<float>(), how, map, lists);
+    tap_kernel<<<static_cast<unsigned>(count), threads, 0, stream>>>(rois.const_data_ptr<float>(), sampling, map,
+                                                                     lists);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
 // Whether every position of a map is aligned to 16 bytes and its size a multiple of 16.
-bool fits_packs(const at::Tensor& map, int64_t numbers) {
-  return map.size(1) % numbers == 0 && map.stride(0) % numbers == 0 && map.stride(2) % numbers == 0 &&
-         map.stride(3) % numbers == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
+bool fits_packs(const at::Tensor& map, int64_t vec_size) {
+  return map.size(1) % vec_size == 0 && map.stride(0) % vec_size == 0 && map.stride(2) % vec_size == 0 &&
+         map.stride(3) % vec_size == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
 }
 
 unsigned blocks(int64_t work, int64_t each) {
@@ -240,15 +244,15 @@ unsigned blocks(int64_t work, int64_t each) {
   return static_cast<unsigned>(count);
 }
 
-template <typename T, int numbers>
+template <typename T, int vec_size>
 void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean, at::Tensor& out,
           cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(out.size(0)), blocks(map.channels, kWarp * numbers));
+  const dim3 grid(static_cast<unsigned>(out.size(0)), blocks(map.channels, kWarp * vec_size));
   const T* data = x.const_data_ptr<T>();
   if (mean) {
-    mean_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<float>());
+    mean_kernel<T, vec_size><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<float>());
   } else {
-    pool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<T>());
+    pool_kernel<T, vec_size><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<T>());
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -256,9 +260,9 @@ void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean
 template <typename T>
 void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean, at::Tensor& out,
           cudaStream_t stream) {
-  constexpr int kNumbers = 16 / sizeof(T);
-  if (fits_packs(x, kNumbers)) {
-    pool<T, kNumbers>(x, map, tables, mean, out, stream);
+  constexpr int kVecSize = 16 / sizeof(T);
+  if (fits_packs(x, kVecSize)) {
+    pool<T, kVecSize>(x, map, tables, mean, out, stream);
   } else {
     pool<T, 1>(x, map, tables, mean, out, stream);
   }
@@ -266,17 +270,17 @@ void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean
 
 at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t size, double stride, int64_t samples,
                          bool crop, bool mean) {
-  const Sampling how = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
+  const Sampling sampling = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor data = with_channels_last(x), boxes = rois.contiguous();
   const auto type = mean ? at::kFloat : x.scalar_type();
-  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options().dtype(type),
+  at::Tensor out = at::empty({rois.size(0), x.size(1), sampling.cells(), sampling.cells()}, x.options().dtype(type),
                              at::MemoryFormat::ChannelsLast);
   if (out.numel() == 0) return out;
   blocks(rois.size(0), 1);
   const Shape map{x.size(0), x.size(1), x.size(2), x.size(3), data.stride(0), data.stride(2), data.stride(3)};
-  const Tables tables(boxes, how, map, stream);
+  const Tables tables(boxes, sampling, map, stream);
   if (x.scalar_type() == at::kFloat) {
     pool<float>(data, map, tables, mean, out, stream);
   } else {
@@ -285,32 +289,34 @@ at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t si
   return out;
 }
 
-template <typename T, int numbers>
-void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
+template <typename T, int vec_size>
+void pool_backward(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out,
+                   cudaStream_t stream) {
   const at::Tensor members = at::empty({pooled.size(0) + map.batch + 1}, tables.memory.options());
   const Groups groups{members.mutable_data_ptr<int32_t>(), members.mutable_data_ptr<int32_t>() + pooled.size(0)};
   group_kernel<<<blocks(map.batch, 1), kWarp, 0, stream>>>(tables.lists.image, pooled.size(0), groups);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const dim3 grid(blocks(map.batch * map.height * map.width, kWarps), blocks(map.channels, kWarp * numbers));
-  unpool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(pooled.const_data_ptr<T>(), map, tables.lists, groups,
-                                                           out.mutable_data_ptr<T>());
+  const dim3 grid(blocks(map.batch * map.height * map.width, kWarps), blocks(map.channels, kWarp * vec_size));
+  pool_backward_kernel<T, vec_size>
+      <<<grid, kThreads, 0, stream>>>(pooled.const_data_ptr<T>(), map, tables.lists, groups, out.mutable_data_ptr<T>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
-  constexpr int kNumbers = 16 / sizeof(T);
-  if (map.channels % kNumbers == 0 && reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0) {
-    unpool<T, kNumbers>(pooled, map, tables, out, stream);
+void pool_backward(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out,
+                   cudaStream_t stream) {
+  constexpr int kVecSize = 16 / sizeof(T);
+  if (map.channels % kVecSize == 0 && reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0) {
+    pool_backward<T, kVecSize>(pooled, map, tables, out, stream);
   } else {
-    unpool<T, 1>(pooled, map, tables, out, stream);
+    pool_backward<T, 1>(pooled, map, tables, out, stream);
   }
 }
 
 at::Tensor roi_pool_backward_cuda(const at::Tensor& gradient, const at::Tensor& rois, at::IntArrayRef shape,
                                   int64_t size, double stride, int64_t samples, bool crop, bool mean) {
-  const Sampling how = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
-  check_pooled(gradient, rois, shape, how);
+  const Sampling sampling = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
+  check_pooled(gradient, rois, shape, sampling);
   const c10::cuda::CUDAGuard guard(gradient.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor pooled = gradient.contiguous(at::MemoryFormat::ChannelsLast), boxes = rois.contiguous();
@@ -319,11 +325,11 @@ at::Tensor roi_pool_backward_cuda(const at::Tensor& gradient, const at::Tensor& 
   if (rois.size(0) == 0) return out.zero_();
   blocks(rois.size(0), 1);
   const Shape map{shape[0], shape[1], shape[2], shape[3], out.stride(0), out.stride(2), out.stride(3)};
-  const Tables tables(boxes, how, map, stream);
+  const Tables tables(boxes, sampling, map, stream);
   if (gradient.scalar_type() == at::kFloat) {
-    unpool<float>(pooled, map, tables, out, stream);
+    pool_backward<float>(pooled, map, tables, out, stream);
   } else {
-    unpool<at::BFloat16>(pooled, map, tables, out, stream);
+    pool_backward<at::BFloat16>(pooled, map, tables, out, stream);
   }
   return out;
 }

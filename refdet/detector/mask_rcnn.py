@@ -215,7 +215,7 @@ class MaskRCNN(nn.Module):
             maps = self.head.precompute(maps, len(boxes))
             rois = self._pooling_rois(_to_rois(image_index, boxes), maps, images)
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
-        with self.timed("NMS"):
+        with self.timed("postprocessing"):
             finite = all_finite(rpn_output.logits, rpn_output.deltas, logits, deltas)
             boxes, scores, labels, counts = self._select_detections(boxes, image_index, logits, deltas, sizes, options)
         mask_labels = labels if self.recipe.model.masks else None

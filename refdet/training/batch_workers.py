@@ -7,6 +7,7 @@ shared memory, as the error is lost in a thread of the worker.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.util
 import os
 import queue
@@ -61,6 +62,19 @@ def prefetch_batches(
         yield pool.batches(stop)
     finally:
         pool.shut_down()
+
+
+@contextmanager
+def freeze_gc() -> Iterator[None]:
+    """Context manager that hides existing objects from the garbage collector.
+
+    Otherwise it would write to their memory pages, which would then be copied in every worker.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
@@ -241,11 +255,11 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
 def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     """Maximum size of each image in a batch, in bytes."""
     options = batches.recipe.input
-    known: dict[tuple[int, int], int] = {}
+    bytes_of_shape: dict[tuple[int, int], int] = {}
     for record in batches.records:
-        if (shape := (record.height, record.width)) not in known:
-            known[shape] = max_image_bytes(*shape, options)
-    return [known[record.height, record.width] for record in batches.records]
+        if (shape := (record.height, record.width)) not in bytes_of_shape:
+            bytes_of_shape[shape] = max_image_bytes(*shape, options)
+    return [bytes_of_shape[record.height, record.width] for record in batches.records]
 
 
 def _shared_memory_message(what: str, need: int = 1 << 29) -> str:

@@ -193,7 +193,7 @@ class ProcessGroup(Processes):
                 raise
             self.lost = True
             raise LostProcess(_LOST_MESSAGE) from error
-        self._computing = False
+        self._computing = False  # stays True after an error, which `end` must not try to share
 
     def sum_counts(self, counts: LossCounts) -> LossCounts:
         """Sum counts over the processes."""

@@ -32,7 +32,7 @@ from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 from refdet.training.inputs import TrainingInputs
 from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.pretrained import load_pretrained
-from refdet.training.step import start_step, uses_bfloat16
+from refdet.training.step import start_step, step_seed, uses_bfloat16
 from refdet.training.validation import validations_after
 
 MEASURED_STEPS = 3  # after a step on the largest images, in which libraries choose their kernels
@@ -162,9 +162,9 @@ def _measure_steps(
                 if stop.requested:
                     raise StopRequested
                 batch = next(prefetched) if position else largest
-                generator.manual_seed(options.seed * 1_000_003 + step)
-                rate = learning_rate(min(step, options.steps - 1), options)
-                start_step(model, sgd, batch, rate, options.max_grad_norm, generator).losses()
+                generator.manual_seed(step_seed(options.seed, step))
+                lr = learning_rate(min(step, options.steps - 1), options)
+                start_step(model, sgd, batch, lr, options.max_grad_norm, generator).losses()
                 seconds.append(time.perf_counter() - started)
                 bar.update()
     except StopRequested:

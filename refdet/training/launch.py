@@ -78,13 +78,14 @@ class Launch:
         return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # a later job may have the same id
 
 
-def _identity(process: int) -> str:
-    """An identifier of a process, unique across machines and over time."""
+def _identity(pid: int) -> str:
+    """An identifier of a process, unique across machines and over time: host name, process id and start time."""
     try:
-        started = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        # field 22 of proc(5), in clock ticks since boot; fields are counted after the name, which may contain spaces
+        started = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = ""
-    return f"{socket.gethostname()}:{process}:{started}"
+    return f"{socket.gethostname()}:{pid}:{started}"
 
 
 def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:

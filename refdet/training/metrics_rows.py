@@ -39,7 +39,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def finite_number(row: Mapping[str, Any], name: str) -> float | None:
     """A number in a row; None if it is missing or not finite."""
     value = row.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:  # a huge int has no float
         return None
     return float(value) if math.isfinite(value) else None
 

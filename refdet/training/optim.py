@@ -61,10 +61,10 @@ def build_optimizer(model: nn.Module, options: TrainOptions, new_prefixes: tuple
     return sgd
 
 
-def set_lr(sgd: torch.optim.SGD, rate: float) -> None:
+def set_lr(sgd: torch.optim.SGD, lr: float) -> None:
     """Set the learning rate of each parameter group of `build_optimizer`."""
     for group in sgd.param_groups:
-        group["lr"] = rate * group["lr_mult"]
+        group["lr"] = lr * group["lr_mult"]
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -73,13 +73,13 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     The factor is 0.1 for each milestone passed, or half a period of a cosine, from 1 to 0 at the end of the run. The
     warm-up takes at most a fifth of the run, so that short runs learn too.
     """
-    rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
+    lr, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
     if step < warmup:
-        rate *= 0.1 + 0.9 * step / warmup
+        lr *= 0.1 + 0.9 * step / warmup
     if options.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        return lr * 0.5 * (1 + math.cos(math.pi * step / options.steps))
     passed = sum(step >= milestone * options.steps for milestone in options.lr_milestones)
-    return rate * 0.1**passed
+    return lr * 0.1**passed
 
 
 def momentum_of(model: nn.Module, sgd: torch.optim.SGD) -> dict[str, Tensor]:

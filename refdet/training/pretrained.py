@@ -36,8 +36,9 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
         InputError: the weights have other classes, another network or another input format.
     """
     pretrained = checkpoint.load_meta(weights)
-    _check_network(pretrained.recipe, recipe, weights, bool(pretrained.untrained))
-    _check_style(pretrained.recipe, recipe, weights, bool(pretrained.untrained))
+    backbone_only = bool(pretrained.untrained)
+    _check_network(pretrained.recipe, recipe, weights, backbone_only)
+    _check_input_format(pretrained.recipe, recipe, weights, backbone_only)
     new_prefixes = pretrained.untrained
     if recipe.train.reset_predictors:
         new_prefixes += PREDICTORS
@@ -48,7 +49,7 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
             f"`weights` {weights}: {describe_difference(pretrained.categories, categories)}; keep all but its last "
             "layers with `train.reset_predictors=true`"
         )
-    if pretrained.recipe.model.neck != recipe.model.neck and pretrained.untrained:
+    if pretrained.recipe.model.neck != recipe.model.neck and backbone_only:
         new_prefixes += ("neck.", "head.")
     return new_prefixes
 
@@ -84,9 +85,13 @@ def _move_conv5_to_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
 
 
-def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_alone: bool) -> None:
+def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_only: bool) -> None:
     """Raise InputError for a different backbone, depth, width or neck; clearer than a list of mismatched tensors."""
-    keys = ["backbone", "width"] + ["depth"] * (current.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
+    keys = ["backbone", "width"]
+    if current.model.backbone == "resnet":
+        keys.append("depth")
+    if not backbone_only:
+        keys.append("neck")
     if any(getattr(pretrained.model, key) != getattr(current.model, key) for key in keys):
         raise InputError(
             f"`weights` {weights}: a {_network(pretrained)}, but recipe {current.name} has a {_network(current)}; "
@@ -100,7 +105,7 @@ def _network(recipe: Recipe) -> str:
     return network_name(model) + (f" with {NECK_NAMES[model.neck]}" if model.backbone == "resnet" else "")
 
 
-def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_resnet: bool) -> None:
+def _check_input_format(pretrained: Recipe, current: Recipe, weights: Path, backbone_only: bool) -> None:
     """Raise InputError for a different input format or other option that the shapes of tensors do not show."""
     fixes = []
     for part, key in (
@@ -109,14 +114,14 @@ def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_re
         ("input", "std"),
         ("model", "stride_in_1x1"),
         ("model", "pooler_resolution"),
-        *(() if imported_resnet else DETECTOR_OPTIONS),
+        *(() if backbone_only else DETECTOR_OPTIONS),
     ):
         old, new = (getattr(getattr(options, part), key) for options in (pretrained, current))
         # this is the stride of conv5, and matters only if both networks have a C4 head and it is trained
-        if key == "pooler_resolution" and (imported_resnet or {pretrained.model.neck, current.model.neck} != {"c4"}):
+        if key == "pooler_resolution" and (backbone_only or {pretrained.model.neck, current.model.neck} != {"c4"}):
             continue
         if old != new:
             value = f"[{','.join(map(str, old))}]" if isinstance(old, tuple) else str(old).lower()
             fixes.append(f"`{part}.{key}={value}`")
     if fixes:
-        raise InputError(f"`weights` {weights}: trained in another style than the recipe's; add {' '.join(fixes)}")
+        raise InputError(f"`weights` {weights}: trained with other options than the recipe's; add {' '.join(fixes)}")

@@ -109,7 +109,8 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     last, best = validations[-1], max(validations, key=lambda row: finite_number(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_AP_NAMES)} |", "|---" * (1 + len(_AP_NAMES)) + "|"]
-    for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
+    shown = [("", last)] if best is last else [("last, ", last), ("best, ", best)]
+    for name, row in shown:
         for kind, noun in (("bbox", "boxes"), ("segm", "masks")):
             values = [finite_number(row, f"{VALIDATION_PREFIX}{kind}_{ap}") for ap in _AP_NAMES]
             if any(value is not None for value in values):

@@ -19,7 +19,7 @@ def state_paths(out: Path) -> list[Path]:
 
 
 def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
-    """Whether there is a state to resume from, and a note if ``--resume`` finds none.
+    """Whether there is a state to resume from, and a note if ``resume`` finds none.
 
     Raises:
         InputError: ``out`` exists without `resume`, is not a folder, or is not a run directory.

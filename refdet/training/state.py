@@ -120,10 +120,12 @@ def save(
 def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
     """Largest size of a run directory in bytes; each file exists twice while it is replaced.
 
-    Counts the weights, the states (weights, momentum and perhaps an average) and the weights in ``best/``. With
-    ``train.keep=0``, whose states have no limit, only one state is counted.
+    Counts the weights, the states (weights, momentum and perhaps an average) and the weights in ``best/``.
     """
-    states = max(options.keep, 1) + 1
+    saves = -(-options.steps // options.checkpoint_interval)
+    if validated and options.eval_every:
+        saves += options.steps // options.eval_every
+    states = min(options.keep or saves, saves) + 1
     copies = 2 + states * (3 if options.ema else 2) + 2 * validated
     return copies * sum(value.numel() * value.element_size() for value in model.state_dict().values())
 

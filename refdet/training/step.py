@@ -69,7 +69,7 @@ def start_step(
     model: MaskRCNN,
     sgd: GuardedSGD,
     batch: Batch,
-    rate: float,
+    lr: float,
     max_grad_norm: float,
     generator: torch.Generator,
     passes: Passes | None = None,
@@ -80,7 +80,7 @@ def start_step(
         model: the network, in training mode.
         sgd: its optimizer.
         batch: the images.
-        rate: learning rate.
+        lr: learning rate.
         max_grad_norm: maximum L2 norm of all gradients together; 0 for no clipping.
         generator: on the CPU, seeded for this step.
         passes: computes the gradients; by default in this process alone.
@@ -88,7 +88,7 @@ def start_step(
     Returns:
         The step, whose losses can be read later.
     """
-    set_lr(sgd, rate)
+    set_lr(sgd, lr)
     sgd.zero_grad(set_to_none=True)
     names, terms = (passes or Passes(model)).backward(batch, generator)
     # with inf it only measures the norm, which `guard` needs
@@ -190,6 +190,11 @@ class Passes:
         images = part.inputs(self.model.recipe.input, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.model, device)):
             return work(images, part.input_sizes, part.targets, generator, *extra)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Random seed of a step, counted from 0, so that a resumed run samples like an uninterrupted one."""
+    return seed * 1_000_003 + step
 
 
 def uses_bfloat16(model: MaskRCNN, device: torch.device) -> bool:

@@ -32,7 +32,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (N, C, H, W) -> (N, C, H, W)."""
+        """Normalize a map (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
         # in float32, as in BatchNorm2d: bfloat16 is too coarse for the mean and number of many values

@@ -81,9 +81,20 @@ def train(
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
-    args = (recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images)
     with join_processes() as processes:
-        inputs = _check_inputs(processes, *args)
+        inputs = _check_inputs(
+            processes,
+            recipe,
+            instances,
+            images,
+            Path(out),
+            changes=changes,
+            weights=weights,
+            resume=resume,
+            crowd_as_object=crowd_as_object,
+            val_instances=val_instances,
+            val_images=val_images,
+        )
 
         from refdet.training.trainer import train_on  # imports torch, which takes seconds
 
@@ -111,7 +122,7 @@ def dry_run(
         recipe: as in `train`.
         instances: as in `train`.
         images: as in `train`.
-        out: as in `train`; None if it is not known yet.
+        out: as in `train`; may be None without ``resume``.
         changes: as in `train`.
         weights: as in `train`.
         resume: as in `train`.
@@ -128,12 +139,24 @@ def dry_run(
         RuntimeFailure: the loss is not finite, or the device has too little memory.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
     """
-    folder = None if out is None else Path(out)
-    args = (recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images)
+    if resume and out is None:
+        raise InputError("`resume`: without `out` there is no run to resume; give its run directory")
     with join_processes() as processes:
         if processes.world_size > 1:
             raise InputError("torchrun: a dry run measures the steps of one process; start it without torchrun")
-        inputs = _check_inputs(processes, *args)
+        inputs = _check_inputs(
+            processes,
+            recipe,
+            instances,
+            images,
+            None if out is None else Path(out),
+            changes=changes,
+            weights=weights,
+            resume=resume,
+            crowd_as_object=crowd_as_object,
+            val_instances=val_instances,
+            val_images=val_images,
+        )
 
         from refdet.training.estimate import estimate  # imports torch, which takes seconds
 
@@ -146,6 +169,7 @@ def _check_inputs(
     instances: str | Path,
     images: str | Path,
     out: Path | None,
+    *,
     changes: Sequence[str],
     weights: str | Path | None,
     resume: bool,
@@ -158,19 +182,20 @@ def _check_inputs(
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
     check_divisible(resolved, processes.world_size)
-    resumes, note, saved_run = False, "", None
+    notes: list[str] = []
+    saved_run = None
     if out is not None:
         if not resume and processes.restarted(out):
             resume = True
             log.warning(
                 "note: torchrun has started the processes again: they continue with the newest state in %s", out
             )
-        resumes, note, saved_run = processes.on_first(lambda: _find_saved_run(out, resume))
-    notes = [note] if note else []
+        saved_run, note = processes.on_first(lambda: _find_saved_run(out, resume))
+        notes += [note] if note else []
     pretrained = None if weights is None else load_meta(weights)
     if weights is not None and pretrained is not None and pretrained.provenance.is_unknown:
         log.warning("starts from %s, %s", weights.name, pretrained.provenance.note)
-    resolved = _with_norm(resolved, pretrained, saved_run, resumes)
+    resolved = _with_norm(resolved, pretrained, saved_run)
     if saved_run is not None and out is not None:
         resolved, default_notes = saved_run.with_older_defaults(resolved, out)
         notes += default_notes
@@ -188,13 +213,13 @@ def _check_inputs(
         )
         notes += [*validation.notes, validation.describe(resolved.train)]
     elif val_images is not None:
-        raise InputError("`val_images`: give its annotations too, with `val_instances`")
+        raise InputError("`val_images`: these images need annotations; give their instances file as `val_instances`")
     elif out is not None and (out / BEST).exists():
         notes.append(
             f"`resume` {out}: was validated before, but is not now; give `val_instances` to continue validation"
         )
     categories = tuple(index.categories.items())
-    if weights is not None and not resumes:
+    if weights is not None and saved_run is None:
         find_new_prefixes(weights, resolved, categories)
     validation_sha256 = None if validation is None else validation.sha256
     processes.check_same(
@@ -207,7 +232,7 @@ def _check_inputs(
     if saved_run is not None and out is not None:
         saved_run.check_data(categories, provenance, data_sha256, out)
         notes += saved_run.resume_notes(resolved, out)
-    if weights is None and not resumes and resolved.model.width == 64:  # for which there are ImageNet weights
+    if weights is None and saved_run is None and resolved.model.width == 64:  # for which there are ImageNet weights
         notes.append(
             f"recipe {resolved.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
             "those that refdet import-weights converts"
@@ -227,22 +252,26 @@ def _check_inputs(
     )
 
 
-def _find_saved_run(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
-    """Whether `out` has a state to resume from, a note, and the state; raises InputError if another run writes it."""
+def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
+    """The state in `out` to resume from, if any, and a note if ``resume`` finds none.
+
+    Raises:
+        InputError: `out` cannot be used, or another process trains into it.
+    """
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
         with exclusive_lock(out, LOCK, IN_USE_FIX):
             pass  # only checks that no other process trains into it
-    return resumes, note, SavedRun.newest(out) if resumes else None
+    return (SavedRun.newest(out) if resumes else None), note
 
 
-def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: SavedRun | None, resumes: bool) -> Recipe:
+def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: SavedRun | None) -> Recipe:
     """Resolve the norm "auto" to frozen or batch; raises InputError for frozen norms with random weights."""
     source = weights or (saved_run and saved_run.meta)  # the run's own norm may come from the weights it started from
     norm = source.recipe.model.norm if source else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
-    if weights is None and not resumes and recipe.model.norm == "frozen":
+    if weights is None and saved_run is None and recipe.model.norm == "frozen":
         raise InputError(
             f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give "
             "`weights=RUN_DIR` (refdet import-weights makes one from an ImageNet ResNet)"

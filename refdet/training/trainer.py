@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,7 @@ from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import describe_kernels, warn_without_cuda_kernels
 from refdet.structures.provenance import file_sha256
 from refdet.training import state
-from refdet.training.batch_workers import check_shared_memory, prefetch_batches
+from refdet.training.batch_workers import check_shared_memory, freeze_gc, prefetch_batches
 from refdet.training.clock import TrainingClock
 from refdet.training.ema import WeightAverage
 from refdet.training.inputs import TrainingInputs
@@ -40,7 +39,7 @@ from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
 from refdet.training.selection import provenance_of_last_step
 from refdet.training.start_lines import start_lines
-from refdet.training.step import Passes, PendingStep, start_step, uses_bfloat16
+from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, format_ap
 
@@ -90,6 +89,14 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
         new_prefixes = inputs.saved_run.new_prefixes
+        if inputs.weights is not None and provenance.weights != inputs.saved_run.meta.provenance.weights:
+            log.warning(
+                "note: `weights` %s: not loaded, as the run in %s is resumed, which started from %s",
+                inputs.weights,
+                out,
+                inputs.saved_run.meta.provenance.weights or "random weights",
+            )
+        # the run's own provenance, which may name the weights it started from
         provenance = inputs.saved_run.provenance_with_data(inputs.provenance)
         meta = dataclasses.replace(meta, provenance=provenance, step=inputs.saved_run.meta.step)
     elif inputs.weights is not None:
@@ -183,7 +190,7 @@ class _Training:
         self.model.train()
         with (
             Stop.watch() as stop,
-            _freeze_gc(),
+            freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
             MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.is_first) as bar,
@@ -197,9 +204,8 @@ class _Training:
             while step < options.steps:
                 batch = self._next(prefetched, step, stop)
                 orientations.add(self._oriented_files(batch, step + 1, first))
-                # seeded by the step, so that a resumed run samples like an uninterrupted one
-                generator.manual_seed(options.seed * 1_000_003 + step)
-                torch.manual_seed(options.seed * 1_000_003 + step)  # for dropout in a VGG's head
+                generator.manual_seed(step_seed(options.seed, step))
+                torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
                 lr = learning_rate(step, options)
                 try:
                     with self.processes.computing():
@@ -216,23 +222,18 @@ class _Training:
                 bar.update()
                 validation_due = self.validation is not None and is_due(step, options)
                 if step % options.log_every == 0 or step == options.steps:
-                    self._read_losses()
-                    seconds = clock.lap()
-                    row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
-                    parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
-                    row = {"loss": sum(row.values()), **row, "lr": lr}
-                    row["images_per_second"] = len(self.losses) * options.batch_size / seconds
+                    row = self._take_row(lr, clock)
                     if metrics is not None:
                         metrics.write(step, row)
                     loss = row["loss"]
-                    status = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
-                    validations_left = (
-                        0 if self.validation is None else validations_after(step, options) + validation_due
-                    )
+                    terms = " ".join(f"{name} {value:.2f}" for name, value in row.items() if name.startswith("loss_"))
+                    status = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {terms}"
+                    validations_left = 0
+                    if self.validation is not None:
+                        validations_left = validations_after(step, options) + validation_due
                     if validations_left and (left := clock.time_left(step, validations_left)):
                         status = f"{left} left with {format_count(validations_left, 'validation')}, {status}"
                     bar.set_postfix_str(f"{ap_text}, {status}" if ap_text else status, refresh=False)
-                    self.losses = []
                 if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:
                     self._save(step)
                 if validation_due:
@@ -301,6 +302,14 @@ class _Training:
             self._save(step)
         return f"after step {step}, which is saved; {advice}continue with `resume=True`"
 
+    def _take_row(self, lr: float, clock: TrainingClock) -> dict[str, float]:
+        """Metrics of the steps since the last call: means of the losses, the learning rate and the throughput."""
+        self._read_losses()
+        steps, self.losses = self.losses, []
+        terms = {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
+        images = len(steps) * self.meta.recipe.train.batch_size
+        return {"loss": sum(terms.values()), **terms, "lr": lr, "images_per_second": images / clock.lap()}
+
     def _read_losses(self) -> None:
         """Read the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
         if self.pending_step is not None:
@@ -332,16 +341,3 @@ def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
         return next(prefetched)
     except StopRequested:
         raise Interrupted(f"stopped by {stop.name}") from None
-
-
-@contextmanager
-def _freeze_gc() -> Iterator[None]:
-    """Context manager that hides existing objects from the garbage collector.
-
-    Otherwise it would write to their memory pages, which would then be copied in every worker.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

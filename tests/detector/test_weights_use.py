@@ -142,7 +142,7 @@ def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, i
     assert done.exit_code == 2
     told, error = done.stderr.splitlines()
     assert told.startswith("starts from caffe, imported: res50.pth") and told.endswith("training data unknown")
-    assert error == f"error: --weights {run}: trained in another style than the recipe's; add {fix}"
+    assert error == f"error: --weights {run}: trained with other options than the recipe's; add {fix}"
     assert not (tmp_path / "run").exists()
     done = call(*words, *fix.split())
     assert done.exit_code == 0 and (tmp_path / "run" / "model.safetensors").exists(), done.output

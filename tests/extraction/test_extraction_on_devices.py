@@ -135,7 +135,7 @@ def test_the_store_is_the_one_of_the_cpu_and_twice_the_same(
     assert_near(whole(device), whole("cpu"))
     again = extract(root, device, f"again-{device}.h5", workers=4)
     assert contents(root / f"again-{device}.h5") == contents(whole(device))
-    parts = {"input", "backbone", "proposals", "classes and boxes", "NMS", "features and masks"}
+    parts = {"input", "backbone", "proposals", "classes and boxes", "postprocessing", "features and masks"}
     assert set(again.computing) == parts and all(seconds > 0 for seconds in again.computing.values())
 
 

@@ -54,6 +54,10 @@ MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
     "an image as instances": ({"--instances": "images/1.png"}, "an image, not"),
     "instances as images": ({"--images": "instances.json"}, "a JSON file; give a folder or readable zip"),
     "a store as images": ({"--images": "store.h5"}, "an HDF5 file"),
+    "resuming without a run": (
+        {"--dry-run": (), "--resume": (), "--out": []},
+        "--resume: without --out there is no run to resume",
+    ),
     "frozen from nothing": ({"--set": "model.norm=frozen"}, "give --weights RUN_DIR"),
     "another network": (
         {"--weights": "run"},
@@ -92,7 +96,7 @@ def words(changes: dict[str, str | Sequence[str]]) -> list[str]:
     given = {"--recipe": "demo", "--instances": "instances.json", "--images": "images", "--out": "new", **changes}
     line = ["train"]
     for option, value in given.items():
-        if not value:  # a flag
+        if value == ():  # a flag
             line.append(option)
         for one in [value] if isinstance(value, str) else value:
             line += [option, one]

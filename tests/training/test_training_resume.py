@@ -15,12 +15,14 @@ import pytest
 import torch
 import training_examples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_examples import run, squares, steps_of
+from training_examples import run, squares, steps_of, tiny
 
 from refdet.detector import checkpoint
+from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.files.lock import exclusive_lock
 from refdet.training.run_folder import LOCK
+from refdet.training.state import max_disk_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -325,3 +327,23 @@ def test_the_card_says_what_is_not_checked_and_stays_what_somebody_made_of_it(be
     card.write_text("# my own\n")
     run(begun, "train.steps=4", resume=True)
     assert card.read_text() == "# my own\n"
+
+
+def test_other_weights_are_not_loaded_and_the_log_says_so(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(begun, out="other")
+    caplog.clear()
+    run(begun, "train.steps=3", resume=True, weights=begun / "other")
+    assert "`weights`" in caplog.text and "not loaded" in caplog.text and "started from random weights" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_run_directory_stays_below_the_size_announced(tmp_path: Path, keep: int) -> None:
+    squares(tmp_path)
+    options = (f"train.keep={keep}", "train.steps=5", "train.checkpoint_interval=1")
+    run(tmp_path, *options)
+    states = list((tmp_path / "run/state").glob("*.safetensors"))
+    assert len(states) == (keep or 5)
+    written = sum(path.stat().st_size for path in [*states, tmp_path / "run/model.safetensors"])
+    recipe = tiny(*options)
+    limit = max_disk_bytes(MaskRCNN(recipe, 2), recipe.train, validated=False)
+    assert written < limit < 2.5 * written

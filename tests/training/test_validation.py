@@ -304,7 +304,7 @@ def test_images_that_are_trained_on_are_counted(data: Path, caplog: pytest.LogCa
     train(data, *LEARNS, "train.steps=1")
     assert "3 of 3 images are trained on too, by file name" in caplog.text
     assert "validation: 3 images of instances.json, at the end, with the weights; best/ keeps" in caplog.text
-    with pytest.raises(InputError, match="`val_images`: give its annotations too"):
+    with pytest.raises(InputError, match="`val_images`: these images need annotations"):
         run(data, val_images=data / "val/images", out="other")
 
 
