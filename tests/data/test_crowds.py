@@ -62,7 +62,7 @@ def test_an_extraction_counts_the_crowds_it_leaves_out(detector: Path, tmp_path:
     with store.open(tmp_path / "b.h5") as found:
         assert found.options["crowd_as_object"] is True
     done = extract(detector, tmp_path, "a.h5", "--crowd-as-object", "--resume")
-    assert done.exit_code == 2 and "--crowd-as-object was null and is now true" in done.stderr
+    assert done.exit_code == 2 and "--crowd-as-object was false and is now true" in done.stderr
 
 
 @pytest.mark.parametrize("which", [range(8), [0]])

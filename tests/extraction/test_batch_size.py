@@ -261,7 +261,7 @@ def test_a_gpu_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_another_batch_size_is_refused(text: str) -> None:
     arguments = ["extract-features", "--checkpoint", "x", "--images", "x", "--out", "x", "--instances", "x"]
     result = CliRunner().invoke(main, [*arguments, "--batch-size", text])
-    assert result.exit_code == 2 and "from 1 up" in result.output
+    assert result.exit_code == 2 and "an integer of 1 or more" in result.output
 
 
 def test_a_feature_named_twice_is_written_once() -> None:

@@ -155,7 +155,7 @@ LOGS: dict[str, tuple[str, str | int]] = {
     "a last line that was cut": (GOOD + '{"step": 40, "lo', 1),
     "nothing": ("", 0),
     "a line that was cut before others": ('{"step": 1\n' + GOOD, "line 1 is not JSON"),
-    "a list": (GOOD + "[1]\n" + GOOD, ", line 2: 'step' is missing"),
+    "a list": (GOOD + "[1]\n" + GOOD, ", line 2: must be a JSON object"),
     "no loss": ('{"step": 1}\n', ", line 1: 'loss' is missing"),
     "text": ('{"step": 1, "loss": "x"}\n', ", line 1: 'loss' must be a number"),
     "NaN": ('{"step": 1, "loss": NaN}\n', "line 1 is not JSON"),

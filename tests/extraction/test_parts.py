@@ -225,7 +225,8 @@ def test_no_part_computes_with_a_damaged_batch_size(tmp_path: Path, size: Any) -
     run_part(tmp_path / "a.h5", "1/2")
     path = folder_of(tmp_path / "a.h5") / "plan.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
-    with pytest.raises(InputError, match=f"`batch_size` was {json.dumps(size).strip(chr(34))} and is now 4"):
+    previous = "not set" if size is None else json.dumps(size).strip('"')
+    with pytest.raises(InputError, match=f"`batch_size` was {previous} and is now 4"):
         run_part(tmp_path / "a.h5", "2/2", fixed_batch_size=False)
 
 
