@@ -1,4 +1,4 @@
-"""What audit says of every published file, against the real val and test images of REFER, and of trainings from one."""
+"""refdet audit of all known published weights, against REFER's real val and test images, and of runs from them."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,7 @@ from refdet.structures.known_weights import COCO, IMAGENET, LVIS, KnownFile, imp
 from refdet.structures.provenance import Provenance
 
 SHA = "0676ba61" + "12" * 28
+# Known files by the first digits of their SHA-256.
 FILES = {start: file for start, file in known_weights._TORCHVISION.items()} | {
     start: KnownFile(f"detectron2's {config}", LVIS if config.startswith("LVIS") else COCO)
     for start, config in known_weights._DETECTRON2.items()
@@ -56,11 +57,11 @@ def test_every_known_file_is_audited(refer: tuple[Path, int], tmp_path: Path) ->
             assert not found.problem and not any(claim.uncovered for claim in found.claims), file
             continue
         assert [claim.uncovered for claim in found.claims] == [claim.images for claim in found.claims]
-        of = f"all {images} val/test images" if file.trained_on is COCO else f"some of {images} val/test images"
-        assert f"leaks {of} of refcoco+/unc/testA" in found.problem and file.model in found.problem
+        share = f"all {images} val/test images" if file.trained_on is COCO else f"some of {images} val/test images"
+        assert f"leaks {share} of refcoco+/unc/testA" in found.problem and file.model in found.problem
 
 
-def test_the_command_ends_with_1_and_the_count(refer: tuple[Path, int], tmp_path: Path) -> None:
+def test_the_command_exits_with_1_and_counts_leaked_images(refer: tuple[Path, int], tmp_path: Path) -> None:
     root, images = refer
     run = run_directory(tmp_path / "run", Provenance.imported("a.pkl", SHA, FILES["f10217"]))
     done = call("audit", "--checkpoint", run, "--refer-root", root)
@@ -69,7 +70,7 @@ def test_the_command_ends_with_1_and_the_count(refer: tuple[Path, int], tmp_path
     assert call("audit", "--checkpoint", run, "--refer-root", root).exit_code == 0
 
 
-def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Path) -> None:
+def test_a_run_from_imagenet_weights_is_proven_without_trust_weights(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
     split = build_split(write(tmp_path / "all.json", coco([1, 2, 3], [1, 2, 3])), root, tmp_path / "split.json").out
     note = imported_note("resnet50.pth", SHA, FILES["0676ba61"])
@@ -79,7 +80,7 @@ def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Pat
     assert found.proven and found.notes[-1] == (
         "initial weights: torchvision's resnet50 IMAGENET1K_V1, trained on ImageNet-1k, which has no image of COCO"
     )
-    # the note of a detector that leaks, and what only looks like a known file
+    # The note of a leaking detector, and notes that only resemble those of a known file.
     leaky = imported_note("x.pth", "bf2d0c1e" + SHA[8:], FILES["bf2d0c1e"])
     for text in (
         f"run (sha256 0123456789ab; {leaky})",
@@ -93,7 +94,7 @@ def test_a_training_from_imagenet_is_proven_without_the_users_word(tmp_path: Pat
         assert audit_provenance(run, root, split, trust_weights=True).proven
 
 
-def test_only_the_last_remark_of_weights_counts() -> None:
+def test_only_the_last_note_in_a_description_of_weights_counts() -> None:
     note = imported_note("a, sha256 " + "1" * 64 + ", is b", SHA, FILES["0676ba61"])
     assert known_initial_weights(f"odd (sha256 (sha256 0123456789ab; {note})") is FILES["0676ba61"]
     assert known_initial_weights("") is None and known_initial_weights(note) is None
