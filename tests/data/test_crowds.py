@@ -58,8 +58,8 @@ def test_extraction_fails_if_all_annotations_are_crowds(detector: Path, tmp_path
 
     squares(tmp_path, change)
     done = extract(detector, tmp_path, "a.h5")
-    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the only annotation"
-    assert done.exit_code == 2 and said in done.stderr and "--crowd-as-object" in done.stderr
+    reason = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the only annotation"
+    assert done.exit_code == 2 and reason in done.stderr and "--crowd-as-object" in done.stderr
     assert not (tmp_path / "a.h5").exists()
     assert extract(detector, tmp_path, "a.h5", "--crowd-as-object").exit_code == 0
 

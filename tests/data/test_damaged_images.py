@@ -45,8 +45,8 @@ def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
 
 
 def run(out: Path, images: Path, records: list[ImageRecord] = RECORDS) -> dict[int, Regions]:
-    wanted = {record.id for record in records}
-    batches = [kept for batch in BATCHES if (kept := [r for r in batch if r.id in wanted])]
+    image_ids = {record.id for record in records}
+    batches = [kept for batch in BATCHES if (kept := [r for r in batch if r.id in image_ids])]
     extract(out, PLAN_OF_PIXELS, HEADER, batches, records, ImageSource.open(images).read, compute)
     with store.open(out) as found:
         return {i: found[i] for i in found}

@@ -62,8 +62,8 @@ def test_library_errors_hint_how_to_fetch_missing_files(tmp_path: Path, shapes_r
 
 def test_missing_refer_folders_hint_how_to_fetch_them(tmp_path: Path) -> None:
     root = tmp_path / "data" / "refer"
-    wanted = rf"unpack refcoco\+\.zip \(or run refdet fetch-data --only refcoco\+ --out {tmp_path}/data\)"
-    with pytest.raises(ReferNotFoundError, match=wanted):
+    hint = rf"unpack refcoco\+\.zip \(or run refdet fetch-data --only refcoco\+ --out {tmp_path}/data\)"
+    with pytest.raises(ReferNotFoundError, match=hint):
         REFER(str(root), "refcoco+", "unc")
     with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+, which puts it in data/refer\)"):
         REFER(str(tmp_path / "mine"), "refcoco+", "unc")

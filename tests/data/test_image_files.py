@@ -58,6 +58,7 @@ def test_links_out_of_the_folder_are_followed_except_to_its_parents(
     root = tmp_path / "data/images"
     write_png(tmp_path / "disk/train/x.png", 1)
     write_png(tmp_path / "data/other/x.png", 2)
+    write_png(tmp_path / "data/other/z.png", 3)
     root.mkdir()
     (root / "train").symlink_to(tmp_path / "disk/train")
     (root / "again").symlink_to(tmp_path / "disk/train")
@@ -71,7 +72,7 @@ def test_links_out_of_the_folder_are_followed_except_to_its_parents(
     assert value_of(source, "x.png") == 1  # unambiguous, as all three paths lead to the same file
     assert "to a parent folder is not followed" in caplog.text
     with pytest.raises(ImageError, match="no file of that name"):
-        source.read(ImageRecord(1, "up/other/y.jpg", 6, 9))
+        source.read(ImageRecord(1, "up/other/z.png", 6, 9))
 
 
 def test_files_are_listed_under_their_real_folder_not_a_link_to_it(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_on_a_gpu_each_shape_is_copied_and_resized_once(monkeypatch: pytest.Monk
             self.calls += func.overloadpacket.__name__ == "_upsample_bilinear2d_aa"
             return func(*args, **(kwargs or {}))
 
-    # The CPU stands in for the GPU: only the grouping is told that the device is one.
+    # Everything runs on the CPU; only the grouping of images is made to believe that the device is a GPU.
     options, images = InputOptions(min_sizes=(90,), max_size=400), images_of(SHAPES)
     sizes = [input_size(*image.shape[:2], options) for image in images]
     group_by_shape, counts, copy = transforms._group_by_shape, [], transforms.to_device

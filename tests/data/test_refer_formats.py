@@ -209,7 +209,7 @@ def test_tensorflow_datasets_examples_format(
 ) -> None:
     refs, instances = forms.load(shapes_root / "refer", "refcoco+", "unc")
     source = forms.write_examples(tmp_path / "refcocoplus", refs, instances, columns)
-    for path in source.iterdir():  # some versions call the id of an object identifier
+    for path in source.iterdir():  # objects are found by box in the test files, by annotation id in the others
         if path.name.startswith("test"):
             path.write_text(path.read_text().replace('"id":', '"identifier":'))
     convert_refer([source], tmp_path / "out", instances=train_instances)

@@ -193,7 +193,6 @@ def test_batches_without_any_object_can_be_trained_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of 4 images"):
         run(tmp_path, "train.empty_images=true")
     (tmp_path / "images" / "kept.png").rename(tmp_path / "images" / "1.png")
-    assert (
-        run(tmp_path, "train.empty_images=true", "train.steps=4").loss is not None
-    )  # two of the four batches have no objects
+    # Two of the four batches have no objects.
+    assert run(tmp_path, "train.empty_images=true", "train.steps=4").loss is not None
     assert load_meta(tmp_path / "run").recipe.train.empty_images

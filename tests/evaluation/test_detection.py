@@ -161,10 +161,9 @@ def test_some_crowds_give_no_note_and_sizes_without_objects_are_dashes(
     folder.write()
     done = folder.evaluate()
     assert "not defined" not in caplog.text and "no segmentation" not in caplog.text
-    of_boxes = done.stdout.splitlines()[1].split()
-    assert (
-        "-1.000" not in done.stdout and of_boxes[-1] == "-" and of_boxes[1] != "-"
-    )  # the last column is AP of large objects, of which there are none
+    box_row = done.stdout.splitlines()[1].split()
+    # The last column is the AP of large objects, of which there are none.
+    assert "-1.000" not in done.stdout and box_row[-1] == "-" and box_row[1] != "-"
 
 
 def test_annotations_without_a_segmentation_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -228,7 +228,7 @@ def test_answers_with_a_box_among_masks_are_noted(
 ) -> None:
     features, root = toy
     mask, box_only = {"segmentation": rle([10, 10, 30, 30])}, {"box": [10, 10, 20, 20]}
-    # Answers to the two sentences; how many of them lack a box, and how many lack a mask.
+    # Answers to two sentences; how many of these have no answer, and how many no mask (None: no mask metrics).
     cases = [([mask, box_only], (0, 1)), ([mask, mask], (0, 0)), ([mask], (1, 1)), ([box_only, box_only], (0, None))]
     for answers, missing in cases:
         caplog.clear()

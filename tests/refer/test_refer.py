@@ -109,9 +109,9 @@ def test_to_dataframe_has_a_row_per_sentence(tmp_path: Path) -> None:
 def test_errors_say_where_to_get_a_missing_dataset(tmp_path: Path) -> None:
     with pytest.raises(ReferNotFoundError) as caught:
         REFER(tmp_path / "data", "refcoco", "unc")
-    said = str(caught.value)
-    assert "no such folder" in said and "refcoco.zip" in said and str(tmp_path / "data" / "refcoco") in said
-    assert "train 42404 refs on 16994 images" in said and "testB 1810 refs on 750 images" in said
+    message = str(caught.value)
+    assert "no such folder" in message and "refcoco.zip" in message and str(tmp_path / "data" / "refcoco") in message
+    assert "train 42404 refs on 16994 images" in message and "testB 1810 refs on 750 images" in message
     with pytest.raises(ReferNotFoundError, match=r"give the REFER data folder; .*refcoco\+\.zip.*val 3805 refs"):
         REFER(tmp_path, "refcoco+", "unc")
     write(tmp_path)
@@ -150,9 +150,9 @@ def test_available_lists_datasets_and_errors_list_them(tmp_path: Path) -> None:
         REFER(tmp_path / "refcoco")
     with pytest.raises(ReferNotFoundError, match="no such folder"):
         available(tmp_path / "nowhere")
-    strange = tmp_path / os.fsdecode(b"\xff") / "refs(unc).p"  # a name that is not valid UTF-8
-    strange.parent.mkdir()
-    strange.write_bytes(b"")
+    undecodable = tmp_path / os.fsdecode(b"\xff") / "refs(unc).p"  # a name that is not valid UTF-8
+    undecodable.parent.mkdir()
+    undecodable.write_bytes(b"")
     assert len(available(tmp_path)) == 3
     (tmp_path / "refcoco" / "instances.json").unlink()
     with pytest.raises(ReferNotFoundError, match="instances.json"):

@@ -140,7 +140,7 @@ def test_files_with_changed_bytes(
     root = write(tmp_path_factory.mktemp("damaged"), bytes(data), name, "data")
     with no_hang():
         read = can_read(lambda: read_refs(root, "data", "unc"), name, "")
-        assert not (read and cut is not None and not generalized)  # a pickle ends with an opcode of its own
+        assert not (read and cut is not None and not generalized)  # a cut pickle lacks its STOP opcode
         if can_read(lambda: REFER(root, "data", "unc"), str(root), ""):
             refer = REFER(root, "data", "unc")
             assert read and len(refer.to_dataframe()) == len([s for one in refer for s in one["sentences"]])

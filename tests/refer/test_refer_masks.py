@@ -126,16 +126,8 @@ def test_masks_are_the_union_of_overlapping_polygons(tmp_path: Path) -> None:
 
 
 def test_limits_of_outlines() -> None:
-    square = [
-        0,
-        0,
-        99,
-        0,
-        99,
-        99,
-        0,
-        99,
-    ]  # an outline of 4 * 99 pixels, so 2525 of them stay just below the limit of 1,000,000
+    # Its outline has 4 * 99 pixels, so 2525 of them stay just below the limit of 1,000,000.
+    square = [0, 0, 99, 0, 99, 99, 0, 99]
     assert can_be_drawn([square] * 2525, 6, 8) and not can_be_drawn([square] * 2526, 6, 8)
     assert can_be_drawn([[0, 0, 10_008, 0, -10_008, 1], []], 6, 8) and not can_be_drawn([[0, 0, 10_009, 0]], 6, 8)
     assert decode([square] * 9, 6, 8).all()

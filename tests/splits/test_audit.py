@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
-from split_examples import coco, write, write_refs
+from split_examples import coco, write, write_refs, write_run_directory
 
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
@@ -101,9 +100,8 @@ def test_deviations_from_the_published_counts_are_reported() -> None:
         found = published_counts_of(dataset, split_by)
         assert compare_with_published(dataset, split_by, found) == []
         small = {split: Counts(counts.refs // 3, 5, 9) for split, counts in found.items()}
-        assert (
-            compare_with_published(dataset, split_by, small) == []
-        )  # a sample of the dataset, which is no reason for a warning
+        # A small sample of the dataset is no reason for a warning.
+        assert compare_with_published(dataset, split_by, small) == []
     found = published_counts_of("refcoco", "unc")
     found["val"] = found["val"]._replace(refs=3800, images=1499)
     [line] = compare_with_published("refcoco", "unc", found)
@@ -138,7 +136,7 @@ def trained(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
     )
     source = write(tmp_path / "all.json", coco([1, 2, 3, 4], [1, 2, 4]))
     split = build_split(source, root, tmp_path / "split.json").out
-    yield root, split, run_directory(tmp_path / "run", provenance_of(split))
+    yield root, split, write_run_directory(tmp_path / "run", provenance_of(split))
 
 
 def provenance_of(split: Path) -> dict[str, Any]:
@@ -149,13 +147,6 @@ def provenance_of(split: Path) -> dict[str, Any]:
 LAST_STEP = {"selection": {"by_validation": False, "validated_on": []}}
 
 
-def run_directory(folder: Path, provenance: dict[str, Any] | None) -> Path:
-    folder.mkdir()
-    save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps({"step": 1, "categories": [], "provenance": provenance}))
-    return folder
-
-
 def test_a_checkpoint_is_proven_clean_only_with_its_split(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, run = trained
     claim = audit_provenance(run, root)
@@ -164,7 +155,7 @@ def test_a_checkpoint_is_proven_clean_only_with_its_split(trained: tuple[Path, P
     assert proof.proven and proof.to_json()["clean"] and proof.to_json()["audit"]["images"] == 2
     other = audit_provenance(run, root, tmp_path / "all.json")
     assert not other.proven and "was not trained on" in other.problem
-    dirty = run_directory(tmp_path / "dirty", Provenance.from_json(provenance_of(split)).to_json())
+    dirty = write_run_directory(tmp_path / "dirty", Provenance.from_json(provenance_of(split)).to_json())
     tree = json.loads((dirty / "model.json").read_text())
     tree["provenance"]["image_ids_sha256"] = audit(tmp_path / "all.json", root).image_ids_sha256
     (dirty / "model.json").write_text(json.dumps(tree))
@@ -177,25 +168,24 @@ def test_a_claim_covers_only_the_images_that_it_excluded(trained: tuple[Path, Pa
     root, split, _ = trained
     provenance = provenance_of(split)
     del provenance["excluded"]["refcoco+/unc/val"]  # its only image is also excluded by refcoco/unc/val
-    assert audit_provenance(run_directory(tmp_path / "a", provenance), root).problem == ""
+    assert audit_provenance(write_run_directory(tmp_path / "a", provenance), root).problem == ""
     del provenance["excluded"]["refcoco/unc/testA"]
-    partial = audit_provenance(run_directory(tmp_path / "b", provenance), root)
+    partial = audit_provenance(write_run_directory(tmp_path / "b", provenance), root)
     assert "does not exclude refcoco/unc/testA (1 of 1 image)" in partial.problem
     assert audit_provenance(tmp_path / "b", root, exclude=["refcoco:unc:val"]).problem == ""
     provenance["excluded"]["refcoco/unc/val"]["images"] = 7  # not the val split of this REFER root
-    assert "refcoco/unc/val" in audit_provenance(run_directory(tmp_path / "c", provenance), root).problem
+    assert "refcoco/unc/val" in audit_provenance(write_run_directory(tmp_path / "c", provenance), root).problem
 
 
 def test_unknown_training_data_is_a_problem(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, _ = trained
     unknown = Provenance.imported("res101.pth", "ab" * 32).to_json()
     for name, provenance in (("a", None), ("b", unknown), ("c", provenance_of(split) | {"excluded": {}})):
-        run = run_directory(tmp_path / name, provenance)
+        run = write_run_directory(tmp_path / name, provenance)
         assert "training data unknown" in audit_provenance(run, root).problem
     provenance = provenance_of(split) | {"excluded": {}} | LAST_STEP
-    assert audit_provenance(
-        run_directory(tmp_path / "d", provenance), root, split
-    ).proven  # the split proves it despite the missing record
+    # The split itself proves what the record does not say.
+    assert audit_provenance(write_run_directory(tmp_path / "d", provenance), root, split).proven
     done = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path / "b"), "--refer-root", str(root)])
     assert done.exit_code == 1 and "training data unknown: imported: res101.pth" in done.stderr
 
@@ -206,7 +196,7 @@ def test_ids_that_contradict_file_names_prove_nothing(trained: tuple[Path, Path,
     leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
     names = {1: "COCO_train2014_000000000077.jpg", 4: "COCO_train2014_000000000078.jpg"}
     clean = write(tmp_path / "clean.json", coco([1, 4], [], names))
-    run = run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
+    run = write_run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
     found = audit_provenance(run, root, clean)
     assert not found.proven and "cannot be proven: 2 images in" in found.problem
     assert "which contains 2 held-out images" in audit_provenance(run, root, leaking).problem
@@ -217,11 +207,11 @@ def test_ids_that_contradict_file_names_prove_nothing(trained: tuple[Path, Path,
         found = audit_provenance(run, root, other)
         assert not found.proven and "cannot be proven: the file it was trained on has file names" in found.problem
     # The very file that it was trained on does.
-    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
+    run = write_run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven
     split = build_split(clean, root, tmp_path / "rebuilt.json").out
     assert "cannot be proven" in audit_provenance(run, root, split).problem
-    run = run_directory(tmp_path / "built", provenance_of_instances(CocoIndex.load(split)).to_json())
+    run = write_run_directory(tmp_path / "built", provenance_of_instances(CocoIndex.load(split)).to_json())
     assert audit_provenance(run, root, split).proven and not audit_provenance(run, root, clean).proven
     assert "training data unknown" in audit_provenance(run, root).problem
 
@@ -232,10 +222,9 @@ def test_older_records_without_exclusions_need_the_identical_file(
     root, _, _ = trained
     names = {1: "COCO_train2014_000000000002.jpg", 4: "COCO_train2014_000000000003.jpg"}
     leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
-    older = replace(
-        provenance_of_instances(CocoIndex.load(leaking)), note=UNKNOWN
-    )  # as written before names were compared with ids
-    run = run_directory(tmp_path / "older", older.to_json())
+    # As written before refdet compared names with ids.
+    older = replace(provenance_of_instances(CocoIndex.load(leaking)), note=UNKNOWN)
+    run = write_run_directory(tmp_path / "older", older.to_json())
     ids = tmp_path / "ids.txt"
     ids.write_text("1\n4\n")
     clean = write(tmp_path / "clean.json", coco([1, 4], []))
@@ -243,11 +232,11 @@ def test_older_records_without_exclusions_need_the_identical_file(
         found = audit_provenance(run, root, other)
         assert not found.proven and "did not record whether the file names match the image ids" in found.problem
         assert why_unproven(older, audit(other, root), "run", other)
-    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
+    run = write_run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven and not audit_provenance(run, root, ids).proven
     # Newer records would say so if names and ids differed.
     newer = provenance_of_instances(CocoIndex.load(clean)).to_json() | LAST_STEP
-    assert audit_provenance(run_directory(tmp_path / "newer", newer), root, ids).proven
+    assert audit_provenance(write_run_directory(tmp_path / "newer", newer), root, ids).proven
 
 
 def test_unidentified_images_are_not_proven_clean(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -259,7 +248,7 @@ def test_unidentified_images_are_not_proven_clean(trained: tuple[Path, Path, Pat
     as_json = CliRunner().invoke(main, [*arguments, "--json"])
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["clean"] is False
     assert CliRunner().invoke(main, [*arguments, "--allow-unidentified"]).exit_code == 0
-    run = run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
+    run = write_run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
     both = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--json"])
     assert both.exit_code == 1 and json.loads(both.stdout)["proven"] is False and "not proven" in both.stderr
     found = audit_provenance(run, root, source)
@@ -273,7 +262,9 @@ def test_initial_weights_of_unknown_training_data_are_a_problem(
     trained: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     root, split, _ = trained
-    run = run_directory(tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"})
+    run = write_run_directory(
+        tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"}
+    )
     found = audit_provenance(run, root, split)
     assert not found.proven and "res101.pth, training data unknown" in found.problem
     assert "`trust_weights=True`" in found.problem

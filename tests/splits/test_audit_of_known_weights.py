@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from foreign_weights import call
-from safetensors.numpy import save_file
-from split_examples import coco, write, write_refs
+from split_examples import coco, write, write_refs, write_run_directory
 
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
@@ -24,14 +22,6 @@ FILES = {start: file for start, file in known_weights._TORCHVISION.items()} | {
     start: KnownFile(f"detectron2's {config}", LVIS if config.startswith("LVIS") else COCO)
     for start, config in known_weights._DETECTRON2.items()
 }
-
-
-def run_directory(folder: Path, provenance: Provenance) -> Path:
-    folder.mkdir(exist_ok=True)
-    tree = {"recipe": {}, "categories": [{"id": 1, "name": "dog"}], "step": 5, "provenance": provenance.to_json()}
-    (folder / "model.json").write_text(json.dumps(tree))
-    save_file({"a": np.zeros(2, np.float32)}, folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def test_every_known_file_is_audited(refer: tuple[Path, int], tmp_path: Path) ->
     assert images > 3000 and len(FILES) == 36
     for start, file in FILES.items():
         sha = (start + "0" * 64)[:64]
-        run = run_directory(tmp_path / "run", Provenance.imported("a.pth", sha, file))
+        run = write_run_directory(tmp_path / "run", Provenance.imported("a.pth", sha, file))
         found = audit_provenance(run, root)
         if file.trained_on is IMAGENET:
             assert not found.problem and not any(claim.uncovered for claim in found.claims), file
@@ -63,10 +53,10 @@ def test_every_known_file_is_audited(refer: tuple[Path, int], tmp_path: Path) ->
 
 def test_the_command_exits_with_1_and_counts_leaked_images(refer: tuple[Path, int], tmp_path: Path) -> None:
     root, images = refer
-    run = run_directory(tmp_path / "run", Provenance.imported("a.pkl", SHA, FILES["f10217"]))
+    run = write_run_directory(tmp_path / "run", Provenance.imported("a.pkl", SHA, FILES["f10217"]))
     done = call("audit", "--checkpoint", run, "--refer-root", root)
     assert done.exit_code == 1 and f"leaks all {images} val/test images" in done.stderr
-    run = run_directory(tmp_path / "own", Provenance.imported("a.pth", SHA, FILES["0676ba61"]))
+    run = write_run_directory(tmp_path / "own", Provenance.imported("a.pth", SHA, FILES["0676ba61"]))
     assert call("audit", "--checkpoint", run, "--refer-root", root).exit_code == 0
 
 
@@ -75,7 +65,7 @@ def test_a_run_from_imagenet_weights_is_proven_without_trust_weights(tmp_path: P
     split = build_split(write(tmp_path / "all.json", coco([1, 2, 3], [1, 2, 3])), root, tmp_path / "split.json").out
     note = imported_note("resnet50.pth", SHA, FILES["0676ba61"])
     provenance = provenance_of_instances(CocoIndex.load(split))
-    run = run_directory(tmp_path / "run", provenance.with_weights(f"imagenet (sha256 0123456789ab; {note})"))
+    run = write_run_directory(tmp_path / "run", provenance.with_weights(f"imagenet (sha256 0123456789ab; {note})"))
     found = audit_provenance(run, root, split)
     assert found.proven and found.notes[-1] == (
         "initial weights: torchvision's resnet50 IMAGENET1K_V1, trained on ImageNet-1k, which has no image of COCO"
@@ -89,7 +79,7 @@ def test_a_run_from_imagenet_weights_is_proven_without_trust_weights(tmp_path: P
         f"run (sha256 0123456789ab; 5 images of a.json; ids 00; started from b (sha256 0123456789ab; {note}))",
         f"{note}; training data unknown",
     ):
-        run = run_directory(tmp_path / "run", provenance.with_weights(text))
+        run = write_run_directory(tmp_path / "run", provenance.with_weights(text))
         assert "unproven" in audit_provenance(run, root, split).problem, text
         assert audit_provenance(run, root, split, trust_weights=True).proven
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from damaged_images import encoded
 from foreign_weights import call
-from PIL import Image
-from split_examples import write_refs
+from split_examples import scene, write_refs
 
 from refdet.errors import InputError
 from refdet.splits.build import build_split
@@ -112,14 +110,6 @@ def test_class_names_are_not_mistaken_for_images(root: Path, tmp_path: Path) -> 
     assert (found.images, found.unknown, found.leaked) == (1, [], [])
 
 
-def encode_scene(seed: int) -> bytes:
-    """A JPEG of colored patches, different for every seed."""
-    rng, memory = np.random.default_rng(seed), io.BytesIO()
-    small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8))
-    small.resize((160, 120), Image.Resampling.BICUBIC).save(memory, "JPEG")
-    return memory.getvalue()
-
-
 COPIES: dict[str, Any] = {
     "one of several": [{"images": [FREE_NAME, "copy.jpg"]}],
     "the second of two": [{"image": "house.jpg", "image2": "copy.jpg"}, {"image": FREE_NAME}],
@@ -133,7 +123,7 @@ def test_every_image_of_an_entry_is_compared(root: Path, tmp_path: Path, kind: s
     images = tmp_path / "images"
     images.mkdir()
     for name, seed in ((HELD_NAME, 0), ("copy.jpg", 0), (FREE_NAME, 1), ("house.jpg", 2), (f"{1:012d}.jpg", 3)):
-        (images / name).write_bytes(encode_scene(seed))
+        (images / name).write_bytes(encoded(scene(seed), "JPEG"))
     (tmp_path / "list.json").write_text(json.dumps(COPIES[kind]))
     found = audit_content(tmp_path / "list.json", root, images)
     assert len(found.copies) == 1 and found.copies[0].refer_image_id == HELD_OUT and found.missing == []
@@ -144,7 +134,7 @@ def test_every_image_of_a_row_is_compared(root: Path, tmp_path: Path) -> None:
     images.mkdir()
     names = (HELD_NAME, 0), ("a copy.jpg", 0), ("copy.jpg", 0), (FREE_NAME, 1), ("house.jpg", 2), ("photo.jpg", 3)
     for name, seed in (*names, ("my photo.jpg", 0)):
-        (images / name).write_bytes(encode_scene(seed))
+        (images / name).write_bytes(encoded(scene(seed), "JPEG"))
     for row in (
         "house.jpg,copy.jpg,1",
         f"{FREE_NAME}\tcopy.jpg",
@@ -161,7 +151,7 @@ def test_an_image_identified_only_by_an_unconfirmed_id_is_not_proven(root: Path,
     images = tmp_path / "images"
     images.mkdir()
     for name, seed in ((HELD_NAME, 0), (f"{1:012d}.jpg", 3), (FREE_NAME, 1)):
-        (images / name).write_bytes(encode_scene(seed))
+        (images / name).write_bytes(encoded(scene(seed), "JPEG"))
     (tmp_path / "list.json").write_text(json.dumps([{"id": 1, "caption": "x"}, {"image": FREE_NAME}]))
     arguments = ["audit", "--instances", str(tmp_path / "list.json"), "--refer-root", str(root), "--find-duplicates",
                  "--images", str(images)]  # fmt: skip

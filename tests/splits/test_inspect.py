@@ -79,9 +79,8 @@ def test_describe_checkpoint(tmp_path: Path) -> None:
     assert describe(folder / "model.safetensors") == found
     weights = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float16)}
     for recorded, step in (("600", 600), ("", 500), ("-1", 500), ("9" * 5000, 500)):
-        save_file(
-            weights, folder / "model.safetensors", {"step": recorded}
-        )  # as if training was killed before it wrote model.json
+        # As if training had been killed before it wrote model.json.
+        save_file(weights, folder / "model.safetensors", {"step": recorded})
         assert describe(folder) == {**found, "step": step}
     (folder / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(InputError, match="model.safetensors: damaged"):

@@ -13,8 +13,7 @@ import pytest
 from foreign_weights import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
-from split_examples import coco, write, write_refs
+from split_examples import coco, write, write_refs, write_run_directory
 
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
@@ -39,15 +38,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def provenance_of(path: Path) -> Provenance:
     return provenance_of_instances(CocoIndex.load(path))
-
-
-def write_run_directory(folder: Path, provenance: Provenance, **files: str) -> Path:
-    folder.mkdir(parents=True)
-    save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps({"step": 1, "categories": [], "provenance": provenance.to_json()}))
-    for name, text in files.items():
-        (folder / f"{name}.json").write_text(text)
-    return folder
 
 
 def write_store(path: Path, provenance: Provenance, recipe: dict[str, Any] = RECIPE) -> Path:
@@ -145,14 +135,14 @@ def test_a_validated_run_without_a_record_is_not_clean(dataset: Path, tmp_path: 
     older = provenance_of(dataset / "split.json")
     run = write_run_directory(tmp_path / "run", older)
     assert audit_against_split(dataset, run).proven  # it has no best/, so it was not validated
-    best = write_run_directory(run / "best", older, validation="{}")
+    best = write_run_directory(run / "best", older)
+    (best / "validation.json").write_text("{}")
     for path in (run, best):
         for trust in (False, True):
             found = audit_against_split(dataset, path, trust_weights=trust)
             assert "without recording on which images" in found.problem and not found.proven
-    assert audit_against_split(
-        dataset, write_store(tmp_path / "old.h5", older, OLD_RECIPE)
-    ).proven  # an old recipe key: written before there was a best/
+    # A store with an old recipe key was written before there was a best/.
+    assert audit_against_split(dataset, write_store(tmp_path / "old.h5", older, OLD_RECIPE)).proven
     unknown = write_store(tmp_path / "f.h5", older)
     assert "whether its weights are those of a run's best/" in audit_against_split(dataset, unknown).problem
     assert not audit_against_split(dataset, unknown, trust_weights=True).problem

@@ -91,9 +91,8 @@ def test_all_val_and_test_splits_are_excluded_by_default(dataset: tuple[Path, Pa
     source, root = dataset
     everything = build_split(source, root, tmp_path / "a.json")
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
-    assert any(
-        "refclef" in text for text in everything.notes
-    )  # its images are not COCO's, so its image 6 is not held out
+    # RefClef's images are not COCO's, so its image 6 is not held out.
+    assert any("refclef" in text for text in everything.notes)
     assert any("refcocog/google/val: 1 of 2 images also has train refs" in text for text in everything.notes)
     some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]

@@ -292,18 +292,16 @@ def test_any_json_is_refused_or_read_like_json_loads(
         assert repr(json.loads(listed.tree.render(listed.text, [True] * len(listed.images)))) == repr(whole)
         return
     entries = whole["images"] if listed.format == INSTANCES else whole
-    assert repr([json.loads(listed.text[i.start : i.end]) for i in listed.images]) == repr(
-        entries
-    )  # repr, as NaN != NaN
+    parsed = [json.loads(listed.text[image.start : image.end]) for image in listed.images]
+    assert repr(parsed) == repr(entries)  # repr, as NaN != NaN
     try:
         result = build_split(source, refer_root, out)
     except InputError as error:
         assert "any.json" in str(error) and "\n" not in str(error)
         return
     assert result.report["images_removed"] <= len(entries)
-    if (
-        result.report["images_after"] > found.unidentified
-    ):  # otherwise, no remaining image can be identified, and audit refuses the file
+    # If no remaining image can be identified, audit refuses the file.
+    if result.report["images_after"] > found.unidentified:
         assert audit(out, refer_root).leaked == []
     assert result.report["images_removed"] == 0 or found.leaked
 
