@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from damaged_images import encoded
 from PIL import Image, ImageOps
-from split_examples import coco, write, write_refs
+from split_examples import coco, scene, write, write_refs
 
 from refdet.cli.main import main
 from refdet.errors import InputError
@@ -20,17 +20,8 @@ from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import BITS, hashes, matches, thumbnails
 
 
-def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """A synthetic image of colored patches, different for every seed."""
-    random = np.random.default_rng(seed)
-    patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def jpeg(image: Image.Image, quality: int = 90) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return encoded(image, "JPEG", quality=quality)
 
 
 def resize(image: Image.Image, scale: float) -> Image.Image:
@@ -204,11 +195,12 @@ def test_only_compared_images_are_proven_clean(dataset: tuple[Path, Path, Path],
 
     content = ("--find-duplicates", "--images", str(folder))
     code, text = run("10\nkitchen.jpg\n")
-    assert code == 1 and "not proven: 1 image unknown (first: kitchen.jpg)" in text
+    assert code == 1 and "not proven: 1 image unknown (first: kitchen.jpg); compare them with --find-dup" in text
     assert run("10\nkitchen.jpg\n", *content)[0] == 0
     for names in ("10\n15\n", "10\n14\n"):  # no file, a damaged file
         code, text = run(names, *content)
         assert code == 1 and "not proven: 1 image not compared (first: 1" in text
+        assert text.endswith("; add or repair their files, or accept them with --allow-unidentified\n")
         assert run(names, *content, "--allow-unidentified")[0] == 0
     (folder / "000000000003.jpg").unlink()
     code, text = run("10\n", *content)
