@@ -48,8 +48,8 @@ def run(out: Path, images: Path, records: list[ImageRecord] = RECORDS) -> dict[i
     image_ids = {record.id for record in records}
     batches = [kept for batch in BATCHES if (kept := [r for r in batch if r.id in image_ids])]
     extract(out, PLAN_OF_PIXELS, HEADER, batches, records, ImageSource.open(images).read, compute)
-    with store.open(out) as found:
-        return {i: found[i] for i in found}
+    with store.open(out) as extracted:
+        return {i: extracted[i] for i in extracted}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clean(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Regions]:
+def extracted_clean(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Regions]:
     """The regions if every damaged image is replaced by an intact one."""
     path = tmp_path_factory.mktemp("clean")
     for record in RECORDS:
@@ -74,32 +74,34 @@ def clean(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, R
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Regions]:
+def extracted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Regions]:
     return run(tmp_path_factory.mktemp("found") / "a.h5", folder)
 
 
-def check_damaged_image(found: Regions, name: str, damaged: Damaged) -> None:
+def check_damaged_image(extracted: Regions, name: str, damaged: Damaged) -> None:
     """Check that an image was read as its `Damaged` record requires, or refused with the required reason."""
     if damaged.pixels is not None:
-        assert not found.error, (damaged.kind, found.error)
-        difference = np.abs(found.features["pixels"].reshape(HEIGHT, WIDTH, 3) - damaged.pixels.astype(np.float32))
+        assert not extracted.error, (damaged.kind, extracted.error)
+        difference = np.abs(extracted.features["pixels"].reshape(HEIGHT, WIDTH, 3) - damaged.pixels.astype(np.float32))
         assert difference.max() <= damaged.tolerance, (damaged.kind, difference.max())
-    elif found.error or not damaged.either:
-        assert name in found.error and len(found) == 0, damaged.kind
-        assert damaged.either or damaged.says in found.error, (damaged.kind, found.error)
+    elif extracted.error or not damaged.either:
+        assert name in extracted.error and len(extracted) == 0, damaged.kind
+        assert damaged.either or damaged.says in extracted.error, (damaged.kind, extracted.error)
 
 
-def test_500_damaged_images_do_not_affect_the_others(found: dict[int, Regions], clean: dict[int, Regions]) -> None:
+def test_500_damaged_images_do_not_affect_the_others(
+    extracted: dict[int, Regions], extracted_clean: dict[int, Regions]
+) -> None:
     assert len(DAMAGED) == 500
     for i in GOOD:
-        for name, values in clean[i].features.items():
-            np.testing.assert_array_equal(found[i].features[name], values)
+        for name, values in extracted_clean[i].features.items():
+            np.testing.assert_array_equal(extracted[i].features[name], values)
     for i, damaged in DAMAGED.items():
-        check_damaged_image(found[i], f"{i}.jpg" if "no file" not in damaged.says else f"image {i}", damaged)
+        check_damaged_image(extracted[i], f"{i}.jpg" if "no file" not in damaged.says else f"image {i}", damaged)
 
 
 def test_a_damaged_zip_gives_the_same_regions_and_reasons(
-    folder: Path, found: dict[int, Regions], tmp_path: Path
+    folder: Path, extracted: dict[int, Regions], tmp_path: Path
 ) -> None:
     zippable = [r for r in RECORDS if r.id in GOOD or (DAMAGED[r.id].zipped and (folder / r.file_name).is_file())]
     corrupt = [f"{i}.jpg" for i in GOOD[::5]]
@@ -108,9 +110,9 @@ def test_a_damaged_zip_gives_the_same_regions_and_reasons(
         if f"{i}.jpg" in corrupt:
             assert f"{i}.jpg: not a readable image (Bad CRC-32" in regions.error
         elif regions.error:
-            assert regions.error == found[i].error.replace(str(folder), str(tmp_path / "images.zip" / "train2014"))
+            assert regions.error == extracted[i].error.replace(str(folder), str(tmp_path / "images.zip" / "train2014"))
         else:
-            np.testing.assert_array_equal(regions.features["pixels"], found[i].features["pixels"])
+            np.testing.assert_array_equal(regions.features["pixels"], extracted[i].features["pixels"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -94,14 +94,14 @@ def test_orientation_is_reported_or_applied(kind: str, orientation: int) -> None
     assert found == orientation
     if kind != "JPEG":
         np.testing.assert_array_equal(stored, PHOTO)
-    turned = decode(data, *shown.shape[:2], exif="apply").pixels
-    np.testing.assert_array_equal(turned, shown)
+    upright = decode(data, *shown.shape[:2], exif="apply").pixels
+    np.testing.assert_array_equal(upright, shown)
     np.testing.assert_array_equal(apply_orientation(stored, orientation), shown)
-    for pixels in (stored, turned):
+    for pixels in (stored, upright):
         assert pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
-    both = gray_thumbnails(data, SIDE)
-    assert len(both) == (1 if orientation == 1 else 2)
-    for thumbnail, image_pixels in ((both[0], stored), (both[-1], shown)):
+    thumbnails = gray_thumbnails(data, SIDE)
+    assert len(thumbnails) == (1 if orientation == 1 else 2)
+    for thumbnail, image_pixels in ((thumbnails[0], stored), (thumbnails[-1], shown)):
         expected = gray_thumbnails(encoded(image_pixels, "PNG"), SIDE)[0]
         difference = np.abs(thumbnail.astype(int) - expected)  # rotation may shift the averaged cells by one pixel
         assert difference.mean() < 1.5 and np.corrcoef(thumbnail.ravel(), expected.ravel())[0, 1] > 0.99
@@ -123,10 +123,10 @@ def test_orientation_of_extreme_shapes(shape: tuple[int, int], orientation: int)
     pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
     data = encode_rotated(orientation, pixels=pixels)
     size = shape[::-1] if orientation > 4 else shape
-    turned = decode(data, *size, exif="apply").pixels
+    upright = decode(data, *size, exif="apply").pixels
     with Image.open(io.BytesIO(data)) as image:
-        np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(image)))
-    assert min(turned.strides) > 0
+        np.testing.assert_array_equal(upright, np.asarray(ImageOps.exif_transpose(image)))
+    assert min(upright.strides) > 0
 
 
 def test_the_error_for_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:

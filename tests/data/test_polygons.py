@@ -99,14 +99,15 @@ def test_polygons_that_load_can_be_extracted(tmp_path_factory: pytest.TempPathFa
         assert can_be_drawn(kept, HEIGHT, WIDTH)
 
 
-# On both sides of the limits: 10,000 pixels outside the image, and outlines of 1,000,000 pixels in all.
-POLYGONS = st.sampled_from([500, 10_001, 20_000]).flatmap(
-    lambda reach: st.lists(
-        st.integers(3, 4).flatmap(lambda n: st.lists(st.floats(-reach, reach), min_size=2 * n, max_size=2 * n)),
-        min_size=1,
-        max_size=30,
-    )
-)
+def polygons_within(reach: int) -> st.SearchStrategy[list[list[float]]]:
+    """Lists of triangles and quadrilaterals, each of them up to 60 times, with coordinates of at most this size."""
+    polygon = st.sampled_from([6, 8]).flatmap(lambda n: st.lists(st.floats(-reach, reach), min_size=n, max_size=n))
+    polygons = st.lists(polygon, min_size=1, max_size=3)
+    return st.tuples(polygons, st.sampled_from([1, 10, 60])).map(lambda drawn: drawn[0] * drawn[1])
+
+
+# On both sides of the limits: 10,000 pixels outside the image, and outlines of 1,000,000 pixels in total.
+POLYGONS = st.sampled_from([500, 9_999, 10_001, 20_000]).flatmap(polygons_within)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

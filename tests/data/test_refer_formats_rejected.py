@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import refer_format_files as forms
+import refer_format_files as formats
 from click.testing import CliRunner
 
 from refdet.cli.main import main
@@ -89,10 +89,10 @@ def test_a_split_called_test_is_test_a_if_there_is_a_test_b() -> None:
 
 
 def test_hugging_face_split_names_are_translated(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances, rename=True)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances, rename=True)
     (result,) = convert_refer([source], tmp_path / "out", instances=train_instances)
-    assert forms.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
+    assert formats.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
     assert "refcoco/unc: split 'test' is testA" in result.notes
     (source / "testB-00000-of-00001.parquet").unlink()
     assert_refused([source], tmp_path / "refused", "split 'test'", "`split_names=test=NAME`", instances=train_instances)
@@ -148,8 +148,8 @@ def test_a_split_of_another_size_than_published_is_reported(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("column", ["ref_id", "ann_id", "image_id", "split", "sentences", "category_id"])
 def test_a_missing_parquet_column_is_named(shapes_root: Path, tmp_path: Path, column: str) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     for path in source.iterdir():
         pq.write_table(pq.read_table(path).drop_columns([column]), path)
     assert_refused([source], tmp_path / "out", f"no column {column}")
@@ -158,8 +158,8 @@ def test_a_missing_parquet_column_is_named(shapes_root: Path, tmp_path: Path, co
 def test_missing_columns_of_the_parquet_format_with_images_are_named(
     shapes_root: Path, train_instances: Path, tmp_path: Path
 ) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lmms(tmp_path / "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lmms(tmp_path / "refcoco", refs, instances)
     for path in source.iterdir():
         pq.write_table(pq.read_table(path).drop_columns(["bbox", "file_name"]), path)
     assert_refused([source], tmp_path / "out", "no column bbox, file_name", instances=train_instances)
@@ -198,7 +198,9 @@ def test_running_out_of_memory_is_not_reported_as_damage(tmp_path: Path, monkeyp
 def test_an_existing_invalid_instances_file_is_kept_and_refused(
     shapes_root: Path, train_instances: Path, tmp_path: Path, contents: str
 ) -> None:
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    source = formats.write_jxu124(
+        tmp_path / "parquet", "refcoco", *formats.load(shapes_root / "refer", "refcoco", "unc")
+    )
     path = tmp_path / "out" / "refcoco" / "instances.json"
     path.parent.mkdir(parents=True)
     path.write_text(contents)
@@ -208,7 +210,9 @@ def test_an_existing_invalid_instances_file_is_kept_and_refused(
 
 
 def test_split_names_must_exist_and_be_distinct(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    source = formats.write_jxu124(
+        tmp_path / "parquet", "refcoco", *formats.load(shapes_root / "refer", "refcoco", "unc")
+    )
     words = ("`split_names` vla=test: no split 'vla' in the sources", "train, ")
     assert_refused([source], tmp_path / "out", *words, instances=train_instances, split_names=["vla=test"])
     twice = ["val=testA", "val=testB"]
@@ -220,8 +224,8 @@ def test_split_names_must_exist_and_be_distinct(shapes_root: Path, train_instanc
 def test_boxes_that_match_no_or_several_annotations_are_counted(
     shapes_root: Path, train_instances: Path, tmp_path: Path
 ) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lines(tmp_path / "lines", "refcoco", refs, instances)
     assert_refused([source], tmp_path / "out", "no annotation ids", "`instances=instances_train2014.json`")
     file = json.loads(train_instances.read_text())
     referred = {ref["ann_id"] for ref in refs if ref["split"] == "val"}
@@ -242,9 +246,9 @@ def test_boxes_that_match_no_or_several_annotations_are_counted(
 
 
 def test_ids_that_contradict_coco_are_counted(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
     refs[3]["category_id"] = 2
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     assert_refused(
         [source], tmp_path / "out", "1 of ", "with its ann_id, image_id and category_id", instances=train_instances
     )
@@ -256,8 +260,8 @@ def test_ids_that_contradict_coco_are_counted(shapes_root: Path, train_instances
 
 
 def test_existing_files_are_never_overwritten(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     out = tmp_path / "out" / "refcoco"
     out.mkdir(parents=True)
     (out / "refs(unc).p").write_bytes(pickle.dumps([]))
@@ -311,14 +315,14 @@ def run(*args: str | Path) -> Any:
 
 
 def test_convert_refer_command(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     result = run("--from", source, "--out", tmp_path / "out", "--instances", train_instances, "--json")
     assert result.exit_code == 0, result.stderr
     (found,) = json.loads(result.stdout)
     assert found["refs_file"] == str(tmp_path / "out" / "refcoco" / "refs(unc).p")
     assert {split: n["refs"] for split, n in found["splits"].items()} == {
-        split: sum(ref["split"] == split for ref in refs) for split in forms.splits_of(refs)
+        split: sum(ref["split"] == split for ref in refs) for split in formats.splits_of(refs)
     }
     again = run("--from", source, "--out", tmp_path / "out", "--instances", train_instances)
     assert again.exit_code == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
@@ -330,14 +334,14 @@ def test_convert_refer_command(shapes_root: Path, train_instances: Path, tmp_pat
         pq.write_table(table.set_column(table.column_names.index("raw_anns"), "raw_anns", pa.array(texts)), path)
     few = json.loads(run("--from", source, "--out", tmp_path / "few", "--json").stdout)
     assert any("give --instances instances_train2014.json to include" in line for line in few[0]["notes"])
-    source = forms.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
+    source = formats.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
     text = run("--from", source, "--out", tmp_path / "text", "--instances", train_instances)
     assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout
 
 
 def test_errors_of_the_command_name_its_options(shapes_root: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lines(tmp_path / "lines", "refcoco", refs, instances)
     result = run("--from", source, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "give --instances instances_train2014.json" in result.stderr
     missing = run("--from", tmp_path / "none", "--out", tmp_path / "out")

@@ -56,10 +56,10 @@ def test_scales_and_crop_origins_are_uniform() -> None:
     found = [sample_jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
     scales = np.array([size.resized_size[0] / 1000 for size in found])
     assert abs(scales.mean() - 1.05) < 0.03 and scales.min() < 0.11 and scales.max() > 1.99
-    places = np.array(
+    relative_origins = np.array(
         [size.crop_origin[0] / (size.resized_size[1] - size.width) for size in found if size.resized_size[1] > 1200]
     )
-    assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() > 0.99
+    assert abs(relative_origins.mean() - 0.5) < 0.03 and relative_origins.min() < 0.01 and relative_origins.max() > 0.99
 
 
 def batch(root: Path, *changes: str, step: int = 0) -> Batch:

@@ -46,10 +46,10 @@ class Object:
     def side(self) -> float:
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
-    def ahead(self, way: str) -> float:
+    def position(self, direction: str) -> float:
         """Coordinate of the center along a direction; smaller means further in that direction."""
         x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-        return {"left": x, "right": -x, "top": y, "bottom": -y}[way]
+        return {"left": x, "right": -x, "top": y, "bottom": -y}[direction]
 
 
 def objects_described_by(text: str, objects: list[Object]) -> list[Object]:
@@ -73,28 +73,28 @@ def objects_described_by(text: str, objects: list[Object]) -> list[Object]:
     return found
 
 
-def is_in_relation(way: str, one: Object, other: Object) -> bool:
+def is_in_relation(direction: str, one: Object, other: Object) -> bool:
     """Whether ``one`` lies to the left of ``other``, for example, clearly enough to say so."""
-    if way == "near":
+    if direction == "near":
         a, b = one.box, other.box
         return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) <= 20
-    across = "top" if way in ("left", "right") else "left"
-    lead = other.ahead(way) - one.ahead(way)
-    return lead > 5 and lead > 0.8 * abs(other.ahead(across) - one.ahead(across))
+    across = "top" if direction in ("left", "right") else "left"
+    lead = other.position(direction) - one.position(direction)
+    return lead > 5 and lead > 0.8 * abs(other.position(across) - one.position(across))
 
 
-def objects_at_rank(way: str, rank: int, found: list[Object]) -> list[Object]:
+def objects_at_rank(direction: str, rank: int, found: list[Object]) -> list[Object]:
     """The object at a rank from a side, with those that lie within 5 px of it in that direction."""
-    ordered = sorted(found, key=lambda o: o.ahead(way))
+    ordered = sorted(found, key=lambda o: o.position(direction))
     assert len(ordered) >= rank
-    return [o for o in ordered if abs(o.ahead(way) - ordered[rank - 1].ahead(way)) < 5]
+    return [o for o in ordered if abs(o.position(direction) - ordered[rank - 1].position(direction)) < 5]
 
 
 def referents(sentence: str, objects: list[Object]) -> list[Object]:
     """The objects that a sentence describes."""
     text = re.sub(r" in (the|this) (picture|image)$", "", sentence)
     text = re.sub(r"^(the only|the|a) ", "", text)
-    for way, words in RELATIONS.items():
+    for direction, words in RELATIONS.items():
         match = re.fullmatch(rf"(.+?) (?:that is )?(?:{words}) (?:the )?(.+)", text)
         if match:
             anchors = objects_described_by(match[2], objects)
@@ -102,7 +102,7 @@ def referents(sentence: str, objects: list[Object]) -> list[Object]:
             return [
                 o
                 for o in objects_described_by(match[1], objects)
-                if o != anchors[0] and is_in_relation(way, o, anchors[0])
+                if o != anchors[0] and is_in_relation(direction, o, anchors[0])
             ]
     match = re.fullmatch(r"(second|third) (.+) from the (\w+)", text)
     if match:

@@ -57,20 +57,20 @@ def hide(entry: Any, name: str, path: tuple[Any, ...], as_key: bool) -> Any:
     return entry
 
 
-def list_text(form: str, entries: list[Any]) -> str:
+def list_text(list_format: str, entries: list[Any]) -> str:
     """A list file of the entries in one of several formats."""
-    if form == "JSON lines":
+    if list_format == "JSON lines":
         return "".join(json.dumps(entry) + "\n" for entry in entries)
     instances = {"images": [{"id": n, **entry} for n, entry in enumerate(entries, start=1)]}
     by_split = {"version": 1, "train": entries[:1], "more": {"val": entries[1:], "none": []}}
     by_name = {f"{n}.x": entry for n, entry in enumerate(entries)}
-    return json.dumps({"list": entries, "instances": instances, "by split": by_split, "by name": by_name}[form])
+    return json.dumps({"list": entries, "instances": instances, "by split": by_split, "by name": by_name}[list_format])
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(data=st.data(), form=st.sampled_from(["list", "instances", "by split", "by name", "JSON lines"]))
+@given(data=st.data(), list_format=st.sampled_from(["list", "instances", "by split", "by name", "JSON lines"]))
 def test_a_hidden_name_is_found_and_removed(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: str
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, list_format: str
 ) -> None:
     folder = tmp_path_factory.mktemp("hidden")
     root = write_refs(folder / "refer", {("refcoco", "unc"): [(HELD_OUT, "val"), (500, "testA")]})
@@ -80,15 +80,15 @@ def test_a_hidden_name_is_found_and_removed(
     path = data.draw(st.sampled_from(list(paths(entries[target]))))
     name, as_key = data.draw(st.sampled_from(NAMES)), data.draw(st.booleans())
     entries[target] = hide(entries[target], name, path, as_key)
-    source = folder / ("list.jsonl" if form == "JSON lines" else "list.json")
-    source.write_text(list_text(form, entries))
+    source = folder / ("list.jsonl" if list_format == "JSON lines" else "list.json")
+    source.write_text(list_text(list_format, entries))
     assert audit(source, root).leaked, source.read_text()
     after = build_split(source, root, folder / f"out{source.suffix}").out
     assert str(HELD_OUT) not in after.read_text() and "000000000009.jpg" in after.read_text()
     assert audit(after, root).leaked == []
 
 
-FORMS: dict[str, Any] = {
+LIST_FORMATS: dict[str, Any] = {
     "Karpathy's": {"images": [{"filename": "COCO_val2014_{:012d}.jpg", "imgid": "N", "cocoid": "ID"}], "dataset": "x"},
     "ODVG": "lines",
     "by split": {"train": [{"image_id": "ID", "expressions": ["the cat"]}]},
@@ -100,31 +100,31 @@ FORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_common_list_formats(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("list_format", LIST_FORMATS)
+def test_common_list_formats(tmp_path: Path, list_format: str) -> None:
     held, free = [379349, 212679, 100667], [9, 30, 790]
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(number, "val") for number in held]})
     numbers = [number for pair in zip(held, free, strict=True) for number in pair]
-    source = tmp_path / ("x.jsonl" if form == "ODVG" else "x.json")
+    source = tmp_path / ("x.jsonl" if list_format == "ODVG" else "x.json")
 
     def fill(template: Any, n: int, number: int) -> Any:
         text = json.dumps(template).replace('"ID"', str(number)).replace('"N"', str(n))
         return json.loads(text.replace("{:012d}", f"{number:012d}"))
 
-    if form == "ODVG":
+    if list_format == "ODVG":
         rows = [{"filename": f"{n:012d}.jpg", "detection": {"instances": [{"bbox": [1, 1, 5, 5]}]}} for n in numbers]
         source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    elif form == "by name":
+    elif list_format == "by name":
         source.write_text(json.dumps({f"COCO_train2014_{n:012d}.jpg": {"caption": "a cat"} for n in numbers}))
     else:
-        template = FORMS[form]
+        template = LIST_FORMATS[list_format]
         key = None if isinstance(template, list) else next(iter(template))
         [entry] = template if key is None else template[key]
         entries = [fill(entry, n, number) for n, number in enumerate(numbers)]
         source.write_text(json.dumps(entries if key is None else {**template, key: entries}))
     found = audit(source, root)
     assert [len(split.image_ids) for split in found.splits] == [3]
-    assert bool(found.unknown) == (form == "by split")  # nothing confirms that its ids are COCO's
+    assert bool(found.unknown) == (list_format == "by split")  # nothing confirms that its ids are COCO's
     result = build_split(source, root, tmp_path / f"out{source.suffix}")
     text = result.out.read_text()
     assert not any(str(number) in text for number in held) and all(str(number) in text for number in free)

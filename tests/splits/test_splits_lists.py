@@ -101,7 +101,7 @@ def test_visual_genome_is_matched_by_coco_id_alone(refer_root: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "form", "kept"),
+    ("text", "list_format", "kept"),
     [
         ("[1, 2, 3, 9]", JSON_LIST, [1, 9]),
         ('["1", "2.jpg", "COCO_train2014_000000001234.jpg"]', JSON_LIST, ["1"]),
@@ -112,13 +112,15 @@ def test_visual_genome_is_matched_by_coco_id_alone(refer_root: Path, tmp_path: P
          ["not a number.jpg", "000000000009"]),
     ],
 )  # fmt: skip
-def test_plain_lists_keep_their_format(refer_root: Path, tmp_path: Path, text: str, form: str, kept: list) -> None:
-    source = tmp_path / ("ids.txt" if form == LINES else "ids.json")
+def test_plain_lists_keep_their_format(
+    refer_root: Path, tmp_path: Path, text: str, list_format: str, kept: list
+) -> None:
+    source = tmp_path / ("ids.txt" if list_format == LINES else "ids.json")
     source.write_bytes(text.encode())
-    assert audit(source, refer_root).leaked and read_image_list(source).format == form
+    assert audit(source, refer_root).leaked and read_image_list(source).format == list_format
     result = build_split(source, refer_root, tmp_path / f"out{source.suffix}")
     written = result.out.read_text()
-    assert (written.splitlines() if form == LINES else json.loads(written)) == kept
+    assert (written.splitlines() if list_format == LINES else json.loads(written)) == kept
     assert result.report["images_after"] == len(kept) and result.report_path.name == "out.report.json"
     assert audit(result.out, refer_root).leaked == []
 
@@ -309,11 +311,11 @@ def test_any_json_is_refused_or_read_like_json_loads(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     numbers=st.lists(st.integers(1, 40), min_size=1, max_size=30),
-    form=st.sampled_from(["ids", "names", "lines", "line ids", "objects", "genome"]),
+    list_format=st.sampled_from(["ids", "names", "lines", "line ids", "objects", "genome"]),
     name=st.sampled_from(["COCO_train2014_{:012d}.jpg", "train2017/{:012d}.jpg", "{:012d}"]),
 )
 def test_every_format_removes_the_same_images(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], form: str, name: str
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], list_format: str, name: str
 ) -> None:
     folder = tmp_path_factory.mktemp("forms")
     held = {2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37}
@@ -325,8 +327,8 @@ def test_every_format_removes_the_same_images(
         "lines": [name.format(n) for n in numbers],
         "objects": [{"file_name": name.format(n), "height": 3} for n in numbers],
         "genome": [{"image_id": 1000 - k, "coco_id": n} for k, n in enumerate(numbers)],
-    }[form]
-    lines = form in ("lines", "line ids")
+    }[list_format]
+    lines = list_format in ("lines", "line ids")
     source = folder / ("list.txt" if lines else "list.json")
     source.write_text("".join(f"{entry}\n" for entry in entries) if lines else json.dumps(entries))
     kept = [entry for entry, number in zip(entries, numbers, strict=True) if number not in held]
