@@ -113,6 +113,12 @@ def instances(shapes_root: Path) -> Path:
     return shapes_root / "annotations" / "instances_val2014.json"
 
 
+@pytest.fixture(scope="session")
+def train_instances(shapes_root: Path) -> Path:
+    """The train instances of the embedded dataset."""
+    return shapes_root / "annotations" / "instances_train2014.json"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What refdet remembers of files goes into a folder of the tests, in the processes that they start too."""

@@ -27,6 +27,16 @@ def brute_iou(a: list[float], b: list[float]) -> float:
     return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
+def brute_giou(a: list[float], b: list[float]) -> float:
+    """Generalized IoU of two half-open xyxy boxes with positive areas."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return intersection / union - (enclosing - union) / enclosing
+
+
 def xyxy(box: tuple[float, ...]) -> list[float]:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 

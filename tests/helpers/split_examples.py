@@ -1,4 +1,4 @@
-"""Small instances files and refs for tests."""
+"""Small instances files, refs, run directories and images for tests of splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import json
 import pickle
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from refdet.structures.provenance import Provenance
 
 Refs = dict[tuple[str, str], list[tuple[int, str]]]
 
@@ -40,3 +46,19 @@ def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None)
 def write(path: Path, data: dict[str, Any]) -> Path:
     path.write_text(json.dumps(data))
     return path
+
+
+def write_run_directory(folder: Path, provenance: Provenance | dict[str, Any] | None) -> Path:
+    """Write a run directory of step 5 with a single tensor, which is all that an audit needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"w": np.zeros(2, np.float32)}, folder / "model.safetensors")
+    recorded = provenance.to_json() if isinstance(provenance, Provenance) else provenance
+    model = {"recipe": {}, "categories": [], "step": 5, "provenance": recorded}
+    (folder / "model.json").write_text(json.dumps(model))
+    return folder
+
+
+def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
+    """A synthetic image of colored patches, different for every seed."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)

@@ -49,6 +49,16 @@ def squares(root: Path, change: Change = lambda tree: None, images: int = 4) -> 
     return root / "instances.json"
 
 
+def mark_crowds(*indices: int) -> Change:
+    """A change for `squares` that sets iscrowd of the annotations at these indices."""
+
+    def change(tree: dict[str, Any]) -> None:
+        for index in indices:
+            tree["annotations"][index]["iscrowd"] = 1
+
+    return change
+
+
 def run(root: Path, *changes: str, out: str = "run", device: str = "cpu", **more: Any) -> Summary:
     """Train on the `squares` under ``root`` into ``root/out``."""
     return train(tiny(*changes), root / "instances.json", root / "images", root / out, device=device, **more)
