@@ -51,6 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_whole(out: Path, whole: Path) -> None:
+    """Check that a store has the contents of another, and that no shards are left."""
     assert contents(out) == contents(whole)
     assert sorted(path.name for path in out.parent.iterdir() if path.is_file()) == ["a.h5"]
     assert not out.with_name("a.h5.parts").exists()
@@ -78,17 +79,18 @@ def run_when(condition: Callable[[], object], then: Callable[[], object]) -> thr
 
 def test_workers_write_the_store_of_one_process(tmp_path: Path, whole: Path, cluster: Any) -> None:
     out, records = tmp_path / "a.h5", tmp_path / "records"
-    shown: list[dict[str, Any]] = []
+    workers: list[dict[str, Any]] = []
     folder = tmp_path / "a.h5.parts"
     watch = run_when(
-        lambda: list(folder.glob("*.shard")) and read_workers(folder), lambda: shown.extend(read_workers(folder))
+        lambda: list(folder.glob("*.shard")) and read_workers(folder), lambda: workers.extend(read_workers(folder))
     )
     done = run_on(cluster.address, out, SlowTools(records, seconds=0.3, together=2))
     watch.join()
     assert (done.images, done.errors, done.computed) == (len(RECORDS), 1, len(RECORDS))
     assert len(computing_processes(records)) == 2 and done.stages["compute"] > 0.1
     assert_whole(out, whole)
-    assert {one["state"] for one in shown} == {"computing"} and all(one["host"] and one["pid"] for one in shown)
+    assert {worker["state"] for worker in workers} == {"computing"}
+    assert all(worker["host"] and worker["pid"] for worker in workers)
 
 
 def test_a_killed_worker_is_replaced(
