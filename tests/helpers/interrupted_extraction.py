@@ -75,6 +75,17 @@ def compute(batch: list[ImageRecord], images: list[np.ndarray], slowly: float = 
     return lambda: [make_regions(r.id, 1 + r.id % 4) for r in batch]
 
 
+def interrupt_at(batch: list[ImageRecord], compute: Callable[..., Finish] = compute) -> Callable[..., Finish]:
+    """A `compute` that Ctrl-C interrupts at a batch."""
+
+    def interrupted(current: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if current == batch:
+            raise KeyboardInterrupt
+        return compute(current, images)
+
+    return interrupted
+
+
 def run(out: Path, resume: bool = False, compute: Callable[..., Finish] = compute) -> Summary:
     header = replace(HEADER, options=PLAN.options)
     return extract(out, PLAN, header, BATCHES, RECORDS, load, compute, resume, shard_images=2)
