@@ -56,7 +56,7 @@ def changed_shard(data: bytes, chance: random.Random) -> bytes:
     return MAGIC + b"".join(parts) + struct.pack("<QI", 0, end_crc)
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("what", ["000000.shard", "shard with right checksums", "plan.json", "sessions.jsonl"])
 def test_what_an_extraction_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -201,7 +201,7 @@ def _without_checksums(change: Callable[[h5py.File], None]) -> Callable[[h5py.Fi
     return both
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize(
     ("change", "images", "part"),
     [
@@ -271,7 +271,7 @@ def test_a_store_without_checksums_says_so(sound: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["inspect", str(tmp_path / "x.json"), "--verify"]).exit_code == 2
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_flipped_bytes_and_cuts_are_found(tmp_path: Path, compression: str) -> None:
     columns = store.Columns({"pool5": (300,)}, masks=True, maps=("head",), compression=compression)

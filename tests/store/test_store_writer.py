@@ -15,7 +15,7 @@ from refdet.store.codec import encode
 from refdet.store.verify import verify
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 def test_scores_of_given_boxes_need_not_be_rates(tmp_path: Path) -> None:
     columns, row = store.Columns(), [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
     for boxes, score, sound in ((True, 12.5, True), (False, 12.5, False), (True, np.nan, False), (True, -1, True)):
@@ -48,7 +48,7 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "a.h5").exists()
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("together", [True, False])  # macOS 10 has no pwritev
 def test_large_and_small_rows_are_whole_whatever_the_disk_takes_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool

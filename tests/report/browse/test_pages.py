@@ -31,7 +31,7 @@ from refdet.report.browse.queries import Filter  # noqa: E402
 from refdet.report.browse.server import Handlers  # noqa: E402
 from refdet.structures.regions import Regions  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("opened_here")
+pytestmark = pytest.mark.usefixtures("check_hdf5_in_process")
 
 OBJECTS: list[dict[str, Any]] = [
     {"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val", "sents": ("the red cat", "cat")},
