@@ -23,7 +23,7 @@ STEPS = {
     "good": "step.put('value', 1); step.check('one', True); step.goal('speed', 2.0, 1.0)",
     "bad": "step.check('two', False); step.check('three', True)",
     "broken": "step.put('value', 1); raise ValueError('a bug in the step')",
-    "hanging": "step.put('value', 1); import subprocess; subprocess.run(['sleep', '60'])",
+    "hanging": "step.put('value', 1); import subprocess; subprocess.run('exec sleep 60 > $FIFO', shell=True)",
     "killed": "step.put('value', 1); import os; os.kill(os.getpid(), 9)",
     "absent": "step.put('skipped', 'no tool')",
     "busy": "[step.put('numbers', list(range(n % 500))) for n in range(10**9)]",
@@ -89,11 +89,23 @@ def test_a_step_fails_if_a_check_fails_or_it_crashes(gpu: Any, steps: Path, caps
     assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
 
 
-def test_a_step_is_ended_at_its_time_limit(
+def test_a_step_is_killed_with_its_subprocesses_at_its_time_limit(
     gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu.check, "PLAN", (gpu.check.StepPlan("hanging", "h", 1.5),))
+    monkeypatch.setenv("FIFO", str(steps / "fifo"))
+    os.mkfifo(steps / "fifo")
+    reader = os.open(steps / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     assert gpu.check.Check("cuda", steps / "out", ["hanging"]).run() == 1
+    for _ in range(100):
+        try:
+            assert os.read(reader, 1) == b""  # no process has the FIFO open for writing any more
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the subprocess of the step is still running")
+    os.close(reader)
     assert step_result(steps / "out", "hanging")["status"] == "timed out"
     assert "FAILED: hanging: timed out" in capsys.readouterr().out
 
