@@ -176,7 +176,10 @@ INVALID: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "split of a store": (lambda f: build_split(f, instances=f.store), "not an instances JSON or a list of images"),
     "split of a pipe": (lambda f: build_split(f, instances=f.pipe), "a pipe or a device"),
     "split of a URL": (lambda f: build_split(f, instances="http://a.org/f.json"), "a URL; download it"),
-    "split into a folder": (lambda f: build_split(f, out="."), "--out .: a folder; give a file name"),
+    "split into a folder": (
+        lambda f: build_split(f, out="."),
+        "--out .: a folder; give a file name, such as split.json",
+    ),
     "split of one dataset": (lambda f: build_split(f, refer_root=f.refer / "refcoco"), "give the folder above it"),
     "audit of a pipe": (lambda f: command_line("audit", instances=f.pipe, refer_root=f.refer), "a pipe or a device"),
     "inspect a pipe": (lambda f: ["inspect", str(f.pipe)], "a pipe or a device, not a regular file"),
@@ -228,7 +231,10 @@ INVALID: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "NaN as NMS threshold": (lambda f: extract(f, nms_threshold="nan"), "--nms-threshold: must be"),
     # outputs
     "out exists": (lambda f: extract(f, out=f.text), "a.txt exists; choose another --out or remove it"),
-    "out is a folder": (lambda f: extract(f, out=f.images), "images: a folder; give a file name, such as"),
+    "out is a folder": (
+        lambda f: extract(f, out=f.images),
+        "--out {root}/images: a folder; give a file name, such as {root}/images/images.h5",
+    ),
     "out is the current folder": (
         lambda f: extract(f, out="."),
         "--out .: a folder; give a file name, such as features.h5",
@@ -277,6 +283,19 @@ INVALID: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "store as predictions": (
         lambda f: evaluate_on_refer(f, predictions=f.store),
         "--predictions {root}/store.h5: an HDF5 file",
+    ),
+    # other outputs
+    "report is a folder": (
+        lambda f: command_line("report", store=f.store, out="."),
+        "--out .: a folder; give a file name, such as report.html",
+    ),
+    "picture is a folder": (
+        lambda f: ["draw", "a.jpg", f"--store={f.store}", f"--out={f.images}"],
+        "--out {root}/images: a folder; give a file name, such as {root}/images/images.png",
+    ),
+    "exported weights are a folder": (
+        lambda f: command_line("export-weights", checkpoint=f.run, format="torchvision", out=".."),
+        "--out ..: a folder; give a file name, such as ../model.pth",
     ),
     # weights
     "missing weights": (lambda f: import_weights(f, f.root / "no"), "--from {root}/no: no such file"),
