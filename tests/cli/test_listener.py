@@ -89,9 +89,8 @@ def train_and_evaluate(folder: Path, with_signal: bool, listener: ModuleType, mo
                                       str(root), "--refs", "toy/me", "--epochs", "12",
                                       "--out", str(folder / "a.json")])  # fmt: skip
     listener.main()
-    comprehension = evaluate_on_refer(test, root, "toy", "me", predictions=folder / "a.json")["splits"]["val"][
-        "comprehension"
-    ]
+    metrics = evaluate_on_refer(test, root, "toy", "me", predictions=folder / "a.json")
+    comprehension = metrics["splits"]["val"]["comprehension"]
     assert comprehension["missing"] == 0 and comprehension["random_baseline@0.5"] == pytest.approx(1 / 3)
     return comprehension["accuracy@0.5"]
 

@@ -47,7 +47,7 @@ def resume_command(out: str, changes: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs, a complete, an unfinished and a damaged extraction, and a .parts folder of other files."""
+    """A folder with two runs, complete, unfinished and damaged extractions, and a .parts folder of other files."""
     root = tmp_path_factory.mktemp("resume")
     squares(root, images=3).rename(root / "fewer.json")
     squares(root)

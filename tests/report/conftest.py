@@ -1,4 +1,4 @@
-"""The browser of the browser tests, started once."""
+"""Fixtures of the browser tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from browser import chromium
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium, as playwright drives it."""
+    """Chromium under playwright's control, started once."""
     path = chromium()
     from playwright.sync_api import sync_playwright
 
