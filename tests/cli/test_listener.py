@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_examples import regions, write_refer, write_store
+from store_examples import write_regions
 
 from refdet import store
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -76,10 +77,7 @@ def write_store_with_features(path: Path, images: list[Regions]) -> None:
     write_store(path.with_suffix(".bare"), images, masks=False)  # its header is copied
     with store.open(path.with_suffix(".bare")) as bare:
         header = store.Header(bare.classes, bare.recipe, bare.provenance, bare.options)
-    rows = [store.ImageRow(r.image_id, r.file_name, r.height, r.width, "", len(r), 0) for r in images]
-    with store.create(path, header, store.Columns(features={"pool5": (8,), "fc7": (8,)}), rows) as writer:
-        for image in images:
-            writer.put(image)
+    write_regions(path, images, header, store.Columns(features={"pool5": (8,), "fc7": (8,)}))
 
 
 def train_and_evaluate(folder: Path, with_signal: bool, listener: ModuleType, monkeypatch: pytest.MonkeyPatch) -> float:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import chromium
+from browser import find_chromium
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium under playwright's control, started once."""
-    path = chromium()
+    path = find_chromium()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluate_examples import PROVENANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_examples import record
+from store_examples import record, write_regions
 
 from refdet import report, store
 from refdet.data.coco import CocoIndex
@@ -94,16 +95,7 @@ def write_annotation_store(path: Path, refer_root: Path, missed: int) -> None:
         ))  # fmt: skip
     classes = [{"id": i, "name": f"{name}<i>" if i == min(index.categories) else name}
                for i, name in index.categories.items()]  # fmt: skip
-    rows = [store.ImageRow(r.image_id, r.file_name, r.height, r.width, "", len(r), sum(map(len, r.masks or ())))
-            for r in regions]  # fmt: skip
-    header = store.Header(classes, "", PROVENANCE, {})
-    with store.create(path, header, store.Columns(masks=True), rows) as writer:
-        for image_regions in regions:
-            writer.put(image_regions)
-
-
-PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annotations": 1,
-              "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip
+    write_regions(path, regions, store.Header(classes, "", PROVENANCE, {}), store.Columns(masks=True))
 
 
 @pytest.fixture(scope="module")

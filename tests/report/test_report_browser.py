@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Watched, axe
+from browser import WatchedPage, accessibility_violations
 from evaluate_examples import PROVENANCE, regions, write_refer, write_store
 from PIL import Image
 
@@ -49,9 +49,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_is_accessible_and_requests_nothing_else(browser: Any, report: Path, scheme: str) -> None:
-    watched = Watched(browser.new_context(color_scheme=scheme).new_page())
+    watched = WatchedPage(browser.new_context(color_scheme=scheme).new_page())
     watched.page.goto(report.as_uri())
-    assert axe(watched.page) == []
+    assert accessibility_violations(watched.page) == []
     assert [url for url in watched.requests if not url.startswith("data:")] == [report.as_uri()]
     decode = (
         "() => Promise.all(Array.from(document.images, (image) => { image.loading = 'eager'; return image.decode(); }))"

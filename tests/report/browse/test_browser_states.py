@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Watched, serving
+from browser import WatchedPage, serve_browse
 from evaluate_examples import regions, write_refer, write_store
 from PIL import Image
 
@@ -29,11 +29,11 @@ MANY = 150
 
 
 @contextmanager
-def open_browser(browser: Any, *arguments: str | Path, allowed: tuple[str, ...] = ()) -> Iterator[Watched]:
+def open_browser(browser: Any, *arguments: str | Path, allowed: tuple[str, ...] = ()) -> Iterator[WatchedPage]:
     """A page for `refdet browse` with these arguments; asserts that only console errors with allowed texts occur."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    with serving(*arguments) as address:
-        watched = Watched(context.new_page(), address)
+    with serve_browse(*arguments) as address:
+        watched = WatchedPage(context.new_page(), address)
         yield watched
         assert [error for error in watched.errors if not any(text in error for text in allowed)] == []
         context.close()
@@ -88,12 +88,12 @@ def test_a_failed_index_is_shown_until_it_is_dismissed(browser: Any, data: Path)
         page = watched.page
         watched.open(watched.address)
         page.wait_for_selector("#warnings .message")
-        watched.ready(lambda: page.select_option("select[name=show]", "images"))
-        watched.ready(page.locator(".card").first.click)
+        watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "region 0 is of image 1" in page.inner_text("#warnings") and "incomplete" in page.inner_text("#progress")
         page.click("text=Dismiss")
         page.wait_for_timeout(700)  # the page polls the status meanwhile
-        watched.ready(lambda: page.keyboard.press("Escape"))
+        watched.wait_for_view(lambda: page.keyboard.press("Escape"))
         assert page.inner_text("#warnings") == "" and "incomplete" in page.inner_text("#progress")
 
 
@@ -104,7 +104,7 @@ def test_a_changed_store_is_shown_in_every_view(browser: Any, data: Path) -> Non
         page.route("**/api/status", lambda route: route.fulfill(json={"index": index, "changed": ["odd.h5"]}))
         watched.open(watched.address)
         page.wait_for_selector("#warnings .message")
-        watched.ready(page.locator(".card").first.click)
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "odd.h5 changed since it was opened" in page.inner_text("#warnings")
 
 
@@ -112,16 +112,16 @@ def test_negative_ids_and_ids_beyond_javascript_integers_work(browser: Any, data
     with open_browser(browser, data / "odd.h5") as watched:
         page = watched.page
         watched.open(watched.address)
-        watched.indexed()
+        watched.wait_for_index()
         for place, image_id in enumerate(ODD_IDS):
-            watched.ready(page.locator(".card").nth(place).click)
+            watched.wait_for_view(page.locator(".card").nth(place).click)
             assert f"image={image_id}" in page.url and f"image {image_id}," in page.inner_text("h2.name")
             page.goto(page.url)
             page.wait_for_selector("h2.name")
             assert page.inner_text("h2.name").startswith(f"{image_id}.jpg")
             assert [page.inner_text(".regions li")] == [f"{('hound', 'odd', 'even')[place]} 1.00, row {place}"]
-            watched.ready(lambda: page.keyboard.press("Escape"))
-        watched.ready(lambda: page.select_option("select[name=category]", label="even"))
+            watched.wait_for_view(lambda: page.keyboard.press("Escape"))
+        watched.wait_for_view(lambda: page.select_option("select[name=category]", label="even"))
         assert page.locator(".card").count() == 1 and f"{ODD_IDS[2]}.jpg" in page.inner_text(".card")
 
 
@@ -131,9 +131,9 @@ def test_objects_and_regions_have_the_category_names_of_their_files(browser: Any
         watched.open(watched.address)
         assert "c1" in page.inner_text(".card >> nth=0") and "hound" not in page.inner_text("select[name=category]")
         assert "name 1 category differently, first: 1 is 'c1' and 'hound'" in page.inner_text("#notes")
-        watched.ready(lambda: page.select_option("select[name=show]", "images"))
+        watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
         assert "hound" in page.inner_text("select[name=category]")
-        watched.ready(page.locator(".card").first.click)
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "ref 0 c1" in page.inner_text(".referents") and "hound 0.90" in page.inner_text(".regions")
 
 
@@ -144,15 +144,15 @@ def test_sliders_cover_all_regions_and_scores(browser: Any, data: Path) -> None:
         top = page.locator("input[name=top]")
         assert (top.get_attribute("max"), top.input_value(), page.inner_text("#top-value")) == ("150", "150", "all")
         assert "150 regions, 50 not drawn" in page.inner_text(".card >> nth=0")
-        watched.ready(lambda: top.fill("7"))
+        watched.wait_for_view(lambda: top.fill("7"))
         assert "150 regions, 143 not drawn" in page.inner_text(".card >> nth=0")
-        watched.ready(lambda: top.fill("150"))
+        watched.wait_for_view(lambda: top.fill("150"))
         assert "top" not in page.url
-        watched.ready(lambda: page.locator("input[name=score]").fill("0.9"))
+        watched.wait_for_view(lambda: page.locator("input[name=score]").fill("0.9"))
         assert "149 not drawn" in page.inner_text(
             ".card >> nth=0"
         )  # a score of 0.9 in float32 passes the threshold 0.9
-        watched.ready(page.locator(".card").first.click)
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "1 region, 149 hidden by the sliders" in page.inner_text("figcaption")
 
 
@@ -160,7 +160,7 @@ def test_masks_of_referents_are_drawn_if_the_store_has_none(browser: Any, data: 
     with open_browser(browser, data / "many.h5", *refer_options(data), allowed=("willReadFrequently",)) as watched:
         page = watched.page
         watched.open(watched.address)
-        watched.ready(page.locator(".card").nth(1).click)
+        watched.wait_for_view(page.locator(".card").nth(1).click)
         has_color = """([red, green]) => {
             const canvas = document.querySelector("canvas.picture"), x = canvas.width * 0.7, y = canvas.height * 0.3;
             const [r, g] = canvas.getContext("2d").getImageData(x, y, 1, 1).data;
@@ -194,7 +194,7 @@ def test_a_missing_image_is_reported_and_not_requested(browser: Any, data: Path)
     ) as watched:  # a request for it would be a console error
         watched.open(watched.address)
         assert "no image" in watched.page.inner_text(".card >> nth=1") and "2.jpg" in watched.page.inner_text("#notes")
-        watched.ready(watched.page.locator(".card").nth(1).click)
+        watched.wait_for_view(watched.page.locator(".card").nth(1).click)
         assert "no file for this image" in watched.page.inner_text("main")
 
 
