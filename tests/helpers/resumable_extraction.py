@@ -1,4 +1,4 @@
-"""An extraction of ten images in shards of two, to be stopped and resumed."""
+"""An extraction of ten images, in four shards, that tests interrupt and resume."""
 
 from __future__ import annotations
 
@@ -28,13 +28,21 @@ def load(record: ImageRecord) -> np.ndarray:
 
 
 def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+    """Extract, with changed arguments of `extract`; interrupted at a batch if ``stop_at`` is its number."""
+
+    def stop_or_compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         if stop_at is not None and batch == BATCHES[stop_at]:
             raise KeyboardInterrupt
         return compute(batch, images)
 
-    given: dict[str, Any] = {"header": RECIPE_HEADER, "load": load, "compute": stops, "shard_images": 2, **changes}
-    return extract(out, PLAN, batches=BATCHES, records=RECORDS, **given)
+    arguments: dict[str, Any] = {
+        "header": RECIPE_HEADER,
+        "load": load,
+        "compute": stop_or_compute,
+        "shard_images": 2,
+        **changes,
+    }
+    return extract(out, PLAN, batches=BATCHES, records=RECORDS, **arguments)
 
 
 def interrupted_before_the_merge(out: Path) -> None:
