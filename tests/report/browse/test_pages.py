@@ -167,20 +167,10 @@ def test_a_category_name_with_a_lone_surrogate_is_shown(data: Path, browse: Brow
     assert client.get("/api/about").json()["names"]["stores"] == [[["1", "\ud800 c"]]]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "show=x",
-        "sort=o.key;--",
-        "category=x",
-        "category=9223372036854775808",
-        "offset=-1",
-        "limit=100000",
-        "size=x",
-        "top=x",
-        "score=nan",
-    ],
-)
+@pytest.mark.parametrize("wrong", [
+    "show=x", "sort=o.key;--", "category=x", "category=9223372036854775808", "offset=-1", "limit=100000", "size=x",
+    "top=x", "score=nan",
+])  # fmt: skip
 def test_an_invalid_parameter_is_an_error_with_its_name(browse: Browse, wrong: str) -> None:
     answer = browse().get(f"/api/items?{wrong}")
     assert answer.status_code == 400 and wrong.split("=")[0] in answer.json()["error"]
