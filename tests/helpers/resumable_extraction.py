@@ -1,4 +1,4 @@
-"""An extraction of ten images in shards of two, to be stopped and resumed."""
+"""An extraction of ten images, in four shards, that tests interrupt and resume."""
 
 from __future__ import annotations
 

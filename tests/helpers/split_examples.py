@@ -17,6 +17,7 @@ Refs = dict[tuple[str, str], list[tuple[int, str]]]
 
 
 def write_refs(root: Path, refs: Refs) -> Path:
+    """Write refs files of (image id, split) pairs below a root, by dataset and split-by."""
     for (dataset, split_by), pairs in refs.items():
         (root / dataset).mkdir(parents=True, exist_ok=True)
         records = [
@@ -28,7 +29,13 @@ def write_refs(root: Path, refs: Refs) -> Path:
 
 
 def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None) -> dict[str, Any]:
-    """An instances file; images have COCO's names except for those in ``names``."""
+    """An instances file with unknown keys, which must be kept.
+
+    Args:
+        ids: ids of the images.
+        owners: image id of each annotation.
+        names: file names of images, by id; the others are named as in COCO.
+    """
     named = {i: f"COCO_train2014_{i:012d}.jpg" for i in ids} | (names or {})
     return {
         "info": {"description": "d\u00e9j\u00e0 vu"},

@@ -1,4 +1,4 @@
-"""Training runs of seconds: a tiny recipe, and a drawn dataset whose annotations can be changed."""
+"""Training in seconds: a tiny recipe, and a synthetic dataset whose annotations can be changed."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_describe_store(tmp_path: Path) -> None:
 FEATURES = {"pool5": (16,), "spatial_fc7": (8, 7, 7)}
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("regions", [[], [0, 0], [2, 0, 1]])
 @pytest.mark.parametrize("features", [(), ("pool5",), ("pool5", "spatial_fc7")])
 @pytest.mark.parametrize("optional", list(product([False, True], repeat=4)))

@@ -16,7 +16,7 @@ from refdet.errors import InputError
 from refdet.store import schema
 from refdet.store.hdf5_sandbox import check_in_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("opened_here")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("check_hdf5_in_process")]
 
 
 @pytest.mark.parametrize("libver", ["", "earliest"])

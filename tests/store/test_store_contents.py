@@ -213,7 +213,7 @@ def _without_checksums(change: Callable[[h5py.File], None]) -> Callable[[h5py.Fi
     return change_both
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize(
     ("change", "images", "part"),
     [
@@ -282,7 +282,7 @@ def test_a_store_without_checksums_is_reported_as_unchecked(intact_store: Path, 
     assert CliRunner().invoke(main, ["inspect", str(tmp_path / "x.json"), "--verify"]).exit_code == 2
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_flipped_bits_and_truncation_are_detected(tmp_path: Path, compression: str) -> None:
     columns = store.Columns({"pool5": (300,)}, masks=True, maps=("head",), compression=compression)

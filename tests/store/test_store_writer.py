@@ -15,7 +15,7 @@ from refdet.store.codec import encode
 from refdet.store.verify import verify
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 def test_scores_must_be_probabilities_unless_boxes_were_given(tmp_path: Path) -> None:
     columns, row = store.Columns(), [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
     for boxes_given, score, is_valid in (
@@ -50,7 +50,7 @@ def test_images_must_be_put_in_the_order_of_the_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "a.h5").exists()
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("has_pwritev", [True, False])  # macOS 10 has no pwritev
 def test_rows_are_complete_after_partial_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_pwritev: bool
