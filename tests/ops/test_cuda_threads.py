@@ -99,19 +99,10 @@ def run_group_greedy(kernels: Any, problem: Problem, order: int) -> list[int]:
     return [index for index in kept[GUARD:-GUARD].tolist() if index != -7]
 
 
-def brute_force_by_image(problem: Problem) -> list[list[int]]:
-    images = torch.zeros(len(problem.boxes), dtype=torch.int64) if problem.images is None else problem.images
-    found: list[list[int]] = [[] for _ in range(IMAGES)]
-    for index in problem.brute_force():
-        if 0 <= images[index] < IMAGES:
-            found[images[index]].append(index)
-    return found
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_greedy_kernel_equals_brute_force_in_any_order_of_threads(kernels: Any, problem: Problem) -> None:
-    expected = brute_force_by_image(problem)
+    expected = problem.brute_force_by_image(IMAGES)
     for order in ORDERS:
         assert run_greedy(kernels, problem, order, padded=order != 1) == expected
 
@@ -146,7 +137,7 @@ def test_group_greedy_kernel_suppresses_by_kept_boxes_beyond_shared_memory(kerne
 @pytest.mark.parametrize("max_keep", [-1, 1, 150])
 def test_greedy_kernel_with_more_boxes_than_fit_into_shared_memory(kernels: Any, max_keep: int) -> None:
     problem = scene(2500, 40, 2, max_keep=max_keep)
-    expected = brute_force_by_image(problem)
+    expected = problem.brute_force_by_image(IMAGES)
     assert max(map(len, expected)) > 1024 or max_keep > 0
     for order in ORDERS:
         assert run_greedy(kernels, problem, order, padded=True) == expected
