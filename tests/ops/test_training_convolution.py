@@ -53,10 +53,8 @@ def output_and_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradien
 )
 def test_outputs_and_gradients_are_close_to_float64(shape: tuple[int, int, int, int, int]) -> None:
     given = random_example(*shape)
-    found, expected = (
-        output_and_gradients(*given, ours=True),
-        output_and_gradients(*(each.double() for each in given), ours=False),
-    )
+    found = output_and_gradients(*given, ours=True)
+    expected = output_and_gradients(*(each.double() for each in given), ours=False)
     for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
         assert (ours - exact).abs().max() < 1e-4 * exact.std()
@@ -128,10 +126,10 @@ def test_strided_pointwise_convolutions_of_few_channels(inputs: int, stride: tup
     exact = [each.detach().double().contiguous().requires_grad_() for each in (x, weight, bias)]
     expected = F.conv2d(*exact, stride)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    for found, expected in zip(
-        torch.autograd.grad(y, given, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
-    ):
-        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-4)
+    found_gradients = torch.autograd.grad(y, given, gradient)
+    exact_gradients = torch.autograd.grad(expected, exact, gradient.double())
+    for found, exact_gradient in zip(found_gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(found.double(), exact_gradient, atol=1e-3, rtol=1e-4)
 
 
 def test_conv2d_layer_equals_torch_nn_conv2d() -> None:

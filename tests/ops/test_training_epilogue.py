@@ -156,9 +156,8 @@ def test_a_convolution_with_the_fused_pass(
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_torch_compile_keeps_one_graph(device: str) -> None:
-    x, weight, bias = (
-        each.detach().to(device) for each in (random_leaf(2, 4, 5, 5), random_leaf(6, 4, 3, 3), random_leaf(6))
-    )
+    shapes = ((2, 4, 5, 5), (6, 4, 3, 3), (6,))
+    x, weight, bias = (random_leaf(*shape).detach().to(device) for shape in shapes)
     scale = random_leaf(6).detach().to(device)[:, None, None, None]
     weight.requires_grad_()
 
