@@ -91,12 +91,12 @@ def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     run_of(tmp_path / "run", recipes.load("c4-res18").with_changes(["model.norm=frozen", "model.width=8"]))
-    for format, says in (
+    for format, message in (
         ("torchvision", "torchvision has no network with model.neck=c4, model.width=8, model.pooler_resolution=7"),
         ("detectron2", "detectron2 has no network with model.width=8, model.pooler_resolution=7"),
     ):
         done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
-        refused(done, f"{tmp_path / 'run'}: {says}")
+        refused(done, f"{tmp_path / 'run'}: {message}")
     loading.load(tmp_path / "run")
     (tmp_path / "o.pth").write_bytes(b"x")
     done = call(
@@ -110,19 +110,19 @@ NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.f
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "format", "says"),
+    ("name", "changes", "format", "message"),
     [
         ("fpn-res50", ["model.stride_in_1x1=true"], "torchvision", "model.width=8, model.stride_in_1x1"),
         ("c4-res18", ["model.pooler_resolution=14"], "detectron2", "model.width=8, model.depth=18 and model.neck=c4"),
     ],
 )
 def test_networks_that_only_look_the_same_are_refused(
-    tmp_path: Path, name: str, changes: list[str], format: str, says: str
+    tmp_path: Path, name: str, changes: list[str], format: str, message: str
 ) -> None:
     """torchvision has the strides in 3x3 convolutions, and detectron2's C4 heads always have bottlenecks."""
     run_of(tmp_path / "run", recipes.load(name).with_changes([*NARROW, *changes]))
     done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
-    refused(done, f"{format} has no network with {says}")
+    refused(done, f"{format} has no network with {message}")
 
 
 @pytest.mark.parametrize("name", ["fpn-res50", "d2-dc5-res50"])

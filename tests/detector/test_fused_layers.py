@@ -45,7 +45,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize(
-    ("epilogue", "dtype", "stride", "wanted"),
+    ("epilogue", "dtype", "stride", "expected"),
     [
         (Epilogue.PLAIN, torch.bfloat16, 1, {"convolution": 3, "bias": 3, "relu_": 3, "add_": 1}),
         (Epilogue.KERNEL, torch.float32, 1, {"convolution": 3, "bias_relu": 3}),
@@ -58,12 +58,14 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
          {"_addmm_activation": 1, "convolution": 2, "bias_relu": 1, "cudnn_convolution_add_relu": 1}),
     ],
 )  # fmt: skip
-def test_launches_of_a_bottleneck(epilogue: Epilogue, dtype: torch.dtype, stride: int, wanted: dict[str, int]) -> None:
+def test_launches_of_a_bottleneck(
+    epilogue: Epilogue, dtype: torch.dtype, stride: int, expected: dict[str, int]
+) -> None:
     block = bottleneck(stride)
     module = block.to(dtype) if epilogue is Epilogue.PLAIN else fused(block, epilogue, dtype)
     with on_fake_gpu(module) as launched:
         y = module(fake_image((2, 64 if stride == 2 else 256, 20, 30), dtype))
-    assert +launched.calls == wanted
+    assert +launched.calls == expected
     assert y.shape == (2, 256, 20 // stride, 30 // stride) and y.dtype == dtype and y.device.type == "cuda"
 
 
@@ -89,11 +91,11 @@ def test_a_detector_finds_the_same(epilogue: Epilogue, variant: str) -> None:
     assert FusedConv2d in kinds and (FusedStem in kinds) == (model.recipe.model.backbone == "resnet")
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1, max_regions=30)
-    wanted = detect_batch(model, images, records, IDS, options)
-    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options), strict=True):
+    expected = detect_batch(model, images, records, IDS, options)
+    for a, b in zip(expected, detect_batch(fast, images, records, IDS, options), strict=True):
         np.testing.assert_array_equal(a.category_ids, b.category_ids)
         np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
-    boxes = [r.boxes for r in wanted]
+    boxes = [r.boxes for r in expected]
     found = describe_boxes(fast, images, boxes)
     for exact, other in zip(describe_boxes(model, images, boxes), found, strict=True):
         for name, values in exact.features.items():

@@ -78,12 +78,12 @@ def test_a_block(
     block = kind(inputs, channels, stride, norm_of, False).to(where, memory_format=torch.channels_last)
     x = torch.randn(4, inputs, 14, 15).to(where, memory_format=torch.channels_last)
     fuse(False)
-    wanted, exact = slopes(block, x, bf16), slopes(block, x, False)
+    expected, exact = slopes(block, x, bf16), slopes(block, x, False)
     assert not calls
     fuse(True)
     found = slopes(block, x, bf16)
     assert len(calls) == (2 if kind is BasicBlock else 3)
-    for one, other, best in zip(found, wanted, exact, strict=True):
+    for one, other, best in zip(found, expected, exact, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         # on a CPU, the separate operators round less often: oneDNN adds the bias before it rounds to bfloat16
         limit = 2 * float((other - best).norm()) if bf16 else 1e-5 * float(best.norm())
@@ -96,9 +96,9 @@ def test_other_norms_are_left_alone(norm: Norm, fuse: Callable[[bool], None], ca
     others = copy.deepcopy(block)
     x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
     fuse(False)
-    wanted = slopes(others, x, False)
+    expected = slopes(others, x, False)
     fuse(True)
-    for one, other in zip(slopes(block, x, False), wanted, strict=True):
+    for one, other in zip(slopes(block, x, False), expected, strict=True):
         assert torch.equal(one, other)
     assert not calls
 
@@ -150,10 +150,10 @@ def test_a_detector(device: str, variant: str, fuse: Callable[[bool], None], cal
             norm.bias.uniform_(-0.1, 0.1)
     model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     fuse(False)
-    wanted = losses_of(model, device, False)
+    expected = losses_of(model, device, False)
     assert not calls
     fuse(True)
-    for one, other in zip(losses_of(model, device, False), wanted, strict=True):
+    for one, other in zip(losses_of(model, device, False), expected, strict=True):
         assert float((one - other).norm()) <= (1e-3 if is_gpu(device) else 1e-4) * float(other.norm())
     assert len(calls) >= 10
     count = len(calls)

@@ -26,13 +26,13 @@ def test_the_same_regions_and_features(variant: str) -> None:
     assert isinstance(getattr(fast.head, "conv5", None), SplitRes5) == early
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1, max_regions=30)
-    wanted = detect_batch(model, images, records, IDS, options, features=NAMES)
-    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options, features=NAMES), strict=True):
+    expected = detect_batch(model, images, records, IDS, options, features=NAMES)
+    for a, b in zip(expected, detect_batch(fast, images, records, IDS, options, features=NAMES), strict=True):
         assert len(a) > 5
         np.testing.assert_array_equal(a.category_ids, b.category_ids)
         np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
         np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
-    boxes = [r.boxes for r in wanted]
+    boxes = [r.boxes for r in expected]
     found = describe_boxes(fast, images, boxes, features=NAMES)
     for exact, other in zip(describe_boxes(model, images, boxes, features=NAMES), found, strict=True):
         for name in NAMES:
@@ -54,11 +54,11 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
     fast = optimize.optimize_for_inference(trained_model())
     images, _ = some_images()
     boxes = [np.array([[1, 1, 60, 60]])] * 2
-    wanted = describe_boxes(fast, images, boxes)[0].features["pool5"]
+    expected = describe_boxes(fast, images, boxes)[0].features["pool5"]
     fast.head.conv5 = None  # it would fail
     found = describe_boxes(fast, images, boxes, features=("pool5",))[0]
     assert list(found.features) == ["pool5"]
-    np.testing.assert_array_equal(found.features["pool5"], wanted)
+    np.testing.assert_array_equal(found.features["pool5"], expected)
 
 
 @pytest.mark.parametrize("variant", ["c4", "fpn", "crop"])

@@ -33,9 +33,9 @@ Make = Callable[[], nn.Module]
 def beside(layer: nn.Module, packed: nn.Module, x: torch.Tensor, half: bool) -> None:
     """Both layers give the same of x, in the layout that networks use."""
     x = (x.bfloat16() if half else x).to(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
-    wanted, found = layer.float()(x.float()), packed(x)
-    assert found.dtype == x.dtype and found.shape == wanted.shape
-    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=TOLERANCE[half])
+    expected, found = layer.float()(x.float()), packed(x)
+    assert found.dtype == x.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=TOLERANCE[half])
 
 
 @pytest.mark.parametrize("half", [SINGLE, HALF])
@@ -136,11 +136,11 @@ def test_a_sum_after_any_convolution(kernel: int) -> None:
     layer = nn.Conv2d(64, 64, kernel, padding=kernel // 2)
     x, shortcut = torch.randn(2, 64, 5, 6), torch.randn(2, 64, 5, 6)
     before = shortcut.clone()
-    packed, alone, wanted = PackedConv2d(layer), layer(x), layer(x) + shortcut
-    torch.testing.assert_close(packed(x, shortcut), wanted, rtol=0, atol=1e-4)
+    packed, alone, expected = PackedConv2d(layer), layer(x), layer(x) + shortcut
+    torch.testing.assert_close(packed(x, shortcut), expected, rtol=0, atol=1e-4)
     for one in (layer, packed):
         torch.testing.assert_close(conv_relu(one, x), alone.relu(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(conv_relu(one, x, shortcut), wanted.relu(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(conv_relu(one, x, shortcut), expected.relu(), rtol=0, atol=1e-4)
         assert torch.equal(shortcut, before)
 
 

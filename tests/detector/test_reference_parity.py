@@ -129,8 +129,8 @@ def make_case(detectors: Detectors, shared: Path, key: Key) -> Case:
     return Case(model, golden, pixels, size, inputs, conv4, boxes, logits, deltas, found)
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64)))
 
 
 def test_input_and_map(case: Case) -> None:
@@ -205,8 +205,8 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: Detectors) -> None:
     model = detectors(key[0], "bfloat16").model if used else case.model
     with torch.autocast("cpu", torch.bfloat16, enabled=not used):
         (found,) = model.extract_features(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
-    wanted = torch.from_numpy(case.golden["given_fc7"])
-    cosine = torch.nn.functional.cosine_similarity(found.features["fc7"], wanted).min().item()
+    expected = torch.from_numpy(case.golden["given_fc7"])
+    cosine = torch.nn.functional.cosine_similarity(found.features["fc7"], expected).min().item()
     print(f"cosine of fc7 in bfloat16 {cosine:.5f}")
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 

@@ -135,7 +135,7 @@ def test_features_do_not_depend_on_the_padding(
     boxes, labels = np.hstack((corners, corners + sides + 4)), np.full(count, 2)
     image = np.zeros((96, 128, 3), np.uint8) + np.arange(128, dtype=np.uint8)[:, None]
     names = ("pool5", "fc7") if changes else ("pool5", "fc7", "spatial_fc7")
-    wanted = describe(model, image, boxes, labels if has_masks else None, names)
+    expected = describe(model, image, boxes, labels if has_masks else None, names)
     for most in (None, 64):
         on_gpu(monkeypatch, most)
         with Shapes() as shapes:
@@ -143,10 +143,10 @@ def test_features_do_not_depend_on_the_padding(
         with torch.no_grad():
             sizes = {chunk.size for chunk in roi_chunks.roi_chunks(count, CPU, 1)}
         assert max(sizes) <= (most or 10**6) and {rows for _, (rows, *_), *_ in shapes.seen} <= {1, *sizes}
-        assert found.masks == wanted.masks
+        assert found.masks == expected.masks
         for name in names:
             assert len(found.features[name]) == count
-            np.testing.assert_allclose(found.features[name], wanted.features[name], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.features[name], expected.features[name], rtol=1e-4, atol=1e-4)
 
 
 def describe(

@@ -110,14 +110,14 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_named_for_what_it_is(tmp_path: Path, name: str) -> None:
-    make, says = FILES[name]
+    make, message = FILES[name]
     path = tmp_path / name
     make(path)
-    assert f"{says}" in refusal(path) and "not a run directory" in refusal(path)
+    assert f"{message}" in refusal(path) and "not a run directory" in refusal(path)
     with pytest.raises(InputError) as caught:
         read_foreign(path)
     if "damaged" not in name:
-        assert says in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_weights_of_other_programs_are_sent_to_import_weights(tmp_path: Path) -> None:
@@ -189,12 +189,12 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_model_json_is_named(tmp_path: Path, kind: str) -> None:
-    tree, says = WRONG[kind]
+    tree, message = WRONG[kind]
     run = run_at(tmp_path / "run", tree)
     with pytest.raises(InputError) as caught:
         load_meta(run)
     text = str(caught.value)
-    assert text.startswith(f"{run / META}: not a checkpoint's model.json (") and says in text
+    assert text.startswith(f"{run / META}: not a checkpoint's model.json (") and message in text
     assert len(text) < 1000 and "\n" not in text
 
 

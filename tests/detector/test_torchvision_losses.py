@@ -49,9 +49,9 @@ def assert_equal(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
     """The same loss, above 0, and the same gradients, not all of them 0."""
     assert ours.dtype == torch.float64 and ours > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    for found, wanted in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        assert wanted.any()
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    for found, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_rpn() -> None:
@@ -131,8 +131,8 @@ class SecondStage:
 def test_classes_and_boxes(monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
     stage = SecondStage(monkeypatch, "head.smooth_l1_beta=0.1111111111111111", *changes)
     sampled, logits, deltas = stage.sampled, stage.inputs["logits"], stage.inputs["deltas"]
-    wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
-    score, box = fastrcnn_loss(logits, deltas.flatten(1), [sampled.labels], [wanted])
+    expected = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
+    score, box = fastrcnn_loss(logits, deltas.flatten(1), [sampled.labels], [expected])
     assert (sampled.labels > 0).sum() > 3
     assert_equal(stage.losses["loss_classifier"], score, [logits])
     assert_equal(stage.losses["loss_box_reg"], box, [deltas])
@@ -143,8 +143,8 @@ def test_the_box_loss_of_other_betas(monkeypatch: pytest.MonkeyPatch) -> None:
         stage = SecondStage(monkeypatch, f"head.smooth_l1_beta={beta}")
         sampled, deltas = stage.sampled, stage.inputs["deltas"]
         positive = sampled.labels > 0
-        wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
-        distance = (deltas[positive, sampled.labels[positive]] - wanted).abs()
+        expected = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
+        distance = (deltas[positive, sampled.labels[positive]] - expected).abs()
         loss = distance if beta == 0 else torch.where(distance < 1, distance**2 / 2, distance - 0.5)
         assert_equal(stage.losses["loss_box_reg"], loss.sum() / len(sampled.labels), [deltas])
 

@@ -95,7 +95,7 @@ def test_the_same_regions(name: str, photo: np.ndarray) -> None:
     network = MODELS[name](weights=None, weights_backbone=None, **SIZES)
     image = torch.from_numpy(photo).permute(2, 0, 1) / 255
     spread_out(network, image)
-    (wanted,) = network([image])
+    (expected,) = network([image])
     found = identify_checkpoint(network.state_dict())
     assert found.recipe.name == ("torchvision-fpn-res50-v2" if name.endswith("v2") else "torchvision-fpn-res50")
     model = MaskRCNN(found.recipe.with_changes(CHANGES), found.classes or 0).eval()
@@ -105,23 +105,23 @@ def test_the_same_regions(name: str, photo: np.ndarray) -> None:
         model = optimize_for_inference(model) if how == "used" else model
         (regions,) = detect_batch(model, [photo], [record], range(1, model.classes + 1), OPTIONS)
         pairs = []
-        for row, (box, label) in enumerate(zip(wanted["boxes"].numpy(), wanted["labels"].numpy(), strict=True)):
+        for row, (box, label) in enumerate(zip(expected["boxes"].numpy(), expected["labels"].numpy(), strict=True)):
             distance = np.abs(regions.boxes - box).max(axis=1)
             distance[regions.category_ids != label] = np.inf
             if distance.min() < 0.05:
                 pairs.append((row, int(distance.argmin())))
         rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
-        scores = np.abs(regions.scores[ours] - wanted["scores"].numpy()[rows]).max()
+        scores = np.abs(regions.scores[ours] - expected["scores"].numpy()[rows]).max()
         overlaps = [1.0]
         for row, our in pairs if found.recipe.model.masks else ():
             assert regions.masks is not None
             decoded = coco_mask.decode({"size": photo.shape[:2], "counts": regions.masks[our]})
-            mask = wanted["masks"][row, 0].numpy() >= 0.5
+            mask = expected["masks"][row, 0].numpy() >= 0.5
             overlaps.append((decoded & mask).sum() / max((decoded | mask).sum(), 1))
-        print(f"{name} {how}: {len(pairs)} of {len(wanted['boxes'])}, score {scores:.1e}, "
+        print(f"{name} {how}: {len(pairs)} of {len(expected['boxes'])}, score {scores:.1e}, "
               f"mask IoU {np.mean(overlaps):.5f}, least {min(overlaps):.3f}")  # fmt: skip
         # at most one of nearly equal scores is exchanged: untrained layers add up what rounding does to each
-        assert len(wanted["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
+        assert len(expected["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
         # and of a few masks of the optimized network many cells are a half within rounding
         assert scores < 2e-3 and np.mean(np.array(overlaps) > 0.99) >= (1 if how == "trained" else 0.95)
     assert found.label_order == "ids"

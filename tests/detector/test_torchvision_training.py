@@ -54,9 +54,9 @@ def test_labels(high: float, low: float, best: bool) -> None:
         torch.zeros(1, 0, 4),
     )  # fmt: skip
     (labels,), (matched,) = assign_labels(candidates[None].float(), truth, high, low, allow_low_quality_matches=best)
-    wanted = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BETWEEN_THRESHOLDS, IGNORE, 0))
-    assert {-1, 0, 1} >= set(wanted.tolist()) >= {0, 1}
-    assert torch.equal(labels.long(), wanted) and torch.equal(matched[labels == 1], theirs[theirs >= 0])
+    expected = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BETWEEN_THRESHOLDS, IGNORE, 0))
+    assert {-1, 0, 1} >= set(expected.tolist()) >= {0, 1}
+    assert torch.equal(labels.long(), expected) and torch.equal(matched[labels == 1], theirs[theirs >= 0])
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), DELTA_WEIGHTS])

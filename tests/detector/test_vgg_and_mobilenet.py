@@ -61,11 +61,11 @@ def test_a_vgg_computes_what_torchvisions_layers_do(form: str) -> None:
     weights, theirs = vgg_weights(), torchvision_vgg()
     model = detector(weights, form)
     assert model.recipe.name == "reference-vgg16" and not model.recipe.model.masks
-    wanted = theirs.features[:-1](images())
+    expected = theirs.features[:-1](images())
     (found,) = model.extract_feature_maps(images())
-    assert found.shape == (1, 8 * VGG_WIDTH, 6, 8) and wanted.std() > 0.1  # rounded down
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    cells = crop_and_max(wanted, BOXES)
+    assert found.shape == (1, 8 * VGG_WIDTH, 6, 8) and expected.std() > 0.1  # rounded down
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    cells = crop_and_max(expected, BOXES)
     fc7 = theirs.classifier[:-1](cells.flatten(1))
     probabilities = (fc7 @ weights["cls_score_net.weight"].T + weights["cls_score_net.bias"]).softmax(1)
     features = features_of(model, ("pool5", "fc7", "class_prob", "spatial_pool5"))
@@ -83,14 +83,14 @@ def test_a_mobilenet_computes_what_its_formulas_say(form: str, weight_format: st
     weights = mobilenet_weights(counters=weight_format is None)
     model = detector(weights, form, weight_format)
     assert model.recipe.name == "reference-mobilenet-v1" and network_name(model.recipe.model).endswith("of width 8")
-    wanted = mobilenet_layers(weights, images(), range(12), eps)
+    expected = mobilenet_layers(weights, images(), range(12), eps)
     (found,) = model.extract_feature_maps(images())
-    assert found.shape == (1, 512 * MOBILENET_WIDTH // 32, 7, 9) and wanted.std() > 0.1  # rounded up
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert found.shape == (1, 512 * MOBILENET_WIDTH // 32, 7, 9) and expected.std() > 0.1  # rounded up
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     if form == "trained":  # the epsilon shows
         other = mobilenet_layers(weights, images(), range(12), 1e-5 if eps == 1e-3 else 1e-3)
-        assert (other - wanted).abs().max() > 5e-3
-    cells = crop_and_max(wanted, BOXES)
+        assert (other - expected).abs().max() > 5e-3
+    cells = crop_and_max(expected, BOXES)
     fc7 = mobilenet_layers(weights, cells, range(12, 14), eps).mean((2, 3))
     features = features_of(model)
     torch.testing.assert_close(features["pool5"], cells.mean((2, 3)), atol=2e-4, rtol=2e-4)
@@ -103,10 +103,12 @@ def test_todays_pytorch_faster_rcnn_pools_by_roi_align() -> None:
     model = detector(vgg_weights(), "trained", "pytorch-faster-rcnn")
     (x,) = model.extract_feature_maps(images())
     rois = torch.cat((torch.zeros(4, 1), BOXES), dim=1)
-    wanted = roi_align(x, rois, 7, 1 / 16, sampling_ratio=0, aligned=False)
+    expected = roi_align(x, rois, 7, 1 / 16, sampling_ratio=0, aligned=False)
     found = features_of(model, ("spatial_pool5",))["spatial_pool5"]
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert (features_of(detector(vgg_weights(), "trained"), ("spatial_pool5",))["spatial_pool5"] - wanted).std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (
+        features_of(detector(vgg_weights(), "trained"), ("spatial_pool5",))["spatial_pool5"] - expected
+    ).std() > 0.05
 
 
 @pytest.mark.parametrize("weights", [vgg_weights, mobilenet_weights])
@@ -134,10 +136,10 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_is_said(kind: str) -> None:
-    weights, says = WRONG[kind]
+    weights, message = WRONG[kind]
     with pytest.raises(InputError) as refusal:
         identify_checkpoint(weights)
-    assert says in str(refusal.value), str(refusal.value)
+    assert message in str(refusal.value), str(refusal.value)
 
 
 def test_formats_that_do_not_fit_are_refused() -> None:
@@ -148,15 +150,15 @@ def test_formats_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["model.masks=true"], "model.masks: must be false with model.backbone=vgg16"),
         (["model.neck=fpn", "model.pooling=align"], "model.backbone: vgg16 and mobilenet_v1 need model.neck=c4"),
         (["model.backbone=vgg19"], "model.backbone"),
     ],
 )
-def test_recipes_without_sense_are_refused(changes: list[str], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_recipes_without_sense_are_refused(changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         recipe.load("reference-vgg16").with_changes(changes)
 
 

@@ -118,8 +118,8 @@ def test_other_preprocessing_is_named() -> None:
         ),
         "pixel_std": (torch.tensor([57.375, 57.12, 58.395])[:, None, None], r"\[57.375, 57.12, 58.395\], the model"),
     }
-    for name, (value, says) in others.items():
-        with pytest.raises(InputError, match=f"a detectron2 detector with {name} {says}"):
+    for name, (value, message) in others.items():
+        with pytest.raises(InputError, match=f"a detectron2 detector with {name} {message}"):
             identify_checkpoint({**theirs, name: value})
     for value in (torch.ones(0), torch.ones(5), torch.full((3,), torch.nan)):
         with pytest.raises(InputError, match="a detectron2 detector with pixel_mean"):
@@ -205,10 +205,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_array_is_refused(tmp_path: Path, kind: str) -> None:
-    code, says = REFUSED[kind]
+    code, message = REFUSED[kind]
     (tmp_path / "model.pkl").write_bytes(code)
     done = call("import-weights", "--from", tmp_path / "model.pkl", "--out", tmp_path / "run")
-    refused(done, str(tmp_path / "model.pkl"), says)
+    refused(done, str(tmp_path / "model.pkl"), message)
 
 
 def test_bytes_that_are_arrays_again_and_again(tmp_path: Path) -> None:

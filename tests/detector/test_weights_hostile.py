@@ -139,11 +139,11 @@ def repacked_without(path: Path) -> None:
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_before_torch_reads_it(tmp_path: Path, kind: str) -> None:
-    make, says = BOMBS[kind]
+    make, message = BOMBS[kind]
     path = tmp_path / "weights.pth"
     make(path)
     started = time.process_time()
-    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), says)
+    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), message)
     assert time.process_time() - started < 15 and not (tmp_path / "run").exists()
 
 
@@ -168,7 +168,7 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "message"),
     [
         ({"conv1.weight": torch.ones(1).expand(10**5, 10**5)}, "10000000000 numbers in a file of"),
         ({f"a{i}": torch.ones(1).expand(2**20) for i in range(200)}, "its tensors are views"),
@@ -184,13 +184,13 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
     ids=["expanded", "many expanded", "strides", "float8", "bool", "csr", "nested", "key", "name", "many"],
 )
 def test_tensors_that_are_none_of_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict, says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict, message: str
 ) -> None:
     monkeypatch.setattr(import_weights, "MAX_TENSORS", 300)
     path = tmp_path / "weights.pth"
     torch.save(tensors, path)
     done = call("import-weights", "--from", path, "--out", tmp_path / "run")
-    refused(done, str(path), says)
+    refused(done, str(path), message)
     assert len(done.stderr) < 1000
 
 

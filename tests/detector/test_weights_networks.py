@@ -40,10 +40,10 @@ def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool,
     unlike = [] if masks else ["model.masks=false"]
     assert found.recipe == recipe.load(name).with_changes(unlike)
     with torch.device("meta"):
-        wanted = MaskRCNN(found.recipe, 80).state_dict()
-    assert found.tensors.keys() == wanted.keys()
+        expected = MaskRCNN(found.recipe, 80).state_dict()
+    assert found.tensors.keys() == expected.keys()
     for ours, value in found.tensors.items():
-        assert value.shape == wanted[ours].shape and value.dtype == torch.float32, ours
+        assert value.shape == expected[ours].shape and value.dtype == torch.float32, ours
         if ours.startswith("rpn.score."):
             of_anchors = torch.arange(1.0, anchors + 1).reshape(-1, *[1] * (value.ndim - 1))
             assert torch.equal(value, of_anchors.expand(value.shape)), ours
@@ -96,10 +96,10 @@ def test_an_imported_resnet_computes_what_torchvision_does(tmp_path: Path) -> No
     import_weights(tmp_path / "resnet50.pth", tmp_path / "run")
     ours = loading.load(tmp_path / "run").model
     images = torch.randn(2, 3, 64, 96)
-    wanted = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-    wanted = theirs.layer3(theirs.layer2(theirs.layer1(wanted)))
+    expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    expected = theirs.layer3(theirs.layer2(theirs.layer1(expected)))
     (found,) = ours.extract_feature_maps(images)
-    assert found.shape == (2, 1024, 4, 6) and wanted.std() > 0.1
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert found.shape == (2, 1024, 4, 6) and expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     theirs.layer4[0].conv2.stride = theirs.layer4[0].downsample[0].stride = (1, 1)
-    torch.testing.assert_close(ours.head.conv5(found), theirs.layer4(wanted), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.head.conv5(found), theirs.layer4(expected), atol=1e-4, rtol=1e-4)

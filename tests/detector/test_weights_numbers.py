@@ -170,15 +170,15 @@ GOOD = json.dumps(META.to_json())
 
 
 @pytest.mark.parametrize(
-    ("meta", "fresh", "says"),
+    ("meta", "fresh", "message"),
     [("{", "null", "malformed JSON"), ("[" * 9999, "null", "nested too deeply"), ("[]", "null", "an object is needed"),
      (GOOD, "3", "fresh: a list of names"), (GOOD, "[1]", "fresh: a list of names"), (GOOD, "nul", "malformed JSON")],
 )  # fmt: skip
-def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says: str) -> None:
+def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, message: str) -> None:
     state_file(tmp_path / "state" / "step-00000003.safetensors", meta, fresh)
     with pytest.raises(InputError, match="step-00000003.safetensors: damaged .not the state of a run") as caught:
         newest(tmp_path)
-    assert says in str(caught.value) and len(str(caught.value)) < 500
+    assert message in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -191,9 +191,9 @@ def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
     state_file(path, GOOD, momentum=1e12)
     state = newest(tmp_path)
     state.restore(model, sgd)
-    for wrong, says in (("rpn.score.bias", "recipe expects"), ("rpn.nothing", "not in this network")):
+    for wrong, message in (("rpn.score.bias", "recipe expects"), ("rpn.nothing", "not in this network")):
         others = {**state.tensors, f"momentum/{wrong}": torch.ones(())}
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             replace(state, tensors=others).restore(model, sgd)
 
 

@@ -37,13 +37,13 @@ def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, mon
     know(monkeypatch, source, KnownFile("somebody's detector", COCO))
     done = call("import-weights", "--from", source, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    said = (
+    message = (
         "is somebody's detector, trained on COCO train2017, without exclusions: leaks all 3,000 val/test images of "
         "RefCOCO and RefCOCO+"
     )
-    assert said in done.stderr
+    assert message in done.stderr
     meta = load_meta(tmp_path / "run")
-    assert any(said in line for line in meta.warnings())
+    assert any(message in line for line in meta.warnings())
     assert Provenance.from_json(meta.provenance.to_json()).training_set is COCO
     audited = call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer)
     assert audited.exit_code == 1

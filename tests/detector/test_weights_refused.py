@@ -120,10 +120,10 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
-    make, says = UNREADABLE[kind]
+    make, message = UNREADABLE[kind]
     path, out = tmp_path / "weights.pth", tmp_path / "run"
     make(path)
-    refused(call("import-weights", "--from", path, "--out", out), str(path), says)
+    refused(call("import-weights", "--from", path, "--out", out), str(path), message)
     assert not out.exists()
 
 
@@ -197,10 +197,10 @@ def seed50() -> Tensors:
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> None:
-    change, says = WRONG[kind]
+    change, message = WRONG[kind]
     with pytest.raises(InputError) as refusal:
         identify_checkpoint(change(seed50))
-    assert all(text in str(refusal.value) for text in says), str(refusal.value)
+    assert all(text in str(refusal.value) for text in message), str(refusal.value)
 
 
 @pytest.mark.parametrize(
