@@ -47,11 +47,13 @@ def test_the_command_reports_what_it_imported(imagenet: Path, tmp_path: Path) ->
     source = imagenet / "resnet18.safetensors"
     done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     note = f"imported: {source.name}, sha256 {file_sha256(source)}, training data unknown"
-    assert (told["recipe"], told["classes"], told["provenance"]["note"]) == ("c4-res18", 80, note)
-    assert told["untrained"] == ["rpn.", "head.box.", "head.mask."]
-    assert told["numbers"] == sum(v.numel() for k, v in read_foreign(source).items() if "fc." not in k) - 20  # counts
+    assert (report["recipe"], report["classes"], report["provenance"]["note"]) == ("c4-res18", 80, note)
+    assert report["untrained"] == ["rpn.", "head.box.", "head.mask."]
+    assert (
+        report["numbers"] == sum(v.numel() for k, v in read_foreign(source).items() if "fc." not in k) - 20
+    )  # without num_batches_tracked
     assert f"trained on: {note}" in done.stderr and "use it as initial weights (--weights)" in done.stderr
     meta = checkpoint.load_meta(tmp_path / "run")
     assert meta.categories == coco_categories() and meta.provenance.is_unknown
@@ -142,8 +144,8 @@ def test_an_error_for_weights_of_another_format_names_the_changes(
             "--set model.stride_in_1x1=true")  # fmt: skip
     done = call(*words)
     assert done.exit_code == 2
-    told, error = done.stderr.splitlines()
-    assert told.startswith("starts from caffe, imported: res50.pth") and told.endswith("training data unknown")
+    note, error = done.stderr.splitlines()
+    assert note.startswith("starts from caffe, imported: res50.pth") and note.endswith("training data unknown")
     assert error == f"error: --weights {run}: trained in another style than the recipe's; add {fix}"
     assert not (tmp_path / "run").exists()
     done = call(*words, *fix.split())
