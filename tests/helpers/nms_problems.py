@@ -52,6 +52,15 @@ class Problem:
             all_kept += kept
         return all_kept
 
+    def brute_force_by_image(self, count: int) -> list[list[int]]:
+        """Kept rows of each of the images 0 to `count - 1`, which is what `nms_padded` returns."""
+        images = torch.zeros(len(self.boxes), dtype=torch.int64) if self.images is None else self.images
+        rows: list[list[int]] = [[] for _ in range(count)]
+        for index in self.brute_force():
+            if 0 <= images[index] < count:
+                rows[images[index]].append(index)
+        return rows
+
 
 IDS = ([0], [0, 1, 2], [5, -3, 40, 7], [-(2**63), 2**63 - 1, 0, -1], [2**40, 2**40 + 1])
 ODD = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -0.0]
