@@ -49,7 +49,10 @@ def held_out_notes(
 
     Returns:
         A line if the validation file has images that were held out of the training file, and a line if its provenance
-        does not exclude every split that the training file does; it must exclude one at least.
+        excludes no split at all, or lacks one that the training file excludes.
+
+    Raises:
+        InputError: ``refdet audit`` could not read the validation file either, as an id in it is invalid.
     """
     notes = []
     audit = f"refdet audit --instances {val_instances} --refer-root DIR"
