@@ -13,7 +13,7 @@ import numpy as np
 from . import drawing
 from .errors import ReferDataError
 from .files import is_generalized, read_instances, read_refs, refs_file
-from .lookup import Ids, ids_of, records_of
+from .lookup import Ids, ids_of, matching_splits, records_of
 from .masks import decode
 from .plain_files import no_garbage_collection
 from .table import to_dataframe
@@ -23,8 +23,6 @@ from .validation import box_of
 if TYPE_CHECKING:
     import pandas
 
-# Splits of the published data; one that a dataset lacks has no refs.
-_SPLITS = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
 _IMAGE_DIRS = {"refclef": ("images/saiapr_tc-12",)}
 _COCO_DIRS = ("images/mscoco/images/train2014", "images/train2014")
 
@@ -117,6 +115,7 @@ class REFER:
             self.sentToTokens[sent_id] = sentence["tokens"]
 
     def _target(self, ref: Ref, ann_id: Any) -> Annotation:
+        """The annotation with this id; raises ReferDataError if it is missing or in another image than the ref."""
         ann = self.Anns.get(ann_id)
         if ann is None:
             raise ReferDataError(
@@ -155,7 +154,7 @@ class REFER:
         """
         images, cats, ids = ids_of(image_ids), set(ids_of(cat_ids)), set(ids_of(ref_ids))
         requested = [name for name in ([split] if isinstance(split, str) else split) if name]
-        splits = {name for key in requested for name in self._matching_splits(key)}
+        splits = {name for key in requested for name in matching_splits(self.DATA_DIR, key, self.availableSplits)}
         refs = [ref for key in dict.fromkeys(images) for ref in self.imgToRefs.get(key, [])] if images else list(self)
         if cats:
             matching = {ref["ref_id"] for cat in cats for ref in self.catToRefs.get(cat, [])}
@@ -166,19 +165,11 @@ class REFER:
             if (not ids or ref["ref_id"] in ids) and (not requested or ref["split"] in splits)
         ]
 
-    def _matching_splits(self, requested: str) -> set[str]:
-        existing = set(self.availableSplits)
-        if requested not in existing and requested not in _SPLITS:
-            raise ReferDataError(f"{self.DATA_DIR}: no split {requested!r}; choose from {', '.join(sorted(existing))}")
-        tests = {name for name in existing if name.startswith("test")}
-        if requested == "test":
-            return tests
-        if requested in ("testA", "testB", "testC"):
-            return {name for name in tests if requested[-1] in name[4:]}
-        return {requested}
-
     def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[Any]:
-        """Return the ids of annotations that match all filters, in the order of the given images or of the file."""
+        """Return the ids of annotations that match all filters, in the order of the given images or else in file order.
+
+        Each filter is one id or several, empty for all; that by refs is for the annotations of these refs.
+        """
         images, cats, refs = ids_of(image_ids), set(ids_of(cat_ids)), self.loadRefs(ref_ids)
         ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
         anns = self.data["annotations"]
@@ -286,21 +277,25 @@ class REFER:
         return self._decode(f"image {image['id']}", [], image)
 
     def _mask(self, ann: Annotation, image: Image) -> np.ndarray:
+        """Mask of an annotation, (height, width) uint8."""
         if not ann.get("segmentation"):
             raise ReferDataError(f"{self.DATA_DIR}: annotation {ann['id']} has no segmentation")
         return self._decode(f"annotation {ann['id']}", ann["segmentation"], image)
 
     def _decode(self, owner: str, segmentation: Any, image: Image) -> np.ndarray:
+        """Decode a segmentation to a mask, (height, width) uint8; ``owner`` names it in error messages."""
         try:
             return decode(segmentation, image["height"], image["width"])
         except ReferDataError as error:
             raise ReferDataError(f"{self.DATA_DIR}: {owner}: {error}") from None
 
     def _anns(self, ref: Ref) -> list[Annotation]:
+        """The annotations of a ref's targets; raises ReferIdError if the ref is not in this dataset."""
         (targets,) = records_of(self.refToAnn, [ref["ref_id"]], "ref")
         return targets if self.generalized else [targets]
 
     def _image(self, ref: Ref | Annotation) -> Image:
+        """The image of a ref or annotation; raises ReferError if it is missing, or has no height or width."""
         (image,) = records_of(self.Imgs, [ref["image_id"]], "image")
         for key in ("height", "width"):
             if key not in image:

@@ -14,7 +14,7 @@ from . import image_folder, image_lookup, plain_files
 from .errors import ReferDataError, ReferError, ReferNotFoundError
 from .types import Image
 
-_MAX_BYTES = 1 << 29
+_MAX_BYTES = 1 << 29  # of an image file
 _MASK_COLOR = (2 / 255, 166 / 255, 101 / 255, 0.5)
 
 
@@ -49,6 +49,7 @@ def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> N
 
 
 def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
+    """Path of an image's file; raises as `draw_image`."""
     name = _name(image)
     parts = image_lookup.parts_of(name)
     if parts and (folder / Path(*parts)).is_file():  # faster than listing a folder of COCO's size
@@ -72,6 +73,7 @@ def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
 
 
 def _name(image: Image) -> str:
+    """The file name of an image, "" if it has none."""
     name = image.get("file_name")
     return name if isinstance(name, str) else ""
 
@@ -93,7 +95,13 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
-    """Draw polygons as red lines with yellow edges, or an RLE's (height, width) mask in translucent green."""
+    """Draw a segmentation: polygons as red lines with yellow edges, RLEs as a mask in translucent green.
+
+    Args:
+        ax: matplotlib axes.
+        segmentation: the segmentation.
+        mask: its mask, (height, width) uint8.
+    """
     if isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation):
         outlines = [np.reshape(polygon, (-1, 2)) for polygon in segmentation if polygon]
         collection = _matplotlib("collections").PolyCollection
@@ -106,11 +114,12 @@ def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
 def draw_box(ax: Any, box: list[float]) -> None:
     """Draw a box ``[x, y, width, height]`` in pixels in green."""
     corner, width, height = box[:2], box[2], box[3]
-    frame = _matplotlib("patches").Rectangle(corner, width, height, fill=False, edgecolor="green", linewidth=3)
-    ax.add_patch(frame)
+    rectangle = _matplotlib("patches").Rectangle(corner, width, height, fill=False, edgecolor="green", linewidth=3)
+    ax.add_patch(rectangle)
 
 
 def _matplotlib(module: str) -> Any:
+    """Import a module of matplotlib; raises ReferError if it is not installed."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError:

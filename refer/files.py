@@ -62,7 +62,7 @@ def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
         generalized = is_generalized(path)
         if generalized and isinstance(refs, list):
             refs = [_with_lists(ref) for ref in refs]
-        check_refs(path, refs, generalized, _ann_id(dataset))
+        check_refs(path, refs, generalized, _ann_id_type(dataset))
     return refs
 
 
@@ -71,7 +71,7 @@ def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
     root = Path(root)
     if not root.is_dir():
         hint = how_to_get(root, dataset, split_by)
-        raise ReferNotFoundError(f"{root}: no such folder{'; ' * bool(hint)}{hint}")
+        raise ReferNotFoundError(f"{root}: no such folder; {hint}" if hint else f"{root}: no such folder")
     files_by_pair = _find_refs_files(root)
     if (dataset, split_by) not in files_by_pair:
         raise ReferNotFoundError(_not_found_message(root, dataset, split_by, sorted(files_by_pair)))
@@ -112,7 +112,7 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
             )
         fields: dict[str, dict[str, Types]] = {
             "images": {"id": int},
-            "annotations": {"id": _ann_id(dataset), "image_id": int},
+            "annotations": {"id": _ann_id_type(dataset), "image_id": int},
             "categories": {"id": int, "name": str},
         }
         for key, required in fields.items():
@@ -125,7 +125,7 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
     )
 
 
-def _ann_id(dataset: str) -> Types:
+def _ann_id_type(dataset: str) -> Types:
     """Type of a dataset's annotation ids; RefClef's consist of image and region, such as "8_1"."""
     return (int, str) if dataset == "refclef" else int
 
@@ -140,7 +140,7 @@ def _single_file(files: list[Path]) -> Path:
 
 
 def _find_refs_files(root: Path) -> dict[tuple[str, str], list[Path]]:
-    """Refs files by (dataset, split_by)."""
+    """Refs files by (dataset, split_by); raises the errors of `available`."""
     if not root.is_dir():
         raise ReferNotFoundError(
             f"{root}: no such folder; give the REFER data folder, or get it with refdet fetch-data"
@@ -168,6 +168,7 @@ def _with_lists(ref: Any) -> Any:
 
 
 def _not_found_message(root: Path, dataset: str, split_by: str, pairs: list[tuple[str, str]]) -> str:
+    """Error message for a dataset and split_by that is not among the existing ``pairs``."""
     if any(_REFS_FILE.fullmatch(file.name) for file in root.iterdir()):
         return f"{root}: the folder of a single dataset; give the folder above it"
     hint = how_to_get(root, dataset, split_by)

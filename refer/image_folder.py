@@ -85,7 +85,13 @@ def list_folder(root: str | Path) -> Listing:
 
 
 def _links_to_folder(entry: os.DirEntry, path: str, listing: Listing) -> bool:
-    """Whether a link or special file is a link to a folder; any other is added to the listing under its path."""
+    """Whether an entry is a link to a folder; if it is another link or a special file, it is added to the listing.
+
+    Args:
+        entry: an entry of a folder that is neither a folder nor a regular file itself.
+        path: its path, under which it is listed.
+        listing: the listing.
+    """
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:

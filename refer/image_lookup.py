@@ -9,8 +9,9 @@ The rules, for everything that opens images:
    of 2014 but many keep the files of 2017;
 4. without a file name, the file of the image's id under COCO's names.
 
-Backslashes are treated as slashes and names are compared in Unicode NFC. "..", drives and leading slashes are only
-compared, and only listed files are opened. Images with different names never share a file.
+Backslashes are treated as slashes and names are compared in Unicode NFC. Drives and leading slashes are only compared,
+".." removes the folder before it, and only listed files are opened, so no name leads out of the folder. Images with
+different names never share a file, unless they are names of the same COCO image.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Match(NamedTuple):
         path: its listed path, None if there is no file.
         reason: why there is no file, "" if there is one.
         shared: number of trailing components that name and path have in common.
-        unmatched: number of remaining components of the name.
+        unmatched: number of the other components of the name, before those.
         in_other_folder: whether the file is in another folder than the name says.
         ambiguous: whether there is no file because of several equally good matches.
     """
@@ -51,7 +52,7 @@ class Match(NamedTuple):
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """Split a path into components in NFC, resolving "." and ".."."""
+    """Split a path into components in NFC, resolving "." and ".."; a ".." at its start is dropped."""
     if not name.isascii():
         name = unicodedata.normalize("NFC", name)
     parts: list[str] = []
@@ -64,7 +65,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def coco_number(name: str) -> int | None:
-    """COCO number of a file name in COCO's or REFER's format, None for other names."""
+    """COCO number of a file name or URL in COCO's or REFER's format, None for other names."""
     match = _COCO.fullmatch((parts_of(name.partition("?")[0]) or ("",))[-1])
     return int(match[1] or match[2]) if match else None
 
@@ -108,7 +109,7 @@ class FileNames:
     def __len__(self) -> int:
         return sum(len(paths) for table in (self._visible, self._hidden) for paths in table.values())
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict:  # for pickling to workers, without the caches
         return {**self.__dict__, "_grouped": {}, "_visible_suffixes": {}}
 
     def locate(self, images: Iterable[tuple[int, str]]) -> dict[Key, Match]:
@@ -156,6 +157,7 @@ class FileNames:
         return ()
 
     def _match_number(self, number: int) -> Match:
+        """Match a COCO number by each of COCO's names, in order."""
         names = [form.format(number) for form in _COCO_NAMES]
         for name in names:
             if match := self._match_longest_suffix((name,)):
@@ -163,7 +165,7 @@ class FileNames:
         return Match(None, f"no file {', '.join(names[:-1])} or {names[-1]}")
 
     def _match_exact_path(self, name: str, parts: tuple[str, ...]) -> Match | None:
-        """File with this path, also through a link to a folder that is listed elsewhere."""
+        """Match the path ``parts`` of a name exactly, also through a link to a folder that is listed elsewhere."""
         for candidate in dict.fromkeys((parts, self._resolve_links(parts))):
             paths = self._files_at(candidate)
             if 1 < len(paths) <= _MAX_COMPARED and paths.count(name) == 1:
@@ -245,6 +247,7 @@ class FileNames:
         return self._visible_suffixes[key]
 
     def _to_match(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
+        """The match of a name with equally good ``paths``, which have the last ``shared`` of its ``parts``."""
         if len(paths) > 1 and not (len(paths) <= _MAX_COMPARED and self._same_file(paths)):
             more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
             which = f"duplicate {paths[0]}" if paths[0] == paths[1] else f"{paths[0]}, {paths[1]}{more}"
@@ -257,11 +260,19 @@ class FileNames:
 
 
 def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> None:
-    """Assign a file to the best match of several images."""
+    """Assign a file to the best match of several images, in ``matches``; the others get no file.
+
+    All keep it if they are the same COCO image; if several different names match equally well, none does.
+
+    Args:
+        path: the file.
+        keys: the images that match it.
+        matches: image -> match, changed in place.
+    """
     number = coco_number(path)
     numbers = {key if isinstance(key, int) else coco_number(key) for key in keys}
     if number is not None and numbers == {number}:
-        return  # the same COCO image
+        return
     names = {key: parts_of(key) if isinstance(key, str) else (str(key),) for key in keys}
     best = max((matches[key].shared, -matches[key].unmatched) for key in keys)
     owners = [key for key in keys if (matches[key].shared, -matches[key].unmatched) == best]
@@ -277,6 +288,7 @@ def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> 
 
 
 def _common_suffix_length(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """Number of components at the end that two paths have in common."""
     count = 0
     for one, other in zip(reversed(first), reversed(second), strict=False):
         if one != other:

@@ -32,7 +32,7 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
         (height, width) uint8 with 1 inside; RLEs have their own size.
 
     Raises:
-        ReferDataError: the segmentation is neither of these, or damaged.
+        ReferDataError: the segmentation is none of these, or damaged, or the height or width is invalid.
     """
     _check_size(height, width)
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
@@ -59,10 +59,10 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
 
 
 def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
-    """Whether pycocotools can draw polygons with reasonable time and memory.
+    """Whether pycocotools can draw polygons in reasonable time and memory.
 
-    They must be numbers within 10,000 pixels of the image, with a total length of at most a million pixels, where
-    diagonal steps count as one.
+    Their coordinates must be within `MAX_DISTANCE` pixels of the image, and the total length of their edges at most
+    `MAX_LENGTH` pixels, where a diagonal step counts as one.
 
     Args:
         polygons: ``[[x, y, x, y, ...], ...]`` in pixels.
@@ -85,12 +85,13 @@ def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
 
 
 def _check_size(height: Any, width: Any) -> None:
+    """Raise ReferDataError unless these are positive integers, of at most `_MAX_PIXELS` pixels in all."""
     if not (type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= _MAX_PIXELS):
         raise ReferDataError("no valid height and width")
 
 
 def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
-    """Check and compress an RLE; pycocotools writes out of bounds for some invalid ones."""
+    """Check an RLE, as pycocotools writes out of bounds for some invalid ones, and compress it if it is not."""
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list) or len(size) != 2:
         raise ReferDataError("an RLE has no size [height, width]")
@@ -109,7 +110,8 @@ def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
 def rle_pixels(counts: str | bytes) -> int:
     """Number of pixels that a compressed RLE covers, inside and outside its mask; -1 if it is invalid.
 
-    Checked first, as pycocotools decodes an RLE that does not match its image to garbage or out of bounds.
+    To be compared with the size of the image before decoding: pycocotools decodes an RLE of another size to garbage, or
+    writes out of bounds.
     """
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
     covered = covered_pixels(np.frombuffer(data, np.uint8), np.array([0, len(data)]))

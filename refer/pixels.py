@@ -1,4 +1,4 @@
-"""Convert opened images to RGB."""
+"""Convert opened images to RGB or gray."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from .errors import ReferDataError, ReferNotFoundError
 MAX_BYTES = 2**32
 """Maximum size in bytes of a file; parsing it needs ten times as much memory."""
 
+# The escape of a surrogate, such as \ud83d, in UTF-8, UTF-16 or UTF-32.
 _SURROGATE = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
 
 
@@ -93,7 +94,7 @@ def read_json(path: Path) -> Any:
         ReferDataError: it cannot be read or is malformed; the message has the line.
     """
     data = read_bytes(path)
-    decode = _msgspec()
+    decode = _msgspec_decoder()
     if decode is not None:
         try:
             return decode(data)
@@ -102,7 +103,7 @@ def read_json(path: Path) -> Any:
     with json_errors(path):
         value = json.loads(data)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()  # raises if a surrogate is unpaired
         return value
 
 
@@ -134,13 +135,16 @@ def no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if gc.get_freeze_count() == 0:  # makes all objects old, so that the next scan skips them
+            # Both calls together move all objects to the oldest generation, which is rarely scanned. If somebody else
+            # has frozen objects, unfreezing would undo that.
+            if gc.get_freeze_count() == 0:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
 
 
-def _msgspec() -> Callable[[bytes], Any] | None:
+def _msgspec_decoder() -> Callable[[bytes], Any] | None:
+    """The JSON decoder of msgspec, None if it is not installed."""
     try:
         return importlib.import_module("msgspec.json").decode
     except ImportError:

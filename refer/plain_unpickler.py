@@ -63,6 +63,7 @@ class PlainUnpickler(pickle._Unpickler):
             try:
                 if code not in self.dispatch:
                     raise ReferDataError(_refusal_message(code, offset))
+                # a set type, as `find_class` returns it, may be called but not stored
                 if code in _STORED and functools.partial in map(type, self.stack[_STORED[code]]):
                     raise ReferDataError(f"contains a type as a value; {_SUPPORTED}")
                 if code in _HASHED:
@@ -99,7 +100,8 @@ class PlainUnpickler(pickle._Unpickler):
         return functools.partial(self._make_set, _SETS[module, name])
 
     def _make_set(self, make: Callable[[Iterable[Any]], Any], members: Collection[Any] = ()) -> Any:
-        self._members_left -= len(members)  # more members than bytes can only be copies of a few long lists
+        # A set has a byte per member at least; more can only come from copying the same long list again and again.
+        self._members_left -= len(members)
         if self._members_left < 0:
             raise ReferDataError("has more members of sets than bytes")
         return make(_check_scalars(members))
@@ -157,6 +159,7 @@ def _join_surrogates(text: str) -> str:
 
 
 def _parse_int(line: bytes) -> int:
+    """Parse a line of digits, maybe with an "L" at its end; raises ReferDataError if it is no 64-bit integer."""
     if line in (b"00", b"01"):  # booleans in protocol 0
         return line == b"01"
     line = line.removesuffix(b"L")
@@ -168,12 +171,14 @@ def _parse_int(line: bytes) -> int:
 
 
 def _parse_long(data: bytes) -> int:
+    """Parse a little-endian integer; raises ReferDataError if it has more than 64 bits."""
     if len(data) > 8:
         raise ReferDataError(f"has an integer of {8 * len(data)} bits; at most 64 are supported")
     return int.from_bytes(data, "little", signed=True)
 
 
 def _refusal_message(code: int, offset: int) -> str:
+    """Error message for an opcode that is unknown or not allowed."""
     if code not in _OPCODE_NAMES:
         return f"not a readable pickle (unknown opcode {code:#04x} at byte {offset}); download it again"
     return f"asks for an object by the opcode {_OPCODE_NAMES[code]} at byte {offset}; {_SUPPORTED}"

@@ -16,8 +16,8 @@ _LIMIT = 2**32
 def covered_pixels(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
     """Count the pixels that each of N compressed RLEs covers, inside and outside its mask.
 
-    Checked first, as pycocotools decodes an RLE that does not match its image to garbage or out of bounds. Vectorized
-    over all masks of an image.
+    To be compared with the size of the image before decoding: pycocotools decodes an RLE of another size to garbage, or
+    writes out of bounds. Vectorized over all masks of an image.
 
     Args:
         counts: (bytes,) uint8, the concatenated RLEs.
@@ -57,7 +57,8 @@ def _runs(values: np.ndarray, value_starts: np.ndarray) -> np.ndarray:
     """Decode the values of concatenated RLEs to runs: all but the first three are sums of every second value."""
     sums = values.copy()
     sums[::2], sums[1::2] = np.cumsum(values[::2]), np.cumsum(values[1::2])
-    # The sums of an RLE that starts at s run over s + 1, s + 3, ... and s + 2, s + 4, ..., minus the sums before s.
+    # In an RLE that starts at s, runs s + 1, s + 3, ... are sums of the values from s + 1 on, so the sum up to s - 1 is
+    # subtracted; runs s + 2, s + 4, ... are sums from s + 2 on, so the sum up to s is subtracted.
     start, length = value_starts[:-1], np.diff(value_starts)
     before = np.where(start > 0, sums[start - 1], 0)
     position = np.arange(len(values)) - np.repeat(start, length)

@@ -17,7 +17,7 @@ from .errors import ReferDataError
 from .plain_files import read_bytes
 from .plain_unpickler import PlainUnpickler, utf8_or_latin1
 
-# Maximum length of a string in the regular expression, which has an alternative for each length.
+# Maximum length in bytes of a string in the regular expression, which has an alternative for each length.
 _MAX_LENGTH = 63
 
 
@@ -119,7 +119,8 @@ def _is_simple(data: bytes) -> bool:
             continue
         opcode = data[position : position + 1]
         if opcode not in _LENGTHS:
-            return opcode == b"."
+            return opcode == b"."  # STOP; anything else is not simple
+        # skip a string that is too long for the regular expression
         length = _LENGTHS[opcode]
         position += 1
         if position + length.size > len(data):

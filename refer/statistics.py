@@ -53,7 +53,7 @@ _DESCRIPTIONS = {
 
 
 def how_to_get(root: Path, dataset: str, split_by: str) -> str:
-    """Describe how to get an archive, where to extract it and what it contains; "" for an unknown dataset."""
+    """Describe how to get a dataset's archive, where to extract it and what it contains; "" for an unknown dataset."""
     split_bys = sorted(by for name, by in COUNTS if name == dataset)
     if dataset == "grefcoco":
         source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"

@@ -67,6 +67,7 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
     for ref in refer:
         targets = target_ids(ref)
         box = box_of(refer.DATA_DIR, refer.Anns[targets[0]]) if len(targets) == 1 else [float("nan")] * 4
+        # in gRefCOCO, category_id is [-1] without a target
         category: Any = (
             refer.Cats.get(ref["category_id"])
             if not refer.generalized

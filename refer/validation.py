@@ -29,28 +29,29 @@ _MAX_COORDINATE = 1e9  # pixels
 _MAX_ID_LENGTH = 64
 
 
-def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Types = int) -> None:
+def check_refs(path: Path, refs: Any, generalized: bool, ann_id_type: Types = int) -> None:
     """Check the refs of a file.
 
     Args:
         path: the file, for error messages.
         refs: its contents.
         generalized: whether ``ann_id`` and ``category_id`` are lists.
-        ann_id: type of annotation ids, unless ``generalized``.
+        ann_id_type: type of annotation ids, unless ``generalized``.
 
     Raises:
-        ReferDataError: a missing field or one of the wrong type, an id of more than 64 bits, or a duplicate ref id; the
-            message has the ref.
+        ReferDataError: a missing field or one of the wrong type, an id of more than 64 bits, a duplicate ref id, text
+            that cannot be encoded, or an unknown field that is nested too deeply; the message names the ref.
     """
     if not isinstance(refs, list):
         raise ReferDataError(f"{path}: contains a {type(refs).__name__}, not a list of refs")
-    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF | {"ann_id": ann_id}, _REF_OPTIONAL)
+    required = _GENERALIZED if generalized else _REF | {"ann_id": ann_id_type}
+    check_fields(path, "ref number {}", refs, required, _REF_OPTIONAL)
     check_ids(path, "ref_id", [ref["ref_id"] for ref in refs])
-    if ann_id is not int:
+    if ann_id_type is not int:  # of RefClef; several refs may have the same annotation
         check_ids(path, "ann_id", list(dict.fromkeys(ref["ann_id"] for ref in refs)))
     sentences = list(chain.from_iterable(map(itemgetter("sentences"), refs)))
     words = _words(refs, sentences)
-    if words is None:
+    if words is None:  # find the sentence and field for the message
         for ref in refs:
             what = f"a sentence of ref {ref['ref_id']}"
             check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_OPTIONAL)
@@ -146,6 +147,7 @@ def _types(kind: Types) -> set[type]:
 
 
 def _are_valid(entries: Sequence[Any], required: dict[str, Types], optional: dict[str, Types]) -> bool:
+    """Whether all entries are dictionaries with fields of these types: a fast check that does not say what is wrong."""
     if not set(map(type, entries)) <= {dict}:
         return False
     try:
@@ -160,7 +162,11 @@ def _are_valid(entries: Sequence[Any], required: dict[str, Types], optional: dic
 
 
 def _words(refs: Sequence[dict[str, Any]], sentences: Sequence[Any]) -> list[Any] | None:
-    """All values that should be strings; None if a sentence lacks a field or has one of the wrong type."""
+    """All values that must be strings: file names, sentences and tokens, which are not checked yet.
+
+    Returns:
+        The values; None if a sentence lacks a field or has one of the wrong type.
+    """
     words: list[Any] = [ref.get("file_name", "") for ref in refs]
     try:
         for sentence in sentences:  # a single pass, as every pass loads all sentences from memory
@@ -181,6 +187,7 @@ def _words(refs: Sequence[dict[str, Any]], sentences: Sequence[Any]) -> list[Any
 
 
 def _is_text(words: list[Any] | None) -> bool:
+    """Whether all values are strings without unpaired surrogates."""
     try:
         text = "".join(words or ())
         return text.isascii() or bool(text.encode())
@@ -189,12 +196,14 @@ def _is_text(words: list[Any] | None) -> bool:
 
 
 def _check_unknown_fields(path: Path, ref: dict[str, Any], entry: dict[Any, Any]) -> None:
+    """Raise ReferDataError if an unknown field of ``entry``, a ref or sentence, is nested too deeply or recursive."""
     for key in entry.keys() - _KNOWN_FIELDS:
         if not _is_shallow(entry[key], _MAX_DEPTH, set()):
             raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_short_repr(key)} is nested too deeply or recursive")
 
 
 def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
+    """Whether a value has at most ``levels`` nested containers; ``seen`` holds what is already checked."""
     if not isinstance(value, list | tuple | dict | set | frozenset) or (id(value), levels) in seen:
         return True
     if levels == 0:

@@ -22,6 +22,9 @@ from refdet.errors import InputError
 from refdet.structures.regions import Regions
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Axes of COCOeval's precision: IoU thresholds 0.5, 0.55, ..., 0.95, and areas of any, small, medium and large objects.
+_ALL_IOUS, _IOU_50, _IOU_75 = slice(None), slice(0, 1), slice(5, 6)
+_ANY_AREA, _SMALL, _MEDIUM, _LARGE = range(4)
 
 
 def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
@@ -59,7 +62,8 @@ def coco_ap(
     evaluation = _evaluate(index, ids, results, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
-    return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
+    # the values after these are COCO's average recalls
+    return {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
 
 
 def box_and_mask_ap(
@@ -78,8 +82,8 @@ def box_and_mask_ap(
     """
 
     def compute(iou_type: str) -> dict[str, float | None]:
-        rates = coco_ap(index, image_ids, results, iou_type)
-        return {name: value if value >= 0 else None for name, value in rates.items()}
+        values = coco_ap(index, image_ids, results, iou_type)
+        return {name: value if value >= 0 else None for name, value in values.items()}
 
     return {"bbox": compute("bbox"), "segm": compute("segm") if masks else None}
 
@@ -87,7 +91,7 @@ def box_and_mask_ap(
 def ap_by_category(
     index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], iou_type: str
 ) -> dict[int, dict[str, float | None]]:
-    """`coco_ap` of each category; its means over the categories with objects are the values of `coco_ap`.
+    """`coco_ap` of each category; the mean of a metric over the categories with such objects is that of `coco_ap`.
 
     Args:
         index: the annotations.
@@ -101,32 +105,33 @@ def ap_by_category(
     ids = _ContiguousIds.from_index(index, image_ids)
     if not ids.images or not ids.categories:
         return {}
-    # (IoU thresholds, recalls, categories, area ranges, limits of detections), -1 where there are no objects
-    precision = np.asarray(_evaluate(index, ids, results, iou_type).eval["precision"])[..., -1]
-    selections: list[tuple[Any, int]] = [  # IoU thresholds and area range of each of `METRICS`
-        (slice(None), 0),
-        ([0], 0),
-        ([5], 0),
-        (slice(None), 1),
-        (slice(None), 2),
-        (slice(None), 3),
-    ]
+    # (IoU thresholds, recalls, categories, areas, maximum numbers of detections), -1 where there are no objects
+    precision = np.asarray(_evaluate(index, ids, results, iou_type).eval["precision"])
+    precision = precision[..., -1]  # at most 100 detections per image, as for `coco_ap`
+    selections = (  # IoU thresholds and area of each of `METRICS`
+        (_ALL_IOUS, _ANY_AREA),
+        (_IOU_50, _ANY_AREA),
+        (_IOU_75, _ANY_AREA),
+        (_ALL_IOUS, _SMALL),
+        (_ALL_IOUS, _MEDIUM),
+        (_ALL_IOUS, _LARGE),
+    )
 
-    def mean_precision(thresholds: Any, category: int, area_range: int) -> float | None:
-        values = precision[thresholds, :, category, area_range]
+    def mean_precision(category: int, ious: slice, area: int) -> float | None:
+        values = precision[ious, :, category, area]
         return float(values.mean()) if (values > -1).all() else None
 
     return {
         id_: {
-            name: mean_precision(selection[0], contiguous_id - 1, selection[1])
-            for name, selection in zip(METRICS, selections, strict=True)
+            name: mean_precision(contiguous_id - 1, ious, area)  # contiguous ids start at 1
+            for name, (ious, area) in zip(METRICS, selections, strict=True)
         }
         for id_, contiguous_id in ids.categories.items()
     }
 
 
 def _evaluate(index: CocoIndex, ids: _ContiguousIds, results: Sequence[dict[str, Any]], iou_type: str) -> Any:
-    """COCOeval of results, accumulated."""
+    """Evaluate results; returns the COCOeval after ``accumulate()``."""
     entries = _renumber_results(results, iou_type, ids)
     COCO, COCOeval = _evaluator()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -134,7 +139,7 @@ def _evaluate(index: CocoIndex, ids: _ContiguousIds, results: Sequence[dict[str,
         ground_truth.dataset = _renumbered_dataset(index, iou_type, ids)
         ground_truth.createIndex()
         detections = ground_truth.loadRes(entries) if entries else COCO()
-        if not entries:
+        if not entries:  # which loadRes does not accept
             detections.dataset = {**ground_truth.dataset, "annotations": []}
             detections.createIndex()
         evaluation = COCOeval(ground_truth, detections, iou_type)
@@ -171,7 +176,7 @@ def _evaluator() -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _ContiguousIds:
-    """Ids renumbered from 1, in the same order, which breaks ties of scores.
+    """Ids renumbered from 1, in ascending order, so that equal scores are ranked as with the original ids.
 
     Attributes:
         images: image id -> new id.
@@ -210,12 +215,13 @@ def _renumbered_dataset(index: CocoIndex, iou_type: str, ids: _ContiguousIds) ->
 
 
 def _renumber_annotations(index: CocoIndex, iou_type: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
-    checked = {a.id: a for image_id in ids.images for a in index.annotations[image_id]}
+    """Copies of the annotations for COCOeval; for "segm" without those that `CocoIndex` dropped as unusable."""
+    usable = {a.id: a for image_id in ids.images for a in index.annotations[image_id]}
     annotations: list[dict[str, Any]] = []
     for entry in index.raw["annotations"]:
         if entry["image_id"] not in ids.images:
             continue
-        annotation, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
+        annotation, (x, y, w, h) = usable.get(entry["id"]), entry["bbox"]
         # an empty box is kept and never matched, as in COCO; one that is not finite would match everything
         if annotation is None and not (iou_type == "bbox" and all(map(is_finite, (x, y, w, h)))):
             continue

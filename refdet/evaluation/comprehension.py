@@ -47,12 +47,12 @@ def comprehension(
         protocol: how boxes are compared.
 
     Returns:
-        comprehension: accuracy@0.5; missing: sentences without a prediction; random_baseline@0.5: expected accuracy of
-        a random region of the image; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr" all but mean_iou
-        use generalized IoU. If any prediction is ranked also P@1, P@5 and P@10: the share of sentences with a correct
-        answer among the first 1, 5 and 10.
-        segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None if no
-        prediction has a mask.
+        comprehension: accuracy@0.5; missing: number of sentences without a prediction; random_baseline@0.5: expected
+        accuracy of a random region of the image; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr" all but
+        mean_iou use generalized IoU. If any prediction is ranked, also P@1, P@5 and P@10: the share of sentences with a
+        correct answer among the first 1, 5 and 10.
+        segmentation: `segmentation_scores` and missing: number of sentences without a mask, which count as wrong; None
+        if no prediction has a mask.
     """
     ious: list[float] = []
     top1: list[float] = []  # overlap of the first answer, as defined by the protocol
@@ -74,7 +74,7 @@ def comprehension(
             baseline.append(chance)
             if truth is not None:
                 mask_overlaps.append(mask_overlap(_mask(predicted, image), truth))
-    rates = {
+    box_scores = {
         "accuracy@0.5": fraction_at_least(top1, 0.5),
         "missing": sum(p is None for p in all_predictions),
         "random_baseline@0.5": mean(baseline),
@@ -83,12 +83,12 @@ def comprehension(
     }
     if any(p.ranked is not None for p in predictions.values()):
         for i, k in enumerate(RANKS):
-            rates[f"P@{k}"] = fraction_at_least([overlaps[i] for overlaps in top_k], 0.5)
+            box_scores[f"P@{k}"] = fraction_at_least([overlaps[i] for overlaps in top_k], 0.5)
     segmentation = None
     if with_masks:
         without_mask = sum(p is None or p.masks is None for p in all_predictions)
         segmentation = {"missing": without_mask, **segmentation_scores(mask_overlaps)}
-    return {"comprehension": rates, "segmentation": segmentation}
+    return {"comprehension": box_scores, "segmentation": segmentation}
 
 
 def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:
@@ -103,7 +103,7 @@ def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: 
 def generalized_comprehension(
     refer: REFER, index: CocoIndex, refs: Sequence[Any], predictions: Mapping[int, Prediction]
 ) -> dict[str, Any]:
-    """Compute `generalized_scores` over the sentences of refs; masks are compared if all predictions have them."""
+    """Compute `generalized_scores` over the sentences of refs; masks are compared if each prediction has them."""
     all_predictions = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
     available = [p for p in all_predictions if p is not None]
     with_masks = bool(available) and all(p.masks is not None for p in available)
@@ -123,6 +123,6 @@ def generalized_comprehension(
 
 
 def _mask(predicted: Prediction | None, image: ImageRecord) -> dict:
-    """Union of the masks of a prediction; empty without one."""
+    """RLE of the union of a prediction's masks; empty without a prediction or masks."""
     masks = () if predicted is None else predicted.masks or ()
     return coco_mask.merge([targets.empty_mask(image.height, image.width), *masks])

@@ -114,6 +114,13 @@ def detection_ap(
         desc: label of the progress bar.
         leave: whether the finished bar stays on the terminal.
         on_image: called after each image; may raise to end early.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        InputError: an image cannot be read.
+        RuntimeFailure: the device has too little memory for an image.
     """
     results: list[dict[str, Any]] = []
     with (
@@ -128,7 +135,7 @@ def detection_ap(
 
 
 def _load_detector(run: Path, device: str | None, precision: str) -> TrainedDetector:
-    """Load the detector, in float32 if the device does not support the precision."""
+    """Load the detector of a run, in float32 (with a warning) if the device does not support the precision."""
     from refdet.detector import loading
     from refdet.device import resolve_device, supported_precision
 
@@ -171,7 +178,7 @@ def detect_regions(
     device, options = next(detector.model.parameters()).device, DetectionOptions()
     out_of_memory = f"{device} has too little memory for one image; free some of it"
 
-    compute = split_on_oom(make_detect(detector, options, ()))
+    compute = split_on_oom(make_detect(detector, options, ()))  # () for no features, as below
     try:
         with detector.inference():
             size = batch_size or default_batch_size(device) or auto_batch_size(detector, records, options, ())
@@ -181,6 +188,7 @@ def detect_regions(
     pending: deque[Finish] = deque()  # while one batch is being finished, a GPU computes the next one
     with closing(load_ahead(source.read, batches, workers or default_workers(device))) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
+            # `load_ahead` returns the reason instead of an image that cannot be read
             error_message = next((image for image in images if isinstance(image, str)), None)
             if error_message is not None:
                 raise InputError(error_message)
@@ -196,14 +204,12 @@ def detect_regions(
 
 
 def warn_about_annotations(index: CocoIndex, masks: bool) -> None:
-    """Warn if AP is undefined, or if boxes replace missing masks."""
+    """Warn if AP is undefined, or, with ``masks``, if mask AP will use boxes in the place of missing masks."""
+    annotations = [annotation for image_annotations in index.annotations.values() for annotation in image_annotations]
     reason = why_undefined(index, index.images)
     if reason:
-        crowds = any(
-            annotation.iscrowd for image_annotations in index.annotations.values() for annotation in image_annotations
-        )
-        log.warning("note: %s: %s%s", index.path, reason, ", or give `crowd_as_object=True`" if crowds else "")
-    annotations = [annotation for image_annotations in index.annotations.values() for annotation in image_annotations]
+        has_crowds = any(annotation.iscrowd for annotation in annotations)
+        log.warning("note: %s: %s%s", index.path, reason, ", or give `crowd_as_object=True`" if has_crowds else "")
     without_masks = sum(not annotation.segmentation for annotation in annotations)
     if masks and without_masks:
         log.warning(

@@ -25,10 +25,11 @@ class DetectionErrors:
         objects: number of annotated objects, without crowds.
         missed: number of objects that no region of any category matches.
         regions: (`BINS`,) number of regions by score, in bins of equal width over 0..1, the first and last of which
-            also count scores outside of 0..1; regions on crowds are not counted.
+            also count scores outside of 0..1; regions on crowds are counted only if they match an object.
         correct: (`BINS`,) number of these regions that match an object of their category, one region per object.
-        score_sums: (`BINS`,) sums of the scores of these regions.
-        confusions: (category of an object, category of its best-scoring region) -> number of matched objects.
+        score_sums: (`BINS`,) sums of the scores of the counted regions.
+        confusions: (category of an object, category of the best-scoring region that matches it) -> number of objects;
+            objects that no region matches are in ``missed``.
         objects_by_category: category id -> number of objects.
     """
 
@@ -53,14 +54,19 @@ class DetectionErrors:
         ious = box_iou(_boxes(objects), boxes)
         self._count_scores(regions.scores[order], categories, ious, objects, _on_crowds(boxes, categories, crowds))
         for object_ious, annotation in zip(ious, objects, strict=True):
-            matching = np.flatnonzero(object_ious >= MATCH_IOU)
+            matching = np.flatnonzero(object_ious >= MATCH_IOU)  # of any category, best-scoring first
             if len(matching):
                 self.confusions[annotation.category_id, int(categories[matching[0]])] += 1
             else:
                 self.missed += 1
 
     def _count_scores(
-        self, scores: np.ndarray, categories: np.ndarray, ious: np.ndarray, objects: list[Annotation], crowd: np.ndarray
+        self,
+        scores: np.ndarray,
+        categories: np.ndarray,
+        ious: np.ndarray,
+        objects: list[Annotation],
+        on_crowd: np.ndarray,
     ) -> None:
         """Match each region, best-scoring first, with the unmatched object of its category that it overlaps most.
 
@@ -69,7 +75,7 @@ class DetectionErrors:
             categories: (n,) their category ids.
             ious: (m, n) IoU of each object with each region.
             objects: the m annotated objects.
-            crowd: (n,) bool, whether each region lies on a crowd.
+            on_crowd: (n,) bool, whether each region lies on a crowd of its category.
         """
         labels = np.array([a.category_id for a in objects], np.int64)
         unmatched = np.ones(len(objects), bool)
@@ -81,7 +87,7 @@ class DetectionErrors:
             is_correct = best >= 0 and candidates[best] >= MATCH_IOU
             if is_correct:
                 unmatched[best] = False
-            elif crowd[row]:
+            elif on_crowd[row]:
                 continue
             self.regions[bins[row]] += 1
             self.score_sums[bins[row]] += float(scores[row])
@@ -104,9 +110,10 @@ def _boxes(annotations: list[Annotation]) -> np.ndarray:
 def _on_crowds(boxes: np.ndarray, categories: np.ndarray, crowds: list[Annotation]) -> np.ndarray:
     """Whether at least half of each box (n, 4) xyxy lies in a crowd of its category, as COCO ignores it: (n,) bool."""
     on_crowd = np.zeros(len(boxes), bool)
-    areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 1e-9)
+    areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 1e-9)  # no division by 0 for an empty box
     for crowd in crowds:
         low, high = np.maximum(boxes[:, :2], crowd.box[:2]), np.minimum(boxes[:, 2:], crowd.box[2:])
         intersection = np.maximum(high - low, 0).prod(axis=1)
+        # COCO divides by the area of the box instead of the union
         on_crowd |= (intersection / areas >= MATCH_IOU) & (categories == crowd.category_id)
     return on_crowd

@@ -52,7 +52,7 @@ def iter_entries(
 
 
 def _actual_value(entry: Any, fields: Mapping[str, type]) -> str:
-    """The invalid value of a field, for the end of an error."""
+    """The end of an error about an invalid entry: what the entry is, or its first field that is missing or invalid."""
     if not isinstance(entry, dict):
         return f", not {reprlib.repr(entry)[:60]}"
     name = next(name for name, kind in fields.items() if type(entry.get(name)) is not kind)

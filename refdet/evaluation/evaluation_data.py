@@ -60,7 +60,7 @@ class EvaluationData:
         return list(self.index.images.values())
 
     def check_categories(self, categories: Sequence[tuple[int, str]], owner: str) -> None:
-        """Check that the annotations have the same categories as a detector.
+        """Check that the instances file has the same categories as a detector.
 
         Args:
             categories: COCO category id and name of each of the detector's classes.
@@ -72,7 +72,8 @@ class EvaluationData:
         detector_categories, dataset_categories = used_categories(dict(categories)), self.index.categories
         if detector_categories != dataset_categories:
             differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
-            shown = ", ".join(f"{i} {name}" for i, name in differing[:_SHOWN]) + ", ..." * (len(differing) > _SHOWN)
+            shown = ", ".join(f"{id_} {name}" for id_, name in differing[:_SHOWN])
+            shown += ", ..." if len(differing) > _SHOWN else ""
             raise InputError(
                 f"{owner} has other classes than {self.index.path} ({len(detector_categories)} and "
                 f"{len(dataset_categories)}; {shown}); evaluate on the dataset it was trained for"

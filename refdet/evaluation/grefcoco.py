@@ -20,9 +20,10 @@ class Answer:
 
     Attributes:
         truth: (n, 4) boxes of the objects, half-open xyxy in pixels; n is 0 without a target.
-        truth_mask: RLE of their union; None if masks are not compared.
-        predicted: (m, 4) boxes, m is 0 for "no such object"; None without a prediction.
-        predicted_mask: RLE of their union, empty without a prediction; None if masks are not compared.
+        truth_mask: RLE of the union of the objects' masks; None if masks are not compared.
+        predicted: (m, 4) boxes like ``truth``; m is 0 for "no such object". None without a prediction.
+        predicted_mask: RLE of the union of the predicted masks, empty without a prediction; None if masks are not
+            compared.
     """
 
     truth: np.ndarray
@@ -38,11 +39,11 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
         no_target: number of sentences without a target; missing: number of sentences without a prediction.
         N-acc: share of the sentences without a target that are predicted to have none; T-acc: share of the sentences
         with a target that are predicted to have one; None if there are no such sentences.
-        precision@F1=1,IoU>=0.5: share of the sentences with all objects found and nothing else; and the same with
-        GIoU, as in the authors' code.
-        gIoU: mean IoU, where a sentence without a target counts as 1 if its predicted mask is empty, else 0; cIoU: sum
-        of intersections over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without
-        masks.
+        precision@F1=1,IoU>=0.5: share of the sentences with all objects found and nothing else;
+        precision@F1=1,GIoU>=0.5: the same by generalized IoU, as in the code of GREC's authors.
+        gIoU: mean IoU of masks, where a sentence without a target counts as 1 if its predicted mask is empty, else 0;
+        cIoU: sum of intersections over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target.
+        These are None if masks are not compared.
     """
     without_target = [a for a in answers if not len(a.truth)]
     with_target = [a for a in answers if len(a.truth)]
@@ -60,6 +61,7 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
     available = [overlap for overlap in overlaps if overlap is not None]
     pairs = list(zip(answers, available, strict=True))
     target_ious = [ratio(*overlap) for a, overlap in pairs if len(a.truth)]
+    # the union with an empty truth is the predicted mask
     no_target_ious = [float(a.predicted is not None and not union) for a, (_, union) in pairs if not len(a.truth)]
     overall = ratio(sum(intersection for intersection, _ in available), sum(union for _, union in available))
     return scores | {"gIoU": mean(target_ious + no_target_ious), "cIoU": overall} | precisions(target_ious)
@@ -70,19 +72,20 @@ def _predicts_no_target(answer: Answer) -> bool:
 
 
 def _overlap(answer: Answer) -> tuple[int, int] | None:
+    """`mask_overlap` of the predicted mask and the truth; None if masks are not compared."""
     if answer.truth_mask is None or answer.predicted_mask is None:
         return None
     return mask_overlap(answer.predicted_mask, answer.truth_mask)
 
 
 def _has_perfect_f1(answer: Answer, overlap: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> bool:
-    """Whether F1 is 1: as many boxes as objects, and all greedily matched pairs overlap by 0.5 or more."""
+    """Whether F1 is 1: as many boxes as objects, and all greedily matched pairs have an ``overlap`` of at least 0.5."""
     if answer.predicted is None or len(answer.predicted) != len(answer.truth):
         return False
-    ious = overlap(answer.predicted, answer.truth)
+    overlaps = overlap(answer.predicted, answer.truth)
     for _ in range(len(answer.truth)):
-        row, column = np.unravel_index(int(ious.argmax()), ious.shape)
-        if ious[row, column] < 0.5:
+        row, column = np.unravel_index(int(overlaps.argmax()), overlaps.shape)
+        if overlaps[row, column] < 0.5:
             return False
-        ious[row, :], ious[:, column] = -1.0, -1.0
+        overlaps[row, :], overlaps[:, column] = -1.0, -1.0  # matched
     return True

@@ -21,7 +21,7 @@ from refdet.files.short_text import format_share
 
 NOT_INSTALLED = "pycocoevalcap, which computes these metrics, is not installed: pip install pycocoevalcap"
 _JAVA_HINT = "check that `java -version` works, or remove java from the PATH to skip METEOR"
-# punctuation that PTBTokenizer of pycocoevalcap removes
+# Punctuation that pycocoevalcap's PTBTokenizer removes; `_split` removes it at the ends of words.
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
 
@@ -49,11 +49,12 @@ class Scorers:
 
         Args:
             truth: ref id -> the annotated sentences.
-            generated: ref id -> the generated expression; empty text if missing.
+            generated: ref id -> the generated expression; a ref without one is scored as if it were empty.
 
         Returns:
-            BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs, missing, and the
-            tokenizer: "ptb", or "blanks" (split at whitespace) without Java.
+            BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs: number of refs that
+            have sentences, which are scored; missing: number of those without a generated expression; tokenizer: "ptb",
+            or "blanks" (split at whitespace) without Java.
 
         Raises:
             RuntimeFailure: Java does not work.
@@ -82,6 +83,7 @@ class Scorers:
         return metrics
 
     def _tokenize(self, texts: dict[int, list[str]]) -> dict[int, list[str]]:
+        """Lowercase the texts of each ref and split them into words, joined by spaces, without punctuation."""
         if not self.java:
             return {ref_id: [_split(text) for text in ref_texts] for ref_id, ref_texts in texts.items()}
         # the tokenizer works line by line and could lose empty lines, so these are skipped
@@ -127,6 +129,7 @@ def _clean(text: str) -> str:
 
 
 def _split(text: str) -> str:
+    """The tokenizer without Java: words in lowercase, split at whitespace, without punctuation at their ends."""
     words = (word.strip(_PUNCTUATION) for word in text.lower().split())
     return " ".join(word for word in words if word)
 

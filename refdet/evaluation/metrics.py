@@ -1,4 +1,4 @@
-"""Overlap of boxes and masks, and rates of it. NumPy and pycocotools only."""
+"""Overlap of boxes and masks, and metrics computed from it. NumPy and pycocotools only."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
     """The overlap that must reach 0.5 for a correct answer: (n, 4) and (m, 4) -> (n, m) float64.
 
-    The IoU, or for "mdetr" the generalized IoU, as in RefExpEvaluator of ashkamath/mdetr, datasets/refexp.py, which is
-    never larger.
+    The IoU, or for "mdetr" the generalized IoU (never larger), as in RefExpEvaluator of ashkamath/mdetr,
+    datasets/refexp.py.
     """
     return generalized_iou(a, b) if protocol == "mdetr" else box_iou(a, b, protocol)
 
@@ -46,7 +46,7 @@ def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -
 def _areas(a: np.ndarray, b: np.ndarray, min_side: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Areas of the intersection, the union and the enclosing box of each pair of boxes, (n, m) each.
 
-    An intersection counts only if both sides exceed `min_side`.
+    An intersection counts only if both sides exceed ``min_side``, in pixels.
     """
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
@@ -57,6 +57,7 @@ def _areas(a: np.ndarray, b: np.ndarray, min_side: float) -> tuple[np.ndarray, n
 
 
 def _safe_divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Elementwise quotient; 0 where the denominator is not positive."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 

@@ -80,7 +80,7 @@ def load_predictions(
             sizes.append((images[sent_id].width, images[sent_id].height))
     format_name, warnings = resolve_box_format(box_format, np.array(boxes), np.array(sizes))
     for warning in warnings:
-        level, _, text = warning.partition(": ")
+        level, _, text = warning.partition(": ")  # such as "note: ..."
         log.warning("%s: %s: %s", level, path, text)
     reader = _Reader(store, FORMATS[format_name], generalized)
     predictions: dict[int, Prediction] = {}
@@ -138,29 +138,33 @@ class _Reader:
             return Prediction(boxes[:1], _masks(answers[:1]), ranked=boxes)
         return Prediction(boxes, _masks(answers))
 
-    def _check_list(self, kind: str, value: Any) -> None:
-        """Raise an InputError if the dataset does not allow this kind of list, or it is not a list."""
-        if kind in _LISTS:
+    def _check_list(self, key: str, value: Any) -> None:
+        """Raise an InputError if the dataset does not allow lists under this key, or the value is not a valid list."""
+        if key in _LISTS:
             if not self.generalized:
                 raise InputError(
-                    f"{kind} is for gRefCOCO; a sentence of this dataset means one object: "
-                    f"{_LISTS[kind]}, or ranked_regions or ranked_boxes, the best first"
+                    f"{key} is for gRefCOCO; a sentence of this dataset means one object: "
+                    f"{_LISTS[key]}, or ranked_regions or ranked_boxes, the best first"
                 )
             if not isinstance(value, list):
-                raise InputError(f"{kind} must be a list, [] for no object, not {value!r:.40}")
+                raise InputError(f"{key} must be a list, [] for no object, not {value!r:.40}")
         elif self.generalized:
             raise InputError(
-                f"{kind} is not for gRefCOCO, whose answers are all the objects that a sentence refers to, unranked: "
-                f"give {kind.removeprefix('ranked_')}"
+                f"{key} is not for gRefCOCO, whose answers are all the objects that a sentence refers to, unranked: "
+                f"give {key.removeprefix('ranked_')}"
             )
         elif not isinstance(value, list) or not value:
             raise InputError(
-                f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
+                f"{key} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
                 "sentence without an answer"
             )
 
     def _read_answers(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
-        """Box (4,), xyxy in pixels of the image, and RLE, None without a mask, of answers of one of `_SINGLE`."""
+        """Read answers of one kind, a key of `_SINGLE`.
+
+        Returns:
+            Box (4,) of each answer, half-open xyxy in pixels of the image, and its RLE, None if it has no mask.
+        """
         if kind == "box":
             return [(corners, None) for corners in self._to_corners(values, image)]
         if kind == "region":

@@ -47,13 +47,22 @@ def coverage(
 
 def _best_at_k(ious: np.ndarray) -> np.ndarray:
     """Maximum of the first k values of each row (n, m), for each k in `TOP_K` and then for all: (n, 8)."""
+    # a column of zeros comes first, so that column k is the maximum of the first k, and 0 without regions
     running_max = np.maximum.accumulate(np.pad(ious, ((0, 0), (1, 0))), axis=1)
     last = running_max.shape[1] - 1
     return running_max[:, [min(k, last) for k in (*TOP_K, last)]]
 
 
 def referent_recall(coverages: Sequence[Coverage]) -> dict[str, float]:
-    """Share of referred objects with a region of IoU 0.5 to 0.9, of any category and of the same category."""
+    """Share of referred objects with a region of at least IoU 0.5, 0.6, ..., 0.9.
+
+    Args:
+        coverages: the coverage of each object.
+
+    Returns:
+        "0.5" to "0.9" for regions of any category, "with_category@0.5" to "with_category@0.9" for regions of the
+        object's category, and "mean_best_iou", the mean over objects of the highest IoU with a region of any category.
+    """
     best, of_category = [c.best[-1] for c in coverages], [c.best_of_category[-1] for c in coverages]
     recall = {str(threshold): fraction_at_least(best, threshold) for threshold in THRESHOLDS}
     recall["mean_best_iou"] = mean(best)

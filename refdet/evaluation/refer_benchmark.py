@@ -57,13 +57,14 @@ def evaluate_on_refer(
         splits: names of splits, also comma-separated; all but train if empty.
         predictions: JSON of a model's predictions, as read by `refdet.evaluation.predictions.load_predictions`.
         expressions: JSON of generated expressions, as read by `refdet.evaluation.language.load_expressions`.
-        protocol: how boxes are compared: "standard" IoU, "mattnet" or "mdetr"; COCO's AP does not depend on it.
+        protocol: how boxes are compared: "standard" IoU, "mattnet" or "mdetr"; COCO's AP and the metrics of gRefCOCO's
+            predictions do not depend on it.
         box_format: format of the boxes in ``predictions``, one of `refdet.data.box_format.NAMES`.
 
     Returns:
-        The contents of ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None if undefined, such as AP of small objects
-        if there are none, or mask AP of a store without masks. A sentence without a prediction counts as wrong;
-        ``missing`` is their number, in ``segmentation`` including those with only a box.
+        The contents of ``metrics.json``; metrics in 0..1 (CIDEr in 0..10), None if undefined, such as AP of small
+        objects if there are none, or mask AP of a store without masks. A sentence without a prediction counts as wrong;
+        ``missing`` is the number of such sentences, in ``segmentation`` including those with only a box.
 
     Raises:
         InputError: a file or a split is missing or damaged; the store lacks images of a split; or expressions are given
@@ -81,7 +82,9 @@ def evaluate_on_refer(
             raise InputError(f"{where}: all refs are in split train; give `splits` train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
         loaded_predictions = (
-            None if predictions is None else _predictions(Path(predictions), where, opened, refer, index, box_format)
+            None
+            if predictions is None
+            else _load_predictions(Path(predictions), where, opened, refer, index, box_format)
         )
         loaded_expressions = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
         for split in split_names:
@@ -89,14 +92,17 @@ def evaluate_on_refer(
                 f"refdet extract-features --refer-root {refer_root} --dataset {dataset} --split-by {split_by} "
                 f"--split {split}"
             )
-            ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
+            ids = sorted({ref["image_id"] for ref in _refs_of_split(refer, split)})
             check_images(opened, ids, index.images, str(index.path), f"split {split}", f"extract them with: {command}")
         warn_about_categories(opened, index.categories, str(index.path))
         benchmark = _Benchmark(opened, refer, index, loaded_predictions, protocol)
         metrics = {split: benchmark.metrics(split) for split in split_names}
         if scorers is not None and loaded_expressions is not None:
             for split in split_names:
-                references = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
+                references = {
+                    ref["ref_id"]: [sentence["sent"] for sentence in ref["sentences"]]
+                    for ref in _refs_of_split(refer, split)
+                }
                 metrics[split]["language"] = scorers.scores(references, loaded_expressions)
         metadata = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
         if box_format != DEFAULT_FORMAT:
@@ -112,9 +118,10 @@ def _check_provenance(store: Store) -> None:
         raise InputError(f"{store.path}: {error}") from None
 
 
-def _predictions(
+def _load_predictions(
     path: Path, where: str, store: Store, refer: REFER, index: CocoIndex, box_format: str
 ) -> dict[int, Prediction]:
+    """Predictions by sentence id; InputError if sentence ids are not unique in the dataset, which ``where`` names."""
     refs = refer.data["refs"]
     if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
         raise InputError(f"{where}: duplicate sent_id makes predictions ambiguous; renumber")
@@ -122,8 +129,8 @@ def _predictions(
     return load_predictions(path, store, images, targets.is_generalized(refs), box_format)
 
 
-def _refs(refer: REFER, split: str) -> list[Any]:
-    # exact match: for "test" the REFER API returns testA and testB too
+def _refs_of_split(refer: REFER, split: str) -> list[Any]:
+    # not by `REFER.getRefIds`, which for "test" returns testA and testB too
     return [ref for ref in refer.data["refs"] if ref["split"] == split]
 
 
@@ -138,8 +145,8 @@ class _Benchmark:
     protocol: Protocol
 
     def metrics(self, split: str) -> dict[str, Any]:
-        """All metrics of a split except those of expressions."""
-        refs = _refs(self.refer, split)
+        """All metrics of a split except those of generated expressions."""
+        refs = _refs_of_split(self.refer, split)
         regions = {i: read_regions(self.store, i) for i in sorted({ref["image_id"] for ref in refs})}
         unusable = [i for i in regions if i in self.store.errors]
         coverages = self.coverage(refs, regions)
@@ -196,7 +203,7 @@ class _Benchmark:
             )
 
     def _has_mask_ap(self, split: str, image_ids: Iterable[int]) -> bool:
-        """Whether regions and annotations have masks to compare; warn if only some of the annotations have."""
+        """Whether all regions and annotations have masks to compare; warn if only annotations lack them."""
         if not self.store.has_masks:
             return False
         annotations = [annotation for i in image_ids for annotation in self.refer.imgToAnns.get(i, [])]

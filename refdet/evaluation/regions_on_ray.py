@@ -31,9 +31,9 @@ def regions_on_ray(
     exif: str,
     crowd_as_object: bool,
 ) -> Iterator[Regions]:
-    """Regions as from `refdet.evaluation.detection.detect_regions`, computed by an extraction.
+    """Detect regions as `refdet.evaluation.detection.detect_regions` does, but by an extraction on a Ray cluster.
 
-    They pass through a store in a temporary folder, without features.
+    The extraction writes a store without features to a temporary folder, from which the regions are read.
 
     Args:
         run: run directory of the detector.
@@ -45,7 +45,10 @@ def regions_on_ray(
         precision: arithmetic of the network.
         workers: threads of each worker that read images ahead.
         exif: "ignore" or "apply" the EXIF orientation of the images.
-        crowd_as_object: how ``index`` was read.
+        crowd_as_object: whether ``index`` was read with annotations of ``iscrowd`` 1 as objects.
+
+    Yields:
+        The regions of each image.
 
     Raises:
         InputError: the cluster cannot be used, or an image cannot be read.
@@ -71,12 +74,12 @@ def regions_on_ray(
                 say=log.warning,
                 announce=log.info,
             )
-        except Interrupted:  # without the extraction's message about kept shards, which are deleted here
+        except Interrupted:  # replaces the message that finished shards are kept, as they are deleted here
             raise Interrupted("interrupted") from None
         except UnusableImageError as error:
             raise InputError(error.message) from error
         except RefdetError as error:
-            if error.fix:  # it says how to continue, but nothing is kept
+            if error.fix:  # which says how to resume the extraction, but its shards are deleted here
                 error.fix = "run it again"
             raise
         with store.open(out) as computed:

@@ -44,4 +44,5 @@ def _rename_in_split(values: Any) -> Any:
 def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Rename keys, given as new name -> old name; an old name beside its new one is dropped."""
     new_names = {old: new for new, old in names.items()}
+    # for a name that is not an old one, `get` returns None, which is no key
     return {new_names.get(name, name): value for name, value in values.items() if new_names.get(name) not in values}

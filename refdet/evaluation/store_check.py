@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def check_images(
     store: Store, ids: Sequence[int], images: Mapping[int, ImageRecord], listed_in: str, subset: str, fix: str
 ) -> None:
-    """Check that a store has images, in the size in which a dataset has them.
+    """Check that a store has all these images, in the same size as the dataset.
 
     Args:
         store: the store.
@@ -36,8 +36,8 @@ def check_images(
         first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         lacks = format_share(len(missing), len(ids), "image")
         raise InputError(f"{store.path}: lacks {lacks} of {subset} ({first}); {fix}")
-    pixels = zip(store.heights.tolist(), store.widths.tolist(), strict=True)
-    sizes = dict(zip(store.image_ids.tolist(), pixels, strict=True))
+    store_sizes = zip(store.heights.tolist(), store.widths.tolist(), strict=True)
+    sizes = dict(zip(store.image_ids.tolist(), store_sizes, strict=True))
     if resized := [i for i in ids if sizes[i] != (images[i].height, images[i].width)]:
         image, (height, width) = images[resized[0]], sizes[resized[0]]
         raise InputError(
@@ -48,7 +48,7 @@ def check_images(
 
 
 def warn_about_categories(store: Store, names: Mapping[int, str], listed_in: str) -> None:
-    """Warn if the names of a store's category ids differ in a dataset, since categories are compared by id.
+    """Warn if category ids of a store have other names in a dataset, since categories are compared by id.
 
     Args:
         store: the store.

@@ -26,24 +26,24 @@ def objects_of(refer: REFER, ref: Any) -> list[Any]:
     return [refer.Anns[ann_id] for ann_id in target_ids(ref)]
 
 
-def boxes(refer: REFER, targets: Sequence[Any]) -> np.ndarray:
-    """Boxes (n, 4) float64 of annotations, half-open xyxy in pixels, as in the file.
+def boxes(refer: REFER, annotations: Sequence[Any]) -> np.ndarray:
+    """Boxes (n, 4) float64 of annotations, half-open xyxy in pixels, not clipped to the image.
 
     Raises:
         refer.ReferError: an annotation has no box, or one that is not finite.
     """
-    xywh = np.array([box_of(refer.DATA_DIR, annotation) for annotation in targets], np.float64).reshape(-1, 4)
+    xywh = np.array([box_of(refer.DATA_DIR, annotation) for annotation in annotations], np.float64).reshape(-1, 4)
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
-def mask(refer: REFER, targets: Sequence[Any], image: ImageRecord) -> dict:
+def mask(refer: REFER, annotations: Sequence[Any], image: ImageRecord) -> dict:
     """RLE of the union of the masks of annotations; empty if there are none.
 
     Raises:
         InputError: an annotation has no segmentation, or an invalid one.
     """
     rles = [empty_mask(image.height, image.width)]
-    for annotation in targets:
+    for annotation in annotations:
         if not annotation.get("segmentation"):
             raise InputError(
                 f"{refer.DATA_DIR}: annotation {annotation['id']} has no segmentation to compare masks "

@@ -41,6 +41,7 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
 
 
 def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
+    """The COCO images of one benchmark, and notes about its other images; raises as `held_out_benchmarks`."""
     if not path.exists():
         raise InputError(f"`benchmark` {path}: no such file")
     if is_parquet(path):
@@ -66,16 +67,16 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
     notes = []
     non_coco = [image for image in images if not image.unknown and not image.coco_ids]
     if non_coco:
-        not_coco = format_count(len(non_coco), "image", "is")
+        are_not = format_count(len(non_coco), "image", "is")
         notes.append(
-            f"{path}: {not_coco} not COCO's according to the file and {agree(len(non_coco), 'is')} not looked for"
+            f"{path}: {are_not} not COCO's according to the file and {agree(len(non_coco), 'is')} not looked for"
         )
     if unknown:
         notes.append(
             f"{path}: {format_count(len(unknown), 'image')} cannot be identified as COCO's (first: "
             f"{unknown[0].label!s:.60}) and {agree(len(unknown), 'is')} not looked for"
         )
-    return HeldOut(name, coco_ids, 0), notes
+    return HeldOut(name, coco_ids, shared=0), notes
 
 
 def _parquet_images(path: Path) -> list[ImageEntry]:
@@ -96,5 +97,7 @@ def _parquet_images(path: Path) -> list[ImageEntry]:
         value = {column: cell for column, cell in row if cell is not None}
         evidence = evidence_of(value)
         label = next((cell for cell in value.values() if isinstance(cell, str)), index)
-        entries.append(ImageEntry(evidence.id, str(label), label, evidence, False, 0, 0))
+        # a Parquet file has no text that `start` and `end` could refer to
+        entry = ImageEntry(evidence.id, str(label), label, evidence, id_matches_file_name=False, start=0, end=0)
+        entries.append(entry)
     return identify_images(entries)

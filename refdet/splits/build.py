@@ -49,8 +49,8 @@ def build_split(
     """Write a list of training images without REFER's val and test images and their annotations.
 
     An image is held out if any COCO id in its entry is (`refdet.data.image_evidence`). The remaining entries are
-    written unchanged and in order, with a report next to the file. ``info.refdet`` of an instances file holds
-    the provenance; for other lists the report does.
+    written unchanged and in order, with a report next to the file. The provenance is in ``info.refdet`` of an instances
+    file, and in the report for other lists.
 
     Examples:
         >>> instances = "demo/data/annotations/instances_train2014.json"
@@ -111,7 +111,7 @@ def build_split(
     counts = _counts(splits, present_ids)
     if keep_only:
         kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())
-        absent, partly_kept = _divide_splits(refer_root, kept_ids)
+        absent, partly_kept = _divide_splits(refer_root, kept_ids)  # only splits without a kept image are excluded
         excluded = _counts(absent, present_ids)
         if shared := [name for name in partly_kept if name not in counts]:
             notes.append(f"the kept images include some of {', '.join(shared)}")
@@ -164,7 +164,7 @@ def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> Non
 
 
 def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[HeldOut], list[str]]:
-    """Val and test splits with none of the kept images, and names of those with some of them."""
+    """Val and test splits with none of the kept images, and names of the val and test splits with some of them."""
     splits, _ = held_out(refer_root)
     absent = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
     return absent, [split.name for split in splits if split not in absent]

@@ -83,11 +83,11 @@ def audit_provenance(
     """Check whether a detector was trained on any of REFER's val and test images.
 
     A provenance holds a hash of the training image ids and the names of the excluded splits, which is only a claim.
-    The training file turns it into a proof: its hash must match, and every image in it is checked. The hash covers
-    ids, so it proves something only where ids match the file names; otherwise the identical file is required.
-    Images that chose the weights by validation must be as clean (`refdet.splits.selection_audit`).
-    The images that a store describes are irrelevant, as features of val and test images are expected. Boxes that were
-    given for it are not audited; a note says so.
+    The training file turns this claim into a proof: its hash must match, and every image in it is checked. The hash
+    covers ids only, so it proves something only where the ids match the file names; otherwise the identical file is
+    required. Images that chose the weights by validation must be as clean (`refdet.splits.selection_audit`).
+    The images that a store describes are irrelevant, as features of val and test images are expected. If its boxes
+    were given in a file, what made that file is not audited; a note says so.
 
     Args:
         path: a run directory or a store.
@@ -165,11 +165,14 @@ def audit_provenance(
 
 
 def why_unproven(provenance: Provenance, proof: AuditResult, subject: str, instances: str | Path | None) -> list[str]:
-    """Why the audit of a training file does not prove that a detector has seen no held-out image.
+    """Why the audit of a training file does not prove that a detector was trained on no held-out image.
+
+    Held-out images that the file contains (``proof.leaked``) are not among the reasons, nor is the selection of the
+    weights by validation (`audit_selection`).
 
     Args:
-        provenance: of the detector; its hash of image ids is that of the file.
-        proof: audit of the file, which found no held-out image.
+        provenance: provenance of the detector; its hash of image ids is that of the file.
+        proof: audit of the file.
         subject: what messages call the detector.
         instances: the file.
 
@@ -208,7 +211,7 @@ def _find_problem(
     """
     training_set = provenance.training_set
     if training_set is not None and training_set.refer_overlap == "none":
-        # there is no hash of its image ids to compare with
+        # its provenance has no hash of image ids with which to compare a file
         message = (
             f"{subject}: was trained on {training_set.name}, about which {instances} proves nothing; leave out "
             "`instances`"
@@ -221,6 +224,6 @@ def _find_problem(
             else f"some of {format_count(n_held_out, 'val/test image')}"
         )
         return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
-    if not provenance.image_ids_sha256:
+    if provenance.is_unknown:
         return f"{subject}: training data unknown: {provenance.note or 'its provenance has no hash of image ids'}"
     return file_problem(subject, provenance, claims, proof, instances)

@@ -54,7 +54,7 @@ class ContentResult:
     """Result of `audit_content`.
 
     Attributes:
-        compared: number of images of the list that were compared. Images already held out by id are skipped.
+        compared: number of images of the list that were compared. Those that are held out by id are skipped.
         missing: images of the list that have no file.
         unreadable: images of the list whose file is damaged.
         refer_compared: number of held-out images that were compared.
@@ -166,7 +166,7 @@ def audit_content(
         # both images may have two thumbnails; the closest pair of them counts
         if key not in copies or copy.hamming_distance < copies[key].hamming_distance:
             copies[key] = copy
-    labels_by_name = {
+    not_compared = {
         "missing": candidates.missing,
         "unreadable": candidates.unreadable,
         "refer_missing": held_out_thumbnails.missing,
@@ -180,7 +180,7 @@ def audit_content(
         refer_missing=[label for label, _ in held_out_thumbnails.missing],
         refer_unreadable=[label for label, _ in held_out_thumbnails.unreadable],
         copies=list(copies.values()),
-        reasons={name: labels[0][1] for name, labels in labels_by_name.items() if labels},
+        reasons={name: failures[0][1] for name, failures in not_compared.items() if failures},
     )
 
 
@@ -253,9 +253,10 @@ def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, I
 
 
 def _records(image_list: ImageListFile, index: int) -> list[ImageRecord]:
-    """Records by which to look up the images of an entry: as in `CocoIndex` for an instances file, else every name.
+    """Records by which to look up the images of an entry of a list.
 
-    Height and width are 0 where the list does not give them.
+    In an instances file that is one image, which is looked up as in training; in other lists it is one per file name of
+    the entry. An id that must not be used to look up an image is -1; height and width that the list lacks are 0.
     """
     image = image_list.images[index]
     if image_list.format == INSTANCES:

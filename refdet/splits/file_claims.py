@@ -49,7 +49,11 @@ VALIDATION_FILE = FileRole("chosen by validation", "validation data", "validate"
 
 
 def claims_of(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
-    """Claims for each split, where an excluded split counts only if its number of images is the same."""
+    """What a provenance claims about each split.
+
+    A split that it excludes counts only if the number of its images is the same. A published training set without
+    images of REFER excludes every split.
+    """
     training_set = None if provenance is None else provenance.training_set
     if training_set is not None and training_set.refer_overlap == "none":
         return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]

@@ -25,12 +25,13 @@ STANDARD = ((("refcoco", "unc"), ("refcoco+", "unc")), (("refcocog", "umd"),))
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The images of one split of REFER.
+    """The images of one split of REFER, or of another benchmark (`refdet.splits.benchmark`).
 
     Attributes:
-        name: such as "refcoco/unc/val".
+        name: such as "refcoco/unc/val" or "benchmark/ref-l4.parquet".
         image_ids: COCO ids of its images.
-        shared: number of its images that also have refs in the train split of the same dataset and split_by.
+        shared: number of its images that also have refs in the train split of the same dataset and split_by; 0 for a
+            benchmark.
     """
 
     name: str
@@ -50,7 +51,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
         The splits ordered by name, and human-readable warnings.
 
     Raises:
-        InputError: no refs found, or an unknown name in ``exclude`` (the choices are listed).
+        InputError: no refs found, only train refs, or an unknown name in ``exclude`` (the choices are listed).
         refer.ReferError: a refs file is damaged.
     """
     datasets, notes = _find_datasets(refer_root)
@@ -168,6 +169,7 @@ def _select_splits(
 
 
 def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dict[str, frozenset[int]], list[str]]:
+    """COCO ids of the images of each split of a dataset, by its name, and human-readable warnings about the refs."""
     images: dict[str, set[int]] = {}
     refs = refer.read_refs(root, dataset, split_by)
     for ref in refs:
@@ -175,8 +177,8 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
     lines = compare_with_published(dataset, split_by, count_refs(refs))
     notes = [f"{line}; {Path(root) / dataset} may be a damaged download" for line in lines]
     # in REFER's own data the file name has the number of the image_id
-    others = [ref for ref in refs if f"{ref['image_id']:012d}" not in ref.get("file_name", "")]
-    renumbered = [ref for ref in others if numbers_in_name(ref.get("file_name", ""))]
+    deviating = [ref for ref in refs if f"{ref['image_id']:012d}" not in ref.get("file_name", "")]
+    renumbered = [ref for ref in deviating if numbers_in_name(ref.get("file_name", ""))]
     for ref in renumbered:
         images[ref["split"]] |= numbers_in_name(ref["file_name"])
     if renumbered:
@@ -186,7 +188,7 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
             f"number in the file_name (first: {first['image_id']}, {shorten(first['file_name'])}); the images of both "
             "are looked for"
         )
-    unnumbered = [file for ref in others if (file := _unnumbered_file_name(ref))]
+    unnumbered = [file for ref in deviating if (file := _unnumbered_file_name(ref))]
     if unnumbered:
         notes.append(
             f"{dataset}/{split_by}: the file_name of {format_share(len(unnumbered), len(refs), 'ref')} has no COCO "

@@ -29,15 +29,16 @@ class ImageEntry(NamedTuple):
     """One image of a list.
 
     Attributes:
-        id: its id in the list, else the smallest of ``coco_ids``, else None.
+        id: its id in the list; without one the smallest of ``coco_ids`` (set by `identify_images`), or None.
         name: its file name or URL, "" if it has none.
         label: human-readable name: its id, its file name or its position in the list.
         evidence: what its entry says about its COCO id.
         id_matches_file_name: whether its id is the number in its file name.
         start: offset of its entry in the text of the list.
         end: offset of the end of its entry.
-        coco_ids: COCO ids that it may have; set by `identify_images`, like ``unknown``.
-        unknown: whether its entry identifies it neither as a COCO image nor as an image of another source.
+        coco_ids: COCO ids that it may have; set by `identify_images`.
+        unknown: whether its entry identifies it neither as a COCO image nor as an image of another source; set by
+            `identify_images`.
     """
 
     id: int | None

@@ -98,7 +98,7 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(folder),
-        # of the weights themselves: a training that is killed between its two files leaves an older model.json
+        # The weights' own step: a training run that is killed between writing its two files leaves an older model.json.
         "step": int(step) if step.isdecimal() and len(step) < 20 else model.get("step"),
         "recipe": model.get("recipe"),
         "categories": len(categories) if isinstance(categories, list | dict) else None,
@@ -165,7 +165,7 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(plan: dict[str, Any]) -> str:
-    """How much of an extraction is finished, and how to finish it."""
+    """How much of an extraction is finished, and how to finish it, for messages."""
     shards = _count(plan, "shards")
     finished = plan["finished"]
     if shards is None:
@@ -176,7 +176,7 @@ def _state(plan: dict[str, Any]) -> str:
 
 
 def _count(plan: dict[str, Any], name: str) -> int | None:
-    """Return a count in a plan, None if it is missing or invalid."""
+    """A count in an extraction's plan, None if it is missing or invalid."""
     value = plan.get(name)
     return value if type(value) is int and is_id(value) else None
 

@@ -101,6 +101,7 @@ def iter_values_at(path: Path, text: str, start: int) -> Iterator[JsonValue]:
 
 
 def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Generator[JsonValue, None, int]:
+    """Iterate over the object that opens at ``text[start]``, and return the offset of its end."""
     seen: set[str] = set()
     offset = _skip_space(text, start + 1)
     if text[offset : offset + 1] == "}":
@@ -129,6 +130,7 @@ def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Gener
 
 
 def _entries(text: str, start: int, key: str) -> Generator[JsonValue, None, int]:
+    """Iterate over the list that opens at ``text[start]``, under ``key``, and return the offset of its end."""
     offset = _skip_space(text, start + 1)
     position = 0
     more = text[offset : offset + 1] != "]"

@@ -23,7 +23,8 @@ class SplitLeak:
     Attributes:
         name: such as "refcoco/unc/val".
         images: number of images in the split.
-        image_ids: ids, in the list, of the images that are in the split, ascending.
+        image_ids: ids, in the list, of the images that are in the split, ascending; also the ids of images of the split
+            that only an annotation or a name outside of ``images`` refers to.
         annotations: number of annotations of those images in the list.
     """
 
@@ -47,7 +48,7 @@ class AuditResult:
         image_ids_sha256: hash of the ids in the file.
         held_out_images: number of held-out images, each counted once.
         splits: leaks of each split.
-        leaked: ids, in the list, of the held-out images in it, ascending.
+        leaked: the ``image_ids`` of all splits, each once, ascending.
         notes: human-readable warnings.
     """
 
@@ -125,7 +126,7 @@ def audit(
     images = read_image_list(instances)
     notes += identification_warnings(images)
     annotation_counts = Counter(entry.image_id for entry in images.annotations)
-    removed_ids = annotation_counts.keys() - images.ids  # of images whose annotations were left behind
+    removed_ids = annotation_counts.keys() - images.ids  # ids of images that only annotations refer to
     if removed_ids:
         count = sum(annotation_counts[image_id] for image_id in removed_ids)
         notes.append(f"{images.path}: {format_count(count, 'annotation', 'refers')} to images that are not in it")

@@ -177,7 +177,7 @@ def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> Imag
     evidence = evidence_of(value)
     name = _name(value) if isinstance(value, dict) else ""
     matches = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
-    label = name or what if evidence.id is None else evidence.id
+    label = (name or what) if evidence.id is None else evidence.id
     return ImageEntry(evidence.id, name, label, evidence, matches, start, end)
 
 
@@ -220,6 +220,7 @@ def _check_ids(path: Path, value: Any, what: str) -> None:
 
 
 def _check_coco_ids(path: Path, value: dict, what: str) -> None:
+    """Raise an InputError if a COCO id of an entry cannot be read; ``what`` names the entry."""
     for key in COCO_ID_KEYS:
         if value.get(key) is not None:
             parse_id(path, value, key, what)
@@ -246,6 +247,7 @@ def _nonblank_lines(contents: str) -> Iterator[_Line]:
 
 
 def _lines(text: str) -> Iterator[ImageEntry]:
+    """The entries of the lines of a text; those that start with "#" are comments."""
     for line in _nonblank_lines(text):
         if not line.text.startswith("#"):
             yield _line_entry(line)
@@ -258,15 +260,15 @@ def _line_entry(line: _Line) -> ImageEntry:
     fields = [field for column in columns for field in _fields(column)]
     if entry.evidence.bare_numbers or len(fields) < 2:
         return entry
-    named = entry.evidence.coco_numbers
+    coco_numbers = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
     # without a COCO name, bare numbers count: those of the file names, or without file names those of all fields
     texts = [field for field in fields if is_image_file(field)] or fields
-    numbers = [] if named else [number for field in texts if (number := bare_number(field)) is not None]
+    numbers = [] if coco_numbers else [number for field in texts if (number := bare_number(field)) is not None]
     if not names:
-        unnumbered = not named and len(set(numbers)) != 1
-    elif named and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
+        unnumbered = not coco_numbers and len(set(numbers)) != 1
+    elif coco_numbers and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
         unnumbered = False
     else:
         unnumbered = any(not numbers_in_name(name) and bare_number(name) is None for name in names)
@@ -280,7 +282,7 @@ def _line_entry(line: _Line) -> ImageEntry:
         id=numbers[0] if numbers else None,
         evidence=evidence,
         name=names[0] if names else fields[0],
-        id_matches_file_name=not unnumbered and len(named | set(numbers)) == 1,
+        id_matches_file_name=not unnumbered and len(coco_numbers | set(numbers)) == 1,
     )
 
 

@@ -32,7 +32,7 @@ class Node:
         start: offset of its start in the text, including its key if it has one.
         value_start: offset of its value.
         end: offset of its end.
-        entry: index of the entry, None for a list or object of entries.
+        entry: index of the entry; None for a list or object of entries, and for a value that is no entry.
         children: nodes of that list or object.
     """
 
@@ -43,10 +43,15 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def render(self, text: str, keep: Sequence[bool]) -> str:
-        """Return the text without the entries that are not kept, otherwise unchanged."""
-        kept = [child for child in self.children if child.entry is None or keep[child.entry]]
+        """Return the text of the node without the entries that are not kept, otherwise unchanged.
+
+        Args:
+            text: the whole JSON text.
+            keep: whether to keep each entry, by its index.
+        """
         if not self.children:
             return text[self.start : self.end]
+        kept = [child for child in self.children if child.entry is None or keep[child.entry]]
         inner = ", ".join(child.render(text, keep) for child in kept)
         return text[self.start : self.value_start + 1] + inner + text[self.end - 1]
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from refdet.data import image_decoder
 
-SIDE = 32
-FREQUENCIES = 12
+SIDE = 32  # of a thumbnail, in pixels
+FREQUENCIES = 12  # of the DCT, in each direction
 BITS = FREQUENCIES * FREQUENCIES - 1
 # Measured on 159 COCO images; docs/refer.md lists what these thresholds find and miss.
 MAX_HAMMING_DISTANCE = 28
@@ -47,7 +47,7 @@ def thumbnails(data: bytes) -> list[np.ndarray]:
 
 
 def hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """Hash (N, 32, 32) thumbnails to (N, 143) float32 of 1 and -1."""
+    """Hash (N, 32, 32) thumbnails to (N, 143) float32 of 1 and -1, whose dot products give Hamming distances."""
     basis = _dct()
     low = (basis @ thumbnails.astype(np.float32) @ basis.T).reshape(len(thumbnails), -1)[:, 1:]
     return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
@@ -67,18 +67,18 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
     """
     if not len(first) or not len(second):
         return []
-    first_hashes, first_flat = hashes(first), _normalize(first)
-    pairs = []
+    first_hashes, first_normalized = hashes(first), _normalize(first)
+    found = []
     for mirrored in (False, True):
         second_images = second[:, :, ::-1] if mirrored else second
-        second_hashes, second_flat = hashes(second_images), _normalize(second_images)
+        second_hashes, second_normalized = hashes(second_images), _normalize(second_images)
         for start in range(0, len(first_hashes), _ROWS_AT_ONCE):
             distances = (BITS - first_hashes[start : start + _ROWS_AT_ONCE] @ second_hashes.T) / 2
             for row, column in np.argwhere(distances <= MAX_HAMMING_DISTANCE).tolist():
-                correlation = float(first_flat[start + row] @ second_flat[column])
+                correlation = float(first_normalized[start + row] @ second_normalized[column])
                 if correlation >= MIN_CORRELATION:
-                    pairs.append(Match(start + row, column, int(distances[row, column]), correlation, mirrored))
-    return sorted(pairs)
+                    found.append(Match(start + row, column, int(distances[row, column]), correlation, mirrored))
+    return sorted(found)
 
 
 def _dct() -> np.ndarray:
@@ -92,4 +92,5 @@ def _normalize(thumbnails: np.ndarray) -> np.ndarray:
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    # a single gray level differs from its mean by rounding only
     return flat / np.where(norm > 1e-3, norm, np.inf).astype(np.float32)

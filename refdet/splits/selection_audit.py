@@ -62,9 +62,9 @@ def audit_selection(
 ) -> SelectionAudit:
     """Check whether a detector's weights were selected on REFER's val and test images.
 
-    Weights of the last step were not selected, whatever they were validated on: they are clean, and a note names the
-    file. Those in ``best/`` are judged by their validation file in the same way as a detector is by its training file:
-    its provenance is a claim, and the file itself proves it.
+    Weights of the last step were not selected, whatever they were validated on: they are clean, and a note names each
+    validation file. Weights in ``best/`` are judged by their validation file as a detector is by its training file: the
+    provenance of the file is a claim, which the file itself proves.
 
     Args:
         path: a run directory or a store.
@@ -78,6 +78,7 @@ def audit_selection(
 
     Raises:
         InputError: ``val_instances`` is not a list of images.
+        refer.ReferError: invalid REFER data.
     """
     selection = provenance.selection
     notes: list[str] = []

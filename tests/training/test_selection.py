@@ -12,28 +12,31 @@ import pytest
 from split_examples import write_refs
 from training_examples import squares, tiny
 
+from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import ProvenanceAudit, audit_provenance
 from refdet.structures.provenance import UNKNOWN
+from refdet.training.selection import held_out_notes
 from refdet.training.train import dry_run, train
 
 pytestmark = pytest.mark.slow
+
+
+def keep(ids: set[int]) -> Callable[[dict[str, Any]], None]:
+    def change(tree: dict[str, Any]) -> None:
+        tree["images"] = [image for image in tree["images"] if image["id"] in ids]
+        tree["annotations"] = [entry for entry in tree["annotations"] if entry["image_id"] in ids]
+
+    return change
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Images 1 to 9, of which 5 and 6 are held out; a split of the first six, and validation files."""
     write_refs(tmp_path / "refer", {("refcoco", "unc"): [(5, "val"), (6, "testA")]})
-
-    def keep(ids: set[int]) -> Callable[[dict[str, Any]], None]:
-        def change(tree: dict[str, Any]) -> None:
-            tree["images"] = [image for image in tree["images"] if image["id"] in ids]
-            tree["annotations"] = [entry for entry in tree["annotations"] if entry["image_id"] in ids]
-
-        return change
 
     for name, ids in (("all", {1, 2, 3, 4, 5, 6}), ("leaking", {5, 6, 7}), ("clean", {7, 8, 9})):
         squares(tmp_path, keep(ids), images=9).rename(tmp_path / f"{name}.json")
@@ -141,3 +144,61 @@ def test_a_dry_run_tells_too(data: Path, caplog: pytest.LogCaptureFixture) -> No
     (data / "split.report.json").write_text("{")  # of which nothing can be known then
     dry_run(tiny(), data / "split.json", data / "images", device="cpu", val_instances=data / "leaking.json")
     assert "leaking.json, which chooses best/: not built by refdet build-split" in caplog.text
+
+
+def notes_of(data: Path, validate: str, **options: Any) -> list[str]:
+    """Notes on a validation file if the training file is built from all.json with the given options of build-split."""
+    split = data / "other.json"
+    build_split(data / "all.json", data / "refer", split, **options)
+    training, validation = (provenance_of_instances(CocoIndex.load(p)) for p in (split, data / f"{validate}.json"))
+    return held_out_notes(data / f"{validate}.json", validation, training, split)
+
+
+def test_images_that_a_split_does_not_keep_are_not_called_held_out(data: Path) -> None:
+    write_refs(data / "refer", {("refcoco", "unc"): [(5, "val"), (6, "testA"), (1, "train"), (2, "train")]})
+    squares(data, keep({3, 4, 7}), images=9).rename(data / "unused.json")
+    for validate in ("unused", "leaking"):
+        (note,) = notes_of(data, validate, keep_only=["refcoco:unc:train"])
+        assert "not built by refdet build-split" in note and "was not checked" in note
+        for name in ("other.json", "other.report.json"):
+            (data / name).unlink()
+
+
+def test_held_out_images_of_a_benchmark_are_not_called_refers(data: Path) -> None:
+    squares(data, keep({3, 4, 7}), images=9).rename(data / "listed.json")
+    (data / "ref-l4.txt").write_text("000000000003.jpg\n000000000004.jpg\n")
+    first, second = notes_of(data, "listed", benchmark=[data / "ref-l4.txt"])
+    whose = "as images of benchmark/ref-l4.txt or REFER's val or test splits: "
+    assert f"2 of 3 images are held out of other.json, {whose}" in first
+    assert "refdet audit" not in first and "was not checked for REFER's val and test images" in second
+
+
+def test_held_out_training_images_of_refer_are_not_called_val_or_test(data: Path) -> None:
+    write_refs(data / "refer", {("refcoco", "unc"): [(5, "train"), (6, "testA")]})
+    first, second = notes_of(data, "leaking", exclude=["refcoco:unc:train"])
+    assert "1 of 3 images is held out of other.json, as images of refcoco/unc/train: " in first
+    assert "refdet audit" not in first and "was not checked for REFER's val and test images" in second
+
+
+def test_held_out_images_do_not_hide_that_other_splits_are_not_excluded(data: Path) -> None:
+    first, second = notes_of(data, "leaking", exclude=["refcoco:unc:val"])
+    assert "1 of 3 images is held out" in first and "refdet audit does not call best/ clean" in first
+    assert "was not checked for REFER's val and test images" in second
+    write_refs(data / "refer", {("refcocog", "umd"): [(7, "val")]})
+    build_split(data / "leaking.json", data / "refer", data / "partly.json", exclude=["refcocog:umd"])
+    for name in ("other.json", "other.report.json"):
+        (data / name).unlink()
+    first, second = notes_of(data, "partly", exclude=["refcoco:unc"])
+    assert "2 of 2 images are held out" in first
+    assert "does not exclude refcoco/unc/testA, refcoco/unc/val, as other.json does" in second
+
+
+def test_the_report_of_another_split_says_nothing_of_this_one(data: Path) -> None:
+    build_split(data / "all.json", data / "refer", data / "partial.json", exclude=["refcoco:unc:val"])
+    (data / "partial.report.json").rename(data / "other.report.json")
+    (data / "partial.json").rename(data / "other.json")
+    training, validation = (provenance_of_instances(CocoIndex.load(data / f"{n}.json")) for n in ("other", "leaking"))
+    assert len(held_out_notes(data / "leaking.json", validation, training, data / "other.json")) == 2
+    (data / "split.report.json").rename(data / "other.report.json")
+    (note,) = held_out_notes(data / "leaking.json", validation, training, data / "other.json")
+    assert "was not checked" in note
