@@ -54,7 +54,7 @@ def test_the_folder_to_give_is_named(tmp_path: Path) -> None:
         assert refusal(run / inside).endswith(f"not a run directory, but in one; give {run}")
     assert refusal(tmp_path / "runs").endswith(f"no model.json there; give {run}, which is a run directory")
     run_at(tmp_path / "runs" / "b")
-    assert f"give {run} or another of its 2" in refusal(tmp_path / "runs")
+    assert refusal(tmp_path / "runs").endswith(f"no model.json there; give one of its 2 run directories, such as {run}")
     assert "no such file or folder" in refusal(tmp_path / "none" / "deep")
     for address in ("https://example.org/run", "http://example.org/resnet18.pth"):
         assert "a URL; download the run directory" in refusal(Path(address))

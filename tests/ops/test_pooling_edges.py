@@ -185,5 +185,5 @@ def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
         maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
         torch.testing.assert_close(
-            model.head.pool5(maps, rois), model.head.pool_cells(maps, rois).mean((2, 3)), **CLOSE
+            model.head.pool5(maps, rois), model.head.spatial_pool5(maps, rois).mean((2, 3)), **CLOSE
         )
