@@ -114,7 +114,7 @@ def test_wrong_arguments_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="one device"):
         function(x, rois.to("meta"), 7, 8)
     for size in (0, -3, 5000):
-        with pytest.raises(ValueError, match="cells on a side"):
+        with pytest.raises(ValueError, match="bins on a side"):
             function(x, rois, size, 8)
     for stride in (0, -8, math.nan, math.inf):
         with pytest.raises(ValueError, match="stride"):
@@ -123,7 +123,7 @@ def test_wrong_arguments_are_refused(kind: str) -> None:
 
 def test_wrong_grids_are_refused() -> None:
     x, rois = torch.randn(1, 4, 6, 5), torch.tensor([[0, 1.0, 2, 30, 40]])
-    with pytest.raises(ValueError, match="cells on a side"):
+    with pytest.raises(ValueError, match="bins on a side"):
         roi_crop(x, rois, 1, 8)
     for samples in (-1, 5000):
         with pytest.raises(ValueError, match="samples"):
