@@ -30,6 +30,6 @@ def all_finite(*tensors: Tensor | None) -> Tensor:
     return torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all()
 
 
-def to_check(features: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The features that `all_finite` must read: a mean is NaN or inf if any of the values averaged is."""
+def features_to_check(features: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The features without spatial ones whose mean is among them: the mean is finite only if all its values are."""
     return (values for name, values in features.items() if MEANS.get(name) not in features)

@@ -32,10 +32,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: 
     """
     if pasting != "clamped":
         size = masks.shape[-1]
-        masks = F.pad(masks, (1, 1, 1, 1))  # by a pixel of 0, and the boxes with them
+        masks = F.pad(masks, (1, 1, 1, 1))  # a border of zeros; the boxes grow with the masks
         center = (boxes[:, :2] + boxes[:, 2:]) / 2
         half = (boxes[:, 2:] - boxes[:, :2]) / 2 * ((size + 2) / size)
         boxes = torch.cat((center - half, center + half), dim=1)
         if pasting == "torchvision":
-            boxes = boxes.trunc() + torch.tensor([0.0, 0.0, 1.0, 1.0])  # truncated corners are inclusive there
+            boxes = boxes.trunc() + torch.tensor([0.0, 0.0, 1.0, 1.0])  # torchvision includes pixels x2 and y2
     return masks_to_rle(masks, boxes, height, width)

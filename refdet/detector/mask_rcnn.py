@@ -25,7 +25,7 @@ from refdet.config.recipe import Recipe
 from refdet.detector.anchors import AnchorGenerator
 from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import FEATURE_MAP
-from refdet.detector.finite import all_finite, to_check
+from refdet.detector.finite import all_finite, features_to_check
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, ReduceCounts, no_reduction
 from refdet.detector.outputs import BatchFeatures, Detections
@@ -316,12 +316,12 @@ class MaskRCNN(nn.Module):
                 if outputs.mask_logits is not None:
                     masks = outputs.mask_logits.sigmoid()
             feature_map = maps[0] if FEATURE_MAP in names else None
-            finite = all_finite(rois, *to_check(values), masks, feature_map)
+            finite = all_finite(rois, *features_to_check(values), masks, feature_map)
         features = {name: values[name].float() for name in names if name != FEATURE_MAP}
         return BatchFeatures(counts, features, masks, feature_map, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """RoIs (K, 5) as the pooling operators take them, from rois (K, 5) in the recipe's box convention."""
+        """RoIs (K, 5) as the recipe's pooling takes them, from half-open rois (K, 5)."""
         corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
             # the reference (lichengunc/mask-faster-rcnn) maps the first and last pixel to the first and last position

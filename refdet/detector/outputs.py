@@ -35,8 +35,8 @@ class BatchFeatures:
             ``model.pooler_resolution: 14``), and, without a VGG, ``spatial_fc7`` (N, D, 7, 7), whose mean is fc7.
         masks: (N, m, m) probabilities within the box, or None if no labels were given.
         feature_map: (B, C, H, W) map that a C4 network pools RoIs from, in the network's dtype; None if not requested.
-        finite: () bool, whether all outputs and the scores of all proposals are finite. Otherwise NaN scores would
-            silently yield no detections.
+        finite: () bool, whether all outputs are finite; of detections, also the scores and deltas of all anchors and
+            proposals, as NaN scores would silently yield no detections.
     """
 
     counts: Sequence[int]
@@ -72,7 +72,7 @@ class BatchFeatures:
         return replace(converted._map_tensors(self.counts, to_host, to_host), finite=to_host(self.finite))
 
     def _map_tensors(self: _Features, counts: Sequence[int], per_box: _TensorFn, per_image: _TensorFn) -> _Features:
-        """Apply functions to the tensors with a row per box and to those with a row per image; `counts` become new."""
+        """A copy with new counts, and a function applied to each tensor with a row per box, or with a row per image."""
         features = {name: per_box(values) for name, values in self.features.items()}
         masks, feature_map = self.masks, self.feature_map
         return replace(

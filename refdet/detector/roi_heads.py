@@ -59,7 +59,7 @@ class RoiHead(Protocol):
         """Pyramid levels of rois (K, 5), to pass to several methods, as computing them synchronizes with the GPU."""
 
     def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled bins (K, C, 7, 7) of rois (K, 5)."""
+        """Pooled bins (K, C, s, s) of rois (K, 5); s is ``model.pooler_resolution``, or 7 with a `StandardHead`."""
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled bins of rois (K, 5), in float32."""
@@ -150,7 +150,7 @@ class C4Head(nn.Module):
         return None
 
     def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled bins (K, C, 7, 7) of rois (K, 5)."""
+        """Pooled bins (K, C, s, s) of rois (K, 5), with s = ``model.pooler_resolution``."""
         return self._pool(maps[0], rois)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
