@@ -275,7 +275,7 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
 
 
 def test_too_little_memory_for_the_weights_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*given: Any) -> Any:
+    def fails(*given: Any, **named: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", fails)
