@@ -18,7 +18,8 @@ _TF32_CAPABILITY = (8, 0)  # compute capability of Ampere, the first GPUs with T
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 # messages of libraries that failed to load a kernel or allocate a workspace, for want of memory or another reason
 _MAYBE_OUT_OF_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
-_MIN_FREE_BYTES = 2**29  # a library and its handle need less; with more free, the reason is another
+# loading a library's kernels and making its handle take less: with this much free, the failure has another cause
+_ENOUGH_FREE_BYTES = 2**29
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -61,7 +62,7 @@ def describe_device(name: str | None) -> str:
 def supported_precision(precision: str, device: torch.device) -> str:
     """The requested precision, or float32 if the device does not support it.
 
-    Only GPUs have TF32. CPUs without bfloat16 arithmetic, which emulate it 10 to 40 times slower, count as unsupported.
+    Only GPUs from Ampere on have TF32. bfloat16 counts as unsupported on CPUs that emulate it, 10 to 40 times slower.
     """
     if precision == "tf32":
         return precision if _has_tf32(device) else "float32"
@@ -92,15 +93,15 @@ def float32_arithmetic(precision: str) -> Iterator[None]:
     an error where they contradict each other, so both are set. They apply to the whole process, not to a thread.
 
     Args:
-        precision: "tf32" for TF32 in convolutions and matrix products on a GPU; otherwise IEEE float32. That includes
-            "bfloat16": there the layers have that dtype, and the float32 operations between them stay exact.
+        precision: "tf32" for TF32 in convolutions and matrix products on a GPU; "float32" or "bfloat16" for IEEE
+            float32. (With "bfloat16" the layers have bfloat16 weights, which this setting does not affect.)
     """
     backends: Any = torch.backends
     on_gpu = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
     settings = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
     previous = [setting.fp32_precision for setting in settings]
-    previous_allow_tf32 = _read_legacy(lambda: backends.cudnn.allow_tf32, False)
-    previous_matmul = _read_legacy(torch.get_float32_matmul_precision, "highest")
+    previous_allow_tf32 = _read_legacy(lambda: backends.cudnn.allow_tf32, strictest=False)
+    previous_matmul = _read_legacy(torch.get_float32_matmul_precision, strictest="highest")
     tf32 = precision == "tf32"
     values = ["tf32" if tf32 and setting in on_gpu else "ieee" for setting in settings]
     try:
@@ -122,7 +123,7 @@ def _read_legacy(read: Callable[[], _Value], strictest: _Value) -> _Value:
 def _set_float32_arithmetic(
     cudnn_allow_tf32: bool, matmul_precision: str, settings: Sequence[Any], values: Sequence[str]
 ) -> None:
-    """Set the two legacy settings, then the newer `settings` to `values`, as the legacy ones change them."""
+    """Set the two legacy settings, and after them the newer `settings` to `values`, as the legacy ones change these."""
     with _suppress_legacy_warnings():
         torch.backends.cudnn.allow_tf32 = cudnn_allow_tf32
         torch.set_float32_matmul_precision(matmul_precision)
@@ -139,7 +140,7 @@ def _suppress_legacy_warnings() -> Iterator[None]:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device without synchronizing with the GPU."""
+    """Copy a host tensor to a device without synchronizing with a GPU; returns a tensor that is there already."""
     if device.type != "cuda" or values.device.type == "cuda":
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
@@ -149,15 +150,15 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 def as_out_of_memory_error() -> Iterator[None]:
     """Context manager that turns out-of-memory errors of CUDA libraries into `OutOfMemoryError`.
 
-    PyTorch raises it for its own allocations only. Allocations by cuBLAS, cuDNN and the CUDA runtime, such as handles,
-    kernels and workspaces, fail with a RuntimeError that has the status as text.
+    PyTorch raises `OutOfMemoryError` for its own allocations only. Allocations by cuBLAS, cuDNN and the CUDA runtime,
+    such as handles, kernels and workspaces, fail with a RuntimeError whose message has the library's status.
 
     Raises:
         torch.cuda.OutOfMemoryError: the GPU has too little memory.
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # itself a RuntimeError
         raise
     except RuntimeError as error:
         if not _is_out_of_memory(str(error)):
@@ -166,18 +167,23 @@ def as_out_of_memory_error() -> Iterator[None]:
 
 
 def _is_out_of_memory(text: str) -> bool:
+    """Whether an error with this message is caused by too little GPU memory."""
     if any(part in text for part in _OUT_OF_MEMORY):
         return True
     if not any(part in text for part in _MAYBE_OUT_OF_MEMORY):
         return False
     try:
-        return torch.cuda.mem_get_info()[0] < _MIN_FREE_BYTES
+        free_bytes, _ = torch.cuda.mem_get_info()
+        return free_bytes < _ENOUGH_FREE_BYTES
     except RuntimeError:  # the GPU is no longer usable
         return False
 
 
 def to_cpu_async(values: Tensor) -> Callable[[], Tensor]:
-    """Start copying a tensor to the host; the returned function waits for this copy only and returns it."""
+    """Start copying a tensor to the host; the returned function waits for this copy only, and returns it.
+
+    A tensor that is on the CPU is returned as it is, not copied.
+    """
     on_host = values.detach().to("cpu", non_blocking=True)  # into pinned memory
     if values.device.type != "cuda":
         return lambda: on_host

@@ -12,7 +12,7 @@ class RefdetError(Exception):
     """Base class of errors with a message for the user, "name: problem; fix".
 
     Attributes:
-        fix: the fix, if a caller may have a better one; else "", and the fix is part of ``message``.
+        fix: the fix, where a caller may replace it by a better one; else "", and the fix is part of ``message``.
     """
 
     exit_code = 1
@@ -89,7 +89,7 @@ _FILE_ERRNOS = {
 def is_system_error(error: BaseException) -> bool:
     """Whether a read failed because of the machine (disk, network, memory, process limits), not because of the file.
 
-    An OSError that a decoder raises for a damaged file has no errno.
+    The errno decides; an OSError that a decoder raises for a damaged file has none.
     """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in _FILE_ERRNOS
@@ -101,4 +101,5 @@ def is_disk_full(error: BaseException) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in full:
         return True
+    # HDF5 writes "errno = 28,", safetensors the message of the operating system
     return any(f"errno = {number}," in str(error) or os.strerror(number) in str(error) for number in full)

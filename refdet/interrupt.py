@@ -21,8 +21,8 @@ class StopRequested(KeyboardInterrupt):
 class Stop:
     """Records the first stop signal; training checks for it after each step.
 
-    A signal raises an exception only in an `interrupt_waits` block. Later signals are ignored: schedulers and impatient
-    users send several, and saving must not be interrupted.
+    The first signal raises an exception only in an `interrupt_waits` block, elsewhere it is recorded. Later ones are
+    ignored: schedulers and impatient users send several, and saving must not be interrupted.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,10 @@ class Stop:
 
     @property
     def name(self) -> str:
-        """Human-readable name of the signal."""
-        return "Ctrl-C" if self.signal == signal.SIGINT else str(self.signal and self.signal.name)
+        """Human-readable name of the recorded signal."""
+        if self.signal is None:
+            return "no signal"
+        return "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
 
     @contextmanager
     def interrupt_waits(self) -> Iterator[None]:
@@ -84,7 +86,7 @@ def exit_during_imports() -> Iterator[None]:
     """Like `as_keyboard_interrupt`, but a signal during an import exits the process at once with one line.
 
     Extension modules may swallow any exception of their imports, including KeyboardInterrupt, and continue without
-    the module. No work has started while modules are imported, so nothing is lost.
+    the module. Nothing finished is lost: most imports precede the work, and files are replaced atomically.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -117,6 +119,7 @@ def _write_to_stderr(text: bytes) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that called it, is Python's import machinery."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

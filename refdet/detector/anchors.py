@@ -20,7 +20,7 @@ ROUNDED_BASE = 16  # pixels: side of the square that is reshaped to each ratio a
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:
-    """Anchors (A, 4) centered at the origin, ratios outer, sizes inner.
+    """Anchors (A, 4) centered at the origin, ordered by ratio, then by size.
 
     Args:
         sizes: square roots of the areas, in pixels.
@@ -74,8 +74,9 @@ class AnchorGenerator(nn.Module):
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
         The center of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
-        the size of the padded input divided by the size of the map, rounded down. There the input is padded to a
-        multiple of 32, so its size is `strides[0]` times that of the finest map.
+        the size of the padded input divided by the size of the map, rounded down. The size of the
+        padded input is computed as `strides[0]` times that of the finest map, which is exact if the input is padded to
+        multiples of 32, as in torchvision.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):

@@ -25,7 +25,7 @@ def build_backbone(model: ModelOptions, norm: Norm) -> Backbone:
     if model.backbone == "mobilenet_v1":
         return MobileNetV1(model.width, norm)
     pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
-    # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
+    # conv5 of a C4 head outputs 7x7 bins: from 7x7 pooled ones with stride 1, from 14x14 with stride 2
     conv5_stride = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
     strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, conv5_stride)
     return ResNet(

@@ -34,6 +34,7 @@ def roi_channels(model: ModelOptions) -> tuple[int, int]:
         return vgg_channels(model.width)[2], model.fpn_hidden
     if model.backbone == "mobilenet_v1":
         return mobilenet_channels(512, model.width), mobilenet_channels(1024, model.width)
-    stage1 = model.width * (4 if model.depth >= 50 else 1)  # channels; bottlenecks expand them four times
-    pooled = {"fpn": model.fpn_channels, "dc5": stage1 * 8}.get(model.neck, stage1 * 4)
-    return pooled, stage1 * 8 if model.neck == "c4" else model.fpn_hidden
+    conv2 = model.width * (4 if model.depth >= 50 else 1)  # bottlenecks expand their channels four times
+    conv4, conv5 = conv2 * 4, conv2 * 8
+    pooled = {"c4": conv4, "dc5": conv5, "fpn": model.fpn_channels}[model.neck]
+    return pooled, conv5 if model.neck == "c4" else model.fpn_hidden

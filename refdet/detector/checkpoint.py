@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
 BEST, VALIDATION = "best", "validation.json"  # folder of the weights with the highest AP, and the file with that AP
-MAX_META_BYTES = 2**23  # of model.json
-MAX_CATEGORIES = 50_000
+MAX_META_BYTES = 2**23  # limit of model.json
+MAX_CATEGORIES = 50_000  # more than any published detector has
 HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the names of parameters that an ImageNet network lacks
 
 
@@ -131,7 +131,7 @@ def run_directory(path: str | Path) -> Path:
 
 
 def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
-    """Why a path is not a run directory, and the fix."""
+    """Why a path is not a run directory, as `folder` lacks the file `missing`; and the fix."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
         if is_url(path):
             return "a URL; download the run directory and give its folder"
@@ -149,10 +149,11 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
         return "a run that has saved a training state but no model yet; continue it with `refdet train --resume`"
     if (folder / META).is_file() or (folder / MODEL).is_file():
         return f"no {missing} there, only the other half of a run directory; copy both"
-    inner = sorted(parent for parent in path.iterdir() if _is_run(parent))
+    inner = sorted(entry for entry in path.iterdir() if _is_run(entry))
     if inner:
-        others = f" or another of its {len(inner)}" if len(inner) > 1 else ""
-        return f"no {missing} there; give {inner[0]}{others}, which is a run directory"
+        if len(inner) > 1:
+            return f"no {missing} there; give one of its {len(inner)} run directories, such as {inner[0]}"
+        return f"no {missing} there; give {inner[0]}, which is a run directory"
     return f"no {missing} there; give a run directory that `refdet train` wrote"
 
 
@@ -162,6 +163,7 @@ def was_validated(folder: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
+    """Whether a folder has both files of a run directory."""
     return (folder / META).is_file() and (folder / MODEL).is_file()
 
 
@@ -180,7 +182,7 @@ def load_meta(path: str | Path) -> CheckpointMetadata:
 
 
 class HasStateDict(Protocol):
-    """Weights by name: a network, or an average of its weights."""
+    """Something with weights by name: a network, or an average of its weights."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Name -> tensor."""
@@ -188,7 +190,7 @@ class HasStateDict(Protocol):
 
 
 def save(folder: Path, model: HasStateDict, meta: CheckpointMetadata) -> None:
-    """Write ``model.safetensors`` and ``model.json``."""
+    """Write ``model.safetensors`` and then ``model.json``; both have the step, by which `read_weights` pairs them."""
     write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
     write_json(folder / META, meta.to_json())
 
@@ -210,13 +212,13 @@ def read_weights(folder: Path, meta: CheckpointMetadata) -> dict[str, Tensor]:
 
     Args:
         folder: the run directory.
-        meta: its metadata, read before.
+        meta: the metadata in it, read before the weights.
 
     Raises:
         InputError: the file cannot be read, or has the weights of another step than the metadata.
     """
-    tensors, about = read_tensors(folder / MODEL)
-    step = about.get("step", str(meta.step))  # not recorded in files that refdet did not write
+    tensors, file_metadata = read_tensors(folder / MODEL)
+    step = file_metadata.get("step", str(meta.step))  # not recorded in files that refdet did not write
     if step != str(meta.step):
         raise InputError(
             f"{folder / MODEL}: has the weights of step {shorten(step)}, but {META} is of step {meta.step}: the run is "

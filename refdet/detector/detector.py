@@ -47,7 +47,7 @@ Images: TypeAlias = list[Any] | tuple[Any, ...]
 """List or tuple of `ImageLike`."""
 
 BATCH_SIZE = 4  # images per batch, as in an extraction on a CPU
-CHUNK = 64  # images of a list that are in memory at the same time
+CHUNK = 64  # images of a list that are in memory at the same time, and batched by input size
 
 _Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
 
@@ -91,8 +91,8 @@ class Detector:
         path: its run directory.
         classes: category id -> name of the classes it detects.
         recipe: its architecture and training options.
-        provenance: its training data.
-        device: the device of its weights.
+        provenance: what data it was trained on.
+        device: where it computes.
         precision: "float32", "tf32" or "bfloat16".
     """
 
@@ -164,7 +164,8 @@ class Detector:
             score_threshold: lowest class probability of a detection, 0..1.
             nms_threshold: IoU above which the lower-scoring of two detections of a class is removed, 0..1.
             max_regions: detections to keep per image, best first.
-            lower_threshold_if_empty: lower the score threshold of an image without detections by 0.1 until it has one.
+            lower_threshold_if_empty: lower the score threshold of an image without detections, in steps of 0.1, until
+                it has one.
             features: names of the features to compute, from `refdet.detector.feature_names`; none if empty.
 
         Returns:
@@ -210,7 +211,7 @@ class Detector:
         category_ids: Any = None,
         features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Regions | list[Regions]:
-        """Compute the features of given boxes, and their masks if category ids are given.
+        """Compute the features of given boxes, and their masks if category ids are given and there is a mask branch.
 
         Examples:
             >>> regions = detector.describe(image, [[10, 10, 60, 50], [0, 20, 30, 40]])
@@ -224,8 +225,8 @@ class Detector:
             image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of these, of any sizes.
             boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image; they are clipped to the image. For
                 a list of images, a list with the boxes of each image.
-            category_ids: (n,) category ids, keys of `classes`: each box gets the mask of its category. For a list of
-                images, a list with the ids of each image.
+            category_ids: (n,) category ids, keys of `classes`; a detector with a mask branch gives each box the mask of
+                its category. For a list of images, a list with the ids of each image.
             features: names of the features to compute, from `refdet.detector.feature_names`.
 
         Returns:
@@ -247,7 +248,7 @@ class Detector:
         def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
             clipped, ids = [], []
             for record in records:
-                index = record.id if is_list else None
+                index = record.id if is_list else None  # ids are indices in the caller's list
                 with _add_index_to_errors(index):
                     clipped.append(check_boxes(_select(boxes, index), record.height, record.width))
                     if category_ids is not None:

@@ -73,6 +73,7 @@ class FusedConv2d(nn.Module):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                # "unable to find an engine" or a cuDNN status; other errors have nothing to do with the fusion
                 if "engine" not in str(error) and "CUDNN" not in str(error).upper():
                     raise
                 log.warning(
@@ -90,7 +91,9 @@ class FusedConv2d(nn.Module):
 
 
 class FusedStem(nn.Module):
-    """The stem of a ResNet, with max pooling before bias and ReLU: it commutes with them and makes the map smaller.
+    """The stem of a ResNet, with max pooling before bias and ReLU, which then process a smaller map.
+
+    The result is the same, as max pooling commutes with adding a bias per channel and with ReLU.
 
     Args:
         convolution: the convolution, with a bias.

@@ -23,13 +23,13 @@ from refdet.files.short_text import format_count, shorten
 from refdet.ops._library import warn_without_cuda_kernels
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-BATCH_COUNTER = "num_batches_tracked"  # buffer of BatchNorm2d, but not of frozen norms
-MAX_VALUES = 500_000_000  # in the parameters and buffers of a network; the largest published one has 80 million
+BATCH_COUNTER = "num_batches_tracked"  # buffer that BatchNorm2d has and frozen norms do not
+MAX_VALUES = 500_000_000  # limit of the parameters and buffers of a network; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
 class TrainedDetector:
-    """A detector, the metadata of its weights, its run directory, and the precision of `inference`."""
+    """A network with trained weights, their metadata, the run directory, and the precision of `inference`."""
 
     model: MaskRCNN
     meta: CheckpointMetadata
@@ -95,7 +95,7 @@ def from_tensors(
         with as_out_of_memory_error():
             model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
             if for_inference or bf16:
-                model = optimize.optimize_for_inference(model, bf16)
+                model = optimize.optimize_for_inference(model, bf16=bf16)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(f"{device} has too little memory for the detector; free some of it") from error
     warn_without_cuda_kernels(next(model.parameters()).device)
@@ -103,7 +103,7 @@ def from_tensors(
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skips the initialization of weights; on the meta device, torch would import its compiler for it: a second."""
+    """Skips the initialization of weights, for which, on the meta device, torch would import its compiler: a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,7 +116,7 @@ def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: its parameters and buffers have more than `MAX_VALUES` values.
+        InputError: the network's parameters and buffers have more than `MAX_VALUES` values.
     """
     with torch.device("meta"), _SkipInit():
         model = MaskRCNN(recipe, classes)
@@ -163,7 +163,7 @@ def load_weights(
 
 
 def _valid_counter(counter: Tensor | None) -> Tensor:
-    """A batch counter, or 0 if it is missing or invalid."""
+    """The value of a `BATCH_COUNTER`, or 0 if it is missing or not an int64 scalar."""
     return torch.tensor(0) if counter is None or counter.shape or counter.dtype != torch.int64 else counter
 
 

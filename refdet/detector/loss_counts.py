@@ -21,19 +21,19 @@ class LossCounts:
     Attributes:
         anchors: sampled anchors, for both RPN losses.
         rois: sampled RoIs, for the classification and box losses.
-        mask_cells: cells of the masks of positive RoIs, for the mask loss.
+        mask_pixels: pixels of the m x m masks of positive RoIs, for the mask loss.
     """
 
     anchors: Count
     rois: Count
-    mask_cells: Count
+    mask_pixels: Count
 
     def __add__(self, other: LossCounts) -> LossCounts:
-        return LossCounts(self.anchors + other.anchors, self.rois + other.rois, self.mask_cells + other.mask_cells)
+        return LossCounts(self.anchors + other.anchors, self.rois + other.rois, self.mask_pixels + other.mask_pixels)
 
     def to_tensor(self, device: torch.device) -> Tensor:
-        """(3,) int64 on a device, without synchronizing with it."""
-        counts = (self.anchors, self.rois, self.mask_cells)
+        """The counts, in the order of the attributes, as (3,) int64 on a device; does not synchronize with a GPU."""
+        counts = (self.anchors, self.rois, self.mask_pixels)
         return torch.stack([c if isinstance(c, Tensor) else to_device(torch.tensor(c), device) for c in counts])
 
     @classmethod
@@ -43,12 +43,12 @@ class LossCounts:
 
     def at_least_one(self) -> LossCounts:
         """The counts with 1 instead of 0, to divide by."""
-        counts = (self.anchors, self.rois, self.mask_cells)
+        counts = (self.anchors, self.rois, self.mask_pixels)
         return LossCounts(*(c.clamp(min=1) if isinstance(c, Tensor) else max(c, 1) for c in counts))
 
 
 ReduceCounts: TypeAlias = Callable[[LossCounts], LossCounts]
-"""Function that sums the counts of a batch with those of the other batches of a step."""
+"""Function that adds the counts of the other batches of a step to the counts of a batch."""
 
 
 def no_reduction(counts: LossCounts) -> LossCounts:

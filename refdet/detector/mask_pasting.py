@@ -3,7 +3,7 @@
 Shape shorthand in this module:
 
     N: boxes of an image
-    m: side of a mask in cells
+    m: height and width of a mask before pasting
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, pasting: 
     """Paste the masks of boxes into the image.
 
     Args:
-        masks: (N, m, m) probabilities on the CPU.
+        masks: (N, m, m) probabilities within each box, on the CPU.
         boxes: (N, 4) half-open xyxy in pixels of the image.
         height: height of the image in pixels.
         width: width of the image in pixels.
-        pasting: values between the centers of the outer cells and the edges of the box. "clamped": those of the outer
-            cells. "padded": interpolated to 0, as in detectron2. "torchvision": as "padded", with boxes rounded to
-            whole pixels, as in torchvision.
+        pasting: what the values are between the centers of a mask's outer pixels and the edges of the box. "clamped":
+            the values of the outer pixels. "padded": interpolated to 0, as in detectron2. "torchvision": as "padded",
+            with boxes rounded to whole pixels, as in torchvision.
 
     Returns:
         N COCO compressed RLE ``counts``.
     """
     if pasting != "clamped":
-        cells = masks.shape[-1]
-        masks = F.pad(masks, (1, 1, 1, 1))
+        size = masks.shape[-1]
+        masks = F.pad(masks, (1, 1, 1, 1))  # a border of zeros; the boxes grow with the masks
         center = (boxes[:, :2] + boxes[:, 2:]) / 2
-        half = (boxes[:, 2:] - boxes[:, :2]) / 2 * ((cells + 2) / cells)
+        half = (boxes[:, 2:] - boxes[:, :2]) / 2 * ((size + 2) / size)
         boxes = torch.cat((center - half, center + half), dim=1)
         if pasting == "torchvision":
-            boxes = boxes.trunc() + torch.tensor([0.0, 0.0, 1.0, 1.0])
+            boxes = boxes.trunc() + torch.tensor([0.0, 0.0, 1.0, 1.0])  # torchvision includes pixels x2 and y2
     return masks_to_rle(masks, boxes, height, width)

@@ -3,7 +3,7 @@
 Shape shorthand in this module:
 
     B: images in the batch, padded to height H and width W
-    P, K, N: proposals, RoIs and boxes of all images
+    P, K, N: proposals, RoIs and boxes (detections or given boxes) of all images
     n: boxes of an image
     C, Hi, Wi: channels, height and width of feature map i
 
@@ -25,7 +25,7 @@ from refdet.config.recipe import Recipe
 from refdet.detector.anchors import AnchorGenerator
 from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import FEATURE_MAP
-from refdet.detector.finite import all_finite
+from refdet.detector.finite import all_finite, features_to_check
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, ReduceCounts, no_reduction
 from refdet.detector.outputs import BatchFeatures, Detections
@@ -45,7 +45,7 @@ from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of dx, dy, dw and dh, of the second stage
 DEFAULT_FEATURES = ("pool5", "fc7")
 NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})  # features that the box head computes
 
@@ -75,7 +75,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
-        self.profiler: Profiler | None = None  # of `predict` and `extract_features`
+        self.profiler: Profiler | None = None  # set by a caller that times `predict` and `extract_features`
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
@@ -129,7 +129,7 @@ class MaskRCNN(nn.Module):
             targets: annotated objects of each image, on the CPU.
             generator: source of two seeds per image, for sampling anchors and RoIs. A generator on the CPU gives the
                 same samples on every device.
-            reduce_counts: sums the counts by which the terms are divided over all batches of a step.
+            reduce_counts: sums the counts, by which the terms are divided, over all batches of a step.
         """
         batch = self._sample(images, sizes, targets, generator)
         maps, rois, labels = batch.maps, batch.sampled.rois, batch.sampled.labels
@@ -146,7 +146,7 @@ class MaskRCNN(nn.Module):
             F.smooth_l1_loss(deltas[positive, labels[positive]], box_targets, beta=beta, reduction="sum") / count.rois
         )
         if self.recipe.model.masks:
-            losses["loss_mask"] = self._mask_loss(pooling_rois, features, batch, targets) / count.mask_cells
+            losses["loss_mask"] = self._mask_loss(pooling_rois, features, batch, targets) / count.mask_pixels
         return losses
 
     def count_samples(
@@ -167,13 +167,13 @@ class MaskRCNN(nn.Module):
         proposals = self.rpn.filter_proposals(output, sizes)
         sampled = sample_rois(proposals, truth, self.recipe.head, roi_seeds)
         mask_rois = sampled.positive.select_with_mask([target.masks for target in targets])
-        cells = len(mask_rois.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
-        return _SampledBatch(maps, sums, sampled, mask_rois, LossCounts(anchors, len(sampled.labels), cells))
+        pixels = len(mask_rois.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
+        return _SampledBatch(maps, sums, sampled, mask_rois, LossCounts(anchors, len(sampled.labels), pixels))
 
     def _mask_loss(
         self, pooling_rois: Tensor, features: RoiFeatures, batch: _SampledBatch, targets: Sequence[GroundTruth]
     ) -> Tensor:
-        """Sum of the binary cross entropy over the mask cells of positive RoIs, each for the class of its object."""
+        """Sum of the binary cross entropy over the mask pixels of positive RoIs, in the masks of their classes."""
         positive, size = batch.mask_rois, self.head.mask_size
         rows = to_device(positive.row, pooling_rois.device)
         logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
@@ -199,8 +199,8 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: input and original size of each image.
             options: thresholds and limits of the detections.
-            features: names of the features of `BatchFeatures` to compute. ``head``, the reference's name, stands for
-                the feature map that RoIs are pooled from.
+            features: names of the features of `BatchFeatures` to compute. ``head``, as the reference calls it, is the
+                feature map that RoIs are pooled from.
 
         Returns:
             The detections of all images, with their features and masks.
@@ -263,7 +263,7 @@ class MaskRCNN(nn.Module):
         labels: Sequence[Tensor] | None = None,
         features: Sequence[str] = DEFAULT_FEATURES,
     ) -> BatchFeatures:
-        """Features of given boxes, and their masks if `labels` are given; computes only what is needed.
+        """Features of given boxes, and their masks if `labels` are given; skips the box head if nothing needs it.
 
         Args:
             images: (B, 3, H, W), normalized.
@@ -305,9 +305,9 @@ class MaskRCNN(nn.Module):
             if "pool5" in names:
                 values["pool5"] = self.head.pool5(maps, rois, levels)
             if "spatial_pool5" in names:
-                values["spatial_pool5"] = self.head.pool_cells(maps, rois, levels)
+                values["spatial_pool5"] = self.head.spatial_pool5(maps, rois, levels)
             if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
-                outputs = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
+                outputs = self.head.forward_inference(maps, rois, labels, spatial="spatial_fc7" in names, levels=levels)
                 values["fc7"] = outputs.fc7
                 if outputs.spatial is not None:
                     values["spatial_fc7"] = outputs.spatial
@@ -315,12 +315,13 @@ class MaskRCNN(nn.Module):
                     values["class_prob"] = self.head.predict_boxes(outputs.fc7)[0].softmax(dim=1)
                 if outputs.mask_logits is not None:
                     masks = outputs.mask_logits.sigmoid()
-            finite = all_finite(rois, values.get("pool5"), values.get("fc7"), masks)
+            feature_map = maps[0] if FEATURE_MAP in names else None
+            finite = all_finite(rois, *features_to_check(values), masks, feature_map)
         features = {name: values[name].float() for name in names if name != FEATURE_MAP}
-        return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
+        return BatchFeatures(counts, features, masks, feature_map, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Convert rois (K, 5) to the box convention of the pooling operators, in pixels of the network's input."""
+        """RoIs (K, 5) as the recipe's pooling takes them, from half-open rois (K, 5)."""
         corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
             # the reference (lichengunc/mask-faster-rcnn) maps the first and last pixel to the first and last position

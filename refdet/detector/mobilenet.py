@@ -21,7 +21,7 @@ LAYERS = (
     (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 1), (1024, 1),
 )  # fmt: skip
 NUM_ROI_LAYERS = 2  # last layers that run on RoIs
-STAGE_ENDS = (3, 5, 11)  # index of the last layer of stride 4, 8 and 16
+STAGE_ENDS = (3, 5, 11)  # indices of the last layers whose output has stride 4, 8 and 16; the first layer is 0
 NUM_FROZEN_LAYERS = 5  # first layers, which are not trained in recipes with frozen norms
 
 
@@ -32,7 +32,7 @@ class ConvNormReLU6(nn.Sequential):
         convolution = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
         if groups == 1:
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        else:  # each filter has one output
+        else:  # depthwise: a filter has one input and one output channel, but fan_out counts all output channels
             nn.init.kaiming_normal_(convolution.weight, mode="fan_in", nonlinearity="relu")
         super().__init__(convolution, norm(channels))
 
@@ -46,8 +46,8 @@ class SeparableConv(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.depthwise = ConvNormReLU6(in_channels, in_channels, 3, stride, in_channels, norm)
-        self.pointwise = ConvNormReLU6(in_channels, channels, 1, 1, 1, norm)
+        self.depthwise = ConvNormReLU6(in_channels, in_channels, size=3, stride=stride, groups=in_channels, norm=norm)
+        self.pointwise = ConvNormReLU6(in_channels, channels, size=1, stride=1, groups=1, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
@@ -65,7 +65,7 @@ class MobileNetV1(nn.Module):
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
         widths = [width, *(mobilenet_channels(channels, width) for channels, _ in LAYERS)]
-        layers: list[nn.Module] = [ConvNormReLU6(3, width, 3, 2, 1, norm)]
+        layers: list[nn.Module] = [ConvNormReLU6(3, width, size=3, stride=2, groups=1, norm=norm)]
         for index, (_, stride) in enumerate(LAYERS):
             layers.append(SeparableConv(widths[index], widths[index + 1], stride, norm))
         self.layers = nn.Sequential(*layers[:-NUM_ROI_LAYERS])

@@ -43,7 +43,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     Args:
         model: on the device where it will run. Modified in place; it must not be trained or saved afterwards, as its
             state dict can no longer be loaded elsewhere.
-        bf16: compute in bfloat16; the box predictor stays float32.
+        bf16: compute in bfloat16; the box predictor and the anchors stay float32.
         epilogue: how bias, shortcut and ReLU follow a convolution; None for the best on the model's device.
     """
     fuse_conv_bn(model.eval())
@@ -68,8 +68,8 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     epilogue = epilogue or best_epilogue(weight.device, weight.dtype)
     if epilogue is not Epilogue.PLAIN:
         fuse_epilogues(model, epilogue)
-    half = bf16 and is_half_fastest(weight.device)
-    # MaskPredictor indexes the weights of its last layer
+    half = bf16 and is_half_fastest(weight.device)  # multiply bfloat16 layers in float16
+    # MaskPredictor indexes the weights of its last layer, which packing would rearrange
     keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
     pack_layers(model, half, frozenset(keep))
     return model
@@ -93,7 +93,10 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
 
 @torch.no_grad()
 def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
-    """`fuse_epilogues` for the modules listed in `FOLLOWED_BY_RELU`; shortcuts add their bias with that of conv3."""
+    """`fuse_epilogues` for the modules listed in `FOLLOWED_BY_RELU`, anywhere in a module.
+
+    The bias of a block's shortcut is moved into the bias of its conv3, which is added to the same sum.
+    """
     for parent in list(module.modules()):
         if isinstance(parent, FusedBottleneck) and isinstance(parent.downsample, Shortcut):
             shortcut = parent.downsample[0]
@@ -117,7 +120,8 @@ def fuse_conv_bn(model: nn.Module) -> None:
     """Fold the norms of a model in eval mode into the convolutions before them.
 
     Args:
-        model: its norms are named ``bnX`` after their ``convX``, or follow their convolution in a `Sequential`.
+        model: modified in place. Each norm ``bnX`` follows the convolution ``convX``, or the module before it in a
+            `Sequential`.
     """
     for parent in list(model.modules()):
         children = dict(parent.named_children())
@@ -125,8 +129,7 @@ def fuse_conv_bn(model: nn.Module) -> None:
         for name, norm in children.items():
             if not isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d)):
                 continue
-            is_named = name.startswith("bn")
-            conv_name = name.replace("bn", "conv") if is_named else names[names.index(name) - 1]
+            conv_name = name.replace("bn", "conv") if name.startswith("bn") else names[names.index(name) - 1]
             setattr(parent, conv_name, _fold_norm(children[conv_name], norm))
             setattr(parent, name, nn.Identity())
 

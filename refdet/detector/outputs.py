@@ -1,4 +1,4 @@
-"""Outputs of the detector for a batch, concatenated over its images, so that each output is one copy to the host.
+"""Outputs of the detector for a batch: one tensor per output for all images, so that each takes one copy to the host.
 
 Shape shorthand in this module:
 
@@ -6,7 +6,7 @@ Shape shorthand in this module:
     N: boxes of all images
     C, D: channels of pool5 and of fc7
     H, W: height and width of a feature map
-    m: side of a mask in cells
+    m: height and width of a mask before pasting
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class BatchFeatures:
 
     Attributes:
         counts: number of boxes of each image.
-        features: the requested features by name, float32: ``pool5`` (N, C), the mean of the pooled cells; ``fc7``
+        features: the requested features by name, float32: ``pool5`` (N, C), the mean of the pooled bins; ``fc7``
             (N, D), the input of the box predictor; ``class_prob`` (N, classes + 1), probabilities, background first.
-            C4 networks also have ``spatial_pool5`` (N, C, 7, 7), the pooled cells (14x14 in recipes with
-            ``model.pooler_resolution: 14``), and ``spatial_fc7`` (N, D, 7, 7), whose mean is fc7.
-        masks: (N, m, m) probabilities within the box, or None if no classes were given.
+            C4 networks also have ``spatial_pool5`` (N, C, 7, 7), the pooled bins (14x14 in recipes with
+            ``model.pooler_resolution: 14``), and, without a VGG, ``spatial_fc7`` (N, D, 7, 7), whose mean is fc7.
+        masks: (N, m, m) probabilities within the box, or None if no labels were given.
         feature_map: (B, C, H, W) map that a C4 network pools RoIs from, in the network's dtype; None if not requested.
-        finite: () bool, whether all outputs are finite. NaN scores would otherwise silently yield no detections.
+        finite: () bool, whether all outputs are finite; of detections, also the scores and deltas of all anchors and
+            proposals, as NaN scores would silently yield no detections.
     """
 
     counts: Sequence[int]
@@ -71,6 +72,7 @@ class BatchFeatures:
         return replace(converted._map_tensors(self.counts, to_host, to_host), finite=to_host(self.finite))
 
     def _map_tensors(self: _Features, counts: Sequence[int], per_box: _TensorFn, per_image: _TensorFn) -> _Features:
+        """A copy with new counts, and a function applied to each tensor with a row per box, or with a row per image."""
         features = {name: per_box(values) for name, values in self.features.items()}
         masks, feature_map = self.masks, self.feature_map
         return replace(

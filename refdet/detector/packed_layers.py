@@ -1,5 +1,7 @@
 """Inference layers for CPUs: compiled convolutions fused with the bias, shortcut and ReLU after them.
 
+`conv_relu` applies any convolution and the ReLU after it, packed or not, on any device, in training too.
+
 Shape shorthand in this module:
 
     N: images or RoIs
@@ -26,7 +28,7 @@ from refdet.ops.convolution import (
     pack_conv3x3,
 )
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, is_fused_faster
+from refdet.ops.training_epilogue import bias_relu, is_fused_training
 
 MIN_CHANNELS = 64  # with fewer, PyTorch's convolution is faster
 
@@ -52,7 +54,7 @@ class PackedLayer(nn.Module):
 
     @staticmethod
     def _weight(layer: nn.Conv2d | nn.Linear | nn.ConvTranspose2d) -> Tensor:
-        return layer.weight.detach().float()
+        return layer.weight.detach().float()  # packing takes float32, also for layers in bfloat16
 
 
 class PackedConv2d(PackedLayer):
@@ -72,7 +74,7 @@ class PackedConv2d(PackedLayer):
 
     @staticmethod
     def supports(module: nn.Module, half: bool = False) -> bool:
-        """Whether a module is a convolution that has a kernel, and the kernel is faster."""
+        """Whether a module is a convolution for which there is a kernel that is faster than PyTorch."""
         if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
@@ -98,13 +100,13 @@ class PackedConv2d(PackedLayer):
         inputs = x.to(self.dtype)
         if not self.is_pointwise:
             if shortcut is None:
-                return conv3x3(inputs, packed, bias, apply_relu).to(x.dtype)
+                return conv3x3(inputs, packed, bias, relu=apply_relu).to(x.dtype)
             y = conv3x3(inputs, packed, bias).to(x.dtype) + shortcut
             return relu(y) if apply_relu else y
         if self.stride != (1, 1):
             inputs = inputs[:, :, :: self.stride[0], :: self.stride[1]]
         shortcut = None if shortcut is None else shortcut.to(self.dtype)
-        return conv1x1(inputs, packed, bias, shortcut, apply_relu).to(x.dtype)
+        return conv1x1(inputs, packed, bias, shortcut, relu=apply_relu).to(x.dtype)
 
 
 class PackedLinear(PackedLayer):
@@ -120,7 +122,7 @@ class PackedLinear(PackedLayer):
 
     @staticmethod
     def supports(module: nn.Module, half: bool = False) -> bool:
-        """Whether a module is a linear layer for which the kernel is faster, which needs `half`."""
+        """Whether a module is a linear layer for which the kernel is faster: only with `half`."""
         if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
         return _supports_channels(module.in_features, module.out_features, module.weight.device, half)
@@ -186,10 +188,10 @@ class FusedBottleneck(nn.Module):
 
 
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for an `nn.Conv2d` or a packed or fused convolution."""
+    """``relu(convolution(x) + shortcut)`` of x (N, C, H, W), for an `nn.Conv2d`, `PackedConv2d` or `FusedConv2d`."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, apply_relu=True)
-    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and is_fused_faster(x.device):
+    if isinstance(convolution, nn.Conv2d) and convolution.bias is not None and is_fused_training(x.device):
         stride, padding, dilation = convolution.stride, convolution.padding, convolution.dilation
         y = conv2d(x, convolution.weight, None, stride, padding, dilation, convolution.groups)
         return bias_relu(y, convolution.bias, shortcut)
@@ -197,7 +199,13 @@ def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
-    """Replace layers by packed ones where these are supported and faster, except the modules in `keep`."""
+    """Replace the layers of a model by packed ones where these are supported and faster.
+
+    Args:
+        model: modified in place.
+        half: multiply in float16 instead of float32.
+        keep: modules to leave as they are.
+    """
     for name, child in list(model.named_children()):
         if child in keep:
             continue
@@ -220,4 +228,5 @@ def _supports_channels(inputs: int, outputs: int, device: torch.device, half: bo
 
 
 def _dtype(half: bool) -> torch.dtype:
+    """Dtype of the weights of layers that can be packed."""
     return torch.bfloat16 if half else torch.float32

@@ -59,7 +59,7 @@ def batched_nms(
     scores: Tensor,
     groups: Tensor | None,
     images: Tensor,
-    count: int,
+    num_images: int,
     iou_threshold: float,
     max_keep: int,
     legacy_tie_order: bool,
@@ -71,7 +71,7 @@ def batched_nms(
         scores: (N,).
         groups: (N,) int64; the boxes of one group of one image are contiguous. None for a single group.
         images: (N,) int64 image indices; boxes of image -1 are left out.
-        count: number of images, B.
+        num_images: number of images, B.
         iou_threshold: IoU above which the lower-scoring box is dropped.
         max_keep: boxes to keep per image.
         legacy_tie_order: order ties as the reference does, on the CPU.
@@ -81,9 +81,9 @@ def batched_nms(
     """
     order = _legacy_order(scores, groups, images) if legacy_tie_order and boxes.device.type == "cpu" else None
     if order is None:
-        return unpad(*nms_padded(boxes, scores, iou_threshold, max_keep, images, count, groups=groups))
+        return unpad(*nms_padded(boxes, scores, iou_threshold, max_keep, images, num_images, groups=groups))
     groups = None if groups is None else groups[order]
-    kept = nms_padded(boxes[order], scores[order], iou_threshold, max_keep, images[order], count, groups=groups)
+    kept = nms_padded(boxes[order], scores[order], iou_threshold, max_keep, images[order], num_images, groups=groups)
     indices, counts = unpad(*kept)
     return order[indices], counts
 
@@ -103,18 +103,18 @@ def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tens
     return rows[torch.cat(order)]
 
 
-def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold: float) -> Tensor:
+def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, num_images: int, threshold: float) -> Tensor:
     """Score thresholds (B,), each lowered in steps of 0.1 until a non-empty box reaches it, as in MAttNet.
 
     Args:
         boxes: (P, classes, 4), of all images.
         scores: (P, classes), 0 or more.
         images: (P,) int64 image index of each row.
-        count: number of images, B.
+        num_images: number of images, B.
         threshold: the threshold to start from.
     """
     best = scores.masked_fill(~_is_nonempty(boxes), -torch.inf).amax(dim=1)
-    highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
+    highest = best.new_full((num_images,), -torch.inf).scatter_reduce(0, images, best, "amax")
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
         lowered.append(lowered[-1] - 0.1)
@@ -155,10 +155,10 @@ def select_detections(
         scores[rows, labels],
         labels,
         images[rows],
-        len(score_thresholds),
-        nms_threshold,
-        max_regions,
-        legacy_tie_order,
+        num_images=len(score_thresholds),
+        iou_threshold=nms_threshold,
+        max_keep=max_regions,
+        legacy_tie_order=legacy_tie_order,
     )
     rows, labels = rows[kept], labels[kept]
     return boxes[rows, labels], scores[rows, labels], labels + 1, counts

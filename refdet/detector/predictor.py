@@ -77,7 +77,7 @@ def start_detecting(
     Args:
         model: the network, in eval mode.
         images: (H, W, 3) uint8 RGB each.
-        records: the record of each image, for its id and file name.
+        records: the record of each image, for its id, file name and size.
         category_ids: COCO ids of the labels 1, 2, ...
         options: thresholds and limits of the detections.
         features: names from `refdet.detector.feature_names`.
@@ -178,6 +178,7 @@ def _prepare_inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list
 
 
 def _to_float32(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) as float32, also if there are none in an array of another shape."""
     return np.asarray(boxes, np.float32).reshape(-1, 4)
 
 

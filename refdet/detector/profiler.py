@@ -12,7 +12,7 @@ _MAX_PENDING = 512  # GPU measurements kept before the older half is read
 
 
 class Profiler:
-    """Measures the seconds spent in each part of the network: wall time on a CPU, by CUDA events on a GPU."""
+    """Measures the seconds spent in each part of the network: wall time, or on a GPU the time between CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
@@ -45,6 +45,7 @@ class Profiler:
         return dict(self._seconds)
 
     def _read(self, count: int) -> None:
+        """Wait for the oldest `count` GPU measurements and add their times."""
         for name, begin, end in self._pending[:count]:
             end.synchronize()
             self._add(name, begin.elapsed_time(end) / 1000)

@@ -6,7 +6,7 @@ Shape shorthand in this module:
     K: RoIs
     Cin, C: input and output channels of conv5 (C' between `project` and `blocks`)
     H, W: height and width of a feature map
-    m: cells on a side of a RoI
+    m: bins on a side of a RoI
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SplitRes5(nn.Module):
 
     The first block begins with two 1x1 convolutions, one of them the shortcut. They commute with pooling, as they are
     linear over channels and pooling is linear over positions. A feature map has far fewer positions than hundreds of
-    RoIs have cells, so they run on the map. Biases are added after pooling, as pooled cells outside the map are 0.
+    RoIs have bins, so they run on the map. Biases are added after pooling, as bins outside the map are pooled to 0.
 
     Args:
         stage: bottlenecks of stride 1 whose norms are folded; not modified, except that conv3 of its first block gets
@@ -62,13 +62,13 @@ class SplitRes5(nn.Module):
         self.reduce_bias_float32 = self.reduce_bias.detach().flatten().float()
 
     def project(self, x: Tensor) -> Tensor:
-        """Feature map or pooled cells (N, Cin, H, W) -> (N, C', H, W), the input of `blocks` once it is pooled."""
+        """Feature map or pooled RoIs (N, Cin, H, W) -> (N, C', H, W), the input of `blocks` once it is pooled."""
         return self.first_convs(x)
 
     def blocks(self) -> list[Callable[[Tensor], Tensor]]:
-        """Functions to apply one after another to pooled cells (K, C', m, m) of `project`; they return (K, C, m, m).
+        """Functions to apply one after another to the pooled output (K, C', m, m) of `project` -> (K, C, m, m).
 
-        A single function would keep the pooled cells, the largest activation, in memory until it returns.
+        A single function would keep its input, the largest activation, in memory until it returns.
         """
         return [self._first_block, *self.later_blocks]
 
@@ -85,5 +85,5 @@ def can_split(stage: nn.Module) -> bool:
     first = stage[0] if isinstance(stage, nn.Sequential) else None
     if not isinstance(first, Bottleneck) or not isinstance(first.downsample, nn.Sequential):
         return False
-    folded = isinstance(first.bn1, nn.Identity)
-    return folded and first.conv1.stride == first.downsample.get_submodule("0").stride == (1, 1)
+    is_folded = isinstance(first.bn1, nn.Identity)
+    return is_folded and first.conv1.stride == first.downsample.get_submodule("0").stride == (1, 1)

@@ -22,7 +22,7 @@ from refdet.detector.conv2d import Conv2d
 from refdet.ops.epilogue import HALF_DTYPES
 from refdet.ops.scaled_weight import scaled_weight
 from refdet.ops.training_convolution import conv2d
-from refdet.ops.training_epilogue import bias_relu, compute_dtype, is_fused_faster
+from refdet.ops.training_epilogue import bias_relu, compute_dtype, is_fused_training
 
 # depth -> number of blocks in each of the four stages
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -35,8 +35,8 @@ class _FoldedNorm(NamedTuple):
     """Cached result of `FrozenBatchNorm.fold`.
 
     Attributes:
-        sources: the tensors it was computed from, each with the version it had.
-        dtype: dtype of the factor or weights.
+        sources: the tensors it was computed from, each with its version (PyTorch's count of in-place writes) then.
+        dtype: dtype of the factor or of the folded weights.
         factor: (C, 1, 1, 1) scale, if the weights are trained; None for frozen weights.
         weight: (C, Cin, k, k) folded weights, if they are frozen; None for trained weights.
         bias: (C,) folded bias.
@@ -49,10 +49,11 @@ class _FoldedNorm(NamedTuple):
     bias: Tensor
 
     def is_valid(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        """Whether it was computed from these tensors, which have not been written to since, for this dtype."""
+        """Whether this was computed from these tensors, which have not been written to since, for this dtype."""
         if dtype != self.dtype or len(tensors) != len(self.sources):
             return False
-        return all(a is b and version == b._version for (a, version), b in zip(self.sources, tensors, strict=True))
+        pairs = zip(self.sources, tensors, strict=True)
+        return all(source is tensor and version == tensor._version for (source, version), tensor in pairs)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -80,7 +81,7 @@ class FrozenBatchNorm(nn.Module):
             dtype: of the result's weights; by default, that of `weight`.
 
         Returns:
-            Weights (C, Cin, k, k) and bias (C,) of a convolution that computes both.
+            Weights (C, Cin, k, k) and bias (C,) of one convolution equal to the convolution and this norm.
         """
         dtype = dtype or weight.dtype
         buffers = list(self.buffers())
@@ -119,9 +120,9 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 def conv_norm_relu(convolution: nn.Module, norm: nn.Module, x: Tensor, pool: nn.Module | None = None) -> Tensor:
     """``pool(relu(norm(convolution(x))))``; in training on a GPU, one pass adds a frozen norm's bias and applies ReLU.
 
-    Then max pooling comes first, as it commutes with both, which so have a smaller map to process.
+    In that pass max pooling comes before the bias and ReLU, with which it commutes: they process a smaller map.
     """
-    if not _is_fused_faster(convolution, norm, x):
+    if not _is_fused_training(convolution, norm, x):
         y = relu(conv_norm(convolution, norm, x))
         return y if pool is None else pool(y)
     y, bias = _conv_and_bias(convolution, norm, x)
@@ -132,22 +133,23 @@ def conv_norm_add_relu(
     convolution: nn.Module, norm: nn.Module, x: Tensor, downsample: nn.Module, block_input: Tensor
 ) -> Tensor:
     """``relu(norm(convolution(x)) + downsample(block_input))``, the end of a block; fused as in `conv_norm_relu`."""
-    if not _is_fused_faster(convolution, norm, x):
+    if not _is_fused_training(convolution, norm, x):
         return add_relu(conv_norm(convolution, norm, x), downsample(block_input))
     y, bias = _conv_and_bias(convolution, norm, x)
-    # not in float32, where adding the two biases first would change the rounding
+    # add the shortcut's bias in the same pass; not in float32, where summing the two biases would change the rounding
     if (
         isinstance(downsample, Shortcut)
         and y.dtype in HALF_DTYPES
-        and _is_fused_faster(downsample[0], downsample[1], block_input)
+        and _is_fused_training(downsample[0], downsample[1], block_input)
     ):
         shortcut, shortcut_bias = _conv_and_bias(downsample[0], downsample[1], block_input)
         return bias_relu(y, bias + shortcut_bias, shortcut)
     return bias_relu(y, bias, downsample(block_input))
 
 
-def _is_fused_faster(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and is_fused_faster(x.device)
+def _is_fused_training(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    """Whether to fold the norm, as it is frozen, and to train with the fused pass for its bias and ReLU."""
+    return isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d) and is_fused_training(x.device)
 
 
 def _conv_and_bias(convolution: nn.Module, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 PADDED_DEVICES = frozenset(("cuda",))  # device types on which chunks are padded
 MIN_SIZE = 32  # of a padded chunk
-SIZES_PER_DOUBLING = 8  # so padding is less than an eighth of a chunk larger than MIN_SIZE
+SIZES_PER_DOUBLING = 8  # so less than an eighth of a chunk is padding, unless its size is MIN_SIZE
 GPU_CHUNK_BYTES = 5 * 2**28  # limit of one activation; 5120 RoIs of ResNet-101-C4 in bfloat16, 2560 in float32
 
 
@@ -29,9 +29,9 @@ class Chunk:
     """A chunk of RoIs; only the last one of a batch is padded.
 
     Attributes:
-        first: index of its first RoI.
-        count: number of its RoIs.
-        size: ``count`` plus the number of padding rows.
+        first: index of the chunk's first RoI in the batch.
+        count: number of RoIs.
+        size: number of rows: ``count``, plus those of padding.
     """
 
     first: int
@@ -61,7 +61,7 @@ def roi_chunks(count: int, device: torch.device, roi_bytes: int, max_size: int |
 
     Args:
         count: number of RoIs, K.
-        device: their device.
+        device: the device of the RoIs.
         roi_bytes: bytes of the largest activation of one RoI.
         max_size: largest chunk on devices that are not in `PADDED_DEVICES`, None for no limit; ignored with gradients.
 

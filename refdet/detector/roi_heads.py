@@ -4,8 +4,9 @@ Shape shorthand in this module:
 
     K: RoIs of the batch
     C: channels of a feature map
-    D: channels of fc7 (D' of the features that masks are predicted from)
-    m: side of a mask in cells
+    D: channels of fc7
+    m: height and width of a mask before pasting
+    s: bins on a side of a RoI
 
 RoIs (K, 5) are rows of image index and xyxy corners in pixels of the network's input.
 """
@@ -37,27 +38,31 @@ from refdet.ops.pooling import (
     roi_crop_mean,
 )
 
-POOL_SIZE = 7  # cells on a side of a RoI
+POOL_SIZE = 7  # bins on a side of a RoI, as the box head and conv5's output have them
 ALIGNED = {"align": True, "align_legacy": False}  # value of model.pooling -> `aligned` of RoIAlign
-CPU_CHUNK_BYTES = 2**24  # limit of the output of conv5 for a chunk of RoIs, without gradients, on CPUs
+CPU_CHUNK_BYTES = 2**24  # limit of the output of conv5 (or a VGG's pooling) for a chunk of RoIs, on CPUs in inference
 
 
 class RoiHead(Protocol):
-    """Interface of the second stage, implemented by `C4Head`, `StandardHead` and `VGGHead`."""
+    """Interface of the second stage, implemented by `C4Head`, `StandardHead` and `VGGHead`.
+
+    Attributes:
+        mask_size: height and width of a mask, m.
+    """
 
     mask_size: int
 
     def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch, for about `num_rois` RoIs."""
+        """Prepare the feature maps for the other methods in inference, once per batch, for about `num_rois` RoIs."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """Pyramid levels of rois (K, 5), computed once for several methods, as that synchronizes with the GPU."""
+        """Pyramid levels of rois (K, 5), to pass to several methods, as computing them synchronizes with the GPU."""
 
-    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
+    def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+        """Pooled bins (K, C, s, s) of rois (K, 5); s is ``model.pooler_resolution``, or 7 with a `StandardHead`."""
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
+        """Mean (K, C) over the pooled bins of rois (K, 5), in float32."""
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
@@ -75,39 +80,42 @@ class RoiHead(Protocol):
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given.
 
-        The output has spatial features only if `spatial` is set.
+        The output has spatial features only if `spatial` is set; a `VGGHead` returns neither these nor masks.
         """
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
-        """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
+        """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32.
+
+        `features` are the features of these RoIs, from which a `C4Head` predicts the masks.
+        """
 
 
-def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
-    """Pool cells (K, C, m, m) of rois (K, 5) from a feature map x, with m = ``model.pooler_resolution``.
+def pool_rois(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
+    """Pool bins (K, C, s, s) of rois (K, 5) from a feature map x, with s = ``model.pooler_resolution``.
 
     ``model.pooling`` is "align" for RoIAlign with half-pixel alignment, "align_legacy" for RoIAlign without it,
     "crop_and_resize" for the reference's crop, and "crop_max" or "crop_align" for the reference's crops with the
-    maximum of 2x2 samples per cell.
+    maximum of 2x2 samples per bin.
     """
-    cells = model.pooler_resolution
+    size = model.pooler_resolution
     if model.pooling in ALIGNED:
-        return roi_align(x, rois, cells, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
+        return roi_align(x, rois, size, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
     if model.pooling == "crop_and_resize":
-        return roi_crop(x, rois, cells, model.stride)
-    return F.max_pool2d(roi_crop(x, rois, 2 * cells, model.stride), 2)
+        return roi_crop(x, rois, size, model.stride)
+    return F.max_pool2d(roi_crop(x, rois, 2 * size, model.stride), 2)
 
 
 def pool_mean(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
-    """Mean (K, C) over the cells of `pool_cells`, in float32."""
-    cells = model.pooler_resolution
+    """Mean (K, C) over the bins of `pool_rois`, in float32."""
+    size = model.pooler_resolution
     if model.pooling in ALIGNED:
-        return roi_align_mean(x, rois, cells, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
+        return roi_align_mean(x, rois, size, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
     if model.pooling == "crop_and_resize":
-        return roi_crop_mean(x, rois, cells, model.stride)
-    return _mean(pool_cells(x, rois, model))
+        return roi_crop_mean(x, rois, size, model.stride)
+    return _mean(pool_rois(x, rois, model))
 
 
 class C4Head(nn.Module):
@@ -115,7 +123,7 @@ class C4Head(nn.Module):
 
     Args:
         conv5: last stage of a ResNet, with stride ``model.pooler_resolution / 7``, or last two layers of a MobileNet.
-        out_channels: its output channels, D.
+        out_channels: output channels of conv5, D.
         model: the recipe's options.
         classes: number of object classes, without background.
     """
@@ -130,7 +138,7 @@ class C4Head(nn.Module):
         self.mask = MaskPredictor(out_channels, model.mask_channels, classes, convolutions=0) if model.masks else None
 
     def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:
-        """The feature map, and its projection by conv5's first convolutions if that saves work."""
+        """The feature map and, if that is cheaper than per RoI, its projection by conv5's first convolutions."""
         (x,) = maps
         positions = x.shape[0] * x.shape[2] * x.shape[3]
         if isinstance(self.conv5, SplitRes5) and num_rois * POOL_SIZE**2 > positions:
@@ -141,8 +149,8 @@ class C4Head(nn.Module):
         """None, as there is one map."""
         return None
 
-    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
+    def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+        """Pooled bins (K, C, s, s) of rois (K, 5), with s = ``model.pooler_resolution``."""
         return self._pool(maps[0], rois)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
@@ -176,6 +184,7 @@ class C4Head(nn.Module):
         return RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count]
 
     def _chunks(self, maps: Sequence[Tensor], rois: Tensor) -> list[Chunk]:
+        """Chunks of rois (K, 5) to run conv5 and the mask predictor on."""
         # values per RoI of the largest activations
         pooled = self.model.pooler_resolution**2 * maps[-1].shape[1]
         conv5_output = POOL_SIZE**2 * self.box.score.in_features
@@ -195,11 +204,11 @@ class C4Head(nn.Module):
         return x
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
+        """Mean (K, C) over the pooled bins of rois (K, 5), in float32."""
         return pool_mean(maps[0], rois, self.model)
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
-        return pool_cells(x, rois, self.model)
+        return pool_rois(x, rois, self.model)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -213,7 +222,7 @@ class C4Head(nn.Module):
 
 
 class StandardHead(nn.Module):
-    """Linear layers on RoIs of 7x7 cells of a pyramid or a single map; 28x28 masks by convolutions on 14x14 cells.
+    """Linear layers on 7x7 bins pooled from a pyramid or a single map; 28x28 masks by convolutions on 14x14 bins.
 
     Args:
         channels: channels of the feature maps, C.
@@ -249,8 +258,8 @@ class StandardHead(nn.Module):
         """Pyramid levels of rois (K, 5)."""
         return pyramid_levels(rois, self.strides)
 
-    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
+    def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+        """Pooled bins (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
         return self._pool(maps, rois, POOL_SIZE, levels)
 
     def _pool(self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None = None) -> Tensor:
@@ -266,6 +275,7 @@ class StandardHead(nn.Module):
         return self._features(maps, rois, None)
 
     def _features(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None) -> RoiFeatures:
+        """`features` of RoIs whose `levels` may be known."""
         if not self.convs:
             hidden = pooled = self._pool(maps, rois, POOL_SIZE, levels)
         else:
@@ -286,7 +296,7 @@ class StandardHead(nn.Module):
     def _pool_padded(
         self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None, chunks: Sequence[Chunk]
     ) -> Tensor:
-        """Pool rois (K, 5), padded to the size of the chunks, as padding the RoIs is cheaper than padding the cells."""
+        """Pool rois (K, 5), padded to the size of the chunks, as padding the RoIs is cheaper than padding the bins."""
         padded = chunks[-1].first + chunks[-1].size
         if padded > len(rois):
             levels = (levels or self.levels(rois)).pad(padded)
@@ -312,7 +322,7 @@ class StandardHead(nn.Module):
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
+        """Mean (K, C) over the pooled bins of rois (K, 5), in float32."""
         finest = maps[: len(self.strides)]
         return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.sampling_ratio, self.aligned, levels)
 
@@ -327,6 +337,6 @@ class StandardHead(nn.Module):
         return self.mask(self._pool(maps, rois, 2 * POOL_SIZE), labels)
 
 
-def _mean(cells: Tensor) -> Tensor:
-    """Mean (K, C) over cells (K, C, m, m), accumulated in float32."""
-    return cells.mean((2, 3), dtype=torch.float32 if cells.dtype != torch.float64 else None)
+def _mean(bins: Tensor) -> Tensor:
+    """Mean (K, C) over bins (K, C, s, s), in float32; in float64 for float64."""
+    return bins.mean((2, 3), dtype=torch.float32 if bins.dtype != torch.float64 else None)

@@ -3,8 +3,9 @@
 Shape shorthand in this module:
 
     K: RoIs of the batch
-    D: channels of fc7 (D' of the features that masks are predicted from)
-    m: side of a mask in cells
+    C: channels of the feature map that RoIs are pooled from
+    D: channels of fc7
+    m: height and width of a mask, before it is pasted into the image
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class RoiFeatures:
 
     Attributes:
         fc7: (K, D) input of the box predictor.
-        spatial: (K, D', 7, 7) input of the mask predictor; fc7 is its mean in a C4 network.
+        spatial: with a `C4Head`, the output (K, D, 7, 7) of conv5, whose mean is fc7 and from which masks are
+            predicted. With a `StandardHead` or `VGGHead`, the pooled RoIs (K, C, 7, 7) that fc6 and fc7 start from;
+            the masks of a `StandardHead` are predicted from 14x14 bins that it pools separately.
     """
 
     fc7: Tensor
@@ -38,8 +41,9 @@ class RoiOutput:
 
     Attributes:
         fc7: (K, D) float32.
-        spatial: (K, D', 7, 7), or None.
-        mask_logits: (K, m, m) float32, or None.
+        spatial: as in `RoiFeatures`; None if it was not requested, or from a `VGGHead`.
+        mask_logits: (K, m, m) float32, each RoI's mask of the class that was given for it; None if no classes were
+            given, or without a mask branch.
     """
 
     fc7: Tensor
@@ -55,7 +59,7 @@ class RoiOutput:
 
     @classmethod
     def cat(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
-        """Concatenate at least one output; a field is None in all of them or in none. Does not copy a single output."""
+        """Concatenate one or more outputs, without a copy if it is one; a field is None in all or in none."""
         if len(parts) == 1:
             return parts[0]
         spatial = [part.spatial for part in parts if part.spatial is not None]

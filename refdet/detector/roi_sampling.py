@@ -26,7 +26,7 @@ from refdet.device import to_cpu_async, to_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.ground_truth import PaddedGroundTruth
 
-FIRST_OBJECT_ID = 2**20  # candidate id of the first annotated box; more than the number of proposals
+FIRST_OBJECT_ID = 2**20  # candidate id of the first annotated box; above the ids of all proposals
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PositiveRois:
     Attributes:
         row: (Q,) int64 index among the K RoIs.
         image: (Q,) int64 index of the image.
-        object: (Q,) int64 index of the object within its image.
+        object: (Q,) int64 index, within the image, of the object that the RoI overlaps most.
         boxes: (Q, 4) xyxy in pixels of the network's input.
     """
 
@@ -61,7 +61,7 @@ class PositiveRois:
         return self if all(has_mask) else self[torch.tensor(has_mask)]
 
     def split_by_image(self, num_images: int) -> list[tuple[Tensor, Tensor]]:
-        """Boxes and object indices of each image."""
+        """(boxes, object) of the RoIs of each image."""
         counts = np.bincount(self.image.numpy(), minlength=num_images).tolist()
         return list(zip(self.boxes.split(counts), self.object.split(counts), strict=True))
 
@@ -132,13 +132,14 @@ def sample_rois(
 
 
 def _drop_invalid(table: Tensor, rois: Tensor, labels: Tensor, matched_boxes: Tensor) -> SampledRois:
-    """Drop the rows of padding.
+    """The samples without the rows of padding.
 
     Args:
-        table: (B * S, 8) on the CPU: image, object, whether it is positive, whether it is valid, and xyxy of each RoI.
-        rois: (B * S, 5) RoIs.
-        labels: (B * S,) labels.
-        matched_boxes: (B * S, 4) boxes of the objects.
+        table: (B * S, 8) on the CPU: of each RoI its image, object, whether it is positive, whether it is a sample and
+            not padding, and xyxy.
+        rois: (B * S, 5) on the device, as in `SampledRois`.
+        labels: (B * S,), likewise.
+        matched_boxes: (B * S, 4), likewise.
     """
     valid = table[:, 3] > 0
     if not valid.all():

@@ -32,7 +32,7 @@ from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import PaddedGroundTruth
 
-DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of dx, dy, dw and dh, of the RPN
 MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped
 
 
@@ -61,7 +61,7 @@ class RegionProposalNetwork(nn.Module):
         model: the recipe's options of the network.
         anchors: generates the anchors of the feature maps.
         options: the recipe's options of proposals and of the RPN's losses.
-        convention: convention by which deltas are decoded and boxes clipped.
+        convention: how deltas are decoded and boxes clipped.
     """
 
     def __init__(
@@ -139,20 +139,24 @@ class RegionProposalNetwork(nn.Module):
             scores.flatten(),
             levels,
             images.flatten(),
-            len(sizes),
-            options.nms_threshold,
-            post_nms_top_n,
-            self.legacy_tie_order,
+            num_images=len(sizes),
+            iou_threshold=options.nms_threshold,
+            max_keep=post_nms_top_n,
+            legacy_tie_order=self.legacy_tie_order,
         )
         return list(boxes[keep].split(counts))
 
     def assign_targets(
         self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedGroundTruth
     ) -> tuple[Tensor, Tensor]:
-        """Label anchors (N, 4) in each image of the given (height, width); returns what `assign_labels` does."""
+        """`assign_labels` of anchors (N, 4) in images of the given (height, width); with the recipe's `inside_only`.
+
+        Returns:
+            labels (B, N) and the index (B, N) of the object that each anchor overlaps most.
+        """
         options = self.options
         inside_image = anchors_inside(anchors, sizes) if options.inside_only else None
-        # an empty box overlaps nothing
+        # anchors outside become empty boxes, which overlap nothing and so are no object's best match
         candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
         labels, matched = assign_labels(
             candidates, truth, options.positive_iou, options.negative_iou, allow_low_quality_matches=True
@@ -181,7 +185,7 @@ class RegionProposalNetwork(nn.Module):
         objectness_losses = F.binary_cross_entropy_with_logits(
             output.logits.gather(1, samples.index), samples.positive.to(output.logits.dtype), reduction="none"
         )
-        # positives come first, so the box losses need only this many samples
+        # positives come first, so the box losses need only the first `max_positives` samples
         max_positives = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
         index, negative = samples.index[:, :max_positives], ~samples.positive[:, :max_positives, None]
         objects = box_ops.gather(truth.boxes, matched.gather(1, index))

@@ -23,7 +23,7 @@ from refdet.detector.target_assignment import NEGATIVE, POSITIVE
 # Steele et al., "Fast splittable pseudorandom number generators" (2014): the increment and the factors of splitmix64
 _INCREMENT, _FACTORS = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS = (30, 27, 31)
-_BITS = 62  # of a random number, so that it is never negative
+_BITS = 62  # of a random number, so that as int64 it is never negative
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def subsample_labels(
         positive_fraction: positives are at most this fraction of `count`.
         seeds: (B,) int64, from `image_seeds`.
         sample_with_replacement: return exactly `count`, with repeats if there are too few negatives. If there are no
-            negatives, all samples are positives, as in the reference.
+            negatives but positives, all samples are positives, as in the reference.
         candidate_ids: (N,) int64 ids of the candidates, which determine their random order; by default 0 to N - 1.
 
     Returns:
@@ -98,18 +98,18 @@ def subsample_labels(
     keys = random_numbers(seeds, candidates, candidate_ids)
     positives, available_positives = _random_order(labels == POSITIVE, keys, size)
     negatives, available_negatives = _random_order(labels == NEGATIVE, keys, size)
-    slot = torch.arange(size, device=labels.device)
+    slot = torch.arange(size, device=labels.device)  # of the samples: positives fill the first ones, negatives the rest
     num_positives = available_positives.clamp(max=int(count * positive_fraction))
     if sample_with_replacement:
         num_positives = num_positives.masked_fill((available_negatives == 0) & (available_positives > 0), count)
         repeats = random_numbers(~seeds, size)  # independent of the random order of the candidates
-        first = _repeat_if_short(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
-        second = _repeat_if_short(slot - num_positives, available_negatives, count - num_positives, repeats)
+        from_positives = _repeat_if_short(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
+        from_negatives = _repeat_if_short(slot - num_positives, available_negatives, count - num_positives, repeats)
     else:
-        first, second = slot.expand(len(labels), -1), slot - num_positives
+        from_positives, from_negatives = slot.expand(len(labels), -1), slot - num_positives
     positive = slot < num_positives
-    valid = positive | ((second >= 0) & (second < available_negatives))
-    index = torch.where(positive, _select(positives, first), _select(negatives, second))
+    valid = positive | ((from_negatives >= 0) & (from_negatives < available_negatives))
+    index = torch.where(positive, _select(positives, from_positives), _select(negatives, from_negatives))
     return Samples(index, positive, valid)
 
 

@@ -5,7 +5,7 @@ Shape shorthand in this module:
     B: images in the batch
     N: candidates of an image, anchors or RoIs
     P: positive candidates
-    m: side of a mask in cells
+    m: height and width of a mask target
 
 Boxes are xyxy in pixels of the network's input.
 """
@@ -35,15 +35,15 @@ def assign_labels(
 ) -> tuple[Tensor, Tensor]:
     """Label candidates as positive, negative or ignored.
 
+    Candidates that are not positive and have more than half of their area in a crowd region are ignored.
+
     Args:
         candidates: (B, N, 4) RoIs, or (N, 4) anchors of all images.
         truth: annotated objects of the images.
         positive_iou: candidates with this IoU or more are positive.
-        negative_iou: candidates below it are negative; those between the two are ignored.
+        negative_iou: candidates with a lower IoU are negative; candidates between the two thresholds are ignored.
         allow_low_quality_matches: also label the best candidates of each object as positive, whatever their IoU, as in
             the RPN (Ren et al., "Faster R-CNN", section 3.1.2) and torchvision's ``Matcher``.
-
-    Candidates that match no object and have more than half of their area in a crowd region are ignored.
 
     Returns:
         labels (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each
@@ -70,6 +70,7 @@ def _intersection(boxes: Tensor, other: Tensor) -> Tensor:
 
 
 def _area(boxes: Tensor) -> Tensor:
+    """Areas (...) of boxes (..., 4)."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(dim=-1)
     return width * height
 
@@ -85,14 +86,14 @@ def compute_mask_targets(
 ) -> Tensor:
     """Compute mask targets of RoIs on the CPU, where the annotations are.
 
-    A cell is 1 if the object covers at least half of it. The coverage is computed exactly from the object's mask in the
-    original image; masks are not resized.
+    A pixel of the target is 1 if the object covers at least half of it. The coverage is computed exactly from the
+    object's mask in the original image; masks are not resized.
 
     Args:
         rois: (P, 4) in pixels of the network's input, on the CPU.
         objects: (P,) index of the object of each RoI, on the CPU; each has a mask.
         truth: annotated objects of the image.
-        size: side m of a mask.
+        size: height and width of a target, m.
         convention: box convention of the RoIs; half-open by default.
 
     Returns:

@@ -19,12 +19,12 @@ from refdet.config.recipe import ModelOptions
 from refdet.detector.backbone_channels import vgg_channels
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.roi_chunks import cat_chunks, roi_chunks
-from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, pool_cells, pool_mean
+from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, pool_mean, pool_rois
 from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
 from refdet.detector.roi_predictors import BoxPredictor
 from refdet.ops.pooling import PyramidLevels
 
-STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # multiple of the width, number of convolutions
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of each stage: channels / width, number of convolutions
 DROPOUT = 0.5
 
 
@@ -64,6 +64,7 @@ class VGG16(nn.Module):
             Feature maps (B, channels[i], H / s, W / s) of stride s, rounded down, but at least 1.
         """
         x, maps, layers = images, [], iter(self.convs)
+        # the first two stages, of strides 1 and 2, give no map
         for index, (_, count) in enumerate(STAGES[: stages + 2]):
             x = _max_pool_2x2(x) if index else x
             for _ in range(count):
@@ -111,16 +112,16 @@ class VGGHead(nn.Module):
         """None, as there is one map."""
         return None
 
-    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
+    def spatial_pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+        """Pooled bins (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
-        values = 4 * POOL_SIZE**2 * x.shape[1]  # of a RoI; crop_max and crop_align take four samples per cell
+        values = 4 * POOL_SIZE**2 * x.shape[1]  # of a RoI; crop_max and crop_align take four samples per bin
         max_rois = max(CPU_CHUNK_BYTES // (4 * values), 1)  # 4 bytes per float32
         chunks = roi_chunks(len(rois), rois.device, values * x.element_size(), max_rois)
-        return cat_chunks([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
+        return cat_chunks([pool_rois(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
-        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
+        """Mean (K, C) over the pooled bins of rois (K, 5), in float32."""
         return pool_mean(maps[0], rois, self.model)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class VGGHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        pooled = self.pool_cells(maps, rois)
+        pooled = self.spatial_pool5(maps, rois)
         fc6 = F.dropout(F.relu(self.fc6(pooled.flatten(1))), DROPOUT, self.training)
         return RoiFeatures(F.dropout(F.relu(self.fc7(fc6)), DROPOUT, self.training), pooled)
 
@@ -149,5 +150,5 @@ class VGGHead(nn.Module):
         return self.box(fc7)
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
-        """Raise ValueError: linear layers have no cells to predict masks from."""
+        """Raises ValueError, as a VGG has no mask branch."""
         raise ValueError("this detector has no mask branch")

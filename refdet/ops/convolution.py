@@ -7,6 +7,8 @@ Shape shorthand in this module:
     H, W: height and width of a feature map
     P: matrices of packed weights, 36 for a 3x3 convolution and 1 for a 1x1
 
+A panel is a group of output channels that a kernel computes together.
+
 3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", 2016), which needs a quarter to a third of the multiplications. 1x1 convolutions are
 matrix products, fused with the shortcut and ReLU after them. The result of an image has the same bits in any batch.
@@ -51,7 +53,7 @@ def has_kernels(device: torch.device, half: bool = False) -> bool:
 
 
 def is_pointwise_faster(device: torch.device, half: bool) -> bool:
-    """Whether `conv1x1` is faster than PyTorch's: with `half`, or in float32 with the 32 registers of AVX-512."""
+    """Whether `conv1x1` is faster than PyTorch: with `half`, or in float32 with the 32 registers of AVX-512."""
     return has_kernels(device, half) and (half or torch.ops.refdet.has_avx512())
 
 

@@ -46,7 +46,8 @@ class Epilogue(Enum):
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
     """The fastest epilogue on a device: library for bfloat16 and float16, kernel for float32; on CPUs, plain PyTorch.
 
-    If cuDNN fails a small trial convolution with a shortcut, the kernel is used for bfloat16 and float16 too.
+    If cuDNN fails a small trial convolution with a shortcut, the kernel is used for bfloat16 and float16 too. Without
+    compiled CUDA kernels, plain PyTorch is used in place of the kernel.
     """
     if device.type != "cuda":
         return Epilogue.PLAIN
@@ -102,11 +103,14 @@ def supports(x: Tensor, shortcut: Tensor | None = None) -> bool:
 def _has_kernel_layout(x: Tensor) -> bool:
     """Whether the channels of a position are contiguous and positions have a constant stride, as the kernel needs."""
     images, channels, height, width = x.shape
-    # the stride of a dimension of size 1 is arbitrary
+    # from one position to the next; the stride of a dimension of size 1 is arbitrary
     stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if images > 1 else channels
-    expected = ((channels, 1), (height, width * stride), (images, height * width * stride))
-    strides = (x.stride(1), x.stride(2), x.stride(0))
-    return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(expected, strides, strict=True))
+    dimensions = (
+        (channels, x.stride(1), 1),
+        (height, x.stride(2), width * stride),
+        (images, x.stride(0), height * width * stride),
+    )
+    return stride >= channels and all(size == 1 or actual == expected for size, actual, expected in dimensions)
 
 
 def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

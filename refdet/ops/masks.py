@@ -4,7 +4,9 @@ Shape shorthand in this module:
 
     N, K: boxes
     M: bytes of all RLEs
-    m: side of a mask in cells
+    m: height and width of a mask before pasting, or of a mask target
+
+Pixels are pixels of the image; an m x m mask has mask pixels.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
     """Paste masks of boxes into the image, without rounding the boxes, and encode each as RLE.
 
-    Each pixel whose center is in the box is interpolated bilinearly from the values at the cell centers, clamped at the
-    outer cells, and thresholded. A box with a NaN or infinite coordinate has an empty mask. The arithmetic is float32
-    in a fixed order, so that the result is the same with and without the compiled kernels. Tensors on a GPU are copied
-    to the CPU first.
+    Each pixel whose center is in the box is interpolated bilinearly from the probabilities at the centers of the mask
+    pixels, clamped beyond the outer ones, and thresholded. A box with a NaN or infinite coordinate has an empty mask.
+    The arithmetic is float32 in a fixed order, so that the result is the same with and without the compiled kernels.
+    Tensors on a GPU are copied to the CPU first.
 
     Args:
         probabilities: (N, m, m) in 0..1, any floating dtype.
@@ -48,13 +50,17 @@ def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
             0..1.
     """
     if not (probabilities.is_floating_point() and boxes.is_floating_point()):
-        raise TypeError(f"masks need floating-point cells and boxes, got {probabilities.dtype} and {boxes.dtype}")
+        raise TypeError(
+            f"masks need floating-point probabilities and boxes, got {probabilities.dtype} and {boxes.dtype}"
+        )
     if probabilities.dim() != 3 or not 0 < probabilities.shape[1] == probabilities.shape[2]:
         raise ValueError(f"masks need probabilities (N, m, m), got {tuple(probabilities.shape)}")
     if boxes.dim() != 2 or boxes.shape[0] != probabilities.shape[0] or boxes.shape[1] != 4:
         raise ValueError(f"masks need boxes ({probabilities.shape[0]}, 4), one per mask, got {tuple(boxes.shape)}")
     if probabilities.device != boxes.device:
-        raise ValueError(f"masks need cells and boxes on one device, got {probabilities.device} and {boxes.device}")
+        raise ValueError(
+            f"masks need probabilities and boxes on one device, got {probabilities.device} and {boxes.device}"
+        )
     if height < 1 or width < 1 or height * width >= 2**32:
         raise ValueError(f"an image of {height} x {width} pixels has no RLE")
     if not 0 <= threshold <= 1:
@@ -73,12 +79,12 @@ def masks_to_rle_plain(
     """`masks_to_rle` with NumPy and pycocotools, for float32 CPU tensors; arguments are not checked."""
     image_mask = np.zeros((height, width, 1), np.uint8, order="F")
     counts = []
-    for cells, box in zip(probabilities.numpy(), boxes.numpy(), strict=True):
-        top, rows = _interpolation(box[1], box[3], len(cells), height)
-        left, columns = _interpolation(box[0], box[2], len(cells), width)
+    for mask, box in zip(probabilities.numpy(), boxes.numpy(), strict=True):
+        top, rows = _interpolation(box[1], box[3], len(mask), height)
+        left, columns = _interpolation(box[0], box[2], len(mask), width)
         with np.errstate(over="ignore", invalid="ignore"):  # from values outside 0..1
-            window = columns.apply(cells.T).T  # (m, columns)
-            window = rows.apply(window) >= np.float32(threshold)
+            window = columns.apply(mask.T).T  # (m, columns)
+            window = rows.apply(window) >= np.float32(threshold)  # (rows, columns), the pixels in the box
         window_slice = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
         image_mask[window_slice] = window
         counts.append(coco_mask.encode(image_mask)[0]["counts"])
@@ -88,21 +94,21 @@ def masks_to_rle_plain(
 
 @dataclass(frozen=True)
 class _Interpolation:
-    """Linear interpolation of the pixels along an axis, each between two neighboring cells.
+    """Linear interpolation of the pixels along an axis, each between two neighboring mask pixels.
 
     Attributes:
-        cell: (pixels,) int64, the first of the two cells.
-        lower: (pixels,) float32, its weight; that of the second is 1 - `lower`.
+        first: (pixels,) int64, the first of the two mask pixels.
+        weight: (pixels,) float32, the weight of the first; the weight of the second is 1 - `weight`.
     """
 
-    cell: np.ndarray
-    lower: np.ndarray
+    first: np.ndarray
+    weight: np.ndarray
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Cells (m, K) -> (pixels, K)."""
-        following = np.minimum(self.cell + 1, len(values) - 1)
-        weights = self.lower[:, None]
-        return values[self.cell] * weights + values[following] * (np.float32(1) - weights)
+        """Values (m, K) of the mask pixels -> (pixels, K)."""
+        second = np.minimum(self.first + 1, len(values) - 1)
+        weights = self.weight[:, None]
+        return values[self.first] * weights + values[second] * (np.float32(1) - weights)
 
 
 def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
@@ -111,11 +117,11 @@ def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> 
     Args:
         low: start of the box, in pixels.
         high: end of the box, in pixels.
-        size: cells of the mask along the axis.
+        size: mask pixels along the axis, m.
         limit: pixels of the image along the axis.
 
     Returns:
-        The first of these pixels, and the interpolation of all of them.
+        The index of the first of these pixels, and the interpolation of all of them.
     """
     if not (np.isfinite(low) and np.isfinite(high)):
         return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -126,8 +132,8 @@ def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> 
     scale = np.float32(size / (np.float64(high) - np.float64(low)))
     centers = np.arange(first, last).astype(np.float32) + half
     position = np.clip((centers - low) * scale - half, np.float32(0), np.float32(size - 1))
-    cell = position.astype(np.int64)
-    return first, _Interpolation(cell, np.float32(1) - (position - cell.astype(np.float32)))
+    mask_pixel = position.astype(np.int64)
+    return first, _Interpolation(mask_pixel, np.float32(1) - (position - mask_pixel.astype(np.float32)))
 
 
 def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -142,7 +148,7 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
         objects: (K,) int64 index of the object of each box.
         boxes: (K, 4) half-open xyxy in pixels of the image; nothing is covered outside the image, nor in a box that is
             empty or has a NaN or infinite coordinate.
-        size: cells on a side, m.
+        size: cells on a side of the grid, m.
 
     Returns:
         (K, m, m) float32 in 0..1, on the CPU.
@@ -175,6 +181,7 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
 
 def mask_coverage_plain(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
     """`mask_coverage` in plain PyTorch, for int64 objects and float64 boxes on the CPU; arguments are not checked."""
+    # as the kernel does, treat coordinates beyond float32 as infinite
     valid = (boxes.abs() <= FLOAT32_MAX).all(dim=1) & (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
     boxes = torch.where(valid[:, None], boxes, 0.0)
     coverage = torch.zeros(len(boxes), size, size)
@@ -200,8 +207,8 @@ def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
     right = rows.gather(2, (x0 + 1)[:, None, :].expand(-1, size + 1, -1))
     corners = left * (1 - fx)[:, None, :] + right * fx[:, None, :]
     covered = corners.diff(dim=1).diff(dim=2)
-    cell = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / size**2).clamp(min=1e-12)
-    return (covered / cell[:, None, None]).clamp(0, 1).float()
+    cell_area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / size**2).clamp(min=1e-12)
+    return (covered / cell_area[:, None, None]).clamp(0, 1).float()
 
 
 def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -212,9 +219,10 @@ def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Concatenated bytes (M,) uint8, and the start of each text (N + 1,) int64."""
+    """Concatenated bytes (M,) uint8, and int64 offsets: the start of each text, and M at the end."""
     starts = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
-    return torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8)), torch.from_numpy(starts)
+    data = bytearray(b"".join(texts))  # torch warns of tensors that share memory with bytes, which are read-only
+    return torch.from_numpy(np.frombuffer(data, np.uint8)), torch.from_numpy(starts)
 
 
 if DEVICES:

@@ -40,7 +40,7 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
     same with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap
     nothing.
 
-    For a batch, the objects of each image are padded with empty boxes to the same number.
+    For a batch, the caller pads the objects of each image with empty boxes to the same number.
 
     Args:
         candidates: (N, 4), the same for all images of a batch, or (B, N, 4); half-open xyxy, any floating dtype.

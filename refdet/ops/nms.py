@@ -33,7 +33,7 @@ def nms(
 
     Boxes are visited by descending score, ties by index, NaN scores as -inf; a box is kept unless its IoU with a kept
     box exceeds the threshold. IoU and threshold are float32, so an IoU of exactly 3/10 is not above 0.3. Empty boxes
-    and boxes with a NaN coordinate suppress nothing and are always kept. The result is the same with and without the
+    and boxes with a NaN coordinate neither suppress nor are suppressed. The result is the same with and without the
     compiled kernel.
 
     Args:
@@ -62,7 +62,7 @@ def nms_padded(
     iou_threshold: float,
     max_keep: int,
     images: Tensor,
-    count: int,
+    num_images: int,
     *,
     groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def nms_padded(
         iou_threshold: in 0..1.
         max_keep: boxes to keep per image, M.
         images: (N,) int64, the image of each box; boxes whose image is not in 0..B - 1 are left out.
-        count: number of images, B.
+        num_images: number of images, B.
         groups: (N,) int64, any values: only boxes of one group suppress each other. None for a single group.
 
     Returns:
@@ -83,13 +83,16 @@ def nms_padded(
 
     Raises:
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
-        ValueError: shapes or devices do not match, the threshold is not in 0..1, or a number is negative.
+        ValueError: shapes or devices do not match, the threshold is not in 0..1, or `max_keep` or `num_images` is
+            negative.
     """
     boxes, scores = _check_inputs(boxes, scores, iou_threshold, groups, images)
-    if max_keep < 0 or count < 0:
-        raise ValueError(f"nms needs nonnegative numbers of boxes to keep and of images, got {max_keep} and {count}")
+    if max_keep < 0 or num_images < 0:
+        raise ValueError(
+            f"nms needs nonnegative numbers of boxes to keep and of images, got {max_keep} and {num_images}"
+        )
     kernel = torch.ops.refdet.nms_padded if boxes.device.type in DEVICES else nms_padded_plain
-    return kernel(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
+    return kernel(boxes, scores, iou_threshold, max_keep, images, num_images, groups=groups)
 
 
 def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
@@ -111,7 +114,7 @@ def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
 def _check_inputs(
     boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None, images: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Boxes and scores as float32, without gradients."""
+    """Check the arguments of `nms`; returns boxes and scores as float32, without gradients."""
     if not (boxes.is_floating_point() and scores.is_floating_point()):
         raise TypeError(f"nms needs floating-point boxes and scores, got {boxes.dtype} and {scores.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
@@ -128,6 +131,7 @@ def _check_inputs(
 
 
 def _check_ids(name: str, ids: Tensor | None, boxes: Tensor) -> None:
+    """Raise TypeError or ValueError unless `ids`, the argument `name`, is None or an int64 id per box."""
     if ids is None:
         return
     if ids.dtype != torch.int64:
@@ -150,7 +154,7 @@ def nms_plain(
     """`nms` in plain PyTorch, for float32 boxes and scores; arguments are not checked.
 
     The boxes of an image are processed in blocks: each block is compared with the boxes kept so far, and the boxes that
-    remain are resolved on the host from their IoU matrix.
+    remain suppress each other on the host, by their IoU matrix.
     """
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
     orders: tuple[Tensor, ...] = (order,)
@@ -160,7 +164,7 @@ def nms_plain(
     threshold = boxes.new_tensor(iou_threshold)
 
     def suppression_matrix(a: Tensor, b: Tensor) -> Tensor:
-        """Whether each box of indices `a` (N,) and each of `b` (M,) suppress each other, (N, M) bool."""
+        """Whether the boxes at indices a (P,) and b (Q,) would suppress each other, (P, Q) bool."""
         overlapping = _iou(boxes[a], boxes[b]) > threshold
         return overlapping if groups is None else overlapping & (groups[a][:, None] == groups[b])
 
@@ -188,24 +192,24 @@ def nms_padded_plain(
     iou_threshold: float,
     max_keep: int,
     images: Tensor,
-    count: int,
+    num_images: int,
     *,
     groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nms_padded` in plain PyTorch, for float32 boxes and scores; arguments are not checked."""
-    rows = ((images >= 0) & (images < count)).nonzero()[:, 0]
+    rows = ((images >= 0) & (images < num_images)).nonzero()[:, 0]
     row_groups = None if groups is None else groups[rows]
     kept_rows = rows[
         nms_plain(boxes[rows], scores[rows], iou_threshold, max_keep, groups=row_groups, images=images[rows])
     ]
-    counts = (images[kept_rows] == torch.arange(count, device=images.device)[:, None]).sum(dim=1)
-    kept = kept_rows.new_full((count, max_keep), -1)
+    counts = (images[kept_rows] == torch.arange(num_images, device=images.device)[:, None]).sum(dim=1)
+    kept = kept_rows.new_full((num_images, max_keep), -1)
     kept[torch.arange(max_keep, device=kept.device) < counts[:, None]] = kept_rows
     return kept, counts
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU (N, M), in the order of operations of csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
+    """IoU (P, Q) of boxes (P, 4) and (Q, 4), with the operations of csrc/nms/nms_cpu.cpp; NaN if the union is 0."""
     area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])

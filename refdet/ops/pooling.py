@@ -5,7 +5,7 @@ Shape shorthand in this module:
     B: images in the batch
     C, H, W: channels, height and width of a feature map
     K: RoIs of the batch
-    m: cells on a side of a RoI
+    m: bins on a side of a RoI (csrc/ calls them cells)
 
 Feature maps (B, C, H, W) may have any floating dtype and memory format; channels_last is fastest, as others are copied
 into it. Sums and means are float32 (float64 for float64 maps). Results with and without the compiled kernels differ
@@ -14,7 +14,7 @@ inf may spread to other RoIs.
 
 RoIs (K, 5) are rows of image index and half-open xyxy box in pixels of the network's input; they get no gradient.
 Samples outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is sampled at its point or
-line, and a reversed box gives flipped cells; with adaptive sampling both give 0.
+line, and a reversed box gives flipped bins; with adaptive sampling both give 0.
 
 All functions raise:
     TypeError: the map or the RoIs are not floating point.
@@ -34,22 +34,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refdet.ops._library import DEVICES
-from refdet.ops.pooling_plain import MAX_CELLS, pool_plain
+from refdet.ops.pooling_plain import MAX_SIDE, pool_plain
 
-SAMPLING_RATIO = 2  # default number of samples on a side of a cell
+SAMPLING_RATIO = 2  # default number of samples on a side of a bin
 
 
 def roi_align(
     x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
-    """RoIAlign (He et al., "Mask R-CNN", 2017) with half-pixel alignment.
+    """RoIAlign (He et al., "Mask R-CNN", 2017), by default with half-pixel alignment.
 
     Args:
         x: (B, C, H, W) feature map; fastest in channels_last.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
-        size: cells on a side of a RoI, m.
+        size: bins on a side of a RoI, m.
         stride: of the feature map, in pixels of the network's input.
-        sampling_ratio: samples on a side of a cell, as in torchvision. 0 for adaptive sampling: ceil(RoI side / m) in
+        sampling_ratio: samples on a side of a bin, as in torchvision. 0 for adaptive sampling: ceil(RoI side / m) in
             positions of the map, at most 1024.
         aligned: as in torchvision. If False, coordinate 0 is the center of the map's first position instead of its
             edge, and RoIs are at least one position wide and high.
@@ -64,7 +64,7 @@ def roi_align(
 def roi_align_mean(
     x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int = SAMPLING_RATIO, aligned: bool = True
 ) -> Tensor:
-    """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
+    """Mean (K, C) of `roi_align` over its bins, without storing them; float32, or float64 for float64 maps."""
     rois = rois if aligned else _convert_unaligned(rois, stride)
     return _pool(x, rois, size, stride, sampling_ratio, crop=False, mean=True).flatten(1)
 
@@ -72,31 +72,31 @@ def roi_align_mean(
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     """Crop and resize as in the reference (lichengunc/mask-faster-rcnn).
 
-    Takes one bilinear sample per cell, the outermost ones on the edges of the RoI. Coordinate 0 is the center of the
+    Takes one bilinear sample per bin, the outermost ones on the edges of the RoI. Coordinate 0 is the center of the
     map's first position; the map is padded with zeros.
 
     Args:
         x: (B, C, H, W) feature map; fastest in channels_last.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
-        size: cells on a side of a RoI, m; at least 2.
+        size: bins on a side of a RoI, m; at least 2.
         stride: of the feature map, in pixels of the network's input.
 
     Returns:
         (K, C, m, m) in the dtype of the map, channels_last.
     """
-    return _pool(x, rois, size, stride, 1, crop=True, mean=False)
+    return _pool(x, rois, size, stride, sampling_ratio=1, crop=True, mean=False)
 
 
 def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """Mean (K, C) of `roi_crop` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _pool(x, rois, size, stride, 1, crop=True, mean=True).flatten(1)
+    """Mean (K, C) of `roi_crop` over its bins, without storing them; float32, or float64 for float64 maps."""
+    return _pool(x, rois, size, stride, sampling_ratio=1, crop=True, mean=True).flatten(1)
 
 
 class PyramidLevels(NamedTuple):
     """RoIs grouped by pyramid level.
 
     Attributes:
-        rows: indices of the RoIs of each level, finest first, ascending.
+        rows: for each level, finest first, the ascending indices of its RoIs.
         inverse: (K,) int64, position of each RoI in the concatenation of `rows`.
     """
 
@@ -104,7 +104,7 @@ class PyramidLevels(NamedTuple):
     inverse: Tensor
 
     def pad(self, count: int) -> PyramidLevels:
-        """Add RoIs on the coarsest level until there are `count`."""
+        """Assign added RoIs, with indices K to `count` - 1, to the coarsest level."""
         added = torch.arange(len(self.inverse), count, device=self.inverse.device)
         return PyramidLevels((*self.rows[:-1], torch.cat((self.rows[-1], added))), torch.cat((self.inverse, added)))
 
@@ -115,6 +115,7 @@ def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
         indices = torch.arange(len(rois), device=rois.device)
         return PyramidLevels((indices,), indices)
     sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
+    # 1e-6 keeps a side of exactly 224 pixels, or half or twice as many, on its level despite rounding
     level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
     level = level.nan_to_num(0).clamp(0, len(strides) - 1)
     order = level.argsort(stable=True)
@@ -140,7 +141,7 @@ def pyramid_roi_align(
     Args:
         maps: (B, C, Hi, Wi) feature maps, finest first.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
-        size: cells on a side of a RoI, m.
+        size: bins on a side of a RoI, m.
         strides: strides of the maps, each twice the one before, in pixels of the network's input.
         sampling_ratio: as in `roi_align`.
         aligned: as in `roi_align`.
@@ -162,7 +163,7 @@ def pyramid_roi_align_mean(
     aligned: bool = True,
     levels: PyramidLevels | None = None,
 ) -> Tensor:
-    """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
+    """Mean (K, C) of `pyramid_roi_align` over its bins, without storing them; float32, or float64 for float64 maps."""
     pool = partial(roi_align_mean, sampling_ratio=sampling_ratio, aligned=aligned)
     return _pool_by_level(maps, rois, size, strides, levels, pool)
 
@@ -209,12 +210,16 @@ class _Reorder(torch.autograd.Function):
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int, crop: bool, mean: bool) -> Tensor:
-    """Check the arguments and pool: (K, C, m, m) in the dtype of x, or (K, C, 1, 1) float32 or float64 if `mean`."""
+    """Check the arguments and pool.
+
+    Returns:
+        (K, C, m, m) in the dtype of x; if `mean`, (K, C, 1, 1) float32, or float64 for float64 maps.
+    """
     _check_rois(x, rois)
-    if not (2 if crop else 1) <= size <= MAX_CELLS:
-        raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MAX_CELLS} cells on a side, got {size}")
-    if not 0 <= sampling_ratio <= MAX_CELLS:
-        raise ValueError(f"RoI pooling needs 1 to {MAX_CELLS} samples on a side of a cell, or 0, got {sampling_ratio}")
+    if not (2 if crop else 1) <= size <= MAX_SIDE:
+        raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MAX_SIDE} bins on a side, got {size}")
+    if not 0 <= sampling_ratio <= MAX_SIDE:
+        raise ValueError(f"RoI pooling needs 1 to {MAX_SIDE} samples on a side of a bin, or 0, got {sampling_ratio}")
     if not 0 < stride < math.inf:
         raise ValueError(f"RoI pooling needs a stride above 0, got {stride}")
     values = x if x.dtype in (torch.float32, torch.float64, torch.bfloat16) else x.float()
@@ -226,6 +231,7 @@ def _pool(x: Tensor, rois: Tensor, size: int, stride: float, sampling_ratio: int
 
 
 def _check_rois(x: Tensor, rois: Tensor) -> None:
+    """Raise TypeError or ValueError unless x is a feature map and `rois` are RoIs on the same device."""
     if not (x.is_floating_point() and rois.is_floating_point()):
         raise TypeError(f"RoI pooling needs a floating-point feature map and RoIs, got {x.dtype} and {rois.dtype}")
     if x.dim() != 4:
@@ -242,8 +248,8 @@ if DEVICES:
     def _roi_pool_fake(
         x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool
     ) -> Tensor:
-        cells = 1 if mean else size
-        shape = (rois.shape[0], x.shape[1], cells, cells)
+        side = 1 if mean else size
+        shape = (rois.shape[0], x.shape[1], side, side)
         dtype = torch.float32 if mean else x.dtype
         return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 

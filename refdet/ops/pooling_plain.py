@@ -5,12 +5,12 @@ Shape shorthand in this module:
     B: images in the batch
     C, H, W: channels, height and width of the feature map
     K: RoIs of the batch
-    m: cells on a side of a RoI
-    n: samples on a side of a cell
+    m: bins on a side of a RoI
+    n: samples on a side of a bin
 
-A cell is a weighted sum of positions of the map; the weights are separable in x and y. With fixed sampling a cell reads
+A bin is a weighted sum of positions of the map; the weights are separable in x and y. With fixed sampling a bin reads
 few positions, so the sum is an embedding bag over the positions of a channels_last map, which PyTorch vectorizes along
-C. With adaptive sampling, and for the mean over cells, it reads many positions, so the sum is two matrix products.
+C. With adaptive sampling, and for the mean over bins, many positions are read, so the sum is two matrix products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_CELLS = 1024  # cells on a side of a RoI, and samples on a side of a cell
+MAX_SIDE = 1024  # limit of the bins on a side of a RoI, and of the samples on a side of a bin
 CHUNK = 64  # RoIs per matrix product, to bound the memory of intermediate results
 
 
@@ -31,11 +31,11 @@ def pool_plain(
     Args:
         x: (B, C, H, W); sums are float64 for float64 maps, otherwise float32.
         rois: (K, 5) image index and half-open xyxy in pixels of the network's input.
-        size: cells on a side of a RoI, m.
+        size: bins on a side of a RoI, m.
         stride: of the feature map, in pixels of the network's input.
-        sampling_ratio: samples on a side of a cell; 0 for adaptive.
-        crop: one sample per cell, from corner to corner, instead of RoIAlign.
-        mean: return the mean over the cells.
+        sampling_ratio: samples on a side of a bin; 0 for adaptive.
+        crop: instead of RoIAlign, one sample per bin, the outermost ones on the edges of the RoI.
+        mean: return the mean over the bins.
 
     Returns:
         (K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in the dtype of the sums; channels_last.
@@ -49,14 +49,14 @@ def pool_plain(
     if out_of_range.any():
         row = int(out_of_range.nonzero()[0])
         raise IndexError(f"RoI pooling: RoI {row} is on image {rois[row, 0].item():g} of a batch of {len(x)}")
-    cells = 1 if mean else size
+    side = 1 if mean else size
     if len(rois) == 0 or x.numel() == 0:  # the sum keeps the result differentiable
-        empty = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
+        empty = values.new_zeros((len(rois), x.shape[1], side, side)) + 0 * values.sum()
         return empty if mean else empty.to(x.dtype)
     if x.device.type != "cpu" and sampling_ratio and not crop and not mean:
         from torchvision.ops import roi_align  # imports torch's compiler, which takes a second
 
-        outside = -1e6 * stride
+        outside = -1e6 * stride  # coordinate far outside the map: RoIs with NaN or inf are to give 0
         finite_rois = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
         finite_rois = torch.cat((rois[:, :1], finite_rois), dim=1)
         pooled = roi_align(values, finite_rois, size, 1.0 / stride, sampling_ratio=sampling_ratio, aligned=True)
@@ -75,7 +75,7 @@ def pool_plain(
 
 
 def _taps(low: Tensor, high: Tensor, size: int, limit: int, sampling_ratio: int, crop: bool) -> tuple[Tensor, Tensor]:
-    """Positions that each cell reads along one axis of the map, and their weights, both (K, m, 2n).
+    """Positions that each bin reads along one axis of the map, and their weights, both (K, m, 2n).
 
     As in Caffe2 and torchvision, a RoIAlign sample up to one position outside the map has the value at the border;
     beyond, it is 0.
@@ -83,38 +83,38 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, sampling_ratio: int,
     Args:
         low: (K,) start of each RoI, in positions of the map.
         high: (K,) end of each RoI.
-        size: cells along the axis, m.
+        size: bins along the axis, m.
         limit: positions of the map along the axis.
         sampling_ratio: as in `pool_plain`.
         crop: as in `pool_plain`.
     """
     side = (high - low)[:, None, None]
-    adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MAX_CELLS)
-    samples_per_cell = torch.full_like(side, sampling_ratio) if sampling_ratio else adaptive
-    sample_in_cell = torch.arange(
-        sampling_ratio or max(int(samples_per_cell.max()), 1), device=low.device, dtype=low.dtype
+    adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MAX_SIDE)
+    samples_per_bin = torch.full_like(side, sampling_ratio) if sampling_ratio else adaptive
+    sample_in_bin = torch.arange(
+        sampling_ratio or max(int(samples_per_bin.max()), 1), device=low.device, dtype=low.dtype
     )
-    sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * samples_per_cell + sample_in_cell
+    sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * samples_per_bin + sample_in_bin
     if crop:
         position = low[:, None, None] + side * (sample / (size - 1))
         inside = (position > -1) & (position < limit)
         position = position.where(inside, 0)
     else:
-        position = low[:, None, None] - 0.5 + side * ((sample + 0.5) / (size * samples_per_cell))
-        inside = (position >= -1) & (position <= limit) & (sample_in_cell < samples_per_cell)
+        position = low[:, None, None] - 0.5 + side * ((sample + 0.5) / (size * samples_per_bin))
+        inside = (position >= -1) & (position <= limit) & (sample_in_bin < samples_per_bin)
         position = position.where(inside, 0).clamp(0, limit - 1)
     floor = position.floor()
     fraction = position - floor
-    cells = torch.stack((floor.long(), floor.long() + 1), dim=-1)
-    weights = torch.stack((1 - fraction, fraction), dim=-1) / samples_per_cell.clamp(min=1)[..., None]
-    weights = weights * (inside[..., None] & (cells >= 0) & (cells < limit))
-    return cells.clamp(0, limit - 1).flatten(2), weights.flatten(2)
+    positions = torch.stack((floor.long(), floor.long() + 1), dim=-1)
+    weights = torch.stack((1 - fraction, fraction), dim=-1) / samples_per_bin.clamp(min=1)[..., None]
+    weights = weights * (inside[..., None] & (positions >= 0) & (positions < limit))
+    return positions.clamp(0, limit - 1).flatten(2), weights.flatten(2)
 
 
 def _pool_with_embedding_bag(
     x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Pool cells (K, C, m, m) with positions and weights of `_taps` for x and y.
+    """Pool bins (K, C, m, m) with positions and weights of `_taps` for x and y.
 
     Args:
         x: (B, C, H, W) feature map.
@@ -122,24 +122,24 @@ def _pool_with_embedding_bag(
         across: positions and weights (K, m, 2n) along x.
         down: positions and weights (K, m, 2n) along y.
     """
-    (x_cells, x_weights), (y_cells, y_weights) = across, down
+    (xs, x_weights), (ys, y_weights) = across, down
     channels, height, width = x.shape[1:]
-    count, size, bag = len(image), x_cells.shape[1], x_cells.shape[2] * y_cells.shape[2]
+    count, size, bag = len(image), xs.shape[1], xs.shape[2] * ys.shape[2]
     first = image[:, None, None, None, None] * (height * width)
-    rows = first + y_cells[:, :, None, :, None] * width + x_cells[:, None, :, None, :]
+    rows = first + ys[:, :, None, :, None] * width + xs[:, None, :, None, :]
     weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
-    table = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a row per position
     pooled = F.embedding_bag(rows.reshape(-1, bag), table, per_sample_weights=weights.reshape(-1, bag), mode="sum")
     return pooled.reshape(count, size, size, channels).permute(0, 3, 1, 2)
 
 
-def _dense_weights(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
+def _dense_weights(positions: Tensor, weights: Tensor, limit: int) -> Tensor:
     """Weights (K, m, limit) of all positions of an axis, from positions and weights (K, m, 2n) of `_taps`."""
-    return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, cells, weights)
+    return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, positions, weights)
 
 
 def _pool_with_matmul(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Pool cells (K, C, m, m) with the weights of all columns (K, m, W) and rows (K, m, H)."""
+    """Pool bins (K, C, m, m) with the weights of all columns (K, m, W) and rows (K, m, H)."""
     channels, height, width = x.shape[1:]
     order, pooled = [], []
     for index, table in enumerate(x.permute(0, 2, 3, 1)):

@@ -67,11 +67,12 @@ def conv2d(
     if is_plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
     if torch.is_grad_enabled() and _crashes_onednn(x, weight, stride, padding, groups):
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)  # the same convolution
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)  # a 1x1 filter reads only these positions
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernels support a plain 3x3 convolution of these tensors, and are faster than PyTorch."""
     outputs, inputs = weight.shape[:2]
     return (
         x.device.type == "cpu"
@@ -89,7 +90,7 @@ def _crashes_onednn(
 ) -> bool:
     """Whether oneDNN would crash when it computes the gradient of the weights, as in PyTorch 2.14.1 with AVX-512.
 
-    Its kernel for strided 1x1 convolutions reads a full vector of input channels.
+    oneDNN's kernel for strided 1x1 convolutions reads a full vector of input channels, even if there are fewer.
     """
     pointwise = weight.shape[2:] == (1, 1) and padding in ((0, 0), "valid") and groups == 1
     return pointwise and max(stride) > 1 and weight.shape[1] < VECTOR and x.device.type == "cpu"

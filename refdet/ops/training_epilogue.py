@@ -1,8 +1,8 @@
 """`refdet.ops.epilogue.bias_relu` with gradients: bias, shortcut and ReLU in one pass over a convolution's output.
 
-As separate operators they read and write the output up to three times. PyTorch's sums in bfloat16 and float16 are
-rounded after each operator; here the sum is float32 and rounded once, and the bias keeps its float32 precision under
-autocast. In float32 the results are those of the separate operators.
+As separate operators, bias, shortcut and ReLU read and write the output up to three times. PyTorch's sums in bfloat16
+and float16 are rounded after each operator; here the sum is float32 and rounded once, and the bias keeps its float32
+precision under autocast. In float32 the results are those of the separate operators.
 
 Shape shorthand in this module:
 
@@ -25,8 +25,8 @@ from refdet.ops._library import DEVICES
 FUSED = frozenset({"cuda"}) & DEVICES  # device types on which training uses the fused pass; on CPUs it is not faster
 
 
-def is_fused_faster(device: torch.device) -> bool:
-    """Whether to train with `bias_relu` instead of separate operators on a device; False without gradients."""
+def is_fused_training(device: torch.device) -> bool:
+    """Whether gradients are enabled, and on this device `bias_relu` is faster than separate operators."""
     return device.type in FUSED and torch.is_grad_enabled()
 
 

@@ -279,7 +279,7 @@ def test_bfloat16_falls_back_to_float32_without_hardware_support(
 
 
 def test_out_of_memory_while_loading_is_a_runtime_failure(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_out_of_memory(*given: Any) -> Any:
+    def raise_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", raise_out_of_memory)

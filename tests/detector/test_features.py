@@ -13,7 +13,7 @@ from refdet.data.transforms import input_size, network_input
 from refdet.detector import optimize
 from refdet.detector.feature_names import check_features
 from refdet.detector.predictor import describe_boxes, detect_batch, start_describing, start_detecting
-from refdet.errors import InputError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 
 FEATURES = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
@@ -43,6 +43,17 @@ def test_features_of_given_boxes_equal_their_definitions(optimized: bool) -> Non
         name: (0, *found[name].shape[1:]) for name in found
     }
     assert found["spatial_fc7"].shape == (2, 256, 7, 7) and found["class_prob"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_with_nan_or_inf_is_refused_whichever_is_asked_for(name: str) -> None:
+    model = trained_model()
+    weight = model.head.box.score.weight if name == "class_prob" else model.backbone.conv1.weight
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    images, _ = some_images()
+    with pytest.raises(RuntimeFailure, match="contain NaN or inf"):
+        describe_boxes(model, images, BOXES, features=[name])
 
 
 def test_detections_have_the_features_of_their_boxes() -> None:

@@ -27,6 +27,7 @@ def reset_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pretend_built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
     """Set the devices that kernels were compiled for, and whether a GPU is visible."""
     monkeypatch.setattr(_library, "DEVICES", frozenset(devices))
+    monkeypatch.setattr(_library, "_is_built", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 
 
@@ -39,6 +40,30 @@ def test_a_gpu_without_kernels_is_warned_of_once(
         warn_without_cuda_kernels(device)
     first, second = (record.getMessage() for record in caplog.records)
     assert "no compiled kernels for cuda:0" in first and REBUILD in first and "cuda:1" in second
+
+
+@pytest.mark.parametrize(
+    ("devices", "is_built", "reason"),
+    [
+        (("cpu",), True, "no GPU or no nvcc was found when it was built"),
+        ((), True, "its compiled kernels do not load"),
+        ((), False, "it was installed without compiling them"),
+    ],
+)
+def test_the_reason_for_missing_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    devices: tuple[str, ...],
+    is_built: bool,
+    reason: str,
+) -> None:
+    pretend_built(monkeypatch, *devices, gpu=True)
+    monkeypatch.setattr(_library, "_is_built", lambda: is_built)
+    warn_without_cuda_kernels(FIRST)
+    assert f"because {reason}:" in caplog.text
+    if not devices:
+        state = "compiled, but they do not load" if is_built else "not compiled"
+        assert describe_kernels().startswith(f"kernels {state} (")
 
 
 def test_no_warning_with_kernels_on_a_cpu_or_when_switched_off(

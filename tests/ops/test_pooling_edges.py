@@ -115,7 +115,7 @@ def test_invalid_arguments_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="one device"):
         function(x, rois.to("meta"), 7, 8)
     for size in (0, -3, 5000):
-        with pytest.raises(ValueError, match="cells on a side"):
+        with pytest.raises(ValueError, match="bins on a side"):
             function(x, rois, size, 8)
     for stride in (0, -8, math.nan, math.inf):
         with pytest.raises(ValueError, match="stride"):
@@ -124,7 +124,7 @@ def test_invalid_arguments_are_refused(kind: str) -> None:
 
 def test_invalid_grids_are_refused() -> None:
     x, rois = torch.randn(1, 4, 6, 5), torch.tensor([[0, 1.0, 2, 30, 40]])
-    with pytest.raises(ValueError, match="cells on a side"):
+    with pytest.raises(ValueError, match="bins on a side"):
         roi_crop(x, rois, 1, 8)
     for samples in (-1, 5000):
         with pytest.raises(ValueError, match="samples"):
@@ -180,5 +180,5 @@ def test_pool5_of_the_head_is_the_mean_of_the_cells(pooling: str) -> None:
         maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
         torch.testing.assert_close(
-            model.head.pool5(maps, rois), model.head.pool_cells(maps, rois).mean((2, 3)), **CLOSE
+            model.head.pool5(maps, rois), model.head.spatial_pool5(maps, rois).mean((2, 3)), **CLOSE
         )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from refdet.ops import training_epilogue
 from refdet.ops.scaled_weight import scaled_weight
-from refdet.ops.training_epilogue import _BiasRelu, bias_relu, compute_dtype, is_fused_faster
+from refdet.ops.training_epilogue import _BiasRelu, bias_relu, compute_dtype, is_fused_training
 
 HALF = (torch.bfloat16, torch.float16)
 with_shortcut = pytest.mark.parametrize("with_shortcut", [False, True])
@@ -104,9 +104,9 @@ def test_a_sum_of_bfloat16_is_rounded_once() -> None:
 
 def test_fusion_needs_gradients_and_computes_in_the_dtype_of_autocast() -> None:
     cpu = torch.device("cpu")
-    assert is_fused_faster(cpu) and not is_fused_faster(torch.device("meta"))
+    assert is_fused_training(cpu) and not is_fused_training(torch.device("meta"))
     with torch.no_grad():
-        assert not is_fused_faster(cpu)
+        assert not is_fused_training(cpu)
     assert compute_dtype(cpu, torch.float32) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         found = [compute_dtype(cpu, dtype) for dtype in (torch.float32, torch.float64, torch.float16)]
