@@ -89,7 +89,8 @@ class CocoIndex:
         annotations: image id -> annotations in file order; every image has an entry.
         categories: category id -> name, in file order.
         raw: the parsed JSON.
-        dropped: human-readable descriptions of the annotations and polygons that were dropped.
+        dropped: what was dropped, human-readable: one line per annotation that is not used, or is used without some of
+            its polygons.
     """
 
     path: Path
@@ -105,7 +106,7 @@ class CocoIndex:
         """Read and validate an instances JSON.
 
         Annotations whose box is empty, not finite or entirely outside the image, and polygons with fewer than three
-        points, are dropped and described in ``dropped``. Their number is logged.
+        points, are dropped and described in ``dropped``. The number of such annotations is logged.
 
         Args:
             path: the file.
@@ -139,9 +140,9 @@ class CocoIndex:
         index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
-                "note: %s: %s (first: %s); refdet inspect lists them",
+                "note: %s: %s dropped, or used without some polygons (first: %s); refdet inspect lists all",
                 path,
-                format_count(len(dropped), "unusable annotation"),
+                format_count(len(dropped), "annotation"),
                 dropped[0],
             )
         if need_segmentation:
@@ -282,13 +283,12 @@ def _parse_annotations(
         segmentation, dropped_polygons = parse_segmentation(
             path, entry.get("segmentation"), what, (image.height, image.width)
         )
-        if dropped_polygons:
-            dropped.append(f"{what}: {dropped_polygons}")
         iscrowd = parse_iscrowd(path, entry, what)
-        reason = _box_problem(x, y, width, height, image)
-        if reason:
+        if reason := _box_problem(x, y, width, height, image):
             dropped.append(f"{what}: {reason}")
             continue
+        if dropped_polygons:
+            dropped.append(f"{what}: {dropped_polygons}")
         area = parse_area(path, entry.get("area", width * height), what)
         box = (float(x), float(y), float(x + width), float(y + height))
         by_image[image.id].append(Annotation(annotation_id, image.id, category_id, box, segmentation, area, iscrowd))

@@ -163,7 +163,7 @@ def test_annotations_without_area_or_outside_are_told_and_left_out(
     assert any("no area" in line for line in dropped) or any("outside" in line for line in dropped)
     caplog.clear()
     assert files.train(bad, tmp_path / "run").exit_code == 0
-    assert f"{bad}: {len(dropped)} unusable annotations" in caplog.text and dropped[0] in caplog.text
+    assert f"{bad}: {len(dropped)} annotations dropped" in caplog.text and dropped[0] in caplog.text
     done = files.extract(tmp_path / "a.h5", "--instances", bad, "--regions", "annotations")
     assert done.exit_code == 0 and json.loads(done.stdout)["errors"] == 0
     crowds = changed(files.split, tmp_path / "crowds.json", lambda t: [a.update(iscrowd=1) for a in t["annotations"]])

@@ -78,6 +78,14 @@ def test_boxes_that_are_none_are_left_out_and_listed(tmp_path: Path, bbox: list,
     assert len(index.dropped) == 1 and "annotation 7" in index.dropped[0] and reason in index.dropped[0]
 
 
+def test_the_number_of_dropped_annotations_counts_each_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = load(tmp_path, instances(bbox=[1, 1, 0, 4], segmentation=[[0, 0, 1, 1], *SQUARE]))
+    assert index.dropped == ["annotation 7: box has no area"] and "1 annotation dropped" in caplog.text
+    caplog.clear()
+    assert load(tmp_path, instances(segmentation=[[0, 0, 1, 1], *SQUARE])).annotations[3]
+    assert "unusable annotation" not in caplog.text and "used without some polygons" in caplog.text
+
+
 def test_boxes_over_the_border_stay_as_they_are(tmp_path: Path) -> None:
     [annotation] = load(tmp_path, instances(bbox=[-2, -2, 50, 5])).annotations[3]
     assert annotation.box == (-2, -2, 48, 3)

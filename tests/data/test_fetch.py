@@ -209,7 +209,9 @@ def test_annotations_in_a_tar_and_images_in_a_zip(site: Site, tmp_path: Path, sh
     assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", f"{url}/val2014.zip"]
     (tmp_path / "val2014.zip").unlink()
     (tmp_path / "val2014" / "1.jpg").touch()  # unpacked by the user
-    assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", ""]
+    results = fetch_data(tmp_path, items=items, wait=0)
+    assert [one.source for one in results] == ["", ""]
+    assert [path for one in results for path in one.files] == [tmp_path / outputs[0], tmp_path / "val2014"]
 
 
 @pytest.mark.usefixtures("published")

@@ -212,10 +212,27 @@ def test_examples_of_tensorflow_datasets(shapes_root: Path, coco: Path, tmp_path
     for path in source.iterdir():  # ids by box, and by the form's own
         if path.name.startswith("test"):
             path.write_text(path.read_text().replace('"id":', '"identifier":'))
-    convert_refer([source], tmp_path / "out", instances=coco)
+    (result,) = convert_refer([source], tmp_path / "out", instances=coco)
+    assert sum("sent is raw, as the source has only one of them" in note for note in result.notes) == 1
+    assert not any("raw is sent" in note for note in result.notes)
     found, contents = forms.load(tmp_path / "out", "refcoco+", "unc")
     without = ("ref_id", "file_name", "sent", "tokens")
     assert contents == instances and plain(found, without=without) == plain(refs, without=without)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (("refcoco", "unc"), "refcoco/unc: a part of the published dataset, so its size was not checked"),
+        (("refcoco", "mine"), "refcoco/mine: no size is published for this division, so it was not checked"),
+    ],
+)
+def test_why_the_size_was_not_checked(
+    shapes_root: Path, coco: Path, tmp_path: Path, pair: tuple[str, str], words: str
+) -> None:
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    (result,) = convert_refer([source], tmp_path / "out", "refcoco", pair[1], instances=coco)
+    assert not result.complete and [note for note in result.notes if "not checked" in note] == [words]
 
 
 def test_lines(shapes_root: Path, coco: Path, tmp_path: Path) -> None:

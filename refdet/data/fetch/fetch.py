@@ -35,11 +35,11 @@ class FetchedItem:
 
     Attributes:
         name: name of the item.
-        source: where it was downloaded from; "" if its files already existed.
-        sha256: of its archive; "" if its files already existed.
-        files: paths of its files.
-        verified: how the download was checked: "checksum", "published counts", "refs and instances alone" (they can be
-            read, but no counts are published) or "first bytes alone"; "" if its files already existed.
+        source: URL or path of the archive that was used; "" if the item's files already existed.
+        sha256: of the archive; "" if the item's files already existed.
+        files: paths of the item's files; of images that were unpacked already, the folder.
+        verified: how the archive was checked: "checksum", "published counts", "refs and instances alone" (they can be
+            read, but no counts are published) or "first bytes alone"; "" if the item's files already existed.
     """
 
     name: str
@@ -89,7 +89,8 @@ def fetch_data(
             if item in missing:
                 results.append(_fetch(out, item, mirror, wait))
             else:
-                results.append(FetchedItem(item.name, "", "", [out / name for name in item.outputs], ""))
+                files = _existing_files(out, item)
+                results.append(FetchedItem(item.name, source="", sha256="", files=files, verified=""))
         folder = out / "downloads"
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -120,9 +121,21 @@ def _group_name(item: Item) -> str:
 
 def is_fetched(out: Path, item: Item) -> bool:
     """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
-    if item.outputs[0].endswith(".zip") and _has_image(out / Path(item.outputs[0]).stem):
-        return True
-    return all((out / name).is_file() for name in item.outputs)
+    return all((out / name).is_file() for name in item.outputs) or _unpacked_images(out, item) is not None
+
+
+def _existing_files(out: Path, item: Item) -> list[Path]:
+    """Paths of the files of an item that `is_fetched`; the folder of images if there is no zip of them."""
+    files = [out / name for name in item.outputs]
+    folder = _unpacked_images(out, item)
+    return files if folder is None or files[0].is_file() else [folder]
+
+
+def _unpacked_images(out: Path, item: Item) -> Path | None:
+    """The folder in which the user has unpacked an item's zip of images, None if there is none."""
+    archive = out / item.outputs[0]
+    folder = archive.with_suffix("")
+    return folder if archive.suffix == ".zip" and _has_image(folder) else None
 
 
 def _has_image(folder: Path) -> bool:

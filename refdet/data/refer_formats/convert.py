@@ -192,7 +192,9 @@ def _make_plan(
         _matches_published(counts.get(split), expected) for split, expected in published.items()
     )
     notes += [*refs_notes, *instances_notes, *size_differences]
-    if not complete and not size_differences:
+    if not published:
+        notes.append("no size is published for this division, so it was not checked")
+    elif not complete and not size_differences:
         notes.append("a part of the published dataset, so its size was not checked")
     prefixed = [note if note.startswith(dataset + "/") else f"{dataset}/{split_by}: {note}" for note in notes]
     return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, prefixed), entries, instances)
@@ -202,7 +204,7 @@ def _merge_refs(
     pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
 ) -> tuple[list[SourceRef], list[str]]:
     """The refs of all files with their ids and with REFER's split names, and notes about changes and omissions."""
-    notes = [note for _, source in sources for note in source.notes]
+    notes = list(dict.fromkeys(note for _, source in sources for note in source.notes))
     for path, source in sources:
         resolve_ids(path, source, coco)
         for ref in source.refs:

@@ -2,7 +2,8 @@
 
 ``refcoco.json``, which its manual download script writes, has all refs of all datasets and all annotations of their
 images. Examples of the dataset itself, saved as a JSON list, have an entry per image with its objects, whose boxes are
-``ymin xmin ymax xmax`` relative to the image size in float32.
+``ymin xmin ymax xmax`` relative to the image size in float32. Their expressions have only
+``raw``, the text as typed.
 """
 
 from __future__ import annotations
@@ -93,7 +94,12 @@ def read_examples(path: Path, value: list[Any], split: str) -> Source:
                     box=object_row.box("bbox"),
                 )
             )
-    return Source("a list of TensorFlow Datasets' examples", refs, layouts=("normalized-yxyx",))
+    return Source(
+        "a list of TensorFlow Datasets' examples",
+        refs,
+        layouts=("normalized-yxyx",),
+        notes=["sent is raw, as the source has only one of them"],
+    )
 
 
 def _entries(row: Row, key: str) -> list[Row]:
