@@ -169,12 +169,13 @@ def check_refer_root(path: Path, dataset: str) -> None:
         _raise_wrong_kind("--refer-root", path, kind, "the REFER data folder")
 
 
-def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
+def check_new_file(option: str, path: Path, example: str, may_exist: bool = False) -> None:
     """Check that a file can be written.
 
     Args:
         option: the option, for error messages.
         path: the file to write.
+        example: a file name of the kind that is written, for error messages.
         may_exist: whether the path may be an existing store, to resume.
 
     Raises:
@@ -182,7 +183,7 @@ def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
     """
     _check_name(option, path)
     if not path.name or path.is_dir():
-        name = "features.h5" if path.name in ("", "..") else f"{path.name}.h5"
+        name = example if path.name in ("", "..") else path.name + Path(example).suffix
         raise InputError(f"{option} {path}: a folder; give a file name, such as {path / name}")
     if os.path.lexists(path):
         kind = kind_of(path)

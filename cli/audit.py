@@ -135,6 +135,7 @@ def command(
     for text in notes:
         note(f"note: {text}")
     unidentified = _unproven(result, content)
+    fix = "add or repair their files" if unidentified and content is not None else "compare them with --find-duplicates"
     if not unidentified and provenance_audit is not None:
         unidentified = _unproven_selection(provenance_audit, str(val_instances))
     unproven = "" if allow_unidentified else unidentified
@@ -145,8 +146,7 @@ def command(
     _raise_leaks(instances, result, provenance_audit, content)
     if unproven:
         raise RuntimeFailure(
-            f"{instances or detector}: not proven: {unproven}; compare them with --find-duplicates, or accept them "
-            "with --allow-unidentified"
+            f"{instances or detector}: not proven: {unproven}; {fix}, or accept them with --allow-unidentified"
         )
     if not as_json:
         echo_line()

@@ -50,7 +50,7 @@ def command(
     with one id or file name per line. Images are identified by the COCO number in their names, or else by their ids.
     """
     check_json("--instances", Path(instances), "an instances JSON or a list of images")
-    check_new_file("--out", Path(out))
+    check_new_file("--out", Path(out), "split.json")
     check_refer_root(Path(refer_root), "")
 
     from refdet.splits.build import build_split

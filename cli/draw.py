@@ -57,7 +57,7 @@ def command(
     """Draw the regions of an IMAGE, found by a detector or read from a store, and save the picture."""
     if (checkpoint is None) == (store is None):
         raise InputError("give either --checkpoint, to detect regions, or --store, to read them")
-    check_new_file("--out", out)
+    check_new_file("--out", out, "regions.png")
     check_device("--device", device)
 
     from dataclasses import replace

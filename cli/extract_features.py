@@ -181,7 +181,7 @@ def command(
         raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
     if boxes is None and box_format != "xywh":
         raise InputError(f"--box-format {box_format} is for --boxes; give these or omit it")
-    check_new_file("--out", out, may_exist=resume or part is not None)
+    check_new_file("--out", out, "features.h5", may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     if boxes is not None and kind_of(boxes) is not FileKind.STORE:

@@ -1,6 +1,6 @@
 """The simplest model of referring expressions: answer every sentence with the largest region of its image.
 
-Any model takes the place of `answer`; what it writes is what ``refdet evaluate-on-refer --predictions`` takes.
+To use your own model, replace `answer`. The output is for ``refdet evaluate-on-refer --predictions``.
 
     python examples/largest_region.py --features refcoco.h5 --refer-root data/refer --out answers.json
 """
@@ -16,7 +16,7 @@ from refer import REFER
 
 
 def answer(sentence: str, regions: Regions) -> int:
-    """Which region of the image the sentence means."""
+    """Return the index of the region that a sentence refers to."""
     sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
     return int(np.argmax(sides.prod(axis=1)))
 
@@ -32,9 +32,9 @@ options = parser.parse_args()
 refer = REFER(options.refer_root, options.dataset, options.split_by)
 predictions = []
 with store.open(options.features) as features:
-    known = set(features.image_ids.tolist())
+    image_ids = set(features.image_ids.tolist())
     for ref in refer.Refs.values():
-        if ref["image_id"] not in known or not len(features[ref["image_id"]]):
+        if ref["image_id"] not in image_ids or not len(features[ref["image_id"]]):
             continue
         regions, first = features[ref["image_id"]], features.rows(ref["image_id"]).start
         for sentence in ref["sentences"]:

@@ -1,13 +1,19 @@
-"""A small model of referring expressions that reads only stores of regions: words, features, places.
+"""A small model of referring expressions that reads only feature stores and REFER data.
 
-It learns from the train refs on the images of one store, and answers the sentences on the images of another:
+It trains on the train refs whose images are in one store, and answers the other refs whose images are in another:
 
     python examples/listener.py --train train.h5 --test test.h5 --refer-root data/refer --out answers.json
     refdet evaluate-on-refer --store test.h5 --refer-root data/refer ... --predictions answers.json --out metrics
 
-A region fits if the words that describe it fit its features ("red circle"), if it stands right among those that fit as
-well ("leftmost"), and if it stands right to what other words fit ("below the star"). So does MAttNet (Yu et al., 2018):
-subject, location, relation; and like there an auxiliary loss has the features tell the words said of their region.
+The score of a region is the sum of three terms, as in MAttNet (Yu et al., 2018):
+
+- subject: do its features match the words that describe the referent ("red circle")?
+- location: is it in the right place among the regions that match as well ("leftmost")?
+- relation: is it in the right place relative to the region that other words describe ("below the star")?
+
+As in MAttNet, an auxiliary loss has the model predict the words of a sentence from the features of its referent.
+
+Dimensions in comments: B sentences, L words of a sentence, I images, N regions of an image, V words of the vocabulary.
 """
 
 import argparse
@@ -26,174 +32,215 @@ from refdet import store
 from refdet.evaluation.metrics import box_iou
 from refer import REFER
 
-COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components that are kept: pool5 tells colors, fc7 categories
+COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components of each feature: pool5 has colors, fc7 categories
 MIN_SCORE, MAX_REGIONS = 0.3, 16
-NO_WORD, UNKNOWN = 0, 1
-# Their ids (s), images as places in a list (s), words (s, l), and which regions (s, n) they mean.
-Sentences = tuple[list[int], Tensor, Tensor, Tensor]
+PADDING, UNKNOWN = 0, 1  # word indices
+BATCH_SIZE, LEARNING_RATE = 32, 5e-3
 
 
 @dataclass
 class Image:
-    """Its place in the list, (n,) rows of its regions, (n, 4) boxes in its pixels, (h, w), name -> (n, d) features."""
+    """The regions of an image: index of the image, (N,) rows in the store, (N, 4) boxes, (H, W) and (N, C) features."""
 
-    place: int
+    index: int
     rows: np.ndarray
     boxes: np.ndarray
     size: tuple[int, int]
     features: dict[str, np.ndarray]
 
 
-def look(file: store.Store, image_id: int, place: int) -> Image:
-    """The likely regions of an image, best first, and of several on one object (IoU 0.5) the likeliest."""
-    regions, rows = file.read(image_id, tuple(COMPONENTS)), list[int]()
+@dataclass
+class Sentences:
+    """(B,) sentence ids, (B,) indices of their images, (B, L) words, and (B, N) whether a region is the referent."""
+
+    ids: list[int]
+    images: Tensor
+    words: Tensor
+    is_referent: Tensor
+
+
+def read_image(file: store.Store, image_id: int, index: int) -> Image:
+    """Read the regions with high scores, best first, and only the best of those that overlap with IoU 0.5 or more."""
+    regions, kept = file.read(image_id, tuple(COMPONENTS)), list[int]()
     for row in np.argsort(-regions.scores, kind="stable").tolist():
-        new = not rows or box_iou(regions.boxes[row], regions.boxes[rows]).max() < 0.5
-        if new and len(rows) < MAX_REGIONS and (regions.scores[row] >= MIN_SCORE or not rows):
-            rows.append(row)
-    kept = {name: np.asarray(values[rows], np.float32) for name, values in regions.features.items()}
-    of_file = np.array(rows, np.int64) + file.rows(image_id).start
-    return Image(place, of_file, regions.boxes[rows], (regions.height, regions.width), kept)
+        is_new = not kept or box_iou(regions.boxes[row], regions.boxes[kept]).max() < 0.5
+        if is_new and len(kept) < MAX_REGIONS and (regions.scores[row] >= MIN_SCORE or not kept):
+            kept.append(row)
+    features = {name: np.asarray(values[kept], np.float32) for name, values in regions.features.items()}
+    rows_in_store = np.array(kept, np.int64) + file.rows(image_id).start
+    return Image(index, rows_in_store, regions.boxes[kept], (regions.height, regions.width), features)
 
 
-class Senses:
-    """Features made small and even: their first principal components over the train regions, of variance 1."""
+class Preprocessor:
+    """Reduces features to their first principal components over the training regions, scaled to variance 1."""
 
     def __init__(self, images: Collection[Image]) -> None:
-        self.parts = {}
+        self.projections = {}
         for name, count in COMPONENTS.items():
             values = np.concatenate([image.features[name] for image in images]).astype(np.float64)
-            variance, axes = np.linalg.eigh(np.cov(values, rowvar=False))
-            best = np.argsort(-variance)[:count]
-            self.parts[name] = values.mean(0), axes[:, best] / np.sqrt(variance[best] + 1e-3 * variance.max())
+            variances, axes = np.linalg.eigh(np.cov(values, rowvar=False))
+            largest = np.argsort(-variances)[:count]
+            scaled_axes = axes[:, largest] / np.sqrt(variances[largest] + 1e-3 * variances.max())
+            self.projections[name] = values.mean(0), scaled_axes
 
     def __call__(self, images: Collection[Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """(i, n, d) features, (i, n, 5) center, size and log area in fifths of the image, (i, n) is there a region."""
-        features, places, there = [], [], []
+        """Return (I, N, C) features, (I, N, 5) positions and the (I, N) mask of regions, padded to the largest N.
+
+        A position is the center, width, height and log area of a box, relative to the image, times 5.
+        """
+        features, positions, masks = [], [], []
         for image in images:
-            told = [(image.features[name] - mean) @ axes for name, (mean, axes) in self.parts.items()]
-            features.append(torch.from_numpy(np.concatenate(told, axis=1)).float())
+            projected = [(image.features[name] - mean) @ axes for name, (mean, axes) in self.projections.items()]
+            features.append(torch.from_numpy(np.concatenate(projected, axis=1)).float())
             x1, y1, x2, y2 = (image.boxes / np.tile(image.size[::-1], 2)).T
-            area = np.log(((x2 - x1) * (y2 - y1)).clip(1e-4)) / 5
-            place = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, area], axis=1)
-            places.append(torch.from_numpy(5 * place).float())
-            there.append(torch.ones(len(place), dtype=torch.bool))
-        return pad_sequence(features, True), pad_sequence(places, True), pad_sequence(there, True)
+            log_area = np.log(((x2 - x1) * (y2 - y1)).clip(1e-4)) / 5
+            position = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, log_area], axis=1)
+            positions.append(torch.from_numpy(5 * position).float())
+            masks.append(torch.ones(len(position), dtype=torch.bool))
+        return pad_sequence(features, True), pad_sequence(positions, True), pad_sequence(masks, True)
 
 
 class Listener(nn.Module):
-    """Scores (b, n) of regions for sentences, and logits (b, n, words) of what each region might be called."""
+    """Scores the regions of an image for a sentence, and predicts the words for each region."""
 
     def __init__(self, words: int, features: int, width: int = 64) -> None:
         super().__init__()
-        self.words = nn.Embedding(words, width)
-        self.order = nn.GRU(width, width // 2, batch_first=True, bidirectional=True)
-        self.roles = nn.Linear(width, 4)  # describes the subject, the other thing; says where, in which relation
-        self.see = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, width))
-        self.names = nn.Linear(width, words)
-        self.standing = nn.Sequential(nn.Linear(11, 32), nn.Tanh(), nn.Linear(32, width))
+        self.embedding = nn.Embedding(words, width)
+        self.gru = nn.GRU(width, width // 2, batch_first=True, bidirectional=True)
+        # how much a word describes the subject, describes the related object, gives the location, gives the relation
+        self.roles = nn.Linear(width, 4)
+        self.encoder = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, width))
+        self.word_classifier = nn.Linear(width, words)
+        self.location = nn.Sequential(nn.Linear(11, 32), nn.Tanh(), nn.Linear(32, width))
         self.relation = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, width))
-        self.where, self.how = nn.Linear(width, width), nn.Linear(width, width)
+        self.location_query, self.relation_query = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, features: Tensor, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of regions, of what and of where a sentence says."""
-        said = (tokens != NO_WORD)[..., None]
-        context, _ = self.order(F.dropout(self.words(tokens), 0.1, self.training))
-        roles = self.roles(context)
-        describes = torch.sigmoid(roles[..., :2]) * said
-        asked = torch.einsum("blk,bld->kbd", roles[..., 2:].masked_fill(~said, -1e9).softmax(1), context)
-        called = self.names(self.see(features))
-        of_words = called.gather(2, tokens[:, None].expand(-1, features.shape[1], -1))  # (b, n, l)
-        # All describing words must fit, which is a product of probabilities.
-        subject, other = torch.einsum("bnl,blk->kbn", F.logsigmoid(of_words), describes)
-        apart = places[:, :, None] - places[:, None]
-        # How many of those that fit as well are further left, right, up, down, smaller, larger.
-        sides = torch.cat([apart[..., [0, 1, 4]], -apart[..., [0, 1, 4]]], -1) * apart.new_tensor([6, 6, 12] * 2)
-        rivals = (subject.exp() * there)[:, None] * (1 - torch.eye(there.shape[1]))
-        counts = torch.einsum("bijk,bij->bik", torch.sigmoid(sides), rivals)
-        standing = torch.einsum("bnd,bd->bn", self.standing(torch.cat([counts, places], -1)), self.where(asked[0]))
-        relation = torch.einsum("bijd,bd->bij", self.relation(torch.cat([apart, apart.abs()], -1)), self.how(asked[1]))
-        anchor = other.masked_fill(~there, -1e9).softmax(1)
-        total = subject + standing + torch.einsum("bij,bj->bi", relation, anchor)
-        return total.masked_fill(~there, -1e9), called
+    def forward(self, words: Tensor, features: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (B, N) scores of regions, and the (B, N, V) logits of the words that describe each region."""
+        is_word = (words != PADDING)[..., None]
+        context, _ = self.gru(F.dropout(self.embedding(words), 0.1, self.training))
+        roles = self.roles(context)  # (B, L, 4)
+        describes = torch.sigmoid(roles[..., :2]) * is_word
+        attention = roles[..., 2:].masked_fill(~is_word, -1e9).softmax(1)
+        location_query, relation_query = torch.einsum("blk,bld->kbd", attention, context)
+
+        word_logits = self.word_classifier(self.encoder(features))
+        logits_of_sentence = word_logits.gather(2, words[:, None].expand(-1, features.shape[1], -1))  # (B, N, L)
+        # a region must match all words that describe it: the log of a product of probabilities
+        subject, related = torch.einsum("bnl,blk->kbn", F.logsigmoid(logits_of_sentence), describes)
+
+        # how many of the other regions that match as well are further left, up, smaller, right, down, larger
+        offsets = positions[:, :, None] - positions[:, None]  # (B, N, N, 5)
+        signed_offsets = torch.cat([offsets[..., [0, 1, 4]], -offsets[..., [0, 1, 4]]], -1)
+        is_further = torch.sigmoid(signed_offsets * offsets.new_tensor([6, 6, 12] * 2))
+        rivals = (subject.exp() * mask)[:, None] * (1 - torch.eye(mask.shape[1]))
+        rival_counts = torch.einsum("bijk,bij->bik", is_further, rivals)
+        location_keys = self.location(torch.cat([rival_counts, positions], -1))
+        location = torch.einsum("bnd,bd->bn", location_keys, self.location_query(location_query))
+
+        relation_keys = self.relation(torch.cat([offsets, offsets.abs()], -1))
+        relation_to_each = torch.einsum("bijd,bd->bij", relation_keys, self.relation_query(relation_query))
+        is_related_object = related.masked_fill(~mask, -1e9).softmax(1)
+        relation = torch.einsum("bij,bj->bi", relation_to_each, is_related_object)
+        return (subject + location + relation).masked_fill(~mask, -1e9), word_logits
 
 
-def learn(seen: tuple[Tensor, Tensor, Tensor], heard: Sentences, words: int, seed: int, epochs: int) -> Listener:
-    """Train a listener on the sentences that mean at least one of the regions seen."""
+def train_listener(
+    regions: tuple[Tensor, Tensor, Tensor], sentences: Sentences, vocabulary_size: int, seed: int, epochs: int
+) -> Listener:
+    """Train a listener on the sentences whose referent is covered by a region."""
     torch.manual_seed(seed)
-    features, places, there = seen
-    _, images, tokens, right = heard
-    right = F.pad(right, (0, there.shape[1] - right.shape[1]))  # the images with most regions may have no sentence
-    model = Listener(words, features.shape[-1])
-    usable, batch, rate = right.any(1).nonzero()[:, 0], 32, 5e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * -(-len(usable) // batch))
+    features, positions, mask = regions
+    # images with more regions than all others may have no sentence
+    is_referent = F.pad(sentences.is_referent, (0, mask.shape[1] - sentences.is_referent.shape[1]))
+    model = Listener(vocabulary_size, features.shape[-1])
+    usable = is_referent.any(1).nonzero()[:, 0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    steps = epochs * -(-len(usable) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in range(epochs):
-        for chosen in usable[torch.randperm(len(usable))].split(batch):
-            said, meant, image = tokens[chosen], right[chosen], images[chosen]
-            scores, called = model(said, features[image], places[image], there[image])
-            choice = -scores.log_softmax(1).masked_fill(~meant, -1e9).logsumexp(1).mean()
-            names = torch.zeros(len(chosen), words).scatter_(1, said, 1.0)
-            best = called[torch.arange(len(chosen)), meant.float().argmax(1)]
-            naming = F.binary_cross_entropy_with_logits(best, names, reduction="sum") / len(chosen)
+        for batch in usable[torch.randperm(len(usable))].split(BATCH_SIZE):
+            words, target, image = sentences.words[batch], is_referent[batch], sentences.images[batch]
+            scores, word_logits = model(words, features[image], positions[image], mask[image])
+            region_loss = -scores.log_softmax(1).masked_fill(~target, -1e9).logsumexp(1).mean()
+            is_in_sentence = torch.zeros(len(batch), vocabulary_size).scatter_(1, words, 1.0)
+            logits = word_logits[torch.arange(len(batch)), target.float().argmax(1)]
+            word_loss = F.binary_cross_entropy_with_logits(logits, is_in_sentence, reduction="sum") / len(batch)
             optimizer.zero_grad()
-            (choice + 0.5 * naming).backward()
+            (region_loss + 0.5 * word_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
     return model.eval()
 
 
-def gather(refers: Sequence[REFER], images: dict[int, Image], words: dict[str, int], train: bool) -> Sentences:
-    """The sentences of the train refs, or of all others, on these images. Train sentences make their words known."""
-    found = []
-    for refer, ref in ((one, ref) for one in refers for ref in one.Refs.values()):
-        if (ref["split"] == "train") != train or ref["image_id"] not in images:
-            continue
-        image = images[ref["image_id"]]
-        x, y, w, h = refer.getRefBox(ref["ref_id"])
-        meant = torch.from_numpy(box_iou(np.array([x, y, x + w, y + h]), image.boxes)[0] >= 0.5)
-        for sentence in ref["sentences"]:
-            said = sentence["tokens"] or ["?"]
-            known = [words.setdefault(word, len(words)) if train else words.get(word, UNKNOWN) for word in said]
-            found.append((sentence["sent_id"], image.place, torch.tensor(known), meant))
-    if not found:
+def read_sentences(
+    refers: Sequence[REFER], images: dict[int, Image], vocabulary: dict[str, int], train: bool
+) -> Sentences:
+    """Read the sentences of the train refs, or of all other refs, on these images.
+
+    Words of train sentences are added to the vocabulary. Regions with IoU 0.5 or more count as the referent.
+    """
+    ids, indices, words, is_referent = [], [], [], []
+    for refer in refers:
+        for ref in refer.Refs.values():
+            if (ref["split"] == "train") != train or ref["image_id"] not in images:
+                continue
+            image = images[ref["image_id"]]
+            x, y, w, h = refer.getRefBox(ref["ref_id"])
+            covers = torch.from_numpy(box_iou(np.array([x, y, x + w, y + h]), image.boxes)[0] >= 0.5)
+            for sentence in ref["sentences"]:
+                tokens = sentence["tokens"] or ["?"]
+                if train:
+                    word_indices = [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]
+                else:
+                    word_indices = [vocabulary.get(token, UNKNOWN) for token in tokens]
+                ids.append(sentence["sent_id"])
+                indices.append(image.index)
+                words.append(torch.tensor(word_indices))
+                is_referent.append(covers)
+    if not ids:
         raise SystemExit(f"error: no {'train' if train else 'other'} sentence is about an image of the store")
-    sent_ids, places, tokens, right = zip(*found, strict=True)
-    return list(sent_ids), torch.tensor(places), pad_sequence(list(tokens), True), pad_sequence(list(right), True)
+    return Sentences(ids, torch.tensor(indices), pad_sequence(words, True), pad_sequence(is_referent, True))
 
 
 def main() -> None:
-    """Train and answer, as the command line says."""
+    """Train a listener on one store, and write its answers to the sentences on another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "test", "refer-root", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    about = "refcoco/unc and so on: it learns from the train refs of all, and answers the sentences of the first"
-    parser.add_argument("--refs", nargs="+", default=["refcoco/unc"], metavar="DATASET/SPLIT_BY", help=about)
+    help_text = "datasets, such as refcoco/unc: train on the train refs of all, and answer the other refs of the first"
+    parser.add_argument("--refs", nargs="+", default=["refcoco/unc"], metavar="DATASET/SPLIT_BY", help=help_text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
     refers = [REFER(options.refer_root, *name.split("/", 1)) for name in options.refs]
-    words = {"": NO_WORD, "?": UNKNOWN}
-    with store.open(options.train) as learnt, store.open(options.test) as asked:
-        if shared := set(learnt) & set(asked):
+    vocabulary = {"": PADDING, "?": UNKNOWN}
+    with store.open(options.train) as train_store, store.open(options.test) as test_store:
+        if shared := set(train_store) & set(test_store):
             parser.error(f"{options.train} and {options.test} share {len(shared)} images; test on others")
-        if lacking := set(COMPONENTS) - (set(learnt.feature_names) & set(asked.feature_names)):
+        if lacking := set(COMPONENTS) - (set(train_store.feature_names) & set(test_store.feature_names)):
             parser.error(f"a store lacks {' and '.join(sorted(lacking))}; extract both features")
-        seen, new = ({i: look(file, i, place) for place, i in enumerate(file)} for file in (learnt, asked))
-    train = gather(refers, seen, words, train=True)
-    senses = Senses(seen.values())
-    model = learn(senses(seen.values()), train, len(words), options.seed, options.epochs)
-    sent_ids, places, tokens, _ = gather(refers[:1], new, words, train=False)
-    rows, answers = [image.rows for image in new.values()], []
-    features, where, there = senses(new.values())
-    for sent_id, image, said in zip(sent_ids, places.tolist(), tokens, strict=True):
-        if len(rows[image]):  # else there is nothing to choose from
+        train_images = {image_id: read_image(train_store, image_id, i) for i, image_id in enumerate(train_store)}
+        test_images = {image_id: read_image(test_store, image_id, i) for i, image_id in enumerate(test_store)}
+    train_sentences = read_sentences(refers, train_images, vocabulary, train=True)
+    preprocess = Preprocessor(train_images.values())
+    regions = preprocess(train_images.values())
+    model = train_listener(regions, train_sentences, len(vocabulary), options.seed, options.epochs)
+
+    test_sentences = read_sentences(refers[:1], test_images, vocabulary, train=False)
+    features, positions, mask = preprocess(test_images.values())
+    rows, answers = [image.rows for image in test_images.values()], []
+    for sent_id, i, words in zip(test_sentences.ids, test_sentences.images.tolist(), test_sentences.words, strict=True):
+        if len(rows[i]):  # an image without regions has no answer
             with torch.inference_mode():
-                scores, _ = model(said[None], features[[image]], where[[image]], there[[image]])
-            answers.append({"sent_id": sent_id, "region": int(rows[image][scores[0].argmax()])})
+                scores, _ = model(words[None], features[[i]], positions[[i]], mask[[i]])
+            answers.append({"sent_id": sent_id, "region": int(rows[i][scores[0].argmax()])})
     options.out.write_text(json.dumps(answers), encoding="utf-8")
-    print(f"learned from {len(train[0])} sentences on {len(seen)} images; {len(answers)} answers in {options.out}")
+    print(
+        f"learned from {len(train_sentences.ids)} sentences on {len(train_images)} images; "
+        f"{len(answers)} answers in {options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import h5py
 
 with h5py.File(sys.argv[1]) as file:
-    names = {c["id"]: c["name"] for c in json.loads(file.attrs["classes"])}
+    names = {category["id"]: category["name"] for category in json.loads(file.attrs["classes"])}
     start = file["images/region_start"][:]
     print(f"images: {len(start) - 1}, regions: {start[-1]}, features: {', '.join(file['features'])}")
     for i in range(min(3, len(start) - 1)):
@@ -19,5 +19,5 @@ with h5py.File(sys.argv[1]) as file:
             file["features/fc7"][rows],
             strict=True,
         ):
-            place = " ".join(f"{side:6.1f}" for side in box)
-            print(f"  {names[category]:10} {score:.2f} {place}  |fc7| {(fc7**2).sum() ** 0.5:.2f}")
+            corners = " ".join(f"{coordinate:6.1f}" for coordinate in box)
+            print(f"  {names[category]:10} {score:.2f} {corners}  |fc7| {(fc7**2).sum() ** 0.5:.2f}")

@@ -14,65 +14,65 @@ import pytest
 
 from refdet.store import hdf5_access, hdf5_sandbox
 
-# Under nohup, or in the background of a script, these are ignored; tests send them.
+# Processes started with nohup or in the background of a script inherit ignored signals; the tests send both of these.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A file system in memory, and the free space that the tests need there.
+SHARED_MEMORY, REQUIRED_SPACE = Path("/dev/shm"), 8 * 2**30
 
-# A file system in memory, and the room that the tests need there.
-MEMORY, ROOM = Path("/dev/shm"), 8 * 2**30
+# Files that a GPU driver creates: without one of them, the tests do not import torch to look for GPUs.
+GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def pytest_configure() -> None:
-    """Keep temporary files in memory if there is room: tests write many small ones, and sync each, as refdet does."""
-    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM and _tells_writes_apart(MEMORY):
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    """Keep temporary files in memory if they fit: refdet fsyncs the many small files of the tests, slow on a disk."""
+    if not os.access(SHARED_MEMORY, os.W_OK) or shutil.disk_usage(SHARED_MEMORY).free < REQUIRED_SPACE:
+        return
+    if _has_fine_timestamps(SHARED_MEMORY):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
 
 
-def _tells_writes_apart(folder: Path) -> bool:
-    """Whether a file that is written twice at once has two times of modification, as on a disk that takes its time."""
+def _has_fine_timestamps(folder: Path) -> bool:
+    """Whether two writes in a row get different modification times, from which refdet sees that a file has changed."""
     with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as file:
         times = [file.write(b"x") and os.stat(file.name).st_mtime_ns for _ in range(2)]
     return times[0] != times[1]
 
 
-# Of a driver, so that looking for GPUs costs nothing where there are none.
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Compute on the CPU, with all fixtures and processes, unless a test is marked gpu or names another device.
+    """Hide the GPU from tests that are not marked gpu, and from their fixtures and subprocesses.
 
-    What is promised bit for bit is promised there.
+    Results are bitwise reproducible only on the CPU.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if item.get_closest_marker("gpu") is None and any(map(os.path.exists, DRIVERS)):
+        if item.get_closest_marker("gpu") is None and any(map(os.path.exists, GPU_DRIVER_FILES)):
             import torch
 
             if torch.cuda.is_available():
-                torch.cuda.init()  # this process has read the variable
+                torch.cuda.init()  # reads CUDA_VISIBLE_DEVICES: gpu tests of this process still see the GPUs
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")
                 patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first: with --dist loadfile, a long file that starts last is waited for alone."""
+    """Put files with slow tests first: with --dist loadfile, a slow file that starts last runs alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage seldom: each time, the million objects of the imports and of the tests themselves are looked at.
+    """Collect garbage rarely: each collection traverses a million objects of the imported modules and the tests.
 
-    They are not frozen, as counting frozen objects, which reading large files does, would look at them as well.
+    `gc.freeze` would not help: `refer.plain_files` calls `gc.get_freeze_count`, which traverses the frozen objects.
     """
     gc.set_threshold(50_000, 50, 50)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU, several, or the compiled kernels for it, where they are missing; and thorough tests."""
+    """Skip thorough tests unless requested, and gpu tests if GPUs or the compiled CUDA kernels are missing."""
     if item.get_closest_marker("thorough") and not os.environ.get("REFDET_THOROUGH"):
         pytest.skip("runs with REFDET_THOROUGH=1")
     mark = item.get_closest_marker("gpu")
@@ -85,14 +85,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if torch.cuda.device_count() < mark.kwargs.get("count", 1):
-        pytest.skip("not as many GPUs")
+        pytest.skip("too few GPUs")
     if mark.kwargs.get("kernels") and "cuda" not in DEVICES:
         pytest.skip("no CUDA kernels")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real COCO images and refs beside the repository, where there is one."""
+    """The folder of real COCO images and refs beside the repository; skips the test if there is none."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not (path / "data" / "coco_mini").is_dir():
         pytest.skip("no real data beside the repository")
@@ -101,7 +101,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small embedded dataset: COCO and REFER layouts with 60 train images."""
+    """The synthetic shapes dataset with 60 train images, in the layouts of COCO and REFER."""
     from refdet.data import shapes
 
     return shapes.write(tmp_path_factory.mktemp("shapes") / "data", seed=0, images=60)
@@ -109,17 +109,23 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def instances(shapes_root: Path) -> Path:
-    """The val instances of the embedded dataset."""
+    """The val instances file of the shapes dataset."""
     return shapes_root / "annotations" / "instances_val2014.json"
 
 
+@pytest.fixture(scope="session")
+def train_instances(shapes_root: Path) -> Path:
+    """The train instances of the embedded dataset."""
+    return shapes_root / "annotations" / "instances_train2014.json"
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What refdet remembers of files goes into a folder of the tests, in the processes that they start too."""
+def temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep refdet's cache in a temporary folder, also in subprocesses."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
-def opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look through stores in this process: one of its own for each of many files takes too long."""
+def check_hdf5_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check HDF5 files in this process: a subprocess for each of many files takes too long."""
     monkeypatch.setattr(hdf5_access, "check_in_subprocess", hdf5_sandbox.check_in_process)

@@ -1,4 +1,4 @@
-"""The Python API: `import refdet` brings little, its names are there, and all its examples run."""
+"""The Python API: `import refdet` is light, every public name can be imported, and all examples run."""
 
 from __future__ import annotations
 
@@ -31,29 +31,34 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder beside demo/, as the current one."""
+    """A temporary current directory with a link to demo/."""
     (tmp_path / "demo").symlink_to(demo / "demo")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_import_brings_nothing_large() -> None:
+def test_import_refdet_loads_no_large_package() -> None:
     code = "import refdet, sys; dir(refdet); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "refdet" in loaded and not loaded & {"torch", "numpy", "h5py", "PIL", "pandas", "yaml", "refer"}
 
 
-def test_each_name_is_found_in_a_fresh_process() -> None:
+def test_each_public_name_can_be_imported_and_is_in_dir() -> None:
     names = ", ".join(refdet.__all__)
     code = f"import refdet; before = dir(refdet); from refdet import {names}; assert {{*refdet.__all__}} <= {{*before}}"
-    # nor does a detector load what takes a second to import
-    code += "; import sys; from refdet.config import recipe; from refdet.detector.loading import build_on_meta"
-    code += "; build_on_meta(recipe.load('demo'), 9); assert not {'torchvision', 'torch._dynamo'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_type_checkers_see_the_names_that_python_finds() -> None:
+def test_building_a_detector_does_not_import_slow_packages() -> None:
+    names = ", ".join(refdet.__all__)
+    code = f"import sys; from refdet import {names}; from refdet.config import recipe"
+    code += "; from refdet.detector.loading import build_on_meta; build_on_meta(recipe.load('demo'), 9)"
+    code += "; assert not {'torchvision', 'torch._dynamo'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checking_imports_match_the_lazy_imports() -> None:
     tree = ast.parse(Path(inspect.getfile(refdet)).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {
@@ -65,20 +70,20 @@ def test_type_checkers_see_the_names_that_python_finds() -> None:
     assert seen == refdet._EXPORTS and sorted({*seen, "__version__"}) == sorted(refdet.__all__)
 
 
-def test_what_is_not_there_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'refdet' has no attribute 'detect'"):
         refdet.detect  # noqa: B018
     with pytest.raises(ImportError):
         from refdet import detect  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_packages_are_imported_as_ever() -> None:
+def test_subpackages_can_be_imported_beside_lazy_names() -> None:
     code = "from refdet import store, training; import refdet.splits; assert refdet.store is store and store.open"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_are_typed_and_their_options_keyword_only(name: str) -> None:
+def test_functions_are_annotated_and_documented_and_take_options_by_keyword(name: str) -> None:
     function = getattr(refdet, name)
     parameters = inspect.signature(function).parameters.values()
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
@@ -99,31 +104,32 @@ def test_examples_in_docstrings_run(folder: Path) -> None:
     }  # fmt: skip
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    tried = set()
+    run_examples = set()
     for name in (*FUNCTIONS, "Detector", "Regions", "RegionsDataset"):
         for example in finder.find(getattr(refdet, name), name, globs=names):
             if example.examples:
                 runner.run(example)
-                tried.add(example.name)
+                run_examples.add(example.name)
     assert runner.summarize().failed == 0
     methods = {"Detector.detect", "Detector.describe", "Regions.to_coco", "Regions.draw"}
-    assert tried == {*FUNCTIONS, "RegionsDataset", *methods}
+    assert run_examples == {*FUNCTIONS, "RegionsDataset", *methods}
 
 
-def _for_the_untrained(code: str) -> str:
-    """Code with fewer steps, and a threshold that a detector reaches which has learnt next to nothing."""
+def _for_untrained_detector(code: str) -> str:
+    """Reduce the training steps in an example, and the score threshold to one that an untrained detector exceeds."""
     code = code.replace('"train.steps=40"', '"train.steps=2", "model.zero_init_residual=true"')
     return code.replace("score_threshold=0.3", "score_threshold=0.01")
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_docs_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_in_the_docs_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6 and len(re.findall("```", page)) == 12
+    assert len(blocks) == 6  # and no fence of another kind:
+    assert len(re.findall("```", page)) == 12
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(_for_the_untrained(block), names)
+        exec(_for_untrained_detector(block), names)
     assert len(names["regions"]) and names["image"].size and (folder / "regions.png").exists()
     assert set(names["metrics"]["splits"]) == {"val"} and capsys.readouterr().out.startswith("Regions(image 0 ")
 
@@ -139,6 +145,6 @@ def test_the_notebook_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(folder / "examples")
     names: dict[str, Any] = {}
     for cell in code:
-        exec(_for_the_untrained("".join(cell["source"])), names)
+        exec(_for_untrained_detector("".join(cell["source"])), names)
     assert names["picture"].size == (names["regions"].width, names["regions"].height)
     assert len(names["regions"]) and len(names["found"]) == 4 and len(names["table"])

@@ -1,4 +1,4 @@
-"""Messages of errors, which processes send each other."""
+"""Texts of errors, also after copying and pickling: worker processes send them to the main process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from refdet.errors import ArgumentError, Interrupted, RefdetError, RuntimeFailur
         ),
         (ArgumentError("workers", "is 0"), "workers: is 0", "workers: is 0"),
         (UnusableImageError("1.jpg: damaged"), "1.jpg: damaged", "`strict`: 1.jpg: damaged"),
-        (UnusableImageError("1.jpg: damaged", fix="mend it"), "1.jpg: damaged", "`strict`: 1.jpg: damaged; mend it"),
+        (
+            UnusableImageError("1.jpg: damaged", fix="replace it"),
+            "1.jpg: damaged",
+            "`strict`: 1.jpg: damaged; replace it",
+        ),
         (Interrupted(), "", ""),
     ],
 )
-def test_the_fix_ends_the_text_of_an_error(error: RefdetError, message: str, text: str) -> None:
-    for same in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
-        assert type(same) is type(error) and (same.message, str(same)) == (message, text)
+def test_an_error_keeps_its_type_and_text_when_copied_or_pickled(error: RefdetError, message: str, text: str) -> None:
+    for equal in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(equal) is type(error) and (equal.message, str(equal)) == (message, text)

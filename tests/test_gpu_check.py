@@ -1,4 +1,4 @@
-"""The driver, the results and the records of the GPU check, and a rehearsal of some of its steps on the CPU."""
+"""`benchmarks/gpu`: the driver of the GPU check, its results and their record in docs/, and some steps on the CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ GPU = ROOT / "benchmarks" / "gpu"
 STEPS = {
     "good": "step.put('value', 1); step.check('one', True); step.goal('speed', 2.0, 1.0)",
     "bad": "step.check('two', False); step.check('three', True)",
-    "broken": "step.put('value', 1); raise ValueError('what a pity')",
-    "hanging": "step.put('value', 1); import subprocess; subprocess.run(['sleep', '60'])",
+    "broken": "step.put('value', 1); raise ValueError('a bug in the step')",
+    "hanging": "step.put('value', 1); import subprocess; subprocess.run('exec sleep 60 > $FIFO', shell=True)",
     "killed": "step.put('value', 1); import os; os.kill(os.getpid(), 9)",
     "absent": "step.put('skipped', 'no tool')",
     "busy": "[step.put('numbers', list(range(n % 500))) for n in range(10**9)]",
@@ -49,7 +49,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def steps(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of small steps, which the driver runs instead of its own."""
+    """A folder with the scripts in `STEPS`, which the driver runs instead of its own.
+
+    The group of a step is the first letter of its name.
+    """
     for name, code in STEPS.items():
         text = f"from results import run\ndef work(step):\n    {code}\nrun(work, '{name[0]}')\n"
         (tmp_path / f"{name}.py").write_text(text)
@@ -63,58 +66,70 @@ def read(out: Path, group: str) -> dict[str, Any]:
     return json.loads((out / f"{group}.json").read_text())
 
 
-def found(out: Path, name: str) -> dict[str, Any]:
+def step_result(out: Path, name: str) -> dict[str, Any]:
     return read(out, name[0])[name]
 
 
-def test_steps_are_judged_by_their_checks(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_fails_if_a_check_fails_or_it_crashes(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = steps / "out"
     names = ["good", "bad", "broken", "killed", "absent"]
     assert gpu.check.Check("cuda", out, names).run() == 1
-    assert {name: found(out, name)["status"] for name in names} == {
+    assert {name: step_result(out, name)["status"] for name in names} == {
         "good": "passed",
         "bad": "failed",
         "broken": "failed",
         "killed": "failed",
         "absent": "skipped",
     }
-    assert found(out, "killed")["value"] == 1 and "status -9" in found(out, "killed")["error"]
-    assert "what a pity" in found(out, "broken")["error"] and found(out, "broken")["value"] == 1
+    assert step_result(out, "killed")["value"] == 1 and "status -9" in step_result(out, "killed")["error"]
+    assert "a bug in the step" in step_result(out, "broken")["error"] and step_result(out, "broken")["value"] == 1
     printed = capsys.readouterr().out
     assert "FAILED: bad: two\n" in printed and "speed 2 (goal)" in printed and "no tool" in printed
     assert (out / "check.log").read_text() == printed
     assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
 
 
-def test_a_step_ends_at_its_limit_with_what_it_started(
+def test_a_step_is_killed_with_its_subprocesses_at_its_time_limit(
     gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu.check, "PLAN", (gpu.check.StepPlan("hanging", "h", 1.5),))
+    monkeypatch.setenv("FIFO", str(steps / "fifo"))
+    os.mkfifo(steps / "fifo")
+    reader = os.open(steps / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     assert gpu.check.Check("cuda", steps / "out", ["hanging"]).run() == 1
-    assert found(steps / "out", "hanging")["status"] == "timed out"
+    for _ in range(100):
+        try:
+            assert os.read(reader, 1) == b""  # no process has the FIFO open for writing any more
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the subprocess of the step is still running")
+    os.close(reader)
+    assert step_result(steps / "out", "hanging")["status"] == "timed out"
     assert "FAILED: hanging: timed out" in capsys.readouterr().out
 
 
-def test_a_late_step_is_skipped(gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_skipped_if_no_time_is_left(gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.check, "LATEST_START", -1.0)
     assert gpu.check.Check("cuda", steps / "out", ["good", "bad"]).run() == 0
-    assert found(steps / "out", "bad") == {"status": "skipped", "skipped": "no time was left"}
+    assert step_result(steps / "out", "bad") == {"status": "skipped", "skipped": "no time was left"}
 
 
-def test_a_step_that_is_timed_waits_for_those_beside_it(
+def test_a_benchmark_step_waits_until_steps_in_the_background_have_ended(
     gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plans = (("slow", True, False), ("good", False, False), ("timed", False, True))
     for name, code in (("slow", "import time; time.sleep(1.5)"), ("timed", "pass")):
         (steps / f"{name}.py").write_text(f"from results import run\nrun(lambda step: exec({code!r}), '{name[0]}')\n")
-    plan = tuple(gpu.check.StepPlan(n, n[0], 20, beside=beside, alone=alone) for n, beside, alone in plans)
-    monkeypatch.setattr(gpu.check, "PLAN", plan)
+    plan = gpu.check.StepPlan
+    plans = (plan("slow", "s", 20, beside=True), plan("good", "g", 20), plan("timed", "t", 20, alone=True))
+    monkeypatch.setattr(gpu.check, "PLAN", plans)
     assert gpu.check.Check("cuda", steps / "out", ["slow", "good", "timed"]).run() == 0
     lines = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert lines == ["slow", "good", "good: passed", "slow: passed", "timed", "timed: passed"]
 
 
-def test_without_a_gpu_nothing_else_is_tried(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_no_further_step_is_run(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (steps / "good.py").write_text(
         "from results import run\ndef work(step):\n    step.put('gpu', False); step.check('a GPU', False)\n"
         "import sys; sys.argv[0] = 'env.py'\nrun(work, 'env')\n"
@@ -123,8 +138,10 @@ def test_without_a_gpu_nothing_else_is_tried(gpu: Any, steps: Path, capsys: pyte
     assert "bad" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_cut_off_loses_nothing(gpu: Any, steps: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_driver_ends_its_step_and_leaves_complete_results(
+    gpu: Any, steps: Path, number: signal.Signals
+) -> None:
     out = steps / "out"
     script = f"""
 import sys; sys.path.insert(0, {str(GPU)!r})
@@ -134,21 +151,25 @@ run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); ru
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 30
-    while time.monotonic() < until and not ((out / "b.json").exists() and "numbers" in (out / "b.json").read_text()):
+    results = out / "b.json"
+    while time.monotonic() < until and not (results.exists() and "numbers" in results.read_text()):
         time.sleep(0.01)
-    process.send_signal(how)
+    process.send_signal(number)
     assert process.wait(20) != 0
-    while (writing := (out / "b.json").stat().st_mtime_ns) and time.monotonic() < until:
+    for _ in range(50):  # the step ends with the driver: it stops writing
+        written = results.stat().st_mtime_ns
         time.sleep(0.3)
-        if (out / "b.json").stat().st_mtime_ns == writing:
-            break  # the step ended with the driver
-    assert found(out, "good")["value"] == 1
-    numbers = found(out, "busy")["numbers"]
+        if results.stat().st_mtime_ns == written:
+            break
+    else:
+        pytest.fail("the step goes on without its driver")
+    assert step_result(out, "good")["value"] == 1
+    numbers = step_result(out, "busy")["numbers"]
     assert numbers == list(range(len(numbers)))
-    assert found(out, "busy")["status"] == ("stopped" if how == signal.SIGTERM else "running")
+    assert step_result(out, "busy")["status"] == ("stopped" if number == signal.SIGTERM else "running")
 
 
-def test_steps_of_a_group_may_write_at_once(gpu: Any, tmp_path: Path) -> None:
+def test_steps_of_a_group_can_write_their_results_concurrently(gpu: Any, tmp_path: Path) -> None:
     code = """
         import sys; from pathlib import Path
         from results import write_step
@@ -181,7 +202,7 @@ def write_results(folder: Path, **changes: Any) -> None:
         (folder / f"{group}.json").write_text(json.dumps(tree))
 
 
-def test_results_are_recorded_between_the_markers(gpu: Any, tmp_path: Path) -> None:
+def test_results_are_written_between_the_markers_of_the_page(gpu: Any, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
     write_results(tmp_path / "results")
     text = gpu.record.replace(page, gpu.record.rendered(tmp_path / "results"))
@@ -197,7 +218,7 @@ def test_results_are_recorded_between_the_markers(gpu: Any, tmp_path: Path) -> N
     assert gpu.record.replace(text, "nothing") == gpu.record.replace(page, "nothing")
 
 
-def test_a_rehearsal_is_not_recorded(gpu: Any, tmp_path: Path) -> None:
+def test_results_of_the_cpu_or_without_a_card_are_not_recorded(gpu: Any, tmp_path: Path) -> None:
     write_results(tmp_path / "a", env={"env": {"device": "cpu", "card": "none"}})
     with pytest.raises(SystemExit, match="rehearsal"):
         gpu.record.rendered(tmp_path / "a")
@@ -215,7 +236,7 @@ def test_a_checkout_without_an_installation_finds_the_commands(gpu: Any, tmp_pat
     assert done.stdout.strip() == str(ROOT / "cli" / "main.py"), done.stderr
 
 
-def test_requirements_are_packed_or_there(gpu: Any) -> None:
+def test_requirements_are_packed_and_found_missing_or_too_old(gpu: Any) -> None:
     packed = [gpu.pack.name_of(line) for line in gpu.pack.requirements()]
     assert {"pycocotools", "msgspec", "click", "lmdb"} <= set(packed) and not gpu.pack.ASSUMED & set(packed)
     assert all(gpu.bare.is_met(line) for line in gpu.pack.requirements())
@@ -235,8 +256,10 @@ def test_the_commit_is_unknown_without_git(gpu: Any, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_rehearsal(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One step is a process of its own, as ever; the others run in this one, which has imported torch."""
+def test_steps_and_the_sanitizer_case_run_on_the_cpu(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`env` runs in a subprocess of the driver, the others in this process, which has already imported torch."""
     out, work = tmp_path / "out", tmp_path / "work"
     command = [sys.executable, str(GPU / "check.py"), "--device", "cpu", "--out", str(out), "--work", str(work)]
     done = subprocess.run([*command, "--only", "env"], capture_output=True, text=True)

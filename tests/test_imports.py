@@ -1,4 +1,4 @@
-"""What a command needs to check its arguments is there before torch is."""
+"""Commands check their arguments before they import torch, which takes seconds."""
 
 import subprocess
 import sys
@@ -14,6 +14,6 @@ WITHOUT_TORCH = (
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_checking_an_argument_does_not_import_torch(module: str) -> None:
+def test_modules_for_checking_arguments_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

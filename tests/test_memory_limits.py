@@ -1,4 +1,4 @@
-"""Limits of memory that the tests set are reached, whatever else is in memory."""
+"""`helpers/memory_limits.py`: the limit is reached whatever else is allocated or cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 def allocates(device: str, *mebibytes: int) -> bool:
-    """Allocate the first of these sizes that is allowed; whether there is one."""
+    """Try to allocate each of these sizes until one succeeds; returns whether one did."""
     for size in mebibytes:
         try:
             torch.empty(size * MIB, dtype=torch.uint8, device=device)
@@ -22,8 +22,8 @@ def allocates(device: str, *mebibytes: int) -> bool:
 
 
 @on_devices
-@pytest.mark.parametrize("sizes", [(200,), (200, 100)], ids=["fixed", "less where memory is short"])
-def test_there_is_too_little_memory_in_the_block_and_enough_after_it(device: str, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("sizes", [(200,), (200, 100)], ids=["fixed-size", "smaller-if-out-of-memory"])
+def test_memory_is_too_little_in_the_block_and_enough_after_it(device: str, sizes: tuple[int, ...]) -> None:
     with memory_of(device) as memory:
         kept = torch.empty(50 * MIB, dtype=torch.uint8, device=device)
         cached = [torch.empty(300 * MIB, dtype=torch.uint8, device=device)]
@@ -36,7 +36,7 @@ def test_there_is_too_little_memory_in_the_block_and_enough_after_it(device: str
     assert allocates(device, 500)
 
 
-def test_a_computation_that_always_fits_is_an_error() -> None:
+def test_a_computation_that_fits_into_any_limit_is_an_error() -> None:
     with (
         memory_of("cpu") as memory,
         pytest.raises(AssertionError, match="is enough"),

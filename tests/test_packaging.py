@@ -1,3 +1,5 @@
+"""The wheel: it contains every module and data file, and works without the source tree and without a compiler."""
+
 import json
 import os
 import subprocess
@@ -10,13 +12,13 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# as pip does it, after another process for the metadata; -I: without the current folder
+# as pip builds a wheel; python -I keeps the current folder off sys.path
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built where no compiler works."""
+    """A wheel built without a working compiler."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("refdet", "refer", "cli", "csrc"):
@@ -46,8 +48,8 @@ def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
     assert found == expected
 
 
-def test_the_host_code_of_cuda_files_has_threads_too(tmp_path: Path) -> None:
-    """`at::parallel_for` is inline: without OpenMP in all files, one of two definitions is taken at random."""
+def test_nvcc_gets_the_openmp_flag_of_the_host_compiler(tmp_path: Path) -> None:
+    """`at::parallel_for` is inline: if only some files use OpenMP, the linker keeps one of two definitions."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
@@ -69,7 +71,7 @@ runpy.run_path({str(REPOSITORY / "setup.py")!r})
     assert flags["nvcc"] == ["-O3", *wanted] and bool(wanted) == sys.platform.startswith("linux")
 
 
-def test_the_wheel_works_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_the_wheel_works_without_the_source_tree(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     script = f"""
 import sys

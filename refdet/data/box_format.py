@@ -15,8 +15,8 @@ PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0  # units (`BoxFormat.unit`)
 # A box may exceed its image by so many pixels plus this fraction of the image's side.
 _SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02
 _TINY = 1.5  # a box that is read as pixels or thousandths but has no larger number is probably in fractions
-# Shares of boxes that do not fit the format, above which another one that fits better is named, and above which there is
-# a warning even if none does.
+# Shares of boxes that do not fit the format, above which another one that fits better is named, and above which there
+# is a warning even if none does.
 _NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25
 _MIN_BOXES = 20  # with so many boxes, at least one should use most of the range of its unit
 

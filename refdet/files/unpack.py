@@ -157,6 +157,8 @@ def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
         raise InputError(f"{name}: not a zip or tar archive; download it again") from None
     with tar:
         yield [_tar_member(tar, info, name) for info in tar if not info.isdir()]
+        while tar.fileobj is not None and tar.fileobj.read(2**20):
+            pass  # the checksum of the compressed data is compared at its end, which tarfile does not read
 
 
 def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Member:

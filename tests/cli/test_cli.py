@@ -1,9 +1,11 @@
+"""The `refdet` command itself: errors, exit codes, help, unknown commands and output."""
+
 import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import click
 import pytest
@@ -17,24 +19,22 @@ from refer import ReferError
 FREE_SPACE = "free some space and run it again (finished work is kept)"
 
 
-class Raises:
-    """Stands for a command that fails with whatever it is given."""
+RunRaising = Callable[..., Result]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
 
-    def __call__(self, error: BaseException, *args: str) -> Result:
+@pytest.fixture
+def run_raising(monkeypatch: pytest.MonkeyPatch) -> RunRaising:
+    """A function that makes `refdet inspect` raise an error, and runs it or other command words."""
+
+    def run(error: BaseException, *words: str) -> Result:
         @click.command("inspect")
         def command() -> None:
             raise error
 
-        self.monkeypatch.setattr("refdet.cli.inspect.command", command)
-        return CliRunner().invoke(main, args or ("inspect",))
+        monkeypatch.setattr("refdet.cli.inspect.command", command)
+        return CliRunner().invoke(main, words or ("inspect",))
 
-
-@pytest.fixture
-def raises(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raises]:
-    yield Raises(monkeypatch)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,16 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raises]:
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_an_error_is_one_line(raises: Raises, error: BaseException, code: int, line: str) -> None:
-    result = raises(error)
+def test_an_error_is_one_line_with_its_exit_code(
+    run_raising: RunRaising, error: BaseException, code: int, line: str
+) -> None:
+    result = run_raising(error)
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (code, "", f"error: {line}")
 
 
 @pytest.mark.parametrize("args", [("--debug", "inspect"), ("inspect", "--debug")])
-def test_debug_shows_the_traceback(raises: Raises, args: tuple[str, ...]) -> None:
-    result = raises(InputError("a.json: not there"), *args)
+def test_debug_shows_the_traceback(run_raising: RunRaising, args: tuple[str, ...]) -> None:
+    result = run_raising(InputError("a.json: not there"), *args)
     assert result.exit_code == 2
     assert "Traceback" in result.stderr and result.stderr.endswith("error: a.json: not there\n")
 
@@ -82,18 +84,18 @@ def test_debug_after_two_dashes_is_an_argument() -> None:
         ("trian", "train"),
     ],
 )
-def test_the_nearest_command_is_named(name: str, meant: str) -> None:
+def test_an_unknown_command_suggests_the_nearest(name: str, meant: str) -> None:
     result = CliRunner().invoke(main, [name])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {name}: no such command; did you mean {meant}? (see ")
 
 
-def test_nothing_is_named_where_nothing_is_near() -> None:
+def test_an_unknown_command_without_a_near_one_suggests_none() -> None:
     result = CliRunner().invoke(main, ["xyzzy"])
     assert result.exit_code == 2 and result.stderr.startswith("error: xyzzy: no such command (see ")
 
 
-def test_version_says_what_a_bug_report_needs() -> None:
+def test_version_shows_torch_the_device_and_the_kernels() -> None:
     import torch
 
     lines = CliRunner().invoke(main, ["--version"]).stdout.splitlines()
@@ -102,7 +104,7 @@ def test_version_says_what_a_bug_report_needs() -> None:
 
 
 @pytest.mark.parametrize("args", [["inspct"], ["inspect", "--no-such-option"], ["--no-such-option"], ["inspect"]])
-def test_a_wrong_command_line_is_one_line(args: list[str]) -> None:
+def test_a_usage_error_is_one_line_that_points_to_help(args: list[str]) -> None:
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -121,7 +123,7 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0 and f"Usage: main {command} " in result.stdout
 
 
-def test_without_a_command_it_shows_the_help() -> None:
+def test_without_a_command_the_help_is_shown() -> None:
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 2 and "extract-features" in result.stderr
 
@@ -133,14 +135,14 @@ from refdet.cli.main import main
 try:
     main(["--help"])
 finally:
-    heavy = {"torch", "numpy", "h5py", "pandas", "refer"} & set(sys.modules)
-    assert not heavy, heavy
+    loaded = {"torch", "numpy", "h5py", "pandas", "refer"} & set(sys.modules)
+    assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+def test_a_closed_pipe_has_its_own_exit_code_and_no_message() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "refdet", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
@@ -148,7 +150,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (OUTPUT_LOST, "")
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_echo_table_aligns_columns(capsys: pytest.CaptureFixture[str]) -> None:
     common.echo_table([("val", "0.95"), ("testA", "12")], header=("split", "recall"))
     assert capsys.readouterr().out == "split  recall\nval      0.95\ntestA      12\n"
     common.echo_table([], header=("split", "recall"))
@@ -157,7 +159,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         common.echo_table([("a", "b"), ("c",)])
 
 
-def test_json_and_notes_go_their_own_ways(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_goes_to_stdout_and_notes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     common.note("working")
     common.echo_json({"b": 1})
     out, err = capsys.readouterr()

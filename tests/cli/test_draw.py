@@ -1,8 +1,9 @@
-"""refdet draw: a picture of one image's regions, of a detector or a store."""
+"""`refdet draw`: a picture of the regions of one image, from a detector or a store."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_regions_of_a_store(store: Path, image: Path, tmp_path: Path) -> None:
+def test_regions_of_a_store_are_drawn_above_the_score_threshold(store: Path, image: Path, tmp_path: Path) -> None:
     result = run(image, "--store", store, "--out", tmp_path / "a.png", "--score-threshold", 0.87, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == {"out": str(tmp_path / "a.png"), "regions": 4, "drawn": 2}
@@ -41,20 +42,22 @@ def test_regions_of_a_store(store: Path, image: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
 
 
-def test_fewer_regions_and_no_masks(store: Path, image: Path, tmp_path: Path) -> None:
-    every = DETECTIONS[0]
-    best = int(every.scores.argmax())
+def test_max_regions_draws_the_best_regions_and_no_masks_only_boxes(store: Path, image: Path, tmp_path: Path) -> None:
+    detections = DETECTIONS[0]
+    best = [int(detections.scores.argmax())]
+    only_best = Regions(1, "", HEIGHT, WIDTH, detections.boxes[best], detections.scores[best],
+                        detections.category_ids[best], masks=(detections.masks[best[0]],))  # type: ignore[index]  # fmt: skip
     with Image.open(image) as source:
-        one = every.draw(source, max_regions=1)
-        rows = [best]
-        alone = Regions(1, "", HEIGHT, WIDTH, every.boxes[rows], every.scores[rows], every.category_ids[rows],
-                        masks=(every.masks[best],))  # type: ignore[index]  # fmt: skip
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(alone.draw(source)))
+        drawn = detections.draw(source, max_regions=1)
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(only_best.draw(source)))
+        without_masks = replace(only_best, masks=None).draw(source, names={1: "dog", 2: "cat"})
     result = run(image, "--store", store, "--out", tmp_path / "a.png", "--max-regions", 1, "--no-masks")
     assert "1 of 4 regions drawn" in result.stdout
+    with Image.open(tmp_path / "a.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(without_masks))
 
 
-def test_regions_of_a_detector(tmp_path: Path) -> None:
+def test_regions_of_a_detector_are_drawn_in_the_format_of_the_suffix(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -65,20 +68,20 @@ def test_regions_of_a_detector(tmp_path: Path) -> None:
         assert picture.size == (90, 60) and picture.format == "JPEG"
 
 
-def test_an_image_is_found_by_its_folders(tmp_path: Path) -> None:
-    def one(image_id: int, name: str) -> Regions:
-        of = DETECTIONS[1]
-        return Regions(image_id, name, HEIGHT, WIDTH, of.boxes, of.scores, of.category_ids)
-
-    store = write_store(tmp_path / "d.h5", [one(1, "a/x.png"), one(2, "b/x.png")])
+def test_an_image_is_found_by_its_folder_or_its_id(tmp_path: Path) -> None:
+    one_region = replace(DETECTIONS[1], image_id=1, file_name="a/x.png")
+    four_regions = replace(DETECTIONS[0], image_id=2, file_name="b/x.png")
+    store = write_store(tmp_path / "d.h5", [one_region, four_regions])
     for folder in ("a", "c"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / folder / "x.png")
-    assert run(tmp_path / "a" / "x.png", "--store", store, "--out", tmp_path / "1.png").exit_code == 0
+    result = run(tmp_path / "a" / "x.png", "--store", store, "--out", tmp_path / "1.png")
+    assert result.exit_code == 0 and "1 of 1 region" in result.stdout
     result = run(tmp_path / "c" / "x.png", "--store", store, "--out", tmp_path / "2.png")
     assert result.exit_code == 2 and "images 1 and 2 both fit the name x.png; give --image-id" in result.stderr
     args = ("--store", store, "--out", tmp_path / "2.png", "--image-id")
-    assert run(tmp_path / "c" / "x.png", *args, 2).exit_code == 0
+    result = run(tmp_path / "c" / "x.png", *args, 2)
+    assert result.exit_code == 0 and "4 of 4 regions" in result.stdout
     result = run(tmp_path / "c" / "x.png", *args[:3], tmp_path / "3.png", "--image-id", 7)
     assert result.exit_code == 2 and "has no image 7" in result.stderr
 
@@ -95,12 +98,13 @@ def test_an_image_is_found_by_its_folders(tmp_path: Path) -> None:
         (("--out", "x.png", "--store", "STORE"), "x.png exists"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_invalid_input_is_one_error_line_and_writes_no_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (WIDTH + 1, HEIGHT)).save("other.png")
-    Path("x.png").write_bytes(b"mine")
+    Path("x.png").write_bytes(b"an existing file")
     result = run("other.png", *(str(store) if arg == "STORE" else arg for arg in args))
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
-    assert not Path("new.png").exists() and not Path("new.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.png", "x.png"]
+    assert Path("x.png").read_bytes() == b"an existing file"

@@ -1,4 +1,4 @@
-"""refdet export: what it prints and refuses, and the record it leaves."""
+"""`refdet export`: its output, its errors and the provenance.json that it writes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,33 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, args)])
 
 
-def test_mattnet_from_the_command_line(tmp_path: Path) -> None:
-    dets, anns = write_store(tmp_path / "d.h5", DETECTIONS), write_store(tmp_path / "a.h5", ANNOTATIONS)
+def test_export_to_mattnet_records_its_sources_and_can_reuse_data_json(tmp_path: Path) -> None:
+    detections, annotations = write_store(tmp_path / "d.h5", DETECTIONS), write_store(tmp_path / "a.h5", ANNOTATIONS)
     out, root = tmp_path / "out", write_dataset(tmp_path / "refer")
-    data = ("--refer-root", root, "--dataset", "refcoco", "--split-by", "unc")
-    result = run("--store", dets, "--format", "mattnet", "--out", out, "--annotations", anns, *data, "--json")
+    refer_options = ("--refer-root", root, "--dataset", "refcoco", "--split-by", "unc")
+    result = run(
+        "--store",
+        detections,
+        "--format",
+        "mattnet",
+        "--out",
+        out,
+        "--annotations",
+        annotations,
+        *refer_options,
+        "--json",
+    )
     assert result.exit_code == 0, result.output
-    made = json.loads(result.stdout)
-    assert made["files"] == ["ann_feats.h5", "data.h5", "data.json", "det_feats.h5", "dets.json", "masks.json"]
+    printed = json.loads(result.stdout)
+    assert printed["files"] == ["ann_feats.h5", "data.h5", "data.json", "det_feats.h5", "dets.json", "masks.json"]
     assert "has no attribute words" in result.stderr
     record = json.loads((out / "provenance.json").read_text())
-    assert record["export"] == made and record["options"]["dataset"] == "refcoco"
-    for name, path in (("features", dets), ("annotations", anns)):
+    assert record["export"] == printed and record["options"]["dataset"] == "refcoco"
+    for name, path in (("features", detections), ("annotations", annotations)):
         source = record["sources"][name]
         assert source["file"] == path.name and source["provenance"] == PROVENANCE
         assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    again = run("--store", dets, "--format", "mattnet", "--out", tmp_path / "again", "--annotations", anns,
+    again = run("--store", detections, "--format", "mattnet", "--out", tmp_path / "again", "--annotations", annotations,
                 "--data-json", out / "data.json")  # fmt: skip
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "again" / "data.json").exists()
@@ -44,10 +55,10 @@ def test_mattnet_from_the_command_line(tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_npz_from_the_command_line(tmp_path: Path) -> None:
+def test_export_to_npz_creates_the_folder_and_records_the_options(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    dets = write_store(tmp_path / "d.h5", DETECTIONS)
-    result = run("--store", dets, "--format", "npz", "--out", out, "--names", "id", "--feature", "pool5")
+    detections = write_store(tmp_path / "d.h5", DETECTIONS)
+    result = run("--store", detections, "--format", "npz", "--out", out, "--names", "id", "--feature", "pool5")
     assert (result.exit_code, result.stdout.splitlines()[1].split()) == (0, ["npz", "3", "5", "*.npz"])
     assert {path.name for path in out.iterdir()} == {"3.npz", "4.npz", "5.npz", "provenance.json"}
     options = json.loads((out / "provenance.json").read_text())["options"]
@@ -73,28 +84,30 @@ def test_npz_from_the_command_line(tmp_path: Path) -> None:
         (["--format", "mattnet", "--annotations", "a.h5"], "--annotations: the rows of ann_feats.h5 need a data.json"),
     ],
 )
-def test_a_wrong_option_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:
-    dets = write_store(tmp_path / "d.h5", DETECTIONS)
+def test_an_option_that_does_not_fit_the_format_is_one_error_line(
+    tmp_path: Path, args: list[str], message: str
+) -> None:
+    detections = write_store(tmp_path / "d.h5", DETECTIONS)
     write_store(tmp_path / "a.h5", ANNOTATIONS)
     args = [str(tmp_path / arg) if arg == "a.h5" else arg for arg in args]
-    result = run("--store", dets, "--out", tmp_path / "out", *args)
+    result = run("--store", detections, "--out", tmp_path / "out", *args)
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    dets = write_store(tmp_path / "d.h5", DETECTIONS)
+def test_an_existing_out_folder_must_be_empty(tmp_path: Path) -> None:
+    detections = write_store(tmp_path / "d.h5", DETECTIONS)
     out = tmp_path / "out"
     out.mkdir()
-    assert run("--store", dets, "--format", "npz", "--out", out).exit_code == 0  # empty
+    assert run("--store", detections, "--format", "npz", "--out", out).exit_code == 0
     kept = sorted(out.iterdir())
-    result = run("--store", dets, "--format", "npz", "--out", out)
+    result = run("--store", detections, "--format", "npz", "--out", out)
     assert result.exit_code == 2 and "not an empty folder" in result.stderr and sorted(out.iterdir()) == kept
-    assert "not an empty folder" in run("--store", dets, "--format", "npz", "--out", dets).stderr
+    assert "not an empty folder" in run("--store", detections, "--format", "npz", "--out", detections).stderr
     assert "no such file" in run("--store", tmp_path / "no.h5", "--format", "npz", "--out", tmp_path / "o").stderr
 
 
-def test_exporting_needs_no_torch(tmp_path: Path) -> None:
+def test_exporting_does_not_import_torch(tmp_path: Path) -> None:
     script = (
         "import sys, refdet.store.export.mattnet, refdet.store.export.npz, refdet.store.export.lmdb; "
         "assert 'torch' not in sys.modules"

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP, whenever they come: exit code 130, one line, and nothing that swallows them."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command at any time with exit code 130 and one line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 from refdet.interrupt import SIGNALS, Stop, StopRequested, as_keyboard_interrupt
 
-# A module whose import takes its time, and that swallows what is raised meanwhile, as extension modules do.
-SWALLOWS = "import os, signal, sys\nfor _ in range(3):\n    try: import slow_part\n    except BaseException: pass\n"
-SLOW = "import os, signal, sys\nos.kill(os.getpid(), int(os.environ['NUMBER']))\nraise ImportError\n"
+# A module that swallows exceptions of its imports, as some extension modules do, and the module that it imports, during
+# whose import a signal arrives.
+SWALLOWS = "import os, signal, sys\nfor _ in range(3):\n    try: import signaled\n    except BaseException: pass\n"
+SIGNALED = "import os, signal, sys\nos.kill(os.getpid(), int(os.environ['NUMBER']))\nraise ImportError\n"
 
 
 def environment(*folders: Path, **more: str) -> dict[str, str]:
@@ -24,9 +25,11 @@ def environment(*folders: Path, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_during_an_import_is_not_swallowed(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_during_an_import_that_swallows_exceptions_ends_the_command(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     (tmp_path / "swallows.py").write_text(SWALLOWS)
-    (tmp_path / "slow_part.py").write_text(SLOW)
+    (tmp_path / "signaled.py").write_text(SIGNALED)
     code = (
         "import click, sys; import refdet.cli.main as m\n"
         "@click.command('inspect')\n"
@@ -41,7 +44,7 @@ def test_a_signal_during_an_import_is_not_swallowed(tmp_path: Path, number: sign
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_during_the_work_of_a_command(number: signal.Signals) -> None:
+def test_a_signal_ends_a_command_after_its_cleanup(number: signal.Signals) -> None:
     code = (
         "import click, os, sys; import refdet.cli.main as m\n"
         "@click.command('inspect')\n"
@@ -56,7 +59,7 @@ def test_a_signal_during_the_work_of_a_command(number: signal.Signals) -> None:
     assert done.stderr.split() == ["error:", "interrupted"]
 
 
-def test_a_signal_while_click_is_imported(tmp_path: Path) -> None:
+def test_a_signal_during_the_import_of_click_ends_the_command(tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     done = subprocess.run(
         [sys.executable, "-c", "import refdet.cli.main"], env=environment(tmp_path), capture_output=True, text=True
@@ -64,29 +67,29 @@ def test_a_signal_while_click_is_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-def press(number: int) -> None:
+def send_signal(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_stop_remembers_the_first_signal_and_cuts_nothing_short() -> None:
+def test_stop_remembers_the_first_signal_and_interrupts_nothing() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with Stop.watch() as stop:
         assert not stop.requested
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            press(number)
+            send_signal(number)
         assert stop.requested and stop.name == "SIGTERM"
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_stop_ends_a_wait(early: bool) -> None:
+@pytest.mark.parametrize("before_waiting", [True, False])
+def test_stop_interrupts_waiting_and_only_waiting(before_waiting: bool) -> None:
     with Stop.watch() as stop:
-        if early:
-            press(signal.SIGHUP)
+        if before_waiting:
+            send_signal(signal.SIGHUP)
         with pytest.raises(StopRequested), stop.interrupt_waits():
-            press(signal.SIGHUP)
+            send_signal(signal.SIGHUP)
             raise AssertionError("went on")
-        press(signal.SIGINT)  # outside it raises nothing
+        send_signal(signal.SIGINT)  # raises nothing outside interrupt_waits
     assert stop.name == "SIGHUP"
 
 
@@ -108,7 +111,7 @@ def test_a_signal_during_an_import_exits_even_if_stderr_is_a_broken_pipe(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     (tmp_path / "swallows.py").write_text(SWALLOWS)
-    (tmp_path / "slow_part.py").write_text(SLOW)
+    (tmp_path / "signaled.py").write_text(SIGNALED)
     code = (
         "import os\n"
         "from refdet.interrupt import exit_during_imports\n"
@@ -125,17 +128,17 @@ def test_a_signal_during_an_import_exits_even_if_stderr_is_a_broken_pipe(
     assert (done.returncode, done.stdout) == (130, "")
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop.watch() as stop, as_keyboard_interrupt():
-            press(signal.SIGHUP)
+            send_signal(signal.SIGHUP)
         assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_in_another_thread_nothing_changes() -> None:
+def test_signal_handlers_are_not_changed_outside_the_main_thread() -> None:
     handlers: list[object] = []
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""What is refused of --part and --ray before anything slow is imported, a line each."""
+"""Invalid values of --part and --ray, and a missing Ray, are one error line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVALUATE = ["evaluate", "--checkpoint", "run", "--images", "images", "--instance
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([*EXTRACT, "--part", "9/8"], "--part 9/8: the parts of 8 are 1/8 to 8/8; give the number of this part and of"),
         ([*EXTRACT, "--part", "0/8"], "--part 0/8: the parts of 8 are 1/8 to 8/8; give"),
@@ -29,17 +29,17 @@ EVALUATE = ["evaluate", "--checkpoint", "run", "--images", "images", "--instance
         ([*EVALUATE, "--ray", "head"], "--ray head: must be local, auto or HOST:PORT"),
     ],
 )
-def test_what_is_refused(arguments: list[str], says: str) -> None:
+def test_an_invalid_part_or_ray_address_is_one_error_line(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(main, arguments)
-    assert done.exit_code == 2 and done.stderr.startswith(f"error: {says}") and done.stderr.count("\n") == 1
+    assert done.exit_code == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
-def test_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    says = "Ray is not installed; install it with pip install 'refdet[ray]'"
+def test_without_ray_the_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "Ray is not installed; install it with pip install 'refdet[ray]'"
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find_spec(name, *a))
     done = CliRunner().invoke(main, [*EVALUATE, "--ray", "local"])
-    assert done.exit_code == 2 and done.stderr == f"error: --ray: {says}\n"
+    assert done.exit_code == 2 and done.stderr == f"error: --ray: {message}\n"
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
     with pytest.raises(InputError, match="`ray`: Ray is not installed"), connect("local", None):
         pass

@@ -1,4 +1,4 @@
-"""Of what is complete a line says so: of a part, and of a store before workers on a Ray cluster are started for it."""
+"""Extracting a complete part or store again says so and computes nothing; no Ray workers are started."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from refdet.errors import InputError
 from refdet.extraction import extract_on_ray
 
 
-def test_of_a_part_there_is_one_line(tmp_path: Path) -> None:
+def test_the_last_part_completes_the_store_and_complete_parts_say_so(tmp_path: Path) -> None:
     folder, out = DetectorFolder(tmp_path, 3), tmp_path / "a.h5"
-    for part, says in [
-        ("2/2", "part 2/2 was complete: 0 images, 0 regions\n"),
-        ("1/2", None),
-        ("2/2", f"{out} is complete: 3 images, 3 regions\n"),
-    ]:
+
+    def extract_part(part: str) -> str:
         done = folder.extract(out, "--part", part, "--regions", "annotations")
         assert done.exit_code == 0, done.output
-        assert done.stdout == says if says else "images/s" in done.stdout
+        return done.stdout
+
+    # the three images are one shard, which belongs to part 1
+    assert extract_part("2/2") == "part 2/2 was complete: 0 images, 0 regions\n"
+    assert "images/s" in extract_part("1/2")
+    assert extract_part("2/2") == f"{out} is complete: 3 images, 3 regions\n"
 
 
-def test_a_complete_store_needs_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_on_ray_starts_workers_only_if_images_can_be_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, out = DetectorFolder(tmp_path, 3), tmp_path / "a.h5"
     image = folder.images / "1.png"
     intact = image.read_bytes()
     image.write_bytes(intact[:60])
     assert folder.extract(out).exit_code == 0
 
-    def starts(address: str, device: str | None) -> NoReturn:
+    def fail_to_connect(address: str, device: str | None) -> NoReturn:
         raise InputError("workers are started")
 
-    monkeypatch.setattr(extract_on_ray, "connect", starts)
+    monkeypatch.setattr(extract_on_ray, "connect", fail_to_connect)
     done = folder.extract(out, "--ray", "local", "--resume")
-    assert done.exit_code == 0 and f"{out} is complete\n" in done.stderr
+    assert done.exit_code == 0 and f"{out} is complete\n" in done.stderr  # its broken image is still broken
     image.write_bytes(intact)
     done = folder.extract(out, "--ray", "local", "--resume")
     assert done.exit_code == 2 and "error: workers are started" in done.output

@@ -1,4 +1,4 @@
-"""The library names its arguments, and the command line the options that they are."""
+"""Messages of the library name its arguments, such as `images`; the command line prints them as options, --images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refdet.cli.option_names import as_options
 from refdet.errors import ArgumentError, InputError
 
 LIBRARY = Path(refdet.__file__).parent
-# What may have options: a command written out, of refdet or of another program.
+# a command line within a message, which may contain options
 COMMAND = re.compile(r"(refdet [a-z]+(-[a-z]+)*|pip install|docker run|ray start)\b[^`;,\n]*")
 OPTION = re.compile(r"(?<![\w-])--[a-z{]")
 ARGUMENT = re.compile(r"`[a-z_]+(\.\w+)*(=[^`\s]+)?`")
@@ -42,7 +42,7 @@ ARGUMENT = re.compile(r"`[a-z_]+(\.\w+)*(=[^`\s]+)?`")
             "--weights 'my runs/a', or --split-names 'it'\"'\"'s=NAME'",
         ),
         ("`split_names='test a'` `a.b=[1, 2]`", "--split-names 'test a' --set 'a.b=[1, 2]'"),
-        # not arguments: commands, keys without a value, names of files, several words
+        # not arguments: commands, keys without a value, and parts of paths
         ("finish it with `refdet train --resume`", "finish it with `refdet train --resume`"),
         ("check that `java -version` works", "check that `java -version` works"),
         ("`train.steps` is 3", "`train.steps` is 3"),
@@ -54,19 +54,19 @@ def test_arguments_become_options(text: str, printed: str) -> None:
     assert as_options(printed) == printed
 
 
-def test_errors_and_notes_are_printed_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_and_notes_of_refdet_are_printed_with_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert describe(InputError("`splits` dev: no such split"))[1] == "--split dev: no such split"
     assert describe(ArgumentError("max_regions", "must be 1 or more"))[1] == "--max-regions: must be 1 or more"
     common.note("note: `images` x: 3 files")
     assert capsys.readouterr().err == "note: --images x: 3 files\n"
-    for logger, printed in (("refdet.x", "--out"), ("torch.x", "`out`")):  # another's backquotes are its own
+    for logger, printed in (("refdet.x", "--out"), ("torch.x", "`out`")):
         common.NoteHandler().emit(logging.makeLogRecord({"name": logger, "msg": "`out` %s", "args": ("y",),
                                                          "levelno": logging.WARNING}))  # fmt: skip
         assert capsys.readouterr().err == f"{printed} y\n"
 
 
-def texts(path: Path) -> Iterator[str]:
-    """Every string of a module that is not a docstring, of an f-string with {} for its values."""
+def string_literals(path: Path) -> Iterator[str]:
+    """The strings of a module except docstrings; the values within f-strings are replaced by {}."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     skipped = parts | {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -79,21 +79,21 @@ def texts(path: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def messages() -> set[tuple[str, str]]:
-    """The strings of each module outside the commands."""
+    """Pairs of a module outside cli/ and a string in it."""
     return {
         (str(path.relative_to(LIBRARY)), text)
         for path in LIBRARY.rglob("*.py")
         if path.relative_to(LIBRARY).parts[0] != "cli"
-        for text in texts(path)
+        for text in string_literals(path)
     }
 
 
-def test_the_library_names_no_option_outside_a_command(messages: set[tuple[str, str]]) -> None:
+def test_messages_of_the_library_contain_options_only_within_commands(messages: set[tuple[str, str]]) -> None:
     assert len(messages) > 1000
-    assert not [(place, text) for place, text in messages if OPTION.search(COMMAND.sub("", text))]
+    assert not [(module, text) for module, text in messages if OPTION.search(COMMAND.sub("", text))]
 
 
-def test_every_argument_in_a_message_is_one_and_has_an_option(messages: set[tuple[str, str]]) -> None:
+def test_every_argument_in_a_message_exists_and_has_an_option(messages: set[tuple[str, str]]) -> None:
     options, arguments = {"--set"}, {"changes"}
     for name in COMMANDS:
         command = importlib.import_module(f"refdet.cli.{name.replace('-', '_')}").command
@@ -104,10 +104,10 @@ def test_every_argument_in_a_message_is_one_and_has_an_option(messages: set[tupl
                 arguments.add(node.arg)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field
                 arguments.add(node.target.id)
-    found = {(place, match[0]) for place, text in messages for match in ARGUMENT.finditer(text)}
-    assert len(found) > 50
-    for place, written in found:
+    named = {(module, match[0]) for module, text in messages for match in ARGUMENT.finditer(text)}
+    assert len(named) > 50
+    for module, written in named:
         printed = as_options(written)
-        assert printed.split(" ")[0] in options, (place, written, printed)
+        assert printed.split(" ")[0] in options, (module, written, printed)
         name = re.match(r"`(\w+)", written)[1]  # type: ignore[index]
-        assert name in arguments or "." in written, (place, written)
+        assert name in arguments or "." in written, (module, written)

@@ -1,4 +1,4 @@
-"""What is printed: no text of a foreign file reaches the terminal as it is, and closed streams harm nothing."""
+"""Printed text: control characters of untrusted files are escaped, and closed streams do not change exit codes."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ from refdet.structures.provenance import Provenance
 
 pytestmark = pytest.mark.slow
 
+# a name that would forge a line of output, clear the screen, set the title of the terminal and reverse text
 FORGED = "x\nproven: run was trained on this file\r\x1b[2J\x1b]0;title\x07\u202eevil\u2028\x9b31m\x7f\udcff"
-ANY = st.one_of(st.text(), st.text(st.characters(min_codepoint=0, max_codepoint=0x2FF)), st.just(FORGED))
+ANY_TEXT = st.one_of(st.text(), st.text(st.characters(min_codepoint=0, max_codepoint=0x2FF)), st.just(FORGED))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(ANY)
-def test_any_text_becomes_one_line_that_is_shown_as_it_is(text: str) -> None:
-    shown = escape_unprintable(text)
-    assert shown.isprintable() and escape_unprintable(shown) == shown
-    shown.encode()  # would fail at half characters
+@given(ANY_TEXT)
+def test_escaped_text_is_printable_and_printable_text_is_unchanged(text: str) -> None:
+    escaped = escape_unprintable(text)
+    assert escaped.isprintable() and escape_unprintable(escaped) == escaped
+    escaped.encode()  # raises for a lone surrogate
     if text.isprintable():
-        assert shown == text
+        assert escaped == text
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "escaped"),
     [
         ("a\nb", r"a\nb"),
         ("\x1b[31m", r"\x1b[31m"),
@@ -53,8 +54,8 @@ def test_any_text_becomes_one_line_that_is_shown_as_it_is(text: str) -> None:
         ("\udcff", r"\udcff"),
     ],
 )
-def test_how_it_is_written_out(text: str, shown: str) -> None:
-    assert escape_unprintable(text) == shown
+def test_unprintable_characters_become_escape_sequences(text: str, escaped: str) -> None:
+    assert escape_unprintable(text) == escaped
 
 
 def log_warning(text: str) -> None:
@@ -63,7 +64,7 @@ def log_warning(text: str) -> None:
     logger.warning("note: %s", text)
 
 
-def end(text: str) -> None:
+def fail_with(text: str) -> None:
     with pytest.raises(SystemExit):
         fail(InputError(text), debug=False)
 
@@ -73,15 +74,15 @@ PRINTERS: dict[str, Callable[[str], object]] = {
     "note": common.note,
     "table": lambda text: common.echo_table([("1", text)]),
     "log": log_warning,
-    "error": end,
+    "error": fail_with,
     "unexpected error": lambda text: common.note("error: " + describe(KeyError(text))[1]),
 }
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(ANY)
+@given(ANY_TEXT)
 @pytest.mark.parametrize("printer", PRINTERS)
-def test_every_way_of_printing_gives_one_line(printer: str, text: str) -> None:
+def test_any_text_is_printed_on_one_line(printer: str, text: str) -> None:
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         PRINTERS[printer](text)
     written = out.getvalue() + err.getvalue()
@@ -89,15 +90,15 @@ def test_every_way_of_printing_gives_one_line(printer: str, text: str) -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(ANY)
-def test_json_has_no_control_characters_and_loses_nothing(text: str) -> None:
+@given(ANY_TEXT)
+def test_json_output_is_printable_and_lossless(text: str) -> None:
     with redirect_stdout(io.StringIO()) as out:
         common.echo_json({text: [text]})
     assert all(line.isprintable() for line in out.getvalue().split("\n"))
     assert json.loads(out.getvalue()) == {text: [text]}
 
 
-def run_directory(folder: Path, provenance: Provenance) -> Path:
+def write_run_directory(folder: Path, provenance: Provenance) -> Path:
     folder.mkdir()
     tree = {"recipe": {}, "categories": [{"id": 1, "name": FORGED}], "step": 5, "provenance": provenance.to_json()}
     (folder / "model.json").write_text(json.dumps(tree))
@@ -105,53 +106,59 @@ def run_directory(folder: Path, provenance: Provenance) -> Path:
     return folder
 
 
-def test_a_run_directory_cannot_forge_lines(tmp_path: Path) -> None:
+def test_a_run_directory_cannot_forge_output_lines(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val")]})
     excluded = {"refcoco/unc/val": {"images": 1, "found": 0}, f"refcoco/unc/{FORGED}": {"images": 1, "found": 0}}
     provenance = Provenance(FORGED, "ab", 1, 1, "cd", excluded, note=FORGED)
-    run = run_directory(tmp_path / "run", provenance)
-    for args in (["audit", "--checkpoint", run, "--refer-root", root], ["inspect", run],
-                 ["audit", "--checkpoint", run_directory(tmp_path / "b", replace(provenance, weights=FORGED)),
-                  "--refer-root", root]):  # fmt: skip
+    run = write_run_directory(tmp_path / "run", provenance)
+    from_weights = write_run_directory(tmp_path / "from_weights", replace(provenance, weights=FORGED))
+    for args in (
+        ["audit", "--checkpoint", run, "--refer-root", root],
+        ["inspect", run],
+        ["audit", "--checkpoint", from_weights, "--refer-root", root],
+    ):
         done = CliRunner().invoke(main, list(map(str, args)))
-        # in an error, which may come of a library and have lines of its own, a new line becomes a blank
+        # errors of libraries may have several lines, so that a newline within an error becomes a space
         assert r"proven: run was trained on this file" in done.output and r"\x1b]0;title\x07\u202eevil" in done.output
         lines = done.output.split("\n")
         assert all(line.isprintable() and not line.startswith("proven:") for line in lines)
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> dict[int, list[str]]:
-    """Command lines of audits that end with 0 and with 1."""
+def audit_commands(tmp_path: Path) -> dict[int, list[str]]:
+    """Command lines of an audit that finds no leak, and of one that does, by their exit codes, 0 and 1."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val")]})
-    clean, leaking = (write(tmp_path / f"{name}.json", coco(ids, [])) for name, ids in (("a", [3, 4]), ("b", [2, 3])))
-    begin = [sys.executable, "-m", "refdet", "audit", "--refer-root", str(root), "--instances"]
-    return {0: [*begin, str(clean)], 1: [*begin, str(leaking)]}
+    clean = write(tmp_path / "clean.json", coco([3, 4], []))
+    leaking = write(tmp_path / "leaking.json", coco([2, 3], []))
+    command = [sys.executable, "-m", "refdet", "audit", "--refer-root", str(root), "--instances"]
+    return {0: [*command, str(clean)], 1: [*command, str(leaking)]}
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)])
-@pytest.mark.parametrize("verdict", [0, 1])
-def test_closed_streams_do_not_change_the_verdict(
-    audited: dict[int, list[str]], verdict: int, closed: tuple[int, ...]
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_closed_streams_do_not_change_the_exit_code(
+    audit_commands: dict[int, list[str]], exit_code: int, closed: tuple[int, ...]
 ) -> None:
-    ends = " ".join(f"{number}>&-" for number in closed)
-    done = subprocess.run(["bash", "-c", f'"$@" {ends}', "bash", *audited[verdict]], capture_output=True, text=True)
-    assert done.returncode == verdict and "Traceback" not in done.stderr + done.stdout
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {redirections}', "bash", *audit_commands[exit_code]], capture_output=True, text=True
+    )
+    assert done.returncode == exit_code and "Traceback" not in done.stderr + done.stdout
 
 
-def test_a_reader_that_goes_away_is_no_leak(audited: dict[int, list[str]]) -> None:
+def test_a_closed_pipe_is_not_reported_as_a_leak(audit_commands: dict[int, list[str]]) -> None:
     for stream in ("stdout", "stderr"):
         read, write = os.pipe()
         os.close(read)
         other = "stderr" if stream == "stdout" else "stdout"
-        done = subprocess.run(audited[0], **{stream: write, other: subprocess.PIPE})  # type: ignore[call-overload]
+        done = subprocess.run(audit_commands[0], **{stream: write, other: subprocess.PIPE})  # type: ignore[call-overload]
         os.close(write)
         assert done.returncode == (OUTPUT_LOST if stream == "stdout" else 0)
         assert b"Traceback" not in (getattr(done, other) or b"") and b"Exception" not in (getattr(done, other) or b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_behind_stdout_is_no_leak(audited: dict[int, list[str]]) -> None:
+def test_stdout_on_a_full_disk_is_not_reported_as_a_leak(audit_commands: dict[int, list[str]]) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(audited[0], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(audit_commands[0], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == OUTPUT_LOST and b"Traceback" not in done.stderr

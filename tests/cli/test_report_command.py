@@ -1,4 +1,4 @@
-"""refdet report: one page of whatever there is, and what it refuses."""
+"""`refdet report`: pages from some or all of its inputs, and its errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def run(*args: object) -> Result:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """A store, a REFER folder, images, answers (the first is wrong) and metrics, in a folder."""
+def folder(tmp_path: Path) -> Path:
+    """A folder with the store d.h5, a REFER folder, images/ and detection.json, metrics of a detector."""
     write_store(tmp_path / "d.h5", DETECTIONS)
     write_dataset(tmp_path / "refer")
     (tmp_path / "images").mkdir()
@@ -33,18 +33,19 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_store_alone(work: Path) -> None:
-    result = run("--store", work / "d.h5", "--out", work / "r.html", "--json")
+def test_report_on_a_store_alone(folder: Path) -> None:
+    result = run("--store", folder / "d.h5", "--out", folder / "r.html", "--json")
     assert result.exit_code == 0, result.stderr
-    page = (work / "r.html").read_text(encoding="utf-8")
-    assert json.loads(result.stdout) == {"out": str(work / "r.html"), "bytes": len(page.encode())}
-    for text in ("d.h5", "cannot be read", "COCO_train2014_000000000005.jpg", "1.0 to", "Detector of"):
-        assert (text in page) == (text != "1.0 to"), text
+    page = (folder / "r.html").read_text(encoding="utf-8")
+    assert json.loads(result.stdout) == {"out": str(folder / "r.html"), "bytes": len(page.encode())}
+    for text in ("d.h5", "cannot be read", "COCO_train2014_000000000005.jpg", "Detector of"):
+        assert text in page, text
+    assert "1.0 to" not in page  # the last bin of scores ends at 1.0
     assert "image/jpeg" not in page and "Referring expressions" not in page
 
 
 @pytest.mark.parametrize("name", ["", "model.json", "model.safetensors"])
-def test_a_run_may_be_given_by_a_file_in_it(tmp_path: Path, name: str) -> None:
+def test_a_run_can_be_given_by_its_folder_or_a_file_in_it(tmp_path: Path, name: str) -> None:
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     (run_folder / "model.safetensors").write_bytes(b"weights")
@@ -55,58 +56,58 @@ def test_a_run_may_be_given_by_a_file_in_it(tmp_path: Path, name: str) -> None:
     assert "demo recipe, 40 steps" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_metrics_of_evaluate_alone(work: Path) -> None:
-    assert run("--metrics", work / "detection.json", "--out", work / "r.html").exit_code == 0
-    assert "0.870" in (work / "r.html").read_text(encoding="utf-8")
+def test_report_on_metrics_of_evaluate_alone(folder: Path) -> None:
+    assert run("--metrics", folder / "detection.json", "--out", folder / "r.html").exit_code == 0
+    assert "0.870" in (folder / "r.html").read_text(encoding="utf-8")
 
 
-def test_a_store_with_all_that_belongs_to_it(work: Path) -> None:
-    """It is evaluated, and wrong answers stand beside the right region."""
-    sentences = [s for ref in json.loads(json.dumps(refs(work))) for s in ref["sentences"]]
+def test_report_on_a_store_with_refer_images_and_answers(folder: Path) -> None:
+    """The store is evaluated on REFER, and wrong answers are drawn beside the referents."""
+    sentences = [sentence for ref in refs_of_testb(folder) for sentence in ref["sentences"]]
     answers = [{"sent_id": sentence["sent_id"], "box": [0, 0, 1, 1]} for sentence in sentences]
-    (work / "answers.json").write_text(json.dumps(answers))
+    (folder / "answers.json").write_text(json.dumps(answers))
     result = run(
-        "--store", work / "d.h5", "--refer-root", work / "refer", "--dataset", "refcoco", "--split-by", "unc",
-        "--images", work / "images", "--predictions", work / "answers.json", "--out", work / "r.html",
+        "--store", folder / "d.h5", "--refer-root", folder / "refer", "--dataset", "refcoco", "--split-by", "unc",
+        "--images", folder / "images", "--predictions", folder / "answers.json", "--out", folder / "r.html",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    page = (work / "r.html").read_text(encoding="utf-8")
+    page = (folder / "r.html").read_text(encoding="utf-8")
     for text in ("refcoco unc testB", "Wrong answers", "answer: IoU", "Where the detector errs", "By category"):
         assert text in page, text
     assert f"{len(answers)} of {len(answers)} answers are wrong" in page and page.count("image/jpeg") > len(answers) / 2
 
 
-def refs(work: Path) -> list[dict]:
+def refs_of_testb(folder: Path) -> list[dict]:
     from refer import REFER
 
-    return [ref for ref in REFER(work / "refer", "refcoco", "unc").data["refs"] if ref["split"] == "testB"]
+    return [ref for ref in REFER(folder / "refer", "refcoco", "unc").data["refs"] if ref["split"] == "testB"]
 
 
-def test_images_that_are_missing_are_counted(work: Path) -> None:
-    (work / "images" / DETECTIONS[0].file_name).unlink()
-    args = ("--store", work / "d.h5", "--images", work / "images", "--out")
-    result = run(*args, work / "r.html")
+def test_missing_images_are_counted_and_an_error_if_all_are_missing(folder: Path) -> None:
+    (folder / "images" / DETECTIONS[0].file_name).unlink()
+    args = ("--store", folder / "d.h5", "--images", folder / "images", "--out")
+    result = run(*args, folder / "r.html")
     assert result.exit_code == 0 and "1 image could not be read, first: " in result.stderr
-    assert "1 image could not be read" in (work / "r.html").read_text(encoding="utf-8")
-    (work / "images" / DETECTIONS[1].file_name).unlink()
-    result = run(*args, work / "no.html")
-    assert result.exit_code == 2 and "lacks all 2 images" in result.stderr and not (work / "no.html").exists()
+    assert "1 image could not be read" in (folder / "r.html").read_text(encoding="utf-8")
+    (folder / "images" / DETECTIONS[1].file_name).unlink()
+    result = run(*args, folder / "no.html")
+    assert result.exit_code == 2 and "lacks all 2 images" in result.stderr and not (folder / "no.html").exists()
 
 
-def test_objects_of_the_images(work: Path) -> None:
-    objects = {
+def test_annotated_objects_give_the_confusion_of_categories(folder: Path) -> None:
+    instances = {
         "images": [{"id": r.image_id, "file_name": r.file_name, "height": HEIGHT, "width": WIDTH} for r in DETECTIONS],
         "categories": CLASSES,
         "annotations": [a | {"id": 1 + i, "iscrowd": 0} for i, a in enumerate(DETECTIONS[0].to_coco())],
     }
-    objects["annotations"][0]["category_id"] = 2  # its region says 1
-    (work / "instances.json").write_text(json.dumps(objects))
-    given = ("--store", work / "d.h5", "--instances", work / "instances.json", "--out")
-    assert run(*given, work / "r.html").exit_code == 0
-    page = (work / "r.html").read_text(encoding="utf-8")
+    instances["annotations"][0]["category_id"] = 2  # cat, but its region is a dog (1)
+    (folder / "instances.json").write_text(json.dumps(instances))
+    options = ("--store", folder / "d.h5", "--instances", folder / "instances.json", "--out")
+    assert run(*options, folder / "r.html").exit_code == 0
+    page = (folder / "r.html").read_text(encoding="utf-8")
     assert '<tr><th scope="row">cat</th><td>dog</td><td>1</td><td>33%</td></tr>' in page
-    (work / "instances.json").write_text(json.dumps({"images": [], "annotations": [], "categories": CLASSES}))
-    result = run(*given, work / "no.html")
+    (folder / "instances.json").write_text(json.dumps({"images": [], "annotations": [], "categories": CLASSES}))
+    result = run(*options, folder / "no.html")
     assert result.exit_code == 2 and "has none of the images of" in result.stderr
 
 
@@ -129,10 +130,10 @@ def test_objects_of_the_images(work: Path) -> None:
         (("--run", "images"), "--run images: "),
     ],
 )
-def test_bad_input_is_one_line(
-    work: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
+def test_invalid_input_is_one_error_line_and_writes_no_page(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.chdir(work)
+    monkeypatch.chdir(folder)
     Path("other.json").write_text('{"a": 1, "b": 2}')
     Path("broken.json").write_text("{")
     result = run(*args, "--out", "new.html")
@@ -141,10 +142,10 @@ def test_bad_input_is_one_line(
     assert "exists; choose another --out" in run(*args, "--out", "d.h5").stderr
 
 
-def test_a_store_says_what_it_is_of(work: Path) -> None:
+def test_dataset_of_a_store_is_read_from_its_image_list(folder: Path) -> None:
     from refdet.report.refer_parts import dataset_of
 
-    with open_store(work / "d.h5") as store:
+    with open_store(folder / "d.h5") as store:
         store.options["image_list"] = "refcoco+/unc/val,testA"
         assert dataset_of(store) == "refcoco+/unc"
         store.options["image_list"] = "instances.json"

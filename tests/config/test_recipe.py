@@ -1,3 +1,5 @@
+"""Loading, changing and validating recipes, and the values of the shipped ones."""
+
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,14 @@ def test_yaml_and_json_forms_round_trip(tmp_path: Path) -> None:
     assert recipe.load(str(file)) == before
 
 
-def test_a_yaml_file_without_a_name_has_its_own(tmp_path: Path) -> None:
+def test_a_yaml_file_without_a_name_is_named_after_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yml"
     file.write_text("train: {steps: 7}\n")
     assert recipe.load(str(file)).name == "mine"
     assert recipe.load(str(file)).train.steps == 7
 
 
-def test_set_takes_yaml_values() -> None:
+def test_changed_values_are_parsed_as_yaml() -> None:
     changed = recipe.load("demo").with_changes(["train.lr=1e-3", "model.masks=false", "train.lr_milestones=[0.5]"])
     assert changed.train.lr == 0.001
     assert recipe.load("demo").with_changes(["train.steps=+1_000"]).train.steps == 1000
@@ -42,8 +44,8 @@ def test_set_takes_yaml_values() -> None:
     [
         ("train.stpes=5", ["train.stpes", "train.steps"]),
         ("steps=5", ["steps", "train.steps"]),
-        ("train=5", ["train"]),
-        ("train.steps.more=5", ["train.steps.more"]),
+        ("train=5", ["train: no such recipe key"]),
+        ("train.steps.more=5", ["train.steps.more: no such recipe key"]),
         ("train.steps", ["key=value"]),
         ("train.steps=many", ["train.steps", "int"]),
         ("train.steps=true", ["train.steps", "int"]),
@@ -51,8 +53,8 @@ def test_set_takes_yaml_values() -> None:
         ("train.steps=100000000", ["train.steps", "at most 99,999,999,"]),
         ("train.ema=1", ["train.ema", "at most 0.9999999,"]),
         ("train.max_grad_norm=1e10", ["train.max_grad_norm", "at most 1,000,000,000,"]),
-        ("train.lr=.nan", ["train.lr"]),
-        ("train.lr=[", ["YAML"]),
+        ("train.lr=.nan", ["train.lr: must be finite, not nan"]),
+        ("train.lr=[", ["train.lr=[", "invalid or unsupported YAML"]),
         ("train.batch_size=010", ["integer 010 is not decimal"]),
         ("train.steps=1:30", ["integer 1:30 is not decimal"]),
         ("train.seed=0x10", ["integer 0x10 is not decimal"]),
@@ -60,16 +62,16 @@ def test_set_takes_yaml_values() -> None:
         ("model.depth=42", ["model.depth", "101"]),
         ("model.neck=bifpn", ["model.neck", "c4"]),
         ("input.mean=[1, 2]", ["input.mean", "3 values"]),
-        ("model.anchor_sizes=[]", ["model.anchor_sizes"]),
-        ("train.workers=-1", ["train.workers"]),
-        ("train.seed=-1", ["train.seed"]),
-        ("train.lr=.inf", ["train.lr"]),
+        ("model.anchor_sizes=[]", ["model.anchor_sizes: must have 5 values"]),
+        ("train.workers=-1", ["train.workers: must be at least 0"]),
+        ("train.seed=-1", ["train.seed: must be at least 0"]),
+        ("train.lr=.inf", ["train.lr: must be finite, not inf"]),
         ("proposals.nms_threshold=2", ["proposals.nms_threshold", "0 to 1"]),
         ("proposals.negative_iou=0.9", ["proposals.negative_iou", "proposals.positive_iou"]),
-        ("head.positive_fraction=3", ["head.positive_fraction"]),
+        ("head.positive_fraction=3", ["head.positive_fraction: must be from 0 to 1"]),
     ],
 )
-def test_a_wrong_assignment_is_named(assignment: str, words: list[str]) -> None:
+def test_an_error_names_the_invalid_change(assignment: str, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         recipe.load("demo").with_changes([assignment])
     message = str(caught.value)
@@ -78,11 +80,20 @@ def test_a_wrong_assignment_is_named(assignment: str, words: list[str]) -> None:
         assert word in message
 
 
-@pytest.mark.parametrize("text", ["model: [", "- 1", "trian: {}", "model: 5", "train: {steps: soon}"])
-def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: [", "invalid or unsupported YAML"),
+        ("- 1", "must be a YAML mapping"),
+        ("trian: {}", "trian: no such recipe key"),
+        ("model: 5", "model: must be a mapping of options"),
+        ("train: {steps: soon}", "train.steps: must be int"),
+    ],
+)
+def test_an_error_names_the_invalid_file_and_its_problem(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(text)
-    with pytest.raises(InputError, match="odd.yaml") as caught:
+    with pytest.raises(InputError, match=rf"odd\.yaml: {problem}") as caught:
         recipe.load(str(file))
     assert "\n" not in str(caught.value)
 
@@ -94,14 +105,13 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         recipe.load(str(tmp_path / "none.yaml"))
 
 
-def test_a_file_changes_its_base(tmp_path: Path) -> None:
+def test_a_file_overrides_its_base_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: reference-c4-res101\ninput: {min_sizes: [400]}\ntrain: {lr: 0.002}\n")
-    found, base = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("reference-c4-res101")
-    assert found.name == "mine" and found.input.min_sizes == (400,) and found.train.lr == 0.002
-    assert found.model == base.model and found.input.mean == base.input.mean
-    assert (
-        recipe.load("reference-c4-res50").model.depth == 50 and recipe.load("reference-c4-res50").model.legacy_plus_one
-    )
+    mine, base = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("reference-c4-res101")
+    assert mine.name == "mine" and mine.input.min_sizes == (400,) and mine.train.lr == 0.002
+    assert mine.model == base.model and mine.input.mean == base.input.mean
+    shipped = recipe.load("reference-c4-res50")  # which has reference-c4-res101 as its base
+    assert shipped.model.depth == 50 and shipped.model.legacy_plus_one
     (tmp_path / "bad.yaml").write_text("base: nothing\n")
     with pytest.raises(InputError, match="base: must be one of .*reference-c4-res101"):
         recipe.load(str(tmp_path / "bad.yaml"))
@@ -123,7 +133,7 @@ def test_batches_of_new_recipes_are_padded_and_those_of_older_runs_are_not(tmp_p
     assert "size_divisibility" not in recipe.from_dict(older).to_dict()["input"]
 
 
-def test_blocks_of_new_recipes_do_not_start_as_their_shortcut_and_those_of_older_runs_did() -> None:
+def test_zero_init_residual_is_off_in_recipes_and_on_in_older_runs() -> None:
     for name in recipe.names():
         found = recipe.load(name)
         assert found.model.zero_init_residual is False, name
@@ -134,13 +144,14 @@ def test_blocks_of_new_recipes_do_not_start_as_their_shortcut_and_those_of_older
         assert "zero_init_residual" not in older.to_dict()["model"]
 
 
-def test_the_reference_keeps_its_box_losses() -> None:
-    """Sigma 3 for the RPN and 1 for the head, which are beta 1 / 9 and 1."""
-    for name in recipe.names():
-        if name.startswith("reference-"):
-            found = recipe.load(name)
-            assert (found.proposals.smooth_l1_beta, found.head.smooth_l1_beta) == (1 / 9, 1.0), name
-            assert "smooth_l1_beta" not in found.to_dict()["head"]
+def test_reference_recipes_have_the_box_losses_of_the_reference() -> None:
+    """Smooth L1 with sigma 3 in the RPN and sigma 1 in the head; beta is 1 / sigma**2."""
+    names = [name for name in recipe.names() if name.startswith("reference-")]
+    assert names
+    for name in names:
+        found = recipe.load(name)
+        assert (found.proposals.smooth_l1_beta, found.head.smooth_l1_beta) == (1 / 9, 1.0), name
+        assert "smooth_l1_beta" not in found.to_dict()["head"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,8 @@ def test_the_reference_keeps_its_box_losses() -> None:
         ("reference-c4-res101-from-frcn", (350000,)),
     ],
 )
-def test_the_learning_rate_falls_at_the_step_of_the_original(name: str, steps: tuple[int, ...]) -> None:
+def test_the_learning_rate_drops_at_the_steps_of_the_original(name: str, steps: tuple[int, ...]) -> None:
+    """The steps of detectron2's 3x schedule and 400-epoch LSJ schedule, and of the reference's training script."""
     options = recipe.load(name).train
     for step in steps:
         before, after = (learning_rate(at, options) for at in (step - 1, step))

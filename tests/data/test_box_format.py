@@ -1,4 +1,4 @@
-"""The forms of boxes: numbers are right in each, another form than was said is warned of, and nothing else is."""
+"""Box formats: conversion to pixels, the inferred order, and warnings about boxes that fit another format."""
 
 from __future__ import annotations
 
@@ -24,71 +24,68 @@ from refdet.extraction.boxes_from_file import load_boxes
 SIZES = [(640, 480), (480, 640), (500, 375), (427, 640)]
 
 
-def written(name: str, corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes xyxy in pixels in a form; the inverse of what is tested, said independently."""
+def from_pixels(name: str, corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Convert xyxy boxes in pixels to a box format: the inverse of `BoxFormat.to_pixels`, computed independently."""
     unit = {"normalized": 1.0, "thousandths": 1000.0}.get(name.split("-")[0])
     scaled = corners if unit is None else corners / np.concatenate([sizes, sizes], axis=1) * unit
     return scaled if name.endswith("xyxy") else np.concatenate([scaled[:, :2], scaled[:, 2:] - scaled[:, :2]], axis=1)
 
 
-def some_boxes(seed: int, count: int, sizes: list[tuple[int, int]] = SIZES) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes xyxy of at least 8 pixels anywhere in images of these widths and heights."""
+def random_boxes(seed: int, count: int, sizes: list[tuple[int, int]] = SIZES) -> tuple[np.ndarray, np.ndarray]:
+    """Random xyxy boxes of at least 8 pixels, (N, 4), and the widths and heights of their images, (N, 2)."""
     random = np.random.default_rng(seed)
-    of = np.array([sizes[i] for i in random.integers(0, len(sizes), count)], np.float64).reshape(-1, 2)
-    extent = 8 + random.random((count, 2)) ** 2 * (of - 8)
-    low = random.random((count, 2)) * (of - extent)
-    return np.concatenate([low, low + extent], axis=1), of
+    image_sizes = np.array([sizes[i] for i in random.integers(0, len(sizes), count)], np.float64).reshape(-1, 2)
+    extent = 8 + random.random((count, 2)) ** 2 * (image_sizes - 8)
+    low = random.random((count, 2)) * (image_sizes - extent)
+    return np.concatenate([low, low + extent], axis=1), image_sizes
 
 
-def test_the_names_of_the_option() -> None:
-    assert (
-        BOX_FORMATS == NAMES and DEFAULT_FORMAT in NAMES and {"xywh", "xyxy", "normalized", "thousandths"} <= set(NAMES)
-    )
+def test_the_command_line_option_accepts_every_format_name() -> None:
+    assert BOX_FORMATS == NAMES and DEFAULT_FORMAT in NAMES
+    assert {"xywh", "xyxy", "normalized", "thousandths"} <= set(NAMES)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(sorted(FORMATS)))
-def test_every_form_comes_back_as_pixels(seed: int, count: int, name: str) -> None:
-    corners, sizes = some_boxes(seed, count)
-    np.testing.assert_allclose(FORMATS[name].to_pixels(written(name, corners, sizes), sizes), corners, atol=1e-9)
-    assert not FORMATS[name].misfits(written(name, corners, sizes), sizes).any()
+def test_every_format_converts_to_pixels(seed: int, count: int, name: str) -> None:
+    corners, sizes = random_boxes(seed, count)
+    np.testing.assert_allclose(FORMATS[name].to_pixels(from_pixels(name, corners, sizes), sizes), corners, atol=1e-9)
+    assert not FORMATS[name].misfits(from_pixels(name, corners, sizes), sizes).any()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(sorted(FORMATS)))
-def test_the_right_form_is_never_doubted(seed: int, count: int, name: str) -> None:
-    corners, sizes = some_boxes(seed, count)
-    assert resolve_box_format(name, written(name, corners, sizes), sizes) == (name, [])
+def test_boxes_in_the_requested_format_give_no_notes(seed: int, count: int, name: str) -> None:
+    corners, sizes = random_boxes(seed, count)
+    assert resolve_box_format(name, from_pixels(name, corners, sizes), sizes) == (name, [])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FORMATS)), st.sampled_from(sorted(FORMATS)))
-def test_another_form_is_warned_of_with_the_right_one(seed: int, name: str, said: str) -> None:
-    corners, sizes = some_boxes(seed, 60)
-    settled, lines = resolve_box_format(said, written(name, corners, sizes), sizes)
-    assert settled == said and len(lines) == (said != name)
-    if said != name:
+def test_a_warning_names_the_format_that_the_boxes_fit(seed: int, name: str, requested: str) -> None:
+    corners, sizes = random_boxes(seed, 60)
+    resolved, lines = resolve_box_format(requested, from_pixels(name, corners, sizes), sizes)
+    assert resolved == requested and len(lines) == (requested != name)
+    if requested != name:
         (line,) = lines
         advised = line.rsplit("`box_format='", 1)[1].rstrip("`'")
         assert line.startswith("warning: ") and "60 boxes" in line and line.count("\n") == 0
-        assert resolve_box_format(advised, written(name, corners, sizes), sizes)[0] == name
+        assert resolve_box_format(advised, from_pixels(name, corners, sizes), sizes)[0] == name
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(INFERRED_ORDER), st.sampled_from(["xyxy", "xywh"]))
-def test_the_order_is_that_which_the_boxes_fit(seed: int, unit: str, order: str) -> None:
-    corners, sizes = some_boxes(seed, 30)
-    settled, lines = resolve_box_format(unit, written(f"{unit}-{order}", corners, sizes), sizes)
-    assert settled == f"{unit}-{order}" and len(lines) == 1
+def test_the_order_is_inferred_from_the_boxes(seed: int, unit: str, order: str) -> None:
+    corners, sizes = random_boxes(seed, 30)
+    resolved, lines = resolve_box_format(unit, from_pixels(f"{unit}-{order}", corners, sizes), sizes)
+    assert resolved == f"{unit}-{order}" and len(lines) == 1
     assert lines[0].startswith("note: reading boxes as [x") and "0 of 30 do not fit" in lines[0]
 
 
-def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
-    settled, lines = resolve_box_format("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
-    assert (
-        settled == "normalized-xyxy"
-        and "if they are [x, y, width, height] in 0..1 of the image, which equally many (1 of 1) fit" in lines[0]
-    )
+def test_boxes_that_fit_both_orders_are_read_as_xyxy_with_a_note() -> None:
+    resolved, lines = resolve_box_format("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
+    assert resolved == "normalized-xyxy"
+    assert "if they are [x, y, width, height] in 0..1 of the image, which equally many (1 of 1) fit" in lines[0]
     assert "`box_format='normalized-xywh'`" in lines[0]
     assert resolve_box_format("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
 
@@ -100,17 +97,17 @@ def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
         [[10, 10, 20, 20]],
         [[0, 0, 1, 1]] + [[10, 10, 20, 20]] * 9,
         [[0, 0, 640, 480]],
-        [[-1, -1, 643, 483]] * 10,  # a detector that does not cut, by a little
-        [[600, 400, 60, 40], *[[10, 10, 20, 20]] * 30],  # one far out
+        [[-1, -1, 643, 483]] * 10,  # a detector that does not clip its boxes
+        [[600, 400, 60, 40], *[[10, 10, 20, 20]] * 30],  # one of 31 is outside
         [[5, 5, 635.4, 475.2]] * 3,
     ],
 )
-def test_no_false_alarm_of_pixels(boxes: list) -> None:
+def test_plausible_pixel_boxes_give_no_warning(boxes: list) -> None:
     assert resolve_box_format("xywh", np.array(boxes), np.array([[640, 480]] * len(boxes))) == ("xywh", [])
 
 
 @pytest.mark.parametrize(
-    ("said", "boxes", "size", "says"),
+    ("requested", "boxes", "size", "message"),
     [
         ("xywh", [[100, 100, 1200, 900]] * 4, (640, 480), "4 of 4 boxes reach outside their images"),
         ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 box lies within 0..1.5"),
@@ -126,26 +123,24 @@ def test_no_false_alarm_of_pixels(boxes: list) -> None:
         ),
     ],
 )
-def test_what_is_said_of_few_boxes(said: str, boxes: list, size: tuple[int, int], says: str) -> None:
-    _, lines = resolve_box_format(said, np.array(boxes), np.array([size] * len(boxes)))
-    assert says in lines[-1] and lines[-1].startswith("warning: ")
+def test_warnings_about_few_boxes(requested: str, boxes: list, size: tuple[int, int], message: str) -> None:
+    _, lines = resolve_box_format(requested, np.array(boxes), np.array([size] * len(boxes)))
+    assert message in lines[-1] and lines[-1].startswith("warning: ")
 
 
-def test_large_images_in_pixels_are_not_taken_for_thousandths() -> None:
-    corners, sizes = some_boxes(0, 60, [(4000, 3000), (1600, 1200)])
+def test_pixel_boxes_in_large_images_are_not_mistaken_for_thousandths() -> None:
+    corners, sizes = random_boxes(0, 60, [(4000, 3000), (1600, 1200)])
     for name in FORMATS:
-        assert resolve_box_format(name, written(name, corners, sizes), sizes) == (name, [])
-    assert (
-        "`box_format='thousandths'`"
-        in resolve_box_format("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
-    )
+        assert resolve_box_format(name, from_pixels(name, corners, sizes), sizes) == (name, [])
+    _, (warning,) = resolve_box_format("xyxy", from_pixels("thousandths-xyxy", corners, sizes), sizes)
+    assert "`box_format='thousandths'`" in warning
 
 
 def refer_folder(root: Path, corners: np.ndarray, sizes: np.ndarray) -> Path:
     """A REFER folder with an image, an object and a ref of one sentence for each box."""
     root.joinpath("toy").mkdir(parents=True)
     images = [{"id": i, "width": int(w), "height": int(h), "file_name": f"{i}.jpg"} for i, (w, h) in enumerate(sizes)]
-    xywh = written("xywh", corners, sizes).tolist()
+    xywh = from_pixels("xywh", corners, sizes).tolist()
     objects = [{"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
                 "segmentation": []} for i, box in enumerate(xywh)]  # fmt: skip
     data = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "a"}]}
@@ -158,8 +153,8 @@ def refer_folder(root: Path, corners: np.ndarray, sizes: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
-    folder = tmp_path_factory.mktemp("forms")
-    corners, sizes = some_boxes(3, 25)
+    folder = tmp_path_factory.mktemp("formats")
+    corners, sizes = random_boxes(3, 25)
     refer_folder(folder / "refer", corners, sizes)
     images = [replace(regions(i, [[0, 0, 5, 5]]), height=int(h), width=int(w)) for i, (w, h) in enumerate(sizes)]
     write_store(folder / "a.h5", images, masks=False)
@@ -169,11 +164,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in INFERRED_ORDER])
 @pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("field", ["box", "ranked_boxes"])
-def test_true_boxes_of_each_form_are_all_right(
+def test_ground_truth_boxes_in_any_format_have_accuracy_1(
     dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, explicit: bool, field: str
 ) -> None:
     folder, corners, sizes = dataset
-    boxes = written(name, corners, sizes).tolist()
+    boxes = from_pixels(name, corners, sizes).tolist()
     answers = [{"sent_id": 10 * i, field: box if field == "box" else [box]} for i, box in enumerate(boxes)]
     (tmp_path / "p.json").write_text(json.dumps(answers))
     asked = name if explicit else name.split("-")[0]
@@ -186,66 +181,73 @@ def test_true_boxes_of_each_form_are_all_right(
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if n != "xywh"])
-def test_predictions_of_another_form_than_said_are_warned_of(
+def test_predictions_in_another_format_than_requested_give_a_warning(
     dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     folder, corners, sizes = dataset
-    boxes = written(name, corners, sizes).tolist()
+    boxes = from_pixels(name, corners, sizes).tolist()
     (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 10 * i, "box": box} for i, box in enumerate(boxes)]))
     evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json")
     assert f"give `box_format='{name.split('-')[0]}'`" in caplog.text and "of 25 boxes" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("form", "box", "says"),
+    ("box_format", "box", "expected"),
     [
         ("xyxy", [30, 30, 10, 40], r"four numbers \[x1, y1, x2, y2\] in pixels"),
         ("normalized-xywh", [0.1, 0.1, -0.1, 0.2], r"four numbers \[x, y, width, height\] in 0..1"),
         ("thousandths-xyxy", [1, 2, 3], r"four numbers \[x1, y1, x2, y2\] in 0..1000 of the image"),
     ],
 )
-def test_a_box_that_is_none_is_named_with_its_form(
-    dataset: tuple, tmp_path: Path, form: str, box: Any, says: str
+def test_an_invalid_box_is_reported_with_its_format(
+    dataset: tuple, tmp_path: Path, box_format: str, box: Any, expected: str
 ) -> None:
     folder, _, _ = dataset
     (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, "box": box}]))
-    with pytest.raises(InputError, match=rf"entry 0 \(sentence 0\): box .* must be {says}"):
+    with pytest.raises(InputError, match=rf"entry 0 \(sentence 0\): box .* must be {expected}"):
         evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json",
-                          box_format=form)  # fmt: skip
+                          box_format=box_format)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_box_files_of_each_form(dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_box_files_in_any_format_are_converted(
+    dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     folder, corners, sizes = dataset
     index = CocoIndex.load(folder / "refer/toy/instances.json")
-    form = {"normalized": "normalized-xywh", "thousandths": "thousandths-xyxy"}.get(name, name)
+    box_format = {"normalized": "normalized-xywh", "thousandths": "thousandths-xyxy"}.get(name, name)
     results = [{"image_id": i, "category_id": 1, "bbox": box, "score": 0.5}
-               for i, box in enumerate(written(form, corners, sizes).tolist())]  # fmt: skip
+               for i, box in enumerate(from_pixels(box_format, corners, sizes).tolist())]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps(results))
     found = load_boxes(tmp_path / "b.json", index, name)
-    assert found.box_format == form and "warning" not in caplog.text
+    assert found.box_format == box_format and "warning" not in caplog.text
     for i, record in index.images.items():
         np.testing.assert_allclose(
             found.for_image(record).boxes, corners[i : i + 1].astype(np.float32), rtol=1e-5, atol=1e-4
         )
     caplog.clear()
+    # Read as the default xywh, boxes in another format give a warning, and an error if one has no area.
+    error = ""
     try:
         load_boxes(tmp_path / "b.json", index, "xywh")
-    except InputError as error:
-        assert "read as [x, y, width, height] in pixels" in str(error)
+    except InputError as caught:
+        error = str(caught)
     assert ("warning: `boxes`" in caplog.text) == (name != "xywh")
+    assert not error or (name != "xywh" and "read as [x, y, width, height] in pixels" in error)
 
 
-def test_the_embedded_data_is_not_doubted(shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_boxes_of_the_synthetic_dataset_give_no_warning(
+    shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     index = CocoIndex.load(shapes_root / "annotations/instances_train2014.json")
     results = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in index.raw["annotations"]]
-    for some in (results, results[:1], results[:3], results[-2:]):
-        (tmp_path / "b.json").write_text(json.dumps(some))
+    for subset in (results, results[:1], results[:3], results[-2:]):
+        (tmp_path / "b.json").write_text(json.dumps(subset))
         load_boxes(tmp_path / "b.json", index)
         assert caplog.text == ""
 
 
-def test_real_boxes_are_not_doubted_and_their_corners_are(
+def test_real_boxes_give_a_warning_only_as_corners(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_val2017.json")

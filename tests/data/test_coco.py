@@ -1,4 +1,4 @@
-"""CocoIndex: what it reads, leaves out and refuses."""
+"""CocoIndex: what it reads, drops and refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SQUARE = [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0]]
 
 
 def instances(**changes: Any) -> dict[str, Any]:
-    """A small good file; ``changes`` replace fields of its one annotation."""
+    """A small valid file; ``changes`` replace fields of its only annotation."""
     annotation = {"id": 7, "image_id": 3, "category_id": 18, "bbox": [1, 2, 3, 4], "segmentation": SQUARE,
                   "area": 9.5, "iscrowd": 0} | changes  # fmt: skip
     return {
@@ -48,7 +48,7 @@ def test_reads_everything_in_file_order(tmp_path: Path) -> None:
     assert index.annotations[1] == [] and index.dropped == [] and index.info == {"year": 2014}
 
 
-def test_defaults_of_missing_fields(tmp_path: Path) -> None:
+def test_missing_fields_have_defaults(tmp_path: Path) -> None:
     data = instances(iscrowd=1)
     for key in ("area", "segmentation"):
         del data["annotations"][0][key]
@@ -72,13 +72,13 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
         ([1e308, 1, 1e308, 4], "not finite"),
     ],
 )
-def test_boxes_that_are_none_are_left_out_and_listed(tmp_path: Path, bbox: list, reason: str) -> None:
+def test_degenerate_boxes_are_dropped_and_listed(tmp_path: Path, bbox: list, reason: str) -> None:
     index = load(tmp_path, instances(bbox=bbox))
     assert index.annotations[3] == []
     assert len(index.dropped) == 1 and "annotation 7" in index.dropped[0] and reason in index.dropped[0]
 
 
-def test_the_number_of_dropped_annotations_counts_each_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_annotation_with_dropped_parts_is_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = load(tmp_path, instances(bbox=[1, 1, 0, 4], segmentation=[[0, 0, 1, 1], *SQUARE]))
     assert index.dropped == ["annotation 7: box has no area"] and "1 annotation dropped" in caplog.text
     caplog.clear()
@@ -86,12 +86,12 @@ def test_the_number_of_dropped_annotations_counts_each_once(tmp_path: Path, capl
     assert "unusable annotation" not in caplog.text and "used without some polygons" in caplog.text
 
 
-def test_boxes_over_the_border_stay_as_they_are(tmp_path: Path) -> None:
+def test_boxes_across_the_border_are_not_clipped(tmp_path: Path) -> None:
     [annotation] = load(tmp_path, instances(bbox=[-2, -2, 50, 5])).annotations[3]
     assert annotation.box == (-2, -2, 48, 3)
 
 
-def test_polygons_of_two_points_are_left_out(tmp_path: Path) -> None:
+def test_polygons_of_two_points_are_dropped_and_listed(tmp_path: Path) -> None:
     index = load(tmp_path, instances(segmentation=[[0, 0, 1, 1], *SQUARE]))
     assert index.annotations[3][0].segmentation == SQUARE and "three points" in index.dropped[0]
 
@@ -116,7 +116,7 @@ def test_polygons_of_two_points_are_left_out(tmp_path: Path) -> None:
         ({"area": "big"}, "area"),
     ],
 )
-def test_a_bad_annotation_is_named(tmp_path: Path, changes: dict, culprit: str) -> None:
+def test_an_invalid_annotation_is_named(tmp_path: Path, changes: dict, culprit: str) -> None:
     with pytest.raises(InputError) as caught:
         load(tmp_path, instances(**changes))
     text = str(caught.value)
@@ -125,7 +125,7 @@ def test_a_bad_annotation_is_named(tmp_path: Path, changes: dict, culprit: str) 
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_duplicate_ids_and_missing_lists(tmp_path: Path, key: str) -> None:
+def test_duplicate_ids_and_missing_lists_are_refused(tmp_path: Path, key: str) -> None:
     data = instances()
     data[key].append(data[key][0])
     with pytest.raises(InputError, match="duplicate"):
@@ -135,7 +135,7 @@ def test_duplicate_ids_and_missing_lists(tmp_path: Path, key: str) -> None:
         load(tmp_path, data)
 
 
-def test_image_without_size(tmp_path: Path) -> None:
+def test_an_image_without_a_size_is_refused(tmp_path: Path) -> None:
     data = instances()
     del data["images"][1]["height"]
     with pytest.raises(InputError, match="image 1: 'height' is missing"):
@@ -143,8 +143,8 @@ def test_image_without_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 7, False, [], {}, [""]])
-def test_a_file_name_that_is_no_text(tmp_path: Path, value: Any) -> None:
-    """Not even an empty value stands for no name, by which the image would be looked up by its id."""
+def test_a_file_name_must_be_a_string(tmp_path: Path, value: Any) -> None:
+    """An empty value of another type does not count as a missing name, for which the image is looked up by its id."""
     data = instances()
     data["images"][1]["file_name"] = value
     with pytest.raises(InputError, match="image 1: 'file_name' is a .*; it must be a string"):
@@ -152,19 +152,19 @@ def test_a_file_name_that_is_no_text(tmp_path: Path, value: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ['{\n"images": [\n,]}', "[1]", '"x"', "", "[" * 100_000])
-def test_malformed_json(tmp_path: Path, text: str) -> None:
+def test_malformed_json_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="f.json"):
         load(tmp_path, text)
 
 
-def test_malformed_json_names_the_line_and_missing_file_the_path(tmp_path: Path) -> None:
+def test_errors_name_the_line_of_malformed_json_or_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 3"):
         load(tmp_path, '{\n"images": [\n,]}')
     with pytest.raises(InputError, match="nothing.json: no such file"):
         CocoIndex.load(tmp_path / "nothing.json")
 
 
-def test_need_segmentation(tmp_path: Path) -> None:
+def test_need_segmentation_refuses_a_file_without_masks(tmp_path: Path) -> None:
     assert load(tmp_path, instances(), need_segmentation=True).annotations[3]
     with pytest.raises(InputError, match="`model.masks=false`"):
         load(tmp_path, instances(segmentation=None), need_segmentation=True)
@@ -196,7 +196,7 @@ JSON = st.recursive(
     ),
     value=JSON,
 )
-def test_any_value_anywhere_loads_or_is_an_input_error(
+def test_any_value_in_any_field_loads_or_is_an_input_error(
     tmp_path_factory: pytest.TempPathFactory, where: str, key: str, value: Any
 ) -> None:
     data = instances()
@@ -209,7 +209,7 @@ def test_any_value_anywhere_loads_or_is_an_input_error(
         assert sum(map(len, index.annotations.values())) + len(index.dropped) >= 1
 
 
-def test_real_file(shared: Path) -> None:
+def test_a_real_file_loads_completely(shared: Path) -> None:
     index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_train2017.json", need_segmentation=True)
     annotations = [a for of_image in index.annotations.values() for a in of_image]
     assert (len(index.images), len(annotations), len(index.categories)) == (80, 739, 80)

@@ -17,7 +17,7 @@ def run(*args: str | Path) -> Any:
     return CliRunner().invoke(main, list(map(str, args)))
 
 
-def test_every_file_of_the_catalog_names_its_command() -> None:
+def test_every_file_in_the_catalog_has_a_hint_with_its_command() -> None:
     for item in ITEMS:
         for name in item.outputs:
             if not (item.dataset or item.magic):
@@ -44,13 +44,13 @@ def test_every_file_of_the_catalog_names_its_command() -> None:
         ),
     ],
 )
-def test_commands_without_instances(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_commands_hint_how_to_fetch_missing_instances(tmp_path: Path, command: tuple[str, ...]) -> None:
     result = run(*(word.format(tmp_path) for word in command))
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "refdet fetch-data --only annotations2014 downloads it" in result.stderr
 
 
-def test_the_library(tmp_path: Path, shapes_root: Path) -> None:
+def test_library_errors_hint_how_to_fetch_missing_files(tmp_path: Path, shapes_root: Path) -> None:
     hint = "no such file; refdet fetch-data --only annotations2014 downloads it"
     with pytest.raises(refdet.errors.InputError, match=hint):
         CocoIndex.load(tmp_path / "instances_val2014.json")
@@ -60,10 +60,10 @@ def test_the_library(tmp_path: Path, shapes_root: Path) -> None:
         open_files(tmp_path / "train2014")
 
 
-def test_refer_data(tmp_path: Path) -> None:
+def test_missing_refer_folders_hint_how_to_fetch_them(tmp_path: Path) -> None:
     root = tmp_path / "data" / "refer"
-    wanted = rf"unpack refcoco\+\.zip \(or run refdet fetch-data --only refcoco\+ --out {tmp_path}/data\)"
-    with pytest.raises(ReferNotFoundError, match=wanted):
+    hint = rf"unpack refcoco\+\.zip \(or run refdet fetch-data --only refcoco\+ --out {tmp_path}/data\)"
+    with pytest.raises(ReferNotFoundError, match=hint):
         REFER(str(root), "refcoco+", "unc")
     with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+, which puts it in data/refer\)"):
         REFER(str(tmp_path / "mine"), "refcoco+", "unc")

@@ -1,4 +1,4 @@
-"""One decoder for everyone: the same pixels for training and for the audit, sizes before decoding, EXIF."""
+"""The image decoder of training and the audit: equal pixels, size checks before decoding, EXIF orientation, limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,91 +27,91 @@ from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError
 from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import SIDE
-from refdet.splits.perceptual_hash import thumbnails as hashed
+from refdet.splits.perceptual_hash import thumbnails as hash_thumbnails
 
 RANDOM = np.random.default_rng(3)
 PHOTO = photograph(RANDOM, 120, 160)
-DEEP = (PHOTO[:, :, 0].astype(np.uint16) << 8) + RANDOM.integers(0, 256, (120, 160)).astype(np.uint16)
+PHOTO_16_BIT = (PHOTO[:, :, 0].astype(np.uint16) << 8) + RANDOM.integers(0, 256, (120, 160)).astype(np.uint16)
 RGB = Image.fromarray(PHOTO)
 
 
-def oriented(orientation: int, kind: str = "PNG", pixels: np.ndarray = PHOTO) -> bytes:
+def encode_rotated(orientation: int, kind: str = "PNG", pixels: np.ndarray = PHOTO) -> bytes:
     exif = Image.Exif()
     exif[0x112] = orientation
     return encoded(pixels, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
-FILES: dict[str, Callable[[], bytes]] = {
+ENCODERS: dict[str, Callable[[], bytes]] = {
     "PNG": lambda: encoded(PHOTO, "PNG"),
-    "16-bit PNG": lambda: encoded(DEEP, "PNG"),
-    "16-bit TIFF": lambda: encoded(DEEP, "TIFF"),
-    "16-bit PPM": lambda: encoded(DEEP, "PPM"),
-    "dark 16-bit PNG": lambda: encoded(DEEP >> 4, "PNG"),
+    "16-bit PNG": lambda: encoded(PHOTO_16_BIT, "PNG"),
+    "16-bit TIFF": lambda: encoded(PHOTO_16_BIT, "TIFF"),
+    "16-bit PPM": lambda: encoded(PHOTO_16_BIT, "PPM"),
+    "dark 16-bit PNG": lambda: encoded(PHOTO_16_BIT >> 4, "PNG"),
     "BMP": lambda: encoded(PHOTO, "BMP"),
     "gray": lambda: encoded(PHOTO[:, :, 1], "PNG"),
     "palette": lambda: encoded(RGB.quantize(64), "PNG", transparency=3),
-    "alpha": lambda: encoded(np.dstack([PHOTO, DEEP.astype(np.uint8)]), "PNG"),
-    "gray and alpha": lambda: encoded(np.dstack([PHOTO[:, :, 0], DEEP.astype(np.uint8)]), "PNG"),
+    "alpha": lambda: encoded(np.dstack([PHOTO, PHOTO_16_BIT.astype(np.uint8)]), "PNG"),
+    "gray and alpha": lambda: encoded(np.dstack([PHOTO[:, :, 0], PHOTO_16_BIT.astype(np.uint8)]), "PNG"),
     "CMYK TIFF": lambda: encoded(RGB.convert("CMYK"), "TIFF"),
     "GIF": lambda: encoded(RGB.quantize(64), "GIF"),
     "WebP": lambda: encoded(PHOTO, "WEBP", lossless=True),
     "JPEG": lambda: encoded(PHOTO, "JPEG", quality=95),
     "CMYK JPEG": lambda: encoded(RGB.convert("CMYK"), "JPEG", quality=95),
-    "TIFF turned": lambda: oriented(6, "TIFF"),
+    "rotated TIFF": lambda: encode_rotated(6, "TIFF"),
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_the_audit_sees_what_training_reads(kind: str) -> None:
-    data = FILES[kind]()
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_audit_sees_the_pixels_that_training_reads(kind: str) -> None:
+    data = ENCODERS[kind]()
     height, width = 120, 160
     pixels = decode(data, height, width).pixels
     seen = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    for found in (gray_thumbnails(data, SIDE)[0], hashed(data)[0]):
+    for found in (gray_thumbnails(data, SIDE)[0], hash_thumbnails(data)[0]):
         difference = np.abs(found.astype(int) - np.asarray(seen))
-        assert difference.max() <= (3 if "JPEG" in kind else 0) or ("turned" in kind and difference.mean() < 1.5)
+        assert difference.max() <= (3 if "JPEG" in kind else 0) or ("rotated" in kind and difference.mean() < 1.5)
     assert seen.getextrema()[1] - seen.getextrema()[0] > 5  # neither white nor black
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_an_image_of_undeclared_size_is_read_as_others_are(kind: str) -> None:
-    data = FILES[kind]()
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_decode_any_size_equals_decode(kind: str) -> None:
+    data = ENCODERS[kind]()
     np.testing.assert_array_equal(decode_any_size(data).pixels, decode(data, 120, 160).pixels)
 
 
-def test_an_image_of_undeclared_size_has_a_limit() -> None:
+def test_decode_any_size_has_a_limit() -> None:
     with pytest.raises(SizeError, match="too many pixels: .*; scale it down"):
         decode_any_size(bomb(40_000, 40_000))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> None:
-    data = oriented(orientation, kind)
-    with Image.open(io.BytesIO(data)) as image:  # what viewers show
+def test_orientation_is_reported_or_applied(kind: str, orientation: int) -> None:
+    data = encode_rotated(orientation, kind)
+    with Image.open(io.BytesIO(data)) as image:  # as image viewers show it
         shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     stored, found = decode(data, 120, 160)
     assert found == orientation
     if kind != "JPEG":
         np.testing.assert_array_equal(stored, PHOTO)
-    turned = decode(data, *shown.shape[:2], exif="apply").pixels
-    np.testing.assert_array_equal(turned, shown)
+    upright = decode(data, *shown.shape[:2], exif="apply").pixels
+    np.testing.assert_array_equal(upright, shown)
     np.testing.assert_array_equal(apply_orientation(stored, orientation), shown)
-    for pixels in (stored, turned):
+    for pixels in (stored, upright):
         assert pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
-    both = gray_thumbnails(data, SIDE)
-    assert len(both) == (1 if orientation == 1 else 2)
-    for found_one, right in ((both[0], stored), (both[-1], shown)):
-        expected = gray_thumbnails(encoded(right, "PNG"), SIDE)[0]
-        difference = np.abs(found_one.astype(int) - expected)  # which pixels are averaged differs by one at most
-        assert difference.mean() < 1.5 and np.corrcoef(found_one.ravel(), expected.ravel())[0, 1] > 0.99
+    thumbnails = gray_thumbnails(data, SIDE)
+    assert len(thumbnails) == (1 if orientation == 1 else 2)
+    for thumbnail, image_pixels in ((thumbnails[0], stored), (thumbnails[-1], shown)):
+        expected = gray_thumbnails(encoded(image_pixels, "PNG"), SIDE)[0]
+        difference = np.abs(thumbnail.astype(int) - expected)  # rotation may shift the averaged cells by one pixel
+        assert difference.mean() < 1.5 and np.corrcoef(thumbnail.ravel(), expected.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_16_bits(orientation: int) -> None:
+def test_orientation_of_16_bit_images(orientation: int) -> None:
     for kind in ("PNG", "TIFF"):
-        data = oriented(orientation, kind, DEEP)
-        gray = np.stack([(DEEP >> 8).astype(np.uint8)] * 3, axis=2)
+        data = encode_rotated(orientation, kind, PHOTO_16_BIT)
+        gray = np.stack([(PHOTO_16_BIT >> 8).astype(np.uint8)] * 3, axis=2)
         np.testing.assert_array_equal(decode(data, 120, 160).pixels, gray)
         size = (160, 120) if orientation > 4 else (120, 160)
         np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, apply_orientation(gray, orientation))
@@ -120,17 +121,17 @@ def test_orientation_of_16_bits(orientation: int) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_extreme_shapes(shape: tuple[int, int], orientation: int) -> None:
     pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    data = oriented(orientation, pixels=pixels)
+    data = encode_rotated(orientation, pixels=pixels)
     size = shape[::-1] if orientation > 4 else shape
-    turned = decode(data, *size, exif="apply").pixels
+    upright = decode(data, *size, exif="apply").pixels
     with Image.open(io.BytesIO(data)) as image:
-        np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(image)))
-    assert min(turned.strides) > 0
+        np.testing.assert_array_equal(upright, np.asarray(ImageOps.exif_transpose(image)))
+    assert min(upright.strides) > 0
 
 
-def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
-    (tmp_path / "6.jpg").write_bytes(oriented(6, "JPEG"))
-    (tmp_path / "3.jpg").write_bytes(oriented(3, "JPEG"))
+def test_the_error_for_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "6.jpg").write_bytes(encode_rotated(6, "JPEG"))
+    (tmp_path / "3.jpg").write_bytes(encode_rotated(3, "JPEG"))
     (tmp_path / "1.jpg").write_bytes(encoded(PHOTO, "JPEG"))
     records = [ImageRecord(1, "6.jpg", 160, 120), ImageRecord(2, "3.jpg", 120, 160), ImageRecord(3, "1.jpg", 120, 160)]
     source = ImageSource.open(tmp_path)
@@ -148,15 +149,15 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
         applied.read(ImageRecord(1, "6.jpg", 120, 160))
 
 
-def test_an_unknown_mode_is_not_taken_for_ignore(tmp_path: Path) -> None:
-    (tmp_path / "6.jpg").write_bytes(oriented(6, "JPEG"))
+def test_an_unknown_exif_mode_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "6.jpg").write_bytes(encode_rotated(6, "JPEG"))
     for read in (lambda: ImageSource.open(tmp_path, "Apply"), lambda: read_pixels(tmp_path / "6.jpg", "Apply")):
         with pytest.raises(ArgumentError, match="exif: must be one of ignore, apply, not 'Apply'"):
             read()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_other_sizes_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_size_than_declared_is_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(PHOTO, kind)
 
     def load(self: object) -> None:
@@ -169,7 +170,7 @@ def test_other_sizes_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond Pillow's limit, which stands again afterwards; claims beyond it that nobody declared are refused."""
+    """Even beyond Pillow's limit, which is restored afterwards; other images beyond the limit are refused."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
     monkeypatch.setattr(image_decoder, "_LARGE_IMAGE_PIXELS", 10_000)
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
@@ -181,7 +182,7 @@ def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPa
         assert Image.MAX_IMAGE_PIXELS == 5_000
 
 
-def test_sizes_that_nobody_should_declare() -> None:
+def test_too_large_declared_or_claimed_sizes_are_refused() -> None:
     with pytest.raises(SizeError, match="says 40000x40000, more than the limit of 537 megapixels"):
         decode(bomb(10, 10), 40_000, 40_000)
     header = png(b"\0\0\x80\0\0\0\x80\0\x08\0\0\0\0", b"")  # 32768 x 32768
@@ -191,29 +192,31 @@ def test_sizes_that_nobody_should_declare() -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_decoder, "_LARGE_IMAGE_PIXELS", 100)
-    at_once, most, as_rgb = [0], [0], image_decoder.as_rgb
+    running, most_at_once, as_rgb = 0, 0, image_decoder.as_rgb
 
-    def counted(image: Image.Image) -> Image.Image:
-        at_once[0] += 1
-        most[0] = max(most[0], at_once[0])
+    def count_running(image: Image.Image) -> Image.Image:
+        nonlocal running, most_at_once
+        running += 1
+        most_at_once = max(most_at_once, running)
+        time.sleep(0.02)  # long enough for the other threads to get here, were it not for the lock
         try:
             return as_rgb(image)
         finally:
-            at_once[0] -= 1
+            running -= 1
 
-    monkeypatch.setattr(image_decoder, "as_rgb", counted)
+    monkeypatch.setattr(image_decoder, "as_rgb", count_running)
     data = encoded(PHOTO, "PNG")
     threads = [threading.Thread(target=decode, args=(data, 120, 160)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1]
+    assert most_at_once == 1
 
 
-def test_tiles_and_scans_that_take_far_more_than_the_image() -> None:
+def test_huge_tiles_and_hundreds_of_scans_are_refused() -> None:
     tiff = encoded(PHOTO, "TIFF", tiffinfo={305: "a", 315: "b"})
-    for old, new in ((305, 322), (315, 323)):  # tags of text become the width and length of a tile
+    for old, new in ((305, 322), (315, 323)):  # turn two text tags into TileWidth and TileLength
         at = tiff.index(struct.pack("<HH", old, 2))
         tiff = tiff[:at] + struct.pack("<HHII", new, 4, 1, 60_000) + tiff[at + 12 :]
     with pytest.raises(ValueError, match="tiles of 3600000000 pixels are far larger than the image"):
@@ -225,7 +228,7 @@ def test_tiles_and_scans_that_take_far_more_than_the_image() -> None:
 
 
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
-def test_metadata_that_unpacks_to_300_mebibytes(name: bytes) -> None:
+def test_metadata_that_unpacks_to_300_mebibytes_is_not_unpacked(name: bytes) -> None:
     packer = zlib.compressobj(1)
     packed = b"".join([packer.compress(bytes(1 << 20)) for _ in range(300)]) + packer.flush()
     chunk = name + (b"a\0\1\0\0\0" if name == b"iTXt" else b"a\0\0") + packed
@@ -243,18 +246,18 @@ def test_metadata_that_unpacks_to_300_mebibytes(name: bytes) -> None:
     assert int(done.stdout) < 200, "MiB"
 
 
-def test_turned_and_deep_copies_are_found(tmp_path: Path) -> None:
-    """A held-out image, as it would be trained on with --exif apply, and as 16 bits, which Pillow shows white."""
+def test_the_audit_finds_rotated_and_16_bit_copies(tmp_path: Path) -> None:
+    """Copies of held-out images: one rotated by EXIF, and one of 16 bits, which Pillow alone would turn white."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val"), (2, "val")]})
     (tmp_path / "images").mkdir()
     other = photograph(np.random.default_rng(8), 120, 160)
     for number, pixels in ((1, PHOTO), (2, other)):
         (tmp_path / "images" / f"{number:012d}.jpg").write_bytes(encoded(pixels, "JPEG"))
-    (tmp_path / "images/turned.png").write_bytes(oriented(8, pixels=np.rot90(PHOTO, -1)))
+    (tmp_path / "images/rotated.png").write_bytes(encode_rotated(8, pixels=np.rot90(PHOTO, -1)))
     (tmp_path / "images/deep.png").write_bytes(
         encoded(np.asarray(Image.fromarray(other).convert("L")).astype(np.uint16) << 8, "PNG")
     )
-    listed = coco([10, 11, 12], [], {10: "turned.png", 11: "deep.png", 12: "gone.png"})
+    listed = coco([10, 11, 12], [], {10: "rotated.png", 11: "deep.png", 12: "gone.png"})
     found = audit_content(write(tmp_path / "f.json", listed), root, tmp_path / "images")
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [(10, 1), (11, 2)]
     assert (found.compared, found.missing) == (2, [12])
@@ -262,7 +265,7 @@ def test_turned_and_deep_copies_are_found(tmp_path: Path) -> None:
 
 
 def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
-    """By ``file_name`` whatever other names the entry has; by ``id`` where nothing says that this is no COCO id."""
+    """By ``file_name``, whatever other names the entry has, or else by ``id``, unless ``coco_id`` is null."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val")]})
     (tmp_path / "images").mkdir()
     copy, other = encoded(PHOTO, "JPEG"), encoded(photograph(np.random.default_rng(8)), "JPEG")
@@ -296,7 +299,9 @@ def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n", b"%PDF-1.7"]
 )
-def test_no_format_that_runs_a_program(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_that_pillow_reads_by_running_a_program_are_refused(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ran(*_: object, **__: object) -> None:
         raise AssertionError("a program was run")
 

@@ -20,7 +20,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, format="PNG")
 
 
-def some_pixels(height: int = 6, width: int = 9) -> np.ndarray:
+def random_pixels(height: int = 6, width: int = 9) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
@@ -36,7 +36,7 @@ def some_pixels(height: int = 6, width: int = 9) -> np.ndarray:
     ],
 )
 def test_an_image_is_found_in_a_folder_and_in_a_zip(tmp_path: Path, on_disk: str, given: str) -> None:
-    pixels, record = some_pixels(), ImageRecord(9, given, 6, 9)
+    pixels, record = random_pixels(), ImageRecord(9, given, 6, 9)
     write_png(tmp_path / "images" / on_disk, pixels)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.write(tmp_path / "images" / on_disk, f"train2014/{on_disk}")
@@ -47,20 +47,20 @@ def test_an_image_is_found_in_a_folder_and_in_a_zip(tmp_path: Path, on_disk: str
 
 
 def test_grayscale_becomes_rgb(tmp_path: Path) -> None:
-    gray = some_pixels()[:, :, 0]
+    gray = random_pixels()[:, :, 0]
     write_png(tmp_path / "a.png", gray)
     found = ImageSource.open(tmp_path).read(ImageRecord(1, "a.png", 6, 9))
     np.testing.assert_array_equal(found, np.stack([gray] * 3, axis=2))
 
 
-def test_bad_images_are_named(tmp_path: Path) -> None:
-    write_png(tmp_path / "whole.png", some_pixels(60, 90))
+def test_errors_name_the_unreadable_image(tmp_path: Path) -> None:
+    write_png(tmp_path / "whole.png", random_pixels(60, 90))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no image")
     source = ImageSource.open(tmp_path)
     for name in ("cut.png", "empty.png", "text.png"):
-        with pytest.raises(ImageError, match=name):
+        with pytest.raises(ImageError, match=f"{name}: not a readable image"):
             source.read(ImageRecord(1, name, 60, 90))
     with pytest.raises(ImageError, match="is 90x60, but the instances file says 100x60"):
         source.read(ImageRecord(1, "whole.png", 60, 100))
@@ -68,10 +68,10 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
         source.read(ImageRecord(12, "none.png", 60, 90))
 
 
-def test_bad_sources_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_unreadable_source(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
-    for name in ("broken.zip", "missing"):
-        with pytest.raises(InputError, match=name):
+    for name, problem in {"broken.zip": "not a readable zip", "missing": "no such file or folder"}.items():
+        with pytest.raises(InputError, match=f"{name}: {problem}"):
             ImageSource.open(tmp_path / name)
 
 
@@ -79,25 +79,25 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     ("height", "width", "expected"),
     [(480, 640, (600, 800)), (640, 480, (800, 600)), (300, 1000, (300, 1000)), (100, 2000, (50, 1000))],
 )
-def test_short_side_unless_the_long_one_would_be_too_long(height: int, width: int, expected: tuple[int, int]) -> None:
+def test_input_size_limits_the_long_side(height: int, width: int, expected: tuple[int, int]) -> None:
     size = input_size(height, width, InputOptions(min_sizes=(600,), max_size=1000))
     assert (size.height, size.width) == expected
     assert size.scale == (size.width / width, size.height / height)
 
 
-def test_an_image_of_a_pixel_keeps_one() -> None:
+def test_an_input_is_at_least_one_pixel_high() -> None:
     assert input_size(1, 5000, InputOptions()).height == 1
 
 
-def test_normalization() -> None:
+def test_pixels_are_normalized_by_mean_and_std() -> None:
     options = InputOptions(mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 8.0))
-    pixels = some_pixels()
+    pixels = random_pixels()
     found = network_input(pixels, InputSize(6, 9, 1.0, 1.0, 6, 9), options)
     expected = (pixels.astype(np.float64) - [1, 2, 3]) / [2, 4, 8]
     np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1), rtol=1e-6)
 
 
-def test_resizing_a_ramp_keeps_it_a_ramp() -> None:
+def test_resizing_keeps_a_linear_ramp_linear() -> None:
     ramp = np.repeat(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(8, axis=0)
     options = InputOptions(mean=(0, 0, 0), std=(1, 1, 1))
     found = network_input(ramp, InputSize(16, 40, 2.0, 2.0, 8, 20), options)
@@ -106,7 +106,7 @@ def test_resizing_a_ramp_keeps_it_a_ramp() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (427, 640), (333, 500), (200, 900), (1, 7)])
-def test_the_seeds_size_and_scale(height: int, width: int) -> None:
+def test_opencv_sizes_and_scales_are_those_of_the_reference(height: int, width: int) -> None:
     options = InputOptions(min_sizes=(600,), max_size=1000, resize="opencv")
     scale = 600 / min(height, width)
     if np.round(scale * max(height, width)) > 1000:
@@ -116,14 +116,14 @@ def test_the_seeds_size_and_scale(height: int, width: int) -> None:
     assert (size.height, size.width) == (max(round(height * scale), 1), max(round(width * scale), 1))
 
 
-def test_the_seeds_resize_is_bilinear_at_the_scale_itself() -> None:
-    """In float64, pixel by pixel: position (i + 1/2) / scale - 1/2, borders repeated; BGR, minus the mean."""
+def test_opencv_resize_is_bilinear_at_the_exact_scale() -> None:
+    """Against a float64 loop: output i samples (i + 1/2) / scale - 1/2, clamped to the image; BGR minus the mean."""
     options = InputOptions(
         min_sizes=(23,), max_size=1000, mean=(10.5, 20.25, 30.125), std=(1, 1, 1), order="bgr", resize="opencv"
     )
     pixels = np.random.default_rng(0).integers(0, 255, (17, 29, 3), dtype=np.uint8)
     size = input_size(17, 29, options)
-    assert size.width / 29 != size.scale_x  # the ratio of the sizes would be another scale
+    assert size.width / 29 != size.scale_x  # so sampling by the ratio of the sizes would differ
     found = network_input(pixels, size, options).numpy()
     source = pixels[:, :, ::-1].astype(np.float64) - [10.5, 20.25, 30.125]
     for y in range(size.height):

@@ -1,4 +1,4 @@
-"""Images of one shape that are resized together are as each alone."""
+"""network_inputs: resizing images of one shape together equals resizing each alone."""
 
 import numpy as np
 import pytest
@@ -19,23 +19,25 @@ def images_of(shapes: list[tuple[int, int]]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], [(60, 80)] * 4, [(60, 80), (30, 40)]])
 @pytest.mark.parametrize(("resize", "order"), [("antialias", "rgb"), ("opencv", "bgr")])
-def test_together_as_alone(
+def test_batched_inputs_equal_single_inputs(
     monkeypatch: pytest.MonkeyPatch, resize: str, order: str, shapes: list[tuple[int, int]]
 ) -> None:
     options = InputOptions(min_sizes=(90,), max_size=400, resize=resize, order=order)
     images = images_of(shapes)
     images[0] = images[0][:, ::-1]  # mirrored
     sizes = [input_size(*image.shape[:2], options) for image in images]
-    grouped = transforms._group_by_shape
-    monkeypatch.setattr(transforms, "_group_by_shape", lambda images, device: grouped(images, torch.device("cuda")))
+    group_by_shape = transforms._group_by_shape
+    monkeypatch.setattr(
+        transforms, "_group_by_shape", lambda images, device: group_by_shape(images, torch.device("cuda"))
+    )
     found = network_inputs(images, sizes, options)
     assert found.is_contiguous(memory_format=torch.channels_last)
     for image, size, one in zip(images, sizes, found, strict=True):
         torch.testing.assert_close(one, network_input(image, size, options), rtol=0, atol=1e-5)
 
 
-def test_on_a_gpu_copies_and_steps_are_as_many_as_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Steps(TorchDispatchMode):
+def test_on_a_gpu_each_shape_is_copied_and_resized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ResizeCounter(TorchDispatchMode):
         calls = 0
 
         def __torch_dispatch__(
@@ -44,15 +46,19 @@ def test_on_a_gpu_copies_and_steps_are_as_many_as_the_shapes(monkeypatch: pytest
             self.calls += func.overloadpacket.__name__ == "_upsample_bilinear2d_aa"
             return func(*args, **(kwargs or {}))
 
+    # Everything runs on the CPU; only the grouping of images is made to believe that the device is a GPU.
     options, images = InputOptions(min_sizes=(90,), max_size=400), images_of(SHAPES)
     sizes = [input_size(*image.shape[:2], options) for image in images]
-    grouped, counts, copy = transforms._group_by_shape, [], transforms.to_device
+    group_by_shape, counts, copy = transforms._group_by_shape, [], transforms.to_device
     copies: list[torch.Tensor] = []
     monkeypatch.setattr(transforms, "to_device", lambda values, *device: copies.append(values) or copy(values, *device))
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(transforms, "_group_by_shape", lambda images, _, d=device: grouped(images, torch.device(d)))
-        with torch.inference_mode(), Steps() as steps:
+        monkeypatch.setattr(
+            transforms, "_group_by_shape", lambda images, _, d=device: group_by_shape(images, torch.device(d))
+        )
+        with torch.inference_mode(), ResizeCounter() as counter:
             network_inputs(images, sizes, options)
-        counts.append((steps.calls, sum(values.dtype == torch.uint8 for values in copies)))
+        counts.append((counter.calls, sum(values.dtype == torch.uint8 for values in copies)))
         copies.clear()
-    assert counts == [(6, 6), (3, 3)]
+    # (resizes, copied images): one per image on the CPU, one per shape on the GPU
+    assert counts == [(len(SHAPES), len(SHAPES)), (len(set(SHAPES)), len(set(SHAPES)))]

@@ -1,4 +1,4 @@
-"""Real COCO images with real refs, where they lie beside the repository."""
+"""Training, extraction and evaluation on real COCO images and refs, if these are found beside the repository."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def annotated(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "f.h5"
 
 
-def test_every_annotation_but_the_crowds_has_its_region(shared: Path, annotated: Path) -> None:
+def test_every_annotation_except_crowds_has_a_region(shared: Path, annotated: Path) -> None:
     tree = json.loads((shared / "data" / "coco_mini" / "annotations" / "instances_train2017.json").read_text())
     truth = {a["id"]: a for a in tree["annotations"] if not a["iscrowd"]}
     assert len(tree["annotations"]) == 739 and len(truth) == 731
@@ -83,8 +83,8 @@ def test_training_on_real_images_lowers_the_loss(shared: Path, tmp_path: Path) -
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: Path) -> None:
-    """Through the commands, with the reference's arithmetic, MAttNet's threshold and predicted masks of annotations."""
+def test_extraction_with_imported_weights_reports_unknown_training_data(shared: Path, tmp_path: Path) -> None:
+    """With the reference's recipe and MAttNet's threshold; also predicts masks of annotated objects."""
     root = shared / "data" / "coco_mini"
     tree = json.loads((root / "annotations" / "instances_train2017.json").read_text())
     tree["images"] = tree["images"][:3]
@@ -99,15 +99,15 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
     model = MaskRCNN(chosen, len(categories))
     with torch.no_grad():
         for parameter in model.head.box.parameters():  # type: ignore[attr-defined]  # both heads have one
-            parameter.zero_()  # each class as likely as the background: 1 / 81
+            parameter.zero_()  # all 81 classes, with the background, get a score of 1 / 81
     checkpoint.save(tmp_path / "run", model, meta)
     common = ["extract-features", "--checkpoint", str(tmp_path / "run"), "--images", str(root / "train2017"),
               "--instances", str(tmp_path / "three.json")]  # fmt: skip
-    said = "detector: imported: seed.pth, sha256 abab"
+    source = "detector: imported: seed.pth, sha256 abab"
     run = CliRunner().invoke(
         main, [*common, "--out", str(tmp_path / "d.h5"), "--score-threshold", "0.65", "--lower-threshold-if-empty"]
     )
-    assert run.exit_code == 0 and said in run.output and "training data unknown" in run.output
+    assert run.exit_code == 0 and source in run.output and "training data unknown" in run.output
     with store.open(tmp_path / "d.h5") as file:
         for image_id in file:
             regions = file[image_id]
@@ -126,9 +126,8 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
         assert (areas <= sizes * 1.1 + 4).all()
     run = CliRunner().invoke(main, [*common, "--out", str(tmp_path / "n.h5"), "--masks", "predicted"])
     assert run.exit_code == 2 and "--regions annotations" in run.output
-    strange = json.loads((tmp_path / "three.json").read_text())
-    strange["categories"][0]["name"] = "circle"
-    (tmp_path / "three.json").write_text(json.dumps(strange))
+    tree["categories"][0]["name"] = "circle"
+    (tmp_path / "three.json").write_text(json.dumps(tree))
     run = CliRunner().invoke(
         main, [*common, "--out", str(tmp_path / "n.h5"), "--regions", "annotations", "--masks", "predicted"]
     )

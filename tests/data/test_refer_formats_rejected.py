@@ -1,3 +1,5 @@
+"""Converting REFER from other formats: names of datasets and splits, and input that is refused with a reason."""
+
 import json
 import pickle
 from pathlib import Path
@@ -6,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import refer_format_files as forms
+import refer_format_files as formats
 from click.testing import CliRunner
 
 from refdet.cli.main import main
@@ -20,12 +22,8 @@ from refdet.errors import InputError, RuntimeFailure
 from refer.statistics import COUNTS, Counts
 
 
-@pytest.fixture
-def coco(shapes_root: Path) -> Path:
-    return shapes_root / "annotations" / "instances_train2014.json"
-
-
-def refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None:
+def assert_refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None:
+    """Assert that a conversion fails with one line that contains all the words, and writes nothing."""
     with pytest.raises(InputError) as caught:
         convert_refer(sources, out, **options)
     message = str(caught.value)
@@ -49,7 +47,7 @@ def refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None
         ("shapes", "", ""),
     ],
 )
-def test_names_of_datasets(text: str, dataset: str, split_by: str) -> None:
+def test_dataset_and_split_by_are_parsed_from_names(text: str, dataset: str, split_by: str) -> None:
     assert (dataset_in(text), split_by_in(text)) == (dataset, split_by)
 
 
@@ -66,7 +64,7 @@ def test_names_of_datasets(text: str, dataset: str, split_by: str) -> None:
         ("constrained.json", ""),
     ],
 )
-def test_names_of_splits(path: str, split: str) -> None:
+def test_splits_are_parsed_from_paths(path: str, split: str) -> None:
     assert split_in(Path(path)) == split
 
 
@@ -76,7 +74,7 @@ def test_splits_are_recognized_by_their_published_size(pair: tuple[str, str]) ->
     assert match_split_names(*pair, sizes) == dict(zip(sizes, COUNTS[pair], strict=True))
 
 
-def test_test_is_test_a_beside_test_b() -> None:
+def test_a_split_called_test_is_test_a_if_there_is_a_test_b() -> None:
     few = Counts(3, 2)
     assert match_split_names("refcoco", "unc", {"test": few, "testB": few, "validation": few}) == {
         "test": "testA",
@@ -90,29 +88,29 @@ def test_test_is_test_a_beside_test_b() -> None:
         match_split_names("refcoco", "unc", {"val": few, "validation": few})
 
 
-def test_names_of_hugging_face(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances, rename=True)
-    (result,) = convert_refer([source], tmp_path / "out", instances=coco)
-    assert forms.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
+def test_hugging_face_split_names_are_translated(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances, rename=True)
+    (result,) = convert_refer([source], tmp_path / "out", instances=train_instances)
+    assert formats.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
     assert "refcoco/unc: split 'test' is testA" in result.notes
     (source / "testB-00000-of-00001.parquet").unlink()
-    refused([source], tmp_path / "refused", "split 'test'", "`split_names=test=NAME`", instances=coco)
-    (result,) = convert_refer([source], tmp_path / "named", instances=coco, split_names=["test=testA"])
-    assert list(result.counts) == ["train", "testA", "val"] or set(result.counts) == {"train", "testA", "val"}
+    assert_refused([source], tmp_path / "refused", "split 'test'", "`split_names=test=NAME`", instances=train_instances)
+    (result,) = convert_refer([source], tmp_path / "named", instances=train_instances, split_names=["test=testA"])
+    assert set(result.counts) == {"train", "testA", "val"}
 
 
-def made(published: Counts, split: str, first_image: int) -> list[SourceRef]:
-    """Refs of the published numbers."""
+def published_refs(published: Counts, split: str, first_image: int) -> list[SourceRef]:
+    """As many refs, on as many images, as published for a split."""
     return [
         SourceRef(f"row {n}", split, [], image_id=first_image + n % published.images) for n in range(published.refs)
     ]
 
 
 @pytest.mark.parametrize("google_first", [False, True])
-def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bool) -> None:
-    unc = made(COUNTS["refcoco", "unc"]["val"], "val", 0)
-    google = made(COUNTS["refcoco", "google"]["val"], "val", 500)
+def test_two_divisions_in_one_list_are_separated_by_their_sizes(google_first: bool) -> None:
+    unc = published_refs(COUNTS["refcoco", "unc"]["val"], "val", 0)
+    google = published_refs(COUNTS["refcoco", "google"]["val"], "val", 500)
     both = google + unc if google_first else unc + google
     part, note = refs_of_division("refcoco", "unc", "val", both)
     assert part == unc and note == "split 'val' also has the 5,000 refs of refcoco/google/val; they are left out"
@@ -120,7 +118,7 @@ def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bo
     assert part == google and "the 3,811 refs of refcoco/unc/val" in note
     assert refs_of_division("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
     assert refs_of_division("refcoco", "unc", "val", unc) == (unc, "")
-    test = made(COUNTS["refcoco", "google"]["test"], "test", 0)
+    test = published_refs(COUNTS["refcoco", "google"]["test"], "test", 0)
     assert refs_of_division("refcoco", "unc", "test", test) == (
         [],
         "split 'test' is refcoco/google/test; it is left out",
@@ -128,7 +126,7 @@ def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bo
     assert refs_of_division("refcoco", "google", "test", test) == (test, "")
 
 
-def test_a_wrong_size_is_reported(tmp_path: Path) -> None:
+def test_a_split_of_another_size_than_published_is_reported(tmp_path: Path) -> None:
     box = [1.0, 2.0, 3.0, 4.0]
     ids = range(1809)  # one less than published
     rows = [
@@ -149,40 +147,42 @@ def test_a_wrong_size_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["ref_id", "ann_id", "image_id", "split", "sentences", "category_id"])
-def test_a_column_that_is_missing(shapes_root: Path, tmp_path: Path, column: str) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+def test_a_missing_parquet_column_is_named(shapes_root: Path, tmp_path: Path, column: str) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     for path in source.iterdir():
         pq.write_table(pq.read_table(path).drop_columns([column]), path)
-    refused([source], tmp_path / "out", f"no column {column}")
+    assert_refused([source], tmp_path / "out", f"no column {column}")
 
 
-def test_a_column_of_the_other_parquet_form_that_is_missing(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lmms(tmp_path / "refcoco", refs, instances)
+def test_missing_columns_of_the_parquet_format_with_images_are_named(
+    shapes_root: Path, train_instances: Path, tmp_path: Path
+) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lmms(tmp_path / "refcoco", refs, instances)
     for path in source.iterdir():
         pq.write_table(pq.read_table(path).drop_columns(["bbox", "file_name"]), path)
-    refused([source], tmp_path / "out", "no column bbox, file_name", instances=coco)
+    assert_refused([source], tmp_path / "out", "no column bbox, file_name", instances=train_instances)
 
 
 @pytest.mark.parametrize(
     "contents", [b"", b"<!DOCTYPE html><html>", b"PAR1 and no more", b"PAR1" + bytes(99) + b"PAR1"]
 )
-def test_a_parquet_file_that_is_damaged(tmp_path: Path, contents: bytes) -> None:
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path, contents: bytes) -> None:
     path = tmp_path / "refcoco-val.parquet"
     path.write_bytes(contents)
-    refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
+    assert_refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
 
 
-def test_a_parquet_text_that_is_not_utf_8(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "refcoco-val.parquet"
     text = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))
     columns: dict[str, Any] = dict.fromkeys(["ref_id", "ann_id", "image_id", "sentences", "category_id"], [1])
     pq.write_table(pa.table({**columns, "split": text}), path)
-    refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
+    assert_refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
 
 
-def test_memory_that_does_not_suffice_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
 
@@ -195,31 +195,39 @@ def test_memory_that_does_not_suffice_is_no_damage(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("contents", ["[1]", "{}", '{"images": 3, "annotations": []}', '{"images": [1]}'])
-def test_an_existing_file_that_is_no_instances_file(
-    shapes_root: Path, coco: Path, tmp_path: Path, contents: str
+def test_an_existing_invalid_instances_file_is_kept_and_refused(
+    shapes_root: Path, train_instances: Path, tmp_path: Path, contents: str
 ) -> None:
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    source = formats.write_jxu124(
+        tmp_path / "parquet", "refcoco", *formats.load(shapes_root / "refer", "refcoco", "unc")
+    )
     path = tmp_path / "out" / "refcoco" / "instances.json"
     path.parent.mkdir(parents=True)
     path.write_text(contents)
     with pytest.raises(InputError, match="instances.json: exists and has no list of images"):
-        convert_refer([source], tmp_path / "out", instances=coco)
+        convert_refer([source], tmp_path / "out", instances=train_instances)
     assert path.read_text() == contents
 
 
-def test_a_split_name_that_no_source_has(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+def test_split_names_must_exist_and_be_distinct(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
+    source = formats.write_jxu124(
+        tmp_path / "parquet", "refcoco", *formats.load(shapes_root / "refer", "refcoco", "unc")
+    )
     words = ("`split_names` vla=test: no split 'vla' in the sources", "train, ")
-    refused([source], tmp_path / "out", *words, instances=coco, split_names=["vla=test"])
+    assert_refused([source], tmp_path / "out", *words, instances=train_instances, split_names=["vla=test"])
     twice = ["val=testA", "val=testB"]
-    refused([source], tmp_path / "out", "`split_names` val=testB: val is", instances=coco, split_names=twice)
+    assert_refused(
+        [source], tmp_path / "out", "`split_names` val=testB: val is", instances=train_instances, split_names=twice
+    )
 
 
-def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
-    refused([source], tmp_path / "out", "no annotation ids", "`instances=instances_train2014.json`")
-    file = json.loads(coco.read_text())
+def test_boxes_that_match_no_or_several_annotations_are_counted(
+    shapes_root: Path, train_instances: Path, tmp_path: Path
+) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    assert_refused([source], tmp_path / "out", "no annotation ids", "`instances=instances_train2014.json`")
+    file = json.loads(train_instances.read_text())
     referred = {ref["ann_id"] for ref in refs if ref["split"] == "val"}
     wrong = sorted(referred)[:2]
     sentences = sum(len(ref["sentences"]) for ref in refs if ref["ann_id"] in wrong and ref["split"] == "val")
@@ -232,33 +240,37 @@ def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, co
             annotation["bbox"][0] += 1
     moved.write_text(json.dumps(file))
     path = source / "refcoco_val.jsonl"
-    refused([path], tmp_path / "out", f"{sentences} of {total}", "with its image and box, or several", instances=moved)
+    assert_refused(
+        [path], tmp_path / "out", f"{sentences} of {total}", "with its image and box, or several", instances=moved
+    )
 
 
-def test_ids_that_contradict_coco_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+def test_ids_that_contradict_coco_are_counted(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
     refs[3]["category_id"] = 2
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
-    refused([source], tmp_path / "out", "1 of ", "with its ann_id, image_id and category_id", instances=coco)
-    file = json.loads(coco.read_text())
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    assert_refused(
+        [source], tmp_path / "out", "1 of ", "with its ann_id, image_id and category_id", instances=train_instances
+    )
+    file = json.loads(train_instances.read_text())
     file["images"] = [image for image in file["images"] if image["id"] != refs[3]["image_id"]]
     few = tmp_path / "few.json"
     few.write_text(json.dumps(file))
-    refused([source], tmp_path / "out", "no such image in", instances=few)
+    assert_refused([source], tmp_path / "out", "no such image in", instances=few)
 
 
-def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+def test_existing_files_are_never_overwritten(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     out = tmp_path / "out" / "refcoco"
     out.mkdir(parents=True)
     (out / "refs(unc).p").write_bytes(pickle.dumps([]))
     with pytest.raises(InputError, match=r"refs\(unc\).p: exists"):
-        convert_refer([source], out.parent, instances=coco)
+        convert_refer([source], out.parent, instances=train_instances)
     (out / "refs(unc).p").unlink()
     (out / "instances.json").write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(InputError, match="exists and lacks images"):
-        convert_refer([source], out.parent, instances=coco)
+        convert_refer([source], out.parent, instances=train_instances)
     assert [path.name for path in out.iterdir()] == ["instances.json"]
 
 
@@ -291,30 +303,30 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
         ("refcoco.json", '{"ref": [{"split": "val"}], "coco_anns": {}}', "no 'dataset'"),
     ],
 )
-def test_lists_with_something_missing(tmp_path: Path, name: str, contents: str, words: str) -> None:
+def test_incomplete_json_files_are_refused_with_a_reason(tmp_path: Path, name: str, contents: str, words: str) -> None:
     path = tmp_path / "source" / name
     path.parent.mkdir()
     path.write_text(contents)
-    refused([path], tmp_path / "out", str(path), words)
+    assert_refused([path], tmp_path / "out", str(path), words)
 
 
 def run(*args: str | Path) -> Any:
     return CliRunner().invoke(main, ["convert-refer", *map(str, args)])
 
 
-def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
-    result = run("--from", source, "--out", tmp_path / "out", "--instances", coco, "--json")
+def test_convert_refer_command(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    result = run("--from", source, "--out", tmp_path / "out", "--instances", train_instances, "--json")
     assert result.exit_code == 0, result.stderr
     (found,) = json.loads(result.stdout)
     assert found["refs_file"] == str(tmp_path / "out" / "refcoco" / "refs(unc).p")
     assert {split: n["refs"] for split, n in found["splits"].items()} == {
-        split: sum(ref["split"] == split for ref in refs) for split in forms.splits_of(refs)
+        split: sum(ref["split"] == split for ref in refs) for split in formats.splits_of(refs)
     }
-    again = run("--from", source, "--out", tmp_path / "out", "--instances", coco)
+    again = run("--from", source, "--out", tmp_path / "out", "--instances", train_instances)
     assert again.exit_code == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
-    for path in source.iterdir():  # only COCO's own categories need no --instances
+    for path in source.iterdir():  # without --instances, categories must be COCO's
         table = pq.read_table(path)
         ones = pa.array([1] * len(table))
         table = table.set_column(table.column_names.index("category_id"), "category_id", ones)
@@ -322,14 +334,14 @@ def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
         pq.write_table(table.set_column(table.column_names.index("raw_anns"), "raw_anns", pa.array(texts)), path)
     few = json.loads(run("--from", source, "--out", tmp_path / "few", "--json").stdout)
     assert any("give --instances instances_train2014.json to include" in line for line in few[0]["notes"])
-    source = forms.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
-    text = run("--from", source, "--out", tmp_path / "text", "--instances", coco)
+    source = formats.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
+    text = run("--from", source, "--out", tmp_path / "text", "--instances", train_instances)
     assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout
 
 
-def test_the_command_names_its_options(shapes_root: Path, tmp_path: Path) -> None:
-    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
-    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+def test_errors_of_the_command_name_its_options(shapes_root: Path, tmp_path: Path) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_lines(tmp_path / "lines", "refcoco", refs, instances)
     result = run("--from", source, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "give --instances instances_train2014.json" in result.stderr
     missing = run("--from", tmp_path / "none", "--out", tmp_path / "out")
@@ -347,10 +359,10 @@ def test_the_command_names_its_options(shapes_root: Path, tmp_path: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("system", [False, True])
-def test_expressions_of_conversations(
+def test_expressions_are_found_in_conversations(
     tmp_path: Path, question: str, answer: str, expression: str, system: bool
 ) -> None:
-    """The image may come last, and instructions of the system are no question."""
+    """The image tag may come last, and a system prompt is not taken for a question."""
     turns = [{"from": "system", "value": "You find [1, 2, 3, 4]."}] * system
     turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     turns += [{"from": "human", "value": "Where is this: the dog"}, {"from": "gpt", "value": "[0.5, 0.5, 0.6, 0.7]"}]

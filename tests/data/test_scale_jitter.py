@@ -1,4 +1,4 @@
-"""Large-scale jitter: pixels, boxes and masks of a crop are those of the whole resized image, moved."""
+"""Large-scale jitter: pixels, boxes and masks of a crop equal those of the whole resized image, shifted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 sides, seeds = st.integers(1, 150), st.integers(0, 2**32 - 1)
 
 
-def drawn(height: int, width: int, seed: int, options: InputOptions = OPTIONS) -> InputSize:
+def sample_size(height: int, width: int, seed: int, options: InputOptions = OPTIONS) -> InputSize:
     return sample_jittered_size(height, width, options, np.random.default_rng(seed))
 
 
 @settings(max_examples=150, deadline=None)
 @given(height=sides, width=sides, seed=seeds)
-def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height: int, width: int, seed: int) -> None:
-    size = drawn(height, width, seed)
+def test_the_input_is_a_crop_of_an_image_resized_to_the_scaled_square(height: int, width: int, seed: int) -> None:
+    size = sample_size(height, width, seed)
     whole = size.resized_size
     assert 0.1 * 64 - 1 <= max(whole) <= 2 * 64 + 1
     assert (size.height, size.width) == (min(whole[0], 64), min(whole[1], 64))
@@ -51,15 +51,15 @@ def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height
         assert right - left == pytest.approx(size.width / size.scale_x)
 
 
-def test_scales_and_places_are_spread_evenly() -> None:
+def test_scales_and_crop_origins_are_uniform() -> None:
     random = np.random.default_rng(0)
     found = [sample_jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
     scales = np.array([size.resized_size[0] / 1000 for size in found])
     assert abs(scales.mean() - 1.05) < 0.03 and scales.min() < 0.11 and scales.max() > 1.99
-    places = np.array(
+    relative_origins = np.array(
         [size.crop_origin[0] / (size.resized_size[1] - size.width) for size in found if size.resized_size[1] > 1200]
     )
-    assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() > 0.99
+    assert abs(relative_origins.mean() - 0.5) < 0.03 and relative_origins.min() < 0.01 and relative_origins.max() > 0.99
 
 
 def batch(root: Path, *changes: str, step: int = 0) -> Batch:
@@ -70,7 +70,7 @@ def batch(root: Path, *changes: str, step: int = 0) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noise_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("noisy")
     squares(root)
     random = np.random.default_rng(0)
@@ -80,14 +80,14 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("resize", ["antialias", "opencv", "pillow", "torchvision"])
-def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -> None:
+def test_pixels_of_a_crop_equal_the_whole_resized_image(noise_dataset: Path, resize: str) -> None:
     options, kinds = tiny("input.crop_size=64", f"input.resize={resize}").input, set()
     for step in range(6):
-        found = batch(noisy, f"input.resize={resize}", step=step)
+        found = batch(noise_dataset, f"input.resize={resize}", step=step)
         inputs = found.inputs(options, CPU)
         assert inputs.shape == (4, 3, 64, 64)
         for row, (size, flip, id_) in enumerate(zip(found.sizes, found.flips, found.image_ids, strict=True)):
-            with Image.open(noisy / "images" / f"{id_}.png") as image:
+            with Image.open(noise_dataset / "images" / f"{id_}.png") as image:
                 pixels = np.array(image)
             height, width = size.resized_size
             everything = replace(size, height=height, width=width, cropped_from=None, crop_origin=(0, 0))
@@ -101,7 +101,7 @@ def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -
 
 
 @pytest.mark.parametrize("scales", ["[1, 1.5]", "[0.4, 0.9]"])
-def test_boxes_lie_on_what_is_drawn(tmp_path: Path, scales: str) -> None:
+def test_boxes_of_a_crop_fit_the_visible_objects(tmp_path: Path, scales: str) -> None:
     squares(tmp_path)
     for path in (tmp_path / "images").iterdir():
         picture = Image.new("RGB", (96, 64))
@@ -118,7 +118,7 @@ def test_boxes_lie_on_what_is_drawn(tmp_path: Path, scales: str) -> None:
             colors = (image * std + mean)[:, :height, :width]
             for box, label in zip(target.boxes, target.labels.tolist(), strict=True):
                 y, x = (colors[0 if label == 1 else 2] > 127).nonzero().unbind(1)
-                if len(x):  # not less than half a pixel of it is seen
+                if len(x):  # skip objects of which less than half a pixel is visible
                     seen = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1))
                     assert (seen - box).abs().max() <= 1
                     compared += 1
@@ -127,7 +127,7 @@ def test_boxes_lie_on_what_is_drawn(tmp_path: Path, scales: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(seed=seeds, flip=st.booleans(), convex=st.booleans())
-def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, convex: bool) -> None:
+def test_boxes_of_cropped_objects_enclose_their_visible_mask(seed: int, flip: bool, convex: bool) -> None:
     random = np.random.default_rng(seed)
     height, width = (int(side) for side in random.integers(4, 40, 2))
     y1, x1 = (int(random.integers(0, side - 1)) for side in (height, width))
@@ -138,7 +138,7 @@ def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, c
         return
     ys, xs = mask.nonzero()
     box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-    size = drawn(height, width, seed)
+    size = sample_size(height, width, seed)
     window = visible_window(size, flip)
     kept, boxes = crop_boxes(torch.tensor([box], dtype=torch.float32), [coco_mask.encode(mask)], window)
     spans = [(max(x, window[0]), max(y, window[1]), min(x + 1, window[2]), min(y + 1, window[3]))
@@ -153,7 +153,7 @@ def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, c
         np.testing.assert_allclose(boxes[0], expected, atol=1e-4)
 
 
-def test_objects_without_masks_are_clipped_and_those_outside_are_gone() -> None:
+def test_boxes_without_masks_are_clipped_or_dropped() -> None:
     boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 8, 8], [11, 11, 12, 12], [5, 5, 5, 9]])
     kept, found = crop_boxes(boxes, [None] * 4, (3.0, 3.0, 10.0, 10.0))
     assert kept == [0, 1, 3] and found.tolist() == [[3, 3, 4, 4], [3, 3, 8, 8], [5, 5, 5, 9]]
@@ -161,12 +161,12 @@ def test_objects_without_masks_are_clipped_and_those_outside_are_gone() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds, flip=st.booleans())
-def test_mask_targets_are_the_exact_areas_in_the_original_image(seed: int, flip: bool) -> None:
+def test_mask_targets_equal_the_mask_area_in_each_cell(seed: int, flip: bool) -> None:
     random = np.random.default_rng(seed)
     height, width = (int(side) for side in random.integers(20, 80, 2))
     small = random.integers(0, 2, (5, 4))
     mask = np.array(Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
-    size = drawn(height, width, seed)
+    size = sample_size(height, width, seed)
     corners = np.sort(random.uniform(0, 1, (6, 2, 2)), axis=1) * [size.width, size.height]
     rois = torch.tensor(corners.reshape(6, 4), dtype=torch.float32)
     truth = GroundTruth(rois[:1], torch.ones(1, dtype=torch.int64), [coco_mask.encode(np.asfortranarray(mask))],
@@ -183,16 +183,16 @@ def test_mask_targets_are_the_exact_areas_in_the_original_image(seed: int, flip:
         np.testing.assert_array_equal(target[clear], covered[clear] >= 0.5)
 
 
-def test_what_is_drawn_depends_on_the_seed_the_step_and_the_image(noisy: Path) -> None:
+def test_jitter_depends_only_on_seed_step_and_image(noise_dataset: Path) -> None:
     def sizes(*changes: str, step: int = 0) -> dict[int, InputSize]:
-        found = batch(noisy, *changes, step=step)
+        found = batch(noise_dataset, *changes, step=step)
         return dict(zip(found.image_ids, found.sizes, strict=True))
 
     first = sizes()
     assert sizes() == first and len(set(first.values())) == 4
     for other in (sizes(step=1), sizes("train.seed=1")):
         assert all(other[id_] != size for id_, size in first.items())
-    smaller = batch(noisy, "train.batch_size=2")  # the same image in the same step of another batch
+    smaller = batch(noise_dataset, "train.batch_size=2")  # the same image in the same step of another batch
     for id_, size in zip(smaller.image_ids, smaller.sizes, strict=True):
         assert first[id_] == size
 

@@ -1,4 +1,4 @@
-"""The embedded dataset on disk: layouts, annotations that agree with pixels, determinism, splits."""
+"""The synthetic dataset on disk: layout, annotations that match the pixels, determinism, splits."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def images_of(refs: list[dict], split: str) -> set[int]:
     return {r["image_id"] for r in refs if r["split"] == split}
 
 
-def tree(root: Path) -> dict[str, bytes]:
+def files_below(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("split", ["train2014", "val2014"])
-def test_layout_and_pixels_agree(shapes_root: Path, split: str) -> None:
+def test_files_and_annotations_match_the_pixels(shapes_root: Path, split: str) -> None:
     coco = load_coco(shapes_root / "annotations" / f"instances_{split}.json")
     assert len(coco.imgs) == {"train2014": 60, "val2014": 12}[split]
     assert {p.name for p in (shapes_root / split).iterdir()} == {i["file_name"] for i in coco.imgs.values()}
@@ -52,26 +52,26 @@ def test_layout_and_pixels_agree(shapes_root: Path, split: str) -> None:
         with Image.open(shapes_root / split / image["file_name"]) as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)
         assert pixels.shape == (image["height"], image["width"], 3)
-        taken = np.zeros(pixels.shape[:2], dtype=int)
+        objects_at = np.zeros(pixels.shape[:2], dtype=int)
         for annotation in coco.imgToAnns[image["id"]]:
             mask = coco.annToMask(annotation).astype(bool)
-            taken += mask
+            objects_at += mask
             ys, xs = np.nonzero(mask)
             x, y, w, h = annotation["bbox"]
             assert (x, y, x + w, y + h) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
             assert annotation["area"] == mask.sum()
-            # One paint: inside the mask most pixels are near its median color, around it they are not.
-            paint = np.median(pixels[mask], axis=0)
-            near = np.abs(pixels - paint).max(axis=2) < 40
+            # Most pixels inside the mask are close to its median color, and fewer around it.
+            median_color = np.median(pixels[mask], axis=0)
+            near = np.abs(pixels - median_color).max(axis=2) < 40
             inside = near[mask].mean()
             assert inside > (0.3 if annotation["iscrowd"] else 0.5), annotation["id"]
             around = np.zeros_like(mask)
             around[max(0, int(y) - 6) : int(y + h) + 6, max(0, int(x) - 6) : int(x + w) + 6] = True
             assert near[around & ~mask].mean() < inside - 0.25, annotation["id"]
-        assert taken.max() <= 1, "visible masks overlap"
+        assert objects_at.max() <= 1, "visible masks overlap"
 
 
-def test_json_keys_are_those_of_coco(shapes_root: Path) -> None:
+def test_json_has_the_keys_of_coco(shapes_root: Path) -> None:
     data = json.loads((shapes_root / "annotations" / "instances_train2014.json").read_text())
     assert set(data) == {"info", "licenses", "images", "annotations", "categories"}
     assert set(data["images"][0]) == set(
@@ -91,18 +91,18 @@ def test_json_keys_are_those_of_coco(shapes_root: Path) -> None:
 
 def test_keys_equal_those_of_real_files(shapes_root: Path, shared: Path) -> None:
     real = shared / "data" / "coco_mini"
-    theirs = json.loads((real / "annotations" / "instances_val2017.json").read_text())
-    ours = json.loads((shapes_root / "annotations" / "instances_val2014.json").read_text())
-    assert set(theirs) == set(ours)
+    real_file = json.loads((real / "annotations" / "instances_val2017.json").read_text())
+    synthetic_file = json.loads((shapes_root / "annotations" / "instances_val2014.json").read_text())
+    assert set(real_file) == set(synthetic_file)
     for kind in ("images", "annotations", "categories"):
-        assert set(theirs[kind][0]) == set(ours[kind][0])
-    their_ref = pickle.loads((real / "refer" / "refcoco" / "refs(unc).p").read_bytes())[0]
-    our_ref = load_refs(shapes_root, "refcoco", "unc")[0]
-    assert set(their_ref) == set(our_ref)
-    assert set(their_ref["sentences"][0]) == set(our_ref["sentences"][0])
+        assert set(real_file[kind][0]) == set(synthetic_file[kind][0])
+    real_ref = pickle.loads((real / "refer" / "refcoco" / "refs(unc).p").read_bytes())[0]
+    synthetic_ref = load_refs(shapes_root, "refcoco", "unc")[0]
+    assert set(real_ref) == set(synthetic_ref)
+    assert set(real_ref["sentences"][0]) == set(synthetic_ref["sentences"][0])
 
 
-def test_every_kind_of_annotation_is_there(shapes_root: Path) -> None:
+def test_every_kind_of_annotation_and_image_occurs(shapes_root: Path) -> None:
     coco = load_coco(shapes_root / "annotations" / "instances_train2014.json")
     annotations = list(coco.anns.values())
     polygons = [a for a in annotations if isinstance(a["segmentation"], list)]
@@ -124,7 +124,7 @@ def test_every_kind_of_annotation_is_there(shapes_root: Path) -> None:
     assert len({(i["height"], i["width"]) for i in coco.imgs.values()}) >= 5
 
 
-def test_no_two_boxes_of_a_category_are_suppressed_together(shapes_root: Path) -> None:
+def test_objects_of_one_category_overlap_too_little_for_nms(shapes_root: Path) -> None:
     coco = load_coco(shapes_root / "annotations" / "instances_train2014.json")
     for together in coco.imgToAnns.values():
         assert 3 <= sum(not a["iscrowd"] for a in together) <= 8
@@ -136,7 +136,7 @@ def test_no_two_boxes_of_a_category_are_suppressed_together(shapes_root: Path) -
                 assert iou < (0.2 if a["category_id"] == b["category_id"] else 0.45)
 
 
-def test_minival_and_the_rest_divide_val(shapes_root: Path) -> None:
+def test_minival_and_valminusminival_partition_val(shapes_root: Path) -> None:
     folder = shapes_root / "annotations"
     val, mini, rest = (
         load_coco(folder / f"instances_{name}2014.json") for name in ("val", "minival", "valminusminival")
@@ -148,7 +148,7 @@ def test_minival_and_the_rest_divide_val(shapes_root: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", REFS)
-def test_refs_point_at_annotations_of_train2014(shapes_root: Path, dataset: str) -> None:
+def test_refs_refer_to_annotations_of_train2014(shapes_root: Path, dataset: str) -> None:
     train = load_coco(shapes_root / "annotations" / "instances_train2014.json")
     own = load_coco(shapes_root / "refer" / dataset / "instances.json")
     for image_id in own.imgs:
@@ -176,7 +176,7 @@ def test_refs_point_at_annotations_of_train2014(shapes_root: Path, dataset: str)
 
 
 @pytest.mark.parametrize("images", [20, 60])
-def test_splits_behave_as_the_real_ones(shapes_root: Path, tmp_path: Path, images: int) -> None:
+def test_splits_have_the_properties_of_the_real_ones(shapes_root: Path, tmp_path: Path, images: int) -> None:
     root = shapes_root if images == 60 else shapes.write(tmp_path / "few", seed=3, images=images)
     train = load_coco(root / "annotations" / "instances_train2014.json")
     unc, plus = load_refs(root, "refcoco", "unc"), load_refs(root, "refcoco+", "unc")
@@ -206,14 +206,14 @@ def test_splits_behave_as_the_real_ones(shapes_root: Path, tmp_path: Path, image
         assert held & images_of(google, "train"), "google divides objects, not images"
 
 
-def test_same_seed_same_bytes_and_another_seed_another_set(shapes_root: Path, tmp_path: Path) -> None:
-    again = tree(shapes.write(tmp_path / "again", seed=0, images=60))
-    assert again == tree(shapes_root)
-    other = tree(shapes.write(tmp_path / "other", seed=1, images=20))
+def test_files_depend_only_on_the_seed_and_the_size(shapes_root: Path, tmp_path: Path) -> None:
+    again = files_below(shapes.write(tmp_path / "again", seed=0, images=60))
+    assert again == files_below(shapes_root)
+    other = files_below(shapes.write(tmp_path / "other", seed=1, images=20))
     assert not set(other.values()) & set(again.values())
 
 
-def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_existing_folders_and_invalid_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(InputError, match="exists; choose another"):
         shapes.write(tmp_path)

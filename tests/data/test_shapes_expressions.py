@@ -1,7 +1,7 @@
-"""Every sentence of the embedded dataset, read as English and looked up in the files, means its object alone.
+"""Every sentence of the synthetic dataset describes exactly one object of its image: its referent.
 
-Nothing of the generator is used here: words are parsed from the text, categories and boxes come from the JSON
-and colors from the pixels of the JPEG.
+The tests parse the sentences themselves instead of using the generator; categories and boxes come from the JSON,
+colors from the pixels of the JPEG.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Object:
     def side(self) -> float:
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
-    def ahead(self, way: str) -> float:
-        """Coordinate of the center that is the smaller the further the object lies that way."""
+    def position(self, direction: str) -> float:
+        """Coordinate of the center along a direction; smaller means further in that direction."""
         x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-        return {"left": x, "right": -x, "top": y, "bottom": -y}[way]
+        return {"left": x, "right": -x, "top": y, "bottom": -y}[direction]
 
 
-def nouns(text: str, objects: list[Object]) -> list[Object]:
-    """The objects that "[size] [color] category" describes, borderline sizes included."""
+def objects_described_by(text: str, objects: list[Object]) -> list[Object]:
+    """The objects described by "[size] [color] category", including those of borderline sizes."""
     words = text.split()
     found = objects
     if words[-1] != "shape":
@@ -73,48 +73,55 @@ def nouns(text: str, objects: list[Object]) -> list[Object]:
     return found
 
 
-def holds(way: str, one: Object, other: Object) -> bool:
-    if way == "near":
+def is_in_relation(direction: str, one: Object, other: Object) -> bool:
+    """Whether ``one`` lies to the left of ``other``, for example, clearly enough to say so."""
+    if direction == "near":
         a, b = one.box, other.box
         return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) <= 20
-    across = "top" if way in ("left", "right") else "left"
-    lead = other.ahead(way) - one.ahead(way)
-    return lead > 5 and lead > 0.8 * abs(other.ahead(across) - one.ahead(across))
+    across = "top" if direction in ("left", "right") else "left"
+    lead = other.position(direction) - one.position(direction)
+    return lead > 5 and lead > 0.8 * abs(other.position(across) - one.position(across))
 
 
-def first(way: str, rank: int, found: list[Object]) -> list[Object]:
+def objects_at_rank(direction: str, rank: int, found: list[Object]) -> list[Object]:
     """The object at a rank from a side, with those that lie within 5 px of it in that direction."""
-    ordered = sorted(found, key=lambda o: o.ahead(way))
+    ordered = sorted(found, key=lambda o: o.position(direction))
     assert len(ordered) >= rank
-    return [o for o in ordered if abs(o.ahead(way) - ordered[rank - 1].ahead(way)) < 5]
+    return [o for o in ordered if abs(o.position(direction) - ordered[rank - 1].position(direction)) < 5]
 
 
-def meant(sentence: str, objects: list[Object]) -> list[Object]:
+def referents(sentence: str, objects: list[Object]) -> list[Object]:
+    """The objects that a sentence describes."""
     text = re.sub(r" in (the|this) (picture|image)$", "", sentence)
     text = re.sub(r"^(the only|the|a) ", "", text)
-    for way, words in RELATIONS.items():
+    for direction, words in RELATIONS.items():
         match = re.fullmatch(rf"(.+?) (?:that is )?(?:{words}) (?:the )?(.+)", text)
         if match:
-            anchors = nouns(match[2], objects)
+            anchors = objects_described_by(match[2], objects)
             assert len(anchors) == 1, f"{sentence!r}: {match[2]!r} is not one object"
-            return [o for o in nouns(match[1], objects) if o != anchors[0] and holds(way, o, anchors[0])]
+            return [
+                o
+                for o in objects_described_by(match[1], objects)
+                if o != anchors[0] and is_in_relation(direction, o, anchors[0])
+            ]
     match = re.fullmatch(r"(second|third) (.+) from the (\w+)", text)
     if match:
-        return first(match[3], {"second": 2, "third": 3}[match[1]], nouns(match[2], objects))
+        return objects_at_rank(match[3], {"second": 2, "third": 3}[match[1]], objects_described_by(match[2], objects))
     match = re.fullmatch(r"(top|upper|bottom|lower) (left|right) (.+)", text)
     if match:
-        found = nouns(match[3], objects)
-        row = first("top" if match[1] in ("top", "upper") else "bottom", 1, found)
-        column = first(match[2], 1, found)
+        found = objects_described_by(match[3], objects)
+        row = objects_at_rank("top" if match[1] in ("top", "upper") else "bottom", 1, found)
+        column = objects_at_rank(match[2], 1, found)
         assert row == column, sentence
         return row
     for words in sorted(SIDES, key=len, reverse=True):
         if text.startswith(words + " "):
-            return first(SIDES[words], 1, nouns(text[len(words) + 1 :], objects))
-    return nouns(text, objects)
+            return objects_at_rank(SIDES[words], 1, objects_described_by(text[len(words) + 1 :], objects))
+    return objects_described_by(text, objects)
 
 
 def objects_of(root: Path) -> dict[int, list[Object]]:
+    """Image id to its objects without the crowds; the color is the palette's closest to their median pixel."""
     data = json.loads((root / "annotations" / "instances_train2014.json").read_text())
     names = {c["id"]: c["name"] for c in data["categories"]}
     images = {i["id"]: i for i in data["images"]}
@@ -149,13 +156,13 @@ def refs_of(root: Path, dataset: str, split_by: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("dataset", "split_by"), [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")])
-def test_each_sentence_means_its_object_alone(
+def test_each_sentence_describes_its_referent_only(
     shapes_root: Path, objects: dict[int, list[Object]], dataset: str, split_by: str
 ) -> None:
     seen = 0
     for ref in refs_of(shapes_root, dataset, split_by):
         for sentence in ref["sentences"]:
-            answer = [o.ann_id for o in meant(sentence["sent"], objects[ref["image_id"]])]
+            answer = [o.ann_id for o in referents(sentence["sent"], objects[ref["image_id"]])]
             assert answer == [ref["ann_id"]], (ref["image_id"], sentence["sent"])
             seen += 1
     assert seen > 15
@@ -167,7 +174,7 @@ def test_refcoco_plus_has_no_location_words(shapes_root: Path) -> None:
             assert not LOCATION_WORDS & set(sentence["tokens"]), sentence["sent"]
 
 
-def test_the_datasets_speak_differently(shapes_root: Path) -> None:
+def test_refcocog_is_wordier_and_refcoco_uses_colors_sides_and_sizes(shapes_root: Path) -> None:
     def mean_length(dataset: str, split_by: str) -> float:
         sentences = [s for r in refs_of(shapes_root, dataset, split_by) for s in r["sentences"]]
         return float(np.mean([len(s["tokens"]) for s in sentences]))
@@ -177,7 +184,7 @@ def test_the_datasets_speak_differently(shapes_root: Path) -> None:
     assert words & set(PALETTE) and words & {"left", "right"} and words & {"small", "large"}
 
 
-def test_the_reader_of_this_test_tells_true_from_false() -> None:
+def test_the_sentence_parser_of_these_tests() -> None:
     scene = [
         Object(1, "star", "red", (0, 0, 20, 20)),
         Object(2, "star", "red", (100, 0, 160, 60)),
@@ -185,7 +192,7 @@ def test_the_reader_of_this_test_tells_true_from_false() -> None:
     ]
 
     def read(sentence: str) -> list[int]:
-        return [o.ann_id for o in meant(sentence, scene)]
+        return [o.ann_id for o in referents(sentence, scene)]
 
     assert read("red star") == [1, 2]
     assert read("the small star") == read("left star") == read("star next to the blue ring") == [1]

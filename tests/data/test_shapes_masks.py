@@ -1,4 +1,4 @@
-"""Outlines, tracing and the segmentation forms of the embedded dataset."""
+"""Outlines, tracing and segmentations of the synthetic dataset."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MASKS = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32),
 )
 
 
-def _flood_parts(mask: np.ndarray) -> int:
-    """Number of 4-connected parts, by flooding."""
+def _count_components(mask: np.ndarray) -> int:
+    """Number of 4-connected components, by flood fill."""
     left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
     parts = 0
     while left:
@@ -34,7 +34,7 @@ def _flood_parts(mask: np.ndarray) -> int:
 
 
 def _has_hole(mask: np.ndarray) -> bool:
-    """Whether background is cut off from the outside, moving to all 8 neighbors."""
+    """Whether some background is not 8-connected to the outside."""
     free = np.pad(~mask, 1, constant_values=True)
     left = {(int(y), int(x)) for y, x in np.argwhere(free)}
     left.remove((0, 0))
@@ -53,7 +53,7 @@ def _has_hole(mask: np.ndarray) -> bool:
 def test_traced_polygons_fill_exactly_the_mask(mask: np.ndarray) -> None:
     polygons, hole = trace(mask)
     assert hole == _has_hole(mask)
-    assert len(polygons) == _flood_parts(mask)
+    assert len(polygons) == _count_components(mask)
     if not hole:
         assert np.array_equal(rasterize(polygons, *mask.shape), mask)
 
@@ -69,7 +69,7 @@ def test_rle_and_segmentation_decode_to_the_mask(mask: np.ndarray) -> None:
     assert isinstance(form, dict) == _has_hole(mask)
 
 
-def test_trace_of_a_known_mask_has_corners_only() -> None:
+def test_tracing_a_rectangle_gives_its_corners() -> None:
     mask = np.zeros((5, 6), dtype=bool)
     mask[1:4, 2:5] = True
     polygons, hole = trace(mask)
@@ -78,13 +78,13 @@ def test_trace_of_a_known_mask_has_corners_only() -> None:
     assert box_of(mask) == (2, 1, 5, 4)
 
 
-def test_two_pixels_that_touch_by_a_corner_are_two_polygons() -> None:
+def test_pixels_that_touch_only_at_a_corner_are_separate_polygons() -> None:
     polygons, hole = trace(np.eye(2, dtype=bool))
     assert len(polygons) == 2 and not hole
 
 
 @pytest.mark.parametrize("category", CATEGORIES, ids=lambda c: c.name)
-def test_outlines_fill_their_square_and_differ(category) -> None:
+def test_outlines_fill_the_unit_square(category) -> None:
     outline = unit_outline(category.name)
     points = np.concatenate(outline.parts)
     assert 0.9 <= np.ptp(points, axis=0).max() <= 1.06
@@ -100,14 +100,14 @@ def test_unknown_outline_is_refused() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.floats(-15, 35), st.floats(-15, 35), st.floats(2, 25), st.sampled_from([c.name for c in CATEGORIES]))
-def test_clipping_keeps_what_is_inside(x: float, y: float, size: float, name: str) -> None:
+def test_clipping_keeps_the_part_inside_the_image(x: float, y: float, size: float, name: str) -> None:
     height, width = 18, 22
     for part in unit_outline(name).parts:
         points = part * size + (x, y)
         cut = clip(points, height, width)
         if len(cut):
             assert cut.min() >= 0 and cut[:, 0].max() <= width and cut[:, 1].max() <= height
-        # Against a fine grid: the share of the picture inside the polygon, by even-odd crossings.
+        # Compare with the area on a grid of 10x10 points per pixel, inside the polygon by the even-odd rule.
         gx, gy = np.meshgrid((np.arange(220) + 0.5) / 10, (np.arange(180) + 0.5) / 10)
         inside = np.zeros(gx.shape, dtype=bool)
         for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0), strict=True):

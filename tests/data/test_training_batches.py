@@ -1,3 +1,5 @@
+"""TrainingBatches: which images a step has, their input sizes, targets and padding; grouping images by input size."""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ from refdet.errors import InputError
 
 
 def write_dataset(root: Path, sizes: list[tuple[int, int]]) -> tuple[CocoIndex, ImageSource]:
-    """Images of given (height, width), each with one square object and one crowd, and one without objects."""
+    """Images of the given (height, width) with a square object and a crowd each, and a last one without objects."""
     (root / "images").mkdir(parents=True)
     images, annotations = [], []
     for image, (height, width) in enumerate([*sizes, (50, 50)], start=1):
@@ -57,10 +59,10 @@ def test_an_epoch_has_each_annotated_image_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("landscape", "portrait", "batch_size"), [(9, 2, 4), (2, 9, 4), (8, 3, 4), (5, 5, 7)])
-def test_what_an_epoch_leaves_out_is_not_always_the_same(
+def test_all_images_are_used_equally_often_over_many_epochs(
     tmp_path: Path, landscape: int, portrait: int, batch_size: int
 ) -> None:
-    """Such as all portrait images, where they are fewer than a batch."""
+    """For example, portrait images must occur even if there are fewer of them than a batch holds."""
     index, source = write_dataset(tmp_path, [(50, 60)] * landscape + [(60, 50)] * portrait)
     batches = TrainingBatches(index, source, small_recipe(f"train.batch_size={batch_size}"))
     seen: Counter[int] = Counter()
@@ -72,12 +74,12 @@ def test_what_an_epoch_leaves_out_is_not_always_the_same(
     assert len(seen) == landscape + portrait and min(seen.values()) > 70 * kept
 
 
-def test_few_images_make_a_batch_by_repetition(tmp_path: Path) -> None:
+def test_a_batch_repeats_images_if_there_are_too_few(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60)] * 2)
     assert set(TrainingBatches(index, source, small_recipe())[5].image_ids) == {1, 2}
 
 
-def test_a_step_is_the_same_whoever_asks_and_differs_with_the_seed(tmp_path: Path) -> None:
+def test_a_batch_depends_only_on_the_step_and_the_seed(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60)] * 9)
     one, other = (TrainingBatches(index, source, small_recipe()) for _ in range(2))
     _ = other[0]
@@ -86,7 +88,7 @@ def test_a_step_is_the_same_whoever_asks_and_differs_with_the_seed(tmp_path: Pat
     assert any(third[s].image_ids != one[s].image_ids for s in range(3))
 
 
-def test_boxes_follow_the_image(tmp_path: Path) -> None:
+def test_boxes_are_scaled_and_flipped_with_the_image(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 100)] * 3)
     batches = TrainingBatches(index, source, small_recipe("input.min_sizes=[100]", "input.max_size=400"))
     seen: Counter[bool] = Counter()
@@ -115,7 +117,7 @@ def test_padding_is_zero_after_normalization(tmp_path: Path) -> None:
         assert image[:, :height, :width].ne(0).all()
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+def test_errors_name_missing_and_broken_images(tmp_path: Path) -> None:
     index, _ = write_dataset(tmp_path, [(50, 60)] * 3)
     (tmp_path / "images" / "2.png").write_bytes(b"broken")
     found = TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())[0]
@@ -130,7 +132,7 @@ SHAPES = [(50, 60), (60, 50), (50, 90), (90, 50), (50, 50), (60, 80), (80, 60), 
 
 
 def short_sides(batches: TrainingBatches, steps: range) -> dict[tuple[int, int], int]:
-    """(step, image) -> short side of its input; the images of this process only."""
+    """{(step, image id): short side of its input}, for the images of this process."""
     found: dict[tuple[int, int], int] = {}
     number, processes = batches.rank, batches.world_size
     for step in steps:
@@ -143,7 +145,7 @@ def short_sides(batches: TrainingBatches, steps: range) -> dict[tuple[int, int],
     return found
 
 
-def test_short_sides_depend_on_the_seed_the_step_and_the_image(tmp_path: Path) -> None:
+def test_short_sides_depend_only_on_seed_step_and_image(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, SHAPES)
     changes = [f"input.min_sizes={SIDES}", "input.max_size=400", "train.batch_size=4"]
     of_one = short_sides(TrainingBatches(index, source, small_recipe(*changes)), range(60))
@@ -155,7 +157,7 @@ def test_short_sides_depend_on_the_seed_the_step_and_the_image(tmp_path: Path) -
     for step in range(5):  # padded the same
         assert shares[0][step].shape == shares[1][step].shape  # type: ignore[union-attr]
     assert any(len({of_one[step, i] for s, i in of_one if s == step}) > 1 for step in range(60))
-    # the same image in the same step of other batches, at other places
+    # the same image in the same step of batches of another size
     others = short_sides(TrainingBatches(index, source, small_recipe(*changes, "train.batch_size=2")), range(60))
     shared = of_one.keys() & others.keys()
     assert len(shared) > 20 and all(of_one[key] == others[key] for key in shared)
@@ -165,8 +167,8 @@ def test_short_sides_depend_on_the_seed_the_step_and_the_image(tmp_path: Path) -
     assert all(len({side for (_, other), side in of_one.items() if other == image}) > 1 for image in images)
 
 
-def test_older_runs_draw_a_short_side_for_a_step(tmp_path: Path) -> None:
-    """By the numbers of that time, as do flips; so a run that is resumed has the batches of before."""
+def test_recipes_of_older_runs_draw_one_short_side_per_step(tmp_path: Path) -> None:
+    """They draw one side per step, and the flips, from the same random numbers as before, so resuming repeats them."""
     index, source = write_dataset(tmp_path, SHAPES)
     tree = small_recipe(f"input.min_sizes={SIDES}", "input.max_size=400").to_dict()
     del tree["input"]["short_side_per"]
@@ -180,7 +182,7 @@ def test_older_runs_draw_a_short_side_for_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [[], ["input.crop_size=64"], ["input.short_side_per=step"]])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 12])
-def test_no_batch_is_larger_than_the_largest(tmp_path: Path, batch_size: int, changes: list[str]) -> None:
+def test_largest_batch_is_an_upper_bound(tmp_path: Path, batch_size: int, changes: list[str]) -> None:
     index, source = write_dataset(tmp_path, SHAPES)
     more = [f"input.min_sizes={SIDES[::-1]}", "input.max_size=110", f"train.batch_size={batch_size}", *changes]
     batches = TrainingBatches(index, source, small_recipe(*more, "train.steps=100"))
@@ -197,7 +199,7 @@ def test_no_batch_is_larger_than_the_largest(tmp_path: Path, batch_size: int, ch
     st.lists(st.tuples(st.integers(20, 25), st.integers(20, 25)), max_size=40),
     st.integers(1, 5),
 )
-def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
+def test_group_by_input_size(sizes: list[tuple[int, int]], batch_size: int) -> None:
     records = [ImageRecord(i, "", *size) for i, size in enumerate(sizes)]
     options = InputOptions(min_sizes=(20,), max_size=40)
     batches = group_by_input_size(records, options, batch_size)
@@ -213,8 +215,8 @@ def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("resize", ["antialias", "opencv"])
-def test_images_of_extreme_shape_are_mirrored_as_any_other(tmp_path: Path, resize: str) -> None:
-    """numpy takes a mirrored column of pixels for contiguous, and PyTorch refuses it."""
+def test_images_of_extreme_shapes_can_be_mirrored(tmp_path: Path, resize: str) -> None:
+    """NumPy calls a mirrored column of pixels contiguous despite its negative stride, which PyTorch refuses."""
     shapes = [(1, 1), (2, 2), (1, 50), (50, 1), (3, 400), (400, 3), (1, 5000), (5000, 1)]
     images, annotations = [], []
     for number, (height, width) in enumerate(shapes, start=1):
@@ -240,5 +242,5 @@ def test_images_of_extreme_shape_are_mirrored_as_any_other(tmp_path: Path, resiz
     for number in range(1, len(shapes) + 1):
         one, other = mirrored[number, True].flip(2), mirrored[number, False]
         assert one.shape == other.shape
-        if resize == "antialias":  # the other samples at the scale itself, from the left
+        if resize == "antialias":  # opencv samples at the exact scale from the left edge, so mirroring changes it
             torch.testing.assert_close(one, other, atol=0.02, rtol=0)

@@ -1,4 +1,4 @@
-"""The detector as a whole: shapes, invariances, and its parts beside torchvision's."""
+"""The detector as a whole: shapes, invariances, and its parts against torchvision."""
 
 import numpy as np
 import pytest
@@ -24,9 +24,11 @@ def test_an_image_has_the_same_regions_whatever_its_batch(variant: str) -> None:
         assert len(a) == len(b) > 3
         np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
         np.testing.assert_array_equal(a.category_ids, b.category_ids)
-        overlaps = np.diag(coco_mask.iou(a.rles(), b.rles(), [0] * len(b))) if a.masks else ()
-        for mask, other, overlap in zip(a.masks or (), b.masks or (), overlaps, strict=True):
-            assert mask == other or overlap > 0.95  # a pixel on the threshold may fall either way
+        assert (a.masks is None) == (b.masks is None) == (variant == "vgg16")
+        if a.masks is not None and b.masks is not None:
+            overlaps = np.diag(coco_mask.iou(a.rles(), b.rles(), [0] * len(b)))
+            for mask, other, overlap in zip(a.masks, b.masks, overlaps, strict=True):
+                assert mask == other or overlap > 0.95  # rounding decides about pixels at the threshold
         for name in ("pool5", "fc7"):
             error = np.linalg.norm(a.features[name] - b.features[name]) / np.linalg.norm(b.features[name])
             assert error < 1e-4
@@ -47,7 +49,7 @@ def test_regions_are_well_formed() -> None:
         assert regions.features["fc7"].shape == (len(regions), 8 * 8)
 
 
-def test_features_of_given_boxes_are_those_of_detections() -> None:
+def test_given_boxes_have_the_features_of_detections() -> None:
     model, images = small_model(), some_images(3)
     found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions())
     described = describe_boxes(model, images, [r.boxes for r in found])
@@ -57,7 +59,7 @@ def test_features_of_given_boxes_are_those_of_detections() -> None:
             np.testing.assert_allclose(features[name], regions.features[name], rtol=1e-3, atol=1e-4)
 
 
-def test_masks_of_given_boxes_are_those_of_detections() -> None:
+def test_given_boxes_have_the_masks_of_detections() -> None:
     model, images = small_model(), some_images(2)
     found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions())
     labels = [np.array([CATEGORY_IDS.index(c) + 1 for c in r.category_ids]) for r in found]
@@ -65,12 +67,12 @@ def test_masks_of_given_boxes_are_those_of_detections() -> None:
     for regions, description in zip(found, described, strict=True):
         assert description.masks is not None and regions.masks is not None and len(description.masks) > 3
         same = [a == b for a, b in zip(description.masks, regions.masks, strict=True)]
-        assert np.mean(same) > 0.9  # a pixel on the threshold may fall either way
+        assert np.mean(same) > 0.9  # rounding decides about pixels at the threshold
     assert all(d.masks is None for d in describe_boxes(model, images, [r.boxes for r in found]))
 
 
-def test_images_of_one_input_size_and_several_sizes_keep_their_own_scale() -> None:
-    """96x128 and 192x256 become one input size: boxes and features of each are those it has alone."""
+def test_images_of_different_sizes_in_a_batch_keep_their_own_scale() -> None:
+    """Images of 96x128 and 192x256 have one input size; each has the boxes and features that it has alone."""
     model = small_model()
     (small,) = some_images(1)
     large = small.repeat(2, axis=0).repeat(2, axis=1)
@@ -82,10 +84,8 @@ def test_images_of_one_input_size_and_several_sizes_keep_their_own_scale() -> No
     assert together[1].boxes.max() > 128
     boxes = [np.array([[8, 8, 48, 40]], np.float32), np.array([[16, 16, 96, 80]], np.float32)]
     first, second = describe_boxes(model, [small, large], boxes)
-    cosine = np.vdot(first.features["pool5"], second.features["pool5"]) / np.prod(
-        [np.linalg.norm(d.features["pool5"]) for d in (first, second)]
-    )
-    assert cosine > 0.99
+    one, other = (description.features["pool5"] for description in (first, second))
+    assert np.vdot(one, other) / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
 
 
 def test_the_threshold_is_lowered_until_an_image_has_a_region() -> None:
@@ -103,17 +103,17 @@ def test_the_threshold_is_lowered_until_an_image_has_a_region() -> None:
         DetectionOptions(score_threshold=0.95, lower_threshold_if_empty=True),
     )
     for regions, highest in zip(one, best, strict=True):
-        bar = 0.95
-        while bar > highest:
-            bar -= 0.1
+        threshold = 0.95
+        while threshold > highest:  # lowered in steps of 0.1
+            threshold -= 0.1
         assert len(regions.boxes) > 0 and regions.scores.max() == pytest.approx(highest)
-        assert (regions.scores >= bar).all()
+        assert (regions.scores >= threshold).all()
     exact = DetectionOptions(score_threshold=float(np.float32(best[0])), lower_threshold_if_empty=True)
     (just,) = detect_batch(model, images[:1], records_of(images[:1]), CATEGORY_IDS, exact)
-    assert just.scores.min() == pytest.approx(best[0])  # what reaches the threshold is not lowered for
+    assert just.scores.min() == pytest.approx(best[0])  # a score equal to the threshold suffices, so it is not lowered
 
 
-def test_no_region_and_no_box_are_not_an_error() -> None:
+def test_images_without_regions_or_boxes_have_empty_results() -> None:
     model, images = small_model(), some_images(2)
     found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.9999))
     assert [len(r) for r in found] == [0, 0]
@@ -127,7 +127,7 @@ def test_images_of_different_input_size_are_refused() -> None:
         detect_batch(small_model(), images, records_of(images), CATEGORY_IDS, DetectionOptions())
 
 
-def test_max_regions_and_threshold_are_kept() -> None:
+def test_max_regions_keeps_the_best_regions() -> None:
     model, images = small_model(), some_images(1)
     few = detect_batch(
         model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.1, max_regions=5)
@@ -145,7 +145,7 @@ def test_without_masks_there_is_no_mask_branch() -> None:
 
 
 @pytest.mark.parametrize(("depth", "theirs"), [(18, resnet18), (50, resnet50)])
-def test_resnet_is_torchvisions(depth: int, theirs: type) -> None:
+def test_resnet_equals_torchvision(depth: int, theirs: type) -> None:
     torch.manual_seed(0)
     reference = theirs(weights=None).eval()
     ours = ResNet(depth, 64, torch.nn.BatchNorm2d, (1, 2, 2, 2)).eval()
@@ -157,7 +157,7 @@ def test_resnet_is_torchvisions(depth: int, theirs: type) -> None:
     torch.testing.assert_close(ours(x, 4)[-1], expected)
 
 
-def test_frozen_norm_is_batch_norm_in_eval_mode() -> None:
+def test_frozen_norm_equals_batch_norm_in_eval_mode() -> None:
     torch.manual_seed(0)
     batch, frozen = small_model("model.norm=batch"), small_model("model.norm=frozen")
     for module in batch.modules():
@@ -172,14 +172,14 @@ def test_frozen_norm_is_batch_norm_in_eval_mode() -> None:
     assert not any(p.requires_grad for p in frozen.backbone.layer1.parameters())
 
 
-def test_cell_anchors_have_the_area_and_the_ratio_asked_for() -> None:
+def test_cell_anchors_have_the_given_area_and_ratio() -> None:
     anchors = cell_anchors([16, 32], [0.5, 2.0])
     width, height = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
     torch.testing.assert_close((width * height).sqrt(), torch.tensor([16.0, 32, 16, 32]))
     torch.testing.assert_close(height / width, torch.tensor([0.5, 0.5, 2, 2]))
 
 
-def test_anchors_stand_in_the_order_of_the_scores() -> None:
+def test_anchors_are_ordered_by_row_column_and_size() -> None:
     maps = [torch.zeros(1, 1, 2, 3)]
     anchors = AnchorGenerator([[8.0, 16.0]], [1.0], [10])(maps)[0]
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
@@ -189,7 +189,7 @@ def test_anchors_stand_in_the_order_of_the_scores() -> None:
 
 def test_roi_align_reads_a_linear_map_exactly() -> None:
     y, x = torch.meshgrid(torch.arange(12) + 0.5, torch.arange(20) + 0.5, indexing="ij")
-    ramp = torch.stack((x, y))[None] * 8  # the value of a cell is the position of its middle in pixels
+    ramp = torch.stack((x, y))[None] * 8  # the value of a cell is the position of its center in pixels
     rois = torch.tensor([[0, 20.0, 16.0, 90.0, 72.0]])
     found = roi_align(ramp, rois, 7, 8)[0]
     torch.testing.assert_close(found[0, 0], 20 + (torch.arange(7) + 0.5) * 10)
@@ -200,11 +200,11 @@ def test_pyramid_reads_each_roi_from_its_level() -> None:
     maps = [torch.full((1, 1, 256 // 2**level, 256 // 2**level), float(level)) for level in range(4)]
     rois = torch.tensor([[0, 0.0, 0.0, side, side] for side in (40, 111, 112, 224, 448, 1000)])
     found = pyramid_roi_align(maps, rois, 1, (4, 8, 16, 32))
-    # a box of 40 px wants a finer level than there is
+    # a box of 40 pixels would belong to a finer level than there is
     assert found.flatten().tolist() == [0, 0, 1, 2, 3, 3]
 
 
-def test_masks_are_computed_for_the_labeled_class() -> None:
+def test_the_mask_predictor_computes_only_the_masks_of_the_labels() -> None:
     predictor = small_model().head.mask
     x, labels = torch.randn(3, 64, 7, 7), torch.tensor([1, 4, 2])
     every_class = predictor.logits(predictor.hidden(x))

@@ -1,4 +1,4 @@
-"""`load_detector` and `Detector`: images of all kinds, given boxes, errors, and the same regions as an extraction."""
+"""`load_detector` and `Detector`: kinds of images, given boxes, errors, and the same regions as an extraction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOXES = [[10, 20, 60, 70], [0.5, 1, 90, 80]]
 KNOWN = Provenance("split.json", "", 12, 40, "ab" * 32, excluded={"refcoco/unc/val": {"images": 1, "found": 1}})
 
 
-def saved(folder: Path, *changes: str, provenance: Provenance = KNOWN) -> Path:
+def save_run(folder: Path, *changes: str, provenance: Provenance = KNOWN) -> Path:
     model: MaskRCNN = trained_model(*changes)
     meta = checkpoint.CheckpointMetadata(model.recipe, tuple((i, NAMES[i]) for i in IDS), provenance, 5)
     folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def saved(folder: Path, *changes: str, provenance: Provenance = KNOWN) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("api") / "run")
+    return save_run(tmp_path_factory.mktemp("api") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def detector(run: Path) -> refdet.Detector:
     return refdet.load_detector(run, device="cpu")
 
 
-def same(a: refdet.Regions, b: refdet.Regions) -> None:
-    """Bit for bit."""
+def assert_same_regions(a: refdet.Regions, b: refdet.Regions) -> None:
+    """All fields are equal bit for bit."""
     for name in ("boxes", "scores", "category_ids"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert a.masks == b.masks and set(a.features) == set(b.features)
@@ -54,8 +54,10 @@ def same(a: refdet.Regions, b: refdet.Regions) -> None:
         np.testing.assert_array_equal(a.features[name], b.features[name])
 
 
-def written(run: Path, folder: Path, pixels: np.ndarray, options: refdet.ExtractOptions, **more: Any) -> refdet.Regions:
-    """The regions that an extraction writes of one image."""
+def extract_one(
+    run: Path, folder: Path, pixels: np.ndarray, options: refdet.ExtractOptions, **more: Any
+) -> refdet.Regions:
+    """Run an extraction of one image, and read its regions from the store."""
     folder.mkdir()
     Image.fromarray(pixels).save(folder / "5.png")
     height, width = pixels.shape[:2]
@@ -69,53 +71,55 @@ def written(run: Path, folder: Path, pixels: np.ndarray, options: refdet.Extract
 
 
 @pytest.mark.parametrize("changes", [(), ("model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]")])
-def test_detections_are_those_that_an_extraction_writes(tmp_path: Path, changes: tuple[str, ...]) -> None:
-    run = saved(tmp_path / "run", *changes)
+def test_detect_returns_what_an_extraction_writes(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    run = save_run(tmp_path / "run", *changes)
     found = refdet.load_detector(run, device="cpu").detect(IMAGES[0], score_threshold=0.1, max_regions=30)
     options = refdet.ExtractOptions(score_threshold=0.1, max_regions=30)
     assert len(found) > 5 and found.masks is not None
-    same(found, written(run, tmp_path / "a", IMAGES[0], options))
+    assert_same_regions(found, extract_one(run, tmp_path / "a", IMAGES[0], options))
 
 
-def test_described_boxes_are_those_that_an_extraction_writes(
+def test_describe_returns_what_an_extraction_of_given_boxes_writes(
     tmp_path: Path, run: Path, detector: refdet.Detector
 ) -> None:
     results = [{"image_id": 5, "category_id": c, "bbox": [x1, y1, x2 - x1, y2 - y1]}
                for c, (x1, y1, x2, y2) in zip((3, 44), BOXES, strict=True)]  # fmt: skip
     (tmp_path / "boxes.json").write_text(json.dumps(results))
     options = refdet.ExtractOptions(masks="predicted")
-    wanted = written(run, tmp_path / "a", IMAGES[0], options, boxes=tmp_path / "boxes.json")
+    expected = extract_one(run, tmp_path / "a", IMAGES[0], options, boxes=tmp_path / "boxes.json")
     found = detector.describe(IMAGES[0], BOXES, category_ids=[3, 44])
-    assert wanted.masks is not None
-    same(found, wanted)
+    assert expected.masks is not None
+    assert_same_regions(found, expected)
 
 
 def test_an_image_may_be_an_array_a_pil_image_or_a_path(tmp_path: Path, detector: refdet.Detector) -> None:
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
-    wanted = detector.detect(IMAGES[0], max_regions=5)
-    assert (wanted.image_id, wanted.file_name, wanted.height, wanted.width) == (0, "", 96, 128)
+    expected = detector.detect(IMAGES[0], max_regions=5)
+    assert (expected.image_id, expected.file_name, expected.height, expected.width) == (0, "", 96, 128)
     for image in (Image.fromarray(IMAGES[0]), tmp_path / "a.png", str(tmp_path / "a.png"), IMAGES[0][:, ::-1][:, ::-1]):
-        same(detector.detect(image, max_regions=5), wanted)
+        assert_same_regions(detector.detect(image, max_regions=5), expected)
     assert detector.detect(tmp_path / "a.png", max_regions=5).file_name == "a.png"
 
 
 @pytest.mark.filterwarnings("error")
-def test_arrays_that_are_read_only_are_taken_without_a_warning(detector: refdet.Detector) -> None:
+def test_read_only_arrays_give_no_warning(detector: refdet.Detector) -> None:
     pixels = np.asarray(Image.fromarray(IMAGES[0]))
     assert not pixels.flags.writeable
-    same(detector.detect(pixels, max_regions=5), detector.detect(IMAGES[0], max_regions=5))
+    assert_same_regions(detector.detect(pixels, max_regions=5), detector.detect(IMAGES[0], max_regions=5))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
-def test_pil_images_and_files_of_a_mode_are_read_alike(tmp_path: Path, detector: refdet.Detector, mode: str) -> None:
+def test_pil_images_and_files_of_other_modes_give_the_same_regions(
+    tmp_path: Path, detector: refdet.Detector, mode: str
+) -> None:
     gray = (IMAGES[0][..., 0].astype(np.uint16) << 8) + 77
     image = Image.fromarray(gray) if mode == "I;16" else Image.fromarray(IMAGES[0]).convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     image.save(path)
-    same(detector.detect(image, max_regions=5), detector.detect(path, max_regions=5))
+    assert_same_regions(detector.detect(image, max_regions=5), detector.detect(path, max_regions=5))
 
 
-def test_a_list_of_images_of_several_sizes_comes_back_in_its_order(
+def test_results_of_a_list_are_in_the_order_of_its_images(
     detector: refdet.Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("refdet.detector.detector.CHUNK", 3)
@@ -131,7 +135,7 @@ def test_a_list_of_images_of_several_sizes_comes_back_in_its_order(
     assert described[2].category_ids.tolist() == [7] and len(described[2].masks or ()) == 1
 
 
-def test_nothing_given_gives_nothing(detector: refdet.Detector) -> None:
+def test_empty_lists_of_images_or_boxes_give_empty_results(detector: refdet.Detector) -> None:
     assert detector.detect([]) == [] and detector.describe([], []) == []
     for boxes in ([], np.zeros((0, 4)), np.zeros((0, 4), np.int64)):
         for ids in (None, []):
@@ -139,7 +143,7 @@ def test_nothing_given_gives_nothing(detector: refdet.Detector) -> None:
             assert len(regions) == 0 and regions.features["fc7"].shape[0] == 0
 
 
-def test_options_reach_the_network(detector: refdet.Detector) -> None:
+def test_each_option_changes_the_regions(detector: refdet.Detector) -> None:
     assert len(detector.detect(IMAGES[0], max_regions=3)) == 3
     every = np.sort(detector.detect(IMAGES[0]).scores)[::-1]
     some = detector.detect(IMAGES[0], score_threshold=float(every[len(every) // 2]), max_regions=1000).scores
@@ -153,14 +157,14 @@ def test_options_reach_the_network(detector: refdet.Detector) -> None:
     assert few < many
 
 
-def test_regions_know_the_names(detector: refdet.Detector) -> None:
+def test_regions_have_the_names_of_their_categories(detector: refdet.Detector) -> None:
     for regions in (detector.detect(IMAGES[0]), detector.describe(IMAGES[0], BOXES, category_ids=[1, 3])):
         assert regions.names == detector.classes == NAMES
         assert regions.draw(IMAGES[0]).size == (128, 96)
     assert detector.describe(IMAGES[0], BOXES).category_ids.tolist() == [-1, -1]
 
 
-def test_boxes_are_cut_to_the_image(detector: refdet.Detector) -> None:
+def test_boxes_are_clipped_to_the_image(detector: refdet.Detector) -> None:
     found = detector.describe(IMAGES[0], [[-5, -5, 500, 50]])
     assert found.boxes.tolist() == [[0, 0, 128, 50]]
 
@@ -178,15 +182,15 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_a_bad_image_is_told(detector: refdet.Detector, kind: str) -> None:
-    image, said = BAD_IMAGES[kind]
-    with pytest.raises(ValueError, match=f"^{said}"):
+def test_an_error_names_an_invalid_image(detector: refdet.Detector, kind: str) -> None:
+    image, message = BAD_IMAGES[kind]
+    with pytest.raises(ValueError, match=f"^{message}"):
         detector.detect(image)
-    with pytest.raises(ValueError, match=f"^{said}".replace("image", r"image\[1\]", 1)):
+    with pytest.raises(ValueError, match=f"^{message}".replace("image", r"image\[1\]", 1)):
         detector.detect([IMAGES[0], image])
 
 
-def test_a_bad_file_is_told(tmp_path: Path, detector: refdet.Detector) -> None:
+def test_an_error_names_an_unreadable_file(tmp_path: Path, detector: refdet.Detector) -> None:
     with pytest.raises(InputError, match="nowhere.png: no such file"):
         detector.detect(tmp_path / "nowhere.png")
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -211,27 +215,27 @@ BAD_BOXES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_BOXES)
-def test_bad_boxes_are_told(detector: refdet.Detector, kind: str) -> None:
-    boxes, said = BAD_BOXES[kind]
-    with pytest.raises(ValueError, match=f"^boxes: {said}"):
+def test_an_error_names_invalid_boxes(detector: refdet.Detector, kind: str) -> None:
+    boxes, message = BAD_BOXES[kind]
+    with pytest.raises(ValueError, match=f"^boxes: {message}"):
         detector.describe(IMAGES[0], boxes)
-    with pytest.raises(ValueError, match=rf"^boxes\[1\]: {said}"):
+    with pytest.raises(ValueError, match=rf"^boxes\[1\]: {message}"):
         detector.describe([IMAGES[0], IMAGES[2]], [BOXES, boxes])
 
 
-def test_bad_categories_are_told(detector: refdet.Detector) -> None:
-    for ids, said in (
+def test_an_error_names_invalid_category_ids(detector: refdet.Detector) -> None:
+    for ids, message in (
         ([1, 2], "row 1, 2, is not a category of the detector; see its classes"),
         ([1], r"\(2,\) integers are needed, one per box, not int64 \(1,\)"),
         ([1.0, 3.0], r"\(2,\) integers are needed, one per box, not float64"),
     ):
-        with pytest.raises(ValueError, match=f"^category_ids: {said}"):
+        with pytest.raises(ValueError, match=f"^category_ids: {message}"):
             detector.describe(IMAGES[0], BOXES, category_ids=ids)
     with pytest.raises(ValueError, match="^boxes: a list of 2 is needed, one for each image"):
         detector.describe(IMAGES[:2], [BOXES])
 
 
-def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
+def test_an_error_names_an_invalid_option(run: Path, detector: refdet.Detector) -> None:
     with pytest.raises(ValueError, match="^score_threshold: must be a number from 0 to 1, not 50"):
         detector.detect(IMAGES[0], score_threshold=50)
     with pytest.raises(ValueError, match="^features: unknown feature 'fc8'; choose from pool5, "):
@@ -246,7 +250,7 @@ def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
         refdet.load_detector(run / "nowhere")
 
 
-def test_the_detector_says_what_it_is(run: Path, detector: refdet.Detector) -> None:
+def test_repr_and_attributes_of_a_detector(run: Path, detector: refdet.Detector) -> None:
     assert detector.recipe.name == "demo" and detector.provenance == KNOWN
     assert detector.device == torch.device("cpu") and detector.precision == "float32" and detector.path == run
     assert repr(detector) == (
@@ -255,15 +259,15 @@ def test_the_detector_says_what_it_is(run: Path, detector: refdet.Detector) -> N
     )
 
 
-def test_unknown_training_data_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_training_data_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     detector = refdet.load_detector(
-        saved(tmp_path / "run", provenance=Provenance.imported("a.pth", "cd")), device="cpu"
+        save_run(tmp_path / "run", provenance=Provenance.imported("a.pth", "cd")), device="cpu"
     )
     assert "training data unknown" in caplog.text and "imported: a.pth" in repr(detector)
     assert len(repr(detector).splitlines()) == 2
 
 
-def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
+def test_bfloat16_falls_back_to_float32_without_hardware_support(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("refdet.detector.detector.supported_precision", lambda precision, device: "float32")
@@ -274,19 +278,21 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     assert rough.precision == "bfloat16" and rough.describe(IMAGES[0], BOXES).features["fc7"].dtype == np.float32
 
 
-def test_too_little_memory_for_the_weights_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*given: Any) -> Any:
+def test_out_of_memory_while_loading_is_a_runtime_failure(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_out_of_memory(*given: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", fails)
+    monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", raise_out_of_memory)
     with pytest.raises(RuntimeFailure, match="cpu has too little memory for the detector; free some"):
         refdet.load_detector(run, device="cpu")
 
 
-def test_too_little_memory_is_told(detector: refdet.Detector, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*given: Any, **named: Any) -> Any:
+def test_out_of_memory_while_detecting_is_a_runtime_failure(
+    detector: refdet.Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_out_of_memory(*given: Any, **named: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("refdet.detector.detector.detect_batch", fails)
+    monkeypatch.setattr("refdet.detector.detector.detect_batch", raise_out_of_memory)
     with pytest.raises(RuntimeFailure, match="cpu has too little memory for 1 image; free some"):
         detector.detect(IMAGES[0])

@@ -1,12 +1,11 @@
-"""The losses of the detector against formulas written out, and training in its numeric types."""
+"""The losses of the detector against their formulas written out in float64, and training in bfloat16."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, some_images
-from pycocotools import mask as coco_mask
+from detector_examples import CATEGORY_IDS, VARIANTS, ground_truth, records_of, small_model, some_images
 
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference
@@ -22,17 +21,17 @@ from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 pytestmark = pytest.mark.slow
 
 
-def truth_for_loss() -> list[GroundTruth]:
+def one_object_and_an_empty_image() -> list[GroundTruth]:
     return [
         GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0)),
         GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0)),
     ]
 
 
-def test_rpn_losses_are_their_formulas() -> None:
+def test_rpn_losses_equal_their_formulas() -> None:
     """All anchors are sampled, so the loss is a sum that can be written out in float64."""
     model = small_model("model.masks=false", "proposals.batch_size_per_image=100000", "proposals.positive_fraction=1.0")
-    output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
+    output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), one_object_and_an_empty_image()
     padded, seeds = PaddedGroundTruth.pad(truths, torch.device("cpu")), image_seeds(2, 1, None)[0]
     sums, sampled = model.rpn.compute_losses(output, [(96, 128)] * 2, padded, seeds)
     found = {name: value / sampled for name, value in sums.items()}
@@ -57,26 +56,20 @@ def test_rpn_losses_are_their_formulas() -> None:
     torch.testing.assert_close(found["loss_rpn_box_reg"].double(), box / count, rtol=1e-5, atol=0)
 
 
-def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
-    mask = np.zeros((96, 128), np.uint8, order="F")
-    mask[y1:y2, x1:x2] = 1
-    return coco_mask.encode(mask)
+OBJECTS, LABELS = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]], [[2], [4, 1]]
 
 
-def test_second_stage_losses_are_their_formulas() -> None:
+def some_truths() -> list[GroundTruth]:
+    """Two images with the objects above, whose masks fill their boxes."""
+    return [ground_truth(boxes, labels) for boxes, labels in zip(OBJECTS, LABELS, strict=True)]
+
+
+def test_second_stage_losses_equal_their_formulas() -> None:
     """Two images with objects; every RoI is sampled, so that the losses can be written out in float64."""
     model = small_model(
         "head.batch_size_per_image=20000", "head.positive_fraction=1.0", "proposals.post_nms_top_n_test=150"
     )
-    objects = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]]
-    labels = [[2], [4, 1]]
-    truths = [
-        GroundTruth(
-            torch.tensor(boxes, dtype=torch.float32), torch.tensor(label), [square_mask(*b) for b in boxes],
-            torch.zeros(0, 4), (1.0, 1.0),
-        )
-        for boxes, label in zip(objects, labels, strict=True)
-    ]  # fmt: skip
+    truths = some_truths()
     images, sizes = torch.randn(2, 3, 96, 128), [(96, 128)] * 2
     found = model.compute_losses(images, sizes, truths)
 
@@ -86,7 +79,7 @@ def test_second_stage_losses_are_their_formulas() -> None:
         for roi in torch.cat((proposals, truths[image].boxes)):
             overlaps = box_ops.iou(roi[None], truths[image].boxes)[0]
             best = int(overlaps.argmax())
-            label = labels[image][best] if overlaps[best] >= 0.5 else 0
+            label = LABELS[image][best] if overlaps[best] >= 0.5 else 0
             row = torch.cat((torch.tensor([image]), roi))[None]
             features = model.head.features(maps, row)
             logits, deltas = (t.double() for t in model.head.predict_boxes(features.fc7))
@@ -95,7 +88,7 @@ def test_second_stage_losses_are_their_formulas() -> None:
             if not label:
                 continue
             x1, y1, x2, y2 = roi.double().tolist()
-            a1, b1, a2, b2 = objects[image][best]
+            a1, b1, a2, b2 = OBJECTS[image][best]
             w, h = x2 - x1, y2 - y1
             wanted = [
                 10 * ((a1 + a2) / 2 - (x1 + x2) / 2) / w, 10 * ((b1 + b2) / 2 - (y1 + y2) / 2) / h,
@@ -116,8 +109,8 @@ def test_second_stage_losses_are_their_formulas() -> None:
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_losses_of_the_references_arithmetic() -> None:
-    """Inclusive boxes, cropping, anchors inside the image alone, RoIs drawn twice: as it writes them, with +1."""
+def test_losses_with_the_arithmetic_of_the_reference() -> None:
+    """Inclusive boxes with +1, cropping, only anchors inside the image, and RoIs sampled with replacement."""
     model = small_model(
         "model.legacy_plus_one=true", "model.pooling=crop_and_resize", "proposals.inside_only=true",
         "proposals.batch_size_per_image=100000",
@@ -169,13 +162,7 @@ def test_losses_of_the_references_arithmetic() -> None:
 @pytest.mark.parametrize("variant", ["c4", "fpn"])
 def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
     model = small_model(*VARIANTS[variant]).train()
-    truth = GroundTruth(
-        torch.tensor([[10.0, 10, 60, 60]]),
-        torch.tensor([2]),
-        [square_mask(10, 10, 60, 60)],
-        torch.zeros(0, 4),
-        (1.0, 1.0),
-    )
+    truth = ground_truth([(10, 10, 60, 60)], [2])
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.compute_losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
     torch.stack(list(losses.values())).sum().backward()
@@ -190,8 +177,7 @@ def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
 def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
     for variant in ("c4", "fpn"):
         model = small_model(*VARIANTS[variant]).train()
-        rle = square_mask(10, 10, 60, 60)
-        truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
+        truth = ground_truth([(10, 10, 60, 60)], [2])
         losses = model.compute_losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
         assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
         torch.stack(list(losses.values())).sum().backward()
@@ -201,15 +187,15 @@ def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
 
 def test_a_batch_without_objects_trains_on_background_alone() -> None:
     model = small_model().train()
-    empty = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
+    empty = ground_truth([], [])
     losses = model.compute_losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
     assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == losses["loss_rpn_box_reg"].item() == 0
     assert losses["loss_classifier"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
 
 
-def without_masks(truths: list[GroundTruth], *missing: tuple[int, int]) -> list[GroundTruth]:
-    """The same without the masks of some (image, object)."""
+def drop_masks(truths: list[GroundTruth], *missing: tuple[int, int]) -> list[GroundTruth]:
+    """Copies without the masks of some objects, given as (image, object)."""
     return [
         replace(t, masks=[None if (i, j) in missing else m for j, m in enumerate(t.masks or [])])
         for i, t in enumerate(truths)
@@ -221,21 +207,12 @@ def losses_of(model: MaskRCNN, truths: list[GroundTruth]) -> dict[str, torch.Ten
     return model.compute_losses(images, [(96, 128)] * 2, truths, torch.Generator().manual_seed(3))
 
 
-def some_truths() -> list[GroundTruth]:
-    objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]], [[2], [4, 1]]
-    return [
-        GroundTruth(torch.tensor(boxes, dtype=torch.float32), torch.tensor(label), [square_mask(*b) for b in boxes],
-                    torch.zeros(0, 4), (1.0, 1.0))
-        for boxes, label in zip(objects, labels, strict=True)
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "vgg16"])
-def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(variant: str) -> None:
+def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_only(variant: str) -> None:
     model, truths = small_model(*VARIANTS[variant]).train(), some_truths()
     whole = losses_of(model, truths)
     for missing in (((0, 0),), ((1, 0),), ((1, 1), (0, 0)), ((0, 0), (1, 0), (1, 1))):
-        found = losses_of(model, without_masks(truths, *missing))
+        found = losses_of(model, drop_masks(truths, *missing))
         for name in whole.keys() - {"loss_mask"}:
             assert torch.equal(found[name], whole[name]), (name, missing)
         model.zero_grad()
@@ -248,19 +225,22 @@ def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(variant: st
 
 
 def test_the_mask_loss_is_the_mean_over_the_objects_that_have_a_mask() -> None:
-    model, truths, every = small_model().train(), some_truths(), [(0, 0), (1, 0), (1, 1)]
-    alone = [losses_of(model, without_masks(truths, *(o for o in every if o != one)))["loss_mask"] for one in every]
-    for kept in ([0, 1], [0, 2], [1, 2]):
-        (gone,) = {0, 1, 2} - set(kept)
-        found = losses_of(model, without_masks(truths, every[gone]))["loss_mask"]
-        assert min(alone[i] for i in kept) < found < max(alone[i] for i in kept)
+    """The mean of two objects' losses lies between the loss of one and the loss of the other."""
+    model, truths, objects = small_model().train(), some_truths(), [(0, 0), (1, 0), (1, 1)]
+    alone = {}
+    for one in objects:
+        others = [other for other in objects if other != one]
+        alone[one] = losses_of(model, drop_masks(truths, *others))["loss_mask"]
+    for dropped in objects:
+        found = losses_of(model, drop_masks(truths, dropped))["loss_mask"]
+        low, high = sorted(alone[one] for one in objects if one != dropped)
+        assert low < found < high
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_without_objects_alone_have_losses(variant: str) -> None:
-    nothing = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
-    model = small_model(*VARIANTS[variant]).train()
-    found = losses_of(model, [nothing, nothing])
+def test_a_batch_without_objects_has_losses_in_every_network(variant: str) -> None:
+    model, empty = small_model(*VARIANTS[variant]).train(), ground_truth([], [])
+    found = losses_of(model, [empty, empty])
     assert found.get("loss_mask", 0) == found["loss_box_reg"] == found["loss_rpn_box_reg"] == 0
     assert found["loss_classifier"] > 0 and found["loss_objectness"] > 0
     sum(found.values(), torch.zeros(())).backward()

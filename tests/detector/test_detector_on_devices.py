@@ -1,16 +1,15 @@
-"""The whole detector on a GPU is the one on the CPU: regions, given boxes, losses, gradients, and twice the same."""
+"""The whole detector on a GPU equals that on the CPU: regions, given boxes, losses and gradients; and is repeatable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from benchmark_modules import benchmark_module
-from detector_examples import PYRAMID, VARIANTS, small_model, some_images
+from detector_examples import PYRAMID, VARIANTS, ground_truth, small_model, some_images
 from devices import is_gpu, on_devices, runs, variants_on_devices
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -28,9 +27,9 @@ from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 pytestmark = pytest.mark.slow
 
 row_difference = benchmark_module("differences").row_difference
-SAME = 1e-4  # limit of `row_difference`, as in benchmarks/gpu/network_parity.py
+MAX_DIFFERENCE = 1e-4  # limit of `row_difference`, as in benchmarks/gpu/network_parity.py
 BOXES = [[10, 20, 60, 70], [0.5, 1, 90, 80], [0, 0, 128, 96], [30.25, 40, 31, 41]]
-EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+FEATURES = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
 IMAGES = [*some_images(3), *some_images(2, 60, 50), *some_images(1, 200, 130)]
 
 
@@ -48,20 +47,20 @@ def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def features_of(variant: str) -> tuple[str, ...]:
-    names = EVERY[:3] if variant == "fpn" else EVERY
+    names = FEATURES[:3] if variant == "fpn" else FEATURES
     return tuple(name for name in names if (variant, name) != ("vgg16", "spatial_fc7"))  # its fc7 is a linear layer
 
 
-def alike(found: refdet.Regions, wanted: refdet.Regions) -> float:
-    """The share of wanted regions that were found too: same class, nearly the same box and score."""
-    overlap = box_ops.iou(torch.from_numpy(wanted.boxes), torch.from_numpy(found.boxes)).numpy() > 0.99
-    same = overlap & (wanted.category_ids[:, None] == found.category_ids)
-    same &= np.abs(wanted.scores[:, None] - found.scores) < 1e-4
-    return float(same.any(axis=1).mean()) if len(wanted) else float(len(found) == 0)
+def share_found(found: refdet.Regions, expected: refdet.Regions) -> float:
+    """The share of expected regions found with the same class and nearly the same box and score."""
+    overlap = box_ops.iou(torch.from_numpy(expected.boxes), torch.from_numpy(found.boxes)).numpy() > 0.99
+    same = overlap & (expected.category_ids[:, None] == found.category_ids)
+    same &= np.abs(expected.scores[:, None] - found.scores) < 1e-4
+    return float(same.any(axis=1).mean()) if len(expected) else float(len(found) == 0)
 
 
-def assert_same_bits(found: Sequence[refdet.Regions], wanted: Sequence[refdet.Regions]) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def assert_same_bits(found: Sequence[refdet.Regions], expected: Sequence[refdet.Regions]) -> None:
+    for one, other in zip(found, expected, strict=True):
         for name in ("boxes", "scores", "category_ids"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert one.masks == other.masks
@@ -70,42 +69,46 @@ def assert_same_bits(found: Sequence[refdet.Regions], wanted: Sequence[refdet.Re
 
 
 @variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
-def test_detections(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+def test_detections_equal_those_of_the_cpu(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
     def detect(where: str) -> list[refdet.Regions]:
         detector = refdet.load_detector(runs_of(variant), device=where)
         return detector.detect(IMAGES, score_threshold=0.1, max_regions=50, features=features_of(variant))
 
-    wanted, (found, again, aside) = detect("cpu"), runs(lambda: detect(device), device)
-    assert sum(map(len, wanted)) > 50
-    assert np.mean([alike(*pair) for pair in zip(found, wanted, strict=True)]) >= 0.97
+    expected, (found, again, on_side_stream) = detect("cpu"), runs(lambda: detect(device), device)
+    assert sum(map(len, expected)) > 50
+    assert np.mean([share_found(*pair) for pair in zip(found, expected, strict=True)]) >= 0.97
     assert_same_bits(again, found)
-    assert_same_bits(aside, found)
+    assert_same_bits(on_side_stream, found)
 
 
 @variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
-def test_given_boxes(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+def test_features_of_given_boxes_equal_those_of_the_cpu(
+    device: str, variant: str, runs_of: Callable[[str], Path]
+) -> None:
     def describe(where: str) -> list[refdet.Regions]:
         detector, labels = refdet.load_detector(runs_of(variant), device=where), [[1, 3, 7, 44], [3]]
         return detector.describe(IMAGES[:2], [BOXES, BOXES[:1]], category_ids=labels, features=features_of(variant))
 
-    wanted, (found, again, _) = describe("cpu"), runs(lambda: describe(device), device)
-    for mine, theirs in zip(found, wanted, strict=True):
+    expected, (found, again, _) = describe("cpu"), runs(lambda: describe(device), device)
+    for ours, theirs in zip(found, expected, strict=True):
         for name in features_of(variant):
-            one, other = ({**r.features, **r.maps}[name] for r in (mine, theirs))
-            assert row_difference(*map(torch.from_numpy, (one, other))) <= SAME, name  # of the boxes, or map's channels
-        for mask, other in zip(mine.rles(), theirs.rles(), strict=True):
+            one, other = ({**r.features, **r.maps}[name] for r in (ours, theirs))
+            assert row_difference(*map(torch.from_numpy, (one, other))) <= MAX_DIFFERENCE, (
+                name
+            )  # rows are boxes, or channels of the map
+        for mask, other in zip(ours.rles(), theirs.rles(), strict=True):
             assert coco_mask.iou([mask], [other], [0])[0, 0] > 0.99 or coco_mask.area(other) < 50
     assert_same_bits(again, found)
 
 
 @pytest.mark.parametrize("variant", ["basic-blocks", "crop", "fpn"])
-def test_boxes_off_by_a_tenth_of_a_pixel_are_not_the_same(variant: str, runs_of: Callable[[str], Path]) -> None:
-    """So the comparison above notices a kernel that reads the map slightly beside its place."""
+def test_features_of_boxes_off_by_a_tenth_of_a_pixel_differ(variant: str, runs_of: Callable[[str], Path]) -> None:
+    """So the comparison above detects a kernel that samples the map at slightly wrong positions."""
     detector, names = refdet.load_detector(runs_of(variant), device="cpu"), ("pool5", "fc7")
     moved = np.array(BOXES[:2]) + [[0.1, 0, 0.1, 0]]
-    found, wanted = (detector.describe(IMAGES[0], boxes, features=names) for boxes in (moved, BOXES[:2]))
+    found, expected = (detector.describe(IMAGES[0], boxes, features=names) for boxes in (moved, BOXES[:2]))
     for name in names:
-        assert row_difference(*(torch.from_numpy(r.features[name]) for r in (found, wanted))) > SAME, name
+        assert row_difference(*(torch.from_numpy(r.features[name]) for r in (found, expected))) > MAX_DIFFERENCE, name
 
 
 @on_devices
@@ -120,7 +123,9 @@ def test_images_without_boxes(device: str, count: int, runs_of: Callable[[str], 
 @on_devices
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["c4", "fpn"])
-def test_other_precisions_are_near(device: str, precision: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+def test_other_precisions_are_close_to_float32(
+    device: str, precision: str, variant: str, runs_of: Callable[[str], Path]
+) -> None:
     exact = refdet.load_detector(runs_of(variant), device="cpu").describe(IMAGES[0], BOXES[:3])
     rough = refdet.load_detector(runs_of(variant), device=device, precision=precision)
     assert not is_gpu(device) or rough.precision == precision
@@ -141,8 +146,8 @@ def test_weights_that_yield_nan_are_an_error(device: str, runs_of: Callable[[str
 
 
 @pytest.mark.gpu(count=2)
-def test_two_gpus_in_turn(runs_of: Callable[[str], Path]) -> None:
-    """Each detector stays on its own, whichever is the current one."""
+def test_detectors_on_two_gpus_used_in_turn(runs_of: Callable[[str], Path]) -> None:
+    """Each detector computes on its own GPU, whichever is the current one."""
     detectors = [refdet.load_detector(runs_of("c4"), device=name) for name in ("cuda:0", "cuda:1")]
     assert torch.cuda.current_device() == 1
     for _ in range(2):
@@ -150,25 +155,14 @@ def test_two_gpus_in_turn(runs_of: Callable[[str], Path]) -> None:
         np.testing.assert_allclose(first.features["fc7"], second.features["fc7"], rtol=1e-4, atol=1e-5)
 
 
-def square(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
-    mask = np.zeros((96, 128), np.uint8, order="F")
-    mask[y1:y2, x1:x2] = 1
-    return coco_mask.encode(mask)
-
-
 def truths() -> list[GroundTruth]:
+    """One object, two objects and none, each beside a crowd."""
     objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)], []], [[2], [4, 1], []]
-    return [
-        GroundTruth(
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(label, dtype=torch.int64),
-            [square(*box) for box in boxes], torch.tensor([[0.0, 0, 9, 9]]), (1.0, 1.0),
-        )
-        for boxes, label in zip(objects, labels, strict=True)
-    ]  # fmt: skip
+    return [ground_truth(boxes, of_image, [[0, 0, 9, 9]]) for boxes, of_image in zip(objects, labels, strict=True)]
 
 
 def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of all anchors and RoIs, so that nothing is sampled; on the host."""
+    """Losses and gradients, on the CPU, of all anchors and RoIs, so that there is no random sampling."""
     where = resolve_device(device)
     model = small_model(
         *VARIANTS[variant], "proposals.batch_size_per_image=100000", "head.batch_size_per_image=20000",
@@ -186,39 +180,42 @@ def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple
 
 
 @variants_on_devices(VARIANTS, {"c4", "fpn"})
-def test_losses_and_gradients(device: str, variant: str) -> None:
+def test_losses_and_gradients_equal_those_of_the_cpu(device: str, variant: str) -> None:
     losses, gradients = losses_and_gradients(device, variant)
-    wanted, slopes = losses_and_gradients("cpu", variant)
-    assert losses.keys() == wanted.keys() and gradients.keys() == slopes.keys() and len(slopes) > 20
-    for name, value in wanted.items():
+    expected, expected_gradients = losses_and_gradients("cpu", variant)
+    assert (
+        losses.keys() == expected.keys()
+        and gradients.keys() == expected_gradients.keys()
+        and len(expected_gradients) > 20
+    )
+    for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-5)
-    scale = max(float(value.norm()) for value in slopes.values())
-    for name, value in slopes.items():
+    scale = max(float(value.norm()) for value in expected_gradients.values())
+    for name, value in expected_gradients.items():
         assert float((gradients[name] - value).norm()) <= 1e-2 * float(value.norm()) + 1e-5 * scale, name
 
 
 @on_devices
 @pytest.mark.parametrize("variant", ["c4", "fpn"])
-def test_losses_in_bfloat16(device: str, variant: str) -> None:
+def test_losses_in_bfloat16_are_close_to_float32(device: str, variant: str) -> None:
     losses, gradients = losses_and_gradients(device, variant, bf16=True)
-    wanted, slopes = losses_and_gradients("cpu", variant)
-    assert gradients.keys() == slopes.keys() and all(value.isfinite().all() for value in gradients.values())
-    for name, value in wanted.items():
+    expected, expected_gradients = losses_and_gradients("cpu", variant)
+    assert gradients.keys() == expected_gradients.keys() and all(value.isfinite().all() for value in gradients.values())
+    for name, value in expected.items():
         torch.testing.assert_close(losses[name].float(), value, rtol=0.2, atol=0.05)
 
 
 @on_devices
-def test_sampling_is_repeated_with_its_seed(device: str) -> None:
+def test_sampled_rois_are_repeated_with_the_same_seed(device: str) -> None:
     where = resolve_device(device)
     model = small_model(*PYRAMID, "head.batch_size_per_image=16").train().to(where)
     images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
     maps = model.extract_feature_maps(images)
-    drawn = []
+    samples = []
     for seed in (3, 3, 4):
         proposals = model.rpn.filter_proposals(model.rpn(maps), [(96, 128)] * 3)
         (seeds,) = image_seeds(3, 1, torch.Generator().manual_seed(seed))
         truth = PaddedGroundTruth.pad(truths(), where)
-        drawn.append(sample_rois(proposals, truth, model.recipe.head, seeds.to(where)).rois)
-    assert torch.equal(drawn[0], drawn[1]) and not (
-        drawn[0].shape == drawn[2].shape and torch.equal(drawn[0], drawn[2])
-    )
+        samples.append(sample_rois(proposals, truth, model.recipe.head, seeds.to(where)).rois)
+    first, again, other_seed = samples
+    assert torch.equal(first, again) and not torch.equal(first, other_seed)

@@ -1,6 +1,7 @@
-"""Parity with detectron2: what it computes of real images with weights as in its model zoo, and what refdet does.
+"""Parity with detectron2: recorded results of its C4 and FPN networks on real images, against those of refdet.
 
-``make parity`` runs all images with both forms of a network and prints the errors measured.
+The weights are random, in the format of its model zoo. ``make parity`` runs all images, with each network as trained
+and as optimized for inference, and prints the errors.
 """
 
 import functools
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from parity import match_detections, relative_error
 from PIL import Image
 from pycocotools import mask as coco_mask
 from recorded_results import results_of
@@ -29,10 +31,10 @@ from refdet.structures.detection_options import DetectionOptions
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 IMAGES = ("000000194322", "000000466137")
-CASES = [(name, image, fast) for name in ("C4", "FPN") for image in IMAGES for fast in (False, True)]
-# without the kernels, conv5 of 1000 proposals takes half a minute an image; its layers are the same in any
+CASES = [(name, image, optimized) for name in ("C4", "FPN") for image in IMAGES for optimized in (False, True)]
+# without the kernels, conv5 takes half a minute for the 1000 proposals of an image
 CASES.remove(("C4", IMAGES[1], False))
-USUAL = [("C4", IMAGES[0], True), ("FPN", IMAGES[0], False), ("FPN", IMAGES[1], True)]
+ALWAYS = [("C4", IMAGES[0], True), ("FPN", IMAGES[0], False), ("FPN", IMAGES[1], True)]
 # detectron2's defaults at test time
 OPTIONS = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)
 Arrays = dict[str, np.ndarray]
@@ -44,19 +46,19 @@ def networks(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The detectors of checkpoints through import-weights, by name, as trained or optimized for inference."""
     folder = tmp_path_factory.mktemp("detectron2")
     imported = functools.cache(lambda name: import_checkpoint(shared, name, folder / name))
-    yield functools.cache(lambda name, fast: loading.load(imported(name), for_inference=fast))
+    yield functools.cache(lambda name, optimized: loading.load(imported(name), for_inference=optimized))
     for model in folder.glob(f"*/run/{checkpoint.MODEL}"):
         model.unlink()
 
 
 def import_checkpoint(shared: Path, name: str, folder: Path) -> Path:
-    """The run directory of a checkpoint."""
+    """Write a checkpoint in detectron2's format, and import it to a run directory."""
     state = state_dict(shared, name)
     folder.mkdir()
-    if name == "C4":  # as in the model zoo
+    if name == "C4":  # the format of the model zoo
         with (folder / "model.pkl").open("wb") as file:
             pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, file)
-    else:  # as its training saves it
+    else:  # the format that its training saves
         tensors = {key: torch.from_numpy(value) for key, value in state.items()}
         torch.save({"model": tensors, "iteration": 269999}, folder / "model.pth")
     (source,) = folder.iterdir()
@@ -67,9 +69,12 @@ def import_checkpoint(shared: Path, name: str, folder: Path) -> Path:
 
 
 def state_dict(shared: Path, name: str) -> Arrays:
+    """Weights from shared/detectron2/make_checkpoint.py, which itself imports shared/seed/make_checkpoint.py."""
     path = str(shared / "detectron2")
     sys.path.insert(0, path)
-    saved = sys.modules.pop("make_checkpoint", None)  # the reference's has the same name
+    saved = sys.modules.pop(
+        "make_checkpoint", None
+    )  # another test may have imported the reference's module of that name
     try:
         text = (shared / "detectron2" / "make_checkpoint.py").read_text()
         sys.path.insert(0, str(shared / "seed"))
@@ -87,19 +92,21 @@ def state_dict(shared: Path, name: str) -> Arrays:
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "fast"),
+    ("name", "image", "optimized"),
     [
         pytest.param(
             *case,
-            id=f"{case[0]}-{case[1]}-{'used' if case[2] else 'trained'}",
-            marks=[] if case in USUAL else pytest.mark.thorough,
+            id=f"{case[0]}-{case[1]}-{'optimized' if case[2] else 'trained'}",
+            marks=[] if case in ALWAYS else pytest.mark.thorough,
         )
         for case in CASES
     ],
 )
 @torch.inference_mode()
-def test_parity(networks: Networks, shared: Path, name: str, image: str, fast: bool) -> None:
-    detector = networks(name, fast)
+def test_detections_and_features_equal_those_of_detectron2(
+    networks: Networks, shared: Path, name: str, image: str, optimized: bool
+) -> None:
+    detector = networks(name, optimized)
     model, options = detector.model, detector.meta.recipe.input
     with np.load(shared / "detectron2" / f"golden_{name}_{image}.npz") as file:
         golden = {key: file[key] for key in file.files}
@@ -119,40 +126,25 @@ def test_parity(networks: Networks, shared: Path, name: str, image: str, fast: b
     overlap = box_ops.iou(proposals, torch.from_numpy(golden["proposals"])).max(dim=1).values
     same = int((overlap > 0.999).sum())
 
-    pairs = matched(output.boxes.numpy(), output.labels.numpy(), golden)
+    pairs = match_detections(output.boxes.numpy(), output.labels.numpy(), golden["det_box"], golden["det_class"] + 1)
     rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
     scores = np.abs(output.scores.numpy()[ours] - golden["det_score"][rows]).max()
     assert output.masks is not None and found.masks is not None
     masks = np.abs(output.masks.numpy()[ours] - golden["mask_prob"][rows]).max()
-    # a mask of 50 pixels has one whose probability is a half within rounding
+    # rounding decides about pixels with a probability near 0.5: even a mask of 50 pixels may differ by one
     areas = np.array(
         [coco_mask.area({"size": pixels.shape[:2], "counts": found.masks[row]}) for row in ours], np.float64
     )
     pixels_off = np.abs(areas - golden["mask_area"][rows])
     area = (np.maximum(pixels_off - 1, 0) / np.maximum(golden["mask_area"][rows], 1)).max()
 
-    with patch.object(model, "extract_feature_maps", return_value=maps[0]):  # the same image again
+    with patch.object(model, "extract_feature_maps", return_value=maps[0]):  # computed above
         (given,) = model.extract_features(inputs, [size], [torch.from_numpy(golden["given_box_xyxy"])])
-    pool5, fc7 = (relative(given.features[key].numpy(), golden[f"given_{key}"]) for key in ("pool5", "fc7"))
-    how = "used" if fast else "trained"
-    print(f"{name} {image} {how}: proposals {same} of 1000, detections {len(pairs)} of 100, score {scores:.1e}, "
+    pool5, fc7 = (relative_error(given.features[key].numpy(), golden[f"given_{key}"]) for key in ("pool5", "fc7"))
+    form = "optimized" if optimized else "trained"
+    print(f"{name} {image} {form}: proposals {same} of 1000, detections {len(pairs)} of 100, score {scores:.1e}, "
           f"masks {masks:.1e}, areas {pixels_off.max():.0f} pixels, pool5 {pool5:.1e}, fc7 {fc7:.1e}")  # fmt: skip
     assert len(proposals) == 1000 and same >= 990
     assert len(pairs) == len(output.boxes) == 100 and scores < 1e-3
     assert masks < 2e-3 and area < 5e-3
     assert pool5 < 1e-4 and fc7 < 1e-4
-
-
-def matched(boxes: np.ndarray, labels: np.ndarray, golden: Arrays) -> list[tuple[int, int]]:
-    """Rows of detectron2's detections and of ours that have the same class and box."""
-    pairs = []
-    for row, (box, label) in enumerate(zip(golden["det_box"], golden["det_class"] + 1, strict=True)):
-        distance = np.abs(boxes - box).max(axis=1)
-        distance[labels != label] = np.inf
-        if distance.min() < 0.05:
-            pairs.append((row, int(distance.argmin())))
-    return pairs
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))

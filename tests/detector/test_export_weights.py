@@ -1,4 +1,4 @@
-"""Detectors as weights of other programs: what torchvision computes of them, and what is said to differ."""
+"""Export to torchvision and detectron2: the exported weights, what torchvision computes with them, and the notes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ SMALL = ["model.depth=18", "model.norm=frozen", "input.min_sizes=[160]", "input.
          "proposals.post_nms_top_n_test=50"]  # fmt: skip
 
 
-def run_of(folder: Path, recipe: Recipe, ids: Sequence[int] = (1, 2, 3)) -> MaskRCNN:
-    """A run directory of random weights whose proposals differ."""
+def save_run(folder: Path, recipe: Recipe, ids: Sequence[int] = (1, 2, 3)) -> MaskRCNN:
+    """Write a run directory of random weights, scaled so that scores differ."""
     torch.manual_seed(0)
     model = MaskRCNN(recipe, len(ids)).eval()
     torch.nn.init.normal_(model.rpn.score.weight, std=0.2)
@@ -40,6 +40,7 @@ def run_of(folder: Path, recipe: Recipe, ids: Sequence[int] = (1, 2, 3)) -> Mask
 
 
 def export(run: Path, out: Path, format: str) -> str:
+    """Run the command, and return its messages."""
     done = call("export-weights", "--checkpoint", run, "--format", format, "--out", out)
     assert done.exit_code == 0, done.output
     return done.stderr
@@ -49,9 +50,9 @@ def export(run: Path, out: Path, format: str) -> str:
     ("name", "masks"), [("torchvision-fpn-res50", True), ("torchvision-fpn-res50", False), ("fpn-res50", False)]
 )
 @torch.inference_mode()
-def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, masks: bool) -> None:
+def test_torchvision_loads_the_export_and_makes_the_same_proposals(tmp_path: Path, name: str, masks: bool) -> None:
     recipe = recipes.load(name).with_changes([*SMALL, f"model.masks={str(masks).lower()}"])
-    ours = run_of(tmp_path / "run", recipe)
+    ours = save_run(tmp_path / "run", recipe)
     notes = export(tmp_path / "run", tmp_path / "out.pth", "torchvision")
     assert ("pools half a cell off" in notes) == (name == "fpn-res50")
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
@@ -62,24 +63,27 @@ def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, m
     images, _ = theirs.transform([torch.from_numpy(pixels).permute(2, 0, 1) / 255])
     proposals, _ = theirs.rpn(images, theirs.backbone(images.tensors))
     size = input_size(*pixels.shape[:2], recipe.input)
-    if name == "fpn-res50":  # its input differs, so both get torchvision's; anchors differ by their rounding
+    if (
+        name == "fpn-res50"
+    ):  # it preprocesses images differently, so both get torchvision's input; its anchors are not rounded
         inputs, shape = images.tensors, images.image_sizes[0]
     else:
         inputs, shape = network_inputs([pixels], [size], recipe.input), (size.height, size.width)
         torch.testing.assert_close(inputs, images.tensors, atol=1e-5, rtol=1e-5)
     (found,) = ours.rpn.filter_proposals(ours.rpn(ours.extract_feature_maps(inputs)), [shape])
     distance = (found[:, None] - proposals[0]).abs().amax(2).amin(1)
-    near, least = (1.0, 40) if name == "fpn-res50" else (1e-3, 50)
-    assert len(found) == 50 and (distance < near).sum() >= least
+    max_distance, min_count = (1.0, 40) if name == "fpn-res50" else (1e-3, 50)
+    assert len(found) == 50 and (distance < max_distance).sum() >= min_count
 
 
 @pytest.mark.parametrize("name", ["d2-fpn-res50", "d2-c4-res50"])
-def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
+def test_an_export_to_detectron2_is_imported_again(tmp_path: Path, name: str) -> None:
     recipe = recipes.load(name)
-    ours = run_of(tmp_path / "run", recipe)
+    ours = save_run(tmp_path / "run", recipe)
     assert "note" not in export(tmp_path / "run", tmp_path / "out.pth", "detectron2")
     found = identify_checkpoint(read_foreign(tmp_path / "out.pth"))
     assert found.recipe == recipe and found.classes == 3
+    # rows of the background, which detectron2 does not have
     background = {"head.box.delta.weight": 4, "head.box.delta.bias": 4, "head.mask.logits.weight": 1,
                   "head.mask.logits.bias": 1}  # fmt: skip
     for key, value in ours.state_dict().items():
@@ -89,14 +93,14 @@ def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
     assert written["MODEL"]["ROI_BOX_HEAD"]["POOLER_SAMPLING_RATIO"] == 0 and written["INPUT"]["FORMAT"] == "BGR"
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
-    run_of(tmp_path / "run", recipes.load("c4-res18").with_changes(["model.norm=frozen", "model.width=8"]))
-    for format, says in (
+def test_networks_that_the_other_program_lacks_are_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", recipes.load("c4-res18").with_changes(["model.norm=frozen", "model.width=8"]))
+    for format, message in (
         ("torchvision", "torchvision has no network with model.neck=c4, model.width=8, model.pooler_resolution=7"),
         ("detectron2", "detectron2 has no network with model.width=8, model.pooler_resolution=7"),
     ):
         done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
-        refused(done, f"{tmp_path / 'run'}: {says}")
+        refused(done, f"{tmp_path / 'run'}: {message}")
     loading.load(tmp_path / "run")
     (tmp_path / "o.pth").write_bytes(b"x")
     done = call(
@@ -110,23 +114,23 @@ NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.f
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "format", "says"),
+    ("name", "changes", "format", "message"),
     [
         ("fpn-res50", ["model.stride_in_1x1=true"], "torchvision", "model.width=8, model.stride_in_1x1"),
         ("c4-res18", ["model.pooler_resolution=14"], "detectron2", "model.width=8, model.depth=18 and model.neck=c4"),
     ],
 )
-def test_networks_that_only_look_the_same_are_refused(
-    tmp_path: Path, name: str, changes: list[str], format: str, says: str
+def test_networks_with_the_same_tensors_but_other_strides_or_blocks_are_refused(
+    tmp_path: Path, name: str, changes: list[str], format: str, message: str
 ) -> None:
     """torchvision has the strides in 3x3 convolutions, and detectron2's C4 heads always have bottlenecks."""
-    run_of(tmp_path / "run", recipes.load(name).with_changes([*NARROW, *changes]))
+    save_run(tmp_path / "run", recipes.load(name).with_changes([*NARROW, *changes]))
     done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
-    refused(done, f"{format} has no network with {says}")
+    refused(done, f"{format} has no network with {message}")
 
 
 @pytest.mark.parametrize("name", ["fpn-res50", "d2-dc5-res50"])
-def test_the_configuration_pools_as_the_network_does(name: str) -> None:
+def test_the_detectron2_configuration_has_the_pooler_resolution_in_use(name: str) -> None:
     recipe = recipes.load(name).with_changes(["model.pooler_resolution=14"])  # which applies to C4 networks only
     assert detectron2_config(recipe, 3)["MODEL"]["ROI_BOX_HEAD"]["POOLER_RESOLUTION"] == 7
 
@@ -136,11 +140,11 @@ TINY = ["model.depth=18", "model.norm=frozen", "model.fpn_channels=8", "model.fp
 
 
 def notes_of(tmp_path: Path, changes: list[str], format: str, ids: Sequence[int]) -> str:
-    run_of(tmp_path / "run", recipes.load("fpn-res50").with_changes([*TINY, *changes]), ids)
+    save_run(tmp_path / "run", recipes.load("fpn-res50").with_changes([*TINY, *changes]), ids)
     return export(tmp_path / "run", tmp_path / "o.pth", format)
 
 
-def test_what_torchvision_must_be_built_with_is_noted(tmp_path: Path) -> None:
+def test_a_note_lists_the_arguments_for_torchvisions_constructor(tmp_path: Path) -> None:
     changes = [
         "model.sampling_ratio=0",
         "model.pooling=align_legacy",
@@ -163,5 +167,5 @@ def test_what_torchvision_must_be_built_with_is_noted(tmp_path: Path) -> None:
         assert note in notes
 
 
-def test_detectron2s_order_of_categories_is_noted(tmp_path: Path) -> None:
+def test_a_note_tells_that_detectron2_sorts_categories(tmp_path: Path) -> None:
     assert "detectron2 sorts the categories of a dataset by id" in notes_of(tmp_path, [], "detectron2", (2, 1, 3))

@@ -1,4 +1,4 @@
-"""Images of extreme shape, down to one pixel, through every network: trained, detected, described."""
+"""Every network trains on, detects in and describes images of extreme shape, down to one pixel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (2, 2), (1, 300), (300, 1), (2, 4000), (4000, 3)]
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "frozen"])
-def test_every_network_takes_every_shape(variant: str) -> None:
+def test_training_and_detection_on_images_of_extreme_shape(variant: str) -> None:
     changes = VARIANTS[variant]
     model, options = small_model(*changes), small_recipe(*changes).input
     convention = BoxConvention(small_recipe(*changes).model.legacy_plus_one)

@@ -1,4 +1,4 @@
-"""The features of detections and of given boxes: what each is, by its definition."""
+"""The features of detections and of given boxes, against their definitions."""
 
 from functools import partial
 
@@ -16,16 +16,16 @@ from refdet.detector.predictor import describe_boxes, detect_batch, start_descri
 from refdet.errors import InputError
 from refdet.structures.detection_options import DetectionOptions
 
-EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+FEATURES = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
 BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0, 4), np.float32)]
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("optimized", [False, True])
 @torch.inference_mode()
-def test_each_feature_is_what_it_says(fast: bool) -> None:
-    model = optimize.optimize_for_inference(trained_model()) if fast else trained_model()
+def test_features_of_given_boxes_equal_their_definitions(optimized: bool) -> None:
+    model = optimize.optimize_for_inference(trained_model()) if optimized else trained_model()
     images, _ = some_images()
-    first, empty = describe_boxes(model, images, BOXES, features=EVERY)
+    first, empty = describe_boxes(model, images, BOXES, features=FEATURES)
     size = input_size(96, 128, model.recipe.input)
     inputs = network_input(images[0], size, model.recipe.input)[None]
     (conv4,) = model.extract_feature_maps(inputs.contiguous(memory_format=torch.channels_last))
@@ -45,10 +45,10 @@ def test_each_feature_is_what_it_says(fast: bool) -> None:
     assert found["spatial_fc7"].shape == (2, 256, 7, 7) and found["class_prob"].shape == (2, 5)
 
 
-def test_features_of_detections_are_those_of_their_boxes() -> None:
+def test_detections_have_the_features_of_their_boxes() -> None:
     model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
-    names = EVERY[:-1]
+    names = FEATURES[:-1]
     regions = detect_batch(
         model, images, records, IDS, DetectionOptions(score_threshold=0.1, max_regions=10), features=names
     )
@@ -59,24 +59,24 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
             np.testing.assert_allclose(found.features[name], wanted.features[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rough", [False, True])
-def test_float16_is_that_of_the_float32_features(rough: bool) -> None:
-    """Converted before the copy from the GPU, and to the same bits as afterwards."""
-    model = optimize.optimize_for_inference(trained_model().to(torch.bfloat16 if rough else torch.float32))
+@pytest.mark.parametrize("bf16", [False, True])
+def test_float16_features_equal_converted_float32_features(bf16: bool) -> None:
+    """Features are converted before the copy from the GPU; converting afterwards gives the same bits."""
+    model = optimize.optimize_for_inference(trained_model().to(torch.bfloat16 if bf16 else torch.float32))
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1, max_regions=10)
-    detect = partial(start_detecting, model, images, records, IDS, options, features=EVERY)
-    describe = partial(start_describing, model, images, BOXES, features=EVERY)
+    detect = partial(start_detecting, model, images, records, IDS, options, features=FEATURES)
+    describe = partial(start_describing, model, images, BOXES, features=FEATURES)
     for start in (detect, describe):
         for exact, half in zip(start()(), start(dtype=torch.float16)(), strict=True):
             wanted, found = {**exact.features, **exact.maps}, {**half.features, **half.maps}
-            assert list(found) == list(wanted) == list(EVERY)
+            assert list(found) == list(wanted) == list(FEATURES)
             for name, values in found.items():
                 assert (values.dtype, wanted[name].dtype) == (np.float16, np.float32)
                 np.testing.assert_array_equal(values, wanted[name].astype(np.float16))
 
 
-def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
+def test_batches_may_be_finished_in_any_order() -> None:
     model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1)
@@ -91,9 +91,9 @@ def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
 
 def test_a_pyramid_has_no_spatial_features() -> None:
     c4, pyramid = (recipes.load("demo").with_changes([*SMALL, *more]) for more in ([], PYRAMID))
-    check_features(EVERY, c4)
+    check_features(FEATURES, c4)
     check_features(("pool5", "fc7", "class_prob"), pyramid)
-    for name in EVERY[3:]:
+    for name in FEATURES[3:]:
         with pytest.raises(InputError, match=f"^features: .* has no '{name}', .*C4"):
             check_features(["pool5", name], pyramid)
     with pytest.raises(InputError, match="^features: unknown feature 'fc8'; choose from pool5, "):

@@ -1,4 +1,4 @@
-"""The layers for GPUs: on the CPU they give what plain PyTorch gives, and on a GPU they are fewer operators."""
+"""Fused layers for GPUs: they equal plain PyTorch on the CPU, and launch fewer operators on a (fake) GPU."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from refdet.ops import epilogue as epilogues
 from refdet.ops.epilogue import Epilogue, best_epilogue, bias_relu
 from refdet.structures.detection_options import DetectionOptions
 
-EACH = pytest.mark.parametrize("epilogue", [Epilogue.KERNEL, Epilogue.LIBRARY, Epilogue.PRODUCTS])
+EPILOGUES = pytest.mark.parametrize("epilogue", [Epilogue.KERNEL, Epilogue.LIBRARY, Epilogue.PRODUCTS])
 
 
 def bottleneck(stride: int, channels: int = 64) -> nn.Module:
+    """A bottleneck with folded norms; with stride 2 it has a convolution in its shortcut."""
     block = Bottleneck(channels * (1 if stride == 2 else 4), channels, stride, nn.BatchNorm2d, False).eval()
     folded = nn.Sequential(block)
     optimize.fuse_conv_bn(folded)
     return FusedBottleneck(block)
 
 
-def fused(block: nn.Module, epilogue: Epilogue, dtype: torch.dtype) -> nn.Module:
+def fuse(block: nn.Module, epilogue: Epilogue, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block with fused layers."""
     whole = nn.Sequential(copy.deepcopy(block)).to(dtype)
     optimize.fuse_blocks(whole, epilogue)
     return whole
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the kernels for GPUs were built; they are only named here."""
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that the CUDA kernels are built; the fake GPU calls none."""
     monkeypatch.setattr(epilogues, "DEVICES", frozenset(("cpu", "cuda")))
 
 
-@pytest.mark.usefixtures("built")
+@pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize(
-    ("epilogue", "dtype", "stride", "wanted"),
+    ("epilogue", "dtype", "stride", "expected"),
     [
         (Epilogue.PLAIN, torch.bfloat16, 1, {"convolution": 3, "bias": 3, "relu_": 3, "add_": 1}),
         (Epilogue.KERNEL, torch.float32, 1, {"convolution": 3, "bias_relu": 3}),
@@ -58,18 +60,20 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
          {"_addmm_activation": 1, "convolution": 2, "bias_relu": 1, "cudnn_convolution_add_relu": 1}),
     ],
 )  # fmt: skip
-def test_launches_of_a_bottleneck(epilogue: Epilogue, dtype: torch.dtype, stride: int, wanted: dict[str, int]) -> None:
+def test_launches_of_a_bottleneck(
+    epilogue: Epilogue, dtype: torch.dtype, stride: int, expected: dict[str, int]
+) -> None:
     block = bottleneck(stride)
-    module = block.to(dtype) if epilogue is Epilogue.PLAIN else fused(block, epilogue, dtype)
+    module = block.to(dtype) if epilogue is Epilogue.PLAIN else fuse(block, epilogue, dtype)
     with on_fake_gpu(module) as launched:
         y = module(fake_image((2, 64 if stride == 2 else 256, 20, 30), dtype))
-    assert +launched.calls == wanted
+    assert +launched.calls == expected
     assert y.shape == (2, 256, 20 // stride, 30 // stride) and y.dtype == dtype and y.device.type == "cuda"
 
 
-@EACH
+@EPILOGUES
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_bottleneck_gives_the_same(epilogue: Epilogue, stride: int) -> None:
+def test_a_fused_bottleneck_gives_the_same_output(epilogue: Epilogue, stride: int) -> None:
     torch.manual_seed(0)
     block = bottleneck(stride, 8).requires_grad_(False)
     for convolution in block.modules():
@@ -77,23 +81,23 @@ def test_a_bottleneck_gives_the_same(epilogue: Epilogue, stride: int) -> None:
             convolution.bias.uniform_(-1, 1)
     x = torch.randn(2, 8 if stride == 2 else 32, 9, 11).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        torch.testing.assert_close(fused(block, epilogue, torch.float32)(x), block(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fuse(block, epilogue, torch.float32)(x), block(x), rtol=1e-5, atol=1e-5)
 
 
-@EACH
+@EPILOGUES
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_detector_finds_the_same(epilogue: Epilogue, variant: str) -> None:
+def test_a_fused_detector_finds_the_same_regions(epilogue: Epilogue, variant: str) -> None:
     model = trained_model(*VARIANTS[variant][0])
     fast = optimize.optimize_for_inference(copy.deepcopy(model), epilogue=epilogue)
     kinds = {type(part) for part in fast.modules()}
     assert FusedConv2d in kinds and (FusedStem in kinds) == (model.recipe.model.backbone == "resnet")
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1, max_regions=30)
-    wanted = detect_batch(model, images, records, IDS, options)
-    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options), strict=True):
+    expected = detect_batch(model, images, records, IDS, options)
+    for a, b in zip(expected, detect_batch(fast, images, records, IDS, options), strict=True):
         np.testing.assert_array_equal(a.category_ids, b.category_ids)
         np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
-    boxes = [r.boxes for r in wanted]
+    boxes = [r.boxes for r in expected]
     found = describe_boxes(fast, images, boxes)
     for exact, other in zip(describe_boxes(model, images, boxes), found, strict=True):
         for name, values in exact.features.items():
@@ -101,7 +105,7 @@ def test_a_detector_finds_the_same(epilogue: Epilogue, variant: str) -> None:
 
 
 def test_a_shortcut_within_another_tensor_is_not_copied_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_layers, "conv_add_relu", None)  # it would fail
+    monkeypatch.setattr(fused_layers, "conv_add_relu", None)  # calling it would fail
     layer = FusedConv2d(nn.Conv2d(8, 16, 1), Epilogue.LIBRARY)
     wide = torch.randn(2, 24, 5, 5).contiguous(memory_format=torch.channels_last)
     x, shortcut = wide.split((8, 16), dim=1)
@@ -111,14 +115,14 @@ def test_a_shortcut_within_another_tensor_is_not_copied_for_cudnn(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("error", "again"),
+    ("error", "falls_back"),
     [(RuntimeError("GET was unable to find an engine to execute this computation"), True),
      (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), True),
      (RuntimeError("CUDA error: an illegal memory access"), False),
      (torch.OutOfMemoryError("engine"), False)],
 )  # fmt: skip
-def test_what_cudnn_refuses_is_done_by_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, again: bool
+def test_a_convolution_that_cudnn_cannot_fuse_falls_back_to_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, falls_back: bool
 ) -> None:
     def refuse(*given: object) -> Tensor:
         raise error
@@ -127,7 +131,7 @@ def test_what_cudnn_refuses_is_done_by_the_kernel(
     layer, x = FusedConv2d(nn.Conv2d(8, 8, 1), Epilogue.LIBRARY), torch.randn(2, 8, 5, 5)
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        if not again:
+        if not falls_back:
             with pytest.raises(type(error), match=str(error)):
                 layer(x, x, apply_relu=True)
             return
@@ -135,7 +139,7 @@ def test_what_cudnn_refuses_is_done_by_the_kernel(
     assert layer.epilogue is Epilogue.KERNEL and "cuDNN cannot fuse the convolution" in caplog.text
 
 
-def test_layers_that_are_not_taken() -> None:
+def test_unsupported_convolutions_are_not_fused() -> None:
     for layer in (
         nn.Conv2d(8, 8, 3, groups=2),
         nn.Conv2d(8, 8, 3, dilation=2),
@@ -147,7 +151,7 @@ def test_layers_that_are_not_taken() -> None:
     assert FusedConv2d.supports(nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False))
 
 
-def test_the_choice_is_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epilogue_depends_on_device_dtype_and_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert best_epilogue(torch.device("cpu"), torch.bfloat16) is Epilogue.PLAIN
     for kernels, rest in ((("cpu", "cuda"), Epilogue.KERNEL), (("cpu",), Epilogue.PLAIN)):
@@ -159,7 +163,7 @@ def test_the_choice_is_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_bias_relu_keeps_nan_and_what_lies_beside_it(wide: bool) -> None:
+def test_bias_relu_keeps_nan_and_writes_only_its_channels(wide: bool) -> None:
     whole = torch.randn(2, 12, 3, 5).contiguous(memory_format=torch.channels_last)
     whole[0, 1, 0, 0] = torch.nan
     x, before, bias = whole[:, :8] if wide else whole, whole.clone(), torch.randn(12)[: 8 if wide else 12]
@@ -181,7 +185,7 @@ def test_a_network_on_the_cpu_is_not_changed() -> None:
 @pytest.mark.gpu(kernels=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 6, 5, 5), (3, 2048, 7, 7), (2, 300, 1, 1), (0, 8, 3, 3)])
-def test_cuda_bias_relu_is_plain_pytorch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_cuda_bias_relu_equals_plain_pytorch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     images, channels, *sides = shape
     wide = torch.randn(images, channels + 8, *sides).to("cuda", dtype).contiguous(memory_format=torch.channels_last)
@@ -193,20 +197,20 @@ def test_cuda_bias_relu_is_plain_pytorch(shape: tuple[int, ...], dtype: torch.dt
 
 
 @pytest.mark.gpu(kernels=True)
-@EACH
+@EPILOGUES
 @pytest.mark.parametrize("stride", [1, 2])
-def test_cuda_fused_bottlenecks(epilogue: Epilogue, stride: int) -> None:
+def test_cuda_fused_bottleneck_equals_plain_pytorch(epilogue: Epilogue, stride: int) -> None:
     torch.manual_seed(0)
     block = bottleneck(stride).cuda()
     x = torch.randn(2, 64 if stride == 2 else 256, 20, 30, device="cuda").contiguous(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if epilogue is Epilogue.LIBRARY else torch.float32
     close = {"rtol": 2e-2, "atol": 5e-2} if epilogue is Epilogue.LIBRARY else {"rtol": 1e-5, "atol": 1e-5}
     with torch.inference_mode():
-        y = fused(block, epilogue, dtype).to(memory_format=torch.channels_last)(x.to(dtype))
+        y = fuse(block, epilogue, dtype).to(memory_format=torch.channels_last)(x.to(dtype))
         torch.testing.assert_close(y.float(), block(x), **close)
 
 
-def test_convolutions_of_every_kind_are_called_alike() -> None:
+def test_conv_relu_accepts_fused_and_plain_convolutions() -> None:
     layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         torch.testing.assert_close(conv_relu(FusedConv2d(layer, Epilogue.KERNEL), x), conv_relu(layer, x))

@@ -1,4 +1,4 @@
-"""Networks whose training adds bias and shortcut in the pass of the ReLU, as on a GPU, beside separate operators."""
+"""Training with bias, shortcut and ReLU in one fused pass, as on a GPU, against separate operators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ON_DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes that were computed by the fused pass."""
+    """Collects the shapes of inputs of the fused pass."""
     shapes: list[tuple[int, ...]] = []
     apply = _BiasRelu.apply
 
@@ -43,19 +43,19 @@ def fuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return lambda on: monkeypatch.setattr(training_epilogue, "FUSED", frozenset(("cpu", "cuda") if on else ()))
 
 
-def norm_of(channels: int) -> FrozenBatchNorm:
+def random_frozen_norm(channels: int) -> FrozenBatchNorm:
     norm = FrozenBatchNorm(channels)
     for buffer in norm.buffers():
         buffer.uniform_(0.5, 1.5)
     return norm
 
 
-def slopes(block: nn.Module, x: Tensor, bf16: bool) -> list[Tensor]:
+def output_and_gradients(block: nn.Module, x: Tensor, bf16: bool) -> list[Tensor]:
     """The output, and the gradients of the input and the weights."""
     x = x.detach().requires_grad_()
     with float32_arithmetic("float32"):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            y = block(x.bfloat16() if bf16 else x)  # as the layer before gives it
+            y = block(x.bfloat16() if bf16 else x)  # the dtype that the previous layer returns under autocast
         loss = y.float().square().mean()
         return [y.detach().float(), *torch.autograd.grad(loss, [x, *block.parameters()])]
 
@@ -64,7 +64,7 @@ def slopes(block: nn.Module, x: Tensor, bf16: bool) -> list[Tensor]:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("channels", "stride"), [(16, 1), (64, 1), (64, 2)])
-def test_a_block(
+def test_a_fused_block_equals_separate_operators(
     device: str,
     bf16: bool,
     kind: type[nn.Module],
@@ -75,15 +75,15 @@ def test_a_block(
 ) -> None:
     torch.manual_seed(0)
     where, inputs = resolve_device(device), channels * kind.expansion if stride == 1 else 24
-    block = kind(inputs, channels, stride, norm_of, False).to(where, memory_format=torch.channels_last)
+    block = kind(inputs, channels, stride, random_frozen_norm, False).to(where, memory_format=torch.channels_last)
     x = torch.randn(4, inputs, 14, 15).to(where, memory_format=torch.channels_last)
     fuse(False)
-    wanted, exact = slopes(block, x, bf16), slopes(block, x, False)
+    expected, exact = output_and_gradients(block, x, bf16), output_and_gradients(block, x, False)
     assert not calls
     fuse(True)
-    found = slopes(block, x, bf16)
+    found = output_and_gradients(block, x, bf16)
     assert len(calls) == (2 if kind is BasicBlock else 3)
-    for one, other, best in zip(found, wanted, exact, strict=True):
+    for one, other, best in zip(found, expected, exact, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         # on a CPU, the separate operators round less often: oneDNN adds the bias before it rounds to bfloat16
         limit = 2 * float((other - best).norm()) if bf16 else 1e-5 * float(best.norm())
@@ -91,23 +91,31 @@ def test_a_block(
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.Identity()])
-def test_other_norms_are_left_alone(norm: Norm, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]) -> None:
+def test_blocks_with_other_norms_are_not_fused(
+    norm: Norm, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]
+) -> None:
     block = Bottleneck(16, 8, 1, norm, False)
     others = copy.deepcopy(block)
     x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
     fuse(False)
-    wanted = slopes(others, x, False)
+    expected = output_and_gradients(others, x, False)
     fuse(True)
-    for one, other in zip(slopes(block, x, False), wanted, strict=True):
+    for one, other in zip(output_and_gradients(block, x, False), expected, strict=True):
         assert torch.equal(one, other)
     assert not calls
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_stem_is_pooled_first(trained: bool, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]) -> None:
-    """Of 13x13 positions 7x7 are left."""
+def test_the_stem_is_pooled_before_the_fused_pass(
+    trained: bool, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]
+) -> None:
+    """The pass gets the 7x7 positions that pooling leaves of 13x13."""
     torch.manual_seed(0)
-    convolution, norm, pool = nn.Conv2d(3, 8, 7, 2, padding=3, bias=False), norm_of(8), nn.MaxPool2d(3, 2, padding=1)
+    convolution, norm, pool = (
+        nn.Conv2d(3, 8, 7, 2, padding=3, bias=False),
+        random_frozen_norm(8),
+        nn.MaxPool2d(3, 2, padding=1),
+    )
     convolution.requires_grad_(trained)
     images = torch.randn(2, 3, 26, 26).contiguous(memory_format=torch.channels_last)
     images[0, 0, 3, 3] = torch.nan
@@ -122,9 +130,9 @@ def test_a_stem_is_pooled_first(trained: bool, fuse: Callable[[bool], None], cal
         torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def losses_of(model: MaskRCNN, device: str, bf16: bool) -> list[Tensor]:
-    """Outputs of all parts that training computes, and the gradients of all parameters."""
-    torch.manual_seed(0)  # of dropout
+def outputs_and_gradients(model: MaskRCNN, device: str, bf16: bool) -> list[Tensor]:
+    """Outputs of all parts of the network, and the gradients of all parameters."""
+    torch.manual_seed(0)  # for dropout
     model.zero_grad()
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(device)
     rois = torch.tensor([[0, 5.0, 5, 60, 60], [1, 10, 20, 90, 80], [0, 0, 0, 127, 95]], device=device)
@@ -142,21 +150,25 @@ def losses_of(model: MaskRCNN, device: str, bf16: bool) -> list[Tensor]:
 
 @ON_DEVICES
 @pytest.mark.parametrize("variant", FROZEN)
-def test_a_detector(device: str, variant: str, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]) -> None:
+def test_a_fused_detector_equals_separate_operators(
+    device: str, variant: str, fuse: Callable[[bool], None], calls: list[tuple[int, ...]]
+) -> None:
     model = small_model(*FROZEN[variant], "model.zero_init_residual=false").train()
     for name, norm in model.named_modules():
         if isinstance(norm, FrozenBatchNorm):
-            norm.weight.fill_(0.3 if name.endswith("bn3") else 1.0)  # or the sum of the blocks grows
+            norm.weight.fill_(
+                0.3 if name.endswith("bn3") else 1.0
+            )  # smaller, so that activations do not grow from block to block
             norm.bias.uniform_(-0.1, 0.1)
     model.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     fuse(False)
-    wanted = losses_of(model, device, False)
+    expected = outputs_and_gradients(model, device, False)
     assert not calls
     fuse(True)
-    for one, other in zip(losses_of(model, device, False), wanted, strict=True):
+    for one, other in zip(outputs_and_gradients(model, device, False), expected, strict=True):
         assert float((one - other).norm()) <= (1e-3 if is_gpu(device) else 1e-4) * float(other.norm())
     assert len(calls) >= 10
     count = len(calls)
-    found, rough = losses_of(model, device, True), losses_of(model, device, True)
+    found, rough = outputs_and_gradients(model, device, True), outputs_and_gradients(model, device, True)
     assert len(calls) == 3 * count and all(value.isfinite().all() for value in found)
     assert is_gpu(device) or all(torch.equal(one, other) for one, other in zip(found, rough, strict=True))

@@ -1,4 +1,4 @@
-"""The parts of the network are timed on the stream of their own device."""
+"""`Profiler` records events on the current stream of its device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refdet.detector.profiler import Profiler
 
 @pytest.mark.parametrize("count", [3, 1200])
 def test_events_are_recorded_on_the_device_that_computes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Which need not be the current one; and waiting for them leaves the core to others."""
+    """Which need not be the current device. Events are blocking, so that waiting does not occupy a core."""
     clock = iter(range(10**6))
 
     class Event:

@@ -1,6 +1,6 @@
-"""Parity with the reference: what its own code computed of real images, and what refdet does.
+"""Parity with the reference: recorded results of its own code on real images, against those of refdet.
 
-``make parity`` prints the errors measured.
+``make parity`` prints the errors.
 """
 
 import functools
@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from parity import match_detections, relative_error
 from PIL import Image
 from recorded_results import results_of
 from torch import Tensor
@@ -33,18 +34,18 @@ from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
-ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the reference's inclusive boxes to half-open ones
+TO_HALF_OPEN = np.array([0, 0, 1, 1], np.float32)  # from the reference's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
-# "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for convolutions
+# "optimized" is the network as extract-features runs it: norms folded, conv5 split, kernels for convolutions
 CASES = [(depth, image, "trained") for depth, images in IMAGES.items() for image in images]
-CASES += [(50, "000000249346", "used"), (101, "000000466137", "used")]
-# Least numbers of proposals and detections where more cannot be asked: in the first, 858 anchors have a probability of
-# exactly 1 and an unstable sort leaves them as the processor's vectors have it; in the second, 101 layers add up to
-# float rounding by which refdet differs as much from itself in float64.
-TIED = {
+CASES += [(50, "000000249346", "optimized"), (101, "000000466137", "optimized")]
+# Minimum numbers of equal proposals and detections for cases that cannot match completely. In the first, 858 anchors
+# have a probability of exactly 1, and their order after the reference's unstable sort depends on the processor. In the
+# others, rounding accumulates over 101 layers; refdet in float32 differs as much from refdet in float64.
+MIN_EQUAL = {
     (50, "000000194322", "trained"): (296, 96),
     (101, "000000466137", "trained"): (294, 98),
-    (101, "000000466137", "used"): (288, 97),
+    (101, "000000466137", "optimized"): (288, 97),
 }
 Key = tuple[int, str, str]
 Detectors = Callable[[int, str], loading.TrainedDetector]
@@ -80,7 +81,7 @@ def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @dataclass(frozen=True)
 class Case:
-    """One image, its golden numbers, and the network's input of it."""
+    """One image, the recorded results of the reference, and what refdet computed from it."""
 
     model: MaskRCNN
     golden: dict[str, np.ndarray]
@@ -89,8 +90,8 @@ class Case:
     inputs: Tensor
     conv4: Tensor
     boxes: Tensor  # the proposals
-    logits: Tensor  # of them
-    deltas: Tensor
+    logits: Tensor  # of the proposals
+    deltas: Tensor  # of the proposals
     found: Detections
 
 
@@ -129,66 +130,56 @@ def make_case(detectors: Detectors, shared: Path, key: Key) -> Case:
     return Case(model, golden, pixels, size, inputs, conv4, boxes, logits, deltas, found)
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
-
-
-def test_input_and_map(case: Case) -> None:
+def test_network_input_and_conv4_equal_the_reference(case: Case) -> None:
     blob = case.inputs[0].permute(1, 2, 0).numpy()
     assert case.size.scale == (case.golden["im_scale"],) * 2
     assert (1, *blob.shape) == tuple(case.golden["blob_shape"])
     pixels = np.abs(blob[::37, ::41] - case.golden["blob_sample"]).max()
     conv4 = case.conv4
     assert tuple(conv4.shape) == tuple(case.golden["net_conv_shape"])
-    error = relative(conv4[0, ::64].numpy(), case.golden["net_conv_sample"])
+    error = relative_error(conv4[0, ::64].numpy(), case.golden["net_conv_sample"])
     print(f"input {pixels:.1e} of 255, conv4 {error:.1e}")
     assert pixels < 2e-4 and error < 5e-5
     assert np.isclose(np.linalg.norm(conv4.numpy()), case.golden["net_conv_norm"], rtol=1e-5)
 
 
-def test_proposals(case: Case, key: Key) -> None:
-    golden = torch.from_numpy(case.golden["rois"][:, 1:] + ONE_FURTHER)
+def test_proposals_equal_the_reference(case: Case, key: Key) -> None:
+    golden = torch.from_numpy(case.golden["rois"][:, 1:] + TO_HALF_OPEN)
     overlap, matched = box_ops.iou(case.boxes, golden).max(dim=1)
     same = overlap > 0.999
     scaled = case.deltas.flatten(1) * torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(81)
     scores = np.abs(case.logits.softmax(1).numpy() - case.golden["cls_prob"][matched])[same].max()
-    moves = np.abs(scaled.numpy() - case.golden["bbox_deltas"][matched])[same].max()
-    print(f"proposals {same.sum()} of 300, class probabilities {scores:.1e}, deltas {moves:.1e}")
-    assert len(case.boxes) == 300 and same.sum() >= TIED.get(key, (299,))[0]
-    assert scores < (1e-3 if key[0] == 50 else 2e-3) and moves < 1e-3
+    delta_errors = np.abs(scaled.numpy() - case.golden["bbox_deltas"][matched])[same].max()
+    print(f"proposals {same.sum()} of 300, class probabilities {scores:.1e}, deltas {delta_errors:.1e}")
+    assert len(case.boxes) == 300 and same.sum() >= MIN_EQUAL.get(key, (299,))[0]
+    assert scores < (1e-3 if key[0] == 50 else 2e-3) and delta_errors < 1e-3
 
 
-def test_detections(case: Case, key: Key) -> None:
+def test_detections_equal_the_reference(case: Case, key: Key) -> None:
     found = case.found
-    pairs = []
-    for row, (box, label) in enumerate(
-        zip(case.golden["dets_xyxy"] + ONE_FURTHER, case.golden["dets_label"], strict=True)
-    ):
-        distance = np.abs(found.boxes.numpy() - box).max(axis=1)
-        distance[found.labels.numpy() != label] = np.inf
-        nearest = int(distance.argmin())
-        if distance[nearest] < 0.05:
-            pairs.append((row, nearest))
+    pairs = match_detections(
+        found.boxes.numpy(), found.labels.numpy(), case.golden["dets_xyxy"] + TO_HALF_OPEN, case.golden["dets_label"]
+    )
     rows, ours = (np.array(side) for side in zip(*pairs, strict=True))
     scores = np.abs(found.scores.numpy()[ours] - case.golden["dets_score"][rows])
     assert found.masks is not None
     masks = np.abs(found.masks.numpy()[ours] - case.golden["mask_prob"][rows]).max(axis=(1, 2))
     print(f"detections {len(pairs)} of 100; score {scores.max():.1e}, {(scores < 1e-4).sum()} within 1e-4; "
           f"masks {masks.max():.1e}, {(masks < 1e-3).sum()} within 1e-3")  # fmt: skip
-    assert len(pairs) >= TIED.get(key, (0, 99))[1]
-    assert np.median(scores) < 1e-4 and scores.max() < (3e-3 if key == (101, "000000466137", "used") else 1e-3)
+    assert len(pairs) >= MIN_EQUAL.get(key, (0, 99))[1]
+    assert np.median(scores) < 1e-4 and scores.max() < (3e-3 if key == (101, "000000466137", "optimized") else 1e-3)
     assert np.median(masks) < 1e-3 and masks.max() < 2e-2
-    if key not in TIED:
+    if key not in MIN_EQUAL:
         assert (scores < 1e-4).sum() >= 99 and (masks < 1e-3).sum() >= 97
 
 
 @torch.inference_mode()
-def test_given_boxes(case: Case) -> None:
-    boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
-    with patch.object(case.model, "extract_feature_maps", return_value=[case.conv4]):  # the same image again
+def test_features_of_given_boxes_equal_the_reference(case: Case) -> None:
+    boxes = torch.from_numpy(case.golden["given_xyxy"] + TO_HALF_OPEN)
+    with patch.object(case.model, "extract_feature_maps", return_value=[case.conv4]):  # computed above
         (found,) = case.model.extract_features(case.inputs, [case.size], [boxes])
-    pool5 = relative(found.features["pool5"].numpy(), case.golden["given_pool5"])
-    fc7 = relative(found.features["fc7"].numpy(), case.golden["given_fc7"])
+    pool5 = relative_error(found.features["pool5"].numpy(), case.golden["given_pool5"])
+    fc7 = relative_error(found.features["fc7"].numpy(), case.golden["given_fc7"])
     print(f"pool5 {pool5:.1e}, fc7 {fc7:.1e}")
     assert pool5 < 5e-5 and fc7 < 5e-5
 
@@ -198,47 +189,49 @@ def test_given_boxes(case: Case) -> None:
     reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
 )
 @torch.inference_mode()
-def test_bfloat16_is_near(case: Case, key: Key, detectors: Detectors) -> None:
-    """Of given boxes. The 101 layers were not trained, and untrained ones add up what rounding does to each."""
-    boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
-    used = key[2] == "used"  # as extract-features --precision bfloat16 has it
-    model = detectors(key[0], "bfloat16").model if used else case.model
-    with torch.autocast("cpu", torch.bfloat16, enabled=not used):
-        (found,) = model.extract_features(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
-    wanted = torch.from_numpy(case.golden["given_fc7"])
-    cosine = torch.nn.functional.cosine_similarity(found.features["fc7"], wanted).min().item()
+def test_features_in_bfloat16_are_close_to_the_reference(case: Case, key: Key, detectors: Detectors) -> None:
+    """The weights are random, not trained, so that rounding errors accumulate more over 101 layers."""
+    boxes = torch.from_numpy(case.golden["given_xyxy"] + TO_HALF_OPEN)
+    optimized = key[2] == "optimized"  # as in extract-features --precision bfloat16
+    model = detectors(key[0], "bfloat16").model if optimized else case.model
+    with torch.autocast("cpu", torch.bfloat16, enabled=not optimized):
+        (found,) = model.extract_features(
+            case.inputs.to(torch.bfloat16) if optimized else case.inputs, [case.size], [boxes]
+        )
+    expected = torch.from_numpy(case.golden["given_fc7"])
+    cosine = torch.nn.functional.cosine_similarity(found.features["fc7"], expected).min().item()
     print(f"cosine of fc7 in bfloat16 {cosine:.5f}")
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 
 
-def test_the_store_holds_the_seeds_boxes(cases: Callable[[Key], Case], detectors: Detectors) -> None:
-    """Through what extract-features calls, boxes are half-open: a pixel further than the reference's last one."""
-    image, detector = IMAGES[50][1], detectors(50, "used")
-    case, ids = cases((50, image, "used")), detector.meta.category_ids
+def test_extracted_boxes_equal_the_reference(cases: Callable[[Key], Case], detectors: Detectors) -> None:
+    """By the function that extract-features calls. Boxes are half-open: x2 and y2 are 1 more than in the reference."""
+    image, detector = IMAGES[50][1], detectors(50, "optimized")
+    case, ids = cases((50, image, "optimized")), detector.meta.category_ids
     record = ImageRecord(1, f"{image}.png", *case.pixels.shape[:2])
     options = DetectionOptions(score_threshold=0.0)
     with torch.inference_mode(), patch.object(case.model, "predict", return_value=case.found) as predict:
         (found,) = detect_batch(case.model, [case.pixels], [record], ids, options)
-    inputs, sizes, *_ = predict.call_args.args  # of which the prediction is that of the case
+    inputs, sizes, *_ = predict.call_args.args  # the recorded prediction is that of this input
     assert torch.equal(inputs, case.inputs) and sizes == [case.size] and predict.call_args.args[2] == options
     golden = case.golden
     order = np.argsort(-golden["dets_score"], kind="stable")
-    boxes, scores = golden["dets_xyxy"][order] + ONE_FURTHER, golden["dets_score"][order]
+    boxes, scores = golden["dets_xyxy"][order] + TO_HALF_OPEN, golden["dets_score"][order]
     categories = np.array(ids)[golden["dets_label"][order] - 1]
     same = np.abs(found.boxes - boxes).max(axis=1) < 0.05
-    assert same.sum() >= 95  # near ties change places
+    assert same.sum() >= 95  # detections of nearly equal scores are swapped
     np.testing.assert_array_equal(found.category_ids[same], categories[same])
     np.testing.assert_allclose(found.scores, scores, atol=3e-4)
 
 
 @pytest.mark.parametrize("image", ["000000249346", "000000466137"])
-def test_anchor_labels(detectors: Detectors, shared: Path, image: str) -> None:
+def test_anchor_labels_and_targets_equal_the_reference(detectors: Detectors, shared: Path, image: str) -> None:
     with np.load(shared / "seed" / f"golden_anchor_labels_{image}.npz") as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim}
     rpn = detectors(50, "trained").model.rpn
     height, width = golden["feature_hw"].tolist()
     (anchors,) = rpn.anchors([torch.zeros(1, 1, height, width)])
-    one = torch.from_numpy(ONE_FURTHER)
+    one = torch.from_numpy(TO_HALF_OPEN)
     torch.testing.assert_close(anchors[:24], golden["first_anchors"] + one, atol=0, rtol=0)
     boxes = golden["gt_xyxy_inclusive"] + one
     truth = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0))

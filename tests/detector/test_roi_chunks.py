@@ -1,4 +1,4 @@
-"""RoIs go through convolutions in few chunks of few sizes on a GPU, whose results are those of all at once."""
+"""On a GPU, RoIs go through convolutions in a few padded chunks of few sizes, with the results of all RoIs at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Shapes(TorchDispatchMode):
-    """Distinct inputs and weights of convolutions, each of which is a plan of cuDNN."""
+    """Collects the distinct shapes of convolutions; cuDNN plans each of them once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,15 +36,15 @@ class Shapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> None:
-    """Pad chunks on the CPU as on a GPU, of at most so many RoIs."""
+def pad_as_on_gpu(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> None:
+    """Pad chunks on the CPU as on a GPU, with at most `most` RoIs each."""
     monkeypatch.setattr(roi_chunks, "PADDED_DEVICES", frozenset(("cpu", "cuda")))
     if most is not None:
         monkeypatch.setattr(roi_chunks, "_largest_size", lambda limit: most)
 
 
 @given(count=st.integers(0, 3000), most=st.sampled_from([None, 1, 7, 83]))
-def test_chunks_on_the_cpu_have_each_roi_once(count: int, most: int | None) -> None:
+def test_chunks_on_the_cpu_cover_each_roi_once(count: int, most: int | None) -> None:
     with torch.no_grad():
         chunks = roi_chunks.roi_chunks(count, CPU, 1, most)
     assert_complete(chunks, count)
@@ -72,26 +72,28 @@ def assert_complete(chunks: list[roi_chunks.Chunk], count: int) -> None:
     assert all(len(chunk.take(values)) == chunk.size for chunk in chunks)
 
 
-def test_sizes_of_chunks_on_a_gpu_are_eight_in_a_doubling() -> None:
+def test_chunk_sizes_on_a_gpu_are_eight_per_power_of_two() -> None:
     sizes = {padded_size(count) for count in range(5121)}
     assert len(sizes) == 59 and min(sizes) == MIN_SIZE and max(sizes) == 5120
     assert sizes == {padded_size(size) for size in sizes}
-    assert len({padded_size(count) for count in range(800, 1601)}) == 9  # detections of 16 images
+    assert len({padded_size(count) for count in range(800, 1601)}) == 9  # numbers of detections in 16 images
     with torch.no_grad():
         every = {c.size for count in range(0, 20001, 7) for c in roi_chunks.roi_chunks(count, GPU, 250_880)}
     assert every <= sizes
 
 
-@pytest.mark.parametrize(("dtype", "counts"), [
+@pytest.mark.parametrize(("itemsize", "counts"), [
     (2, {320: 1, 1600: 1, 4800: 1, 9600: 2, 20000: 4}), (4, {320: 1, 1600: 1, 2400: 1, 4800: 2, 9600: 4}),
 ])  # fmt: skip
-def test_proposals_of_a_batch_are_one_chunk_where_memory_allows(dtype: int, counts: dict[int, int]) -> None:
-    """Of ResNet-101-C4, whose pooled cells have 2560 channels: 16 images with 300 proposals, 32, and so on."""
+def test_number_of_chunks_for_the_proposals_of_a_batch(itemsize: int, counts: dict[int, int]) -> None:
+    """For ResNet-101-C4, whose split conv5 pools 2560 channels; 4800 are 16 images with 300 proposals."""
     with torch.no_grad():
-        found = {count: roi_chunks.roi_chunks(count, GPU, 2560 * 49 * dtype) for count in counts}
+        found = {count: roi_chunks.roi_chunks(count, GPU, 2560 * 49 * itemsize) for count in counts}
     assert {count: len(chunks) for count, chunks in found.items()} == counts
     for count, chunks in found.items():
-        assert chunks[0].size == padded_size(-(-count // len(chunks)))  # rather than as large as memory allows
+        assert chunks[0].size == padded_size(
+            -(-count // len(chunks))
+        )  # chunks have equal sizes, not the largest possible one
 
 
 def test_with_gradients_all_rois_are_one_chunk() -> None:
@@ -99,16 +101,14 @@ def test_with_gradients_all_rois_are_one_chunk() -> None:
 
 
 @pytest.mark.parametrize("changes", [(), PYRAMID], ids=["c4", "fpn"])
-def test_convolutions_of_twenty_images_have_few_shapes(
-    monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
-) -> None:
+def test_convolutions_of_many_images_have_few_shapes(monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
     model, random = small_model(*changes, "proposals.post_nms_top_n_test=60"), np.random.default_rng(0)
     images = [random.integers(0, 255, (96, 128, 3), dtype=np.uint8) for _ in range(20)]
     options = DetectionOptions(score_threshold=0.2, max_regions=100)
     found, plans = [], []
     for padded in (False, True):
         if padded:
-            on_gpu(monkeypatch)
+            pad_as_on_gpu(monkeypatch)
         with Shapes() as shapes:
             found.append([detect_batch(model, [i], records_of([i]), CATEGORY_IDS, options)[0] for i in images])
         plans.append(shapes.seen)
@@ -135,18 +135,18 @@ def test_features_do_not_depend_on_the_padding(
     boxes, labels = np.hstack((corners, corners + sides + 4)), np.full(count, 2)
     image = np.zeros((96, 128, 3), np.uint8) + np.arange(128, dtype=np.uint8)[:, None]
     names = ("pool5", "fc7") if changes else ("pool5", "fc7", "spatial_fc7")
-    wanted = describe(model, image, boxes, labels if has_masks else None, names)
+    expected = describe(model, image, boxes, labels if has_masks else None, names)
     for most in (None, 64):
-        on_gpu(monkeypatch, most)
+        pad_as_on_gpu(monkeypatch, most)
         with Shapes() as shapes:
             found = describe(model, image, boxes, labels if has_masks else None, names)
         with torch.no_grad():
             sizes = {chunk.size for chunk in roi_chunks.roi_chunks(count, CPU, 1)}
         assert max(sizes) <= (most or 10**6) and {rows for _, (rows, *_), *_ in shapes.seen} <= {1, *sizes}
-        assert found.masks == wanted.masks
+        assert found.masks == expected.masks
         for name in names:
             assert len(found.features[name]) == count
-            np.testing.assert_allclose(found.features[name], wanted.features[name], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found.features[name], expected.features[name], rtol=1e-4, atol=1e-4)
 
 
 def describe(
@@ -163,13 +163,13 @@ def test_padding_adds_rois_rather_than_copying_their_cells(
     model, padded = small_model(*changes), []
     pad = roi_chunks.pad_rows
 
-    def watched(values: torch.Tensor, size: int) -> torch.Tensor:
+    def record_padding(values: torch.Tensor, size: int) -> torch.Tensor:
         padded.append(values[0].numel() if len(values) < size else 0)
         return pad(values, size)
 
-    on_gpu(monkeypatch)
+    pad_as_on_gpu(monkeypatch)
     for module in (roi_chunks, roi_heads):
-        monkeypatch.setattr(module, "pad_rows", watched)
+        monkeypatch.setattr(module, "pad_rows", record_padding)
     boxes = np.zeros((50, 4), np.float32) + np.float32([5, 5, 40, 40])
     describe(model, np.zeros((96, 128, 3), np.uint8), boxes, np.full(50, 2), ("fc7",))
     assert set(padded) - {0} == {1, 5}  # labels and RoIs

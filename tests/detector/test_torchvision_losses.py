@@ -1,4 +1,4 @@
-"""Each loss and its gradients beside torchvision's own functions, in float64, on the same samples and head outputs."""
+"""Each loss and its gradient against torchvision's functions, in float64, on the same samples and head outputs."""
 
 import pytest
 import torch
@@ -40,27 +40,27 @@ def truths() -> list[GroundTruth]:
     ]
 
 
-def numbers(*shape: int, spread: float = 1.0) -> Tensor:
-    """Random numbers that gradients are taken of."""
+def random_leaf(*shape: int, spread: float = 1.0) -> Tensor:
+    """Random float64 values that require gradients."""
     return (torch.randn(*shape, dtype=torch.float64) * spread).requires_grad_()
 
 
-def assert_equal(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
-    """The same loss, above 0, and the same gradients, not all of them 0."""
+def assert_equal_losses(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
+    """The losses are equal and above 0, and their gradients are equal and not all 0."""
     assert ours.dtype == torch.float64 and ours > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    for found, wanted in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        assert wanted.any()
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    for found, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_rpn() -> None:
+def test_rpn_losses_equal_torchvision() -> None:
     torch.manual_seed(0)
     rpn = small_model().rpn
     given, seeds = truths(), image_seeds(3, 1, torch.Generator().manual_seed(1))[0]
     (anchors,) = rpn.anchors([torch.zeros(1, 1, 12, 16)])
     count = len(anchors)
-    logits, deltas = numbers(3, count), numbers(3, count, 4)
+    logits, deltas = random_leaf(3, count), random_leaf(3, count, 4)
     output = RpnOutput(logits, deltas, anchors.double(), (count,))
     padded = PaddedGroundTruth.pad(given, torch.device("cpu"))
     sums, sampled_anchors = rpn.compute_losses(output, SIZES, padded, seeds)
@@ -88,12 +88,12 @@ def test_rpn() -> None:
     regression = theirs.box_coder.encode(list(matched), [output.anchors] * 3)
     labels = [label.double() for label in labels]
     score, box = theirs.compute_loss(logits.reshape(-1, 1), deltas.reshape(-1, 4), labels, list(regression))
-    assert_equal(losses["loss_objectness"], score, [logits])
-    assert_equal(losses["loss_rpn_box_reg"], box, [deltas])
+    assert_equal_losses(losses["loss_objectness"], score, [logits])
+    assert_equal_losses(losses["loss_rpn_box_reg"], box, [deltas])
 
 
 class SecondStage:
-    """The losses of the second stage of random head outputs, with what they were computed from."""
+    """The losses of the second stage for random head outputs, with the samples and outputs they are computed from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:
         torch.manual_seed(0)
@@ -106,11 +106,11 @@ class SecondStage:
             return self.samples[-1]
 
         def predict_boxes(fc7: Tensor) -> tuple[Tensor, Tensor]:
-            self.inputs |= {"logits": numbers(len(fc7), 5), "deltas": numbers(len(fc7), 5, 4, spread=0.5)}
+            self.inputs |= {"logits": random_leaf(len(fc7), 5), "deltas": random_leaf(len(fc7), 5, 4, spread=0.5)}
             return self.inputs["logits"], self.inputs["deltas"]
 
         def mask_logits(maps: object, rois: Tensor, features: object, labels: Tensor) -> Tensor:
-            every = self.inputs["masks"] = numbers(len(rois), 5, model.head.mask_size, model.head.mask_size)
+            every = self.inputs["masks"] = random_leaf(len(rois), 5, model.head.mask_size, model.head.mask_size)
             return every[torch.arange(len(rois)), labels]
 
         monkeypatch.setattr(mask_rcnn, "sample_rois", sample)
@@ -121,46 +121,46 @@ class SecondStage:
         self.losses = model.compute_losses(images, SIZES, self.truths, torch.Generator().manual_seed(0))
         (self.sampled,) = self.samples
 
-    def of_images(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Positive RoIs of each image, and the object of each."""
+    def positives_by_image(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Positive RoIs of each image, and the index of the object of each."""
         pairs = self.sampled.positive.split_by_image(3)
         return [boxes for boxes, _ in pairs], [objects for _, objects in pairs]
 
 
 @pytest.mark.parametrize("changes", [(), ("head.sample_with_replacement=true",), ("head.append_gt_boxes=false",)])
-def test_classes_and_boxes(monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
+def test_class_and_box_losses_equal_torchvision(monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
     stage = SecondStage(monkeypatch, "head.smooth_l1_beta=0.1111111111111111", *changes)
     sampled, logits, deltas = stage.sampled, stage.inputs["logits"], stage.inputs["deltas"]
-    wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
-    score, box = fastrcnn_loss(logits, deltas.flatten(1), [sampled.labels], [wanted])
+    expected = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)
+    score, box = fastrcnn_loss(logits, deltas.flatten(1), [sampled.labels], [expected])
     assert (sampled.labels > 0).sum() > 3
-    assert_equal(stage.losses["loss_classifier"], score, [logits])
-    assert_equal(stage.losses["loss_box_reg"], box, [deltas])
+    assert_equal_losses(stage.losses["loss_classifier"], score, [logits])
+    assert_equal_losses(stage.losses["loss_box_reg"], box, [deltas])
 
 
-def test_the_box_loss_of_other_betas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_box_loss_with_other_betas_equals_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     for beta in (0.0, 1.0):
         stage = SecondStage(monkeypatch, f"head.smooth_l1_beta={beta}")
         sampled, deltas = stage.sampled, stage.inputs["deltas"]
         positive = sampled.labels > 0
-        wanted = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
-        distance = (deltas[positive, sampled.labels[positive]] - wanted).abs()
+        expected = box_ops.encode(sampled.matched_boxes, sampled.rois[:, 1:], mask_rcnn.DELTA_WEIGHTS)[positive]
+        distance = (deltas[positive, sampled.labels[positive]] - expected).abs()
         loss = distance if beta == 0 else torch.where(distance < 1, distance**2 / 2, distance - 0.5)
-        assert_equal(stage.losses["loss_box_reg"], loss.sum() / len(sampled.labels), [deltas])
+        assert_equal_losses(stage.losses["loss_box_reg"], loss.sum() / len(sampled.labels), [deltas])
 
 
-def test_masks_with_the_targets_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their targets are bilinear samples of a bitmap; with them the loss is the same."""
+def test_mask_loss_equals_torchvision_on_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's targets are bilinear samples of a bitmap, so the test replaces ours by them."""
 
-    def projected(rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: object) -> Tensor:
+    def torchvision_targets(rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: object) -> Tensor:
         if not len(rois):
             return torch.zeros(0, size, size, dtype=torch.float64)
         bitmaps = torch.stack([torch.from_numpy(coco_mask.decode(rle)) for rle in truth.masks or []])
         return project_masks_on_boxes(bitmaps, rois.double(), objects, size)
 
-    monkeypatch.setattr(mask_rcnn, "compute_mask_targets", projected)
+    monkeypatch.setattr(mask_rcnn, "compute_mask_targets", torchvision_targets)
     stage = SecondStage(monkeypatch)
-    rois, objects = stage.of_images()
+    rois, objects = stage.positives_by_image()
     bitmaps = [
         torch.stack([ellipse(*box) for box in boxes]) if boxes else torch.zeros(0, 96, 128, dtype=torch.bool)
         for boxes in BOXES
@@ -168,14 +168,14 @@ def test_masks_with_the_targets_of_torchvision(monkeypatch: pytest.MonkeyPatch) 
     labels = [truth.labels for truth in stage.truths]
     rois = [boxes.double() for boxes in rois]
     theirs = maskrcnn_loss(stage.inputs["masks"], rois, bitmaps, labels, objects)
-    assert_equal(stage.losses["loss_mask"], theirs, [stage.inputs["masks"]])
+    assert_equal_losses(stage.losses["loss_mask"], theirs, [stage.inputs["masks"]])
 
 
-def test_exact_mask_targets_are_close_to_those_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cell is in the object or not; theirs is a share, near 0.5 only along the outline."""
+def test_mask_targets_are_close_to_those_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our cells are 0 or 1; torchvision's are fractions, which are near 0.5 only along the outline."""
     stage = SecondStage(monkeypatch)
-    for boxes, objects, truth, own in zip(*stage.of_images(), stage.truths, BOXES, strict=True):
-        if not own:
+    for boxes, objects, truth, own in zip(*stage.positives_by_image(), stage.truths, BOXES, strict=True):
+        if not own:  # the image without objects
             continue
         bitmaps = torch.stack([ellipse(*box) for box in own])
         theirs = project_masks_on_boxes(bitmaps, boxes, objects, stage.mask_size)

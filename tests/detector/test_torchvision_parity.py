@@ -1,7 +1,8 @@
-"""Parity with torchvision: its own detectors and their weights through identify_checkpoint, on real images.
+"""Parity with torchvision: its detectors on real images, against refdet with the same weights.
 
-Random weights, rescaled until activations and outputs spread as a trained network's. At half the usual input size and
-with a tenth of the proposals, to be quick. ``make parity`` runs all models and prints the errors.
+The weights are random, rescaled until activations and outputs spread like those of a trained network. To be quick, the
+input has half the usual size and there is a tenth of the proposals. ``make parity`` runs all models and prints the
+errors.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from parity import match_detections
 from PIL import Image
 from pycocotools import mask as coco_mask
 from recorded_results import results_of
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
 from refdet.detector.mask_rcnn import MaskRCNN
@@ -38,7 +41,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "fasterrcnn_resnet50_fpn": partial(detection.fasterrcnn_resnet50_fpn, num_classes=5),
     "fasterrcnn_resnet50_fpn_v2": partial(detection.fasterrcnn_resnet50_fpn_v2, num_classes=5),
 }
-# what a later step computes depends on the earlier
+# standard deviations of outputs; layers of a later step depend on the outputs of the earlier ones
 SPREAD = (
     {"rpn.head.cls_logits": 2.0, "rpn.head.bbox_pred": 0.2},
     {"roi_heads.box_predictor.cls_score": 3.0, "roi_heads.box_predictor.bbox_pred": 1.0},
@@ -47,13 +50,14 @@ SPREAD = (
 
 
 @torch.no_grad()
-def spread_out(model: nn.Module, image: Tensor) -> None:
-    """Give norms the statistics of an image, and the predictors outputs of a trained network's spread."""
+def rescale_weights(model: nn.Module, image: Tensor) -> None:
+    """Set the statistics of norms from an image, and scale the predictors until their outputs spread as in `SPREAD`."""
     torch.manual_seed(0)
-    kept, model.roi_heads.detections_per_img = model.roi_heads.detections_per_img, 10  # whose masks take their time
+    detections = model.roi_heads.detections_per_img
+    model.roi_heads.detections_per_img = 10  # masks of more would take long
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-            module.register_forward_pre_hook(observe)
+            module.register_forward_pre_hook(set_norm_statistics)
             module.weight.copy_(1 + 0.1 * torch.randn_like(module.weight))
             module.bias.copy_(0.1 * torch.randn_like(module.bias))
     with results_of(model.backbone, "forward") as features:
@@ -69,11 +73,12 @@ def spread_out(model: nn.Module, image: Tensor) -> None:
                 model([image])
         for name, spread in chosen.items():
             modules[name].weight.mul_(spread / torch.cat([output.flatten() for output in outputs[name]]).std())
-    model.roi_heads.detections_per_img = kept
+    model.roi_heads.detections_per_img = detections
 
 
-def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
-    if len(inputs[0]):  # no masks while there are no detections
+def set_norm_statistics(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    """A forward pre-hook of norms."""
+    if len(inputs[0]):  # the mask branch has no input without detections
         module.running_mean.copy_(inputs[0].mean((0, 2, 3)))
         module.running_var.copy_(inputs[0].var((0, 2, 3)))
 
@@ -83,55 +88,50 @@ def photo(shared: Path) -> np.ndarray:
     return np.array(Image.open(shared / "seed" / "images" / "000000466137.png").convert("RGB"))
 
 
-# its layers are those of two others
+# the layers of this model are also in two of the others
 THOROUGH = {"fasterrcnn_resnet50_fpn_v2": pytest.mark.thorough}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=THOROUGH.get(name, ())) for name in MODELS])
 @torch.inference_mode()
-def test_the_same_regions(name: str, photo: np.ndarray) -> None:
+def test_detections_and_masks_equal_those_of_torchvision(name: str, photo: np.ndarray) -> None:
     torch.manual_seed(1)
     network = MODELS[name](weights=None, weights_backbone=None, **SIZES)
     image = torch.from_numpy(photo).permute(2, 0, 1) / 255
-    spread_out(network, image)
-    (wanted,) = network([image])
+    rescale_weights(network, image)
+    (expected,) = network([image])
     found = identify_checkpoint(network.state_dict())
     assert found.recipe.name == ("torchvision-fpn-res50-v2" if name.endswith("v2") else "torchvision-fpn-res50")
     model = MaskRCNN(found.recipe.with_changes(CHANGES), found.classes or 0).eval()
     model.load_state_dict(found.tensors)
     record = ImageRecord(1, "a.png", *photo.shape[:2])
-    for how in ("trained", "used"):
-        model = optimize_for_inference(model) if how == "used" else model
+    for form in ("trained", "optimized"):
+        model = optimize_for_inference(model) if form == "optimized" else model
         (regions,) = detect_batch(model, [photo], [record], range(1, model.classes + 1), OPTIONS)
-        pairs = []
-        for row, (box, label) in enumerate(zip(wanted["boxes"].numpy(), wanted["labels"].numpy(), strict=True)):
-            distance = np.abs(regions.boxes - box).max(axis=1)
-            distance[regions.category_ids != label] = np.inf
-            if distance.min() < 0.05:
-                pairs.append((row, int(distance.argmin())))
+        pairs = match_detections(
+            regions.boxes, regions.category_ids, expected["boxes"].numpy(), expected["labels"].numpy()
+        )
         rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
-        scores = np.abs(regions.scores[ours] - wanted["scores"].numpy()[rows]).max()
+        scores = np.abs(regions.scores[ours] - expected["scores"].numpy()[rows]).max()
         overlaps = [1.0]
         for row, our in pairs if found.recipe.model.masks else ():
             assert regions.masks is not None
             decoded = coco_mask.decode({"size": photo.shape[:2], "counts": regions.masks[our]})
-            mask = wanted["masks"][row, 0].numpy() >= 0.5
+            mask = expected["masks"][row, 0].numpy() >= 0.5
             overlaps.append((decoded & mask).sum() / max((decoded | mask).sum(), 1))
-        print(f"{name} {how}: {len(pairs)} of {len(wanted['boxes'])}, score {scores:.1e}, "
+        print(f"{name} {form}: {len(pairs)} of {len(expected['boxes'])}, score {scores:.1e}, "
               f"mask IoU {np.mean(overlaps):.5f}, least {min(overlaps):.3f}")  # fmt: skip
-        # at most one of nearly equal scores is exchanged: untrained layers add up what rounding does to each
-        assert len(wanted["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
-        # and of a few masks of the optimized network many cells are a half within rounding
-        assert scores < 2e-3 and np.mean(np.array(overlaps) > 0.99) >= (1 if how == "trained" else 0.95)
+        # rounding may exchange one detection for another of nearly the same score
+        assert len(expected["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
+        # a few masks of the optimized network have many cells near the threshold of 0.5
+        assert scores < 2e-3 and np.mean(np.array(overlaps) > 0.99) >= (1 if form == "trained" else 0.95)
     assert found.label_order == "ids"
 
 
 @pytest.mark.parametrize("height", [37, 213, 333, 426, 427, 480, 500, 612, 640])
 @pytest.mark.parametrize("width", [41, 333, 427, 480, 500, 612, 640, 2000])
-def test_input_sizes(height: int, width: int) -> None:
-    from refdet.config import recipe as recipes
-
+def test_input_sizes_equal_those_of_torchvision(height: int, width: int) -> None:
     options = recipes.load("torchvision-fpn-res50").input
     scale = min(800 / min(height, width), 1333 / max(height, width))
     resized = nn.functional.interpolate(
@@ -142,19 +142,19 @@ def test_input_sizes(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_of_each_version_and_back(name: str) -> None:
-    with torch.device("meta"):  # its names and shapes are all that is needed
+def test_names_of_each_version_are_imported_and_exported_again(name: str) -> None:
+    with torch.device("meta"):  # only its names and shapes are needed
         network = MODELS[name](weights=None, weights_backbone=None)
     state = {key: torch.rand(value.shape) for key, value in network.state_dict().items()}
     found = identify_checkpoint(state)
     exported = theirs.name_mapping(found.recipe).export(found.tensors)
-    if name.endswith("v2"):  # norms of the neck and the heads come back as norms that add a bias
+    if name.endswith("v2"):  # norms of the neck and the heads were folded into biases
         exported = theirs.unfold_norms(exported)
         again = identify_checkpoint(exported)
         for key, value in found.tensors.items():
             torch.testing.assert_close(again.tensors[key], value, atol=1e-5, rtol=1e-5)
     else:
-        old = {before_013(key): value for key, value in state.items()}
+        old = {name_before_0_13(key): value for key, value in state.items()}
         assert set(old) != set(state)
         for key, value in identify_checkpoint(old).tensors.items():
             assert torch.equal(value, found.tensors[key])
@@ -165,8 +165,8 @@ def test_names_of_each_version_and_back(name: str) -> None:
     network.load_state_dict(exported, strict=not counters, assign=True)
 
 
-def before_013(name: str) -> str:
-    """Names that the published files have."""
+def name_before_0_13(name: str) -> str:
+    """The name of a parameter before torchvision 0.13, as in the published files."""
     for index in range(4):
         name = name.replace(f"mask_head.{index}.0.", f"mask_head.mask_fcn{index + 1}.")
         for part in ("inner", "layer"):
@@ -174,7 +174,7 @@ def before_013(name: str) -> str:
     return name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
 
 
-def test_norms_of_another_epsilon() -> None:
+def test_norms_are_converted_to_another_epsilon() -> None:
     torch.manual_seed(0)
     norm, x = FrozenBatchNorm2d(8, eps=0.0), torch.randn(2, 8, 4, 4)
     for value in norm.state_dict().values():

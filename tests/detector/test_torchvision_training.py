@@ -1,4 +1,4 @@
-"""What the losses are computed from beside torchvision's: anchors, labels, deltas, flips, and the initial weights."""
+"""Anchors, labels, box deltas, flips and initial weights against those of torchvision."""
 
 import math
 
@@ -32,7 +32,8 @@ def random_boxes(count: int, seed: int) -> Tensor:
     return torch.cat((corner, corner + 5 + torch.rand(count, 2, generator=random, dtype=torch.float64) * 60), dim=1)
 
 
-def test_anchors_are_half_a_stride_from_those_of_torchvision_which_are_rounded() -> None:
+def test_anchors_equal_rounded_and_shifted_ones_of_torchvision() -> None:
+    """torchvision rounds anchors and starts at 0; by default, ours start at half a stride and are not rounded."""
     maps = [torch.zeros(2, 1, 256 // stride, 320 // stride) for stride in STRIDES]
     images = ImageList(torch.zeros(2, 3, 256, 320), [(256, 320)] * 2)
     theirs, _ = TorchvisionAnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * 5)(images, maps)
@@ -45,7 +46,7 @@ def test_anchors_are_half_a_stride_from_those_of_torchvision_which_are_rounded()
 
 
 @pytest.mark.parametrize(("high", "low", "best"), [(0.7, 0.3, True), (0.5, 0.5, False)])
-def test_labels(high: float, low: float, best: bool) -> None:
+def test_anchor_labels_equal_torchvisions_matcher(high: float, low: float, best: bool) -> None:
     candidates, objects = random_boxes(3000, 0), random_boxes(12, 1)
     matcher = Matcher(high, low, allow_low_quality_matches=best)
     theirs = matcher(box_iou(objects.float(), candidates.float()))
@@ -54,23 +55,23 @@ def test_labels(high: float, low: float, best: bool) -> None:
         torch.zeros(1, 0, 4),
     )  # fmt: skip
     (labels,), (matched,) = assign_labels(candidates[None].float(), truth, high, low, allow_low_quality_matches=best)
-    wanted = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BETWEEN_THRESHOLDS, IGNORE, 0))
-    assert {-1, 0, 1} >= set(wanted.tolist()) >= {0, 1}
-    assert torch.equal(labels.long(), wanted) and torch.equal(matched[labels == 1], theirs[theirs >= 0])
+    expected = torch.where(theirs >= 0, 1, torch.where(theirs == Matcher.BETWEEN_THRESHOLDS, IGNORE, 0))
+    assert {-1, 0, 1} >= set(expected.tolist()) >= {0, 1}
+    assert torch.equal(labels.long(), expected) and torch.equal(matched[labels == 1], theirs[theirs >= 0])
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), DELTA_WEIGHTS])
-def test_deltas(weights: tuple[float, float, float, float]) -> None:
+def test_deltas_equal_torchvisions_box_coder(weights: tuple[float, float, float, float]) -> None:
     objects, anchors, coder = random_boxes(50, 0), random_boxes(50, 1), BoxCoder(weights)
     torch.testing.assert_close(
         box_ops.encode(objects, anchors, weights), coder.encode_single(objects, anchors), rtol=1e-12, atol=1e-12
     )
-    deltas = torch.randn(50, 4, dtype=torch.float64) * 8  # also beyond the limit of the sides
+    deltas = torch.randn(50, 4, dtype=torch.float64) * 8  # some exceed the limit of dw and dh
     theirs = coder.decode_single(deltas, anchors)
     torch.testing.assert_close(box_ops.decode(deltas, anchors, weights), theirs, rtol=1e-12, atol=1e-9)
 
 
-def test_flips() -> None:
+def test_flipped_boxes_and_masks_equal_torchvisions_transform() -> None:
     boxes = torch.tensor([[5.0, 10, 40, 60], [50, 8, 99, 50]])
     theirs = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(80, 101))
     assert torch.equal(_mirror(boxes, 101), transforms.horizontal_flip(theirs).as_subclass(Tensor))
@@ -96,7 +97,7 @@ LAYERS = {
     "head.mask.hidden.{0}": "roi_heads.mask_head.{1}.0",
     "head.mask.hidden.8": "roi_heads.mask_predictor.conv5_mask",
 }
-# initialized as in detectron2: standard deviations there, and in torchvision
+# initialized as in detectron2: torchvision's layer, and the standard deviations of ours and of torchvision's
 DIFFERENT = {
     "head.fc6": ("roi_heads.box_head.fc6", (256 * 49) ** -0.5, (3 * 256 * 49) ** -0.5),
     "head.fc7": ("roi_heads.box_head.fc7", 1024**-0.5, (3 * 1024) ** -0.5),
@@ -107,9 +108,9 @@ DIFFERENT = {
 
 
 def assert_distributed(values: Tensor, deviation: float, other: Tensor | None = None) -> None:
-    """Values have a standard deviation, a mean of 0, and as long tails as others."""
-    few = 4 / math.sqrt(values.numel())  # four standard errors
-    assert abs(values.std() / deviation - 1) < few and abs(values.mean()) < few * deviation
+    """Values have the given standard deviation, a mean of 0, and, given others, tails as long as theirs."""
+    tolerance = 4 / math.sqrt(values.numel())  # four standard errors
+    assert abs(values.std() / deviation - 1) < tolerance and abs(values.mean()) < tolerance * deviation
     if other is not None:  # normal ones reach four deviations, uniform ones less than two
         assert (values.abs().max() > 2.5 * deviation) == (other.abs().max() > 2.5 * deviation)
 
@@ -129,14 +130,14 @@ def test_initial_weights_of_the_neck_and_the_heads(networks: tuple[dict[str, nn.
         every = range(4) if "{" in pattern else range(1)
         for index in every:
             layer = ours[pattern.format(2 * index if "{0}" in pattern else index)]
-            peer = theirs[other.format(index, index)]
-            if layer.weight.shape == peer.weight.shape:
-                assert_distributed(layer.weight, float(peer.weight.std()), peer.weight)
-            else:  # of a ResNet-18 and of a ResNet-50
+            their_layer = theirs[other.format(index, index)]
+            if layer.weight.shape == their_layer.weight.shape:
+                assert_distributed(layer.weight, float(their_layer.weight.std()), their_layer.weight)
+            else:  # ours is on a ResNet-18, torchvision's on a ResNet-50
                 assert pattern == "neck.lateral.{}"
                 assert_distributed(layer.weight, layer.weight[0].numel() ** -0.5)
-            if pattern != "head.mask.hidden.8":  # of a transposed convolution, torchvision's biases are random
-                assert not layer.bias.any() and not peer.bias.any(), pattern
+            if pattern != "head.mask.hidden.8":  # torchvision's biases of transposed convolutions are random
+                assert not layer.bias.any() and not their_layer.bias.any(), pattern
     for name, (other, deviation, their_deviation) in DIFFERENT.items():
         assert_distributed(ours[name].weight, deviation)
         assert_distributed(theirs[other].weight, their_deviation)
@@ -144,12 +145,12 @@ def test_initial_weights_of_the_neck_and_the_heads(networks: tuple[dict[str, nn.
 
 
 def test_initial_weights_of_the_resnet(networks: tuple[dict[str, nn.Module], ...]) -> None:
-    """As in torchvision, where ``zero_init_residual`` is off by default too; runs from before the key had it."""
+    """As in torchvision, where ``zero_init_residual`` is off by default too. Runs without the key have it on."""
     ours, theirs = networks
     for name in ("conv1", "layer2.0.conv2", "layer4.1.conv2"):
-        layer, peer = ours[f"backbone.{name}"], theirs[f"backbone.body.{name}"]
-        for weight in (layer.weight, peer.weight):
-            assert_distributed(weight, (2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, peer.weight)
+        layer, their_layer = ours[f"backbone.{name}"], theirs[f"backbone.body.{name}"]
+        for weight in (layer.weight, their_layer.weight):
+            assert_distributed(weight, (2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, their_layer.weight)
     norms = [module for module in ours.values() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 20 and all((norm.weight == 1).all() for norm in norms)
     older = dict(MaskRCNN(small_recipe("model.zero_init_residual=true"), 3).named_modules())

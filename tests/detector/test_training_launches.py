@@ -1,6 +1,7 @@
-"""What a training step of full size with frozen norms starts on a GPU, counted with fake tensors, not timed.
+"""Kernel launches and memory traffic of a full-size training step with frozen norms, counted with fake tensors.
 
-The numbers of docs/performance.md. Left out are the losses, sampling and pooling, and the optimizer.
+The expected numbers were counted in the same way, and are those of docs/performance.md. Losses, sampling, pooling and
+the optimizer are left out.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ pytestmark = [
 IMAGES, POSITIVE = 16, 512
 
 
-def kernel(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """`epilogue.bias_relu` as on a GPU."""
+def fake_bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """`epilogue.bias_relu` as it launches on a GPU."""
     assert bias.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     torch.ops.refdet.bias_relu(x, bias, shortcut, x)
     return x
 
 
 def outputs(model: MaskRCNN) -> list[Tensor]:
-    """Of the backbone, the RPN, and the second stage on cells that were pooled."""
+    """Outputs of the backbone, the RPN, and the second stage on cells that are already pooled."""
     model.zero_grad()
     maps = model.extract_feature_maps(fake_image((IMAGES, 3, 600, 800), torch.float32, "cpu"))
     rpn, head, channels = model.rpn(maps), model.head, maps[0].shape[1]
@@ -51,8 +52,8 @@ def outputs(model: MaskRCNN) -> list[Tensor]:
     return [*maps, rpn.logits, rpn.deltas, fc7, masks]
 
 
-def launched(recipe: str, dtype: torch.dtype) -> Launches:
-    """In a step after the first, which scales what is frozen."""
+def count_launches(recipe: str, dtype: torch.dtype) -> Launches:
+    """Launches of the second step; the first also folds the frozen weights."""
     with torch.device("meta"):
         model = MaskRCNN(recipes.load(recipe).with_changes(["model.norm=frozen"]), 80).train()
     with on_fake_cpu(model):
@@ -85,7 +86,7 @@ def test_launches_and_bytes_of_a_step(
     passes: tuple[int, ...],
 ) -> None:
     monkeypatch.setattr(training_epilogue, "FUSED", frozenset(["cpu"] if fused else []))
-    monkeypatch.setattr(epilogue, "bias_relu", kernel)
-    found = launched(recipe, torch.bfloat16)
+    monkeypatch.setattr(epilogue, "bias_relu", fake_bias_relu)
+    found = count_launches(recipe, torch.bfloat16)
     assert tuple(found.calls[name] for name in PASSES) == passes
     assert (sum(found.calls.values()), round(found.bytes_of_passes / 1e9, 1)) == (launches, gigabytes)

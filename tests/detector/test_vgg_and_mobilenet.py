@@ -47,7 +47,7 @@ def detector(weights: Tensors, form: str, weight_format: str | None = None) -> M
     model = loading.build_on_meta(found.recipe, found.classes)
     loading.load_weights(model, found.tensors, Path("weights"))
     model.to(memory_format=torch.channels_last).eval()
-    return optimize_for_inference(model) if form == "used" else model
+    return optimize_for_inference(model) if form == "optimized" else model
 
 
 def features_of(model: MaskRCNN, names: tuple[str, ...] = ("pool5", "fc7", "class_prob")) -> dict[str, Tensor]:
@@ -55,17 +55,17 @@ def features_of(model: MaskRCNN, names: tuple[str, ...] = ("pool5", "fc7", "clas
     return model.extract_features(images(), [SIZE], [half_open], features=names).features
 
 
-@pytest.mark.parametrize("form", ["trained", "used"])
+@pytest.mark.parametrize("form", ["trained", "optimized"])
 @torch.inference_mode()
-def test_a_vgg_computes_what_torchvisions_layers_do(form: str) -> None:
+def test_a_vgg_equals_torchvisions_layers(form: str) -> None:
     weights, theirs = vgg_weights(), torchvision_vgg()
     model = detector(weights, form)
     assert model.recipe.name == "reference-vgg16" and not model.recipe.model.masks
-    wanted = theirs.features[:-1](images())
+    expected = theirs.features[:-1](images())
     (found,) = model.extract_feature_maps(images())
-    assert found.shape == (1, 8 * VGG_WIDTH, 6, 8) and wanted.std() > 0.1  # rounded down
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    cells = crop_and_max(wanted, BOXES)
+    assert found.shape == (1, 8 * VGG_WIDTH, 6, 8) and expected.std() > 0.1  # rounded down
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    cells = crop_and_max(expected, BOXES)
     fc7 = theirs.classifier[:-1](cells.flatten(1))
     probabilities = (fc7 @ weights["cls_score_net.weight"].T + weights["cls_score_net.bias"]).softmax(1)
     features = features_of(model, ("pool5", "fc7", "class_prob", "spatial_pool5"))
@@ -76,21 +76,21 @@ def test_a_vgg_computes_what_torchvisions_layers_do(form: str) -> None:
     torch.testing.assert_close(features["class_prob"], probabilities, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["trained", "used"])
+@pytest.mark.parametrize("form", ["trained", "optimized"])
 @pytest.mark.parametrize(("weight_format", "eps"), [(None, 1e-5), ("tf-faster-rcnn", 1e-3)])
 @torch.inference_mode()
-def test_a_mobilenet_computes_what_its_formulas_say(form: str, weight_format: str | None, eps: float) -> None:
+def test_a_mobilenet_equals_its_formulas(form: str, weight_format: str | None, eps: float) -> None:
     weights = mobilenet_weights(counters=weight_format is None)
     model = detector(weights, form, weight_format)
     assert model.recipe.name == "reference-mobilenet-v1" and network_name(model.recipe.model).endswith("of width 8")
-    wanted = mobilenet_layers(weights, images(), range(12), eps)
+    expected = mobilenet_layers(weights, images(), range(12), eps)
     (found,) = model.extract_feature_maps(images())
-    assert found.shape == (1, 512 * MOBILENET_WIDTH // 32, 7, 9) and wanted.std() > 0.1  # rounded up
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    if form == "trained":  # the epsilon shows
+    assert found.shape == (1, 512 * MOBILENET_WIDTH // 32, 7, 9) and expected.std() > 0.1  # rounded up
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    if form == "trained":  # another epsilon gives other features
         other = mobilenet_layers(weights, images(), range(12), 1e-5 if eps == 1e-3 else 1e-3)
-        assert (other - wanted).abs().max() > 5e-3
-    cells = crop_and_max(wanted, BOXES)
+        assert (other - expected).abs().max() > 5e-3
+    cells = crop_and_max(expected, BOXES)
     fc7 = mobilenet_layers(weights, cells, range(12, 14), eps).mean((2, 3))
     features = features_of(model)
     torch.testing.assert_close(features["pool5"], cells.mean((2, 3)), atol=2e-4, rtol=2e-4)
@@ -99,18 +99,20 @@ def test_a_mobilenet_computes_what_its_formulas_say(form: str, weight_format: st
 
 
 @torch.inference_mode()
-def test_todays_pytorch_faster_rcnn_pools_by_roi_align() -> None:
+def test_weights_of_current_pytorch_faster_rcnn_use_roi_align() -> None:
     model = detector(vgg_weights(), "trained", "pytorch-faster-rcnn")
     (x,) = model.extract_feature_maps(images())
     rois = torch.cat((torch.zeros(4, 1), BOXES), dim=1)
-    wanted = roi_align(x, rois, 7, 1 / 16, sampling_ratio=0, aligned=False)
+    expected = roi_align(x, rois, 7, 1 / 16, sampling_ratio=0, aligned=False)
     found = features_of(model, ("spatial_pool5",))["spatial_pool5"]
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert (features_of(detector(vgg_weights(), "trained"), ("spatial_pool5",))["spatial_pool5"] - wanted).std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (
+        features_of(detector(vgg_weights(), "trained"), ("spatial_pool5",))["spatial_pool5"] - expected
+    ).std() > 0.05
 
 
 @pytest.mark.parametrize("weights", [vgg_weights, mobilenet_weights])
-def test_every_tensor_arrives(weights: type[Tensors]) -> None:
+def test_every_tensor_is_imported(weights: type[Tensors]) -> None:
     given = weights(classes=20, anchors=9)
     found = identify_checkpoint({f"module.{name}": value for name, value in given.items()})
     assert found.classes == 20 and found.recipe.model.anchor_sizes == (128, 256, 512)
@@ -133,14 +135,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_is_said(kind: str) -> None:
-    weights, says = WRONG[kind]
+def test_an_error_names_the_wrong_tensor(kind: str) -> None:
+    weights, message = WRONG[kind]
     with pytest.raises(InputError) as refusal:
         identify_checkpoint(weights)
-    assert says in str(refusal.value), str(refusal.value)
+    assert message in str(refusal.value), str(refusal.value)
 
 
-def test_formats_that_do_not_fit_are_refused() -> None:
+def test_a_weight_format_of_other_networks_is_refused() -> None:
     with pytest.raises(InputError, match="`weight_format` caffe: .* for which only tf-faster-rcnn and"):
         identify_checkpoint(vgg_weights(), "caffe")
     with pytest.raises(InputError, match="`weight_format` tf-faster-rcnn: the tensors do not have the names"):
@@ -148,15 +150,15 @@ def test_formats_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["model.masks=true"], "model.masks: must be false with model.backbone=vgg16"),
         (["model.neck=fpn", "model.pooling=align"], "model.backbone: vgg16 and mobilenet_v1 need model.neck=c4"),
         (["model.backbone=vgg19"], "model.backbone"),
     ],
 )
-def test_recipes_without_sense_are_refused(changes: list[str], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_recipes_that_the_backbone_does_not_support_are_refused(changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         recipe.load("reference-vgg16").with_changes(changes)
 
 
@@ -167,7 +169,7 @@ def test_a_vgg_has_no_spatial_fc7() -> None:
         check_features(["spatial_fc7"], recipe.load("reference-vgg16"))
 
 
-def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_of_a_known_file_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(torchvision_vgg().state_dict(), tmp_path / "vgg16.pth")
     with pytest.raises(InputError, match="vgg16.pth: an ImageNet VGG-16, whose tensors do not show its preprocessing"):
         import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
@@ -177,7 +179,7 @@ def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.kind == "an ImageNet VGG-16 in torchvision style" and found.provenance.training_set is IMAGENET
 
 
-def test_imagenet_networks_start_the_training() -> None:
+def test_imagenet_weights_of_vgg_and_mobilenet_are_imported() -> None:
     theirs = torchvision_vgg().state_dict()
     with pytest.raises(InputError, match="`weight_format='torchvision'` for torchvision's, `weight_format='caffe'`"):
         identify_checkpoint(theirs)
@@ -186,7 +188,10 @@ def test_imagenet_networks_start_the_training() -> None:
     assert ours.missing_prefixes == ("rpn.", "head.box.", "head.mask.")
     assert torch.equal(ours.tensors["backbone.convs.12.bias"], theirs["features.28.bias"])
     assert torch.equal(ours.tensors["head.fc7.weight"], theirs["classifier.3.weight"])
-    numbers = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}  # of Caffe, whose first layer flattens
+    numbers = {
+        "classifier.0": "classifier.1",
+        "classifier.3": "classifier.4",
+    }  # numbering with a flatten layer first, for Caffe's weights
     caffe = {numbers.get(name[:12], name[:12]) + name[12:]: value for name, value in theirs.items()}
     found = identify_checkpoint(caffe)
     assert found.kind == "an ImageNet VGG-16 in caffe style" and found.recipe.input.order == "bgr"

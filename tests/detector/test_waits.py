@@ -1,6 +1,6 @@
-"""A GPU is kept waiting as seldom for many images as for few, and what it finds is fetched once a batch.
+"""Detection synchronizes with a GPU as often for many images as for few, and fetches its results once per batch.
 
-Counted on the CPU, in the same code: which calls would be copies that wait, or wait for an answer.
+The calls that would synchronize are counted on the CPU (see helpers/host_waits.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from detector_examples import CATEGORY_IDS, PYRAMID, records_of, small_model, so
 from host_waits import GIVEN, InAten, answers, counted, waits
 
 from refdet.data.transforms import input_size, network_inputs
-from refdet.detector import predictor
+from refdet.detector import postprocess, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.postprocess import batched_nms, top_anchors
 from refdet.detector.predictor import detect_batch, start_describing, start_detecting
@@ -27,7 +27,7 @@ OPTIONS = DetectionOptions(score_threshold=0.05, max_regions=10)
 
 
 def inputs_of(model: MaskRCNN, count: int) -> tuple[torch.Tensor, list[Any]]:
-    """Of images that are all of one input size, every second of another original size."""
+    """Network inputs of equal size, from images of two different sizes in turn."""
     (small,) = some_images(1)
     images = [small, small.repeat(2, axis=0).repeat(2, axis=1)] * (count // 2)
     sizes = [input_size(*image.shape[:2], model.recipe.input) for image in images]
@@ -38,15 +38,15 @@ def inputs_of(model: MaskRCNN, count: int) -> tuple[torch.Tensor, list[Any]]:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        # the numbers of proposals, of candidates and of detections; the end of the batch is awaited in another thread
+        # for the numbers of proposals, candidates and detections; another thread waits for the end of the batch
         pytest.param((), 3, id="c4"),
         pytest.param(("model.legacy_plus_one=true", "model.pooling=crop_and_resize"), 3, id="crop"),
-        # and the numbers of RoIs of each level, of proposals and of detections
+        # also for the numbers of RoIs per level, of proposals and of detections
         pytest.param(PYRAMID, 5, id="fpn"),
     ],
 )
 @torch.inference_mode()
-def test_detection_waits_no_oftener_for_more_images(
+def test_detection_synchronizes_no_more_often_for_more_images(
     changes: Sequence[str], wanted: int, lower_threshold_if_empty: bool
 ) -> None:
     model, found = small_model(*changes), []
@@ -58,11 +58,11 @@ def test_detection_waits_no_oftener_for_more_images(
         found.append((waits(python, aten), sum(aten.calls.values())))
     (few, operators), (many, operators_of_many) = found
     assert few == many and answers(few) == wanted
-    assert operators_of_many == operators  # each does the work of all images
+    assert operators_of_many == operators  # each operator works on all images
 
 
 @torch.inference_mode()
-def test_describing_waits_no_oftener_for_more_images() -> None:
+def test_describing_synchronizes_no_more_often_for_more_images() -> None:
     model, found = small_model(), []
     for count in (2, 8):
         images, sizes = inputs_of(model, count)
@@ -75,7 +75,7 @@ def test_describing_waits_no_oftener_for_more_images() -> None:
 
 
 @torch.inference_mode()
-def test_each_tensor_of_a_batch_is_fetched_once() -> None:
+def test_each_result_of_a_batch_is_fetched_once() -> None:
     model, counts = small_model(), []
     for count in (2, 8):
         images = some_images(count)
@@ -87,7 +87,7 @@ def test_each_tensor_of_a_batch_is_fetched_once() -> None:
 
 
 @torch.inference_mode()
-def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
+def test_the_feature_map_is_kept_only_if_requested() -> None:
     model = small_model()
     images, sizes = inputs_of(model, 2)
     boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
@@ -98,23 +98,26 @@ def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("describing", [False, True])
-def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
-    monkeypatch: pytest.MonkeyPatch, describing: bool
-) -> None:
-    """So that the thread that computes may go on with the next batch."""
+def test_masks_are_pasted_only_after_waiting_for_the_batch(monkeypatch: pytest.MonkeyPatch, describing: bool) -> None:
+    """Both happen when the batch is finished, so that the computing thread can start the next batch before."""
     steps: list[str] = []
-    end, encode = predictor._make_wait, predictor.paste_masks
+    make_wait, encode = predictor._make_wait, predictor.paste_masks
 
-    def watched_end(*given: Any) -> Callable[[], None]:
-        wait = end(*given)
-        return lambda: (steps.append("wait"), wait())[1]
+    def record_wait(*given: Any) -> Callable[[], None]:
+        wait = make_wait(*given)
 
-    def watched_masks(*given: Any) -> list[bytes]:
+        def record_and_wait() -> None:
+            steps.append("wait")
+            wait()
+
+        return record_and_wait
+
+    def record_masks(*given: Any) -> list[bytes]:
         steps.append("masks")
         return encode(*given)
 
-    monkeypatch.setattr(predictor, "_make_wait", watched_end)
-    monkeypatch.setattr(predictor, "paste_masks", watched_masks)
+    monkeypatch.setattr(predictor, "_make_wait", record_wait)
+    monkeypatch.setattr(predictor, "paste_masks", record_masks)
     model, images = small_model(), some_images(2)
     finish: Callable[[], list[Any]]
     if describing:
@@ -127,7 +130,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
     assert steps == ["wait", "masks", "masks"]
 
 
-def test_waiting_for_a_gpu_takes_no_core_from_those_that_read_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_gpu_uses_a_blocking_event(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     class Event:
@@ -156,12 +159,12 @@ def test_images_may_change_once_detection_has_started() -> None:
     finish = predictor.start_detecting(model, images, records_of(images), CATEGORY_IDS, options)
     for one in images:
         one[:] = 0
-    for found, wanted in zip(finish(), expected, strict=True):
-        np.testing.assert_array_equal(found.boxes, wanted.boxes)
+    for regions, unchanged in zip(finish(), expected, strict=True):
+        np.testing.assert_array_equal(regions.boxes, unchanged.boxes)
 
 
 @pytest.mark.parametrize("inclusive", [False, True])
-def test_scales_of_many_images_are_those_of_each(inclusive: bool) -> None:
+def test_scaling_boxes_of_many_images_equals_scaling_each(inclusive: bool) -> None:
     convention = BoxConvention(inclusive)
     boxes = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) * 300
     pairs = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -170,34 +173,32 @@ def test_scales_of_many_images_are_those_of_each(inclusive: bool) -> None:
         assert torch.equal(change(boxes, pairs), torch.cat(alone))
 
 
-def test_the_best_anchors_come_by_index_where_they_are_equal() -> None:
+def test_top_anchors_with_equal_scores_are_ordered_by_index() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     logits[0, 5], logits[0, 9], logits[2] = -0.0, 0.0, -1.5
     scores, places = top_anchors(logits, 6000, legacy_tie_order=False)
     wanted = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(scores, wanted.values[:, :6000]) and torch.equal(places, wanted.indices[:, :6000])
-    assert (logits.topk(6000, dim=1).indices != places).any()  # which is why it is not `topk` of the logits
+    assert (logits.topk(6000, dim=1).indices != places).any()  # `topk` does not keep this order
     for batch in (logits[:1], logits[1:]):
         assert torch.equal(top_anchors(batch, 50, False)[1], places[[0] if len(batch) == 1 else [1, 2], :50])
 
 
-def test_the_seeds_ranking_is_one_sort_where_its_order_cannot_be_had() -> None:
-    """On another device than the CPU; here on one that computes shapes alone."""
+def test_the_legacy_order_of_anchors_is_a_single_sort_on_a_gpu() -> None:
+    """The reference's order of equal scores exists only on the CPU; the meta device stands for a GPU."""
     with InAten() as aten:
         scores, places = top_anchors(torch.empty(4, 500, device="meta"), 20, legacy_tie_order=True)
     assert scores.shape == places.shape == (4, 20) and aten.calls["sort"] == 1
 
 
-def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refdet.detector import postprocess
-
+def test_nms_with_the_legacy_order_is_a_single_call_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def called(*given: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def record_call(*given: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append((given, more))
         return torch.tensor([[4, 0, -1], [7, -1, -1]]), torch.tensor([2, 1])
 
-    monkeypatch.setattr(postprocess, "nms_padded", called)
+    monkeypatch.setattr(postprocess, "nms_padded", record_call)
     boxes, scores, ids = torch.empty(9, 4, device="meta"), torch.empty(9, device="meta"), torch.empty(9, device="meta")
     with InAten() as aten:
         kept, counts = batched_nms(boxes, scores, ids, ids, 2, 0.3, 3, legacy_tie_order=True)
@@ -205,7 +206,7 @@ def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: py
     assert kept.tolist() == [4, 0, 7] and counts == [2, 1]
 
 
-def test_detections_of_a_batch_are_each_images_own() -> None:
+def test_detections_in_a_batch_equal_those_of_single_images() -> None:
     model, images = small_model(), some_images(3)
     names = ("pool5", "fc7", "head")
     options = DetectionOptions(score_threshold=0.05, max_regions=10)

@@ -1,4 +1,4 @@
-"""Checkpoints that would become far larger than they are, and those of other programs: refused before torch reads."""
+"""Checkpoints that would expand to far more than their size are refused before torch reads them; other programs."""
 
 import io
 import pickle
@@ -27,7 +27,7 @@ HEAD = b"\x80\x02"
 
 
 @pytest.fixture
-def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_torch_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*args: Any, **options: Any) -> None:
         raise AssertionError("torch read it")
 
@@ -44,7 +44,7 @@ def resnet(path: Path) -> None:
     torch.save(of_one_number(resnet_shapes(18)), path)
 
 
-def repacked(path: Path, kind: int = zipfile.ZIP_DEFLATED) -> None:
+def compress_members(path: Path, kind: int = zipfile.ZIP_DEFLATED) -> None:
     resnet(path)
     with zipfile.ZipFile(path) as file:
         members = {info.filename: file.read(info) for info in file.infolist()}
@@ -53,8 +53,8 @@ def repacked(path: Path, kind: int = zipfile.ZIP_DEFLATED) -> None:
             file.writestr(name, data)
 
 
-def overlapping(path: Path) -> None:
-    """A thousand members that all are the one that is there."""
+def overlap_members(path: Path) -> None:
+    """Write a zip of a thousand members that all have the same data."""
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as file:
         file.writestr("a/data/0", bytes(100_000))
@@ -68,25 +68,30 @@ def overlapping(path: Path) -> None:
     path.write_bytes(memory.getvalue())
 
 
-def two_directories(path: Path) -> None:
-    """One reader counts offsets from the start of the file, the other from the start of the zip."""
+def prepend_data(path: Path) -> None:
+    """Readers disagree whether offsets count from the start of the file or of the zip."""
     resnet(path)
     path.write_bytes(b"PK\x03\x04" + bytes(500) + path.read_bytes())
 
 
-def commented(path: Path) -> None:
+def add_zip_comment(path: Path) -> None:
     resnet(path)
     data = path.read_bytes()
     path.write_bytes(data[:-2] + b"\x16\x00" + data[-22:])
 
 
-def twice(path: Path) -> None:
+def duplicate_member(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate name"):
         for data in (b"}.", b"}q\x00."):
             file.writestr("a/data.pkl", HEAD + data)
 
 
-def laughs(levels: int) -> bytes:
+def zip_without_pickle(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/version", "3\n")
+
+
+def billion_laughs(levels: int) -> bytes:
     """Tuples of two of the same tuple: a hundred bytes whose hash takes 2 ** levels steps."""
     code = TEXT + b"\x85q\x00"
     for level in range(levels):
@@ -95,23 +100,24 @@ def laughs(levels: int) -> bytes:
 
 
 BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "deflated": (repacked, "a member of the zip is compressed"),
+    "deflated": (compress_members, "a member of the zip is compressed"),
     "deflated bomb": (
         lambda path: zip_of(path, bytes(50_000_000), zipfile.ZIP_DEFLATED), "a member of the zip is compressed",
     ),
-    "lzma": (lambda path: repacked(path, zipfile.ZIP_LZMA), "a member of the zip is compressed"),
-    "overlapping members": (overlapping, "duplicate or overlapping members"),
-    "member twice": (twice, "duplicate or overlapping members"),
-    "prefix": (two_directories, "the zip does not end with its directory"),
-    "comment": (commented, "the zip's directory is not where it should be"),
-    "no pickle": (lambda path: zip_of(path, b"") or repacked_without(path), "no data.pkl in the zip"),
+    "lzma": (lambda path: compress_members(path, zipfile.ZIP_LZMA), "a member of the zip is compressed"),
+    "overlapping members": (overlap_members, "duplicate or overlapping members"),
+    "member twice": (duplicate_member, "duplicate or overlapping members"),
+    "prefix": (prepend_data, "the zip does not end with its directory"),
+    "comment": (add_zip_comment, "the zip's directory is not where it should be"),
+    "no pickle": (zip_without_pickle, "no data.pkl in the zip"),
     "laughs": (
-        lambda path: zip_of(path, HEAD + b"}" + laughs(60) + b"K\x01s."), "it repeats itself, to more than 10000000",
+        lambda path: zip_of(path, HEAD + b"}" + billion_laughs(60) + b"K\x01s."),
+        "it repeats itself, to more than 10000000",
     ),
     "laughs as a value": (
-        lambda path: zip_of(path, HEAD + b"}" + TEXT + laughs(60) + b"s."), "it repeats itself",
+        lambda path: zip_of(path, HEAD + b"}" + TEXT + billion_laughs(60) + b"s."), "it repeats itself",
     ),
-    "bare laughs": (lambda path: path.write_bytes(HEAD + b"}" + laughs(60) + b"K\x01s."), "it repeats itself"),
+    "bare laughs": (lambda path: path.write_bytes(HEAD + b"}" + billion_laughs(60) + b"K\x01s."), "it repeats itself"),
     "dup laughs": (
         lambda path: path.write_bytes(HEAD + b"}" + TEXT + b"2\x86" * 60 + b"K\x01s."), "it repeats itself",
     ),
@@ -131,23 +137,18 @@ BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def repacked_without(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/version", "3\n")
-
-
-@pytest.mark.usefixtures("no_torch")
+@pytest.mark.usefixtures("forbid_torch_load")
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_before_torch_reads_it(tmp_path: Path, kind: str) -> None:
-    make, says = BOMBS[kind]
+    make, message = BOMBS[kind]
     path = tmp_path / "weights.pth"
     make(path)
     started = time.process_time()
-    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), says)
+    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), message)
     assert time.process_time() - started < 15 and not (tmp_path / "run").exists()
 
 
-def test_a_directory_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_directory_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resnet(tmp_path / "resnet.pth")
     monkeypatch.setattr(torch_files, "MAX_DIRECTORY_BYTES", 1000)
     with pytest.raises(InputError, match="the zip's directory is not where it should be, or too large"):
@@ -155,7 +156,7 @@ def test_a_directory_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
+def test_checkpoints_of_torch_save_are_read(tmp_path: Path, new: bool) -> None:
     given = of_one_number(resnet_shapes(18))
     shared = torch.arange(6.0)
     tree = {"state_dict": {**given, "a": shared, "b": shared[2:], "p": torch.nn.Parameter(shared)}}
@@ -168,7 +169,7 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "message"),
     [
         ({"conv1.weight": torch.ones(1).expand(10**5, 10**5)}, "10000000000 numbers in a file of"),
         ({f"a{i}": torch.ones(1).expand(2**20) for i in range(200)}, "its tensors are views"),
@@ -183,19 +184,19 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
     ],
     ids=["expanded", "many expanded", "strides", "float8", "bool", "csr", "nested", "key", "name", "many"],
 )
-def test_tensors_that_are_none_of_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict, says: str
+def test_tensors_that_no_network_has_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict, message: str
 ) -> None:
     monkeypatch.setattr(import_weights, "MAX_TENSORS", 300)
     path = tmp_path / "weights.pth"
     torch.save(tensors, path)
     done = call("import-weights", "--from", path, "--out", tmp_path / "run")
-    refused(done, str(path), says)
+    refused(done, str(path), message)
     assert len(done.stderr) < 1000
 
 
-def numels(path: Path, claimed: int, new: bool) -> None:
-    """A storage of 4 numbers that says it has more."""
+def claim_elements(path: Path, claimed: int, new: bool) -> None:
+    """Write a storage of 4 elements that claims to have another number."""
     torch.save({"conv1.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=new)
     wrong = b"J" + struct.pack("<i", claimed)
     if not new:
@@ -211,27 +212,27 @@ def numels(path: Path, claimed: int, new: bool) -> None:
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("claimed", [5, 2**28, 2**31 - 1, -1])
-def test_a_storage_that_claims_more_than_there_is(tmp_path: Path, claimed: int, new: bool) -> None:
-    numels(tmp_path / "weights.pth", claimed, new)
+def test_a_storage_that_claims_another_size_is_refused(tmp_path: Path, claimed: int, new: bool) -> None:
+    claim_elements(tmp_path / "weights.pth", claimed, new)
     with pytest.raises(InputError, match=r"weights\.pth: damaged, or not written by torch\.save"):
         read_foreign(tmp_path / "weights.pth")
 
 
 class Scripted(torch.nn.Module):
-    """Something to be compiled."""
+    """A module to compile to TorchScript."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_called_one(tmp_path: Path) -> None:
+def test_an_error_names_a_torchscript_archive(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(Scripted()), tmp_path / "model.pt")
     with pytest.raises(InputError, match=r"model\.pt: a TorchScript archive, which cannot be read without running"):
         read_foreign(tmp_path / "model.pt")
 
 
-def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_safetensors_headers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
 
     def header(text: bytes, length: int | None = None, data: bytes = bytes(8)) -> str:
@@ -294,7 +295,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_other_programs_are_named(tmp_path: Path, program: str, suffix: str) -> None:
+def test_an_error_names_the_other_program(tmp_path: Path, program: str, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     tensors = {name: torch.ones(2) for name in PROGRAMS[program]}
     save_file(tensors, path) if suffix == ".safetensors" else torch.save({"model": tensors, "epoch": 3}, path)
@@ -317,14 +318,14 @@ class Stranger:
     [("ultralytics.nn.tasks", "an Ultralytics YOLO model"), ("models.yolo", "a YOLOv5 or YOLOv7 model"),
      ("mmengine.logging", "an MMDetection checkpoint"), ("transformers.modeling", "a whole Hugging Face model")],
 )  # fmt: skip
-def test_programs_are_named_by_their_classes(tmp_path: Path, module: str, program: str) -> None:
+def test_an_error_names_the_program_of_a_pickled_class(tmp_path: Path, module: str, program: str) -> None:
     code = HEAD + b"}" + TEXT + b"c" + module.encode() + b"\nModel\n)\x81s."
     zip_of(tmp_path / "best.pt", code)
     with pytest.raises(InputError, match=f"best.pt: {program}, which cannot be imported yet"):
         read_foreign(tmp_path / "best.pt")
 
 
-def test_a_pickle_of_arrays_is_named_by_what_it_holds(tmp_path: Path) -> None:
+def test_an_error_names_the_program_of_a_pickle_of_arrays(tmp_path: Path) -> None:
     import numpy as np
 
     names = PROGRAMS["a detectron2 RetinaNet"]
@@ -335,7 +336,7 @@ def test_a_pickle_of_arrays_is_named_by_what_it_holds(tmp_path: Path) -> None:
             read_foreign(tmp_path / "model_final.pkl")
 
 
-def test_networks_that_are_imported_are_no_other_program() -> None:
+def test_supported_networks_are_not_taken_for_other_programs() -> None:
     from foreign_weights import seed_weights
 
     for names in (resnet_shapes(18), resnet_shapes(50), seed_weights(50), seed_weights(101, masks=False)):

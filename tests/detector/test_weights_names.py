@@ -1,4 +1,4 @@
-"""Names in other programs' weights: tensors that are there twice, and the category of each label."""
+"""Names in other programs' weights: duplicate tensors, and the category of each label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refdet.errors import InputError
 SOURCE = Path("weights.pth")
 
 
-DUPLICATES = [  # names of the same tensor, and then of others by which the program is identified
+DUPLICATES = [  # two names of the same tensor, then names by which the program is identified
     ("module.conv1.weight", "conv1.weight"),
     ("rpn.head.conv.weight", "rpn.head.conv.0.0.weight", "backbone.body.conv1.weight"),
     ("backbone.fpn.inner_blocks.2.bias", "backbone.fpn.inner_blocks.2.0.bias", "backbone.body.conv1.weight"),
@@ -30,8 +30,8 @@ DUPLICATES = [  # names of the same tensor, and then of others by which the prog
 
 
 @pytest.mark.parametrize("names", DUPLICATES)
-def test_two_tensors_for_one_are_refused(names: tuple[str, ...]) -> None:
-    """Whichever of them would be taken, the detector could be a mixture of two."""
+def test_two_names_of_the_same_tensor_are_refused(names: tuple[str, ...]) -> None:
+    """Whichever is used, the detector could be a mixture of two."""
     with pytest.raises(InputError, match=f"^{names[0]} and {names[1]} are the same tensor of the network; save"):
         identify_checkpoint(dict.fromkeys(names, torch.ones(1)))
 
@@ -41,13 +41,13 @@ def test_both_tensors_of_caffe2s_classifier_are_dropped() -> None:
     assert list(detectron2.to_torchvision_names(tensors)) == ["conv1.weight"]
 
 
-def test_a_parallel_model_is_the_same() -> None:
+def test_names_of_data_parallel_models_are_imported() -> None:
     plain = of_one_number(resnet_shapes(18))
     parallel = identify_checkpoint({f"module.{name}": value for name, value in plain.items()}).tensors
     assert parallel.keys() == identify_checkpoint(plain).tensors.keys()
 
 
-def converted(classes: int, label_order: LabelOrder) -> ConvertedWeights:
+def detector_weights(classes: int, label_order: LabelOrder) -> ConvertedWeights:
     return ConvertedWeights("a detector", Recipe(), classes, {}, (), label_order)
 
 
@@ -69,11 +69,13 @@ def instances(path: Path, ids: list[int]) -> CocoIndex:
         ("ids", 90, [44, 3], list(range(1, 91))),
     ],
 )
-def test_labels_have_the_categories_of_the_program(
+def test_labels_get_categories_in_the_order_of_the_program(
     tmp_path: Path, label_order: LabelOrder, classes: int, ids: list[int], expected: list[int]
 ) -> None:
     """detectron2 sorts the categories of a file by id; torchvision's labels are the ids, if they can be."""
-    categories = label_categories(converted(classes, label_order), SOURCE, instances(tmp_path / "instances.json", ids))
+    categories = label_categories(
+        detector_weights(classes, label_order), SOURCE, instances(tmp_path / "instances.json", ids)
+    )
     assert [id_ for id_, _ in categories] == expected
     assert all(name == (f"class {id_}" if id_ in ids else f"N/A {id_}") for id_, name in categories)
 
@@ -82,12 +84,12 @@ def test_labels_have_the_categories_of_the_program(
 def test_a_file_of_other_categories_is_refused(tmp_path: Path, label_order: LabelOrder, classes: int) -> None:
     index = instances(tmp_path / "instances.json", [1, 2, 3])
     with pytest.raises(InputError, match=rf"instances\.json: 3 categories, weights\.pth has {classes}"):
-        label_categories(converted(classes, label_order), SOURCE, index)
+        label_categories(detector_weights(classes, label_order), SOURCE, index)
     with pytest.raises(InputError, match=rf"weights\.pth: {classes} classes instead of COCO's 80; give `trained_on`"):
-        label_categories(converted(classes, label_order), SOURCE, None)
+        label_categories(detector_weights(classes, label_order), SOURCE, None)
 
 
-def test_cocos_categories_without_a_file() -> None:
-    assert len(label_categories(converted(80, "ascending_ids"), SOURCE, None)) == 80
-    by_id = dict(label_categories(converted(90, "ids"), SOURCE, None))
+def test_labels_get_cocos_categories_without_a_file() -> None:
+    assert len(label_categories(detector_weights(80, "ascending_ids"), SOURCE, None)) == 80
+    by_id = dict(label_categories(detector_weights(90, "ids"), SOURCE, None))
     assert (by_id[90], by_id[12]) == ("toothbrush", "N/A 12") and len(by_id) == 90

@@ -1,4 +1,4 @@
-"""Weights of other programs: what they are taken for, and where each tensor goes."""
+"""Weights of other programs: which network they are identified as, and where each tensor goes."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from refdet.detector.weights.import_weights import import_weights
         (152, 12, True, "reference-c4-res152"),
     ],
 )
-def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool, name: str) -> None:
+def test_every_tensor_of_the_reference_is_imported(depth: int, anchors: int, masks: bool, name: str) -> None:
     given = seed_weights(depth, anchors, masks=masks)
     found = identify_checkpoint({f"module.{key}": value for key, value in given.items()})
     assert found.kind == f"the reference's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
@@ -40,19 +40,19 @@ def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool,
     unlike = [] if masks else ["model.masks=false"]
     assert found.recipe == recipe.load(name).with_changes(unlike)
     with torch.device("meta"):
-        wanted = MaskRCNN(found.recipe, 80).state_dict()
-    assert found.tensors.keys() == wanted.keys()
+        expected = MaskRCNN(found.recipe, 80).state_dict()
+    assert found.tensors.keys() == expected.keys()
     for ours, value in found.tensors.items():
-        assert value.shape == wanted[ours].shape and value.dtype == torch.float32, ours
+        assert value.shape == expected[ours].shape and value.dtype == torch.float32, ours
         if ours.startswith("rpn.score."):
             of_anchors = torch.arange(1.0, anchors + 1).reshape(-1, *[1] * (value.ndim - 1))
             assert torch.equal(value, of_anchors.expand(value.shape)), ours
             continue
-        beginning, theirs = next((a, b) for a, b in SEED_NAMES if ours.startswith(a))
-        assert torch.equal(value, given[theirs + ours[len(beginning) :]]), ours
+        prefix, theirs = next((a, b) for a, b in SEED_NAMES if ours.startswith(a))
+        assert torch.equal(value, given[theirs + ours[len(prefix) :]]), ours
 
 
-def test_imagenet_styles_are_told_apart() -> None:
+def test_imagenet_resnets_of_torchvision_and_caffe_are_told_apart() -> None:
     ours, caffe = identify_checkpoint(resnet50_of_inputs(1.0)), identify_checkpoint(resnet50_of_inputs(60.0))
     assert (ours.kind, caffe.kind) == (
         "an ImageNet ResNet-50 in torchvision style",
@@ -64,13 +64,13 @@ def test_imagenet_styles_are_told_apart() -> None:
     assert ours.recipe.model.norm == caffe.recipe.model.norm == "frozen"
     assert ours.classes is None and ours.missing_prefixes == ("rpn.", "head.box.", "head.mask.")
     assert not [name for name in ours.tensors if name.startswith(ours.missing_prefixes)]
-    # whoever knows better says so
+    # an explicit format wins
     assert identify_checkpoint(resnet50_of_inputs(60.0), "torchvision").recipe.name == "c4-res50"
     assert identify_checkpoint(resnet50_of_inputs(1.0), "caffe").recipe.name == "reference-c4-res50"
 
 
 @pytest.mark.parametrize("depth", [18, 50, 101])
-def test_torchvision_files_of_all_ages(depth: int) -> None:
+def test_torchvision_resnets_with_and_without_batch_counters(depth: int) -> None:
     torch.manual_seed(2)
     old = {**of_one_number(resnet_shapes(depth)), "conv1.weight": torch.randn(64, 3, 7, 7) * 0.1}
     counts = {f"{name.removesuffix('running_var')}num_batches_tracked": torch.tensor(7)
@@ -85,21 +85,23 @@ def test_torchvision_files_of_all_ages(depth: int) -> None:
 
 
 @torch.inference_mode()
-def test_an_imported_resnet_computes_what_torchvision_does(tmp_path: Path) -> None:
+def test_an_imported_resnet_equals_torchvision(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs = models.resnet50().eval()
     for name, norm in theirs.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.uniform_(-0.2, 0.2), norm.running_var.uniform_(0.5, 1.5)
-            norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.8, 1.2))), norm.bias.uniform_(-0.2, 0.2)
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+            norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.8, 1.2)))
+            norm.bias.uniform_(-0.2, 0.2)
     torch.save({"epoch": 90, "state_dict": theirs.state_dict()}, tmp_path / "resnet50.pth")
     import_weights(tmp_path / "resnet50.pth", tmp_path / "run")
     ours = loading.load(tmp_path / "run").model
     images = torch.randn(2, 3, 64, 96)
-    wanted = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-    wanted = theirs.layer3(theirs.layer2(theirs.layer1(wanted)))
+    expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    expected = theirs.layer3(theirs.layer2(theirs.layer1(expected)))
     (found,) = ours.extract_feature_maps(images)
-    assert found.shape == (2, 1024, 4, 6) and wanted.std() > 0.1
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert found.shape == (2, 1024, 4, 6) and expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     theirs.layer4[0].conv2.stride = theirs.layer4[0].downsample[0].stride = (1, 1)
-    torch.testing.assert_close(ours.head.conv5(found), theirs.layer4(wanted), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.head.conv5(found), theirs.layer4(expected), atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Files as Python 2.7 and PyTorch 0.2 wrote them, as the published checkpoints are."""
+"""Files in the format of Python 2.7 and PyTorch 0.2, in which the reference's checkpoints were published."""
 
 import pickle
 import struct
@@ -56,7 +56,7 @@ class Python2(pickle._Pickler):  # type: ignore[name-defined]
         return None
 
 
-def old_file(path: Path, tree: object, storages: list[Storage]) -> None:
+def write_old_file(path: Path, tree: object, storages: list[Storage]) -> None:
     """The layout before PyTorch 1.6: four pickles, the keys of the storages, their numbers."""
     sizes = {"short": 2, "int": 4, "long": 8}
     heads = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION,
@@ -68,7 +68,7 @@ def old_file(path: Path, tree: object, storages: list[Storage]) -> None:
             file.write(struct.pack("<q", storage.numbers.numel()) + storage.numbers.numpy().tobytes())
 
 
-def old_checkpoint(path: Path, tensors: Tensors, kind: type, location: str) -> None:
+def write_old_checkpoint(path: Path, tensors: Tensors, kind: type, location: str) -> None:
     storages = {}
     for value in tensors.values():
         pointer = value.untyped_storage().data_ptr()
@@ -76,7 +76,7 @@ def old_checkpoint(path: Path, tensors: Tensors, kind: type, location: str) -> N
             flat = torch.tensor([], dtype=value.dtype).set_(value.untyped_storage())
             storages[pointer] = Storage(flat, kind, location)
     tree = OrderedDict((k, OldTensor(storages[v.untyped_storage().data_ptr()], v)) for k, v in tensors.items())
-    old_file(path, tree, list(storages.values()))
+    write_old_file(path, tree, list(storages.values()))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_published_format_is_read(tmp_path: Path, kind: type, location: str)
     tensors = {"plain": whole.reshape(2, 3, 4), "turned": whole.reshape(2, 3, 4).permute(2, 0, 1), "part": whole[5:9],
                "wide": torch.tensor(0.7).expand(2, 3), "alone": torch.randn(3, 1, 2, 2), "none": torch.zeros(1)[:0],
                "resnet.layer1.0." + "x" * 200: torch.ones(1)}  # fmt: skip
-    old_checkpoint(tmp_path / "old.pth", tensors, kind, location)
+    write_old_checkpoint(tmp_path / "old.pth", tensors, kind, location)
     data = (tmp_path / "old.pth").read_bytes()
     assert (
         b"U\x05plain" in data and b"ctorch._utils\n_rebuild_tensor\n" in data and b"ccollections\nOrderedDict" in data
@@ -100,12 +100,12 @@ def test_the_published_format_is_read(tmp_path: Path, kind: type, location: str)
         assert found[name].device.type == "cpu"
 
 
-def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None:
-    """Of as many classes as the split that its user knows it was trained on."""
+def test_a_published_checkpoint_is_imported_to_a_run_directory(instances: Path, tmp_path: Path) -> None:
+    """It has as many classes as the file that --trained-on names."""
     index = CocoIndex.load(instances)
     given = seed_weights(50, classes=len(index.categories))
     source, out = tmp_path / "res50_mask_rcnn_iter_1250000.pth", tmp_path / "run"
-    old_checkpoint(source, given, torch.cuda.FloatStorage, "cuda:0")
+    write_old_checkpoint(source, given, torch.cuda.FloatStorage, "cuda:0")
     unnamed = call("import-weights", "--from", source, "--out", out)
     refused(
         unnamed,

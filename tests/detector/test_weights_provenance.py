@@ -1,4 +1,4 @@
-"""Published files: what is known of the images that they were trained on, and what audit says."""
+"""Published weights: which images they were trained on, and what ``refdet audit`` reports about them."""
 
 import hashlib
 import json
@@ -28,22 +28,24 @@ def refer(tmp_path: Path) -> Path:
     return write_refs(tmp_path / "refer", {("refcoco", "unc"): pairs})
 
 
-def know(monkeypatch: pytest.MonkeyPatch, path: Path, known: KnownFile) -> None:
+def register_known_file(monkeypatch: pytest.MonkeyPatch, path: Path, known: KnownFile) -> None:
     start = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     monkeypatch.setitem(known_weights._TORCHVISION, start, known)
 
 
-def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    know(monkeypatch, source, KnownFile("somebody's detector", COCO))
+def test_a_detector_trained_on_coco_leaks(
+    source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_known_file(monkeypatch, source, KnownFile("somebody's detector", COCO))
     done = call("import-weights", "--from", source, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    said = (
+    message = (
         "is somebody's detector, trained on COCO train2017, without exclusions: leaks all 3,000 val/test images of "
         "RefCOCO and RefCOCO+"
     )
-    assert said in done.stderr
+    assert message in done.stderr
     meta = load_meta(tmp_path / "run")
-    assert any(said in line for line in meta.warnings())
+    assert any(message in line for line in meta.warnings())
     assert Provenance.from_json(meta.provenance.to_json()).training_set is COCO
     audited = call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer)
     assert audited.exit_code == 1
@@ -52,10 +54,10 @@ def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, mon
     assert tree["clean"] is False
 
 
-def test_imagenet_has_no_image_of_coco(
+def test_weights_trained_on_imagenet_do_not_leak(
     source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
+    register_known_file(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
     assert call("import-weights", "--from", source, "--out", tmp_path / "run").exit_code == 0
     audited = call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer)
     assert audited.exit_code == 0, audited.output
@@ -63,10 +65,10 @@ def test_imagenet_has_no_image_of_coco(
 
 
 @pytest.mark.parametrize("images", [(1,), (1, 2)])
-def test_no_file_of_coco_proves_anything_about_imagenet(
+def test_an_instances_file_proves_nothing_about_imagenet_weights(
     source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: tuple[int, ...]
 ) -> None:
-    know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
+    register_known_file(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
     assert call("import-weights", "--from", source, "--out", tmp_path / "run").exit_code == 0
     files = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 9, "width": 9} for i in images]
     (tmp_path / "any.json").write_text(json.dumps({"images": files, "annotations": [], "categories": []}))
@@ -79,10 +81,10 @@ def test_no_file_of_coco_proves_anything_about_imagenet(
 
 
 @pytest.mark.parametrize(("training_set", "leaks"), [(COCO, True), (LVIS, True), (IMAGENET, False)])
-def test_a_leak_of_a_published_file_is_kept_beside_the_word_of_its_user(
+def test_a_known_leak_is_noted_besides_what_trained_on_claims(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training_set: TrainingSet, leaks: bool
 ) -> None:
-    know(monkeypatch, source, KnownFile("somebody's detector", training_set))
+    register_known_file(monkeypatch, source, KnownFile("somebody's detector", training_set))
     images = [{"id": 5, "file_name": "COCO_train2014_000000000005.jpg", "height": 4, "width": 4}]
     split = tmp_path / "split.json"
     split.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}))
@@ -95,12 +97,12 @@ def test_a_leak_of_a_published_file_is_kept_beside_the_word_of_its_user(
     assert (known in done.stderr) == leaks == any(known in line for line in load_meta(tmp_path / "run").warnings())
 
 
-def test_another_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
+def test_a_file_is_known_by_its_hash_not_its_name(source: Path, tmp_path: Path) -> None:
     path = source.rename(tmp_path / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
     assert identify_known_file(path, hashlib.sha256(path.read_bytes()).hexdigest()) is None
 
 
-def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_model_zoo_are_known_by_their_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.pkl").write_bytes(b"weights")
     start = hashlib.md5(b"weights", usedforsecurity=False).hexdigest()[:6]
     for config, data in (("COCO-Detection/x", COCO), ("LVISv0.5-InstanceSegmentation/x", known_weights.LVIS)):

@@ -1,4 +1,4 @@
-"""Files that are hostile, damaged, or of another network: what is refused, and with which words."""
+"""Files that are hostile, damaged, or of another network are refused with a message that names the problem."""
 
 import io
 import pickle
@@ -18,8 +18,8 @@ from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 
 
-def opcodes(code: str, flavour: str) -> bytes:
-    """A pickle that would run a line of shell, in each way that pickles know."""
+def opcodes(code: str, attack: str) -> bytes:
+    """A pickle that runs a shell command when it is loaded, by one of the ways to do so."""
     text = b"X" + struct.pack("<I", len(code)) + code.encode()
     short = b"\x8c" + bytes([len(code)]) + code.encode()
     return {
@@ -36,7 +36,7 @@ def opcodes(code: str, flavour: str) -> bytes:
         "obj": b"\x80\x02(cos\nsystem\n" + text + b"o.",
         "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + short + b"\x85R.",
         "extension": b"\x80\x02\x82\x01" + text + b"\x85R.",
-    }[flavour]
+    }[attack]
 
 
 NAMED = {"reduce": "system'", "reduce in C": "'posix.system'", "in a dict": "system'", "called later": "system'",
@@ -45,41 +45,41 @@ NAMED = {"reduce": "system'", "reduce in C": "'posix.system'", "in a dict": "sys
 UNNAMED = ("inst", "stack global", "extension")  # opcodes that torch's reader does not even know
 
 
-def whole(path: Path, code: bytes) -> None:
+def write_pickle(path: Path, code: bytes) -> None:
     path.write_bytes(code)
 
 
-def legacy(path: Path, code: bytes) -> None:
+def write_legacy(path: Path, code: bytes) -> None:
     heads = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
     path.write_bytes(b"".join(pickle.dumps(head, protocol=2) for head in heads) + code + pickle.dumps([], protocol=2))
 
 
-def zipped(path: Path, code: bytes) -> None:
+def write_zip(path: Path, code: bytes) -> None:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", code)
         file.writestr("archive/version", "3\n")
 
 
-@pytest.mark.parametrize("container", [whole, legacy, zipped])
-@pytest.mark.parametrize("flavour", [*NAMED, *UNNAMED])
-def test_nothing_in_a_file_is_run(
-    tmp_path: Path, container: Callable[[Path, bytes], None], flavour: str, recwarn: pytest.WarningsRecorder
+@pytest.mark.parametrize("container", [write_pickle, write_legacy, write_zip])
+@pytest.mark.parametrize("attack", [*NAMED, *UNNAMED])
+def test_code_in_a_file_is_not_run(
+    tmp_path: Path, container: Callable[[Path, bytes], None], attack: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     canary, path = tmp_path / "canary", tmp_path / "weights.pth"
-    container(path, opcodes(f"touch {canary}", flavour))
+    container(path, opcodes(f"touch {canary}", attack))
     with pytest.raises(InputError) as refusal:
         read_foreign(path)
     assert not canary.exists() and not recwarn.list
     text = str(refusal.value)
     assert text.startswith(str(path)) and "weights_only" not in text
-    if flavour in NAMED:
-        assert "refused to load " in text and NAMED[flavour] in text
+    if attack in NAMED:
+        assert "refused to load " in text and NAMED[attack] in text
 
 
-def test_the_canary_would_sing(tmp_path: Path) -> None:
-    for flavour in ("reduce", "inst", "stack global"):
-        pickle.loads(opcodes(f"touch '{tmp_path / flavour}'".replace("'", '"'), flavour))
-        assert (tmp_path / flavour).exists()
+def test_plain_pickle_would_run_the_code(tmp_path: Path) -> None:
+    for attack in ("reduce", "inst", "stack global"):
+        pickle.loads(opcodes(f"touch '{tmp_path / attack}'".replace("'", '"'), attack))
+        assert (tmp_path / attack).exists()
 
 
 def tar(path: Path) -> None:
@@ -88,7 +88,7 @@ def tar(path: Path) -> None:
             file.addfile(tarfile.TarInfo(name), io.BytesIO())
 
 
-def saved(tree: object) -> Callable[[Path], object]:
+def torch_saved(tree: object) -> Callable[[Path], object]:
     return lambda path: torch.save(tree, path)
 
 
@@ -104,31 +104,31 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not written by torch.save"),
     "zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not written by torch.save"),
     "tar": (tar, "a tar archive of PyTorch before 0.2, which cannot be read without running"),
-    "module": (saved(nn.Linear(2, 2)), "refused to load 'torch.nn.modules.linear.Linear', which is not a tensor"),
-    "tensor": (saved(ONES), "holds a Tensor instead of named tensors"),
-    "list": (saved([ONES]), "holds a list instead of named tensors"),
-    "nothing": (saved({}), "empty; save"),
-    "numbers": (saved({"epoch": 3, "conv1.weight": ONES}), "'epoch' is not a named tensor"),
-    "no names": (saved({0: ONES}), "0 is not a named tensor"),
-    "sparse": (saved({"conv1.weight": ONES.to_sparse()}), "'conv1.weight' is not a named tensor of real numbers"),
-    "complex": (saved({"conv1.weight": ONES * 1j}), "'conv1.weight' is not a named tensor of real numbers"),
-    "meta": (saved({"conv1.weight": ONES.to("meta")}), "'conv1.weight' is not a named tensor of real numbers"),
-    "colors": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
+    "module": (torch_saved(nn.Linear(2, 2)), "refused to load 'torch.nn.modules.linear.Linear', which is not a tensor"),
+    "tensor": (torch_saved(ONES), "holds a Tensor instead of named tensors"),
+    "list": (torch_saved([ONES]), "holds a list instead of named tensors"),
+    "nothing": (torch_saved({}), "empty; save"),
+    "numbers": (torch_saved({"epoch": 3, "conv1.weight": ONES}), "'epoch' is not a named tensor"),
+    "no names": (torch_saved({0: ONES}), "0 is not a named tensor"),
+    "sparse": (torch_saved({"conv1.weight": ONES.to_sparse()}), "'conv1.weight' is not a named tensor of real numbers"),
+    "complex": (torch_saved({"conv1.weight": ONES * 1j}), "'conv1.weight' is not a named tensor of real numbers"),
+    "meta": (torch_saved({"conv1.weight": ONES.to("meta")}), "'conv1.weight' is not a named tensor of real numbers"),
+    "colors": (torch_saved({"\x1b[31m": ONES}), r"'\x1b[31m' is not a named tensor"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
-    make, says = UNREADABLE[kind]
+def test_an_error_names_the_problem_of_an_unreadable_file(tmp_path: Path, kind: str) -> None:
+    make, message = UNREADABLE[kind]
     path, out = tmp_path / "weights.pth", tmp_path / "run"
     make(path)
-    refused(call("import-weights", "--from", path, "--out", out), str(path), says)
+    refused(call("import-weights", "--from", path, "--out", out), str(path), message)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_files_cut_short(tmp_path: Path, new: bool) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, new: bool) -> None:
     memory = io.BytesIO()
     torch.save(of_one_number(resnet_shapes(18)), memory, _use_new_zipfile_serialization=new)
     data, path = memory.getvalue(), tmp_path / "weights.pth"
@@ -196,23 +196,23 @@ def seed50() -> Tensors:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> None:
-    change, says = WRONG[kind]
+def test_an_error_names_the_problem_of_a_network(seed50: Tensors, kind: str) -> None:
+    change, message = WRONG[kind]
     with pytest.raises(InputError) as refusal:
         identify_checkpoint(change(seed50))
-    assert all(text in str(refusal.value) for text in says), str(refusal.value)
+    assert all(text in str(refusal.value) for text in message), str(refusal.value)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("conv1.weight", torch.ones(())), ("bn1.running_var", torch.ones(63)), ("bn1.running_var", NAN.expand(64))],
 )
-def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> None:
+def test_damaged_tensors_that_tell_the_format_are_refused(name: str, value: Tensor) -> None:
     with pytest.raises(InputError, match=rf"looks like the weights of .*-res50, but {name} (is|contains) "):
         identify_checkpoint({**of_one_number(resnet_shapes(50)), name: value})
 
 
-def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
+def test_a_weight_format_without_a_recipe_is_refused(seed50: Tensors) -> None:
     with pytest.raises(InputError, match="`weight_format` caffe: this is a detector"):
         identify_checkpoint(seed50, "caffe")
     with pytest.raises(InputError, match="an ImageNet ResNet-(18|34) in Caffe style, for which there is no recipe; if"):

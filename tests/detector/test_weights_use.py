@@ -1,4 +1,4 @@
-"""The import as a command, and trainings that start from one."""
+"""The command import-weights, and training runs that start from imported weights."""
 
 import json
 from collections.abc import Iterator
@@ -43,15 +43,17 @@ def imagenet(resnet18: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield folder
 
 
-def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) -> None:
+def test_the_command_reports_what_it_imported(imagenet: Path, tmp_path: Path) -> None:
     source = imagenet / "resnet18.safetensors"
     done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     note = f"imported: {source.name}, sha256 {file_sha256(source)}, training data unknown"
-    assert (told["recipe"], told["classes"], told["provenance"]["note"]) == ("c4-res18", 80, note)
-    assert told["untrained"] == ["rpn.", "head.box.", "head.mask."]
-    assert told["numbers"] == sum(v.numel() for k, v in read_foreign(source).items() if "fc." not in k) - 20  # counts
+    assert (report["recipe"], report["classes"], report["provenance"]["note"]) == ("c4-res18", 80, note)
+    assert report["untrained"] == ["rpn.", "head.box.", "head.mask."]
+    assert (
+        report["numbers"] == sum(v.numel() for k, v in read_foreign(source).items() if "fc." not in k) - 20
+    )  # without num_batches_tracked
     assert f"trained on: {note}" in done.stderr and "use it as initial weights (--weights)" in done.stderr
     meta = checkpoint.load_meta(tmp_path / "run")
     assert meta.categories == coco_categories() and meta.provenance.is_unknown
@@ -73,7 +75,7 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
-def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
+def test_damaged_safetensors_are_refused(imagenet: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes((imagenet / "resnet18.safetensors").read_bytes()[:5000])
     with pytest.raises(InputError, match=r"cut\.safetensors: not a readable safetensors file"):
@@ -84,7 +86,7 @@ def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model"])
-def test_wrapped_weights(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
+def test_weights_inside_a_training_checkpoint_are_imported(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
     tree = {"epoch": 3, wrap: {f"module.{name}": nn.Parameter(v.float()) for name, v in resnet18.items()}}
     torch.save(tree, tmp_path / "weights.pth", _use_new_zipfile_serialization=wrap == "model")
     found = identify_checkpoint(read_foreign(tmp_path / "weights.pth")).tensors
@@ -104,7 +106,7 @@ def parameters(run: Path) -> Tensors:
 def test_a_training_starts_from_an_imagenet_resnet(
     imagenet: Path, resnet18: Tensors, shapes_root: Path, instances: Path, tmp_path: Path, neck: str
 ) -> None:
-    """Whose layers it takes, whatever the classes are, and learns on, while the rest begins anew."""
+    """It takes the layers of the ResNet and trains them, except for frozen ones; the other layers are new."""
     name = "c4-res18" if neck == "c4" else "fpn-res50"
     size = ["model.depth=18", "model.fpn_channels=16", "model.fpn_hidden=16", "train.lr=0.001", "train.warmup_steps=0"]
     chosen = recipe.load(name).with_changes([*SMALL, *size])
@@ -127,7 +129,9 @@ def test_a_training_starts_from_an_imagenet_resnet(
     assert meta.warnings() == [f"detector: started from {weights}"]
 
 
-def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, instances: Path, tmp_path: Path) -> None:
+def test_an_error_for_weights_of_another_format_names_the_changes(
+    shapes_root: Path, instances: Path, tmp_path: Path
+) -> None:
     quiet = {name: value if name.startswith(("conv1", "bn1")) or "running_var" in name else value[..., :1] * 0
              for name, value in resnet50_of_inputs(60.0).items()}  # fmt: skip
     torch.save({name: quiet[name].expand(shape) for name, shape in resnet_shapes(50).items()}, tmp_path / "res50.pth")
@@ -140,8 +144,8 @@ def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, i
             "--set model.stride_in_1x1=true")  # fmt: skip
     done = call(*words)
     assert done.exit_code == 2
-    told, error = done.stderr.splitlines()
-    assert told.startswith("starts from caffe, imported: res50.pth") and told.endswith("training data unknown")
+    note, error = done.stderr.splitlines()
+    assert note.startswith("starts from caffe, imported: res50.pth") and note.endswith("training data unknown")
     assert error == f"error: --weights {run}: trained with other options than the recipe's; add {fix}"
     assert not (tmp_path / "run").exists()
     done = call(*words, *fix.split())
@@ -163,7 +167,7 @@ def frcn(shapes_root: Path, instances: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instances: Path, tmp_path: Path) -> None:
-    """Its layers go a tenth of the way that they would go, those of the mask branch all of it."""
+    """Loaded layers move by `pretrained_lr_mult` times the full step; those of the new mask branch by the full step."""
     moved = {}
     for rate in (0.0, 0.1, 1.0):
         out = tmp_path / str(rate)
@@ -176,9 +180,9 @@ def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instanc
     steps = 0
     for name in names - masks:
         assert torch.equal(moved[0.0][name], before[name]), name
-        far, near = (moved[rate][name] - before[name] for rate in (1.0, 0.1))
-        torch.testing.assert_close(near, far * 0.1, atol=1e-6, rtol=1e-3)
-        steps += bool(far.abs().max() > 1e-4)
+        full_step, tenth_of_step = (moved[rate][name] - before[name] for rate in (1.0, 0.1))
+        torch.testing.assert_close(tenth_of_step, full_step * 0.1, atol=1e-6, rtol=1e-3)
+        steps += bool(full_step.abs().max() > 1e-4)
     assert steps > 20
     for name in masks:
         assert torch.equal(moved[0.0][name], moved[1.0][name]), name
@@ -190,7 +194,7 @@ def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instanc
     )
 
 
-def test_such_a_run_resumed_is_the_same_run(
+def test_a_resumed_run_with_pretrained_weights_equals_an_uninterrupted_one(
     frcn: Path, shapes_root: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, **more: Any) -> None:

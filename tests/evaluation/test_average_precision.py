@@ -1,4 +1,4 @@
-"""COCO's AP: the two libraries agree on any input, and both with pycocotools used by hand."""
+"""COCO's AP by faster_coco_eval and by pycocotools: both agree with plain pycocotools and with each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refdet.evaluation.average_precision import METRICS, coco_ap
 
 @pytest.mark.parametrize("library", ["faster_coco_eval", "pycocotools"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_it_is_pycocotools(
+def test_ap_equals_plain_pycocotools(
     library: str, kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if library == "pycocotools":

@@ -1,4 +1,4 @@
-"""evaluate: the regions that extract-features writes, measured; and what it says when there is nothing to measure."""
+"""refdet evaluate: AP of the same regions that extract-features writes, options, crowds, and error messages."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CLASSES = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
 SIZES = [(96, 128), (128, 96), (96, 128), (96, 128), (60, 90), (128, 96), (96, 128), (96, 128)]
 
 
-class Folder:
-    """A detector of random weights, and images of noise with annotations, of several sizes."""
+class DetectorAndDataset:
+    """A detector with random weights, and images of noise in several sizes with one annotation each."""
 
     def __init__(self, root: Path, variant: str = "fpn") -> None:
         self.root, self.run, self.file, self.images = root, root / "run", root / "i.json", root / "images"
@@ -67,33 +67,33 @@ class Folder:
 
 
 @pytest.mark.parametrize("variant", ["fpn", "c4", "crop"])
-def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> None:
-    """Bit for bit: one network, one arithmetic, the same batches."""
-    folder = Folder(tmp_path / "d", variant)
+def test_evaluate_measures_the_regions_that_extraction_writes(tmp_path: Path, variant: str) -> None:
+    """Bit for bit, as both run the same network on the same batches."""
+    folder = DetectorAndDataset(tmp_path / "d", variant)
     index = CocoIndex.load(folder.file)
     extract_features(folder.run, folder.images, tmp_path / "a.h5", ImageList.of_instances(folder.file),
                      device="cpu")  # fmt: skip
     detector = loading.load(folder.run, "cpu", for_inference=True)
     source = ImageSource.open(folder.images)
     measured = list(detection.detect_regions(detector, source, list(index.images.values())))
-    with store.open(tmp_path / "a.h5") as written:
-        assert {r.image_id for r in measured} == set(written) and written.regions > 50
+    with store.open(tmp_path / "a.h5") as extracted:
+        assert {r.image_id for r in measured} == set(extracted) and extracted.regions > 50
         for regions in measured:
-            stored = written[regions.image_id]
+            stored = extracted[regions.image_id]
             for name in ("boxes", "scores", "category_ids"):
                 np.testing.assert_array_equal(getattr(regions, name), getattr(stored, name))
             assert regions.masks == stored.masks
-        results = coco_results([written[i] for i in index.images])
+        results = coco_results([extracted[i] for i in index.images])
     found = json.loads(folder.evaluate("--json").stdout)
     for kind in ("bbox", "segm"):
-        wanted = coco_ap(index, list(index.images), results, kind)
-        assert found[kind] == {name: None if rate < 0 else pytest.approx(rate) for name, rate in wanted.items()}
+        expected = coco_ap(index, list(index.images), results, kind)
+        assert found[kind] == {name: None if rate < 0 else pytest.approx(rate) for name, rate in expected.items()}
 
 
-def test_threads_and_batches_are_by_default_those_of_an_extraction(
+def test_default_workers_and_batch_size_are_those_of_extraction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, asked, load_ahead = Folder(tmp_path / "d"), [], detection.load_ahead
+    folder, asked, load_ahead = DetectorAndDataset(tmp_path / "d"), [], detection.load_ahead
 
     def loads(load: Any, batches: Any, workers: int) -> Any:
         asked.append((len(batches[0]), workers))
@@ -108,8 +108,8 @@ def test_threads_and_batches_are_by_default_those_of_an_extraction(
     assert asked == [(4, 2), (3, 5)]
 
 
-def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, asked = Folder(tmp_path / "d"), {}
+def test_options_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = DetectorAndDataset(tmp_path / "d"), {}
     load, regions = loading.load, detection.detect_regions
 
     def loads(path: Path, device: Any, **how: Any) -> Any:
@@ -133,16 +133,16 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_a_bad_image_ends_the_work_in_one_line(tmp_path: Path) -> None:
-    """What extraction leaves without regions would be missed objects here."""
-    folder = Folder(tmp_path / "d")
+def test_an_unreadable_image_is_a_one_line_error(tmp_path: Path) -> None:
+    """Extraction skips such an image, but in evaluation its objects would count as missed."""
+    folder = DetectorAndDataset(tmp_path / "d")
     (folder.images / "6.png").write_bytes(b"no image")
     done = folder.evaluate()
     assert done.exit_code == 2 and "6.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.output
 
 
-def test_all_crowds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = Folder(tmp_path / "d")
+def test_ap_is_undefined_if_all_annotations_are_crowds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = DetectorAndDataset(tmp_path / "d")
     for annotation in folder.data["annotations"]:
         annotation["iscrowd"] = 1
     folder.write()
@@ -153,36 +153,37 @@ def test_all_crowds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert found == dict.fromkeys(("bbox", "segm"), dict.fromkeys(METRICS))
 
 
-def test_some_crowds_say_nothing_and_sizes_without_objects_are_dashes(
+def test_some_crowds_give_no_note_and_sizes_without_objects_are_dashes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Folder(tmp_path / "d")
+    folder = DetectorAndDataset(tmp_path / "d")
     folder.data["annotations"][0]["iscrowd"] = 1
     folder.write()
     done = folder.evaluate()
     assert "not defined" not in caplog.text and "no segmentation" not in caplog.text
-    of_boxes = done.stdout.splitlines()[1].split()
-    assert "-1.000" not in done.stdout and of_boxes[-1] == "-" and of_boxes[1] != "-"  # none is large
+    box_row = done.stdout.splitlines()[1].split()
+    # The last column is the AP of large objects, of which there are none.
+    assert "-1.000" not in done.stdout and box_row[-1] == "-" and box_row[1] != "-"
 
 
-def test_boxes_that_stand_in_for_masks_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = Folder(tmp_path / "d")
+def test_annotations_without_a_segmentation_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = DetectorAndDataset(tmp_path / "d")
     del folder.data["annotations"][0]["segmentation"], folder.data["annotations"][5]["segmentation"]
     folder.write()
     assert folder.evaluate().exit_code == 0 and "2 of 8 annotations have no segmentation" in caplog.text
 
 
 @pytest.mark.parametrize("info", ["missing", None])
-def test_files_without_info(tmp_path: Path, info: Any) -> None:
-    folder = Folder(tmp_path / "d")
+def test_info_is_optional(tmp_path: Path, info: Any) -> None:
+    folder = DetectorAndDataset(tmp_path / "d")
     if info != "missing":
         folder.data["info"] = info
     folder.write()
     assert folder.evaluate("--json").exit_code == 0
 
 
-def test_cheap_mistakes_are_found_before_the_weights_are_read(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "d")
+def test_paths_are_checked_before_the_weights_are_read(tmp_path: Path) -> None:
+    folder = DetectorAndDataset(tmp_path / "d")
     (folder.run / "model.safetensors").write_bytes(b"cut")
     shutil.move(folder.images, tmp_path / "gone")
     done = folder.evaluate()
@@ -196,7 +197,7 @@ def test_cheap_mistakes_are_found_before_the_weights_are_read(tmp_path: Path) ->
         (((3, "cat"), (4, "cow")), r"\(2 and 2; 1 cat, 2 dog, 3 cat, \.\.\.\); evaluate on the dataset"),
     ],
 )
-def test_other_classes_are_named(tmp_path: Path, classes: tuple[tuple[int, str], ...], message: str) -> None:
+def test_errors_name_the_differing_classes(tmp_path: Path, classes: tuple[tuple[int, str], ...], message: str) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     tree = {
         "images": [{"id": 1, "file_name": "1.png", "height": 4, "width": 4}],

@@ -1,4 +1,4 @@
-"""COCO's AP of odd files: any ids, no info, images or categories without annotations, all crowds."""
+"""COCO's AP of unusual files: any ids, no info, degenerate boxes, only crowds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOXES = [[10, 10, 20, 20], [60, 60, 30, 30], [20, 90, 60, 40]]
 
 @pytest.fixture(params=["faster_coco_eval", "pycocotools"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both libraries, one after the other."""
+    """Runs the test with each of the libraries that compute AP."""
     if request.param == "pycocotools":
         monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     else:
@@ -41,7 +41,7 @@ def load(folder: Path, data: dict[str, Any]) -> CocoIndex:
 
 
 def three_objects(first_id: int = 0, **fields: Any) -> dict[str, Any]:
-    """One image with three objects of ids ``first_id`` on."""
+    """One image with three objects, whose ids start at ``first_id``."""
     annotations = [
         {"id": first_id + i, "image_id": 1, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
         for i, box in enumerate(BOXES)
@@ -50,7 +50,7 @@ def three_objects(first_id: int = 0, **fields: Any) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]} | fields
 
 
-def found_all(image_id: int = 1, category_id: int = 1) -> list[dict[str, Any]]:
+def perfect_results(image_id: int = 1, category_id: int = 1) -> list[dict[str, Any]]:
     return [
         {"image_id": image_id, "category_id": category_id, "bbox": [float(v) for v in box], "score": 0.9 - i / 10}
         for i, box in enumerate(BOXES)
@@ -58,16 +58,16 @@ def found_all(image_id: int = 1, category_id: int = 1) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("first_id", [-5, -2, -1, 0, 1, 7])
-def test_an_annotation_of_id_0_is_found_as_any_other(library: str, tmp_path: Path, first_id: int) -> None:
+def test_an_annotation_with_id_0_is_matched_like_any_other(library: str, tmp_path: Path, first_id: int) -> None:
     index = load(tmp_path, three_objects(first_id))
-    assert coco_ap(index, [1], found_all(), "bbox")["AP"] == pytest.approx(1.0)
-    two_of_three = coco_ap(index, [1], found_all()[:2], "bbox")
-    assert two_of_three["AP"] == pytest.approx(67 / 101)  # of 101 recalls, those up to 2/3
+    assert coco_ap(index, [1], perfect_results(), "bbox")["AP"] == pytest.approx(1.0)
+    two_of_three = coco_ap(index, [1], perfect_results()[:2], "bbox")
+    assert two_of_three["AP"] == pytest.approx(67 / 101)  # precision is 1 at the 67 of 101 recall thresholds up to 2/3
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_ids_make_no_difference(library: str, kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any ids of annotations; of images and categories any in the same order, which decides between equal scores."""
+def test_ap_does_not_depend_on_ids(library: str, kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Image and category ids keep their order, which decides between equal scores; annotation ids are arbitrary."""
 
     @settings(max_examples=25, deadline=None, derandomize=True)
     @given(st.integers(0, 2**32 - 1), st.permutations(ODD_IDS), st.lists(st.sampled_from(ODD_IDS), min_size=5,
@@ -94,39 +94,39 @@ def test_ids_make_no_difference(library: str, kind: str, tmp_path_factory: pytes
     check()
 
 
-def test_results_of_other_images_and_categories_count_nowhere(library: str, tmp_path: Path) -> None:
+def test_results_of_other_images_and_categories_are_ignored(library: str, tmp_path: Path) -> None:
     index = load(tmp_path, three_objects())
-    strange = found_all(image_id=2) + found_all(category_id=5)
-    assert coco_ap(index, [1], found_all() + strange, "bbox") == coco_ap(index, [1], found_all(), "bbox")
-    assert coco_ap(index, [1], strange, "bbox")["AP"] == 0
-    assert coco_ap(index, [], found_all(), "bbox") == dict.fromkeys(METRICS, -1.0)
+    foreign = perfect_results(image_id=2) + perfect_results(category_id=5)
+    assert coco_ap(index, [1], perfect_results() + foreign, "bbox") == coco_ap(index, [1], perfect_results(), "bbox")
+    assert coco_ap(index, [1], foreign, "bbox")["AP"] == 0
+    assert coco_ap(index, [], perfect_results(), "bbox") == dict.fromkeys(METRICS, -1.0)
 
 
-def test_many_results_of_an_image(library: str, tmp_path: Path) -> None:
-    """COCO takes the best 100 of a category and an image."""
+def test_only_the_best_100_results_per_image_and_category_count(library: str, tmp_path: Path) -> None:
+    """COCO uses the best 100 results of each category and image."""
     index, rng = load(tmp_path, three_objects()), np.random.default_rng(0)
     noise = [
         {"image_id": 1, "category_id": 1, "bbox": [*(rng.random(2) * 20).tolist(), 3.0, 3.0], "score": 0.95}
         for _ in range(300)
     ]
-    assert coco_ap(index, [1], found_all() + noise[:50], "bbox")["AP"] == pytest.approx(3 / 53, abs=0.01)
-    assert coco_ap(index, [1], noise + found_all(), "bbox")["AP"] == 0
+    assert coco_ap(index, [1], perfect_results() + noise[:50], "bbox")["AP"] == pytest.approx(3 / 53, abs=0.01)
+    assert coco_ap(index, [1], noise + perfect_results(), "bbox")["AP"] == 0
 
 
 @pytest.mark.parametrize("info", ["missing", None, {}, {"year": 2014}, "a text"])
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_a_file_without_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, info: Any, kind: str) -> None:
-    """pycocotools 2.0.9 and 2.0.10 take ``info`` of the dataset as being there."""
+def test_info_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, info: Any, kind: str) -> None:
+    """pycocotools 2.0.9 and 2.0.10 require ``info`` in the dataset."""
 
-    class Strict(pycoco.COCO):
+    class RequireInfo(pycoco.COCO):
         def loadRes(self, resFile: Any) -> Any:
             copy.deepcopy(self.dataset["info"])
             _ = self.dataset["licenses"]
             return super().loadRes(resFile)
 
-    monkeypatch.setattr(average_precision, "_evaluator", lambda: (Strict, COCOeval))
+    monkeypatch.setattr(average_precision, "_evaluator", lambda: (RequireInfo, COCOeval))
     data = three_objects() if info == "missing" else three_objects(info=info)
-    results = [r | {"segmentation": rectangle(r["bbox"])} for r in found_all()]
+    results = [r | {"segmentation": rectangle(r["bbox"])} for r in perfect_results()]
     assert coco_ap(load(tmp_path, data), [1], results, kind)["AP"] == pytest.approx(1.0)
 
 
@@ -136,32 +136,36 @@ def rectangle(box: list[float]) -> dict[str, Any]:
     return dict(pycoco.maskUtils.merge(drawn))
 
 
-def test_nothing_is_written_into_what_is_given(library: str, tmp_path: Path) -> None:
-    index, results = load(tmp_path, three_objects()), found_all()
+def test_arguments_are_not_modified(library: str, tmp_path: Path) -> None:
+    index, results = load(tmp_path, three_objects()), perfect_results()
     before = copy.deepcopy((index.raw, results))
     coco_ap(index, [1], results, "bbox")
     assert (index.raw, results) == before
 
 
 @pytest.mark.parametrize("odd", [{"area": "x"}, {"area": None}, {}])
-def test_boxes_without_area_are_missed_and_endless_ones_left_out(library: str, tmp_path: Path, odd: dict) -> None:
+def test_boxes_without_area_count_as_missed_and_infinite_ones_are_dropped(
+    library: str, tmp_path: Path, odd: dict
+) -> None:
     data = three_objects()
     thin = {"image_id": 1, "category_id": 1, "iscrowd": 0} | odd
     data["annotations"] += [thin | {"id": 50, "bbox": [5, 5, 0, 5]}]
-    assert coco_ap(load(tmp_path, data), [1], found_all(), "bbox")["AP"] == pytest.approx(76 / 101)
+    assert coco_ap(load(tmp_path, data), [1], perfect_results(), "bbox")["AP"] == pytest.approx(76 / 101)  # recall 3/4
     data["annotations"] += [thin | {"id": 51, "bbox": [5, 5, float("nan"), 5]},
                             thin | {"id": 52, "bbox": [5, 5, float("inf"), 5]}]  # fmt: skip
-    assert coco_ap(load(tmp_path, data), [1], found_all(), "bbox")["AP"] == pytest.approx(76 / 101)
+    assert coco_ap(load(tmp_path, data), [1], perfect_results(), "bbox")["AP"] == pytest.approx(76 / 101)
 
 
-def test_all_crowds_have_no_ap_and_the_reason_is_told(library: str, tmp_path: Path) -> None:
+def test_ap_is_undefined_if_all_annotations_are_crowds(library: str, tmp_path: Path) -> None:
     data = three_objects()
     for annotation in data["annotations"]:
         annotation["iscrowd"] = 1
     index = load(tmp_path, data)
-    assert coco_ap(index, [1], found_all(), "bbox") == dict.fromkeys(METRICS, -1.0)
+    assert coco_ap(index, [1], perfect_results(), "bbox") == dict.fromkeys(METRICS, -1.0)
     assert "iscrowd is 1 on all 3 annotations" in (why_undefined(index, [1]) or "")
     data["annotations"][1]["iscrowd"] = 0
     index = load(tmp_path, data)
-    assert why_undefined(index, [1]) is None and coco_ap(index, [1], found_all(), "bbox")["AP"] == pytest.approx(1.0)
+    assert why_undefined(index, [1]) is None and coco_ap(index, [1], perfect_results(), "bbox")["AP"] == pytest.approx(
+        1.0
+    )
     assert "no usable annotation" in (why_undefined(load(tmp_path, three_objects(annotations=[])), [1]) or "")

@@ -25,8 +25,8 @@ from refdet.report.templates import ENVIRONMENT
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[Path, str, list[str]]:
-    """The folder of a run with predictions, what it printed, and its arguments but --out."""
+def evaluation_output(tmp_path: Path) -> tuple[Path, str, list[str]]:
+    """The output folder of an evaluation with predictions, the printed text, and the arguments without --out."""
     box = {"image_id": 1, "category_id": 1}
     objects = [{**box, "bbox": [10, 10, 20, 20], "split": "val"}, {**box, "bbox": [50, 50, 1, 30], "split": "testA"}]
     root = write_refer(tmp_path / "refer", objects)
@@ -39,9 +39,9 @@ def written(tmp_path: Path) -> tuple[Path, str, list[str]]:
     return tmp_path / "m", result.output, arguments
 
 
-def test_csv_holds_every_number_of_the_json(written: tuple[Path, str, list[str]]) -> None:
-    metrics = json.loads((written[0] / "metrics.json").read_text())
-    table = pd.read_csv(written[0] / "metrics.csv", dtype={"metric": str})
+def test_csv_contains_every_number_of_the_json(evaluation_output: tuple[Path, str, list[str]]) -> None:
+    metrics = json.loads((evaluation_output[0] / "metrics.json").read_text())
+    table = pd.read_csv(evaluation_output[0] / "metrics.csv", dtype={"metric": str})
     pd.testing.assert_frame_equal(table, to_dataframe(metrics), check_dtype=False, check_column_type=False)
     assert tuple(table.columns) == COLUMNS and not table.duplicated(list(COLUMNS[:-1])).any()
     val = metrics["splits"]["val"]
@@ -56,8 +56,8 @@ def test_csv_holds_every_number_of_the_json(written: tuple[Path, str, list[str]]
     assert wide.loc["testA"].tolist() == [0.0] + [1.0] * 7
 
 
-def test_figure_and_tables_show_both_splits(written: tuple[Path, str, list[str]]) -> None:
-    out, printed, _ = written
+def test_figure_and_tables_show_both_splits(evaluation_output: tuple[Path, str, list[str]]) -> None:
+    out, printed, _ = evaluation_output
     words = "".join(ElementTree.parse(out / "recall.svg").getroot().itertext())
     assert "val" in words and "testA" in words and "all" in words and "toy me" in words
     for text in (
@@ -69,11 +69,11 @@ def test_figure_and_tables_show_both_splits(written: tuple[Path, str, list[str]]
     assert "nan" not in printed and "comprehension: masks" not in printed
 
 
-def test_mattnets_protocol_is_used_and_recorded(written: tuple[Path, str, list[str]], tmp_path: Path) -> None:
-    """The object of testA is one pixel wide, which to MAttNet's IoU is none."""
-    arguments = [*written[2], "--protocol", "mattnet", "--json", "--out", str(tmp_path / "n")]
+def test_mattnet_protocol_is_used_and_recorded(evaluation_output: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    """The object of testA is one pixel wide, so MAttNet's IoU with it is always 0."""
+    arguments = [*evaluation_output[2], "--protocol", "mattnet", "--json", "--out", str(tmp_path / "n")]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    usual, other = json.loads((written[0] / "metrics.json").read_text()), json.loads(result.stdout)
+    usual, other = json.loads((evaluation_output[0] / "metrics.json").read_text()), json.loads(result.stdout)
     assert (usual["protocol"], other["protocol"]) == ("standard", "mattnet")
     assert usual["splits"]["testA"]["comprehension"]["accuracy@0.5"] == 1
     thin = other["splits"]["testA"]
@@ -90,7 +90,7 @@ FORMULA = "=+-@\t\r\n＝＋－＠"
 
 
 @pytest.fixture(scope="module")
-def some_metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def example_metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("metrics")
     root = write_refer(folder / "refer", [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "split": "val"}])
     write_store(folder / "a.h5", [regions(1, [[10, 10, 30, 30]])], masks=False)
@@ -98,14 +98,14 @@ def some_metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_no_name_is_a_formula_or_markup(some_metrics: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """Names of datasets and splits come with the files; numbers stay as they are."""
-    metrics = {**some_metrics, "dataset": name, "split_by": name, "splits": {name: some_metrics["splits"]["val"]}}
+def test_names_are_never_formulas_or_markup(example_metrics: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Names of datasets and splits are untrusted text from files; numbers must not change."""
+    metrics = {**example_metrics, "dataset": name, "split_by": name, "splits": {name: example_metrics["splits"]["val"]}}
     write(tmp_path, metrics)
     write_recall_figure(tmp_path, metrics)
     with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    plain = to_dataframe(some_metrics)
+    plain = to_dataframe(example_metrics)
     assert len(rows) == len(plain)
     readable = name if name not in ("\x00", "\ud800", "\ufffe") else "\ufffd"
     readable = " ".join(readable.replace("\x1b", "\ufffd").splitlines())
@@ -123,18 +123,18 @@ def test_no_name_is_a_formula_or_markup(some_metrics: dict[str, Any], tmp_path: 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(st.characters(codec=None)))
-def test_any_text_is_a_cell_and_xml(text: str) -> None:
+def test_any_text_is_a_safe_cell_and_valid_xml(text: str) -> None:
     cell = spreadsheet_cell(text)
     assert not cell.lstrip().startswith(tuple(FORMULA)) and "\r" not in cell and "\n" not in cell
     assert len(cell) <= len(text) + 1 and spreadsheet_cell(cell) == cell
     root = ElementTree.fromstring(TEMPLATE.render(text=text))
-    known = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
+    expected = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
                     else c for c in text)  # fmt: skip
-    assert (root.text or "") == known.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0
+    assert (root.text or "") == expected.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0
 
 
 @pytest.mark.parametrize("provenance", [{}, {"source": 5}])
-def test_a_store_that_does_not_say_what_its_detector_saw_is_named(tmp_path: Path, provenance: dict[str, Any]) -> None:
+def test_a_store_with_invalid_provenance_is_refused(tmp_path: Path, provenance: dict[str, Any]) -> None:
     root = write_refer(tmp_path / "refer", [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "split": "val"}])
     write_store(tmp_path / "a.h5", [regions(1, [[1, 1, 9, 9]])], masks=False)
     with h5py.File(tmp_path / "a.h5", "r+") as file:

@@ -1,4 +1,4 @@
-"""evaluate-on-refer: against brute force, numpy masks and hand-made cases."""
+"""evaluate-on-refer, compared with brute force, with masks in NumPy and with hand-computed values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ box = st.tuples(corner, corner, st.floats(0.25, 40, width=32), st.floats(0.25, 4
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(refs=st.lists(st.tuples(st.integers(1, 3), box, st.integers(1, 2)), min_size=1, max_size=6),
        found=st.lists(st.tuples(st.integers(1, 3), box, st.integers(1, 2)), max_size=9))  # fmt: skip
-def test_recall_is_brute_force(tmp_path_factory: pytest.TempPathFactory, refs: list, found: list) -> None:
+def test_recall_equals_brute_force(tmp_path_factory: pytest.TempPathFactory, refs: list, found: list) -> None:
     folder = tmp_path_factory.mktemp("refer")
     objects = [{"image_id": i, "bbox": list(b), "category_id": c, "split": "val"} for i, b, c in refs]
     root = write_refer(folder / "r", objects)
@@ -49,14 +49,14 @@ def test_recall_is_brute_force(tmp_path_factory: pytest.TempPathFactory, refs: l
     stored = {i: list(zip(r.boxes.tolist(), r.category_ids.tolist(), strict=True)) for i, r in enumerate(images, 1)}
     best = [max((brute_iou(xyxy(b), box) for box, _ in stored[i]), default=0) for i, b, _ in refs]
     same = [max((brute_iou(xyxy(b), box) for box, k in stored[i] if k == c), default=0) for i, b, c in refs]
-    wanted = {str(t): sum(v >= t for v in best) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    wanted |= {f"with_category@{t}": sum(v >= t for v in same) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    wanted["mean_best_iou"] = sum(best) / len(refs)
-    assert split["referent_recall"] == pytest.approx(wanted, abs=1e-9)
+    expected = {str(t): sum(v >= t for v in best) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    expected |= {f"with_category@{t}": sum(v >= t for v in same) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    expected["mean_best_iou"] = sum(best) / len(refs)
+    assert split["referent_recall"] == pytest.approx(expected, abs=1e-9)
     kept = {str(k): [max((brute_iou(xyxy(b), box) for box, _ in stored[i][:k]), default=0) for i, b, _ in refs]
             for k in (1, 2, 5, 10, 20, 50, 100)} | {"all": best}  # fmt: skip
     assert split["recall@k"] == {k: pytest.approx(np.mean([v >= 0.5 for v in of_k])) for k, of_k in kept.items()}
-    assert split["recall@k_with_category"]["all"] == pytest.approx(wanted["with_category@0.5"])
+    assert split["recall@k_with_category"]["all"] == pytest.approx(expected["with_category@0.5"])
     assert split["regions_per_image"] == pytest.approx(np.mean([len(stored[i]) for i in {i for i, _, _ in refs}]))
     assert split["detection"]["segm"] is None
     assert (split["images"], split["refs"], split["sentences"]) == (len({r[0] for r in refs}), len(refs), 2 * len(refs))
@@ -73,18 +73,18 @@ def toy(tmp_path: Path) -> tuple[Path, Path]:
     root = write_refer(tmp_path / "refer", objects)
     boxes = {1: [[10, 10, 30, 30], [50, 50, 60, 60]], 2: [[0, 0, 40, 20]]}
     images = []
-    for image_id, its in boxes.items():
+    for image_id, image_boxes in boxes.items():
         masks = []
-        for x1, y1, x2, y2 in its:
+        for x1, y1, x2, y2 in image_boxes:
             mask = np.zeros((100, 120), np.uint8, order="F")
             mask[y1:y2, x1:x2] = 1
             masks.append(coco_mask.encode(mask)["counts"])
-        images.append(regions(image_id, its, [image_id] * len(its), tuple(masks)))
+        images.append(regions(image_id, image_boxes, [image_id] * len(image_boxes), tuple(masks)))
     write_store(tmp_path / "a.h5", images, masks=True)
     return tmp_path / "a.h5", root
 
 
-def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) -> None:
+def test_predictions_as_regions_masks_and_boxes(toy: tuple[Path, Path], tmp_path: Path) -> None:
     features, root = toy
     half = np.zeros((100, 120), np.uint8, order="F")
     half[0:40, 0:16] = 1
@@ -99,19 +99,13 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
     assert (found["dataset"], found["split_by"], found["provenance"]) == ("toy", "me", PROVENANCE)
     assert set(found["splits"]) == {"val", "testA"}
     val, test = found["splits"]["val"], found["splits"]["testA"]
-    ious = {
-        "precision@0.5": 0.5,
-        "precision@0.6": 0.5,
-        "precision@0.7": 0.5,
-        "precision@0.8": 0.5,
-        "precision@0.9": 0.5,
-    }
+    precisions = {f"precision@{threshold}": 0.5 for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)}
     assert val["comprehension"] == {
         "accuracy@0.5": 0.5,
         "missing": 0,
         "random_baseline@0.5": 0.5,
         "mean_iou": 0.5,
-        **ious,
+        **precisions,
     }
     assert val["segmentation"]["precision@0.9"] == 0.5
     assert val["segmentation"]["overall_iou"] == pytest.approx(400 / 900)
@@ -123,15 +117,14 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
 
     boxes = [{"sent_id": s, "box": [10, 10, 20, 10]} for s in (0, 1)]
     (tmp_path / "p.json").write_text(json.dumps(boxes))
-    val = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")["splits"][
-        "val"
-    ]
+    found = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
+    val = found["splits"]["val"]
     assert val["comprehension"]["accuracy@0.5"] == 1.0
     assert val["segmentation"] is None
 
 
 @pytest.mark.parametrize(
-    ("predictions", "says"),
+    ("predictions", "message"),
     [
         ({}, "a list"),
         ([3], "entry 0"),
@@ -153,9 +146,9 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         ([{"sent_id": 0, "segmentation": {"size": [100, 120]}}], "neither polygons nor RLE"),
     ],
 )
-def test_bad_predictions_are_named(toy: tuple[Path, Path], tmp_path: Path, predictions: Any, says: str) -> None:
+def test_invalid_predictions_are_named(toy: tuple[Path, Path], tmp_path: Path, predictions: Any, message: str) -> None:
     (tmp_path / "p.json").write_text(json.dumps(predictions))
-    with pytest.raises(InputError, match=says) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         evaluate_on_refer(toy[0], toy[1], "toy", "me", predictions=tmp_path / "p.json")
     assert "p.json" in str(raised.value)
 
@@ -167,18 +160,18 @@ BAD_COUNTS = [[], [0, 5], [-5, 12005], [0, 12001], [2**40, 1], [2**32 + 12000], 
 
 @pytest.mark.parametrize("counts", BAD_COUNTS, ids=lambda value: f"{value!a:.20}")
 @pytest.mark.parametrize("several", [False, True])
-def test_rles_that_do_not_fit_never_reach_pycocotools(
+def test_invalid_rles_never_reach_pycocotools(
     toy: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Any, several: bool
 ) -> None:
-    """It would crash, hang or make up a mask."""
+    """pycocotools would crash, hang or make up a mask."""
     features, root = toy
     wrong: Any = {"size": [100, 120], "counts": counts}
     if several:
         objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1}]
         root = write_grefer(tmp_path / "generalized", objects, [(1, [0], "val")])
-    monkeypatch.setattr("refdet.evaluation.predictions.coco_mask.toBbox", unchecked)
-    answer = {"sent_id": 0, "segmentations": [wrong]} if several else None
-    (tmp_path / "p.json").write_text(json.dumps([answer or {"sent_id": 0, "segmentation": wrong}]))
+    monkeypatch.setattr("refdet.evaluation.predictions.coco_mask.toBbox", fail_unchecked)
+    answer = {"segmentations": [wrong]} if several else {"segmentation": wrong}
+    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0} | answer]))
     with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): counts of an RLE"):
         evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
 
@@ -189,10 +182,10 @@ def test_rles_that_do_not_fit_never_reach_pycocotools(
      [[0, 0, 4, 0, 4, 4, 0]], [[0, 0, 10**400, 0, 4, 4]], [[0, 0, 4, 0, 4, float("nan")]], [[None] * 6]],
     ids=lambda value: f"{value!a:.30}",
 )  # fmt: skip
-def test_outlines_without_an_end_never_reach_pycocotools(
+def test_huge_and_invalid_polygons_never_reach_pycocotools(
     toy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, polygons: Any
 ) -> None:
-    monkeypatch.setattr("refdet.data.segmentations.coco_mask.frPyObjects", unchecked)
+    monkeypatch.setattr("refdet.data.segmentations.coco_mask.frPyObjects", fail_unchecked)
     with pytest.raises(InputError, match="polygon is not a list of numbers"):
         to_rle(polygons, 100, 120)
     features, root = toy
@@ -204,8 +197,8 @@ def test_outlines_without_an_end_never_reach_pycocotools(
         evaluate_on_refer(features, root, "toy", "me", splits=["val"])
 
 
-def test_a_box_without_an_end_is_no_mask(toy: tuple[Path, Path]) -> None:
-    """An annotation without a segmentation has its box as its mask."""
+def test_a_huge_box_is_refused_as_a_mask(toy: tuple[Path, Path]) -> None:
+    """For annotations without a segmentation, the box is used as the mask."""
     path = toy[1] / "toy/instances.json"
     instances = json.loads(path.read_text())
     instances["annotations"][0] |= {"segmentation": None, "bbox": [0, 0, 1e12, 5]}
@@ -214,7 +207,7 @@ def test_a_box_without_an_end_is_no_mask(toy: tuple[Path, Path]) -> None:
         coco_ap(CocoIndex.load(path), [1], [], "segm")
 
 
-def test_mask_ap_that_is_left_out_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_omitted_mask_ap_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"}] * 2
     root = write_refer(tmp_path / "refer", objects)
     whole = coco_mask.encode(np.ones((100, 120), np.uint8, order="F"))["counts"]
@@ -226,28 +219,30 @@ def test_mask_ap_that_is_left_out_is_noted(tmp_path: Path, caplog: pytest.LogCap
             annotation["segmentation"] = []
         path.write_text(json.dumps(data))
         detection = evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me")["splits"]["val"]["detection"]
-        said = f"split val: 1 of 2 annotations in {path} has no segmentation; mask AP is left out" in caplog.text
-        assert (detection["segm"] is None) == said == bool(missing)
+        noted = f"split val: 1 of 2 annotations in {path} has no segmentation; mask AP is left out" in caplog.text
+        assert (detection["segm"] is None) == noted == bool(missing)
 
 
-def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_with_a_box_among_masks_are_noted(
+    toy: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     features, root = toy
-    whole, bare = {"segmentation": rle([10, 10, 30, 30])}, {"box": [10, 10, 20, 20]}
-    cases = [([whole, bare], (0, 1)), ([whole, whole], (0, 0)), ([whole], (1, 1)), ([bare, bare], (0, None))]
-    for answers, wanted in cases:
+    mask, box_only = {"segmentation": rle([10, 10, 30, 30])}, {"box": [10, 10, 20, 20]}
+    # Answers to two sentences; how many of these have no answer, and how many no mask (None: no mask metrics).
+    cases = [([mask, box_only], (0, 1)), ([mask, mask], (0, 0)), ([mask], (1, 1)), ([box_only, box_only], (0, None))]
+    for answers, missing in cases:
         caplog.clear()
         (tmp_path / "p.json").write_text(json.dumps([{"sent_id": k} | answer for k, answer in enumerate(answers)]))
-        val = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")["splits"][
-            "val"
-        ]
+        found = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
+        val = found["splits"]["val"]
         masks = val["segmentation"]
-        assert (val["comprehension"]["missing"], masks and masks["missing"]) == wanted
-        told = "val: 1 of 2 sentences is answered with a box where others have a mask" in caplog.text
-        assert told == (wanted == (0, 1))
+        assert (val["comprehension"]["missing"], masks and masks["missing"]) == missing
+        noted = "val: 1 of 2 sentences is answered with a box where others have a mask" in caplog.text
+        assert noted == (missing == (0, 1))
 
 
 @pytest.mark.parametrize("box", [[10**400, 1, 5, 5], [1, 1, 1e300, 5]])
-def test_an_object_whose_box_has_no_end_is_named(tmp_path: Path, box: list[float]) -> None:
+def test_an_annotation_with_an_infinite_box_is_named(tmp_path: Path, box: list[float]) -> None:
     objects = [{"image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 1, "split": "val"}]
     root = write_refer(tmp_path / "refer", objects)
     path = root / "toy" / "instances.json"
@@ -259,11 +254,11 @@ def test_an_object_whose_box_has_no_end_is_named(tmp_path: Path, box: list[float
         evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me")
 
 
-def unchecked(*_: Any) -> None:
-    raise AssertionError("unchecked")
+def fail_unchecked(*_: Any) -> None:
+    raise AssertionError("a mask reached pycocotools unchecked")
 
 
-def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
+def test_images_missing_from_the_store_are_named(toy: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"lacks 1 of 1 image of split train \(3\).*extract-features"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["train"])
     with pytest.raises(InputError, match="`splits` testB: no such split"):
@@ -271,7 +266,7 @@ def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(("dataset", "split_by"), [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")])
-def test_real_annotations_recall_every_ref(shared: Path, tmp_path: Path, dataset: str, split_by: str) -> None:
+def test_real_annotations_cover_every_ref(shared: Path, tmp_path: Path, dataset: str, split_by: str) -> None:
     data = shared / "data/coco_mini"
     index = CocoIndex.load(data / "annotations/instances_train2017.json")
     images = [regions_from_annotations(record, index.annotations[i]) for i, record in index.images.items()]
@@ -285,25 +280,25 @@ def test_real_annotations_recall_every_ref(shared: Path, tmp_path: Path, dataset
 
 
 def test_generalized_predictions(tmp_path: Path) -> None:
-    """A sentence about two objects, one about none, one about one, each said twice."""
+    """Refs to two objects, to none and to one, each with two sentences."""
     objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1},
                {"image_id": 1, "bbox": [50, 50, 10, 10], "category_id": 2}]  # fmt: skip
     root = write_grefer(tmp_path / "refer", objects, [(1, [0, 1], "val"), (1, [], "val"), (1, [1], "val")])
     write_store(tmp_path / "a.h5", [regions(1, [[10, 10, 30, 30], [50, 50, 60, 60]], [1, 1])], masks=False)
-    said = [
+    answers = [
         {"sent_id": 0, "regions": [1, 0]},
         {"sent_id": 1, "boxes": [[10, 10, 20, 20]]},
         {"sent_id": 10, "regions": []},
         {"sent_id": 11, "region": 0},
         {"sent_id": 20, "box": [50, 50, 10, 8]},
     ]
-    (tmp_path / "p.json").write_text(json.dumps(said))
+    (tmp_path / "p.json").write_text(json.dumps(answers))
     val = evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")["splits"]["val"]
     assert "comprehension" not in val and "segmentation" not in val
     scores = val["generalized"]
     assert (scores["no_target"], scores["missing"], scores["N-acc"], scores["T-acc"]) == (2, 1, 0.5, 0.75)
     assert scores["precision@F1=1,IoU>=0.5"] == pytest.approx(3 / 6) and scores["gIoU"] is None
-    # of three referred objects each of the regions covers its own; the second has another category
+    # The regions cover all three referred objects, but the second region has another category.
     assert val["referent_recall"]["0.9"] == 1.0
     assert val["referent_recall"]["with_category@0.5"] == pytest.approx(1 / 3)
     assert val["recall@k"]["1"] == pytest.approx(1 / 3)
@@ -318,12 +313,12 @@ def test_generalized_predictions(tmp_path: Path) -> None:
     assert scores["cIoU"] == pytest.approx((400 + 50) / (500 + 500 + 0 + 100 + 100 + 100))
     assert (scores["precision@0.5"], scores["precision@0.8"]) == (2 / 4, 1 / 4)
 
-    for entry, says in (
+    for entry, message in (
         ({"boxes": 3}, r"entry 0 \(sentence 0\): boxes must be a list, \[\] for no object"),
         ({"ranked_boxes": [[1, 2, 3, 4]]}, "ranked_boxes is not for gRefCOCO, .* refers to, unranked: give boxes$"),
     ):
         (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, **entry}]))
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")
 
 

@@ -1,4 +1,4 @@
-"""Errors of a detection on a Ray cluster, which keeps nothing that could be continued."""
+"""Errors of refdet evaluate on a Ray cluster, whose unfinished results cannot be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIX = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "says"),
+    ("error", "code", "message"),
     [
         (RuntimeFailure("no worker is left (disk full)", fix=FIX), 1, "no worker is left (disk full); run it again"),
         (InputError("1.jpg: too wide", fix=FIX), 2, "1.jpg: too wide; run it again"),
@@ -24,13 +24,13 @@ FIX = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with
         (Interrupted("stopped: 3 of 4 images are finished and kept in /tmp/refdet-1"), 130, "interrupted\n"),
     ],
 )  # fmt: skip
-def test_errors_name_nothing_to_continue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RefdetError, code: int, says: str
+def test_errors_do_not_suggest_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RefdetError, code: int, message: str
 ) -> None:
-    def fails(*_: object, **__: object) -> NoReturn:
+    def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(regions_on_ray, "extract_features", fails)
+    monkeypatch.setattr(regions_on_ray, "extract_features", fail)
     done = DetectorFolder(tmp_path, 1).command("evaluate", "--ray", "local")
-    assert done.exit_code == code and f"error: {says}" in done.stderr
+    assert done.exit_code == code and f"error: {message}" in done.stderr
     assert "kept" not in done.stderr and "resume" not in done.stderr

@@ -1,4 +1,4 @@
-"""Metrics under their older names: written beside the new ones, and read where there is nothing else."""
+"""Old names of metrics: written beside the new ones, and read if a file has only these."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_a_file_of_an_older_refdet_is_read_under_the_new_names() -> None:
 
 
 @pytest.mark.parametrize("metrics", [None, 3, [], {}, {"splits": 3}, {"splits": {"val": None}}])
-def test_what_is_no_metrics_is_left_as_it_is(metrics: Any) -> None:
+def test_values_that_are_not_metrics_are_unchanged(metrics: Any) -> None:
     assert rename_old_names(metrics) == metrics

@@ -1,4 +1,4 @@
-"""Stores whose regions cannot be compared with the refs, or only with a note: sizes, failed images, NaN, categories."""
+"""Stores that do not fit the refs: other image sizes, failed images, NaN and other category names."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ def evaluate(folder: Path, images: list[Regions], **store: Any) -> dict[str, Any
 
 @pytest.mark.parametrize(("height", "width"), [(120, 100), (50, 60), (100, 121)])
 def test_regions_of_resized_images_are_refused(tmp_path: Path, height: int, width: int) -> None:
-    """Their boxes are in other pixels: every overlap would be wrong."""
+    """Their boxes are in pixels of the resized images, so every overlap would be wrong."""
     resized = Regions(
         3, "3.jpg", height, width, np.array([BOX], np.float32), np.ones(1, np.float32), np.ones(1, np.int64)
     )
-    says = rf"of split val, 1 of 3 images has .*image 3 is {width}x{height}, not 120x100\); extract them with: refdet"
-    with pytest.raises(InputError, match=says):
+    message = (
+        rf"of split val, 1 of 3 images has .*image 3 is {width}x{height}, not 120x100\); extract them with: refdet"
+    )
+    with pytest.raises(InputError, match=message):
         evaluate(tmp_path, [regions(1, [BOX]), regions(2, [BOX]), resized])
 
 
-def test_images_that_could_not_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     failed = [Regions.empty(i, f"{i}.jpg", 100, 120, f"{i}.jpg: truncated") for i in (2, 3)]
     metrics = evaluate(tmp_path, [regions(1, [BOX]), *failed])
     val = metrics["splits"]["val"]
@@ -47,14 +49,14 @@ def test_images_that_could_not_be_used_are_counted(tmp_path: Path, caplog: pytes
     assert frame[frame["metric"] == "unusable"]["value"].tolist() == [2.0]
 
 
-def test_images_without_regions_are_no_failures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_regions_are_not_failures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     val = evaluate(tmp_path, [regions(1, [BOX]), regions(2, []), regions(3, [BOX])])["splits"]["val"]
     assert "unusable" not in val and caplog.text == ""
 
 
 @pytest.mark.parametrize("name", ["box", "score"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+def test_boxes_and_scores_must_be_finite(tmp_path: Path, name: str, value: float) -> None:
     """A NaN would make every region after it uncovered, and metrics.json invalid."""
     evaluate(tmp_path, [regions(i, [BOX]) for i in (1, 2, 3)])
     with h5py.File(tmp_path / "a.h5", "r+") as file:
@@ -63,10 +65,10 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, name: str, valu
         evaluate_on_refer(tmp_path / "a.h5", tmp_path / "refer", "toy", "me")
 
 
-@pytest.mark.parametrize(("name", "said"), [("c1", False), ("aerosol can", True)])
-def test_categories_of_other_names_are_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, said: bool
+@pytest.mark.parametrize(("name", "is_noted"), [("c1", False), ("aerosol can", True)])
+def test_categories_with_other_names_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_noted: bool
 ) -> None:
     evaluate(tmp_path, [regions(i, [BOX]) for i in (1, 2, 3)], names={1: name, 7: "unknown to the refs"})
-    assert ("1 of 2 categories has another name in" in caplog.text) == said
-    assert ("(first: 1 is 'aerosol can', not 'c1')" in caplog.text) == said
+    assert ("1 of 2 categories has another name in" in caplog.text) == is_noted
+    assert ("(first: 1 is 'aerosol can', not 'c1')" in caplog.text) == is_noted

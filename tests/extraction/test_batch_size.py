@@ -1,4 +1,4 @@
-"""Batches that fit, and what happens to those that do not."""
+"""Automatic batch sizes, and splitting batches that run out of memory."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from refdet.structures.detection_options import DetectionOptions
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
 IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7
-NO_MEMORY = [
+OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -33,7 +33,7 @@ NO_MEMORY = [
 
 
 @pytest.mark.parametrize("fits", [1, 2, 3, 7])
-def test_a_batch_that_does_not_fit_is_cut(fits: int) -> None:
+def test_a_batch_that_does_not_fit_is_split(fits: int) -> None:
     sizes = []
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
@@ -44,11 +44,13 @@ def test_a_batch_that_does_not_fit_is_cut(fits: int) -> None:
         return lambda: [record.id for record in batch]
 
     assert split_on_oom(compute)(RECORDS, IMAGES)() == list(range(7))
-    assert max(sizes) <= fits and (fits < 7 or sizes == [7])
+    assert max(sizes) <= fits
+    if fits == 7:
+        assert sizes == [7]
 
 
-@pytest.mark.parametrize("error", NO_MEMORY)
-def test_one_image_that_does_not_fit_is_an_error(error: RuntimeError) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_single_image_that_does_not_fit_raises_out_of_memory(error: RuntimeError) -> None:
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
         raise error
 
@@ -56,8 +58,8 @@ def test_one_image_that_does_not_fit_is_an_error(error: RuntimeError) -> None:
         split_on_oom(compute)(RECORDS, IMAGES)
 
 
-@pytest.mark.parametrize("error", NO_MEMORY)
-def test_a_library_without_memory_has_a_batch_cut(error: RuntimeError) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_errors_of_libraries_split_a_batch_too(error: RuntimeError) -> None:
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
         if len(batch) > 2:
             raise error
@@ -66,14 +68,16 @@ def test_a_library_without_memory_has_a_batch_cut(error: RuntimeError) -> None:
     assert split_on_oom(compute)(RECORDS, IMAGES)() == list(range(7))
 
 
-@pytest.mark.parametrize(("free", "cut"), [(2**20, True), (2**33, False)])
+@pytest.mark.parametrize(
+    ("free", "out_of_memory"), [pytest.param(2**20, True, id="1 MiB free"), pytest.param(2**33, False, id="8 GiB free")]
+)
 @pytest.mark.parametrize("text", [
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "GET was unable to find an engine to execute this computation",
 ])  # fmt: skip
-def test_an_error_that_may_have_other_causes_counts_where_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch, text: str, free: int, cut: bool
+def test_an_ambiguous_library_error_is_out_of_memory_only_if_little_memory_is_free(
+    monkeypatch: pytest.MonkeyPatch, text: str, free: int, out_of_memory: bool
 ) -> None:
     tried = []
 
@@ -82,14 +86,14 @@ def test_an_error_that_may_have_other_causes_counts_where_memory_is_short(
         raise RuntimeError(text)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**36))
-    with pytest.raises(torch.cuda.OutOfMemoryError if cut else RuntimeError, match=re.escape(text)) as caught:
+    with pytest.raises(RuntimeError, match=re.escape(text)) as caught:
         split_on_oom(compute)(RECORDS, IMAGES)
-    assert tried == ([7, 3, 1] if cut else [7])
-    assert isinstance(caught.value, torch.cuda.OutOfMemoryError) == cut
+    assert tried == ([7, 3, 1] if out_of_memory else [7])
+    assert isinstance(caught.value, torch.cuda.OutOfMemoryError) == out_of_memory
 
 
 @pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "shape mismatch", ""])
-def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_other_errors_are_raised_unchanged(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     tried = []
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
@@ -102,16 +106,17 @@ def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, text
     assert tried == [7] and type(caught.value) is RuntimeError and str(caught.value) == text
 
 
-def test_a_gpu_that_cannot_be_used_any_more_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_raised_unchanged_if_free_memory_cannot_be_queried(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> tuple[int, int]:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
-    with pytest.raises(RuntimeError, match="CUDNN_STATUS_INTERNAL_ERROR"), as_out_of_memory_error():
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_INTERNAL_ERROR") as caught, as_out_of_memory_error():
         raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+    assert type(caught.value) is RuntimeError
 
 
-def test_what_was_too_large_once_is_not_tried_again() -> None:
+def test_a_batch_size_that_ran_out_of_memory_is_not_tried_again() -> None:
     tried = []
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
@@ -120,25 +125,40 @@ def test_what_was_too_large_once_is_not_tried_again() -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return lambda: [record.id for record in batch]
 
-    cut = split_on_oom(compute)
-    assert cut(RECORDS, IMAGES)() == list(range(7))
+    splitting = split_on_oom(compute)
+    assert splitting(RECORDS, IMAGES)() == list(range(7))
     assert tried == [7, 3, 1, 2, 2, 2]
     tried.clear()
-    assert cut(RECORDS, IMAGES)() == list(range(7))
+    assert splitting(RECORDS, IMAGES)() == list(range(7))
     assert tried == [1, 2, 2, 2]
-    assert cut(RECORDS[:2], IMAGES[:2])() == [0, 1]
+    assert splitting(RECORDS[:2], IMAGES[:2])() == [0, 1]
     assert tried == [1, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("free", "size"), [(0.1, 1), (2.6, 2), (3.9, 2), (5.1, 4), (500, 4)])
-def test_on_the_cpu_it_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch, free: float, size: int) -> None:
-    monkeypatch.setattr(batch_size, "available_bytes", lambda: int(free * 2**30))
+@pytest.mark.parametrize(("free_gib", "size"), [(0.1, 1), (2.6, 2), (3.9, 2), (5.1, 4), (500, 4)])
+def test_on_the_cpu_the_batch_size_follows_from_free_memory(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, size: int
+) -> None:
+    """A power of 2 up to 4, whose images take 1 GiB each of 0.8 of the free memory."""
+    monkeypatch.setattr(batch_size, "available_bytes", lambda: int(free_gib * 2**30))
     detector = SimpleNamespace(model=trained_model())
     assert auto_batch_size(detector, RECORDS, DetectionOptions(), ()) == size  # type: ignore[arg-type]
 
 
-class Gpu:
-    """Memory of a GPU as PyTorch tells of it: a detector takes `held`, libraries `kept`, and a batch `needed`."""
+class FakeGpu:
+    """The memory of a GPU, as PyTorch's functions report it, in bytes.
+
+    Args:
+        monkeypatch: replaces PyTorch's functions.
+        total: memory of the GPU.
+        needed: memory of a batch by its number of images.
+        held: memory of the detector.
+        kept: memory that libraries allocate in the first batch and keep.
+        error: raised if memory is too small.
+
+    Attributes:
+        batches: number of images, shape of the first and options of each batch that was tried.
+    """
 
     def __init__(
         self,
@@ -147,12 +167,12 @@ class Gpu:
         needed: Callable[[int], int],
         held: int = 100,
         kept: int = 0,
-        error: RuntimeError = NO_MEMORY[0],
+        error: RuntimeError = OUT_OF_MEMORY[0],
     ) -> None:
         self.peak, self.allocated = 0, held
         self.batches = list[tuple[int, tuple[int, ...], DetectionOptions]]()
 
-        def start(
+        def start_detecting(
             model: SimpleNamespace,
             images: list[np.ndarray],
             records: list[ImageRecord],
@@ -168,100 +188,105 @@ class Gpu:
                 raise error
             self.peak, self.allocated = max(self.peak, peak), held + kept
 
-        def begin(device: torch.device) -> None:
+        def reset_peak(device: torch.device) -> None:
             self.peak = self.allocated
 
-        block = 8  # the detector's last block, of which a part is unused
-        monkeypatch.setattr(batch_size, "start_detecting", start)
+        block = 8  # unused rest of the last block that PyTorch's allocator reserved for the detector
+        monkeypatch.setattr(batch_size, "start_detecting", start_detecting)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begin)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset_peak)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.allocated + block)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (total - self.allocated - block, total))
 
-    def measured(self) -> MeasuredBatch:
+    def measure(self) -> MeasuredBatch:
+        """Measure the batch size, twice, by both functions that do."""
         parameters = [SimpleNamespace(device=torch.device("cuda"))]
         profiler = object()
         model = SimpleNamespace(parameters=lambda: iter(parameters), profiler=profiler)
         meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
-        detector, options = (
-            SimpleNamespace(model=model, meta=meta),
-            DetectionOptions(score_threshold=0.5, max_regions=36),
-        )
+        detector = SimpleNamespace(model=model, meta=meta)
+        options = DetectionOptions(score_threshold=0.5, max_regions=36)
         records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
         found = measure_batch_size(detector, records, options, ())  # type: ignore[arg-type]
         assert auto_batch_size(detector, records, options, ()) == found.size  # type: ignore[arg-type]
         assert model.profiler is profiler
         return found
 
-    def tried(self) -> list[int]:
-        return [count for count, *_ in self.batches[: len(self.batches) // 2]]  # by the first of two measurements
+    def tried_sizes(self) -> list[int]:
+        """Batch sizes that the first of the two measurements tried."""
+        return [count for count, *_ in self.batches[: len(self.batches) // 2]]
 
 
-def linear(count: int) -> int:
+def linear_memory(count: int) -> int:
     return 20 + 100 * count
 
 
 @pytest.mark.parametrize(("total", "size"), [(220, 1), (310, 1), (350, 1), (500, 2), (900, 4), (1700, 8), (99999, 32)])
-def test_on_a_gpu_it_is_what_was_measured(monkeypatch: pytest.MonkeyPatch, total: int, size: int) -> None:
-    """Of 0.8 of the memory that the detector leaves: at 350 two images fit into all of it, but not into that."""
-    assert Gpu(monkeypatch, total, linear).measured() == MeasuredBatch(size, linear(size))
+def test_on_a_gpu_the_batch_size_is_measured(monkeypatch: pytest.MonkeyPatch, total: int, size: int) -> None:
+    """A batch may take 0.8 of the memory beside the detector's 100 bytes.
+
+    Of a total of 350, that is 200, too little for the 220 of two images, which all of the 250 would hold.
+    """
+    assert FakeGpu(monkeypatch, total, linear_memory).measure() == MeasuredBatch(size, linear_memory(size))
 
 
 @given(
     peaks=st.lists(st.integers(1, 1000), min_size=6, max_size=6).map(sorted),
     kept=st.integers(0, 100),
     total=st.integers(201, 4000),
-    error=st.sampled_from(NO_MEMORY),
+    error=st.sampled_from(OUT_OF_MEMORY),
 )
-def test_however_memory_grows_a_batch_that_was_computed_is_chosen(
+def test_the_chosen_batch_size_was_measured_and_fits_however_memory_grows(
     peaks: list[int], kept: int, total: int, error: RuntimeError
 ) -> None:
     sizes = dict(zip((1, 2, 4, 8, 16, 32), peaks, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        gpu = Gpu(patch, total, sizes.__getitem__, kept=kept, error=error)
+        gpu = FakeGpu(patch, total, sizes.__getitem__, kept=kept, error=error)
         if 100 + kept + peaks[0] > total:
             with pytest.raises(torch.cuda.OutOfMemoryError):
-                gpu.measured()
+                gpu.measure()
             return
-        found = gpu.measured()
+        found = gpu.measure()
     assert found.peak_bytes == sizes[found.size]
     budget = 0.8 * (total - 100 - kept)
     assert found.size == 1 or found.peak_bytes <= budget
-    tried = gpu.tried()
+    tried = gpu.tried_sizes()
     assert tried[:2] == [1, 1] and tried[-1] in (found.size, 2 * found.size)
-    for count in tried[3:]:  # expected to fit
+    # from 4 images up, a size is tried only if it fits by linear extrapolation from the two sizes before it
+    for count in tried[3:]:
         assert 3 * sizes[count // 2] - 2 * sizes[count // 4] <= budget
 
 
-def test_what_memory_grows_by_once_is_not_taken_for_what_each_image_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_jump_in_memory_does_not_stop_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images need much more than one, and 32 hardly more than 8, as conv5 takes RoIs in chunks."""
     peaks = {1: 130, 2: 500, 4: 530, 8: 2020, 16: 2130, 32: 2370}
-    assert Gpu(monkeypatch, 6500, peaks.__getitem__).measured() == MeasuredBatch(32, 2370)
+    assert FakeGpu(monkeypatch, 6500, peaks.__getitem__).measure() == MeasuredBatch(32, 2370)
 
 
-def test_the_images_tried_on_a_gpu_are_the_largest_with_all_the_regions_there_may_be(
+def test_a_gpu_is_measured_with_the_largest_image_and_the_most_regions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = Gpu(monkeypatch, 1000, linear)
-    gpu.measured()
-    most = DetectionOptions(score_threshold=0.0, max_regions=36)
-    assert {(shape, options) for _, shape, options in gpu.batches} == {((200, 250, 3), most)}
-    assert gpu.tried() == [1, 1, 2, 4]  # and not 8, for which it is too small
+    gpu = FakeGpu(monkeypatch, 1000, linear_memory)
+    gpu.measure()
+    every_region = DetectionOptions(score_threshold=0.0, max_regions=36)
+    assert {(shape, options) for _, shape, options in gpu.batches} == {((200, 250, 3), every_region)}
+    # of 0.8 * 900 = 720 bytes, 4 images take 420 and 8 are expected to take 820
+    assert gpu.tried_sizes() == [1, 1, 2, 4]
 
 
-def test_a_gpu_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_too_small_for_one_image_raises_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        Gpu(monkeypatch, 210, linear).measured()
+        FakeGpu(monkeypatch, 210, linear_memory).measure()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "1.5"])
-def test_another_batch_size_is_refused(text: str) -> None:
+def test_an_invalid_batch_size_is_refused(text: str) -> None:
     arguments = ["extract-features", "--checkpoint", "x", "--images", "x", "--out", "x", "--instances", "x"]
     result = CliRunner().invoke(main, [*arguments, "--batch-size", text])
-    assert result.exit_code == 2 and "an integer of 1 or more" in result.output
+    assert result.exit_code == 2 and "give an integer of 1 or more, or auto" in result.output
 
 
 def test_a_feature_named_twice_is_written_once() -> None:

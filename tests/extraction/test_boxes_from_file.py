@@ -1,4 +1,4 @@
-"""--boxes: regions from COCO results and from another store, and what is refused."""
+"""--boxes: regions from COCO results and from another store, and invalid files that are refused."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ from refdet.structures.regions import Regions
 pytestmark = pytest.mark.slow
 
 CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
-GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
+ENTRY = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
 
 
 @pytest.fixture
@@ -40,15 +40,15 @@ def index(tmp_path: Path) -> CocoIndex:
     return CocoIndex.load(tmp_path / "i.json")
 
 
-def results(tmp_path: Path, *entries: Any) -> Path:
+def write_results(tmp_path: Path, *entries: Any) -> Path:
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps(entries))
     return path
 
 
 def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
-    over = {"image_id": 7, "category_id": 44, "bbox": [-5, 90, 300, 30.5]}
-    found = load_boxes(results(tmp_path, GOOD, {**GOOD, "image_id": 9}, over), index)
+    overlapping_border = {"image_id": 7, "category_id": 44, "bbox": [-5, 90, 300, 30.5]}  # of an image of 128x96
+    found = load_boxes(write_results(tmp_path, ENTRY, {**ENTRY, "image_id": 9}, overlapping_border), index)
     regions = found.for_image(index.images[7])
     assert regions.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 128, 96]]
     assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
@@ -59,40 +59,42 @@ def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
 
 
 def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> None:
-    drawn = np.zeros((96, 128), np.uint8, order="F")
-    drawn[20:60, 10:40] = 1
-    rle = coco_mask.encode(drawn)
-    written = {"size": rle["size"], "counts": rle["counts"].decode()}
-    found = load_boxes(results(tmp_path, {**GOOD, "segmentation": written}), index)
+    pixels = np.zeros((96, 128), np.uint8, order="F")
+    pixels[20:60, 10:40] = 1
+    rle = coco_mask.encode(pixels)
+    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    found = load_boxes(write_results(tmp_path, {**ENTRY, "segmentation": segmentation}), index)
     assert found.has_masks and found.for_image(index.images[7]).masks == (rle["counts"],)
     assert found.for_image(index.images[5]).masks == ()
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         ([1, 2], "an object with image_id"),
-        ({**GOOD, "image_id": 8}, "image 8 is not in"),
-        ({**GOOD, "image_id": "7"}, "image_id must be an integer"),
-        ({**GOOD, "category_id": 4}, "category 4 is not in"),
-        ({**GOOD, "bbox": [1, 2, 3]}, "four finite numbers"),
-        ({**GOOD, "bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
-        ({**GOOD, "bbox": [1, 2, 10**400, 4]}, "four finite numbers"),
-        ({**GOOD, "bbox": [1, 2, 0, 4]}, "no area"),
-        ({**GOOD, "bbox": [1, 2, 3, -4]}, "no area"),
-        ({**GOOD, "bbox": [90, 2, 1e-6, 4]}, r"box \[90, 2, 90, 6\] .* has no area"),  # in float32
-        ({**GOOD, "bbox": [128, 2, 3, 4]}, "outside its image of 128x96"),
-        ({**GOOD, "bbox": [128 - 1e-6, 2, 3, 4]}, "outside its image of 128x96"),
-        ({**GOOD, "score": None}, "score must be a finite number"),
-        ({**GOOD, "segmentation": {"size": [96, 128], "counts": "0"}}, "segmentation missing in some entries"),
+        ({**ENTRY, "image_id": 8}, "image 8 is not in"),
+        ({**ENTRY, "image_id": "7"}, "image_id must be an integer"),
+        ({**ENTRY, "category_id": 4}, "category 4 is not in"),
+        ({**ENTRY, "bbox": [1, 2, 3]}, "four finite numbers"),
+        ({**ENTRY, "bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
+        ({**ENTRY, "bbox": [1, 2, 10**400, 4]}, "four finite numbers"),
+        ({**ENTRY, "bbox": [1, 2, 0, 4]}, "no area"),
+        ({**ENTRY, "bbox": [1, 2, 3, -4]}, "no area"),
+        ({**ENTRY, "bbox": [90, 2, 1e-6, 4]}, r"box \[90, 2, 90, 6\] .* has no area"),  # in float32
+        ({**ENTRY, "bbox": [128, 2, 3, 4]}, "outside its image of 128x96"),
+        ({**ENTRY, "bbox": [128 - 1e-6, 2, 3, 4]}, "outside its image of 128x96"),
+        ({**ENTRY, "score": None}, "score must be a finite number"),
+        ({**ENTRY, "segmentation": {"size": [96, 128], "counts": "0"}}, "segmentation missing in some entries"),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, index: CocoIndex, entry: Any, says: str) -> None:
-    with pytest.raises(InputError, match=f"boxes.json: entry 1: .*{says}"):
-        load_boxes(results(tmp_path, GOOD, entry), index)
+def test_an_invalid_entry_is_refused_with_its_number(
+    tmp_path: Path, index: CocoIndex, entry: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"boxes.json: entry 1: .*{message}"):
+        load_boxes(write_results(tmp_path, ENTRY, entry), index)
 
 
-def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+def test_a_file_without_a_list_of_entries_is_refused(tmp_path: Path, index: CocoIndex) -> None:
     (tmp_path / "boxes.json").write_text('{"annotations": []}')
     with pytest.raises(InputError, match="not a list of entries"):
         load_boxes(tmp_path / "boxes.json", index)
@@ -100,44 +102,48 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> 
         load_boxes(tmp_path / "gone.h5", index)
 
 
-def boxes_store(
+def write_boxes_store(
     path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128), **options: Any
 ) -> Path:
-    """A store of these boxes of images of this size, each with an empty mask."""
+    """Write a store with the boxes of each image id, in images of a (height, width), with empty masks."""
     empty = empty_mask(*size)["counts"]
-    rows = [store.ImageRow(i, "a.png", *size, "", len(of), len(empty) * len(of)) for i, of in boxes.items()]
+    images = [
+        Regions(
+            image_id, "a.png", *size, np.array(xyxy, np.float32).reshape(-1, 4), scores=np.ones(len(xyxy), np.float32),
+            category_ids=np.full(len(xyxy), 3), masks=(empty,) * len(xyxy),
+        )
+        for image_id, xyxy in boxes.items()
+    ]  # fmt: skip
+    rows = [store.ImageRow(r.image_id, "a.png", *size, "", len(r), len(empty) * len(r)) for r in images]
     header = store.Header(CATEGORIES, "{}", {}, options)
     with store.create(path, header, store.Columns(masks=True), rows) as writer:
-        for i, of in boxes.items():
-            columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (empty,) * len(of))
-            writer.put(Regions(i, "a.png", *size, np.array(of, np.float32).reshape(-1, 4), *columns))
+        for image in images:
+            writer.put(image)
     return path
 
 
-def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
-    tmp_path: Path, index: CocoIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = boxes_store(tmp_path / "b.h5", {5: [], 7: [[-5, 90, 300, 120.5], [1, 2, 3, 4]], 9: [[0, 0, 9, 9]] * 3})
-    asked: list[int] = []
+def test_regions_of_a_store_are_read_lazily(tmp_path: Path, index: CocoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_boxes_store(tmp_path / "b.h5", {5: [], 7: [[-5, 90, 300, 120.5], [1, 2, 3, 4]], 9: [[0, 0, 9, 9]] * 3})
+    read_ids: list[int] = []
     read = store.Store.read
 
-    def notes(self: store.Store, image_id: int, features: Any = None) -> Regions:
-        asked.append(image_id)
+    def recording_read(self: store.Store, image_id: int, features: Any = None) -> Regions:
+        read_ids.append(image_id)
         return read(self, image_id, features)
 
-    monkeypatch.setattr(store.Store, "read", notes)
+    monkeypatch.setattr(store.Store, "read", recording_read)
     found = load_boxes(path, index)
     assert [found.count(i) for i in (5, 7, 9, 8)] == [0, 2, 3, 0]
-    assert asked == [] and found.has_masks and not found.has_ann_ids
+    assert read_ids == [] and found.has_masks and not found.has_ann_ids
     regions = found.for_image(index.images[7])
-    assert asked == [7]
+    assert read_ids == [7]
     assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
     assert (regions.file_name, regions.masks) == ("7.png", (empty_mask(96, 128)["counts"],) * 2)
     assert [len(found.for_image(index.images[i])) for i in (5, 9)] == [0, 3]
 
 
 @pytest.mark.parametrize(
-    ("boxes", "says"),
+    ("boxes", "message"),
     [
         ({5: [[1, 2, 3, 4]], 8: [[1, 2, 3, 4]]}, "image 8 is not in"),
         ({5: [[1, 2, 3, 4]], 7: [[1, 2, 3, 4], [5, 5, 5, 9]]}, r"image 7: box .* has no area"),
@@ -145,20 +151,22 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
         ({5: [[1, 2, float("nan"), 4]]}, "image 5: box .* has no area"),
     ],
 )
-def test_a_store_of_boxes_is_checked_before_the_work(
-    tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], says: str, monkeypatch: pytest.MonkeyPatch
+def test_a_store_with_invalid_boxes_is_refused_on_loading(
+    tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(boxes_from_file, "_ROWS_AT_ONCE", 2)
-    path = boxes_store(tmp_path / "b.h5", boxes)
-    with pytest.raises(InputError, match=f"`boxes` .*b.h5: {says}"):
+    path = write_boxes_store(tmp_path / "b.h5", boxes)
+    with pytest.raises(InputError, match=f"`boxes` .*b.h5: {message}"):
         load_boxes(path, index)
-    path.rename(tmp_path / "c.h5")  # and it was closed
+
+
+def test_a_store_with_another_image_size_is_refused(tmp_path: Path, index: CocoIndex) -> None:
     with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):
-        load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
+        load_boxes(write_boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
 
 
-def test_a_store_with_a_category_of_no_class_is_refused(tmp_path: Path, index: CocoIndex) -> None:
-    path = boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]] * 2, 7: [[1, 2, 3, 4]] * 2})
+def test_a_store_with_an_unknown_category_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+    path = write_boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]] * 2, 7: [[1, 2, 3, 4]] * 2})
     with h5py.File(path, "r+") as file:
         file["regions/category_id"][3] = 99
     with pytest.raises(InputError, match="`boxes` .*b.h5: image 7: category 99 is not in the classes of the store"):
@@ -166,8 +174,8 @@ def test_a_store_with_a_category_of_no_class_is_refused(tmp_path: Path, index: C
 
 
 def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, index: CocoIndex) -> None:
-    upright = boxes_store(tmp_path / "a.h5", {7: [[1, 2, 3, 4]]}, exif="apply")
-    stored = boxes_store(tmp_path / "b.h5", {7: [[1, 2, 3, 4]]})
+    upright = write_boxes_store(tmp_path / "a.h5", {7: [[1, 2, 3, 4]]}, exif="apply")
+    stored = write_boxes_store(tmp_path / "b.h5", {7: [[1, 2, 3, 4]]})
     with pytest.raises(InputError, match="`boxes` .*a.h5: .* images turned upright .*; add `exif='apply'`"):
         load_boxes(upright, index)
     with pytest.raises(InputError, match="`boxes` .*b.h5: .* images as stored.*; omit `exif='apply'`"):
@@ -176,27 +184,28 @@ def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, inde
 
 
 @pytest.mark.parametrize(
-    ("ids", "says"),
+    ("ids", "messages"),
     [
         ((5, 7, 9), []),
         ((7,), ["note: `boxes` {}: 2 of 3 images have no boxes and so get no regions"]),
         ((), ["`boxes` {}: no boxes of the 3 images, so the store has no regions"]),
     ],
 )
-@pytest.mark.parametrize("kind", ["results", "store"])
+@pytest.mark.parametrize("kind", ["write_results", "store"])
 def test_images_without_boxes_are_counted(
-    tmp_path: Path, index: CocoIndex, ids: tuple[int, ...], says: list[str], kind: str
+    tmp_path: Path, index: CocoIndex, ids: tuple[int, ...], messages: list[str], kind: str
 ) -> None:
-    said = list[str]()
-    boxes = results(tmp_path, *({**GOOD, "image_id": i} for i in ids))
+    lines = list[str]()
     if kind == "store":
-        boxes = boxes_store(tmp_path / "b.h5", {i: [[1, 2, 3, 4]] for i in ids})
-    report_images_without_boxes(boxes, load_boxes(boxes, index).count, list(index.images.values()), said.append)
-    assert said == [line.format(boxes) for line in says]
+        boxes = write_boxes_store(tmp_path / "b.h5", {i: [[1, 2, 3, 4]] for i in ids})
+    else:
+        boxes = write_results(tmp_path, *({**ENTRY, "image_id": i} for i in ids))
+    report_images_without_boxes(boxes, load_boxes(boxes, index).count, list(index.images.values()), lines.append)
+    assert lines == [message.format(boxes) for message in messages]
 
 
 @pytest.fixture
-def run(tmp_path: Path, index: CocoIndex) -> Path:
+def detector(tmp_path: Path, index: CocoIndex) -> Path:
     """A detector of random weights, and images of noise beside it."""
     random = np.random.default_rng(0)
     for image_id in index.images:
@@ -212,45 +221,48 @@ def run(tmp_path: Path, index: CocoIndex) -> Path:
     return tmp_path / "run"
 
 
-def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
+def test_boxes_in_other_formats_are_converted(tmp_path: Path, detector: Path) -> None:
     def extract(out: str, boxes: Path, *more: str) -> Result:
-        arguments = ["extract-features", "--checkpoint", run, "--images", tmp_path, "--out", tmp_path / out,
+        arguments = ["extract-features", "--checkpoint", detector, "--images", tmp_path, "--out", tmp_path / out,
                      "--instances", tmp_path / "i.json", "--device", "cpu", "--features", "pool5"]  # fmt: skip
         return CliRunner().invoke(main, [str(a) for a in (*arguments, "--boxes", boxes, *more)])
 
-    usual = extract("a.h5", results(tmp_path, GOOD))
-    other = extract("b.h5", results(tmp_path, {**GOOD, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
-    assert usual.exit_code == other.exit_code == 0
-    assert "images: 3 of i.json; file size: about " in usual.stderr
+    xywh = extract("a.h5", write_results(tmp_path, ENTRY))
+    xyxy = extract("b.h5", write_results(tmp_path, {**ENTRY, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
+    assert xywh.exit_code == xyxy.exit_code == 0
+    assert "images: 3 of i.json; file size: about " in xywh.stderr
     with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
         assert "box_format" not in a.options and b.options["box_format"] == "xyxy"
         np.testing.assert_array_equal(a[7].boxes, b[7].boxes)
         np.testing.assert_array_equal(a[7].features["pool5"], b[7].features["pool5"])
-    unit = {**GOOD, "bbox": [0.25, 0.25, 0.25, 0.5]}
-    assert extract("c.h5", results(tmp_path, unit), "--box-format", "normalized").exit_code == 0
+    normalized = {**ENTRY, "bbox": [0.25, 0.25, 0.25, 0.5]}
+    assert extract("c.h5", write_results(tmp_path, normalized), "--box-format", "normalized").exit_code == 0
     with store.open(tmp_path / "c.h5") as c:
         assert c.options["box_format"] == "normalized-xywh" and c[7].boxes.tolist() == [[32, 24, 64, 72]]
     of_a_store = extract("d.h5", tmp_path / "c.h5", "--box-format", "xyxy")
     without_boxes = CliRunner().invoke(
         main,
-        ["extract-features", "--checkpoint", str(run), "--images", str(tmp_path), "--out", str(tmp_path / "d.h5"),
+        ["extract-features", "--checkpoint", str(detector), "--images", str(tmp_path), "--out", str(tmp_path / "d.h5"),
          "--instances", str(tmp_path / "i.json"), "--box-format", "xyxy"],
     )  # fmt: skip
-    for refused, says in ((of_a_store, "omit --box-format xyxy"), (without_boxes, "omit")):
-        assert refused.exit_code == 2 and says in refused.stderr.splitlines()[-1]
+    for refused, message in (
+        (of_a_store, "omit --box-format xyxy"),
+        (without_boxes, "--box-format xyxy is for --boxes; give these or omit it"),
+    ):
+        assert refused.exit_code == 2 and message in refused.stderr.splitlines()[-1]
     assert not (tmp_path / "d.h5").exists()
 
 
-def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -> None:
+def test_boxes_of_a_results_file_and_of_its_store_give_the_same_regions(tmp_path: Path, detector: Path) -> None:
     images = ImageList.of_instances(tmp_path / "i.json")
 
     def extract(out: str, boxes: Path, masks: str = "annotated", resume: bool = False) -> Path:
         options = ExtractOptions(features=("pool5", "fc7", "class_prob"), masks=masks)
-        extract_features(run, tmp_path, tmp_path / out, images, options=options, device="cpu", boxes=boxes,
+        extract_features(detector, tmp_path, tmp_path / out, images, options=options, device="cpu", boxes=boxes,
                          resume=resume)  # fmt: skip
         return tmp_path / out
 
-    file = results(tmp_path, GOOD, {**GOOD, "image_id": 9, "category_id": 44})
+    file = write_results(tmp_path, ENTRY, {**ENTRY, "image_id": 9, "category_id": 44})
     first = extract("a.h5", file, masks="predicted")
     again = extract("b.h5", first)
     with store.open(first) as a, store.open(again) as b:
@@ -263,9 +275,11 @@ def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -
             for name, values in one.features.items():
                 np.testing.assert_allclose(values, two.features[name], rtol=1e-5, atol=1e-6)
         assert a[7].features["class_prob"].sum() == pytest.approx(1, abs=1e-5)
-    sure = extract("c.h5", results(tmp_path, {**GOOD, "score": 12.5}, {**GOOD, "score": -3}), masks="predicted")
-    with store.open(sure) as c:
-        assert c[7].scores.tolist() == [12.5, -3]  # of a detector that does not give rates
-    assert verify(sure).problems == [] and verify(first).problems == []
+    logits = extract(
+        "c.h5", write_results(tmp_path, {**ENTRY, "score": 12.5}, {**ENTRY, "score": -3}), masks="predicted"
+    )
+    with store.open(logits) as c:
+        assert c[7].scores.tolist() == [12.5, -3]  # scores need not be probabilities
+    assert verify(logits).problems == [] and verify(first).problems == []
     with pytest.raises(InputError, match="another file of boxes"):
-        extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)
+        extract("a.h5", write_results(tmp_path, ENTRY), masks="predicted", resume=True)

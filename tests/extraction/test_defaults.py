@@ -1,4 +1,4 @@
-"""Defaults that depend on the device, without one."""
+"""Defaults that depend on the device, tested without a GPU."""
 
 import pytest
 import torch
@@ -8,12 +8,14 @@ from refdet.extraction import defaults
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_the_batch_size_is_4_or_what_fits_on_a_gpu() -> None:
+def test_the_batch_size_is_4_on_the_cpu_and_automatic_on_a_gpu() -> None:
     assert defaults.default_batch_size(CPU) == 4 and defaults.default_batch_size(GPU) is None
 
 
 @pytest.mark.parametrize(("cores", "on_gpu"), [(1, 2), (2, 2), (4, 4), (8, 8), (64, 8)])
-def test_workers_are_bounded_by_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, on_gpu: int) -> None:
+def test_the_number_of_workers_follows_from_the_cores_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, cores: int, on_gpu: int
+) -> None:
     monkeypatch.setattr(defaults, "_cores", lambda: cores)
     assert defaults.default_workers(CPU) == 2 and defaults.default_workers(GPU) == on_gpu
 

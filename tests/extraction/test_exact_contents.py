@@ -1,5 +1,7 @@
-"""A real detector on the CPU: the store is the same to the bit whatever the workers, the interruptions and the images
-that are broken; and up to rounding whatever the batch size."""
+"""With a real detector on the CPU, the store does not depend on workers, interruptions or broken images, to the bit.
+
+It depends on the batch size by rounding only.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,14 @@ IMAGES = 38  # more than one shard
 @pytest.fixture(scope="module", params=["c4-res18", "demo"])
 def detector(request: pytest.FixtureRequest, shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = CocoIndex.load(shapes_root / "annotations" / "instances_train2014.json")
-    changes = [
-        *SMALL,
-        "model.norm=batch",
-        "model.zero_init_residual=true",
-        *(PYRAMID if request.param == "demo" else []),
-    ]
-    chosen = recipe.load(request.param).with_changes(changes)
+    changes = [*SMALL, "model.norm=batch", "model.zero_init_residual=true"]
+    if request.param == "demo":
+        changes += PYRAMID
+    small_recipe = recipe.load(request.param).with_changes(changes)
     torch.manual_seed(0)
-    model = MaskRCNN(chosen, len(index.categories))
-    meta = checkpoint.CheckpointMetadata(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
+    model = MaskRCNN(small_recipe, len(index.categories))
+    categories = tuple(index.categories.items())
+    meta = checkpoint.CheckpointMetadata(small_recipe, categories, provenance_of_instances(index), 0)
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, model, meta)
     return folder
@@ -53,8 +53,8 @@ def detector(request: pytest.FixtureRequest, shapes_root: Path, tmp_path_factory
 
 @pytest.fixture(scope="module")
 def images(shapes_root: Path) -> ImageList:
-    chosen = ImageList.of_instances(shapes_root / "annotations" / "instances_train2014.json")
-    return ImageList(chosen.records[:IMAGES], chosen.index, chosen.name)
+    every = ImageList.of_instances(shapes_root / "annotations" / "instances_train2014.json")
+    return ImageList(every.records[:IMAGES], every.index, every.name)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def whole(detector: Path, folder: Path, images: ImageList, tmp_path_factory: pyt
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_change_nothing(
+def test_the_number_of_workers_does_not_change_the_store(
     whole: Path, detector: Path, folder: Path, images: ImageList, tmp_path: Path, workers: int
 ) -> None:
     run(tmp_path / "a.h5", detector, folder, images, workers=workers)
@@ -89,7 +89,7 @@ def test_workers_change_nothing(
 
 
 @pytest.mark.parametrize("at", [0, 20, IMAGES - 1])
-def test_a_stop_changes_nothing(
+def test_an_interruption_does_not_change_the_store(
     whole: Path,
     detector: Path,
     folder: Path,
@@ -100,24 +100,27 @@ def test_a_stop_changes_nothing(
 ) -> None:
     read = ImageSource.read
 
-    def stops(self: ImageSource, record: ImageRecord) -> np.ndarray:
+    def interrupted_read(self: ImageSource, record: ImageRecord) -> np.ndarray:
         if record == images.records[at]:
             raise KeyboardInterrupt
         return read(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageSource, "read", stops)
+        patch.setattr(ImageSource, "read", interrupted_read)
         with pytest.raises(Interrupted, match="`resume=True`"):
             run(tmp_path / "a.h5", detector, folder, images)
     with pytest.raises(InputError, match="`batch_size` was 4 and is now 2"):
         run(tmp_path / "a.h5", detector, folder, images, batch_size=2, resume=True)
     done = run(tmp_path / "a.h5", detector, folder, images, workers=3, resume=True)
-    assert done.computed == IMAGES if at < IMAGES - 1 else 0 < done.computed <= IMAGES - 32  # a shard was finished
+    if at < IMAGES - 1:
+        assert done.computed == IMAGES
+    else:  # the first shard, of 32 images, was finished
+        assert 0 < done.computed <= IMAGES - 32
     assert contents(tmp_path / "a.h5") == contents(whole)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_the_batch_size_changes_no_more_than_rounding(
+def test_the_batch_size_changes_the_store_by_rounding_only(
     whole: Path, detector: Path, folder: Path, images: ImageList, tmp_path: Path, size: int
 ) -> None:
     run(tmp_path / "a.h5", detector, folder, images, batch_size=size)
@@ -138,7 +141,7 @@ def assert_near(found: Regions, expected: Regions) -> None:
 
 
 @pytest.mark.parametrize("regions", ["detections", "annotations"])
-def test_broken_images_change_no_neighbor(
+def test_broken_images_do_not_change_the_regions_of_others(
     detector: Path, folder: Path, images: ImageList, tmp_path: Path, regions: str
 ) -> None:
     run(tmp_path / "whole.h5", detector, folder, images, regions)
@@ -153,9 +156,10 @@ def test_broken_images_change_no_neighbor(
             if image_id in broken:
                 assert broken[image_id].name in found.errors[image_id] and len(found[image_id]) == 0
                 continue
-            one, other = found[image_id], whole[image_id]
-            assert one.masks == other.masks
+            actual, expected = found[image_id], whole[image_id]
+            assert actual.masks == expected.masks
             for name in ("boxes", "scores", "category_ids"):
-                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-            for name in other.features:
-                np.testing.assert_array_equal(one.features[name], other.features[name])
+                np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+            assert actual.features.keys() == expected.features.keys()
+            for name in expected.features:
+                np.testing.assert_array_equal(actual.features[name], expected.features[name])

@@ -1,4 +1,4 @@
-"""Arguments of an extraction that are refused before the work, and options that it does not use."""
+"""Arguments of an extraction that are refused before anything is computed, and options that it does not use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def detector(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"batch_size": 0}, "batch_size: must be a whole number of 1 or more, not 0"),
         ({"batch_size": -1}, "batch_size: .* not -1"),
@@ -39,16 +39,16 @@ def detector(tmp_path: Path) -> Path:
         ({"workers": 0}, "workers: .* not 0"),
     ],
 )
-def test_what_is_no_number_of_images_or_threads_is_refused(
-    tmp_path: Path, detector: Path, given: dict[str, Any], says: str
+def test_an_invalid_batch_size_or_number_of_workers_is_refused(
+    tmp_path: Path, detector: Path, given: dict[str, Any], message: str
 ) -> None:
     images = ImageList.of_instances(tmp_path / "instances.json")
-    with pytest.raises(ArgumentError, match=f"^{says}$"):
+    with pytest.raises(ArgumentError, match=f"^{message}$"):
         extract_features(detector, tmp_path / "images", tmp_path / "a.h5", images, device="cpu", **given)
     assert not list(tmp_path.glob("a.h5*"))
 
 
-def test_a_list_with_an_image_twice_is_refused_before_the_work(tmp_path: Path, detector: Path) -> None:
+def test_an_image_list_with_duplicates_is_refused(tmp_path: Path, detector: Path) -> None:
     images = ImageList.of_instances(tmp_path / "instances.json")
     twice = replace(images, records=[*images.records, images.records[1]])
     with pytest.raises(ArgumentError, match=f"^image_list: has image {images.records[1].id} more than once$"):
@@ -57,7 +57,7 @@ def test_a_list_with_an_image_twice_is_refused_before_the_work(tmp_path: Path, d
 
 
 @pytest.mark.parametrize(
-    ("words", "unused", "of"),
+    ("options", "unused", "reason"),
     [
         (["--regions", "annotations", "--max-regions", "100"], "--max-regions", "--regions annotations"),
         (
@@ -69,16 +69,18 @@ def test_a_list_with_an_image_twice_is_refused_before_the_work(tmp_path: Path, d
         (["--score-threshold", "0.5", "--lower-threshold-if-empty"], "", ""),
     ],
 )
-def test_options_of_detections_are_not_ignored_without_a_word(
-    tmp_path: Path, detector: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], unused: str, of: str
+def test_unused_options_of_detections_are_reported(
+    tmp_path: Path, detector: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], unused: str, reason: str
 ) -> None:
     squares(tmp_path, images=0)
     monkeypatch.chdir(tmp_path)
     paths = ["--checkpoint", "run", "--images", "images", "--out", "a.h5", "--instances", "instances.json"]
-    done = CliRunner().invoke(main, ["extract-features", *paths, *words])
+    done = CliRunner().invoke(main, ["extract-features", *paths, *options])
     assert done.exit_code == 2 and "instances.json: no images to extract" in done.stderr
-    note = f"note: {unused}: for detections only, not used with {of}\n"
-    assert note in done.stderr if unused else "for detections only" not in done.stderr
+    if unused:
+        assert f"note: {unused}: for detections only, not used with {reason}\n" in done.stderr
+    else:
+        assert "for detections only" not in done.stderr
 
 
 @pytest.mark.parametrize("replaced", ["weights", "categories"])
@@ -87,8 +89,8 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_refused(
 ) -> None:
     load = loading.load
 
-    def replacing(path: Path, *given: Any, **named: Any) -> loading.TrainedDetector:
-        loaded = load(path, *given, **named)
+    def load_and_replace(path: Path, *args: Any, **kwargs: Any) -> loading.TrainedDetector:
+        loaded = load(path, *args, **kwargs)
         meta = checkpoint.load_meta(path)
         if replaced == "categories":
             meta = replace(meta, categories=meta.categories[::-1])
@@ -98,7 +100,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_loaded_is_refused(
         checkpoint.save(path, model, meta)
         return loaded
 
-    monkeypatch.setattr(loading, "load", replacing)
+    monkeypatch.setattr(loading, "load", load_and_replace)
     images = ImageList.of_instances(tmp_path / "instances.json")
     with pytest.raises(InputError, match="`checkpoint` .*run: was replaced while it was loaded"):
         extract_features(detector, tmp_path / "images", tmp_path / "a.h5", images, device="cpu")

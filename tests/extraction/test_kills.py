@@ -1,4 +1,4 @@
-"""Extractions that are killed, lose power or run out of disk end, resumed, in the store of an undisturbed one."""
+"""Extractions that are killed, lose power or fill the disk, and then resume, write the store of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -21,27 +21,35 @@ from store_examples import contents
 pytestmark = pytest.mark.slow
 
 
-class Answer(NamedTuple):
+class Outcome(NamedTuple):
+    """Result of a `Case`.
+
+    Attributes:
+        code: exit code, -9 if it was killed.
+        text: error message.
+        steps: steps that changed files, unless it was killed.
+    """
+
     code: int
     text: str
     steps: list[str]
 
 
-Extraction = Callable[..., Answer]
+Extraction = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
 def extraction() -> Iterator[Extraction]:
-    """Runs a `Case` in a process of its own that may die of it."""
+    """Runs a `Case`, given as keyword arguments, in a child process, which may be killed."""
     command = [sys.executable, interrupted_extraction.__file__]
     server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin and server.stdout
 
-    def extract(out: Path, **what: Any) -> Answer:
+    def extract(out: Path, **what: Any) -> Outcome:
         assert server.stdin and server.stdout
         server.stdin.write(line(Case(str(out), **what)))
         server.stdin.flush()
-        return Answer(**json.loads(server.stdout.readline()))
+        return Outcome(**json.loads(server.stdout.readline()))
 
     yield extract
     server.stdin.close()
@@ -60,20 +68,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def steps(extraction: Extraction, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The steps of an undisturbed extraction that change files."""
-    answer = extraction(tmp_path_factory.mktemp("steps") / "a.h5")
-    assert answer.code == 0
-    return answer.steps
+    outcome = extraction(tmp_path_factory.mktemp("steps") / "a.h5")
+    assert outcome.code == 0
+    return outcome.steps
 
 
-def resumed_is(whole: Path, out: Path, what: str) -> int:
-    """Resume and compare; how many images had to be computed."""
+def resume_and_compare(whole: Path, out: Path, what: str) -> int:
+    """Resume, and compare with the undisturbed store; returns how many images had to be computed."""
     computed = run(out, resume=True).computed
     assert contents(out) == contents(whole), what
     assert [path.name for path in out.parent.iterdir()] == ["a.h5"], what
     return computed
 
 
-def fresh(tmp_path: Path, number: object) -> Path:
+def new_store_path(tmp_path: Path, number: object) -> Path:
+    """Path of a store in a new folder."""
     folder = tmp_path / str(number)
     folder.mkdir()
     return folder / "a.h5"
@@ -81,56 +90,65 @@ def fresh(tmp_path: Path, number: object) -> Path:
 
 def test_the_steps_are_those_of_a_whole_extraction(steps: list[str]) -> None:
     assert (steps.count("add"), steps.count("put")) == (len(BATCHES), -(-len(RECORDS) // PUT_AT_ONCE))
-    assert steps.count("replace") == 1 + len(BATCHES) + 2  # the plan, the shards, which file they became, and that file
-    assert steps.count("fsync") == 2 * steps.count("replace") + 2  # of file and folder, and of two folders more
-    assert steps[steps.index("unlink") :][:2] == ["unlink", "fsync"]  # first the plan, for good
+    assert steps.count("replace") == 1 + len(BATCHES) + 2  # plan.json, the shards, merged.json and the store
+    assert (
+        steps.count("fsync") == 2 * steps.count("replace") + 2
+    )  # of each file and its folder, and of two more folders
+    assert steps[steps.index("unlink") :][:2] == ["unlink", "fsync"]  # plan.json is removed first, and that is synced
     assert steps[-1] == "rmdir"
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_killed_at_every_step(
+def test_an_extraction_killed_at_every_step_resumes_to_the_same_store(
     tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str], after: bool
 ) -> None:
     computed = []
     for step, name in enumerate(steps):
         if after and name in ("add", "put"):
-            continue  # nothing happens between this and what comes before the next step
-        out = fresh(tmp_path, step)
+            continue  # nothing is written between the end of these and the start of the next step
+        out = new_store_path(tmp_path, step)
         assert extraction(out, kill=step, after=after).code == -9
-        computed.append(resumed_is(whole, out, f"killed {'after' if after else 'before'} step {step}, {name}"))
-    assert computed == sorted(computed, reverse=True)  # what was finished is not computed again
+        computed.append(resume_and_compare(whole, out, f"killed {'after' if after else 'before'} step {step}, {name}"))
+    assert computed == sorted(computed, reverse=True)  # finished shards are not computed again
     assert (computed[0], computed[-1]) == (len(RECORDS), 0)
 
 
-def test_killed_again_and_again(tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str]) -> None:
-    chance = random.Random(0)
+def test_an_extraction_killed_three_times_resumes_to_the_same_store(
+    tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str]
+) -> None:
+    random_numbers = random.Random(0)
+    killed = 0
     for number in range(12):
-        out = fresh(tmp_path, number)
-        kills = [chance.randrange(len(steps)) for _ in range(3)]
-        for place, kill in enumerate(kills):
-            begun = any(out.parent.iterdir())
-            extraction(out, kill=kill, after=chance.random() < 0.5, resume=place > 0 and begun)
-        resumed_is(whole, out, f"killed at steps {kills}")
+        out = new_store_path(tmp_path, number)
+        kills = [random_numbers.randrange(len(steps)) for _ in range(3)]
+        for kill in kills:
+            started = any(out.parent.iterdir())
+            outcome = extraction(out, kill=kill, after=random_numbers.random() < 0.5, resume=started)
+            killed += outcome.code == -9
+        resume_and_compare(whole, out, f"killed at steps {kills}")
+    assert killed > 12  # a resumed extraction has fewer steps, so some are not killed
 
 
-def test_killed_at_any_time(tmp_path: Path, extraction: Extraction, whole: Path) -> None:
-    chance = random.Random(0)
+def test_an_extraction_killed_at_any_time_resumes_to_the_same_store(
+    tmp_path: Path, extraction: Extraction, whole: Path
+) -> None:
+    random_numbers = random.Random(0)
     for number in range(8):
-        out = fresh(tmp_path, number)
-        seconds = chance.uniform(0.001, 0.15)
+        out = new_store_path(tmp_path, number)
+        seconds = random_numbers.uniform(0.001, 0.15)  # an extraction takes about that long
         extraction(out, seconds=seconds)
-        resumed_is(whole, out, f"killed after {seconds} s")
+        resume_and_compare(whole, out, f"killed after {seconds} s")
 
 
 @pytest.mark.parametrize("loss", ["absent", "empty", "cut", "zeros"])
-def test_power_lost_after_a_rename(
+def test_a_power_failure_after_a_rename_loses_at_most_that_file(
     tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str], loss: str
 ) -> None:
-    """Before the folder is on the disk, the new name may be lost, or what a careless file system kept of the file."""
+    """Until the folder is synced, the new name may be lost; a careless file system may lose the file's contents too."""
     for step, name in enumerate(steps):
         if name != "replace":
             continue
-        out = fresh(tmp_path, step)
+        out = new_store_path(tmp_path, step)
         assert extraction(out, kill=step, after=True).code == -9
         renamed = Path(out.parent.with_suffix(".replaced").read_text())
         data = renamed.read_bytes()
@@ -138,42 +156,43 @@ def test_power_lost_after_a_rename(
             renamed.unlink()
         else:
             renamed.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "zeros": bytes(len(data))}[loss])
-        resumed_is(whole, out, f"{renamed.name} is {loss}")
+        resume_and_compare(whole, out, f"{renamed.name} is {loss}")
 
 
-def test_damage_is_noticed_wherever_it_is(
+def test_a_flipped_bit_anywhere_in_a_shard_is_detected(
     tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = fresh(tmp_path, 0)
+    out = new_store_path(tmp_path, 0)
     assert extraction(out, kill=steps.index("put")).code == -9
     kept = shutil.copytree(out.parent, tmp_path / "kept")
     shard = out.parent / "a.h5.parts" / "000001.shard"
     data = shard.read_bytes()
-    for place in (*range(0, 60, 5), *range(60, len(data), 157), *range(len(data) - 8, len(data), 2)):
+    for offset in (*range(0, 60, 5), *range(60, len(data), 157), *range(len(data) - 8, len(data), 2)):
         shutil.rmtree(out.parent)
         shutil.copytree(kept, out.parent)
-        shard.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        shard.write_bytes(data[:offset] + bytes([data[offset] ^ 4]) + data[offset + 1 :])
         caplog.clear()
-        assert resumed_is(whole, out, f"byte {place} of {len(data)}") == len(BATCHES[1])
+        assert resume_and_compare(whole, out, f"byte {offset} of {len(data)}") == len(BATCHES[1])
         assert f"{shard}: damaged" in caplog.text
 
 
-def test_a_disk_that_is_full_at_every_step(
+def test_a_full_disk_at_every_step_is_reported_and_resumed(
     tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str]
 ) -> None:
     for step, name in enumerate(steps[: steps.index("unlink")]):
-        out = fresh(tmp_path, step)
-        answer = extraction(out, full=step)
-        assert answer.code == 1 and "no space left" in answer.text and str(out) in answer.text, answer
-        assert "--resume" in answer.text or "run it again" in answer.text, answer
-        assert not [path for path in out.parent.rglob(".*") if path.is_file()]  # nothing half-written stays
-        resumed_is(whole, out, f"full at step {step}, {name}")
+        out = new_store_path(tmp_path, step)
+        outcome = extraction(out, full=step)
+        assert outcome.code == 1 and "no space left" in outcome.text and str(out) in outcome.text, outcome
+        assert "--resume" in outcome.text or "run it again" in outcome.text, outcome
+        assert not [path for path in out.parent.rglob(".*") if path.is_file()]  # no temporary files are left
+        resume_and_compare(whole, out, f"full at step {step}, {name}")
 
 
 @pytest.mark.parametrize("kib", [8, 16, 40, 80])
-def test_a_disk_that_is_really_full(tmp_path: Path, whole: Path, kib: int) -> None:
+def test_a_full_tmpfs_is_reported_and_resumed(tmp_path: Path, whole: Path, kib: int) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
+    # in a user namespace of its own, each command may mount a file system of this size
     mount = f"mount -t tmpfs -o size={kib}k none {disk}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -195,14 +214,14 @@ def test_a_disk_that_is_really_full(tmp_path: Path, whole: Path, kib: int) -> No
 def test_a_store_beside_unfinished_shards_is_not_overwritten(
     tmp_path: Path, extraction: Extraction, whole: Path, steps: list[str]
 ) -> None:
-    out = fresh(tmp_path, 0)
-    assert extraction(out, kill=steps.index("finish") + 6).code == -9
-    out.write_bytes(b"somebody's")
-    answer = extraction(out, resume=True)
-    assert answer.code == 2 and "is an unfinished extraction; remove one of them" in answer.text
-    assert out.read_bytes() == b"somebody's"
+    out = new_store_path(tmp_path, 0)
+    assert extraction(out, kill=steps.index("finish") + 6).code == -9  # before the second shard is synced
+    out.write_bytes(b"not refdet's")
+    outcome = extraction(out, resume=True)
+    assert outcome.code == 2 and "is an unfinished extraction; remove one of them" in outcome.text
+    assert out.read_bytes() == b"not refdet's"
     out.unlink()
-    resumed_is(whole, out, "the store was removed")
+    resume_and_compare(whole, out, "the store was removed")
 
 
 def test_the_broken_image_is_in_the_store(whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""The work of an extraction: its plan, its stages, --strict, and what goes wrong in the background."""
+"""The pipeline of an extraction: its plan, its stages, `strict`, and errors in its background thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted_extraction import BATCHES, BROKEN, RECORDS, compute, environment
-from interrupted_extraction import load as load_but_one
+from interrupted_extraction import BATCHES, BROKEN, RECORDS, compute, environment, interrupt_at
+from interrupted_extraction import load as load_with_one_broken
+from resumable_extraction import load
 from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet import store
@@ -35,10 +37,6 @@ from refdet.structures.regions import Regions
 pytestmark = pytest.mark.slow
 
 
-def load(record: ImageRecord) -> np.ndarray:
-    return np.full((record.height, record.width, 3), record.id, np.uint8)
-
-
 def run(out: Path, **changes: Any) -> Summary:
     given: dict[str, Any] = {
         "plan": PLAN, "header": replace(HEADER, options=PLAN.options), "batches": BATCHES, "records": RECORDS,
@@ -49,7 +47,7 @@ def run(out: Path, **changes: Any) -> Summary:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(1, 5), max_size=20), images=st.integers(1, 9))
-def test_shards_are_whole_batches_in_their_order(sizes: list[int], images: int) -> None:
+def test_shards_are_whole_batches_in_order(sizes: list[int], images: int) -> None:
     batches = [[ImageRecord(100 * i + j, "", 1, 1) for j in range(size)] for i, size in enumerate(sizes)]
     shards = split_into_shards(batches, images)
     assert [batch for shard in shards for batch in shard] == batches
@@ -57,13 +55,10 @@ def test_shards_are_whole_batches_in_their_order(sizes: list[int], images: int) 
         assert sum(map(len, shard)) >= images > sum(map(len, shard[:-1]))
 
 
-def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        raise KeyboardInterrupt
-
+def test_resuming_with_other_batches_or_a_damaged_plan_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(Interrupted, match="0 of 10 .*`resume=True`"):
-        run(out, compute=stops)
+        run(out, compute=interrupt_at(BATCHES[0]))
     with pytest.raises(
         InputError, match="started with different settings: `batch_size` was 4 and is now 8; use the same"
     ):
@@ -80,16 +75,14 @@ def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Such as one that was left where a folder of shards was not removed to its end."""
+    """Shards may be left without a plan if removing their folder was interrupted."""
 
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        if batch == BATCHES[2]:
-            raise KeyboardInterrupt
+    def compute_others(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         return lambda: [make_regions(r.id, 1, seed=1) for r in batch]
 
-    other, out = replace(PLAN, options={"score_threshold": 0.9}), tmp_path / "a.h5"
+    other_plan, out = replace(PLAN, options={"score_threshold": 0.9}), tmp_path / "a.h5"
     with pytest.raises(Interrupted):
-        run(out, compute=stops, plan=other)
+        run(out, compute=interrupt_at(BATCHES[2], compute_others), plan=other_plan)
     (tmp_path / "a.h5.parts" / "plan.json").unlink()
     assert run(out).computed == 10
     assert "000001.shard: belongs to another extraction" in caplog.text
@@ -100,55 +93,50 @@ def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog:
 def test_strict_stops_at_a_broken_image_and_keeps_the_rest(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(RuntimeFailure, match=f"`strict`: ümlaut_{BROKEN}.jpg: not a readable image; .*`resume=True`"):
-        run(out, load=load_but_one, strict=True)
+        run(out, load=load_with_one_broken, strict=True)
     assert not out.exists()
     with pytest.raises(RuntimeFailure, match=f"ümlaut_{BROKEN}.jpg"):
-        run(out, load=load_but_one, strict=True, resume=True)
-    mended = run(out, strict=True, resume=True)  # the file was replaced
-    assert (mended.computed, mended.errors) == (len(BATCHES[3]), 0)
+        run(out, load=load_with_one_broken, strict=True, resume=True)
+    repaired = run(out, strict=True, resume=True)
+    assert (repaired.computed, repaired.errors) == (len(BATCHES[3]), 0)
     run(tmp_path / "whole.h5")
     assert contents(out) == contents(tmp_path / "whole.h5")
 
 
-def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        if batch == BATCHES[2]:
-            raise KeyboardInterrupt
-        return compute(batch, images)
-
-    def other_broken(record: ImageRecord) -> np.ndarray:
+def test_strict_computes_shards_with_broken_images_again(tmp_path: Path) -> None:
+    def load_with_first_batch_broken(record: ImageRecord) -> np.ndarray:
         if record.id == BATCHES[0][1].id:
             raise InputError("broken")
         return load(record)
 
     out = tmp_path / "a.h5"
     with pytest.raises(Interrupted, match="5 of 10"):
-        run(out, load=other_broken, compute=stops)
+        run(out, load=load_with_first_batch_broken, compute=interrupt_at(BATCHES[2]))
     with pytest.raises(RuntimeFailure, match="`strict`: broken"):
-        run(out, load=other_broken, strict=True, resume=True)
+        run(out, load=load_with_first_batch_broken, strict=True, resume=True)
     assert run(out, strict=True, resume=True).computed == 10 - len(BATCHES[1])
 
 
 def test_strict_refuses_a_finished_store_with_broken_images(tmp_path: Path) -> None:
-    assert run(tmp_path / "a.h5", load=load_but_one).errors == 1
+    assert run(tmp_path / "a.h5", load=load_with_one_broken).errors == 1
     with pytest.raises(RuntimeFailure, match=f"`strict`: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
-        run(tmp_path / "a.h5", load=load_but_one, strict=True, resume=True)
+        run(tmp_path / "a.h5", load=load_with_one_broken, strict=True, resume=True)
 
 
-def test_a_broken_image_leaves_its_batch_as_large_as_it_was(tmp_path: Path) -> None:
-    asked: list[list[int]] = []
+def test_a_broken_image_is_replaced_so_that_its_batch_keeps_its_size(tmp_path: Path) -> None:
+    computed: list[list[int]] = []
 
-    def notes(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        asked.append([r.id for r in batch])
+    def recording_compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        computed.append([r.id for r in batch])
         return compute(batch, images)
 
-    def broken(record: ImageRecord) -> np.ndarray:
+    def load_unless_broken(record: ImageRecord) -> np.ndarray:
         if record.id in (2, 4, 5, 6):
             raise InputError(f"{record.id} is\0broken \udcff")
         return load(record)
 
-    run(tmp_path / "a.h5", load=broken, compute=notes)
-    assert asked == [[7, 8, 9], [0, 1], [3, 3, 3]]  # and none for a batch of which nothing is left
+    run(tmp_path / "a.h5", load=load_unless_broken, compute=recording_compute)
+    assert computed == [[7, 8, 9], [0, 1], [3, 3, 3]]  # of 5 and 6, both broken, nothing is computed
     run(tmp_path / "whole.h5")
     with store.open(tmp_path / "a.h5") as found, store.open(tmp_path / "whole.h5") as whole:
         assert found.errors == {i: f"{i} is?broken ?" for i in (2, 4, 5, 6)}
@@ -159,70 +147,69 @@ def test_a_broken_image_leaves_its_batch_as_large_as_it_was(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("bad", [-1, 0, 2, 3])
-def test_an_error_in_the_background_is_raised(tmp_path: Path, bad: int) -> None:
-    def fails(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        def finish() -> list[Regions]:
+def test_an_error_in_the_background_thread_is_raised(tmp_path: Path, bad: int) -> None:
+    def compute_but_fail_to_finish(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        def fail() -> list[Regions]:
             raise RuntimeError("the device is gone")
 
-        return finish if batch == BATCHES[bad] else compute(batch, images)
+        return fail if batch == BATCHES[bad] else compute(batch, images)
 
     with pytest.raises(RuntimeError, match="the device is gone"):
-        run(tmp_path / "a.h5", compute=fails)
+        run(tmp_path / "a.h5", compute=compute_but_fail_to_finish)
     assert not list((tmp_path / "a.h5.parts").glob(".*"))
     assert "finish and write" not in [thread.name for thread in threading.enumerate()]
     left = len(BATCHES) - bad % len(BATCHES)
     assert run(tmp_path / "a.h5", resume=True).computed == sum(map(len, BATCHES[-left:]))
 
 
-def test_batches_are_finished_in_order_in_one_other_thread_while_the_next_are_computed(tmp_path: Path) -> None:
+def test_batches_are_finished_in_order_in_a_background_thread(tmp_path: Path) -> None:
     finished: list[tuple[int, bool]] = []
-    second_began = threading.Event()
+    second_started = threading.Event()
 
-    def notes(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+    def recording_compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         if batch == BATCHES[1]:
-            second_began.set()
+            second_started.set()
         regions = compute(batch, images)
 
         def finish() -> list[Regions]:
-            assert second_began.wait(10)  # would fail if the first had to be finished before the second is begun
+            assert second_started.wait(10)  # the second batch is computed before the first is finished
             finished.append((batch[0].id, threading.current_thread() is threading.main_thread()))
             return regions()
 
         return finish
 
-    done = run(tmp_path / "a.h5", compute=notes)
+    done = run(tmp_path / "a.h5", compute=recording_compute)
     assert finished == [(batch[0].id, False) for batch in BATCHES]
     assert tuple(done.stages) == STAGES and all(seconds > 0 for seconds in done.stages.values())
     assert done.images_per_second == pytest.approx(done.computed / done.seconds)
     assert sum(done.stages[name] for name in ("load", "compute", "wait")) <= done.seconds
 
 
-def test_the_background_is_at_most_three_batches_behind(tmp_path: Path) -> None:
-    """One that it works on and two that wait: a GPU holds them all."""
-    begun, most = 0, 0
-    done = 0
+def test_the_background_thread_is_at_most_three_batches_behind(tmp_path: Path) -> None:
+    """One that it works on and two that wait, as all of them are in the memory of the GPU."""
+    started = finished = most_unfinished = 0
 
-    def counts(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        nonlocal begun, most
-        begun += 1
-        most = max(most, begun - done)
-        regions = compute(batch, images, slowly=0.0)
+    def counting_compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        nonlocal started, most_unfinished
+        started += 1
+        most_unfinished = max(most_unfinished, started - finished)
+        regions = compute(batch, images)
 
         def finish() -> list[Regions]:
-            nonlocal done
-            threading.Event().wait(0.01)
-            done += 1
+            nonlocal finished
+            time.sleep(0.01)
+            finished += 1
             return regions()
 
         return finish
 
-    run(tmp_path / "a.h5", compute=counts, batches=[[r] for r in RECORDS])
-    assert 1 < most <= 4  # with the one that is being computed
+    run(tmp_path / "a.h5", compute=counting_compute, batches=[[r] for r in RECORDS])
+    assert 1 < most_unfinished <= 4  # with the one that is being computed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.Signals) -> None:
-    """Of four batches the third is cut short; the two that were handed over are finished first."""
+def test_a_signal_lets_the_background_thread_finish_its_batches(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal interrupts the third of four batches; the first two, of 5 images, are finished."""
     code = (
         "import os, sys, time; from pathlib import Path; import test_pipeline as t\n"
         "def slow(batch, images):\n"
@@ -239,40 +226,45 @@ def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.S
 
 @pytest.mark.parametrize("lacks", ["masks", "ann_ids", "features"])
 def test_regions_that_lack_a_column_are_refused(tmp_path: Path, lacks: str) -> None:
-    def incomplete(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+    def compute_incomplete(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         changes: dict[str, Any] = {lacks: {} if lacks == "features" else None}
         return lambda: [replace(make_regions(r.id, 2), **changes) for r in batch]
 
     with pytest.raises(ValueError, match="image .*: no "):
-        run(tmp_path / "a.h5", compute=incomplete)
+        run(tmp_path / "a.h5", compute=compute_incomplete)
 
 
 def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
-    def changing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+    def compute_other_shapes(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         width = 6 if batch == BATCHES[2] else 5
         features = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, width), np.float32)}
         return lambda: [replace(make_regions(r.id, 2), features=features) for r in batch]
 
     with pytest.raises(RuntimeFailure, match=r"000002.shard: fc7 of image 5 has shape \(6,\), others have \(5,\)"):
-        run(tmp_path / "a.h5", compute=changing)
+        run(tmp_path / "a.h5", compute=compute_other_shapes)
 
 
-def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(pipeline.Session, "summary", lambda *_: {})  # what a store tells of its run differs
+def test_disk_space_for_the_store_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[tuple[int, int]] = []  # start and end in the file
+    monkeypatch.setattr(pipeline.Session, "summary", lambda *_: {})  # the times in the attribute "run" differ
     with monkeypatch.context() as patch:
-        patch.setattr(hdf5_file.os, "posix_fallocate", lambda handle, start, space: seen.append((start, start + space)))
+        patch.setattr(
+            hdf5_file.os, "posix_fallocate", lambda handle, start, space: reserved.append((start, start + space))
+        )
         run(tmp_path / "a.h5")
     run(tmp_path / "b.h5")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
-    with h5py.File(tmp_path / "a.h5") as file:  # these columns fail without harm, the rest is set aside
-        names = [f"{group}/{name}" for group in ("regions", "features") for name in file[group]]
-        seen += [(at, at + data.id.get_storage_size()) for data in map(file.get, names) if (at := data.id.get_offset())]
+    covered = list(reserved)
+    with h5py.File(tmp_path / "a.h5") as file:  # if the disk fills up in these columns, HDF5 does not crash
+        for group in ("regions", "features"):
+            for data in file[group].values():
+                if (offset := data.id.get_offset()) is not None:
+                    covered.append((offset, offset + data.id.get_storage_size()))
     end = 0
-    for first, last in sorted(seen):
+    for first, last in sorted(covered):
         assert first <= end
         end = max(end, last)
-    assert end >= (tmp_path / "a.h5").stat().st_size
+    assert reserved and end >= (tmp_path / "a.h5").stat().st_size
 
     def full(handle: int, start: int, space: int) -> None:
         raise OSError(28, "No space left on device")
@@ -283,26 +275,26 @@ def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeyp
     assert not (tmp_path / "c.h5").exists() and len(list((tmp_path / "c.h5.parts").glob("*.shard"))) == 4
 
 
-def test_the_space_for_many_long_names_and_errors_is_enough(tmp_path: Path) -> None:
+def test_the_reserved_space_suffices_for_long_names_and_errors(tmp_path: Path) -> None:
     records = [ImageRecord(i, f"{'ü' * (i % 90)}{i}.jpg", 40, 50) for i in range(400)]
 
-    def broken(record: ImageRecord) -> np.ndarray:
+    def fail(record: ImageRecord) -> np.ndarray:
         raise InputError("why " * (record.id % 60))
 
-    seen: list[int] = []
-    original = hdf5_file._reserve
+    reserved: list[int] = []
+    reserve = hdf5_file._reserve
 
-    def reserve(file: h5py.File, space: int, start: int = 0) -> None:
-        seen.append(space)
-        original(file, space, start)
+    def recording_reserve(file: h5py.File, space: int, start: int = 0) -> None:
+        reserved.append(space)
+        reserve(file, space, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hdf5_file, "_reserve", reserve)
-        run(tmp_path / "a.h5", records=records, batches=[records], load=broken)
-    assert seen[0] >= (tmp_path / "a.h5").stat().st_size
+        patch.setattr(hdf5_file, "_reserve", recording_reserve)
+        run(tmp_path / "a.h5", records=records, batches=[records], load=fail)
+    assert reserved[0] >= (tmp_path / "a.h5").stat().st_size
 
 
-def test_file_names_that_are_no_text_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_file_names_with_nul_or_surrogates_are_refused(tmp_path: Path) -> None:
     for name in ("a\\u0000.jpg", "a\\udc80.jpg"):
         path = tmp_path / "i.json"
         entry = f'{{"id": 7, "file_name": "{name}", "height": 4, "width": 4}}'
@@ -311,43 +303,54 @@ def test_file_names_that_are_no_text_are_refused_before_the_work(tmp_path: Path)
             CocoIndex.load(path)
 
 
-def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> None:
-    def wide(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        features = {"pool5": np.zeros((2, 5000), np.float32), "fc7": np.zeros((2, 10), np.float32)}
-        return lambda: [
-            replace(make_regions(r.id, 2), features={k: v.copy() for k, v in features.items()}) for r in batch
-        ]
+def test_memory_grows_by_less_than_two_kilobytes_per_image(tmp_path: Path) -> None:
+    """The features of an image take 40 kB."""
 
-    def peak(count: int) -> int:
+    def compute_wide(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        def finish() -> list[Regions]:
+            return [
+                replace(
+                    make_regions(r.id, 2),
+                    features={"pool5": np.zeros((2, 5000), np.float32), "fc7": np.zeros((2, 10), np.float32)},
+                )
+                for r in batch
+            ]
+
+        return finish
+
+    def measure_peak(count: int) -> int:
+        """Extract this many images; returns the most memory allocated, in bytes."""
         records = [ImageRecord(i, f"{i}.jpg", 8, 8) for i in range(count)]
         batches = [records[i : i + 4] for i in range(0, count, 4)]
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        changes = {"records": records, "batches": batches, "load": lambda record: pixels, "compute": compute_wide}
         tracemalloc.start()
         try:
-            picture = np.zeros((8, 8, 3), np.uint8)
-            changes = {"records": records, "batches": batches, "load": lambda record: picture, "compute": wide}
             run(tmp_path / f"{len(list(tmp_path.iterdir()))}.h5", **changes, shard_images=32)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    peak(40)  # what is imported and kept at the first use
-    # of two, as other threads of the process may allocate meanwhile; bytes an image, whose features are 40 kB
-    assert (min(peak(440), peak(440)) - peak(40)) / 400 < 2000
+    measure_peak(40)  # the first use imports modules and fills caches
+    # the lower of two, as other threads of the process may allocate memory meanwhile
+    assert (min(measure_peak(440), measure_peak(440)) - measure_peak(40)) / 400 < 2000
 
 
-@pytest.mark.parametrize(("most", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
-def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: int, waiting: int) -> None:
-    """Batches are loaded ahead as far as their pixels allow, the next one always."""
-    monkeypatch.setattr(pipeline, "_PIXELS_AHEAD", most)
+@pytest.mark.parametrize(("max_pixels", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
+def test_images_are_loaded_ahead_up_to_a_number_of_pixels(
+    monkeypatch: pytest.MonkeyPatch, max_pixels: int, waiting: int
+) -> None:
+    """At least the next batch, of two images of 10 pixels, is loaded ahead."""
+    monkeypatch.setattr(pipeline, "_PIXELS_AHEAD", max_pixels)
     batches = [[ImageRecord(2 * i, "", 5, 2), ImageRecord(2 * i + 1, "", 5, 2)] for i in range(10)]
     loaded: list[int] = []
 
-    def counted(record: ImageRecord) -> np.ndarray:
+    def recording_load(record: ImageRecord) -> np.ndarray:
         loaded.append(record.id)
         return load(record)
 
-    seen = []
-    for number, images in enumerate(pipeline.load_ahead(counted, batches, 1)):
-        seen += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
+    yielded = []
+    for number, images in enumerate(pipeline.load_ahead(recording_load, batches, 1)):
+        yielded += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
         assert len(loaded) <= 2 * number + waiting
-    assert seen == sorted(loaded) == list(range(20))
+    assert yielded == sorted(loaded) == list(range(20))

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster of several nodes, some of which die, write the store of one process."""
+"""Workers on a Ray cluster of several nodes, some of which die, write the store that one process writes."""
 
 from __future__ import annotations
 
@@ -37,32 +37,33 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def limited(cluster: Any) -> Iterator[None]:
+def limit_time(cluster: Any) -> Iterator[None]:
     with time_limit(60):
         yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of one process."""
+    """The store that one process writes."""
     out = tmp_path_factory.mktemp("whole") / "a.h5"
     run(out)
     return out
 
 
-def is_whole(out: Path, whole: Path) -> None:
+def assert_whole(out: Path, whole: Path) -> None:
+    """Check that a store has the contents of another, and that no shards are left."""
     assert contents(out) == contents(whole)
     assert sorted(path.name for path in out.parent.iterdir() if path.is_file()) == ["a.h5"]
     assert not out.with_name("a.h5.parts").exists()
 
 
-def computed_by(who: Path) -> list[int]:
-    """The processes that computed something."""
-    return sorted({int(path.name.partition("-")[0]) for path in who.glob("[0-9]*-*")})
+def computing_processes(records: Path) -> list[int]:
+    """Ids of the processes that computed a batch, from the records of `SlowTools`."""
+    return sorted({int(path.name.partition("-")[0]) for path in records.glob("[0-9]*-*")})
 
 
-def when(condition: Callable[[], object], then: Callable[[], object]) -> threading.Thread:
-    """Do something once a condition is met."""
+def run_when(condition: Callable[[], object], then: Callable[[], object]) -> threading.Thread:
+    """Call ``then`` in a thread once a condition is met."""
 
     def wait() -> None:
         until = time.monotonic() + 90
@@ -76,69 +77,71 @@ def when(condition: Callable[[], object], then: Callable[[], object]) -> threadi
     return thread
 
 
-def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any) -> None:
-    out, who = tmp_path / "a.h5", tmp_path / "who"
-    shown: list[dict[str, Any]] = []
+def test_workers_write_the_store_of_one_process(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, records = tmp_path / "a.h5", tmp_path / "records"
+    workers: list[dict[str, Any]] = []
     folder = tmp_path / "a.h5.parts"
-    watch = when(
-        lambda: list(folder.glob("*.shard")) and read_workers(folder), lambda: shown.extend(read_workers(folder))
+    watch = run_when(
+        lambda: list(folder.glob("*.shard")) and read_workers(folder), lambda: workers.extend(read_workers(folder))
     )
-    done = run_on(cluster.address, out, SlowTools(who, seconds=0.3, together=2))
+    done = run_on(cluster.address, out, SlowTools(records, seconds=0.3, together=2))
     watch.join()
     assert (done.images, done.errors, done.computed) == (len(RECORDS), 1, len(RECORDS))
-    assert len(computed_by(who)) == 2 and done.stages["compute"] > 0.1
-    is_whole(out, whole)
-    assert {one["state"] for one in shown} == {"computing"} and all(one["host"] and one["pid"] for one in shown)
+    assert len(computing_processes(records)) == 2 and done.stages["compute"] > 0.1
+    assert_whole(out, whole)
+    assert {worker["state"] for worker in workers} == {"computing"}
+    assert all(worker["host"] and worker["pid"] for worker in workers)
 
 
-def test_a_worker_that_is_killed_is_replaced(
+def test_a_killed_worker_is_replaced(
     tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    out, who = tmp_path / "a.h5", tmp_path / "who"
+    out, records = tmp_path / "a.h5", tmp_path / "records"
     caplog.set_level("INFO", "refdet")
-    run_on(cluster.address, out, SlowTools(who, die_at=RECORDS[3].id, seconds=0.5))
-    assert (who / "died").exists() and "was lost" in caplog.text
-    assert capfd.readouterr().out == ""  # which is for results; Ray's own words are in the log
+    run_on(cluster.address, out, SlowTools(records, die_at=RECORDS[3].id, seconds=0.5))
+    assert (records / "died").exists() and "was lost" in caplog.text
+    assert capfd.readouterr().out == ""  # stdout is for results; messages of Ray go to the log
     assert "Ray: A worker died or was killed" in caplog.text
-    is_whole(out, whole)
+    assert_whole(out, whole)
 
 
-def test_a_worker_that_is_killed_is_not_replaced_on_a_machine_that_is_left_out(
-    tmp_path: Path, whole: Path, cluster: Any
-) -> None:
+def test_a_killed_worker_is_not_replaced_on_an_excluded_machine(tmp_path: Path, whole: Path, cluster: Any) -> None:
     for name in ("one", "other"):
-        out, who = tmp_path / name / "a.h5", tmp_path / f"who-{name}"
+        out, records = tmp_path / name / "a.h5", tmp_path / f"records-{name}"
         out.parent.mkdir()
         without_images = cluster.list_all_nodes()[1].node_id
-        run_on(cluster.address, out, SlowTools(who, die_at=RECORDS[3].id, missing_node=without_images))
-        assert (who / "died").exists()
-        is_whole(out, whole)
+        run_on(cluster.address, out, SlowTools(records, die_at=RECORDS[3].id, missing_node=without_images))
+        assert (records / "died").exists()
+        assert_whole(out, whole)
 
 
-def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path, whole: Path, cluster: Any) -> None:
+def test_a_shard_that_kills_every_worker_stops_the_extraction(tmp_path: Path, whole: Path, cluster: Any) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(RuntimeFailure, match="workers were lost while they computed it|no worker is left"):
-        run_on(cluster.address, out, SlowTools(tmp_path / "who", die_at=RECORDS[3].id, always=True))
+        run_on(cluster.address, out, SlowTools(tmp_path / "records", die_at=RECORDS[3].id, always=True))
     assert list((tmp_path / "a.h5.parts").glob("*.shard"))
     run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
-    is_whole(out, whole)
+    assert_whole(out, whole)
 
 
-def test_a_worker_without_images_is_left_out_and_one_without_the_folder_sends_its_shards(
+def test_a_worker_without_images_is_excluded_and_one_without_the_folder_sends_its_shards(
     tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, who = tmp_path / "a.h5", tmp_path / "who"
-    unseen = lambda folder, token, workers: write_workers(folder, "of another folder", workers)  # noqa: E731
-    monkeypatch.setattr("refdet.extraction.ray_engine.write_workers", unseen)
-    run_on(cluster.address, out, SlowTools(who, missing_on=0))
+    out, records = tmp_path / "a.h5", tmp_path / "records"
+
+    def write_another_token(folder: Path, token: str, workers: list[Any]) -> None:
+        write_workers(folder, "token of another folder", workers)
+
+    monkeypatch.setattr("refdet.extraction.ray_engine.write_workers", write_another_token)
+    run_on(cluster.address, out, SlowTools(records, missing_on=0))
     assert "note: a worker is left out: `images` /data: not found on node 0" in caplog.text
-    assert len(computed_by(who)) == 1
-    is_whole(out, whole)
+    assert len(computing_processes(records)) == 1
+    assert_whole(out, whole)
 
 
-def test_without_any_worker_that_sees_the_images_nothing_begins(tmp_path: Path, cluster: Any) -> None:
+def test_without_any_worker_that_has_the_images_nothing_is_started(tmp_path: Path, cluster: Any) -> None:
     with pytest.raises(InputError, match="^`images` /data: not found on node [01]$"):
-        run_on(cluster.address, tmp_path / "a.h5", SlowTools(tmp_path / "who", missing_on=-1))
+        run_on(cluster.address, tmp_path / "a.h5", SlowTools(tmp_path / "records", missing_on=-1))
     assert not (tmp_path / "a.h5.parts").exists()
 
 
@@ -146,48 +149,50 @@ def test_a_full_disk_on_one_node_leaves_the_work_to_the_others(
     tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "a.h5"
-    run_on(cluster.address, out, SlowTools(tmp_path / "who", full_on=0))
+    run_on(cluster.address, out, SlowTools(tmp_path / "records", full_on=0))
     assert "note: a worker is left out: " in caplog.text and "No space left on device" in caplog.text
-    is_whole(out, whole)
+    assert_whole(out, whole)
 
 
 def test_a_node_that_is_killed_loses_only_what_it_computed(tmp_path: Path, whole: Path, cluster: Any) -> None:
-    out, who = tmp_path / "a.h5", tmp_path / "who"
+    out, records = tmp_path / "a.h5", tmp_path / "records"
     node = cluster.add_node(**NODE)
-    kill = when(lambda: len(computed_by(who)) == 3, lambda: cluster.remove_node(node, allow_graceful=False))
-    done = run_on(cluster.address, out, SlowTools(who, seconds=0.5, together=3))
+    kill = run_when(
+        lambda: len(computing_processes(records)) == 3, lambda: cluster.remove_node(node, allow_graceful=False)
+    )
+    done = run_on(cluster.address, out, SlowTools(records, seconds=0.5, together=3))
     kill.join()
     assert done.computed == len(RECORDS)
-    is_whole(out, whole)
+    assert_whole(out, whole)
 
 
-def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster: Any) -> None:
-    out, who = tmp_path / "a.h5", tmp_path / "who"
+def test_a_killed_driver_is_resumed(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, records = tmp_path / "a.h5", tmp_path / "records"
     code = (
         "import sys; from pathlib import Path; from ray_extraction import SlowTools, run_on; "
         "run_on(sys.argv[1], Path(sys.argv[2]), SlowTools(Path(sys.argv[3]), seconds=0.5))"
     )
-    command = [sys.executable, "-c", code, cluster.address, str(out), str(who)]
+    command = [sys.executable, "-c", code, cluster.address, str(out), str(records)]
     driver = subprocess.Popen(command, env=environment() | ENVIRONMENT, stderr=subprocess.DEVNULL)
     folder = tmp_path / "a.h5.parts"
-    when(lambda: list(folder.glob("[0-9]*.shard")), lambda: driver.send_signal(signal.SIGKILL)).join()
+    run_when(lambda: list(folder.glob("[0-9]*.shard")), lambda: driver.send_signal(signal.SIGKILL)).join()
     assert driver.wait(30) == -9
     kept = len(list(folder.glob("[0-9]*.shard")))
     assert kept and read_token(folder)
     done = run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
-    assert done.computed < len(RECORDS)
-    is_whole(out, whole)
+    assert 0 < done.computed < len(RECORDS)
+    assert_whole(out, whole)
 
 
 def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -> None:
     out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
-    stop = when(lambda: list(folder.glob("[0-9]*.shard")), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = run_when(lambda: list(folder.glob("[0-9]*.shard")), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="images are finished and kept in .*; continue with `resume=True`"):
-        run_on(cluster.address, out, SlowTools(tmp_path / "who", seconds=0.5))
+        run_on(cluster.address, out, SlowTools(tmp_path / "records", seconds=0.5))
     stop.join()
     assert not (folder / "workers.json").exists()
     run_on(cluster.address, out, SlowTools(tmp_path / "again"), resume=True)
-    is_whole(out, whole)
+    assert_whole(out, whole)
 
 
 def test_ray_does_not_keep_its_signal_handler(cluster: Any) -> None:
@@ -197,29 +202,29 @@ def test_ray_does_not_keep_its_signal_handler(cluster: Any) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "here", "a b:1", "host:0", "host:99999", "ray://host:10001", "http://host:80"])
-def test_what_is_no_address(address: str) -> None:
+def test_an_invalid_address_is_refused(address: str) -> None:
     with pytest.raises(InputError, match=f"^`ray` {address}: "):
         check_address(address)
 
 
-def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
-    for address, device, says in [
+def test_a_cluster_that_does_not_answer_or_has_no_gpu_is_refused(cluster: Any) -> None:
+    for address, device, message in [
         ("127.0.0.1:9", None, r"`ray` 127.0.0.1:9: does not answer \(.*\); check the address"),
         (cluster.address, "cuda", "`device` cuda: the Ray cluster .* has no GPU"),
         (cluster.address, "cuda:1", "`device` cuda:1: with `ray` each worker has a GPU of its own"),
     ]:
-        with pytest.raises(InputError, match=says), connect(address, device):
-            pass
+        with pytest.raises(InputError, match=message), connect(address, device):
+            pytest.fail("connected")
 
 
-def test_commands_with_a_detector(
+def test_commands_on_ray_and_in_parts_give_the_results_of_one_process(
     tmp_path: Path, cluster: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts, and a worker on the cluster, give the store and the AP of one process, to the bit."""
-    signal.alarm(240)  # each worker imports torch, so there is one at a time
+    """The store and the AP are equal to the bit."""
+    signal.alarm(240)  # instead of a minute, as each worker imports torch; for the same reason, only one starts
     slots = Cluster.slots
     monkeypatch.setattr(Cluster, "slots", lambda self: dict([*slots(self).items()][:1]))
-    folder, given = DetectorFolder(tmp_path / "d", 70), ("--regions", "annotations")  # three shards
+    folder = DetectorFolder(tmp_path / "d", 70)  # three shards
     plain, parts, on_ray = (tmp_path / name for name in ("plain.h5", "parts.h5", "ray.h5"))
     for out, *more in [
         (plain,),
@@ -227,7 +232,7 @@ def test_commands_with_a_detector(
         (parts, "--part", "1/2"),
         (on_ray, "--ray", cluster.address),
     ]:
-        done = folder.extract(out, *given, *more)
+        done = folder.extract(out, "--regions", "annotations", *more)
         assert done.exit_code == 0, done.output
     assert "device: Ray, " in done.output and " on 1 machine" in done.output
     assert contents(parts) == contents(plain) and contents(on_ray) == contents(plain)

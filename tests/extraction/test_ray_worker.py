@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detector_folder import DetectorFolder, one_thread
-from interrupted_extraction import BATCHES, RECORDS, compute, load
+from interrupted_extraction import BATCHES, BROKEN, RECORDS, compute, load
 from store_examples import HEADER, PLAN, make_regions
 
 from refdet.data.coco import ImageRecord
@@ -34,7 +34,7 @@ from refdet.structures.regions import Regions
 SHARDS = split_into_shards(BATCHES, 2)
 RECIPE_HEADER = replace(HEADER, options=PLAN.options)
 _ = one_thread  # a fixture
-Make = Callable[[Callable[[ImageRecord], Regions]], Tools]
+MakeTools = Callable[[Callable[[ImageRecord], Regions]], Tools]
 
 
 def shards_in(folder: Path) -> ShardSet:
@@ -42,8 +42,8 @@ def shards_in(folder: Path) -> ShardSet:
 
 
 @contextmanager
-def working(folder: Path, make: Make, strict: bool = False) -> Iterator[ShardWorker]:
-    """A worker of the extraction in a folder."""
+def running_worker(folder: Path, make: MakeTools, strict: bool = False) -> Iterator[ShardWorker]:
+    """A started worker of the extraction in a folder, stopped at the end."""
     folder.mkdir(exist_ok=True)
     worker = ShardWorker(make)
     assert isinstance(worker.start(), Started)
@@ -54,26 +54,28 @@ def working(folder: Path, make: Make, strict: bool = False) -> Iterator[ShardWor
         worker.stop()
 
 
-def plain(given: Callable[[ImageRecord], Regions]) -> Tools:
+def default_tools(given: Callable[[ImageRecord], Regions]) -> Tools:
     return Tools(load, compute)
 
 
-def all_of(worker: ShardWorker, given: dict[int, Regions] | None = None) -> list[Any]:
-    def computed(number: int) -> Finished | Failed:
+def compute_all(worker: ShardWorker, given: dict[int, Regions] | None = None) -> list[Any]:
+    """Compute all shards at the same time; returns a `Finished` or `Failed` each."""
+
+    def compute_shard(number: int) -> Finished | Failed:
         ids = [record.id for batch in SHARDS[number] for record in batch]
         return worker.compute(number, {id_: given[id_] for id_ in ids} if given else {})
 
     with ThreadPoolExecutor(len(SHARDS)) as pool:
-        return list(pool.map(computed, range(len(SHARDS))))
+        return list(pool.map(compute_shard, range(len(SHARDS))))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     folder = tmp_path / "a.h5.parts"
     folder.mkdir()
-    write_workers(folder, "token" if shared else "of another folder", [])
-    with working(folder, plain) as worker:
-        done = all_of(worker)
+    write_workers(folder, "token" if shared else "token of another folder", [])
+    with running_worker(folder, default_tools) as worker:
+        done = compute_all(worker)
     for one in done:
         assert isinstance(one, Finished) and isinstance(one.file, Path) == shared
     adopted = shards_in(folder)
@@ -85,21 +87,21 @@ def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     assert found._rows == adopted._rows and found._shapes == adopted._shapes
 
 
-def test_regions_that_are_given(tmp_path: Path) -> None:
-    def described(given: Callable[[ImageRecord], Regions]) -> Tools:
+def test_a_worker_describes_given_regions(tmp_path: Path) -> None:
+    def copying_tools(given: Callable[[ImageRecord], Regions]) -> Tools:
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
             return lambda: [given(record) for record in batch]
 
         return Tools(load, computing)
 
-    with working(tmp_path / "a.h5.parts", described) as worker:
-        done = all_of(worker, {record.id: make_regions(record.id, 2 + record.id % 3) for record in RECORDS})
-        assert worker._given_regions == {}  # forgotten
-    counts = {row.id: row.regions for one in done for row, _ in one.rows if not row.error}
-    assert counts == {record.id: 2 + record.id % 3 for record in RECORDS if record.id in counts} and len(counts) == 9
+    with running_worker(tmp_path / "a.h5.parts", copying_tools) as worker:
+        done = compute_all(worker, {record.id: make_regions(record.id, 2 + record.id % 3) for record in RECORDS})
+        assert worker._given_regions == {}  # not kept after the shard
+    counts = {row.id: row.regions for shard in done for row, _ in shard.rows if not row.error}
+    assert counts == {record.id: 2 + record.id % 3 for record in RECORDS if record.id != BROKEN}
 
 
-def failing(error: BaseException) -> Make:
+def failing_tools(error: BaseException) -> MakeTools:
     def make(given: Callable[[ImageRecord], Regions]) -> Tools:
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
             raise error
@@ -110,24 +112,31 @@ def failing(error: BaseException) -> Make:
 
 
 @pytest.mark.parametrize(
-    ("make", "strict", "of_machine", "kind", "says"),
+    ("error", "is_machine_error", "kind", "message"),
     [
-        (plain, True, False, UnusableImageError, "^ümlaut_.*.jpg: not a readable image$"),
-        (failing(OSError(errno.ENOSPC, "No space left on device")), False, True, RuntimeFailure, "No space left on"),
-        (failing(MemoryError("too little")), False, True, RuntimeFailure, "MemoryError: too little$"),
-        (failing(ValueError("a bug")), False, False, RuntimeFailure, "ValueError: a bug$"),
-        (failing(InputError("a bad file")), False, False, InputError, "a bad file$"),
-        (failing(RuntimeFailure("no", fix="free it")), False, False, RuntimeFailure, "no$"),  # the driver adds its fix
+        pytest.param(None, False, UnusableImageError, "^ümlaut_.*.jpg: not a readable image$", id="broken image"),
+        pytest.param(
+            OSError(errno.ENOSPC, "No space left on device"), True, RuntimeFailure, "No space left on", id="disk"
+        ),
+        pytest.param(MemoryError("too little"), True, RuntimeFailure, "MemoryError: too little$", id="memory"),
+        pytest.param(ValueError("a bug"), False, RuntimeFailure, "ValueError: a bug$", id="bug"),
+        pytest.param(InputError("a bad file"), False, InputError, "a bad file$", id="bad file"),
+        # the driver adds the fix
+        pytest.param(RuntimeFailure("no", fix="free it"), False, RuntimeFailure, "no$", id="runtime failure"),
     ],
 )
-def test_what_fails_is_reported_for_every_shard(
-    tmp_path: Path, make: Make, strict: bool, of_machine: bool, kind: type[RefdetError], says: str
+def test_an_error_is_reported_for_every_shard(
+    tmp_path: Path, error: Exception | None, is_machine_error: bool, kind: type[RefdetError], message: str
 ) -> None:
-    with working(tmp_path / "a.h5.parts", make, strict) as worker:
-        failed = [one for one in all_of(worker) if isinstance(one, Failed)]
-        failed.append(worker.compute(0, {}))  # it computes nothing more
-    for one in failed:
-        assert (one.is_machine_error, one.kind) == (of_machine, kind) and re.search(says, one.message), one
+    """Without an error of `compute`, ``strict`` makes the broken image one."""
+    make, strict = (default_tools, True) if error is None else (failing_tools(error), False)
+    with running_worker(tmp_path / "a.h5.parts", make, strict) as worker:
+        failed = [result for result in compute_all(worker) if isinstance(result, Failed)]
+        assert 1 <= len(failed) <= len(SHARDS) if strict else len(failed) == len(SHARDS)
+        failed.append(worker.compute(0, {}))  # after an error, it computes nothing more
+    for result in failed:
+        assert (result.is_machine_error, result.kind) == (is_machine_error, kind), result
+        assert re.search(message, result.message), result
 
 
 def without_images(given: Callable[[ImageRecord], Regions]) -> Tools:
@@ -139,21 +148,21 @@ def without_images(given: Callable[[ImageRecord], Regions]) -> Tools:
     return Tools(lost, compute)
 
 
-def test_a_machine_that_loses_its_images_leaves_the_work_to_others(tmp_path: Path) -> None:
-    with working(tmp_path / "a.h5.parts", without_images) as worker:
+def test_losing_the_images_is_a_machine_error(tmp_path: Path) -> None:
+    with running_worker(tmp_path / "a.h5.parts", without_images) as worker:
         failed = worker.compute(0, {})
     assert isinstance(failed, Failed) and failed.is_machine_error and failed.message.startswith("/data/a.zip/1.jpg: ")
 
 
-def test_a_machine_without_room_leaves_the_work_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_temporary_folder_is_a_machine_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
-    worker = ShardWorker(plain)
+    worker = ShardWorker(default_tools)
     worker.start()
     failed = worker.begin(Work(tmp_path, "token", PLAN, RECIPE_HEADER, SHARDS, "", False))
     assert isinstance(failed, Failed) and failed.is_machine_error and "no such folder" in failed.message
 
 
-def rounding(difference: float) -> Make:
+def shifting_tools(difference: float) -> MakeTools:
     def make(given: Callable[[ImageRecord], Regions]) -> Tools:
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
             finish = compute(batch, images)
@@ -164,16 +173,16 @@ def rounding(difference: float) -> Make:
     return make
 
 
-def test_a_shard_that_two_workers_compute_differently_is_that_of_one(tmp_path: Path) -> None:
+def test_of_two_workers_with_different_results_the_first_shard_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "a.h5.parts"
     folder.mkdir()
     write_workers(folder, "token", [])
     adopted = shards_in(folder)
-    with working(folder, rounding(0)) as first, working(folder, rounding(0.5)) as second:
-        done = all_of(first)
+    with running_worker(folder, shifting_tools(0)) as first, running_worker(folder, shifting_tools(0.5)) as second:
+        done = compute_all(first)
         for one in done:
             adopted.adopt(one.number, one.file, one.rows, one.shapes)
-        assert isinstance(second.compute(0, {}), Finished)  # also after its driver has lost it
+        assert isinstance(second.compute(0, {}), Finished)  # as if the first result was lost on its way
     assert shards_in(folder)._rows == adopted._rows and not adopted.missing_shards()
 
 
@@ -189,29 +198,23 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> DetectorTools:
     return DetectorTools.from_job(job, "cpu", None)
 
 
-def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path, one_thread: None) -> None:
+def test_a_worker_that_differs_from_the_driver_is_refused(
+    tools: DetectorTools, tmp_path: Path, one_thread: None
+) -> None:
     started = ShardWorker(tools).start()
     assert isinstance(started, Started) and (started.device, started.precision) == ("cpu, 1 thread each", "float32")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes((tools.images / "0.png").read_bytes())
-    for other, says in [
-        (
-            replace(tools, software="refdet 0.0 (sources 0), torch 1"),
-            r"has refdet .*, the driver refdet 0\.0 .*; install",
-        ),
-        (replace(tools, checkpoint=tmp_path / "run"), "`checkpoint` .*/run: not found on .*; copy it there or use a"),
-        (replace(tools, checkpoint_sha256="0" * 64), "`checkpoint` .*: a different one on .*; copy the same one there"),
-        (replace(tools, recipe="{}"), "`checkpoint` .*: a different one on .*; copy the same one there"),
-        (
-            replace(tools, categories=tools.categories[::-1]),
-            "`checkpoint` .*: a different one on .*; copy the same one there",
-        ),
-        (replace(tools, images=tmp_path / "x.zip"), "`images` .*x.zip: not found on .*; copy the zip there or use a"),
-        (
-            replace(tools, images=tmp_path / "images"),
-            "`images` .*: holds different files on .*; missing there: 2, first",
-        ),
+    another_checkpoint = "`checkpoint` .*: a different one on .*; copy the same one there"
+    for changes, message in [
+        ({"software": "refdet 0.0 (sources 0), torch 1"}, r"has refdet .*, the driver refdet 0\.0 .*; install"),
+        ({"checkpoint": tmp_path / "run"}, "`checkpoint` .*/run: not found on .*; copy it there or use a"),
+        ({"checkpoint_sha256": "0" * 64}, another_checkpoint),
+        ({"recipe": "{}"}, another_checkpoint),
+        ({"categories": tools.categories[::-1]}, another_checkpoint),
+        ({"images": tmp_path / "x.zip"}, "`images` .*x.zip: not found on .*; copy the zip there or use a"),
+        ({"images": tmp_path / "images"}, "`images` .*: holds different files on .*; missing there: 2, first"),
     ]:
-        failed = ShardWorker(other).start()
+        failed = ShardWorker(replace(tools, **changes)).start()
         assert isinstance(failed, Failed) and failed.kind is InputError and not failed.is_machine_error
-        assert re.search(says, failed.message), failed.message
+        assert re.search(message, failed.message), failed.message

@@ -1,10 +1,11 @@
-"""From a seed-named checkpoint to features of real images, killed on the way, exported, and read by other code.
+"""Features of real images by a checkpoint of the reference: extraction, a kill, exports.
 
-Nothing of refdet reads here what refdet has written: only h5py, pycocotools, numpy and json.
+What refdet writes is read without it, by h5py, pycocotools, numpy and json.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -24,8 +25,8 @@ from refdet.cli.main import main
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 IMAGES = 34  # two shards
-REGIONS = 3  # of an image at most
-# the network is the reference's; its input and its proposals are few, for a test has little time
+MAX_REGIONS = 3  # per image
+# the reference's network with smaller inputs and fewer proposals, to be faster
 QUICK = {
     "input": {"min_sizes": [96], "max_size": 150},
     "proposals": {"pre_nms_top_n_test": 200, "post_nms_top_n_test": 4},
@@ -34,7 +35,7 @@ FEATURES = ("pool5", "fc7", "head")
 
 
 def run(*arguments: object) -> str:
-    """What the command line prints on stdout, in this process."""
+    """Run a command in this process; returns its stdout."""
     done = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
@@ -42,7 +43,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imported ResNet-50 of the reference, and the first images of coco_mini's REFER."""
+    """A folder with an imported ResNet-50 of the reference, and an instances file of the first images of coco_mini."""
     folder = tmp_path_factory.mktemp("seed")
     sys.path.insert(0, str(shared / "seed"))
     try:
@@ -55,26 +56,26 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, changes in QUICK.items():
         meta["recipe"][part] |= changes
     (folder / "run" / "model.json").write_text(json.dumps(meta))
-    tree = json.loads((shared / "data/coco_mini/annotations/instances_train2017.json").read_text())
-    tree["images"] = tree["images"][:IMAGES]
-    kept = {image["id"] for image in tree["images"]}
-    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in kept]
-    (folder / "instances.json").write_text(json.dumps(tree))
+    instances = json.loads((shared / "data/coco_mini/annotations/instances_train2017.json").read_text())
+    instances["images"] = instances["images"][:IMAGES]
+    kept = {image["id"] for image in instances["images"]}
+    instances["annotations"] = [a for a in instances["annotations"] if a["image_id"] in kept]
+    (folder / "instances.json").write_text(json.dumps(instances))
     return folder
 
 
-def extraction(folder: Path, shared: Path, out: Path) -> list[object]:
+def extract_command(folder: Path, shared: Path, out: Path) -> list[object]:
     return [
         "extract-features", "--checkpoint", folder / "run", "--images", shared / "data/coco_mini/train2017",
         "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--lower-threshold-if-empty",
-        "--max-regions", REGIONS, "--features", ",".join(FEATURES),
+        "--max-regions", MAX_REGIONS, "--features", ",".join(FEATURES),
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, shared: Path) -> Path:
-    """The store of a run that nothing disturbed."""
-    run(*extraction(folder, shared, folder / "whole.h5"))
+    """The store of an undisturbed extraction."""
+    run(*extract_command(folder, shared, folder / "whole.h5"))
     return folder / "whole.h5"
 
 
@@ -86,8 +87,8 @@ def contents(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def killed_when_a_shard_is_there(command: list[object], parts: Path) -> bool:
-    """Whether an extraction, in a process of its own, was still at work when it was killed."""
+def kill_when_a_shard_is_finished(command: list[object], parts: Path) -> bool:
+    """Kill an extraction once its first shard is finished; returns whether it was still running."""
     words = [sys.executable, "-m", "refdet", *map(str, command)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -98,46 +99,50 @@ def killed_when_a_shard_is_there(command: list[object], parts: Path) -> bool:
     return process.returncode == -signal.SIGKILL and parts.exists()
 
 
-def test_killed_and_resumed_it_is_the_same(folder: Path, shared: Path, whole: Path) -> None:
+def test_a_killed_and_resumed_extraction_gives_the_same_store(folder: Path, shared: Path, whole: Path) -> None:
     out = folder / "killed.h5"
-    for _ in range(4):  # it may be sooner done than killed
-        if killed_when_a_shard_is_there(extraction(folder, shared, out), folder / "killed.h5.parts"):
+    for _ in range(4):  # it may finish before it is killed
+        if kill_when_a_shard_is_finished(extract_command(folder, shared, out), folder / "killed.h5.parts"):
             break
         out.unlink()
     assert list((folder / "killed.h5.parts").glob("[0-9]*.shard")) and not out.exists()
-    run(*extraction(folder, shared, out), "--resume")
-    one, other = contents(whole), contents(out)
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, other[name], err_msg=name)
+    run(*extract_command(folder, shared, out), "--resume")
+    expected, actual = contents(whole), contents(out)
+    assert expected.keys() == actual.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(values, actual[name], err_msg=name)
     assert "OK" in run("inspect", out, "--verify")
 
 
-def test_the_store_by_h5py_and_pycocotools(whole: Path, folder: Path) -> None:
+def test_h5py_and_pycocotools_read_the_store(whole: Path, folder: Path) -> None:
     sizes = {i["id"]: (i["height"], i["width"]) for i in json.loads((folder / "instances.json").read_text())["images"]}
+    masks = 0
     with h5py.File(whole) as file:
         ids, starts = file["images/id"][:], file["images/region_start"][:]
-        assert ids.tolist() == list(sizes) and (np.diff(starts) >= 1).all() and (np.diff(starts) <= REGIONS).all()
+        assert ids.tolist() == list(sizes) and (np.diff(starts) >= 1).all() and (np.diff(starts) <= MAX_REGIONS).all()
         assert "seed.pth" in json.dumps(json.loads(file.attrs["provenance"]))  # where its weights are from
         for place, image_id in enumerate(ids.tolist()):
             a, b = starts[place : place + 2]
             height, width = sizes[image_id]
-            boxes, ends = file["regions/box"][a:b], file["regions/mask_start"][a : b + 1]
-            counts = [file["regions/mask_counts"][s:e].tobytes() for s, e in zip(ends, ends[1:], strict=False)]
-            inside = coco_mask.toBbox([{"size": [height, width], "counts": c} for c in counts])
-            full = inside[inside[:, 2] > 0]
-            own = boxes[inside[:, 2] > 0]
-            assert (full[:, :2] >= np.floor(own[:, :2]) - 1).all()
-            assert (full[:, :2] + full[:, 2:] <= np.ceil(own[:, 2:]) + 1).all()
+            boxes, mask_starts = file["regions/box"][a:b], file["regions/mask_start"][a : b + 1]
+            counts = [file["regions/mask_counts"][s:e].tobytes() for s, e in itertools.pairwise(mask_starts)]
+            mask_boxes = coco_mask.toBbox([{"size": [height, width], "counts": c} for c in counts])  # xywh
+            # each mask lies in its box, up to a pixel, unless it is empty
+            is_empty = mask_boxes[:, 2] == 0
+            mask_boxes, boxes = mask_boxes[~is_empty], boxes[~is_empty]
+            assert (mask_boxes[:, :2] >= np.floor(boxes[:, :2]) - 1).all()
+            assert (mask_boxes[:, :2] + mask_boxes[:, 2:] <= np.ceil(boxes[:, 2:]) + 1).all()
+            masks += len(mask_boxes)
             assert file["features/pool5"][a:b].shape == (b - a, 1024) and file["features/fc7"][a:b].shape[1] == 2048
             first, last = file["maps/head_start"][place : place + 2]
             head = file["maps/head"][first:last].reshape(file["maps/head_shape"][place])
             net_height, net_width, scale = file["maps/im_info"][place]
             assert abs(net_height - height * scale) <= 1 and abs(net_width - width * scale) <= 1
             assert head.shape == (1024, -(-int(net_height) // 16), -(-int(net_width) // 16))
+    assert masks > 0
 
 
-def test_the_exports_by_other_code(whole: Path, folder: Path, shared: Path) -> None:
+def test_numpy_json_and_lmdb_read_the_exports(whole: Path, folder: Path, shared: Path) -> None:
     data = contents(whole)
     starts = data["images/region_start"]
     run("export", "--features", whole, "--format", "npz", "--out", folder / "npz")
@@ -161,4 +166,4 @@ def test_the_exports_by_other_code(whole: Path, folder: Path, shared: Path) -> N
     run("export", "--features", whole, "--format", "lmdb", "--out", folder / "lmdb")
     path = next(p for p in (folder / "lmdb").iterdir() if p.name != "provenance.json")
     with lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir()) as environment:
-        assert environment.stat()["entries"] == IMAGES + 1  # and the list of keys
+        assert environment.stat()["entries"] == IMAGES + 1  # the images and the list of keys

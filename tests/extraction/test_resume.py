@@ -1,4 +1,4 @@
-"""What is refused when an extraction is begun or continued, and who may write where."""
+"""Starting and resuming: settings and files that are refused, files of other programs, and repeated interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from refdet.errors import InputError, Interrupted
 from refdet.extraction import shards
 from refdet.files import atomic
 
-OTHERS = [
+OTHER_HEADERS = [
     (replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {"input": {"min_sizes": [800], "max_size": 1000}})),
      r"another recipe of the checkpoint \(input.min_sizes was \[600\] and is now \[800\]\)"),
     (replace(RECIPE_HEADER, recipe="name: other"), "another recipe of the checkpoint"),
@@ -34,9 +34,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(("header", "says"), OTHERS)
-def test_another_model_beside_the_same_weights_is_refused(
-    tmp_path: Path, header: Any, says: str, finished: bool
+@pytest.mark.parametrize(("header", "message"), OTHER_HEADERS)
+def test_another_recipe_classes_or_provenance_is_refused(
+    tmp_path: Path, header: Any, message: str, finished: bool
 ) -> None:
     out = tmp_path / "a.h5"
     if finished:
@@ -44,12 +44,12 @@ def test_another_model_beside_the_same_weights_is_refused(
     else:
         with pytest.raises(Interrupted):
             run(out, stop_at=2)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         run(out, header=header, resume=True)
     assert run(out, resume=True).computed == (0 if finished else 5)
 
 
-def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
+def test_of_many_changes_of_a_recipe_three_are_listed(tmp_path: Path) -> None:
     run(tmp_path / "a.h5")
     many = replace(RECIPE_HEADER, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
         run(tmp_path / "a.h5", header=many, resume=True)
 
 
-def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_plan_without_a_recipe_of_an_older_version_is_refused(tmp_path: Path) -> None:
     out, plan = tmp_path / "a.h5", tmp_path / "a.h5.parts" / "plan.json"
     with pytest.raises(Interrupted):
         run(out, stop_at=2)
@@ -69,13 +69,13 @@ def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path
         run(out, resume=True)
 
 
-def test_a_file_of_somebody_else_is_not_overwritten_by_finished_shards(tmp_path: Path) -> None:
+def test_finished_shards_do_not_overwrite_a_file_of_another_program(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     interrupted_before_the_merge(out)
-    out.write_bytes(b"somebody's")
+    out.write_bytes(b"not refdet's")
     with pytest.raises(InputError, match="a.h5 exists, but .* is an unfinished extraction; remove one of them"):
         run(out, resume=True)
-    assert out.read_bytes() == b"somebody's"
+    assert out.read_bytes() == b"not refdet's"
     out.unlink()
     assert run(out, resume=True).computed == 0
 
@@ -83,29 +83,29 @@ def test_a_file_of_somebody_else_is_not_overwritten_by_finished_shards(tmp_path:
 def test_a_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
 
-    def writes(record: ImageRecord) -> np.ndarray:
-        out.write_bytes(b"somebody's")
+    def load_and_write(record: ImageRecord) -> np.ndarray:
+        out.write_bytes(b"not refdet's")
         return load(record)
 
     with pytest.raises(InputError, match="remove one of them"):
-        run(out, load=writes)
-    assert out.read_bytes() == b"somebody's"
+        run(out, load=load_and_write)
+    assert out.read_bytes() == b"not refdet's"
 
 
-def test_a_file_put_in_the_place_of_a_store_that_was_merged_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_that_replaced_the_merged_store_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(shards, "remove_merged", interrupt)
         run(out)
     other = tmp_path / "other"
-    other.write_bytes(b"somebody's")
+    other.write_bytes(b"not refdet's")
     other.rename(out)
     with pytest.raises(InputError, match="remove one of them"):
         run(out, resume=True)
-    assert out.read_bytes() == b"somebody's"
+    assert out.read_bytes() == b"not refdet's"
 
 
-def test_a_file_system_without_locks_is_told_once(
+def test_a_file_system_without_locks_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(handle: int, operation: int) -> None:
@@ -116,8 +116,8 @@ def test_a_file_system_without_locks_is_told_once(
     assert caplog.text.count("file system without locks (No locks available); make sure no other process") == 1
 
 
-def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> None:
-    """The lock must not go before; what was handed over is finished as after one Ctrl-C."""
+def test_a_second_ctrl_c_waits_for_the_background_thread(tmp_path: Path) -> None:
+    """The lock is held until that thread has finished the batches it has, as after one Ctrl-C."""
     code = (
         "import os, signal, sys, threading, time; from pathlib import Path; import resumable_extraction as t\n"
         "def press(): os.kill(os.getpid(), signal.SIGINT)\n"
@@ -138,23 +138,23 @@ def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> Non
     assert contents(tmp_path / "a.h5") == contents(tmp_path / "whole.h5")
 
 
-def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
-    """After the rename, and then three times before the next one: the file that is there stays known as its own."""
+def test_an_extraction_interrupted_in_several_merges_is_finished(tmp_path: Path) -> None:
+    """First after the rename, and then three times before it; the merged file is still recognized as refdet's."""
     out = tmp_path / "a.h5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "remove_merged", interrupt)
         with pytest.raises(Interrupted, match="stopped"):
             run(out)
-    replace = os.replace
+    rename = os.replace
 
-    def stopped(old: str | Path, new: str | Path) -> None:
+    def interrupted_replace(old: str | Path, new: str | Path) -> None:
         if Path(new) == out:
             raise KeyboardInterrupt
-        replace(old, new)
+        rename(old, new)
 
     for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(atomic.os, "replace", stopped)
+            patch.setattr(atomic.os, "replace", interrupted_replace)
             with pytest.raises(Interrupted, match="stopped"):
                 run(out, resume=True)
     run(out, resume=True)
@@ -162,35 +162,35 @@ def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
         assert len(file) == len(RECORDS)
 
 
-def test_files_of_somebody_else_beside_a_store_and_its_shards_stay(tmp_path: Path) -> None:
+def test_files_of_other_programs_beside_a_store_and_its_shards_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    mine = [tmp_path / name for name in (".a.original.h5", ".a.backup01.h5", ".a.0123abcd.h5", "a.txt")]
-    for path in mine:
-        path.write_text("mine")
+    beside = [tmp_path / name for name in (".a.original.h5", ".a.backup01.h5", ".a.0123abcd.h5", "a.txt")]
+    for path in beside:
+        path.write_text("not refdet's")
     with pytest.raises(Interrupted):
         run(out, stop_at=2)
     inside = [tmp_path / "a.h5.parts" / name for name in (".notes", "notes.txt", ".000001.txt")]
     for path in inside:
-        path.write_text("mine")
-    half = [tmp_path / ".a.0123abcd.refdet-tmp.h5", tmp_path / "a.h5.parts" / ".000001.0123abcd.refdet-tmp.shard"]
-    for path in half:
-        path.write_text("half")
+        path.write_text("not refdet's")
+    temporary = [tmp_path / ".a.0123abcd.refdet-tmp.h5", tmp_path / "a.h5.parts" / ".000001.0123abcd.refdet-tmp.shard"]
+    for path in temporary:
+        path.write_text("half-written")
     assert run(out, resume=True).computed == 5
-    assert all(path.read_text() == "mine" for path in [*mine, *inside])
+    assert all(path.read_text() == "not refdet's" for path in [*beside, *inside])
     assert not list((tmp_path / "a.h5.parts").glob("*.shard")) and not (tmp_path / "a.h5.parts" / "plan.json").exists()
-    assert not any(path.exists() for path in half)
+    assert not any(path.exists() for path in temporary)
 
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("name", ["notes.txt", ".notes", "photo.jpg", "000001.shard.bak"])
-def test_a_folder_of_somebody_else_is_not_taken_for_shards(tmp_path: Path, name: str, resume: bool) -> None:
+def test_a_folder_with_other_files_is_not_used_for_shards(tmp_path: Path, name: str, resume: bool) -> None:
     (tmp_path / "a.h5.parts").mkdir()
-    (tmp_path / "a.h5.parts" / name).write_text("mine")
+    (tmp_path / "a.h5.parts" / name).write_text("not refdet's")
     with pytest.raises(InputError, match=f"contains {name}, not part of an extraction"):
         run(tmp_path / "a.h5", resume=resume)
     assert [path.name for path in (tmp_path / "a.h5.parts").iterdir()] == [name]
 
 
-def test_where_nothing_was_begun_it_starts_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_without_shards_starts_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(tmp_path / "a.h5", resume=True).computed == len(RECORDS)
     assert "nothing to resume in" in caplog.text and "starting from the beginning" in caplog.text

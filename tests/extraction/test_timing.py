@@ -1,4 +1,4 @@
-"""What a store tells of its run: all sessions together, and the share of each stage."""
+"""The timing of an extraction in a store: the sum over its sessions, and the share of each stage."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from refdet.errors import Interrupted
 from refdet.extraction.timing import STAGES, Session
 
 
-def told(out: Path) -> dict[str, Any]:
+def read_run(out: Path) -> dict[str, Any]:
+    """The timing that a store records."""
     with store.open(out) as found:
         return found.run
 
 
-def test_the_run_is_of_all_sessions(tmp_path: Path) -> None:
+def test_a_store_records_the_time_of_all_sessions(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    seconds = 0.0
     for stop_at in (1, 2):
         with pytest.raises(Interrupted):
             run(out, stop_at=stop_at, resume=True)
     done = run(out, resume=True)
-    seconds += done.seconds
-    found = told(out)
+    found = read_run(out)
     assert (found["sessions"], found["images"], done.computed) == (3, 10, 5)
-    assert found["seconds"] > seconds
+    assert found["seconds"] > done.seconds  # of the last session alone
     assert found["images_per_second"] == pytest.approx(10 / found["seconds"], rel=0.1)
     assert tuple(found["stages"]) == tuple(found["shares"]) == STAGES
     assert found["stages"]["merge"] > 0
-    whole = found["seconds"] + found["stages"]["merge"]
-    assert found["shares"]["compute"] == pytest.approx(found["stages"]["compute"] / whole, abs=0.05)
+    total = found["seconds"] + found["stages"]["merge"]
+    assert found["shares"]["compute"] == pytest.approx(found["stages"]["compute"] / total, abs=0.05)
     assert sum(found["shares"][name] for name in ("load", "compute", "wait", "merge")) <= 1.001
 
 
-def test_a_stop_in_the_merge_loses_no_image_of_the_run(tmp_path: Path) -> None:
+def test_an_interruption_during_the_merge_keeps_the_count_of_images(tmp_path: Path) -> None:
     interrupted_before_the_merge(tmp_path / "a.h5")
     assert run(tmp_path / "a.h5", resume=True).computed == 0
-    found = told(tmp_path / "a.h5")
+    found = read_run(tmp_path / "a.h5")
     assert (found["sessions"], found["images"]) == (2, 10) and found["images_per_second"] > 0
 
 
-def test_a_killed_session_counts_to_its_last_shard(tmp_path: Path) -> None:
+def test_a_killed_session_counts_up_to_its_last_shard(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; import resumable_extraction as t\n"
         "def killed(batch, images):\n"
@@ -59,22 +58,23 @@ def test_a_killed_session_counts_to_its_last_shard(tmp_path: Path) -> None:
         "t.run(Path(sys.argv[1]), compute=killed)\n"
     )
     out = tmp_path / "a.h5"
-    subprocess.run([sys.executable, "-c", code, str(out)], env=environment(), capture_output=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code, str(out)], env=environment(), capture_output=True, timeout=60)
+    assert process.returncode == -9
     log = tmp_path / "a.h5.parts" / "sessions.jsonl"
-    log.write_text(log.read_text() + '\n{"session": 1, "ima')  # as a kill cuts it
+    log.write_text(log.read_text() + '\n{"session": 1, "ima')  # a line truncated by the kill
     assert run(out, resume=True).computed == sum(map(len, BATCHES[2:]))
-    found = told(out)
+    found = read_run(out)
     assert (found["sessions"], found["images"]) == (2, 10)
 
 
-def test_shares_of_one_run(tmp_path: Path) -> None:
+def test_the_summary_has_the_share_of_each_stage(tmp_path: Path) -> None:
     done = run(tmp_path / "a.h5")
     assert tuple(done.shares) == STAGES
     assert done.shares["merge"] == pytest.approx(done.stages["merge"] / (done.seconds + done.stages["merge"]))
-    assert set(run(tmp_path / "a.h5", resume=True).shares.values()) == {0.0}
+    assert set(run(tmp_path / "a.h5", resume=True).shares.values()) == {0.0}  # nothing was left to compute
 
 
-def test_a_log_that_cannot_be_written_costs_no_work(tmp_path: Path) -> None:
+def test_a_session_log_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     session = Session(tmp_path / "gone")
     session.record_shard(3)
     assert session.summary()["images"] == 3 and session.summary()["sessions"] == 1

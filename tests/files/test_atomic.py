@@ -13,7 +13,7 @@ from refdet.files import atomic
 from refdet.files.atomic import TEMPORARY_MARK, atomic_write, find_temporary_files, write_json, write_json_once
 
 
-def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
+def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "new" / "values.npz"
     with atomic_write(target) as temporary:
         assert temporary.parent == target.parent and temporary.suffix == ".npz"
@@ -24,7 +24,7 @@ def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "values.txt"
     target.write_text("old")
     with pytest.raises(error), atomic_write(target) as temporary:
@@ -34,14 +34,14 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]
     assert target.read_text() == "old"
 
 
-def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
+def test_errors_name_the_target_and_not_the_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "values.txt"
     with pytest.raises(FileNotFoundError) as caught, atomic_write(target):
         pass  # nothing was written
     assert caught.value.filename == str(target)
 
 
-def test_removing_the_temporary_file_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_cleanup_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(path: Path, missing_ok: bool = False) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
@@ -50,20 +50,27 @@ def test_removing_the_temporary_file_does_not_hide_the_error(tmp_path: Path, mon
         raise ValueError("the error itself")
 
 
-def test_a_name_that_is_too_long_is_in_the_error(tmp_path: Path) -> None:
+def test_a_file_name_that_is_too_long_fails_at_the_first_write(tmp_path: Path) -> None:
     target = tmp_path / ("n" * 260 + ".json")
     with pytest.raises(OSError, match="name too long") as caught, atomic_write(target) as temporary:
         temporary.write_text("text")
-        pytest.fail("the work was done in vain")
+        pytest.fail("written in vain, as the rename would fail")
     assert caught.value.filename == str(target)
 
 
-LONG = ["n" * 250 + ".json", "n" * 245 + ".json", "ü" * 125 + ".json", "n" * 255, "n." + "s" * 250, "n" * 221 + ".json"]
+LONG_NAMES = [
+    "n" * 250 + ".json",
+    "n" * 245 + ".json",
+    "ü" * 125 + ".json",
+    "n" * 255,
+    "n." + "s" * 250,
+    "n" * 221 + ".json",
+]
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
-    others = [other for other in LONG if other != name]
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_the_longest_valid_file_names_can_be_written(tmp_path: Path, name: str) -> None:
+    others = [other for other in LONG_NAMES if other != name]
     with atomic_write(tmp_path / name) as temporary:
         temporary.write_text("text")
         assert find_temporary_files(tmp_path, name) == [temporary]
@@ -78,20 +85,20 @@ def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
     assert text.index("z") < text.index("a") and text.endswith("}\n")
 
 
-def test_what_is_no_json_leaves_no_file(tmp_path: Path) -> None:
+def test_a_value_that_is_not_json_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a", "a.tar.gz", ".hidden", "ümlaut [1].h5", "a.h5.parts", "x.refdet-tmp.h5"])
-def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> None:
+def test_find_temporary_files_ignores_similar_names(tmp_path: Path, name: str) -> None:
     target = tmp_path / name
     stem, suffix = target.stem, target.suffix
-    others = [f".{stem}.original{suffix}", f".{stem}.0123abcd{suffix}", f".{name}.notes",
-              f".{stem}.0123abcX.{TEMPORARY_MARK}{suffix}", f"{stem}.0123abcd{TEMPORARY_MARK}{suffix}"]  # fmt: skip
-    for other in others:
-        (tmp_path / other).write_text("mine")
+    similar = [f".{stem}.original{suffix}", f".{stem}.0123abcd{suffix}", f".{name}.notes",
+               f".{stem}.0123abcX.{TEMPORARY_MARK}{suffix}", f"{stem}.0123abcd{TEMPORARY_MARK}{suffix}"]  # fmt: skip
+    for other in similar:
+        (tmp_path / other).write_text("not refdet's")
     with atomic_write(target) as temporary, atomic_write(tmp_path / "b.h5") as second:
         temporary.write_text("")
         second.write_text("")
@@ -102,13 +109,15 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
 
 @pytest.fixture
 def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without hard links."""
+
     def link(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", link)
 
 
-def only_the_first_writes_once(target: Path) -> None:
+def check_that_one_of_eight_threads_writes(target: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda part: write_json_once(target, {"part": part}), range(8)))
     assert wrote.count(True) == 1 and json.loads(target.read_text()) == {"part": wrote.index(True)}
@@ -116,26 +125,27 @@ def only_the_first_writes_once(target: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_only_the_first_writes_once(tmp_path: Path) -> None:
-    only_the_first_writes_once(tmp_path / "merging.json")
+def test_only_one_of_many_threads_writes_the_file(tmp_path: Path) -> None:
+    check_that_one_of_eight_threads_writes(tmp_path / "merging.json")
 
 
-def test_only_the_first_writes_once_without_hard_links(tmp_path: Path, no_links: None) -> None:
-    only_the_first_writes_once(tmp_path / "merging.json")
+def test_only_one_of_many_threads_writes_the_file_without_hard_links(tmp_path: Path, no_links: None) -> None:
+    check_that_one_of_eight_threads_writes(tmp_path / "merging.json")
 
 
-def test_without_hard_links_the_file_is_there_for_the_second(
+def test_without_hard_links_a_second_writer_waits_for_the_first(
     tmp_path: Path, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, rename, wrote = tmp_path / "plan.json", os.replace, []
+    target, rename = tmp_path / "plan.json", os.replace
+    second_wrote = []
 
-    def while_another_waits(source: Path, destination: Path) -> None:
-        monkeypatch.setattr(time, "sleep", lambda seconds: rename(source, destination))  # the first goes on
-        wrote.append(write_json_once(target, {"part": 2}))
+    def rename_while_the_second_waits(source: Path, destination: Path) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: rename(source, destination))  # the second writer sleeps
+        second_wrote.append(write_json_once(target, {"part": 2}))
         assert json.loads(target.read_text()) == {"part": 1}
 
-    monkeypatch.setattr(os, "replace", while_another_waits)
-    assert write_json_once(target, {"part": 1}) and wrote == [False]
+    monkeypatch.setattr(os, "replace", rename_while_the_second_waits)
+    assert write_json_once(target, {"part": 1}) and second_wrote == [False]
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -153,22 +163,29 @@ def test_without_hard_links_a_killed_writer_is_reported(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF])
-def test_file_systems_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    real = os.fsync
+def test_a_file_system_that_cannot_sync_folders_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, refused = os.fsync, []
 
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_json(tmp_path / "a.json", [1])
     assert write_json_once(tmp_path / "b.json", [2])
+    assert len(refused) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
-@pytest.mark.parametrize(("number", "folder"), [(errno.EIO, True), (errno.EINVAL, False)])
-def test_other_errors_of_syncing_are_raised(
+@pytest.mark.parametrize(
+    ("number", "folder"),
+    [pytest.param(errno.EIO, True, id="disk error in a folder"), pytest.param(errno.EINVAL, False, id="file")],
+)
+def test_other_sync_errors_are_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, folder: bool
 ) -> None:
     def fsync(descriptor: int) -> None:

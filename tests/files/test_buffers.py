@@ -1,4 +1,4 @@
-"""Buffers are written whole, however much of them the system takes at once."""
+"""`write_buffers` writes everything, however few bytes or buffers a system call accepts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from refdet.files.buffers import write_buffers
 BUFFERS = [b"", b"abc", bytearray(b"defg"), memoryview(b"h"), b"", *[bytes([i % 256]) for i in range(1500)]]
 
 
-@pytest.mark.parametrize("at", [None, 7])
-@pytest.mark.parametrize("most", [1, 5, 10**6])
+@pytest.mark.parametrize("offset", [None, 7])
+@pytest.mark.parametrize("bytes_per_call", [1, 5, 10**6])
 def test_all_buffers_are_written_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int | None, bytes_per_call: int
 ) -> None:
-    write, pwrite = os.write, os.pwrite
-    monkeypatch.setattr(os, "writev", lambda file, buffers: write(file, b"".join(buffers)[:most]))
-    monkeypatch.setattr(os, "pwritev", lambda file, buffers, at: pwrite(file, b"".join(buffers)[:most], at))
+    def writev(file: int, buffers: list[memoryview]) -> int:
+        return os.write(file, b"".join(buffers)[:bytes_per_call])
+
+    def pwritev(file: int, buffers: list[memoryview], offset: int) -> int:
+        return os.pwrite(file, b"".join(buffers)[:bytes_per_call], offset)
+
+    monkeypatch.setattr(os, "writev", writev)
+    monkeypatch.setattr(os, "pwritev", pwritev)
     with (tmp_path / "a").open("wb", 0) as file:
-        assert write_buffers(file.fileno(), BUFFERS, at) == sum(map(len, BUFFERS))
-    assert (tmp_path / "a").read_bytes() == bytes(at or 0) + b"".join(BUFFERS)
+        assert write_buffers(file.fileno(), BUFFERS, offset) == sum(map(len, BUFFERS))
+    assert (tmp_path / "a").read_bytes() == bytes(offset or 0) + b"".join(BUFFERS)
 
 
-def test_the_system_takes_as_many_buffers_as_are_given_to_it(tmp_path: Path) -> None:
+def test_more_buffers_than_one_system_call_accepts_are_written(tmp_path: Path) -> None:
     with (tmp_path / "a").open("wb", 0) as file:
         write_buffers(file.fileno(), BUFFERS)
         write_buffers(file.fileno(), BUFFERS, 3)

@@ -13,6 +13,7 @@ import pytest
 from refdet.errors import InputError
 from refdet.files.lock import exclusive_lock
 
+# Holds the lock of a folder until it is killed.
 HOLD = (
     "import sys, time; from pathlib import Path; from refdet.files.lock import exclusive_lock\n"
     "with exclusive_lock(Path(sys.argv[1]), 'lock', 'x'): print('held', flush=True); time.sleep(60)\n"
@@ -28,7 +29,7 @@ def test_another_process_is_kept_out_until_it_dies(tmp_path: Path, number: signa
             pytest.raises(InputError, match="another process is writing to it; wait for it to finish$"),
             exclusive_lock(tmp_path, "lock", "wait for it to finish"),
         ):
-            raise AssertionError("got in")
+            pytest.fail("two processes hold the lock")
     holder.send_signal(number)
     holder.wait()
     with exclusive_lock(tmp_path, "lock", "wait for it to finish"):
@@ -36,26 +37,26 @@ def test_another_process_is_kept_out_until_it_dies(tmp_path: Path, number: signa
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said(
+def test_on_a_file_system_without_locks_the_block_runs_with_a_warning(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(handle: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fails)
-    ran = []
-    with exclusive_lock(tmp_path, "lock", "x"):
-        ran.append(1)
-    assert ran and f"without locks ({os.strerror(number)})" in caplog.text
+    yielded = []
+    with exclusive_lock(tmp_path, "lock", "x") as has_locks:
+        yielded.append(has_locks)
+    assert yielded == [False] and f"without locks ({os.strerror(number)})" in caplog.text
 
 
-def test_a_folder_that_cannot_hold_it_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_created_raises_an_oserror(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError), exclusive_lock(tmp_path / "file", "lock", "x"):
-        pass
+    with pytest.raises(OSError, match="file"), exclusive_lock(tmp_path / "file", "lock", "x"):
+        pytest.fail("the block ran")
 
 
-def test_an_error_within_releases_it(tmp_path: Path) -> None:
+def test_an_error_in_the_block_releases_the_lock(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), exclusive_lock(tmp_path, "lock", "x"):
             raise ZeroDivisionError

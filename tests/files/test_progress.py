@@ -12,11 +12,13 @@ from refdet.files.progress import progress, progress_bar
 
 
 class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
     def isatty(self) -> bool:
         return True
 
 
-def test_short_work_leaves_nothing_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_work_writes_nothing_to_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(100, "train", "step") as bar:
@@ -27,7 +29,7 @@ def test_short_work_leaves_nothing_in_a_log(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.getvalue() == ""
 
 
-def test_long_work_leaves_whole_lines_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_writes_a_line_per_interval_to_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, now = io.StringIO(), 0.0
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(1000, "train", "step") as bar:
@@ -37,12 +39,13 @@ def test_long_work_leaves_whole_lines_and_few(monkeypatch: pytest.MonkeyPatch) -
             bar.set_postfix_str("loss 1.00", refresh=False)
             bar.update()
     lines = stream.getvalue().splitlines()
-    assert 2 <= len(lines) <= 100 / module.LINE_INTERVAL and "\r" not in stream.getvalue()
+    assert 2 <= len(lines) <= 100 / module.LINE_INTERVAL  # 1000 steps take 100 s
+    assert "\r" not in stream.getvalue()
     for line in lines:
         assert line.startswith("train: ") and " of 1000 steps, " in line and "loss 1.00" in line
 
 
-def test_a_bar_within_another_moves_no_cursor_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_bars_write_no_escape_sequences_to_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(2, "train", "step") as outer:
@@ -58,7 +61,7 @@ def test_a_bar_within_another_moves_no_cursor_in_a_log(monkeypatch: pytest.Monke
     assert "extract: 1 of 1 image," in stream.getvalue()
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(3, "train", "step") as bar:
@@ -66,7 +69,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train: 100%" in stream.getvalue() and "\r" in stream.getvalue()
 
 
-def test_without_a_stream_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_stderr_the_items_are_still_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert list(progress([1, 2], "export", "image", total=2)) == [1, 2]
 

@@ -1,4 +1,4 @@
-"""Counts in messages: singular and plural, of nouns and verbs."""
+"""Counts and sizes in messages: singular and plural of nouns and verbs, and units."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.files.short_text import agree, format_count, format_share
+from refdet.files.short_text import agree, format_bytes, format_count, format_share
 
 ROOT = Path(__file__).parents[2]
 PLURALS = (
@@ -27,13 +27,13 @@ PLURALS = (
         ("day", "1 day", "2 days"),
     ],
 )
-def test_nouns(noun: str, one: str, several: str) -> None:
+def test_nouns_agree_with_their_count(noun: str, one: str, several: str) -> None:
     assert [format_count(n, noun) for n in (1, 2)] == [one, several]
     assert format_count(0, noun) == f"0{several[1:]}"
 
 
 @pytest.mark.parametrize(("one", "several"), [("is", "are"), ("was", "were"), ("has", "have"), ("lies", "lie")])
-def test_verbs(one: str, several: str) -> None:
+def test_verbs_agree_with_their_count(one: str, several: str) -> None:
     assert [agree(n, one) for n in (0, 1, 2)] == [several, one, several]
     assert [format_count(n, "box", one) for n in (1, 2)] == [f"1 box {one}", f"2 boxes {several}"]
 
@@ -48,10 +48,19 @@ def test_large_numbers_may_have_separators() -> None:
     assert format_count(1234, "object", spec=",") == "1,234 objects"
 
 
+@pytest.mark.parametrize(
+    ("size", "text"), [(5, "5 bytes"), (1000, "1.0 kB"), (45_613_210, "45.6 MB"), (13_510_573_713, "13.5 GB")]
+)
+def test_bytes_are_printed_in_decimal_units(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
 def test_no_message_puts_a_plural_after_a_length() -> None:
-    """f"{len(images)} images" says "1 images" of one: `format_count` does not. Limits, which are above one, may."""
+    """f"{len(images)} images" prints "1 images" for one; `format_count` does not. "more than N" has only large N."""
+    paths = [*(ROOT / "cli").rglob("*.py"), *(ROOT / "refdet").rglob("*.py")]
+    assert len(paths) > 100
     found = []
-    for path in sorted(path for folder in ("cli", "refdet") for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(paths):
         for text in ast.walk(ast.parse(path.read_text())):
             parts = text.values if isinstance(text, ast.JoinedStr) else []
             for part, after in zip(parts, parts[1:], strict=False):

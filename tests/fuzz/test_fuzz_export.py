@@ -1,4 +1,4 @@
-"""What an export to MAttNet reads beside stores, changed at random: exported, or refused in a line."""
+"""Inputs of the export to MAttNet besides stores, damaged at random: it succeeds, or ends in a one-line error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, write_dataset, write_store
-from fuzzing import changed_bytes, changed_tree, fuzz
+from fuzzing import change_bytes, change_tree, fuzz
 
 from refdet.files.strict_json import strict_json
 from refdet.store.export.mattnet import export_mattnet
@@ -19,11 +19,12 @@ from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
 pytestmark = pytest.mark.slow
 
+# the attribute words of sentences
 WORDS = [{"sent_id": 10 * n, "atts": {"r1": ["dog"], "r2": ["red"], "r7": ["big", "none"]}} for n in range(5)]
 
 
 @pytest.mark.parametrize("kind", ["refs(unc).p", "instances.json", "data.json", "sents.json"])
-def test_mattnet(tmp_path: Path, kind: str) -> None:
+def test_damaged_inputs_of_mattnet(tmp_path: Path, kind: str) -> None:
     root = write_dataset(tmp_path / "refer")
     prepare(root, "refcoco", "unc", PreproOptions()).write(tmp_path)
     (tmp_path / "sents.json").write_text(json.dumps(WORDS))
@@ -36,8 +37,8 @@ def test_mattnet(tmp_path: Path, kind: str) -> None:
     options = PreproOptions(0, attributes=tmp_path / "sents.json" if kind == "sents.json" else None)
     out = tmp_path / "out"
 
-    def change(chance: random.Random) -> None:
-        path.write_bytes(changed_bytes(good, chance) if chance.random() < 0.25 else dump(changed_tree(tree, chance)))
+    def change(rng: random.Random) -> None:
+        path.write_bytes(change_bytes(good, rng) if rng.random() < 0.25 else dump(change_tree(tree, rng)))
         shutil.rmtree(out, ignore_errors=True)
 
     def work() -> None:

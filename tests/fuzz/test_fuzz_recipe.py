@@ -1,4 +1,4 @@
-"""Recipes of strangers: limits on YAML, and damaged recipes, which load or end in one short line."""
+"""Untrusted recipes: limits on YAML, and damaged recipes, which load or end in a short one-line error."""
 
 import os
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from foreign_weights import call, refused
-from fuzz_damage import damaged
+from fuzz_damage import damage
 from fuzzing import fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,15 +21,17 @@ from refdet.files.short_text import short_repr, shorten
 pytestmark = pytest.mark.slow
 
 
-def laughs(levels: int) -> str:
+def billion_laughs(levels: int) -> str:
+    """YAML whose aliases expand to 10 to the power of ``levels`` values."""
     text = "&a0 [lol, lol]"
     for level in range(1, levels):
         text = f"&a{level} [{text}" + f", *a{level - 1}" * 9 + "]"
     return f"model: {text}\n"
 
 
-REFUSED = {
-    "laughs": (laughs(9), "alias *a0 is not supported; write out the value, line 1"),
+# an invalid recipe, and text of the error
+INVALID = {
+    "laughs": (billion_laughs(9), "alias *a0 is not supported; write out the value, line 1"),
     "merge": ("a: &x {b: 1}\nmodel:\n  <<: *x\n", "alias *x is not supported"),
     "inline merge": ("model: {<<: {width: 8}}", "key '<<' is not text"),
     "deep list": ("[" * 10_000, "nested more than 16 levels deep"),
@@ -65,9 +67,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_a_recipe_may_not_be(tmp_path: Path, kind: str) -> None:
-    text, says = REFUSED[kind]
+@pytest.mark.parametrize("kind", INVALID)
+def test_an_invalid_recipe_is_a_short_one_line_error(tmp_path: Path, kind: str) -> None:
+    text, expected = INVALID[kind]
     path = tmp_path / "odd.yaml"
     path.write_text(text, encoding="utf-8")
     started = time.process_time()
@@ -75,39 +77,39 @@ def test_what_a_recipe_may_not_be(tmp_path: Path, kind: str) -> None:
         recipe.load(str(path))
     message = str(caught.value)
     assert time.process_time() - started < 5
-    assert message.startswith(f"{path}: ") and says in message and "\n" not in message and len(message) < 600
+    assert message.startswith(f"{path}: ") and expected in message and "\n" not in message and len(message) < 600
 
 
 @pytest.mark.parametrize("kind", ["laughs", "deep list", "twice", "python", "date", "control"])
-def test_the_same_of_set(kind: str) -> None:
-    text = REFUSED[kind][0].replace("train: ", "").replace("\n", " ")
+def test_an_invalid_value_of_set_is_a_short_one_line_error(kind: str) -> None:
+    text = INVALID[kind][0].replace("train: ", "").replace("\n", " ")
     with pytest.raises(InputError, match=r"^`changes` train=") as caught:
         recipe.load("demo").with_changes([f"train={text}"])
     assert len(str(caught.value)) < 600
 
 
-def test_a_file_that_is_large_or_no_file(tmp_path: Path) -> None:
+def test_large_and_special_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "large.yaml").write_bytes(b"#" * (recipe.MAX_FILE_BYTES + 1))
     (tmp_path / "folder.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe.yaml")
-    for name, says in (("large", "larger than 262144 bytes"), ("folder", "not a regular file"),
+    for name, message in (("large", "larger than 262144 bytes"), ("folder", "not a regular file"),
                        ("pipe", "not a regular file")):  # fmt: skip
-        with pytest.raises(InputError, match=f"{name}.yaml: {says}"):
+        with pytest.raises(InputError, match=f"{name}.yaml: {message}"):
             recipe.load(str(tmp_path / f"{name}.yaml"))
     (tmp_path / "comments.yaml").write_bytes(b"#" * (recipe.MAX_FILE_BYTES - 1) + b"\n")
     assert recipe.load(str(tmp_path / "comments.yaml")).name == "comments"
 
 
-def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
+def test_train_prints_the_error_of_a_recipe_on_one_line(tmp_path: Path) -> None:
     path = tmp_path / "bomb.yaml"
-    path.write_text(laughs(9))
-    given = ("--instances", tmp_path / "x.json", "--images", tmp_path, "--out", tmp_path / "run")
-    done = call("train", "--recipe", path, *given)
+    path.write_text(billion_laughs(9))
+    options = ("--instances", tmp_path / "x.json", "--images", tmp_path, "--out", tmp_path / "run")
+    done = call("train", "--recipe", path, *options)
     refused(done, f"{path}: invalid or unsupported YAML (alias *a0")
     assert len(done.stderr) < 600
 
 
-def test_shipped_recipes_and_what_they_dump_are_plain() -> None:
+def test_shipped_recipes_pass_the_limits_on_yaml() -> None:
     for name in recipe.names():
         tree = recipe.load(name).to_dict()
         assert parse_yaml(yaml.safe_dump(tree)) == tree
@@ -117,12 +119,13 @@ def test_shipped_recipes_and_what_they_dump_are_plain() -> None:
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2000) | st.binary(),
                     lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=9)
                     | st.tuples(inner, inner), max_leaves=40))  # fmt: skip
-def test_any_value_is_shown_in_a_line(value: object) -> None:
+def test_any_value_is_shortened_to_one_line(value: object) -> None:
     text = short_repr(value)
     assert text and len(text) <= 160 and "\n" not in text
     assert len(shorten(value)) <= 80 and "\n" not in shorten(value)
 
 
+# pieces of YAML that damage inserts
 WORDS = (
     *(b"&a ", b"*a", b"<<: ", b"!!python/name:os.system ", b"{", b"[", b"? ", b": ", b"- ", b"|\n", b"---\n", b".inf"),
     *(b".nan", b"1e999", b"0x", b"1:1:1", b"2001-01-01", b"true", b"null", b"~", b"'", b'"', b"\t", b"\xc3", b"\x00"),
@@ -132,13 +135,13 @@ WORDS = (
 
 def test_damaged_recipes(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
-    start = [
+    recipes = [
         yaml.safe_dump(recipe.load(name).to_dict()).encode() for name in ("demo", "reference-c4-res101", "fpn-res50")
     ]
 
-    def change(chance: random.Random) -> None:
-        sound = chance.choice(start)
-        path.write_bytes(damaged(sound, chance, WORDS) if chance.random() < 0.95 else sound)
+    def change(rng: random.Random) -> None:
+        undamaged = rng.choice(recipes)
+        path.write_bytes(damage(undamaged, rng, WORDS) if rng.random() < 0.95 else undamaged)
 
     fuzz(change, lambda: recipe.load(str(path)), tmp_path, 100)
 
@@ -146,12 +149,12 @@ def test_damaged_recipes(tmp_path: Path) -> None:
 def test_damaged_assignments(tmp_path: Path) -> None:
     text = ""
 
-    def change(chance: random.Random) -> None:
+    def change(rng: random.Random) -> None:
         nonlocal text
-        text = damaged(b"input.min_sizes=[600, 700]", chance, WORDS).decode("utf-8", "surrogateescape")
+        text = damage(b"input.min_sizes=[600, 700]", rng, WORDS).decode("utf-8", "surrogateescape")
 
     fuzz(change, lambda: recipe.load("demo").with_changes([text]), tmp_path, 100)
 
 
-def test_limits_are_what_the_table_uses() -> None:
+def test_the_limits_are_those_of_the_invalid_recipes() -> None:
     assert (safe_yaml.MAX_DEPTH, safe_yaml.MAX_NODES, safe_yaml.MAX_SCALAR_LENGTH) == (16, 10_000, 1_000)

@@ -1,4 +1,4 @@
-"""Lists, instances, refs, predictions, boxes, expressions and plans changed at random: read, or refused in a line."""
+"""Lists, instances, refs, predictions, boxes and plans, damaged at random: read, or a one-line error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from evaluate_examples import regions, write_grefer, write_refer, write_store
-from fuzzing import changed_bytes, changed_tree, fuzz
+from fuzzing import change_bytes, change_tree, fuzz
 from split_examples import coco, write_refs
 from store_examples import HEADER, PLAN
 
@@ -50,15 +50,15 @@ def features(tmp_path: Path) -> Path:
     return path
 
 
-def writer(path: Path, tree: Any) -> Callable[[random.Random], None]:
-    """Writes a JSON value with parts or, one time in four, bytes of its text changed."""
+def damaged_json_writer(path: Path, tree: Any) -> Callable[[random.Random], None]:
+    """A function that writes a JSON value with changed parts or, one time in four, changed bytes."""
     text = json.dumps(tree).encode()
 
-    def write(chance: random.Random) -> None:
-        if chance.random() < 0.25:
-            path.write_bytes(changed_bytes(text, chance))
+    def write(rng: random.Random) -> None:
+        if rng.random() < 0.25:
+            path.write_bytes(change_bytes(text, rng))
         else:
-            path.write_bytes(json.dumps(changed_tree(tree, chance)).encode("utf-8", "surrogatepass"))
+            path.write_bytes(json.dumps(change_tree(tree, rng)).encode("utf-8", "surrogatepass"))
 
     return write
 
@@ -71,7 +71,7 @@ LISTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", LISTS)
-def test_lists(root: Path, tmp_path: Path, kind: str) -> None:
+def test_damaged_lists_are_never_split_with_leaks(root: Path, tmp_path: Path, kind: str) -> None:
     source, out = tmp_path / "list.json", tmp_path / "out" / "out.json"
 
     def work() -> None:
@@ -81,15 +81,15 @@ def test_lists(root: Path, tmp_path: Path, kind: str) -> None:
         build_split(source, root, out)
         assert audit(out, root).leaked == []
 
-    fuzz(writer(source, LISTS[kind]), work, tmp_path)
+    fuzz(damaged_json_writer(source, LISTS[kind]), work, tmp_path)
 
 
-def test_json_lines(root: Path, tmp_path: Path) -> None:
+def test_damaged_json_lines_are_never_split_with_leaks(root: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "list.jsonl", tmp_path / "out" / "out.jsonl"
     lines = "".join(json.dumps({"filename": f"{n:012d}.jpg", "detection": {"a": [n]}}) + "\n" for n in (2, 9, 1))
 
-    def change(chance: random.Random) -> None:
-        source.write_bytes(changed_bytes(lines.encode(), chance))
+    def change(rng: random.Random) -> None:
+        source.write_bytes(change_bytes(lines.encode(), rng))
 
     def work() -> None:
         for path in (out, out.with_name("out.report.json")):
@@ -101,7 +101,7 @@ def test_json_lines(root: Path, tmp_path: Path) -> None:
     fuzz(change, work, tmp_path)
 
 
-def test_instances_that_are_trained_on(tmp_path: Path) -> None:
+def test_damaged_training_instances_have_boxes_with_area(tmp_path: Path) -> None:
     tree = coco([1, 2, 9], [1, 2, 9])
     tree["annotations"][0] |= {"segmentation": [[0, 0, 5, 0, 5, 5]], "iscrowd": 0, "area": 12.5}
     tree["annotations"][1] |= {"segmentation": {"size": [9, 9], "counts": [40, 41]}, "iscrowd": 1}
@@ -115,10 +115,10 @@ def test_instances_that_are_trained_on(tmp_path: Path) -> None:
         describe(source)
         TrainingObjects(index, masks=True).sha256()
 
-    fuzz(writer(source, tree), work, tmp_path)
+    fuzz(damaged_json_writer(source, tree), work, tmp_path)
 
 
-def test_refs(tmp_path: Path) -> None:
+def test_damaged_refs(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
     write_refer(tmp_path / "toys", OBJECTS)
     for path, work in (
@@ -128,16 +128,16 @@ def test_refs(tmp_path: Path) -> None:
         data = path.read_bytes()
         tree = pickle.loads(data)
 
-        def change(chance: random.Random, path: Path = path, data: bytes = data, tree: Any = tree) -> None:
-            if chance.random() < 0.5:
-                path.write_bytes(changed_bytes(data, chance))
+        def change(rng: random.Random, path: Path = path, data: bytes = data, tree: Any = tree) -> None:
+            if rng.random() < 0.5:
+                path.write_bytes(change_bytes(data, rng))
             else:
-                path.write_bytes(pickle.dumps(changed_tree(tree, chance), protocol=chance.choice((0, 2, 4))))
+                path.write_bytes(pickle.dumps(change_tree(tree, rng), protocol=rng.choice((0, 2, 4))))
 
-        fuzz(change, work, tmp_path)
+        fuzz(change, work, tmp_path, 100)
 
 
-def test_predictions(root: Path, features: Path, tmp_path: Path) -> None:
+def test_damaged_predictions_and_expressions(root: Path, features: Path, tmp_path: Path) -> None:
     index = CocoIndex.load(root / "toy" / "instances.json")
     refer = REFER(root, "toy", "me")
     images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
@@ -149,12 +149,12 @@ def test_predictions(root: Path, features: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     source = tmp_path / "predictions.json"
     with store.open(features) as opened:
-        fuzz(writer(source, tree), lambda: load_predictions(source, opened, images), tmp_path)
-    says = [{"ref_id": 0, "sent": "the cat"}, {"ref_id": 1, "sent": "left"}]
-    fuzz(writer(source, says), lambda: load_expressions(source, refer.Refs.keys()), tmp_path)
+        fuzz(damaged_json_writer(source, tree), lambda: load_predictions(source, opened, images), tmp_path)
+    expressions = [{"ref_id": 0, "sent": "the cat"}, {"ref_id": 1, "sent": "left"}]
+    fuzz(damaged_json_writer(source, expressions), lambda: load_expressions(source, refer.Refs.keys()), tmp_path)
 
 
-def test_grefs(tmp_path: Path) -> None:
+def test_damaged_grefs(tmp_path: Path) -> None:
     root = write_grefer(tmp_path / "refer", OBJECTS, [(1, [0], "val"), (2, [1], "testA"), (2, [], "testA")])
     path = root / "toy" / "grefs(me).json"
 
@@ -163,12 +163,11 @@ def test_grefs(tmp_path: Path) -> None:
         for ref in refer.data["refs"]:
             targets.objects_of(refer, ref)
 
-    fuzz(writer(path, json.loads(path.read_text())), work, tmp_path)
+    fuzz(damaged_json_writer(path, json.loads(path.read_text())), work, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["refs", "instances", "predictions"])
-def test_what_is_measured(root: Path, features: Path, tmp_path: Path, kind: str) -> None:
-    """evaluate-on-refer to its last number, with one of its files changed."""
+def test_evaluate_on_refer_with_a_damaged_input(root: Path, features: Path, tmp_path: Path, kind: str) -> None:
     answers = [{"sent_id": n, "region": n // 10} for n in (0, 1)] + [
         {"sent_id": 10, "box": [0, 0, 50, 50]}, {"sent_id": 11, "box": [0, 0, 50, 49]},
     ]  # fmt: skip
@@ -178,12 +177,12 @@ def test_what_is_measured(root: Path, features: Path, tmp_path: Path, kind: str)
     if kind == "refs":
         tree = pickle.loads(files[kind].read_bytes())
 
-        def change(chance: random.Random) -> None:
-            files["refs"].write_bytes(pickle.dumps(changed_tree(tree, chance), protocol=2))
+        def change(rng: random.Random) -> None:
+            files["refs"].write_bytes(pickle.dumps(change_tree(tree, rng), protocol=2))
 
     else:
         source = files.get(kind, predictions)
-        change = writer(source, json.loads(source.read_text()))
+        change = damaged_json_writer(source, json.loads(source.read_text()))
 
     def work() -> None:
         out = tmp_path / "out"
@@ -195,25 +194,25 @@ def test_what_is_measured(root: Path, features: Path, tmp_path: Path, kind: str)
     fuzz(change, work, tmp_path)
 
 
-def test_boxes(root: Path, tmp_path: Path) -> None:
+def test_damaged_boxes(root: Path, tmp_path: Path) -> None:
     index = CocoIndex.load(root / "toy" / "instances.json")
     tree = [
         {"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5},
         {"image_id": 2, "category_id": 2, "bbox": [1, 2, 30, 40.5]},
     ]
-    outlines = [entry | {"segmentation": {"size": [100, 120], "counts": [6000, 6000]}} for entry in tree]
+    with_masks = [entry | {"segmentation": {"size": [100, 120], "counts": [6000, 6000]}} for entry in tree]
     source = tmp_path / "boxes.json"
-    for boxes in (tree, outlines):
+    for boxes in (tree, with_masks):
 
         def work() -> None:
             for record in index.images.values():
                 load_boxes(source, index).for_image(record)
 
-        fuzz(writer(source, boxes), work, tmp_path)
+        fuzz(damaged_json_writer(source, boxes), work, tmp_path, 100)
 
 
-def test_plans(tmp_path: Path) -> None:
+def test_damaged_plans(tmp_path: Path) -> None:
     folder = tmp_path / "f.h5.parts"
     folder.mkdir()
     plan = PLAN.to_json([], HEADER)
-    fuzz(writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)
+    fuzz(damaged_json_writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)

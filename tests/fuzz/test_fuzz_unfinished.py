@@ -1,4 +1,4 @@
-"""Unfinished extractions changed at random: what is damaged is computed again, or refused in a line."""
+"""Unfinished extractions, damaged at random: damaged parts are computed again, or end in a one-line error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import changed_bytes, changed_tree, fuzz
+from fuzzing import change_bytes, change_tree, fuzz
 from interrupted_extraction import BATCHES, compute, run
 from store_examples import PLAN, contents, make_regions
 
@@ -29,26 +29,26 @@ pytestmark = pytest.mark.slow
 MAGIC = b"refdet-shard/2\n"
 
 
-def stopped(batch: list[ImageRecord], images: list[Any]) -> Finish:
+def compute_until_third_batch(batch: list[ImageRecord], images: list[Any]) -> Finish:
     if batch == BATCHES[2]:
         raise KeyboardInterrupt
     return compute(batch, images)
 
 
-def changed_shard(data: bytes, chance: random.Random) -> bytes:
-    """A shard with one of its blocks changed, whose checksums are right all the same."""
-    blocks, at = [], len(MAGIC)
-    while length := struct.unpack_from("<Q", data, at)[0]:
-        blocks.append(data[at + 12 : at + 12 + length])
-        at += 12 + length
-    chosen = chance.randrange(len(blocks))
+def change_shard(data: bytes, rng: random.Random) -> bytes:
+    """Change a block of a shard, and correct its lengths and checksums."""
+    blocks, start = [], len(MAGIC)
+    while length := struct.unpack_from("<Q", data, start)[0]:
+        blocks.append(data[start + 12 : start + 12 + length])
+        start += 12 + length
+    chosen = rng.randrange(len(blocks))
     block = blocks[chosen]
-    if chosen and chance.random() < 0.8:
+    if chosen and rng.random() < 0.8:
         end = 4 + struct.unpack_from("<I", block)[0]
-        head = json.dumps(changed_tree(json.loads(block[4:end]), chance)).encode("utf-8", "surrogatepass")
+        head = json.dumps(change_tree(json.loads(block[4:end]), rng)).encode("utf-8", "surrogatepass")
         block = struct.pack("<I", len(head)) + head + block[end:]
     else:
-        block = changed_bytes(block, chance)
+        block = change_bytes(block, rng)
     blocks[chosen] = block
     crcs = [zlib.crc32(block) for block in blocks]
     parts = [struct.pack("<QI", len(block), crc) + block for block, crc in zip(blocks, crcs, strict=True)]
@@ -56,39 +56,40 @@ def changed_shard(data: bytes, chance: random.Random) -> bytes:
     return MAGIC + b"".join(parts) + struct.pack("<QI", 0, end_crc)
 
 
-@pytest.mark.usefixtures("opened_here")
-@pytest.mark.parametrize("what", ["000000.shard", "shard with right checksums", "plan.json", "sessions.jsonl"])
-def test_what_an_extraction_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+@pytest.mark.usefixtures("check_hdf5_in_process")
+@pytest.mark.parametrize("kind", ["000000.shard", "shard with correct checksums", "plan.json", "sessions.jsonl"])
+def test_resuming_a_damaged_extraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Unless its checksums are correct, a damaged file leads to the same store or to an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    out, whole = tmp_path / "a.h5", tmp_path / "whole.h5"
-    folder, begun = tmp_path / "a.h5.parts", tmp_path / "begun"
+    out, complete = tmp_path / "a.h5", tmp_path / "complete.h5"
+    folder, unfinished = tmp_path / "a.h5.parts", tmp_path / "unfinished"
     with pytest.raises(Interrupted):
-        run(out, compute=stopped)
-    folder.rename(begun)
-    run(whole)
-    sound = contents(whole)
-    name = "000000.shard" if "shard" in what else what
-    good = (begun / name).read_bytes()
+        run(out, compute=compute_until_third_batch)
+    folder.rename(unfinished)
+    run(complete)
+    expected = contents(complete)
+    name = "000000.shard" if "shard" in kind else kind
+    good = (unfinished / name).read_bytes()
 
-    def change(chance: random.Random) -> None:
+    def change(rng: random.Random) -> None:
         out.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(begun, folder)
-        change = changed_shard if "right" in what else changed_bytes
-        (folder / name).write_bytes(change(good, chance))
+        shutil.copytree(unfinished, folder)
+        change_file = change_shard if "correct" in kind else change_bytes
+        (folder / name).write_bytes(change_file(good, rng))
 
     def work() -> None:
         run(out, resume=True)
-        if "right" not in what:
-            assert contents(out) == sound
+        if "correct" not in kind:
+            assert contents(out) == expected
         with store.open(out, again=True) as opened:
             assert len(opened[:]) == len(opened)
 
-    fuzz(change, work, tmp_path)
+    # hardly any change of the plan is harmless
+    fuzz(change, work, tmp_path, min_inputs=400 if kind == "plan.json" else 40)
 
 
-def test_shards(tmp_path: Path) -> None:
-    """What is read of a shard can be written again, and is of the types that a store has."""
+def test_images_of_a_damaged_shard_are_valid_and_can_be_written_again(tmp_path: Path) -> None:
     path = tmp_path / "0.shard"
     columns = PLAN.columns()
     with path.open("wb", 0) as file:
@@ -97,17 +98,17 @@ def test_shards(tmp_path: Path) -> None:
         writer.finish()
     good = path.read_bytes()
 
-    def change(chance: random.Random) -> None:
-        path.write_bytes(changed_shard(good, chance) if chance.random() < 0.8 else changed_bytes(good, chance))
+    def change(rng: random.Random) -> None:
+        path.write_bytes(change_shard(good, rng) if rng.random() < 0.8 else change_bytes(good, rng))
 
     def work() -> None:
         with (tmp_path / "again").open("wb", 0) as file:
             again = ShardWriter(file, {"shard": 0})
             try:
-                found = [decode(image) for image, _ in read(path, {"shard": 0}, PLAN)]
+                images = [decode(image) for image, _ in read(path, {"shard": 0}, PLAN)]
             except ShardError as error:
                 raise InputError(str(error).partition(" (")[0]) from error
-            for regions in found:
+            for regions in images:
                 assert is_id(regions.image_id) and not size_problem(regions.height, regions.width)
                 with contextlib.suppress(RuntimeFailure):  # a number is not finite
                     again.add(encode_all([regions], columns))

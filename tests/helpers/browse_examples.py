@@ -1,4 +1,4 @@
-"""Stores with random regions around annotated objects, to browse."""
+"""Stores with random regions near annotated objects, to browse."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from store_examples import write_regions
 
 from refdet import store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.structures.regions import Regions
 
 
-def draw_store(path: Path, instances: Path, *, seed: int = 0, masks: bool = True, failed: int | None = None) -> Path:
-    """Write a store with a region near each annotated object of an instances file, and three anywhere.
+def write_random_store(
+    path: Path, instances: Path, *, seed: int = 0, masks: bool = True, failed: int | None = None
+) -> Path:
+    """Write a store with a region near each annotated object of an instances file, and three random ones per image.
 
     Args:
         path: the store to write.
@@ -27,21 +30,14 @@ def draw_store(path: Path, instances: Path, *, seed: int = 0, masks: bool = True
     images = [
         Regions.empty(record.id, record.file_name, record.height, record.width, "not a readable <b>image</b>")
         if record.id == failed
-        else _regions(record, index, random, masks)
+        else _random_regions(record, index, random, masks)
         for record in index.images.values()
     ]
-    rows = [
-        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
-        for r in images
-    ]
     classes = [{"id": i, "name": name} for i, name in index.categories.items()]
-    with store.create(path, store.Header(classes, "", {}, {}), store.Columns(masks=masks), rows) as writer:
-        for image in images:
-            writer.put(image)
-    return path
+    return write_regions(path, images, store.Header(classes, "", {}, {}), store.Columns(masks=masks))
 
 
-def _regions(record: ImageRecord, index: CocoIndex, random: np.random.Generator, masks: bool) -> Regions:
+def _random_regions(record: ImageRecord, index: CocoIndex, random: np.random.Generator, masks: bool) -> Regions:
     objects = index.annotations[record.id]
     size = np.array([record.width, record.height] * 2, np.float64)
     near = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
@@ -50,10 +46,10 @@ def _regions(record: ImageRecord, index: CocoIndex, random: np.random.Generator,
     corners = np.sort(random.uniform(0, 1, (3, 2, 2)), axis=1).reshape(3, 4) * size
     boxes = np.concatenate([near, corners]).clip(0, size)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    known = [o.category_id for o in objects]
-    categories = np.array([*known, *random.choice(list(index.categories), 3)], np.int64)
+    annotated = [o.category_id for o in objects]
+    categories = np.array([*annotated, *random.choice(list(index.categories), 3)], np.int64)
     scores = np.round(random.uniform(0.05, 1, len(boxes)), 3).astype(np.float32)
-    drawn = tuple(_ellipse(box, record.height, record.width) for box in boxes) if masks else None
+    ellipses = tuple(_ellipse_mask(box, record.height, record.width) for box in boxes) if masks else None
     return Regions(
         record.id,
         record.file_name,
@@ -62,11 +58,11 @@ def _regions(record: ImageRecord, index: CocoIndex, random: np.random.Generator,
         boxes.astype(np.float32),
         scores,
         categories,
-        masks=drawn,
+        masks=ellipses,
     )
 
 
-def _ellipse(box: np.ndarray, height: int, width: int) -> bytes:
+def _ellipse_mask(box: np.ndarray, height: int, width: int) -> bytes:
     x1, y1, x2, y2 = box
     y, x = np.mgrid[:height, :width] + 0.5
     inside = ((x - (x1 + x2) / 2) / (x2 - x1)) ** 2 + ((y - (y1 + y2) / 2) / (y2 - y1)) ** 2 <= 0.25

@@ -1,4 +1,4 @@
-"""A real browser for the tests: an installed chromium, driven by playwright."""
+"""Browser tests: an installed Chromium under playwright's control, and pages whose errors and requests are recorded."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ import pytest
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
-def chromium() -> str:
+def find_chromium() -> str:
     """Path of the browser; skips the test if the browser or playwright is missing.
 
     With REFDET_REQUIRE_BROWSER=1 the test fails instead.
     """
-    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    lacking = [] if found else ["chromium (apt-get install chromium)"]
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    missing = [] if path else ["chromium (apt-get install chromium)"]
     for name, package in (("playwright", "playwright"), ("axe_playwright_python", "axe-playwright-python")):
         try:
             __import__(name)
         except ImportError:
-            lacking.append(f"{package} (pip install 'refdet[browser-tests]')")
-    if lacking:
-        say = pytest.fail if os.environ.get("REFDET_REQUIRE_BROWSER") == "1" else pytest.skip
-        say(f"no browser test: {' and '.join(lacking)} missing")
-    return str(found)
+            missing.append(f"{package} (pip install 'refdet[browser-tests]')")
+    if missing:
+        stop = pytest.fail if os.environ.get("REFDET_REQUIRE_BROWSER") == "1" else pytest.skip
+        stop(f"no browser test: {' and '.join(missing)} missing")
+    return str(path)
 
 
 @contextmanager
-def serving(*arguments: str | Path) -> Iterator[str]:
+def serve_browse(*arguments: str | Path) -> Iterator[str]:
     """Run refdet browse with these arguments, yielding the address that it prints."""
     command = [sys.executable, "-m", "refdet", "browse", *map(str, arguments), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -47,8 +47,8 @@ def serving(*arguments: str | Path) -> Iterator[str]:
             process.terminate()
 
 
-def axe(page: Any) -> list[str]:
-    """Violations of axe's accessibility rules, such as contrast and labels, on a page of playwright."""
+def accessibility_violations(page: Any) -> list[str]:
+    """Violations of axe's accessibility rules, such as contrast and labels."""
     from axe_playwright_python.sync_playwright import Axe
 
     # evaluated by the browser's debugger, to which the page's content security policy does not apply
@@ -56,12 +56,12 @@ def axe(page: Any) -> list[str]:
     return [f"{violation['id']}: {node['html'][:200]}" for violation in violations for node in violation["nodes"]]
 
 
-class Watched:
+class WatchedPage:
     """A page whose errors and requests are recorded.
 
     Attributes:
         page: playwright's page.
-        address: the address that the program printed, "" if unknown.
+        address: the address of the server, "" if unknown.
         errors: errors and warnings of the console, and uncaught exceptions.
         requests: requested addresses.
     """
@@ -79,13 +79,13 @@ class Watched:
         self.page.goto(address)
         self.page.wait_for_selector("#main[data-ready]")
 
-    def ready(self, act: Any) -> None:
-        """Call a function that shows another view, and wait until it is shown."""
+    def wait_for_view(self, act: Any) -> None:
+        """Call a function that changes the view, and wait until the new one is shown."""
         before = self.page.get_attribute("#main", "data-ready")
         act()
         self.page.wait_for_function("before => document.getElementById('main').dataset.ready !== before", arg=before)
 
-    def indexed(self) -> None:
+    def wait_for_index(self) -> None:
         """Wait until all regions have been indexed."""
         self.page.wait_for_function("async () => (await (await fetch('api/status')).json()).index.stage === ''")
         self.page.reload()

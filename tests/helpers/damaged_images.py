@@ -1,4 +1,4 @@
-"""500 image files with damage or oddities as they occur in practice, each with the result that refdet must have."""
+"""500 image files, damaged or unusual as some in practice, each with the expected result of reading it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class Damaged:
-    """One file.
+    """A file and the expected result of reading it.
 
     Attributes:
-        kind: kind of damage or file.
+        kind: kind of the damage or file.
         write: writes it to a path.
-        pixels: (H, W, 3) uint8 RGB that must be read from it, None if it cannot be used.
-        tolerance: maximum difference of a value of ``pixels``.
-        either: whether it may be read as anything or refused, as some changed bytes cannot be detected.
-        says: text that the reason must contain.
-        zipped: whether it can also be in a zip.
+        pixels: the expected pixels (H, W, 3) uint8 RGB, None if it cannot be read.
+        tolerance: maximum difference from a value of ``pixels``.
+        either: whether it may be read, with any pixels, or be an error: some changed bytes cannot be detected.
+        says: text that the error must contain.
+        zipped: whether it can be in a zip.
     """
 
     kind: str
@@ -61,7 +61,7 @@ def jpeg(random: Random) -> bytes:
 
 
 def png(header: bytes, rows: bytes) -> bytes:
-    """A PNG with an IHDR and unfiltered rows, for kinds that Pillow does not write."""
+    """A PNG with the given IHDR and unfiltered rows, for color types that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -70,7 +70,7 @@ def png(header: bytes, rows: bytes) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG file with very many pixels of 1 bit."""
+    """A small PNG file with a huge number of 1-bit pixels."""
     return png(struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), bytes((1 + (width + 7) // 8) * height))
 
 
@@ -81,12 +81,12 @@ def file_of(data: bytes) -> Callable[[Path], object]:
 def all_damaged() -> list[Damaged]:
     """All 500 files in random order, the same at each call."""
     random = np.random.default_rng(0)
-    found = [*_cut(random), *_overwritten(random), *_other_things(random), *_usable(random), *_no_files(random)]
-    assert len(found) == 500, len(found)
-    return [found[i] for i in random.permutation(len(found))]
+    files = [*_truncated(random), *_overwritten(random), *_not_images(random), *_readable(random), *_not_files(random)]
+    assert len(files) == 500, len(files)
+    return [files[i] for i in random.permutation(len(files))]
 
 
-def _cut(random: Random) -> Iterator[Damaged]:
+def _truncated(random: Random) -> Iterator[Damaged]:
     for kind, count in (("JPEG", 72), ("PNG", 40)):
         for _ in range(count):
             data = encoded(photograph(random), kind)
@@ -112,7 +112,7 @@ def _overwritten(random: Random) -> Iterator[Damaged]:
         yield Damaged("zeros", file_of(bytes(length)), says="no known image format")
 
 
-def _other_things(random: Random) -> Iterator[Damaged]:
+def _not_images(random: Random) -> Iterator[Damaged]:
     page = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>"
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n"
     for data in (b"no image", page, b"%PDF-1.7\n", b'{"error": "expired"}', postscript, b"PK\x03\x04", b"\xff\xd8\xff"):
@@ -147,7 +147,7 @@ def _other_things(random: Random) -> Iterator[Damaged]:
         yield Damaged(f"TIFF of mode {mode}", file_of(encoded(image, "TIFF")), either=mode == "LAB")
 
 
-def _usable(random: Random) -> Iterator[Damaged]:
+def _readable(random: Random) -> Iterator[Damaged]:
     for _ in range(15):
         pixels = photograph(random)
         inks = Image.fromarray(pixels).convert("CMYK")
@@ -202,7 +202,7 @@ def _usable(random: Random) -> Iterator[Damaged]:
         )
 
 
-def _no_files(random: Random) -> Iterator[Damaged]:
+def _not_files(random: Random) -> Iterator[Damaged]:
     for _ in range(7):
         yield Damaged("a folder", lambda path: path.mkdir(), says="no file for image", zipped=False)
         yield Damaged("nothing", lambda path: None, says="no file for image")
@@ -220,13 +220,13 @@ def _huge(path: Path) -> None:
 
 
 def write_zip(path: Path, folder: Path, names: list[str], damaged: list[str]) -> None:
-    """Write the files of a folder into a zip, and change a byte of some of them there."""
+    """Write files of a folder into a zip, and change a byte in the middle of those in ``damaged``."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.write(folder / name, f"train2014/{name}")
-        places = {name: archive.getinfo(f"train2014/{name}").header_offset for name in damaged}
+        offsets = {name: archive.getinfo(f"train2014/{name}").header_offset for name in damaged}
     data = bytearray(path.read_bytes())
-    for name, place in places.items():
-        start = place + 30 + len(f"train2014/{name}")
+    for name, offset in offsets.items():
+        start = offset + 30 + len(f"train2014/{name}")  # a local header has 30 bytes and the name
         data[start + (folder / name).stat().st_size // 2] ^= 1
     path.write_bytes(data)

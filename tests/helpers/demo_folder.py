@@ -1,4 +1,4 @@
-"""A folder like that of `make demo`, made in seconds: for examples in docstrings, docs and notebooks."""
+"""A folder like that of `make demo`, written in seconds, on which the examples in docstrings and docs are run."""
 
 from __future__ import annotations
 

@@ -1,12 +1,17 @@
 """Small detectors and images for tests."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.structures.ground_truth import GroundTruth
 
 # residual blocks that start as the identity keep the activations of an untrained network in bounds
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]", "model.neck=c4",
@@ -60,3 +65,23 @@ def some_images(count: int, height: int = 96, width: int = 128) -> list[np.ndarr
 
 def records_of(images: list[np.ndarray]) -> list[ImageRecord]:
     return [ImageRecord(i, f"{i}.jpg", *image.shape[:2]) for i, image in enumerate(images)]
+
+
+def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
+    """The RLE of a filled box in an image of 96x128."""
+    mask = np.zeros((96, 128), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return coco_mask.encode(mask)
+
+
+def ground_truth(
+    boxes: Sequence[Sequence[int]], labels: Sequence[int], crowds: Sequence[Sequence[float]] = ()
+) -> GroundTruth:
+    """The objects of an image of 96x128, at scale 1, whose masks fill their boxes."""
+    return GroundTruth(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.int64),
+        [square_mask(*box) for box in boxes],
+        torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4),
+        (1.0, 1.0),
+    )

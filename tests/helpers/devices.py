@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def variants_on_devices(variants: Collection[str], rehearsed: Collection[str]) -> pytest.MarkDecorator:
-    """Parameters ``device`` and ``variant``: every variant on a GPU, few on the CPU and on a second GPU."""
+    """Parameters ``device`` and ``variant``: every variant on a GPU, and those in ``rehearsed`` elsewhere too."""
     return pytest.mark.parametrize(
         ("device", "variant"),
         [pytest.param(device, variant, marks=marks)
@@ -49,7 +49,7 @@ def side_stream(device: str) -> Iterator[None]:
 
 
 def runs(compute: Callable[[], _T], device: str) -> tuple[_T, _T, _T]:
-    """Results of computing the same twice, and once on a side stream while the default one is busy."""
+    """Results of a computation done twice, and once on a side stream while the default stream is busy."""
     first, second = compute(), compute()
     if is_gpu(device):
         busy = torch.ones(2048, 2048, device=device)

@@ -1,4 +1,4 @@
-"""A small dataset whose batches are padded differently if they are divided wrongly, and training on it."""
+"""Distributed training on a small dataset whose batches are padded differently if they are divided wrongly."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from store_examples import write_regions
 
 from refdet import store
 from refdet.structures.regions import Regions
@@ -27,6 +28,16 @@ def brute_iou(a: list[float], b: list[float]) -> float:
     return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
+def brute_giou(a: list[float], b: list[float]) -> float:
+    """Generalized IoU of two half-open xyxy boxes with positive areas."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return intersection / union - (enclosing - union) / enclosing
+
+
 def xyxy(box: tuple[float, ...]) -> list[float]:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
@@ -38,23 +49,17 @@ def write_store(
     names: Mapping[int, str] | None = None,
     provenance: Mapping[str, Any] = PROVENANCE,
 ) -> None:
-    rows = [
-        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
-        for r in images
-    ]
     header = store.Header([{"id": i, "name": name} for i, name in (names or {}).items()], "", dict(provenance), {})
-    with store.create(path, header, store.Columns(masks=masks), rows) as writer:
-        for image in images:
-            writer.put(image)
+    write_regions(path, images, header, store.Columns(masks=masks))
 
 
 def write_refer(root: Path, objects: list[dict[str, Any]], size: tuple[int, int] = (100, 120)) -> Path:
-    """Write a REFER folder; each object, with image_id, bbox, category_id and split, is a ref of two sentences."""
+    """Write a REFER folder with a ref per object, which has image_id, bbox, category_id, split and perhaps sents."""
     refs = []
-    for i, o in enumerate(objects):
-        refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"],
-                     "split": o["split"], **sentences(i, o.get("sents", ("it", "it"))),
-                     "file_name": f"{o['image_id']}.jpg"})  # fmt: skip
+    for i, obj in enumerate(objects):
+        refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": obj["image_id"], "category_id": obj["category_id"],
+                     "split": obj["split"], **sentences(i, obj.get("sents", ("it", "it"))),
+                     "file_name": f"{obj['image_id']}.jpg"})  # fmt: skip
     write_instances(root / "toy", objects, size)
     (root / "toy" / "refs(me).p").write_bytes(pickle.dumps(refs, protocol=2))
     return root

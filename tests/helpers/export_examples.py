@@ -1,4 +1,4 @@
-"""Stores and a REFER folder for the tests of exports: two images with regions, one that could not be read."""
+"""Stores and a REFER folder for the tests of exports: two images with regions, and an unreadable one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from evaluate_examples import PROVENANCE
 from pycocotools import mask as coco_mask
 from refer_examples import INSTANCES, ref, write
+from store_examples import write_regions
 
 from refdet import store
 from refdet.structures.regions import Regions
@@ -18,7 +19,7 @@ CLASSES = [{"id": 2, "name": "cat"}, {"id": 1, "name": "dog"}]
 HEIGHT, WIDTH = 6, 8
 REFS = [ref(0, 7, 3, "train"), ref(1, 8, 3, "train", 2), ref(2, 9, 4, "testB"), ref(3, 6, 4, "testB"),
         ref(4, 11, 5, "val")]  # fmt: skip
-# a crowd, which extraction leaves out, and an image without refs
+# a crowd, which extraction ignores, and an image without refs
 CROWD = {
     "id": 12,
     "image_id": 4,
@@ -62,25 +63,18 @@ ANNOTATIONS = [regions(3, [1, 2], [1, 1], [7, 8]), regions(4, [1, 1], [1, 1], [9
 
 
 def write_store(path: Path, images: list[Regions], dtype: str = "float32", **changes: Any) -> Path:
-    """A store of these images; ``changes`` are fields of `refdet.store.Columns`."""
+    """Write a store of these images; ``changes`` are fields of `refdet.store.Columns`."""
     first = images[0]
     columns = {
         "features": {name: values.shape[1:] for name, values in first.features.items()}, "dtype": dtype,
         "masks": first.masks is not None, "ann_ids": first.ann_ids is not None,
     } | changes  # fmt: skip
-    rows = [
-        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
-        for r in images
-    ]
     header = store.Header(CLASSES, "name: test", PROVENANCE, {"dtype": dtype})
-    with store.create(path, header, store.Columns(**columns), rows) as writer:
-        for image in images:
-            writer.put(image)
-    return path
+    return write_regions(path, images, header, store.Columns(**columns))
 
 
 def add_heads(path: Path, heads: list[np.ndarray | None], infos: list[tuple[float, float, float]]) -> None:
-    """Add feature maps of the images of a store, in its order, as an extraction of ``head`` does."""
+    """Add the feature map ``head`` of each image to a store, as extraction writes it."""
     shapes = [(0, 0, 0) if head is None else head.shape for head in heads]
     flat = [np.zeros(0, np.float32) if head is None else head.ravel() for head in heads]
     with h5py.File(path, "a") as file:

@@ -29,7 +29,7 @@ class Launches(TorchDispatchMode):
             its own.
         bytes_of_passes: bytes read and written by all operators but convolutions and matrix products, and by the
             shortcuts that these add.
-        peak_bytes: of the tensors that were alive at once, beside those made before.
+        peak_bytes: peak size of the tensors created within the block.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Launches(TorchDispatchMode):
         elif name == "cudnn_convolution_add_relu":
             self.bytes_of_passes += _size(args[2])
         elif name not in PRODUCTS:
-            given = [a for a in [*args, y] if isinstance(a, Tensor)]
-            self.bytes_of_passes += sum(map(_size, given))
+            tensors = [value for value in [*args, y] if isinstance(value, Tensor)]
+            self.bytes_of_passes += sum(map(_size, tensors))
         return y
 
     def _watch(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One call of each op that has a kernel. As a script, saves their results without the extension to a file."""
+"""A call of each op that has a kernel. As a script, saves the results without the compiled extension to a file."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SEED_NAMES = (
 
 
 def of_one_number(shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Tensors that each hold a single number of their own, expanded to the shape without memory."""
+    """Constant tensors of these shapes, each with a different value; they are expanded, so take no memory."""
     return {name: torch.tensor((i + 1) / 1024).expand(shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
@@ -44,12 +44,12 @@ def seed_weights(depth: int, anchors: int = 12, classes: int = 80, masks: bool =
     if masks:
         shapes |= {"mask_up_sampling.weight": (2048, 256, 2, 2), "mask_up_sampling.bias": (256,),
                    "mask_pred_net.weight": (classes + 1, 256, 1, 1), "mask_pred_net.bias": (classes + 1,)}  # fmt: skip
-    found = of_one_number(shapes)
-    # background scores come first; object minus background score is 1, 2, ... for anchor 0, 1, ...
+    weights = of_one_number(shapes)
+    # background scores come first; the object score minus the background score is 1, 2, ... for anchors 0, 1, ...
     objects = torch.arange(1.0, anchors + 1)
-    found["rpn_cls_score_net.bias"] = torch.cat((objects, 2 * objects))
-    found["rpn_cls_score_net.weight"] = torch.cat((objects, 2 * objects))[:, None, None, None].expand(-1, 512, 1, 1)
-    return found
+    weights["rpn_cls_score_net.bias"] = torch.cat((objects, 2 * objects))
+    weights["rpn_cls_score_net.weight"] = torch.cat((objects, 2 * objects))[:, None, None, None].expand(-1, 512, 1, 1)
+    return weights
 
 
 def call(*args: str | Path) -> Result:
@@ -57,19 +57,23 @@ def call(*args: str | Path) -> Result:
 
 
 def refused(done: Result, *names: str) -> None:
+    """Assert that a command printed one error line that contains these texts."""
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
     assert all(name in done.stderr for name in names), done.stderr
 
 
 def photographs(spread: float) -> Tensor:
-    """Images (4, 3, 96, 96) of smooth colors, like photographs: neighboring pixels are similar."""
+    """Smooth random images (4, 3, 96, 96); as in photographs, neighboring pixels are similar."""
     torch.manual_seed(0)
     return F.interpolate(torch.randn(4, 3, 12, 12), size=96, mode="bilinear") * spread
 
 
 def resnet50_of_inputs(spread: float) -> Tensors:
-    """A ResNet-50 whose first norm has the running variance for images of this spread; half its filters are edges."""
+    """A ResNet-50 whose first norm has the running variance that images of this spread produce.
+
+    Half of its first filters have a mean of 0, as edge filters have.
+    """
     torch.manual_seed(1)
     state = of_one_number(resnet_shapes(50))
     filters = torch.randn(64, 3, 7, 7) * 0.05

@@ -1,8 +1,8 @@
-"""Change files at random, and check the program that reads the result.
+"""Damage files at random, and check that reading them succeeds or raises a one-line error.
 
-Each format is tried with REFDET_FUZZ_INPUTS inputs or, as in `make test-hostile`, for REFDET_FUZZ_SECONDS seconds; by
-default with a fixed number of inputs, the same on every machine. An input is a function of its seed alone, which a
-failure names: REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries the input of seed 71 again.
+Each format is tried with a fixed number of inputs, with REFDET_FUZZ_INPUTS inputs or, as in `make test-hostile`, for
+REFDET_FUZZ_SECONDS seconds. An input depends only on its seed, which a failure shows:
+REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries the input of seed 71 again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for the default of 
 FIRST_SEED = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
 MAX_MESSAGE_LENGTH = 1000
 MAX_SECONDS = 20  # of one input
-MAX_MEMORY = 2**31  # bytes that an input may take in addition to the process's own
-MIN_INPUTS_TO_PASS = 100  # number of inputs from which some must be read without an error
+MAX_MEMORY = 2**31  # bytes by which an input may raise the peak memory of the process
 
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -1e-300, float("nan"), float("inf"), "",
@@ -43,51 +42,51 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
-def changed_tree(tree: Any, chance: random.Random) -> Any:
+def change_tree(tree: Any, rng: random.Random) -> Any:
     """Copy a JSON value and replace, remove, repeat or move one to three of its parts."""
     tree = copy.deepcopy(tree)
-    for _ in range(chance.randint(1, 3)):
+    for _ in range(rng.randint(1, 3)):
         nodes = list(_nodes(tree))
         if not nodes:
-            return copy.deepcopy(chance.choice(HOSTILE))
-        parent, key = chance.choice(nodes)
-        kind = chance.randrange(6)
+            return copy.deepcopy(rng.choice(HOSTILE))
+        parent, key = rng.choice(nodes)
+        kind = rng.randrange(6)
         if kind <= 2:
-            parent[key] = copy.deepcopy(chance.choice(HOSTILE))
+            parent[key] = copy.deepcopy(rng.choice(HOSTILE))
         elif kind == 3:
             del parent[key]
         elif kind == 4 and isinstance(parent, list):
             parent.insert(key, copy.deepcopy(parent[key]))
         else:
-            other, place = chance.choice(nodes)
+            other_parent, other_key = rng.choice(nodes)
             with contextlib.suppress(KeyError, IndexError):
-                parent[key] = copy.deepcopy(other[place])
+                parent[key] = copy.deepcopy(other_parent[other_key])
     return tree
 
 
-def changed_bytes(data: bytes, chance: random.Random) -> bytes:
+def change_bytes(data: bytes, rng: random.Random) -> bytes:
     """Apply one to four changes to bytes: flip a bit, or remove, repeat or overwrite a part."""
-    for _ in range(chance.randint(1, 4)):
+    for _ in range(rng.randint(1, 4)):
         if not data:
-            return chance.randbytes(chance.randint(0, 20))
-        at = chance.randrange(len(data))
-        end = min(len(data), at + chance.choice((1, 2, 8, 64)))
-        kind = chance.randrange(6)
+            return rng.randbytes(rng.randint(0, 20))
+        start = rng.randrange(len(data))
+        end = min(len(data), start + rng.choice((1, 2, 8, 64)))
+        kind = rng.randrange(6)
         if kind <= 2:
-            data = data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
+            data = data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1 :]
         elif kind == 3:
-            data = data[:at] + data[end:] if chance.random() < 0.7 else data[:at]
+            data = data[:start] + data[end:] if rng.random() < 0.7 else data[:start]
         elif kind == 4:
-            data = data[:at] + data[at:end] * 2 + data[end:]
+            data = data[:start] + data[start:end] * 2 + data[end:]
         else:
-            data = data[:at] + chance.randbytes(end - at) + data[end:]
+            data = data[:start] + rng.randbytes(end - start) + data[end:]
     return data
 
 
-def seeds(least: int = 40) -> Iterator[int]:
-    """The seeds of the inputs of one format: at least `least`, and more while there is time."""
+def seeds(min_inputs: int = 40) -> Iterator[int]:
+    """The seeds of the inputs of one format: `INPUTS`, or else at least `min_inputs` within `SECONDS`."""
     started, tried = time.monotonic(), 0
-    while tried < INPUTS if INPUTS else tried < least or time.monotonic() - started < SECONDS:
+    while tried < INPUTS if INPUTS else tried < min_inputs or time.monotonic() - started < SECONDS:
         yield FIRST_SEED + tried
         tried += 1
 
@@ -96,24 +95,24 @@ def fuzz(
     change: Callable[[random.Random], object],
     work: Callable[[], object],
     allowed: Path,
-    least: int = 40,
+    min_inputs: int = 40,
     passes: bool = True,
 ) -> None:
     """Try the inputs of one format.
 
     Args:
         change: writes a random input.
-        work: reads it; may only raise errors that are shown to users.
+        work: reads it; may only raise RefdetError and ReferError.
         allowed: the folder below which files may be opened, besides those of Python and its packages.
-        least: minimum number of inputs, as in `seeds`.
-        passes: whether some of the inputs must be read without an error; otherwise none may be.
+        min_inputs: minimum number of inputs, as in `seeds`.
+        passes: whether some of at least `min_inputs` inputs must be read without an error; otherwise none may be.
     """
     tried = passed = 0
     started = time.monotonic()
-    for seed in seeds(least):
+    for seed in seeds(min_inputs):
         change(random.Random(seed))
         try:
-            with limited(), watched(allowed):
+            with limit_resources(), restrict_file_access(allowed):
                 work()
             passed += 1
         except (RefdetError, ReferError) as error:
@@ -122,7 +121,10 @@ def fuzz(
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
         tried += 1
     print(f"{tried} inputs in {time.monotonic() - started:.0f} s, {passed} read without an error")
-    assert (passed > 0) == passes or (passes and tried < MIN_INPUTS_TO_PASS)
+    if not passes:
+        assert passed == 0
+    elif tried >= min_inputs:
+        assert passed > 0
 
 
 def check_message(text: str, seed: int) -> None:
@@ -131,40 +133,41 @@ def check_message(text: str, seed: int) -> None:
     assert "Error" not in text.partition(" (")[0], f"seed {seed}: {text}"
 
 
-class TooMuch(BaseException):
-    """An input takes more time or memory than it may."""
+class LimitExceeded(BaseException):
+    """An input takes too much time or memory."""
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
+def limit_resources() -> Iterator[None]:
     """Fail if the block takes longer than `MAX_SECONDS`, or more memory than `MAX_MEMORY`."""
 
-    def late(number: int, frame: object) -> None:
-        raise TooMuch(f"more than {MAX_SECONDS} s")
+    def time_out(number: int, frame: object) -> None:
+        raise LimitExceeded(f"more than {MAX_SECONDS} s")
 
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    handler = signal.signal(signal.SIGALRM, late)
+    handler = signal.signal(signal.SIGALRM, time_out)
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        if taken > MAX_MEMORY:
-            raise TooMuch(f"{taken} bytes of memory")
+        used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        if used > MAX_MEMORY:
+            raise LimitExceeded(f"{used} bytes of memory")
 
 
+# the state of `restrict_file_access`, which the audit hook reads
 _watching: list[Path] = []
 _forks: list[bool] = []
-_seen: list[str] = []
+_violations: list[str] = []
 _OPENS = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.symlink",
           "os.link", "os.truncate", "os.chmod", "os.rmdir", "shutil.rmtree")  # fmt: skip
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind")
-_OWN = (sys.prefix, sys.base_prefix, *sys.path, str(Path(refdet.__file__).parent))  # readable by any test
-_OF_PYTHON = [Path(path).resolve() for path in _OWN if path]
+_PYTHON_PATHS = (sys.prefix, sys.base_prefix, *sys.path, str(Path(refdet.__file__).parent))  # readable by any test
+_PYTHON_FOLDERS = [Path(path).resolve() for path in _PYTHON_PATHS if path]
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
@@ -172,13 +175,15 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if event in _STARTS:
         if event != "os.fork" or not _forks:
-            _seen.append(f"{event} {args!r:.200}")
+            _violations.append(f"{event} {args!r:.200}")
         return
     if args and isinstance(args[0], str | bytes | os.PathLike):
         path = Path(os.path.realpath(os.path.join(_folder_of(event, args), os.fsdecode(args[0]))))
-        allowed = _watching if _writes(event, args) and path.parent.name != "__pycache__" else [*_watching, *_OF_PYTHON]
+        allowed = (
+            _watching if _writes(event, args) and path.parent.name != "__pycache__" else [*_watching, *_PYTHON_FOLDERS]
+        )
         if not any(path.is_relative_to(folder) for folder in allowed):
-            _seen.append(f"{event} {path} {args[1:]}")
+            _violations.append(f"{event} {path} {args[1:]}")
 
 
 def _folder_of(event: str, args: tuple[Any, ...]) -> str:
@@ -197,10 +202,15 @@ sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def watched(*allowed: Path, forks: bool = False) -> Iterator[None]:
-    """Fail if the block opens a file outside of folders, or starts a process, except for forks with `forks`."""
+def restrict_file_access(*allowed: Path, forks: bool = False) -> Iterator[None]:
+    """Fail if the block opens a file outside the allowed folders, connects to a socket or starts a process.
+
+    Args:
+        allowed: the folders; those of Python and its packages may be read as well.
+        forks: whether the block may fork.
+    """
     _watching.extend(folder.resolve() for folder in allowed)
-    _seen.clear()
+    _violations.clear()
     if forks:
         _forks.append(True)
     try:
@@ -208,8 +218,8 @@ def watched(*allowed: Path, forks: bool = False) -> Iterator[None]:
     finally:
         _watching.clear()
         _forks.clear()
-        seen = [*_seen]
-        assert not seen, seen
+        violations = [*_violations]
+        assert not violations, violations
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Any, Any]]:

@@ -10,15 +10,15 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Calls that turn numbers into a tensor or a tensor into numbers: from Python, and ATen operators also called from C++.
+# Functions that copy Python numbers into a tensor or back, and ATen operators that do so, also if called from C++.
 PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
-# Calls that turn numbers into a tensor, which `to_device` copies through pinned memory without waiting.
+# Calls that copy numbers into a tensor: `to_device` does so through pinned memory, without waiting.
 GIVEN = {"python tensor", "lift_fresh"}
 
 
 class InPython(TorchFunctionMode):
-    """Counts calls by the name of the function."""
+    """Counts calls of functions by name, and asynchronous copies to the CPU in ``fetched``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,13 +45,15 @@ class InAten(TorchDispatchMode):
 
 @contextmanager
 def counted() -> Iterator[tuple[InPython, InAten]]:
+    """Count the calls within the block."""
     with InPython() as python, InAten() as aten:
         yield python, aten
 
 
 def waits(python: InPython, aten: InAten) -> dict[str, int]:
-    found = {f"python {name}": python.calls[name] for name in PYTHON} | {name: aten.calls[name] for name in ATEN}
-    return {name: count for name, count in found.items() if count}
+    """The calls that would synchronize with a GPU, by name."""
+    counts = {f"python {name}": python.calls[name] for name in PYTHON} | {name: aten.calls[name] for name in ATEN}
+    return {name: count for name, count in counts.items() if count}
 
 
 def answers(found: dict[str, int]) -> int:

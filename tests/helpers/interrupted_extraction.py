@@ -1,6 +1,6 @@
-"""A small extraction without a detector, and a process that runs it and is killed at a given step.
+"""A small extraction without a detector, and a process that runs it with faults.
 
-As a script: for each line on stdin, a `Case` in JSON, a forked child extracts, and its result is printed as a line.
+As a script, it reads a `Case` in JSON from each line of stdin, extracts in a forked child, and prints the result.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from refdet.store import StoreWriter
 from refdet.store.shard_file import ShardWriter
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
-BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]  # each is a shard
-BROKEN = 4
-PUT_AT_ONCE = 3  # images
+BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]  # a shard each
+BROKEN = 4  # id of an image that `load` cannot read
+PUT_AT_ONCE = 3  # images that the merge writes with one call of `StoreWriter.put`
 
-# Functions that change files, called while shards and the store are written; removals succeed on a full disk too.
+# Functions that change files while shards and the store are written. Removals succeed even if the disk is full.
 STEPS: list[tuple[Any, str]] = [
     (os, "fsync"), (os, "replace"), (ShardWriter, "add"), (ShardWriter, "finish"), (StoreWriter, "put"),
     (StoreWriter, "finish"),
@@ -44,15 +44,15 @@ REMOVALS: list[tuple[Any, str]] = [(os, "unlink"), (os, "rmdir")]
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to an extraction in progress.
+    """An extraction and its faults.
 
     Attributes:
         out: the store.
         resume: whether to resume the extraction.
-        kill: step at which the process is killed, counted from 0; None for none.
-        after: whether it is killed after that step is done, or before it.
-        full: step from which the disk is full, None for none.
-        seconds: time after which the process is killed, None for no limit.
+        kill: step at which the process is killed, counted from 0; None for never.
+        after: whether it is killed after that step instead of before it.
+        full: step from which on the disk is full, None for never.
+        seconds: time after which the process is killed, None for never.
     """
 
     out: str
@@ -73,6 +73,17 @@ def compute(batch: list[ImageRecord], images: list[np.ndarray], slowly: float = 
     assert [int(image[0, 0, 0]) for image in images] == [r.id for r in batch]
     time.sleep(slowly)
     return lambda: [make_regions(r.id, 1 + r.id % 4) for r in batch]
+
+
+def interrupt_at(batch: list[ImageRecord], compute: Callable[..., Finish] = compute) -> Callable[..., Finish]:
+    """A `compute` that Ctrl-C interrupts at a batch."""
+
+    def interrupted(current: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if current == batch:
+            raise KeyboardInterrupt
+        return compute(current, images)
+
+    return interrupted
 
 
 def run(out: Path, resume: bool = False, compute: Callable[..., Finish] = compute) -> Summary:

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback whose files can fail in the ways that downloads fail."""
+"""An HTTP server on the loopback interface whose responses fail as downloads do in practice."""
 
 from __future__ import annotations
 

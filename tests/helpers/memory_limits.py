@@ -1,7 +1,7 @@
-"""Limits of the memory of a device: of a GPU by PyTorch's allocator, and of the CPU as if it were one.
+"""Memory limits of a device: of a GPU by PyTorch's allocator, and of the CPU by counting its tensors.
 
 PyTorch compares a GPU's limit with the memory that it has reserved, but frees cached blocks before it raises an error.
-So a computation is certain to reach a limit below what it allocates, but not one below what it reserved.
+So a computation exceeds a limit below what it allocates for certain, but perhaps not one below what it reserves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Memory(Protocol):
     """Memory of a device, which can be limited."""
 
     def allow(self, more: float | None) -> None:
-        """Free what is unused, and raise `OutOfMemoryError` beyond so many bytes more; None for no limit."""
+        """Free unused memory, and raise `OutOfMemoryError` after so many further bytes; None for no limit."""
 
     def need(self, compute: Callable[[], object]) -> int:
-        """The greatest number of bytes allocated at once during a computation, without those allocated before."""
+        """Peak number of bytes that a computation allocates."""
 
 
 @contextmanager
 def memory_of(device: str) -> Iterator[Memory]:
-    """The memory of a device, without a limit again after the block."""
+    """The memory of a device; the limit is removed after the block."""
     memory = _GpuMemory(device) if is_gpu(device) else _CpuMemory()
     gc.collect()
     gc.freeze()  # for quick collections in the block
@@ -57,7 +57,7 @@ def too_little_memory(memory: Memory, fits: Callable[[], bool]) -> Iterator[None
     results: list[bool] = []
     need = memory.need(lambda: results.append(fits()))
     assert results == [True]
-    # libraries take smaller workspaces where memory is short, so the limit is found by trying
+    # libraries use smaller workspaces if memory is short, so the limit has to be found by trying
     for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
         memory.allow(share * need)
         if not fits():
@@ -77,7 +77,7 @@ class _GpuMemory:
         gc.collect()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        reserved = torch.cuda.memory_reserved(self._device)  # by what is left of earlier tests
+        reserved = torch.cuda.memory_reserved(self._device)  # of earlier tests
         fraction = 1.0 if more is None else min((reserved + more) / self._total, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, self._device)
 

@@ -26,13 +26,13 @@ class Problem:
         return function(boxes, scores, self.threshold, self.max_keep, groups=groups, images=images).tolist()
 
     def brute_force(self) -> list[int]:
-        """Kept rows, by comparing boxes one pair at a time in numpy, in float32."""
+        """The kept rows, found by comparing each box with all that were kept, in float32."""
         boxes, scores = self.boxes.numpy(), self.scores.numpy()
-        nothing = np.zeros(len(boxes), np.int64)
-        groups = nothing if self.groups is None else self.groups.numpy()
-        images = nothing if self.images is None else self.images.numpy()
+        zeros = np.zeros(len(boxes), np.int64)
+        groups = zeros if self.groups is None else self.groups.numpy()
+        images = zeros if self.images is None else self.images.numpy()
         zero = np.float32(0)
-        answer: list[int] = []
+        all_kept: list[int] = []
         for image in sorted(set(images.tolist())):
             rows = np.flatnonzero(images == image).tolist()
             kept: list[int] = []
@@ -49,8 +49,17 @@ class Problem:
                     iou = width * height / (area + other_area - width * height)
                 if not (iou > np.float32(self.threshold)).any():
                     kept.append(i)
-            answer += kept
-        return answer
+            all_kept += kept
+        return all_kept
+
+    def brute_force_by_image(self, count: int) -> list[list[int]]:
+        """Kept rows of each of the images 0 to `count - 1`, which is what `nms_padded` returns."""
+        images = torch.zeros(len(self.boxes), dtype=torch.int64) if self.images is None else self.images
+        rows: list[list[int]] = [[] for _ in range(count)]
+        for index in self.brute_force():
+            if 0 <= images[index] < count:
+                rows[images[index]].append(index)
+        return rows
 
 
 IDS = ([0], [0, 1, 2], [5, -3, 40, 7], [-(2**63), 2**63 - 1, 0, -1], [2**40, 2**40 + 1])
@@ -59,7 +68,7 @@ ODD = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -0.0]
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Many boxes in a small area, so that they overlap; some without area, with a negative side or odd numbers."""
+    """Overlapping boxes in a small area; some have no area, a negative side, or values such as NaN."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     count = draw(st.sampled_from([0, 1, 2, 31, 33, 64, 65, 129, 260]))
     corner = random.uniform(0, draw(st.sampled_from([4, 40])), (count, 2))
@@ -87,9 +96,9 @@ def problems(draw: st.DrawFn) -> Problem:
 
 def scene(count: int, groups: int, images: int, max_keep: int = -1) -> Problem:
     random = torch.Generator().manual_seed(count)
-    centre = torch.randint(0, 200, (count, 2), generator=random).float()
+    center = torch.randint(0, 200, (count, 2), generator=random).float()
     size = torch.rand(count, 2, generator=random) * 60 + 5
-    boxes = torch.cat((centre - size / 2, centre + size / 2), dim=1)
+    boxes = torch.cat((center - size / 2, center + size / 2), dim=1)
     scores = torch.rand(count, generator=random)
     ids = (torch.randint(0, number, (count,), generator=random) for number in (groups, images))
     return Problem(boxes, scores, 0.4, max_keep, *ids)

@@ -1,7 +1,7 @@
-"""Parts of the extraction of `interrupted_extraction`, in this process or in a child process that may be killed.
+"""The extraction of `interrupted_extraction` in parts, in this process or in a child process that may be killed.
 
-As a script: `part_extraction.py STORE K/N [KILL]` computes a part and is killed by SIGKILL at KILL: "compute 2", its
-second batch; "add 3", its third write to a shard; "put 4", the fourth image of the merge.
+As a script, `part_extraction.py STORE K/N [KILL]` computes a part. KILL is when it receives SIGKILL: "compute 2", at
+its second batch; "add 3", at its third write to a shard; "put 4", at the fourth image of the merge.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def cut(size: int) -> Sequence[list[ImageRecord]]:
     """The batches of `interrupted_extraction`, or smaller ones."""
     if size == PLAN.batch_size:
         return BATCHES
-    return [batch[at : at + size] for batch in BATCHES for at in range(0, len(batch), size)]
+    return [batch[start : start + size] for batch in BATCHES for start in range(0, len(batch), size)]
 
 
 def run_part(out: Path, part: str, **changes: Any) -> Summary:
-    given: dict[str, Any] = {"plan": PLAN, "compute": compute, "load": load, "shard_images": 2, **changes}
-    given.setdefault("header", replace(HEADER, options=given["plan"].options))
-    return extract_part(out, make_batches=cut, records=RECORDS, part=Part.parse(part), **given)
+    arguments: dict[str, Any] = {"plan": PLAN, "compute": compute, "load": load, "shard_images": 2, **changes}
+    arguments.setdefault("header", replace(HEADER, options=arguments["plan"].options))
+    return extract_part(out, make_batches=cut, records=RECORDS, part=Part.parse(part), **arguments)
 
 
 def start_part(out: Path, part: str, *kill: str) -> subprocess.Popen[str]:
-    """Compute a part in a process of its own."""
+    """Start a child process that computes a part."""
     command = [sys.executable, __file__, str(out), part, *kill]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -56,14 +56,14 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output + errors
 
 
-def _dies_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def _kill_at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
     calls = 0
 
     def counted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number:
-            time.sleep(0.05)  # time to write what was computed before
+            time.sleep(0.05)  # for the thread that writes earlier results
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args)
 
@@ -74,10 +74,10 @@ def main(out: str, part: str, kill: str = "") -> None:
     what, _, number = kill.partition(" ")
     computing: Callable[[list[ImageRecord], list[np.ndarray]], Finish] = compute
     if what == "compute":
-        computing = _dies_at(int(number), compute)
+        computing = _kill_at_call(int(number), compute)
     elif what:
         owner: Any = {"add": ShardWriter, "put": StoreWriter}[what]
-        setattr(owner, what, _dies_at(int(number), getattr(owner, what)))
+        setattr(owner, what, _kill_at_call(int(number), getattr(owner, what)))
     print(run_part(Path(out), part, compute=computing).merged)
 
 

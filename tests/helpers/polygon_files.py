@@ -1,4 +1,4 @@
-"""Instances files with one annotation, and the results of their readers."""
+"""Instances files with one annotation, and what their readers return or raise."""
 
 from __future__ import annotations
 

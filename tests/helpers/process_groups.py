@@ -1,4 +1,4 @@
-"""Training in several processes with torchrun's variables, forked from one process that has imported everything.
+"""Training in several processes with torchrun's environment variables, forked from one that has imported everything.
 
     with Launcher() as launcher:
         ended = launcher.train(root, "run", processes=2, changes=[...])
@@ -30,13 +30,13 @@ LIMIT = 120  # seconds of a training run on a busy machine
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in one process, unless torchrun has restarted it.
+    """A failure of one process, which does not happen again after torchrun has restarted it.
 
     Attributes:
-        kind: "infinite" for an infinite loss, "full disk" for a disk that is full from then on, or the name of a signal
+        kind: "infinite" for an infinite loss, "full disk" for a disk that stays full, or the name of a signal
             that the process receives.
         rank: rank of the process.
-        step: the step at whose start it happens, counted from 1.
+        step: step, counted from 1, at the start of which it happens.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes ended: exit codes, negative for signals, and what each wrote on stdout and stderr."""
+    """Exit codes of the processes, negative for signals, and what each wrote to stdout and stderr."""
 
     codes: list[int]
     outputs: list[str]
@@ -58,7 +58,7 @@ class Ended:
 
 
 class Launcher:
-    """Starts the process that forks, within a ``with`` block."""
+    """Context manager that runs the process from which the training processes are forked."""
 
     def __enter__(self) -> Launcher:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -91,7 +91,7 @@ class Launcher:
             out: name of the run directory.
             processes: number of processes.
             arguments: further command line arguments.
-            fault: what goes wrong, None for nothing.
+            fault: failure of a process, None for none.
             variables: environment variables of all processes, overriding torchrun's; "" removes one.
             of_rank: further arguments of single processes, by rank.
             float64: compute in float64.
@@ -122,11 +122,11 @@ def _run_command(work: dict[str, Any], rank: int) -> None:
     if work["float64"]:
         torch.set_default_dtype(torch.float64)
     if work["fault"] is not None:
-        _prepare(Fault(**work["fault"]))
+        _install_fault(Fault(**work["fault"]))
     main(work["commands"][rank], prog_name="refdet")
 
 
-def _prepare(fault: Fault) -> None:
+def _install_fault(fault: Fault) -> None:
     """Install a fault in this process, if its rank is that of the fault."""
     from refdet.detector.mask_rcnn import MaskRCNN
     from refdet.training import trainer
@@ -155,7 +155,7 @@ def _prepare(fault: Fault) -> None:
     trainer.start_step, MaskRCNN.compute_losses = with_fault, infinite  # type: ignore[method-assign]
 
 
-def _forked(work: dict[str, Any], rank: int, port: int, output: Path) -> int:
+def _fork(work: dict[str, Any], rank: int, port: int, output: Path) -> int:
     """Fork a process of a rank; returns its id."""
     count = str(len(work["commands"]))
     if child := os.fork():
@@ -203,7 +203,7 @@ def _serve() -> None:
     """Run the work on each line of stdin, and print its result as a line."""
     import tempfile
 
-    import torch._dynamo  # noqa: F401  # by each optimizer, in a second
+    import torch._dynamo  # noqa: F401  # each optimizer imports it, which takes a second
 
     import refdet.cli.train
     import refdet.training.distributed
@@ -217,7 +217,7 @@ def _serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
             count = 1 if work["restarts"] else len(work["commands"])
             outputs = [Path(folder, str(rank)) for rank in range(count)]
-            children = {_forked(work, rank, port, output): rank for rank, output in enumerate(outputs)}
+            children = {_fork(work, rank, port, output): rank for rank, output in enumerate(outputs)}
             codes, late = [-1] * count, False
             until = time.monotonic() + LIMIT
             while children:

@@ -1,4 +1,4 @@
-"""Random instances files and results, and their AP by pycocotools."""
+"""Random instances files and results, and their AP as computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def rle(outline: list[list[float]]) -> dict[str, Any]:
 
 
 def by_hand(data: dict[str, Any], results: list[dict[str, Any]], ids: list[int], kind: str) -> list[float]:
+    """AP, AP50, AP75, APs, APm and APl of results by pycocotools; ``kind`` is "bbox" or "segm"."""
     other = "segmentation" if kind == "bbox" else "bbox"
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()

@@ -28,7 +28,7 @@ from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.structures.regions import Regions
 
-# Only loopback, no telemetry, no token in the user's folder; and dead nodes are noticed quickly.
+# loopback only, no telemetry, no token in the user's folder, and quick detection of dead nodes
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -41,7 +41,7 @@ ENVIRONMENT = {
 }
 NODE = {
     "num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 80 * 2**20,
-    "no_monitor": True, "include_log_monitor": False,  # neither scales, nor prints what others log
+    "no_monitor": True, "include_log_monitor": False,  # no autoscaling, and no output of the workers' logs
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def cluster_of(nodes: int) -> Iterator[Any]:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Fail instead of waiting forever, with an exception that no retry catches."""
+    """Fail if the block takes longer, with an exception that retries do not catch."""
 
     def fail(number: int, frame: FrameType | None) -> None:
         pytest.fail(f"not done after {seconds} s")
@@ -85,17 +85,17 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SlowTools:
-    """Tools of a slow worker, which records in a folder what it computes, and may fail.
+    """Makes the tools of a slow worker, which records its batches in a folder, and may fail.
 
     Attributes:
         folder: folder of the records.
         seconds: duration of a batch.
         die_at: id of an image at which a worker is killed, None for none.
-        always: whether that happens to every worker, or only once.
-        missing_on: number of the worker, in order of start from 0, that sees no images; -1 for all.
-        missing_node: Ray's id of a node whose workers see no images.
+        always: whether every worker is killed there, or only the first.
+        missing_on: number of the worker, in order of start from 0, that finds no images; -1 for all.
+        missing_node: Ray's id of a node whose workers find no images.
         full_on: number of the worker whose disk is full.
-        precision: arithmetic of the worker.
+        precision: precision that the worker reports.
         together: number of workers that must have started before any of them computes.
     """
 

@@ -1,4 +1,4 @@
-"""Record the results of a method while other code calls it, so that a test need not compute them again."""
+"""Record the results of a method while other code calls it, so that a test does not compute them twice."""
 
 from __future__ import annotations
 

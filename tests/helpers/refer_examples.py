@@ -1,4 +1,4 @@
-"""A small REFER dataset for tests, which can be written with any contents, valid or not."""
+"""A small REFER dataset, which tests can write with valid or invalid contents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(
     root: Path, refs: Any = REFS, name: str = "refs(unc).p", dataset: str = "refcoco", protocol: int = 2,
     instances: Any = INSTANCES,
 ) -> Path:  # fmt: skip
-    """Write refs and instances below a root, which is returned; bytes are written as they are."""
+    """Write refs and instances below a root, and return the root; bytes are written unchanged."""
     folder = root / dataset
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(refs, bytes):
@@ -54,7 +54,7 @@ def write(
 
 
 def refclef(root: Path) -> Path:
-    """Write a dataset like RefClef, whose masks are lists of RLEs: here three rows, and a column."""
+    """Write a dataset like RefClef, where a mask is a list of RLEs: here three rows, and a column."""
     rows, column = np.zeros((2, 6, 8), np.uint8, order="C")
     rows[:3], column[:, 7] = 1, 1
     parts = [coco_mask.encode(np.asfortranarray(part)) for part in (rows, column)]

@@ -1,4 +1,4 @@
-"""Write a REFER dataset in the formats found on the web, as their authors' scripts do."""
+"""Write a REFER dataset in the formats in which others have published it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_jxu124(folder: Path, dataset: str, refs: Refs, instances: Instances, r
                 "raw_sentences": json.dumps(ref["sentences"]),
                 "image_path": f"coco/train2014/{images[ref['image_id']]['file_name']}",
                 "bbox": xyxy(annotations[ref["ann_id"]]["bbox"]),
-                "captions": [one["sent"] for one in ref["sentences"]],
+                "captions": [sentence["sent"] for sentence in ref["sentences"]],
                 "global_image_id": f"coco.{ref['image_id']}",
                 "anns_id": f"{dataset}.{ref['ann_id']}",
             }
@@ -82,7 +82,7 @@ def write_lmms(folder: Path, refs: Refs, instances: Instances) -> Path:
                 "question_id": str(ref["ann_id"]),
                 "image": {"bytes": b"\xff\xd8 not decoded", "path": None},
                 "question": "Please carefully observe the area circled in the image.",
-                "answer": [one["sent"] for one in ref["sentences"]],
+                "answer": [sentence["sent"] for sentence in ref["sentences"]],
                 "segmentation": [1.0, 2.0],
                 "bbox": annotations[ref["ann_id"]]["bbox"],
                 "iscrowd": 0,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from refer_examples import GREFS, INSTANCES, REFS, ref
 
-CANARY = "canary"  # a file in the working directory, created if a pickle runs its code
+CANARY = "canary"  # file in the working directory that the code in the pickles would create
 COMMAND = f"touch {CANARY}"
 
 
@@ -21,8 +21,8 @@ class Case(NamedTuple):
     Attributes:
         refs: value or bytes of the refs file.
         instances: value or bytes of instances.json.
-        refs_good: whether the refs must be read.
-        good: whether the whole dataset must be read.
+        refs_good: whether reading the refs must succeed.
+        good: whether reading the whole dataset must succeed.
         name: name of the refs file.
         protocol: protocol of the pickle.
         says: text that the error must contain.

@@ -1,4 +1,4 @@
-"""An extraction of ten images in shards of two, to be stopped and resumed."""
+"""An extraction of ten images, in four shards, that tests interrupt and resume."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interrupted_extraction import BATCHES, RECORDS, compute
+from interrupted_extraction import BATCHES, RECORDS, compute, interrupt_at
 from store_examples import HEADER, PLAN
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import Interrupted
 from refdet.extraction import shards
 from refdet.extraction.pipeline import extract
-from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 
 RECIPE = {"model": {"width": 64}, "input": {"min_sizes": [600], "max_size": 1000}}
@@ -28,12 +27,9 @@ def load(record: ImageRecord) -> np.ndarray:
 
 
 def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        if stop_at is not None and batch == BATCHES[stop_at]:
-            raise KeyboardInterrupt
-        return compute(batch, images)
-
-    given: dict[str, Any] = {"header": RECIPE_HEADER, "load": load, "compute": stops, "shard_images": 2, **changes}
+    """Extract into ``out``; with ``stop_at``, Ctrl-C interrupts the batch of that number."""
+    computing = compute if stop_at is None else interrupt_at(BATCHES[stop_at])
+    given: dict[str, Any] = {"header": RECIPE_HEADER, "load": load, "compute": computing, "shard_images": 2, **changes}
     return extract(out, PLAN, batches=BATCHES, records=RECORDS, **given)
 
 

@@ -15,7 +15,7 @@ def draw(image_id: int, n: int, columns: store.Columns, name: str = "a.jpg", err
     """Valid regions of an image of 9 x 7 (height x width) pixels, with the columns of a store."""
     random = np.random.default_rng([seed, image_id])
     low = random.random((n, 2)) * (3, 4)
-    known = bool(columns.maps) and not error
+    has_maps = bool(columns.maps) and not error
     return Regions(
         image_id, name, 9, 7,
         boxes=np.concatenate((low, low + random.random((n, 2)) * 4), 1).astype(np.float32),
@@ -28,6 +28,6 @@ def draw(image_id: int, n: int, columns: store.Columns, name: str = "a.jpg", err
                   for key, shape in columns.features.items()},
         error=error,
         maps={key: random.standard_normal((2, 3, 1 + image_id % 3)).astype(columns.dtype) for key in columns.maps}
-        if known else {},
-        im_info=np.array([48, 16 * (1 + image_id % 3), 1.5], np.float32) if known else None,
+        if has_maps else {},
+        im_info=np.array([48, 16 * (1 + image_id % 3), 1.5], np.float32) if has_maps else None,
     )  # fmt: skip

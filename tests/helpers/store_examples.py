@@ -1,4 +1,4 @@
-"""Regions like a detector's, for the tests of stores."""
+"""Random regions, and stores of regions, for tests."""
 
 from __future__ import annotations
 
@@ -39,20 +39,32 @@ def random_mask(random: np.random.Generator, height: int, width: int) -> bytes:
     return counts
 
 
+def write_regions(path: Path, images: list[Regions], header: store.Header, columns: store.Columns) -> Path:
+    """Write a store of the regions of these images."""
+    rows = [
+        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
+        for r in images
+    ]
+    with store.create(path, header, columns, rows) as writer:
+        for regions in images:
+            writer.put(regions)
+    return path
+
+
 def record(regions: Regions) -> ImageRecord:
     return ImageRecord(regions.image_id, regions.file_name, regions.height, regions.width)
 
 
 def contents(path: Path) -> dict[str, Any]:
     """Everything in an HDF5 file by name, except for the attribute ``run``."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
-        found.update({f"{name}@{key}": value for key, value in node.attrs.items()})
+        values.update({f"{name}@{key}": value for key, value in node.attrs.items()})
         if isinstance(node, h5py.Dataset):
-            found[name] = (node.dtype, node.shape, node[()].tolist())
+            values[name] = (node.dtype, node.shape, node[()].tolist())
 
     with h5py.File(path) as file:
-        found.update({f"@{key}": value for key, value in file.attrs.items() if key != "run"})
+        values.update({f"@{key}": value for key, value in file.attrs.items() if key != "run"})
         file.visititems(visit)
-    return found
+    return values

@@ -1,4 +1,4 @@
-"""Small detectors with random weights and nontrivial norms, and images for them."""
+"""Small detectors with random weights and norms as after training, and images for them."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ NAMES = {1: "person", 3: "car", 7: "train", 44: "bottle"}
 
 
 def trained_model(*changes: str) -> MaskRCNN:
-    """A small detector with random weights and nontrivial norms."""
+    """A small detector with random weights, and norms with random statistics as after training."""
     torch.manual_seed(0)
     model = MaskRCNN(recipes.load("demo").with_changes([*SMALL, *changes]), len(IDS))
     with torch.no_grad():

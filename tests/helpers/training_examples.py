@@ -1,4 +1,4 @@
-"""Training runs of seconds: a tiny recipe, and a drawn dataset whose annotations can be changed."""
+"""Training in seconds: a tiny recipe, and a synthetic dataset whose annotations can be changed."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def squares(root: Path, change: Change = lambda tree: None, images: int = 4) -> 
     change(tree)
     (root / "instances.json").write_text(json.dumps(tree))
     return root / "instances.json"
+
+
+def mark_crowds(*indices: int) -> Change:
+    """A change for `squares` that sets iscrowd of the annotations at these indices."""
+
+    def change(tree: dict[str, Any]) -> None:
+        for index in indices:
+            tree["annotations"][index]["iscrowd"] = 1
+
+    return change
 
 
 def run(root: Path, *changes: str, out: str = "run", device: str = "cpu", **more: Any) -> Summary:

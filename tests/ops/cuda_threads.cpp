@@ -1,4 +1,4 @@
-// The kernels of csrc/*/*.cuh as functions that tests call; each returns whether all barriers were met by all threads.
+// C functions that run kernels of csrc/*/*.cuh; each returns whether all threads of a block reached every barrier.
 #include "cuda_threads.h"
 
 #include "epilogue/bias_relu.cuh"

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on a CPU, to check their arithmetic, bounds and barriers: each block thread by thread, each thread
-// up to its next barrier, in an order of the caller's choice. What a kernel leaves to chance shows as results that
-// differ by order. Memory that is slow to show up elsewhere, launches and speed are not checked.
+// Runs CUDA kernels on a CPU, to check their arithmetic, bounds and barriers: one block after another, its threads in an
+// order that the caller chooses, each thread up to its next barrier. Races show as results that depend on the order.
+// Not checked are the visibility of memory between threads, launches and speed.
 #pragma once
 
 #include <ucontext.h>
@@ -44,7 +44,7 @@ inline unsigned long long atomicOr(unsigned long long* at, unsigned long long bi
   return before;
 }
 
-// The answer that never lets a kernel skip work; kernels may use the vote for nothing else.
+// Always false: kernels may use the vote only to skip work when it is true.
 inline bool __all_sync(unsigned, bool) { return false; }
 
 namespace threads {

@@ -1,4 +1,4 @@
-"""The kernels for GPUs, run thread by thread on the CPU: their arithmetic, bounds and barriers."""
+"""The CUDA kernels, run thread by thread on the CPU: their arithmetic, bounds and barriers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from nms_problems import Problem, problems, scene
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-ORDERS = (0, 1, 7)  # ascending, descending, shuffled
-GUARD = 64  # elements around an array that a kernel must leave alone
+ORDERS = (0, 1, 7)  # of the threads between barriers: ascending, descending, shuffled (`run` in cuda_threads.h)
+GUARD = 64  # elements before and after an output array that a kernel must not write
+IMAGES = 4  # images of a problem; boxes of other images are ignored
 
 
 @pytest.fixture(scope="module")
@@ -36,47 +37,47 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def at(values: np.ndarray | None) -> ctypes.c_void_p:
+def ptr(values: np.ndarray | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if values is None else values.ctypes.data)
 
 
-def long(value: int) -> ctypes.c_int64:
+def int64(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
-def guarded(count: int, fill: float, dtype: Any = np.int64) -> np.ndarray:
-    """An array with guards around it, of which a kernel gets the middle."""
+def guarded_array(count: int, fill: float, dtype: Any = np.int64) -> np.ndarray:
+    """An array with `GUARD` elements on each side of the `count` elements that a kernel may write."""
     return np.full(count + 2 * GUARD, fill, dtype)
 
 
-def by_threads(kernels: Any, problem: Problem, order: int, padded: bool) -> list[list[int]]:
-    """What the kernels keep of each image; the images of a problem must be 0..count - 1, others are left out."""
+def run_greedy(kernels: Any, problem: Problem, order: int, padded: bool) -> list[list[int]]:
+    """Boxes of each image that the kernel for whole images keeps, in the layout of `nms_padded` or of `nms`."""
     boxes, scores = (np.ascontiguousarray(t.numpy()) for t in (problem.boxes, problem.scores))
-    count, n = 4, len(boxes)
+    n = len(boxes)
     images, groups = (None if ids is None else ids.numpy() for ids in (problem.images, problem.groups))
     limit = n if problem.max_keep < 0 else problem.max_keep
     if n == 0 or limit == 0:
-        return [[] for _ in range(count)]
+        return [[] for _ in range(IMAGES)]
     keys = np.zeros(n, np.int64)
-    assert kernels.keys(at(scores), at(images), long(n), long(count), order, at(keys))
+    assert kernels.keys(ptr(scores), ptr(images), int64(n), int64(IMAGES), order, ptr(keys))
     places = np.argsort(keys, kind="stable")
     ordered = keys[places]
-    kept, counts = guarded(count * limit if padded else n, -7), guarded(count, -7)
+    kept, counts = guarded_array(IMAGES * limit if padded else n, -7), guarded_array(IMAGES, -7)
     assert kernels.greedy(
-        at(boxes), at(groups), at(ordered), at(places), long(n), ctypes.c_float(problem.threshold), long(limit),
-        long(limit if padded else -1), long(count), order, at(kept[GUARD:]), at(counts[GUARD:]),
+        ptr(boxes), ptr(groups), ptr(ordered), ptr(places), int64(n), ctypes.c_float(problem.threshold), int64(limit),
+        int64(limit if padded else -1), int64(IMAGES), order, ptr(kept[GUARD:]), ptr(counts[GUARD:]),
     )  # fmt: skip
     for values in (kept, counts):
         assert (values[:GUARD] == -7).all() and (values[-GUARD:] == -7).all()
-    starts = [limit * i if padded else int(np.searchsorted(ordered, i << 32)) for i in range(count)]
+    starts = [limit * i if padded else int(np.searchsorted(ordered, i << 32)) for i in range(IMAGES)]
     numbers = counts[GUARD:-GUARD].tolist()
     own = kept[GUARD:-GUARD]
     assert (own != -7).sum() == sum(numbers)
     return [own[first : first + number].tolist() for first, number in zip(starts, numbers, strict=True)]
 
 
-def by_groups(kernels: Any, problem: Problem, order: int) -> list[int]:
-    """What the kernels keep without a limit, a block for each group of each image; images as in `by_threads`."""
+def run_group_greedy(kernels: Any, problem: Problem, order: int) -> list[int]:
+    """Boxes that the kernel with a block for each group of each image keeps; it has no limit."""
     boxes, scores = (np.ascontiguousarray(t.numpy()) for t in (problem.boxes, problem.scores))
     n = len(boxes)
     nothing = np.zeros(n, np.int64)
@@ -84,77 +85,78 @@ def by_groups(kernels: Any, problem: Problem, order: int) -> list[int]:
     if n == 0:
         return []
     keys = np.zeros(n, np.int64)
-    assert kernels.keys(at(scores), at(images), long(n), long(4), order, at(keys))
+    assert kernels.keys(ptr(scores), ptr(images), int64(n), int64(IMAGES), order, ptr(keys))
     places = np.argsort(keys, kind="stable")
     by_group = np.argsort(groups[places], kind="stable")
     ordered, own_groups = keys[places], groups[places][by_group]
-    kept, scratch = guarded(n, -7), guarded(n, -7)
+    kept, scratch = guarded_array(n, -7), guarded_array(n, -7)
     assert kernels.group_greedy(
-        at(boxes), at(own_groups), at(ordered), at(places), at(by_group), long(n), ctypes.c_float(problem.threshold),
-        order, at(scratch[GUARD:]), at(kept[GUARD:]),
+        ptr(boxes), ptr(own_groups), ptr(ordered), ptr(places), ptr(by_group), int64(n),
+        ctypes.c_float(problem.threshold), order, ptr(scratch[GUARD:]), ptr(kept[GUARD:]),
     )  # fmt: skip
     for values in (kept, scratch):
         assert (values[:GUARD] == -7).all() and (values[-GUARD:] == -7).all()
     return [index for index in kept[GUARD:-GUARD].tolist() if index != -7]
 
 
-def wanted(problem: Problem) -> list[list[int]]:
-    images = torch.zeros(len(problem.boxes), dtype=torch.int64) if problem.images is None else problem.images
-    found: list[list[int]] = [[] for _ in range(4)]
-    for index in problem.brute_force():
-        if 0 <= images[index] < 4:
-            found[images[index]].append(index)
-    return found
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_nms_is_the_brute_force_in_any_order_of_threads(kernels: Any, problem: Problem) -> None:
-    answer = wanted(problem)
+def test_greedy_kernel_equals_brute_force_in_any_order_of_threads(kernels: Any, problem: Problem) -> None:
+    expected = problem.brute_force_by_image(IMAGES)
     for order in ORDERS:
-        assert by_threads(kernels, problem, order, padded=order != 1) == answer
+        assert run_greedy(kernels, problem, order, padded=order != 1) == expected
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_nms_of_each_group_by_a_block_is_the_brute_force(kernels: Any, problem: Problem) -> None:
-    inside = None if problem.images is None else problem.images.clamp(0, 3)
+def test_group_greedy_kernel_equals_brute_force_in_any_order_of_threads(kernels: Any, problem: Problem) -> None:
+    inside = None if problem.images is None else problem.images.clamp(0, IMAGES - 1)
     problem = replace(problem, max_keep=-1, images=inside)
-    answer = problem.brute_force()
+    expected = problem.brute_force()
     for order in ORDERS:
-        assert by_groups(kernels, problem, order) == answer
+        assert run_group_greedy(kernels, problem, order) == expected
 
 
 @pytest.mark.parametrize("groups", [1, 30])
-def test_nms_of_each_group_of_many_boxes(kernels: Any, groups: int) -> None:
-    """Of groups with more boxes than fit into shared memory, and of groups of a chunk."""
+def test_group_greedy_kernel_with_many_boxes(kernels: Any, groups: int) -> None:
+    """About 650 boxes in a group of an image, which are several chunks of 64, or about 20, which are one."""
     problem = scene(1300, groups, 2)
-    assert by_groups(kernels, problem, ORDERS[2]) == problem.brute_force()
+    assert run_group_greedy(kernels, problem, ORDERS[2]) == problem.brute_force()
+
+
+def test_group_greedy_kernel_suppresses_by_kept_boxes_beyond_shared_memory(kernels: Any) -> None:
+    """Shared memory holds 1024 kept boxes: of 1100 disjoint boxes, the copies of the last 60 touch only later ones."""
+    corner = torch.stack((torch.arange(1100) % 40, torch.arange(1100) // 40), dim=1) * 20.0
+    disjoint = torch.cat((corner, corner + 10), dim=1)
+    boxes = torch.cat((disjoint, disjoint[-60:]))
+    problem = Problem(boxes, torch.linspace(1, 0, len(boxes)), 0.4, -1, torch.zeros(len(boxes)).long(), None)
+    assert problem.brute_force() == list(range(1100))
+    assert run_group_greedy(kernels, problem, ORDERS[2]) == list(range(1100))
 
 
 @pytest.mark.parametrize("max_keep", [-1, 1, 150])
-def test_nms_of_more_boxes_than_fit_into_shared_memory(kernels: Any, max_keep: int) -> None:
+def test_greedy_kernel_with_more_boxes_than_fit_into_shared_memory(kernels: Any, max_keep: int) -> None:
     problem = scene(2500, 40, 2, max_keep=max_keep)
-    answer = wanted(problem)
-    assert max(map(len, answer)) > 1024 or max_keep > 0
+    expected = problem.brute_force_by_image(IMAGES)
+    assert max(map(len, expected)) > 1024 or max_keep > 0
     for order in ORDERS:
-        assert by_threads(kernels, problem, order, padded=True) == answer
+        assert run_greedy(kernels, problem, order, padded=True) == expected
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("channels", "whole"), [(8, True), (64, True), (6, False), (300, False), (2048, True)])
 @pytest.mark.parametrize("rows", [1, 7, 130])
-def test_bias_relu_is_plain_pytorch(kernels: Any, rows: int, channels: int, whole: bool, order: int) -> None:
+def test_bias_relu_equals_plain_pytorch(kernels: Any, rows: int, channels: int, whole: bool, order: int) -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(rows, channels + 8)).astype(np.float32)
-    wide = random.normal(size=(rows, channels + 4)).astype(np.float32)  # the shortcut is a part of it
+    wide = random.normal(size=(rows, channels + 4)).astype(np.float32)  # the shortcut is its first channels
     x[0, 0], x[-1, channels - 1], wide[0, 1] = np.nan, np.inf, -np.inf
     bias = random.normal(size=channels).astype(np.float32)
     for shortcut in (None, wide):
-        out = guarded(rows * channels, 5.5, np.float32)
+        out = guarded_array(rows * channels, 5.5, np.float32)
         assert kernels.bias_relu(
-            at(x), long(channels + 8), at(bias), at(shortcut), long(channels + 4), at(out[GUARD:]), long(channels),
-            long(rows), long(channels), whole, order,
+            ptr(x), int64(channels + 8), ptr(bias), ptr(shortcut), int64(channels + 4), ptr(out[GUARD:]),
+            int64(channels), int64(rows), int64(channels), whole, order,
         )  # fmt: skip
         total = torch.from_numpy(x[:, :channels]) + torch.from_numpy(bias)
         if shortcut is not None:
@@ -163,12 +165,11 @@ def test_bias_relu_is_plain_pytorch(kernels: Any, rows: int, channels: int, whol
         assert (out[:GUARD] == 5.5).all() and (out[-GUARD:] == 5.5).all()
 
 
-def test_bias_relu_in_place(kernels: Any) -> None:
-    """More rows than threads, so that threads loop."""
+def test_bias_relu_in_place_with_more_rows_than_threads(kernels: Any) -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(70000, 64)).astype(np.float32)
     bias, expected = np.ones(64, np.float32), np.maximum(x + 1, 0)
     assert kernels.bias_relu(
-        at(x), long(64), at(bias), at(None), long(0), at(x), long(64), long(len(x)), long(64), True, 7
+        ptr(x), int64(64), ptr(bias), ptr(None), int64(0), ptr(x), int64(64), int64(len(x)), int64(64), True, 7
     )
     np.testing.assert_array_equal(x, expected)

@@ -1,4 +1,4 @@
-"""REFDET_NO_EXT=1: the ops have no kernels, and give the same answers."""
+"""With REFDET_NO_EXT=1, the ops use their PyTorch fallbacks and return the same results."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The answers of a process without the extension."""
-    path: Path = tmp_path_factory.mktemp("fallbacks") / "answers.pt"
+def results_without_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of `CASES` in a process that does not load the extension."""
+    path: Path = tmp_path_factory.mktemp("fallbacks") / "results.pt"
     environment = {**os.environ, "REFDET_NO_EXT": "1"}
     subprocess.run([sys.executable, fallback_cases.__file__, path], check=True, env=environment)
-    answers: dict[str, Any] = torch.load(path)
-    return answers
+    results: dict[str, Any] = torch.load(path)
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_the_extension_the_answer_is_the_same(without: dict[str, Any], name: str) -> None:
+def test_fallbacks_return_what_the_kernels_return(results_without_kernels: dict[str, Any], name: str) -> None:
     found = CASES[name]()
     if name == "pooled":
-        torch.testing.assert_close(without[name], found, **CLOSE)
+        torch.testing.assert_close(results_without_kernels[name], found, **CLOSE)
     else:
-        assert without[name] == found
+        assert results_without_kernels[name] == found

@@ -1,4 +1,4 @@
-"""What is said of the compiled kernels, and to whom."""
+"""Messages about the compiled kernels: the warning on a GPU without them, and the line of ``refdet --version``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ REBUILD = "REFDET_BUILD_CUDA=1 pip install --no-build-isolation . builds them"
 
 
 @pytest.fixture(autouse=True)
-def not_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reset_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("REFDET_NO_EXT", raising=False)
     warn_without_cuda_kernels.cache_clear()
     yield
     warn_without_cuda_kernels.cache_clear()
 
 
-def built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
+def pretend_built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
+    """Set the devices that kernels were compiled for, and whether a GPU is visible."""
     monkeypatch.setattr(_library, "DEVICES", frozenset(devices))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
 
@@ -33,19 +34,19 @@ def built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
 def test_a_gpu_without_kernels_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, devices: tuple[str, ...]
 ) -> None:
-    built(monkeypatch, *devices, gpu=True)
+    pretend_built(monkeypatch, *devices, gpu=True)
     for device in (FIRST, CPU, FIRST, SECOND, FIRST):
         warn_without_cuda_kernels(device)
     first, second = (record.getMessage() for record in caplog.records)
     assert "no compiled kernels for cuda:0" in first and REBUILD in first and "cuda:1" in second
 
 
-def test_nothing_is_warned_of_where_kernels_are_or_were_not_wanted(
+def test_no_warning_with_kernels_on_a_cpu_or_when_switched_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    built(monkeypatch, "cpu", "cuda", gpu=True)
+    pretend_built(monkeypatch, "cpu", "cuda", gpu=True)
     warn_without_cuda_kernels(FIRST)
-    built(monkeypatch, gpu=True)
+    pretend_built(monkeypatch, gpu=True)
     warn_without_cuda_kernels(CPU)
     monkeypatch.setenv("REFDET_NO_EXT", "1")
     warn_without_cuda_kernels(SECOND)
@@ -53,7 +54,7 @@ def test_nothing_is_warned_of_where_kernels_are_or_were_not_wanted(
 
 
 @pytest.mark.parametrize(
-    ("devices", "gpu", "said"),
+    ("devices", "gpu", "description"),
     [
         (("cpu", "cuda"), True, "kernels compiled for CPU and CUDA"),
         (("cpu",), False, "kernels compiled for the CPU only"),
@@ -65,12 +66,12 @@ def test_nothing_is_warned_of_where_kernels_are_or_were_not_wanted(
         ),
     ],
 )
-def test_the_state_of_the_kernels(
-    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], gpu: bool, said: str
+def test_version_describes_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], gpu: bool, description: str
 ) -> None:
-    built(monkeypatch, *devices, gpu=gpu)
+    pretend_built(monkeypatch, *devices, gpu=gpu)
     monkeypatch.setattr("refdet.device.describe_device", lambda name: "a device")
-    assert describe_kernels() == said
-    assert CliRunner().invoke(main, ["--version"]).output.splitlines()[-1] == said
+    assert describe_kernels() == description
+    assert CliRunner().invoke(main, ["--version"]).output.splitlines()[-1] == description
     monkeypatch.setenv("REFDET_NO_EXT", "1")
     assert describe_kernels() == "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"

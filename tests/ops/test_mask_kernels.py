@@ -1,4 +1,4 @@
-"""Masks to RLE and RLE to coverage: the kernels, the fallbacks, pycocotools and one pixel at a time, all alike."""
+"""`masks_to_rle` and `mask_coverage`: kernels and fallbacks equal pycocotools and a reference for single pixels."""
 
 from collections.abc import Callable
 
@@ -16,26 +16,27 @@ from refdet.ops.masks import mask_coverage, mask_coverage_plain, masks_to_rle, m
 pytestmark = pytest.mark.slow
 
 cuda = pytest.mark.gpu
-both = pytest.mark.parametrize("function", [masks_to_rle, masks_to_rle_plain])
+kernel_and_fallback = pytest.mark.parametrize("function", [masks_to_rle, masks_to_rle_plain])
 
 
-def mixed(low: f32, high: f32, size: int, pixel: int) -> tuple[int, int, f32, f32] | None:
-    """The two cells of a pixel and their weights, one float32 operation at a time; None outside of the box."""
-    centre = f32(pixel) + f32(0.5)
-    if not (np.isfinite([low, high]).all() and low <= centre < high):
+def bilinear_weights(low: f32, high: f32, size: int, pixel: int) -> tuple[int, int, f32, f32] | None:
+    """Two cells, along one axis, and their weights at a pixel center, in float32 step by step; None outside the box."""
+    center = f32(pixel) + f32(0.5)
+    if not (np.isfinite([low, high]).all() and low <= center < high):
         return None
     scale = f32(size / (float(high) - float(low)))
-    position = min(max((centre - low) * scale - f32(0.5), f32(0)), f32(size - 1))
+    position = min(max((center - low) * scale - f32(0.5), f32(0)), f32(size - 1))
     cell = int(position)
     lower = f32(1) - (position - f32(cell))
     return cell, min(cell + 1, size - 1), lower, f32(1) - lower
 
 
-def pixel_by_pixel(cells: np.ndarray, box: np.ndarray, height: int, width: int, threshold: float) -> np.ndarray:
+def paste_pixel_by_pixel(cells: np.ndarray, box: np.ndarray, height: int, width: int, threshold: float) -> np.ndarray:
+    """The mask (height, width) of one prediction."""
     found = np.zeros((height, width), np.uint8)
-    columns = [mixed(box[0], box[2], len(cells), x) for x in range(width)]
+    columns = [bilinear_weights(box[0], box[2], len(cells), x) for x in range(width)]
     for y in range(height):
-        row = mixed(box[1], box[3], len(cells), y)
+        row = bilinear_weights(box[1], box[3], len(cells), y)
         for x, column in enumerate(columns):
             if row is None or column is None:
                 continue
@@ -46,38 +47,39 @@ def pixel_by_pixel(cells: np.ndarray, box: np.ndarray, height: int, width: int, 
     return found
 
 
-def check_encoded(found: list[bytes], masks: list[np.ndarray]) -> None:
+def assert_encodes(found: list[bytes], masks: list[np.ndarray]) -> None:
     assert found == [rle["counts"] for rle in coded(masks)]
 
 
-@both
+@kernel_and_fallback
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problem=pasting_problems())
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
-def test_encodes_what_the_pixels_say(
+def test_rle_equals_the_mask_pasted_pixel_by_pixel(
     function: Callable[..., list[bytes]], problem: tuple[Tensor, Tensor, int, int, float]
 ) -> None:
     cells, boxes, *image = problem
-    masks = [pixel_by_pixel(c, b, *image) for c, b in zip(cells.numpy(), boxes.numpy(), strict=True)]
-    check_encoded(function(*problem), masks)
+    masks = [paste_pixel_by_pixel(c, b, *image) for c, b in zip(cells.numpy(), boxes.numpy(), strict=True)]
+    assert_encodes(function(*problem), masks)
 
 
+@compiled
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(problem=pasting_problems())
-def test_kernel_and_fallback_are_the_same(problem: tuple[Tensor, Tensor, int, int, float]) -> None:
+def test_kernel_and_fallback_give_the_same_rle(problem: tuple[Tensor, Tensor, int, int, float]) -> None:
     assert masks_to_rle(*problem) == masks_to_rle_plain(*problem)
 
 
-def cells_of_pixels(masks: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Cells and boxes that paste to masks (N, m, m) in an image of m x m pixels exactly."""
+def predictions_of_masks(masks: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Cells and boxes that paste exactly to given masks (N, m, m) in an image of m x m pixels."""
     size = masks.shape[1]
     return torch.from_numpy(masks.astype(np.float32)), torch.tensor([[0.0, 0, size, size]]).expand(len(masks), -1)
 
 
-@both
+@kernel_and_fallback
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 70])
-def test_every_kind_of_run_is_coded_as_pycocotools_does(function: Callable[..., list[bytes]], size: int) -> None:
-    """Whole columns, runs over several, first and last pixels, empty and full masks."""
+def test_runs_of_every_kind_are_encoded_like_pycocotools(function: Callable[..., list[bytes]], size: int) -> None:
+    """Whole columns, runs over several columns, first and last pixels, empty and full masks."""
     random = np.random.default_rng(size)
     dense = [random.random((60, size, size)) < share for share in (0.02, 0.5, 0.98)]
     stripes = np.zeros((60, size, size), bool)
@@ -86,25 +88,25 @@ def test_every_kind_of_run_is_coded_as_pycocotools_does(function: Callable[..., 
             stripe.T.reshape(-1)[start : start + random.integers(0, 3 * size)] = True
     masks = np.concatenate((*dense, stripes, np.zeros((1, size, size)), np.ones((1, size, size)))).astype(np.uint8)
     masks = np.concatenate((masks, stripes.transpose(0, 2, 1).astype(np.uint8)))
-    check_encoded(function(*cells_of_pixels(masks), size, size), list(masks))
+    assert_encodes(function(*predictions_of_masks(masks), size, size), list(masks))
 
 
-@both
-def test_long_runs_need_many_characters(function: Callable[..., list[bytes]]) -> None:
+@kernel_and_fallback
+def test_long_runs_are_encoded_in_several_characters(function: Callable[..., list[bytes]]) -> None:
     found = function(torch.ones(2, 2, 2), torch.tensor([[0.0, 7, 3000, 4000], [1, 0, 2999, 4000]]), 4000, 3000)
     masks = np.zeros((2, 4000, 3000), np.uint8)
     masks[0, 7:], masks[1, :, 1:2999] = 1, 1
-    check_encoded(found, list(masks))
+    assert_encodes(found, list(masks))
 
 
-@both
-def test_an_image_of_one_pixel(function: Callable[..., list[bytes]]) -> None:
+@kernel_and_fallback
+def test_masks_in_an_image_of_one_pixel(function: Callable[..., list[bytes]]) -> None:
     boxes = torch.tensor([[0.0, 0, 1, 1], [0.6, 0, 1, 1], [-9, -9, 9, 9], [0.5, 0.5, 0.5, 0.5]])
     found = function(torch.full((4, 1, 1), 0.5), boxes, 1, 1)
-    check_encoded(found, [np.full((1, 1), value, np.uint8) for value in (1, 0, 1, 0)])
+    assert_encodes(found, [np.full((1, 1), value, np.uint8) for value in (1, 0, 1, 0)])
 
 
-def test_strided_and_other_types() -> None:
+def test_rle_of_strided_inputs_and_other_dtypes() -> None:
     random = torch.Generator().manual_seed(0)
     cells = torch.rand(6, 14, 28, generator=random)[:, :, ::2].bfloat16()
     boxes = (torch.rand(8, 6, generator=random) * 20).t()[:, 1:5]
@@ -133,7 +135,7 @@ def test_strided_and_other_types() -> None:
         (torch.zeros(3, 4, 4), torch.zeros(3, 4), (9, 9, float("nan")), ValueError, "0..1, got nan"),
     ],
 )
-def test_bad_masks(cells: Tensor, boxes: Tensor, more: tuple, error: type, text: str) -> None:
+def test_invalid_masks_are_refused(cells: Tensor, boxes: Tensor, more: tuple, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         masks_to_rle(cells, boxes, *more)
 
@@ -149,17 +151,18 @@ def coverage_problems(draw: st.DrawFn) -> tuple[list[dict], Tensor, Tensor, int]
     return coded(masks), objects, boxes, draw(st.sampled_from([1, 2, 3, 7, 14, 28]))
 
 
+@compiled
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(problem=coverage_problems())
-def test_coverage_is_the_same_with_the_kernel_and_without(problem: tuple[list[dict], Tensor, Tensor, int]) -> None:
+def test_kernel_and_fallback_give_the_same_coverage(problem: tuple[list[dict], Tensor, Tensor, int]) -> None:
     found, expected = mask_coverage(*problem), mask_coverage_plain(*problem)
     assert found.equal(expected)
     assert ((found >= 0) & (found <= 1)).all()
-    unknown = ~problem[2].isfinite().all(dim=1)
-    assert found[unknown].eq(0).all()
+    not_finite = ~problem[2].isfinite().all(dim=1)
+    assert found[not_finite].eq(0).all()
 
 
-def test_coverage_from_polygons_of_every_way_of_writing() -> None:
+def test_coverage_of_compressed_and_uncompressed_rle() -> None:
     polygon = [[3.2, 4.1, 30.5, 8.8, 22.0, 35.9, 8.3, 30.2], [31.0, 31.0, 38.0, 31.5, 35.0, 38.2]]
     compressed = coco_mask.merge(coco_mask.frPyObjects(polygon, 40, 50))
     mask = coco_mask.decode(compressed)
@@ -174,7 +177,7 @@ def test_coverage_from_polygons_of_every_way_of_writing() -> None:
     assert 0.2 < expected.mean() < 0.9
 
 
-def test_coverage_of_strided_and_other_types() -> None:
+def test_coverage_of_strided_inputs_and_other_dtypes() -> None:
     rles = coded(np.random.default_rng(0).random((3, 20, 30)) < 0.5)
     wide = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) * 10
     wide[:, 4:] += 12
@@ -195,12 +198,12 @@ def test_coverage_of_strided_and_other_types() -> None:
         ([-1], torch.zeros(1, 4), 7, "objects: indices -1 to -1 are out of range for 2"),
     ],
 )
-def test_bad_boxes_for_coverage(objects: list[int], boxes: Tensor, size: int, text: str) -> None:
+def test_invalid_arguments_of_coverage_are_refused(objects: list[int], boxes: Tensor, size: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         mask_coverage(coded(np.ones((2, 9, 9))), torch.tensor(objects), boxes, size)
 
 
-def test_masks_of_one_image_have_one_size() -> None:
+def test_masks_of_different_sizes_are_refused() -> None:
     rles = coded(np.ones((1, 9, 9))) + coded(np.ones((1, 9, 8)))
     with pytest.raises(ValueError, match="differ in size"):
         mask_coverage(rles, torch.tensor([0]), torch.zeros(1, 4), 7)
@@ -208,22 +211,32 @@ def test_masks_of_one_image_have_one_size() -> None:
 
 @compiled
 @pytest.mark.parametrize("counts", [b"", b"P", b"0150", b"01500000005", b"\xff\x00", b"ooooooooo0", b"1J", b"OOOO"])
-def test_no_rle_is_read_beyond_its_image(counts: bytes) -> None:
+def test_rle_that_does_not_fill_its_image_exactly_is_refused(counts: bytes) -> None:
+    rles = [*coded(np.ones((1, 5, 5))), {"size": [5, 5], "counts": counts}]
     with pytest.raises(ValueError, match="mask 1 (is not valid RLE|does not match its image size) of 5 x 5"):
-        rles = [*coded(np.ones((1, 5, 5))), {"size": [5, 5], "counts": counts}]
         mask_coverage(rles, torch.tensor([0, 1]), torch.tensor([[0.0, 0, 5, 5]] * 2), 7)
+
+
+@st.composite
+def damaged_counts(draw: st.DrawFn) -> bytes:
+    """The counts of a random mask of 4 x 6 pixels, with up to two bytes replaced by characters of the encoding."""
+    pixels = draw(st.lists(st.booleans(), min_size=24, max_size=24))
+    counts = bytearray(coded(np.array(pixels).reshape(1, 4, 6))[0]["counts"])
+    for _ in range(draw(st.integers(0, 2))):
+        counts[draw(st.integers(0, len(counts) - 1))] = draw(st.integers(48, 111))
+    return bytes(counts)
 
 
 @compiled
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(counts=st.binary(max_size=12))
-def test_any_bytes_end_in_an_answer_or_an_error(counts: bytes) -> None:
-    box = torch.tensor([[0.0, 0, 6, 4]])
+@given(counts=damaged_counts() | st.binary(max_size=12))
+def test_damaged_rle_is_refused_or_read_like_the_fallback_does(counts: bytes) -> None:
+    box, rles = torch.tensor([[0.0, 0, 6, 4]]), [{"size": [4, 6], "counts": counts}]
     try:
-        found = mask_coverage([{"size": [4, 6], "counts": counts}], torch.tensor([0]), box, 3)
+        found = mask_coverage(rles, torch.tensor([0]), box, 3)
     except ValueError:
         return
-    assert found.equal(mask_coverage_plain([{"size": [4, 6], "counts": counts}], torch.tensor([0]), box.double(), 3))
+    assert found.equal(mask_coverage_plain(rles, torch.tensor([0]), box.double(), 3))
 
 
 @compiled
@@ -248,7 +261,7 @@ def test_any_bytes_end_in_an_answer_or_an_error(counts: bytes) -> None:
         ("mask_coverage", 6, 0),
     ],
 )
-def test_the_kernels_check_for_themselves(name: str, at: int, value: object) -> None:
+def test_operators_refuse_invalid_arguments(name: str, at: int, value: object) -> None:
     arguments = list(KERNEL_ARGUMENTS[name])
     arguments[at] = value
     with pytest.raises(RuntimeError, match=f"{name}: "):
@@ -257,29 +270,29 @@ def test_the_kernels_check_for_themselves(name: str, at: int, value: object) -> 
 
 @compiled
 @pytest.mark.parametrize("name", list(KERNEL_ARGUMENTS))
-def test_the_operators_are_registered_well(name: str) -> None:
+def test_operators_pass_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.refdet, name).default, KERNEL_ARGUMENTS[name])
 
 
 @compiled
-def test_traces_with_a_length_that_depends_on_the_data() -> None:
-    def chosen(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def test_operators_compile_into_one_graph() -> None:
+    def encode(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         counts, starts = torch.ops.refdet.masks_to_rle(cells * 1.5 - 0.25, boxes, 40, 30, 0.5)
         return counts.to(torch.int64) * 2, starts.diff()
 
-    def covered(*given: Tensor) -> Tensor:
+    def cover(*given: Tensor) -> Tensor:
         counts, starts, boxes, objects = given
         return torch.ops.refdet.mask_coverage(counts, starts, 5, 5, boxes * 0.5, objects, 7) >= 0.5
 
     cells, boxes, *_ = KERNEL_ARGUMENTS["masks_to_rle"]
-    traced = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert all(a.equal(b) for a, b in zip(traced(cells, boxes), chosen(cells, boxes), strict=True))
+    traced = torch.compile(encode, backend="eager", fullgraph=True)
+    assert all(a.equal(b) for a, b in zip(traced(cells, boxes), encode(cells, boxes), strict=True))
     given = [value for value in KERNEL_ARGUMENTS["mask_coverage"] if isinstance(value, Tensor)]
-    assert torch.compile(covered, backend="eager", fullgraph=True)(*given).equal(covered(*given))
+    assert torch.compile(cover, backend="eager", fullgraph=True)(*given).equal(cover(*given))
 
 
 @compiled
-def test_the_number_of_threads_does_not_matter() -> None:
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
     random = np.random.default_rng(0)
     cells, boxes = (
         torch.from_numpy(random.random((33, 14, 14))).float(),
@@ -298,7 +311,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 
 @cuda
-def test_what_is_on_a_gpu_is_copied() -> None:
+def test_cuda_tensors_give_the_results_of_the_cpu() -> None:
     cells, boxes, *image = KERNEL_ARGUMENTS["masks_to_rle"]
     assert masks_to_rle(cells.cuda(), boxes.cuda(), *image) == masks_to_rle(cells, boxes, *image)
     rles, objects = coded(np.eye(5)[None]), torch.zeros(5).long()

@@ -1,4 +1,4 @@
-"""Mask kernels at the edges: images of 2^31 pixels and more, boxes beyond all bounds, polygons."""
+"""Mask kernels on extreme inputs: images of 2**31 pixels and more, boxes with NaN and inf, polygons in large images."""
 
 import tracemalloc
 
@@ -16,7 +16,7 @@ HUGE = [(65535, 65535), (65536, 32768), (46341, 46341)]
 
 
 def run_lengths(counts: bytes) -> list[int]:
-    """COCO's compressed counts as numbers, read as its format says."""
+    """Decode COCO's compressed counts to run lengths."""
     found: list[int] = []
     value = shift = 0
     for byte in counts:
@@ -34,7 +34,7 @@ def run_lengths(counts: bytes) -> list[int]:
 @compiled
 @pytest.mark.parametrize(("height", "width"), HUGE)
 def test_a_small_box_in_an_image_of_more_than_2_to_the_31_pixels(height: int, width: int) -> None:
-    """In the last corner, where positions need 32 bits; nothing of the size of the image is made."""
+    """In the last corner, where positions need 32 bits. No array of the size of the image is allocated."""
     box = [width - 4, height - 3, width, height]
     (found,) = masks_to_rle(torch.ones(1, 2, 2), torch.tensor([box]).float(), height, width)
     lengths = run_lengths(found)
@@ -52,7 +52,7 @@ def test_a_side_of_more_than_2_to_the_31_pixels(height: int, width: int) -> None
 
 @compiled
 @pytest.mark.parametrize(("height", "width"), HUGE)
-def test_targets_from_a_huge_image(height: int, width: int) -> None:
+def test_coverage_in_an_image_of_more_than_2_to_the_31_pixels(height: int, width: int) -> None:
     box = torch.tensor([[width - 40.0, height - 30, width, height]])
     rle = {"size": [height, width], "counts": masks_to_rle(torch.ones(1, 2, 2), box, height, width)[0]}
     wide = torch.tensor([[width - 80.0, height - 30, width, height]])
@@ -61,7 +61,7 @@ def test_targets_from_a_huge_image(height: int, width: int) -> None:
 
 
 @compiled
-def test_boxes_beyond_all_bounds_cost_nothing() -> None:
+def test_nan_inf_and_huge_boxes_give_what_the_fallback_gives() -> None:
     edges = [float("nan"), float("inf"), -float("inf"), 3.4e38, -3.4e38, 1e-45, 2.0**31, -(2.0**63), 5.0]
     boxes = torch.cartesian_prod(*[torch.tensor(edges)] * 4)[::7].contiguous()
     cells = torch.rand(len(boxes), 3, 3, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def test_boxes_beyond_all_bounds_cost_nothing() -> None:
     assert ((found >= 0) & (found <= 1)).all()
 
 
-def test_targets_of_an_image_of_one_pixel() -> None:
+def test_coverage_in_an_image_of_one_pixel() -> None:
     boxes = torch.tensor([[0.0, 0, 1, 1], [-1, 0, 1, 1], [5, 5, 9, 9], [0.5, 0.5, 0.5, 0.5]])
     for value in (0, 1):
         rle = coco_mask.encode(np.full((1, 1), value, np.uint8, order="F"))
@@ -81,31 +81,31 @@ def test_targets_of_an_image_of_one_pixel() -> None:
         assert found.tolist() == [[[value] * 2] * 2, [[0, value]] * 2, [[0, 0]] * 2, [[0, 0]] * 2]
 
 
-def test_no_objects_and_no_boxes() -> None:
+def test_no_masks_and_no_boxes() -> None:
     assert mask_coverage([], torch.zeros(0).long(), torch.zeros(0, 4), 7).shape == (0, 7, 7)
     assert masks_to_rle(torch.zeros(0, 14, 14), torch.zeros(0, 4), 9, 9) == []
     assert masks_to_rle(torch.zeros(0, 14, 14), torch.zeros(0, 4), 65535, 65535) == []
 
 
-def test_tensors_without_data_end_in_an_error() -> None:
+def test_meta_tensors_are_refused() -> None:
     cells, boxes, *image = KERNEL_ARGUMENTS["masks_to_rle"]
     with pytest.raises(NotImplementedError, match="meta"):
         masks_to_rle(cells.to("meta"), boxes.to("meta"), *image)
     rles, objects = [coco_mask.encode(np.ones((5, 5), np.uint8, order="F"))], torch.zeros(5).long()
-    for one in ((objects.to("meta"), boxes), (objects, boxes.to("meta"))):
+    for arguments in ((objects.to("meta"), boxes), (objects, boxes.to("meta"))):
         with pytest.raises(NotImplementedError, match="meta"):
-            mask_coverage(rles, *one, 7)
+            mask_coverage(rles, *arguments, 7)
 
 
 @compiled
-def test_targets_of_polygons_never_decode_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From outlines to cells no mask of the image's size is made: it would be of 400 MB here."""
+def test_coverage_of_a_polygon_never_decodes_the_whole_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of this image would have 400 MB."""
 
-    def never(*given: object) -> None:
-        raise AssertionError("a mask of the whole image was made")
+    def fail(*given: object) -> None:
+        raise AssertionError("the whole mask was decoded")
 
-    monkeypatch.setattr(coco_mask, "decode", never)
-    monkeypatch.setattr(mask_ops, "mask_coverage_plain", never)
+    monkeypatch.setattr(coco_mask, "decode", fail)
+    monkeypatch.setattr(mask_ops, "mask_coverage_plain", fail)
     square = [[10000.0, 10000, 10400, 10000, 10400, 10400, 10000, 10400]]
     tracemalloc.start()
     try:

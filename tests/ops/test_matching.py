@@ -1,4 +1,4 @@
-"""Matching of boxes: the kernel, the fallback and one pair at a time in numpy, all alike."""
+"""`match_boxes`: the kernel and the fallback equal a numpy reference that compares one pair at a time."""
 
 from collections.abc import Callable
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.slow
 
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
 cuda = pytest.mark.gpu(kernels=True)
-both = pytest.mark.parametrize("function", [match_boxes, match_boxes_plain])
+kernel_and_fallback = pytest.mark.parametrize("function", [match_boxes, match_boxes_plain])
 f32 = np.float32
 
 
 def some_boxes(random: np.random.Generator, count: int, grid: int, odd: bool) -> Tensor:
-    """Boxes of some 40 pixels, on a grid so that many overlap alike, a few without area, inside out or not finite."""
+    """Overlapping boxes, a few of them reversed; a grid makes many IoUs equal, and `odd` adds NaN, inf and the like."""
     corner = random.uniform(-20, 50, (count, 2))
     boxes = np.hstack((corner, corner + random.uniform(-1, 30, (count, 2))))
     if grid:
@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn, most: int = 300) -> tuple[Tensor, Tensor]:
 
 
 def iou_of_pair(a: np.ndarray, b: np.ndarray) -> f32:
-    """One float32 operation at a time."""
+    """IoU of two boxes, one float32 operation at a time, as the kernel computes it."""
     width = np.fmax(np.minimum(a[2], b[2]) - np.maximum(a[0], b[0]), f32(0))
     height = np.fmax(np.minimum(a[3], b[3]) - np.maximum(a[1], b[1]), f32(0))
     overlap = width * height
@@ -50,17 +50,18 @@ def iou_of_pair(a: np.ndarray, b: np.ndarray) -> f32:
     return overlap / np.fmax(union, f32(1e-12)) if union > 0 else f32(0)
 
 
-def pair_by_pair(candidates: Tensor, objects: Tensor) -> Matches:
+def match_pair_by_pair(candidates: Tensor, objects: Tensor) -> Matches:
+    """Candidates (N, 4) and objects (G, 4), from a table of all IoUs."""
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         table = np.array([[iou_of_pair(a, b) for b in objects.numpy()] for a in candidates.numpy()], np.float32)
     table = table.reshape(len(candidates), len(objects))
-    best, matched, reaches = [], [], []
-    most = [max((float(x) for x in column), default=0.0) for column in table.T]
+    max_iou, matched, is_best = [], [], []
+    best_of_objects = [max((float(x) for x in column), default=0.0) for column in table.T]
     for row in table.tolist():
-        best.append(max(row, default=0.0))
-        matched.append(row.index(best[-1]) if row else 0)
-        reaches.append(any(value == top > 0 for value, top in zip(row, most, strict=True)))
-    return Matches(torch.tensor(best), torch.tensor(matched).long(), torch.tensor(reaches, dtype=torch.bool))
+        max_iou.append(max(row, default=0.0))
+        matched.append(row.index(max_iou[-1]) if row else 0)
+        is_best.append(any(value == best > 0 for value, best in zip(row, best_of_objects, strict=True)))
+    return Matches(torch.tensor(max_iou), torch.tensor(matched).long(), torch.tensor(is_best, dtype=torch.bool))
 
 
 def assert_same(found: Matches, expected: Matches) -> None:
@@ -68,34 +69,35 @@ def assert_same(found: Matches, expected: Matches) -> None:
         assert getattr(found, name).cpu().equal(value), name
 
 
-@both
+@kernel_and_fallback
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(problem=problems(most=100))
-def test_finds_what_pairs_say(function: Callable[..., Matches], problem: tuple[Tensor, Tensor]) -> None:
-    assert_same(function(*problem), pair_by_pair(*problem))
+def test_matches_equal_pair_by_pair(function: Callable[..., Matches], problem: tuple[Tensor, Tensor]) -> None:
+    assert_same(function(*problem), match_pair_by_pair(*problem))
 
 
+@compiled
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(problem=problems(most=2500))
-def test_kernel_and_fallback_are_the_same(problem: tuple[Tensor, Tensor]) -> None:
+def test_kernel_and_fallback_give_the_same_matches(problem: tuple[Tensor, Tensor]) -> None:
     assert_same(match_boxes(*problem), match_boxes_plain(*problem))
 
 
-@both
+@kernel_and_fallback
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), images=st.integers(0, 4), count=st.sampled_from([0, 1, 65, 600]),
-       known=st.integers(0, 5), shared=st.booleans())  # fmt: skip
-def test_a_batch_is_matched_as_its_images_are(
-    function: Callable[..., Matches], seed: int, images: int, count: int, known: int, shared: bool
+       object_count=st.integers(0, 5), shared=st.booleans())  # fmt: skip
+def test_matches_of_a_batch_are_those_of_each_image(
+    function: Callable[..., Matches], seed: int, images: int, count: int, object_count: int, shared: bool
 ) -> None:
     random = np.random.default_rng(seed)
-    of_each = [some_boxes(random, count, 1, True) for _ in range(1 if shared else images)]
-    objects = [some_boxes(random, known, 1, True) for _ in range(images)]
-    candidates = of_each[0] if shared else torch.stack([*of_each, torch.zeros(count, 4)])[:-1]
-    found = function(candidates, torch.stack([*objects, torch.zeros(known, 4)])[:-1])
+    candidates_of_images = [some_boxes(random, count, 1, True) for _ in range(1 if shared else images)]
+    objects = [some_boxes(random, object_count, 1, True) for _ in range(images)]
+    candidates = candidates_of_images[0] if shared else torch.stack([*candidates_of_images, torch.zeros(count, 4)])[:-1]
+    found = function(candidates, torch.stack([*objects, torch.zeros(object_count, 4)])[:-1])
     assert all(value.shape == (images, count) for value in found)
     for image in range(images):
-        expected = function(of_each[0 if shared else image], objects[image])
+        expected = function(candidates_of_images[0 if shared else image], objects[image])
         assert_same(Matches(*(value[image] for value in found)), expected)
 
 
@@ -110,17 +112,17 @@ def rows_of_boxes(count: int) -> tuple[Tensor, Tensor]:
     ).float()
 
 
-def test_many_candidates_as_torchvision_has_it() -> None:
+def test_many_candidates_match_as_by_torchvisions_iou() -> None:
     candidates, objects = rows_of_boxes(9001)
     found, overlaps = match_boxes(candidates, objects), box_iou(candidates.double(), objects.double())
     assert found.max_iou.double().allclose(overlaps.amax(dim=1), atol=1e-6)
     chosen = overlaps.gather(1, found.object[:, None])[:, 0]
     assert chosen.allclose(overlaps.amax(dim=1), atol=1e-6)
-    assert found.is_best[overlaps.argmax(dim=0)].float().mean() > 0.9  # but for what rounding makes a tie
+    assert found.is_best[overlaps.argmax(dim=0)].float().mean() > 0.9  # rounding breaks or makes some ties
     assert_same(found, match_boxes_plain(candidates, objects))
 
 
-def test_all_that_reach_the_best_are_told_and_the_first_object_wins() -> None:
+def test_ties_mark_every_best_candidate_and_match_the_first_object() -> None:
     same = torch.tensor([[0.0, 0, 10, 10]])
     far = torch.tensor([[900.0, 900, 910, 910]])
     candidates = torch.cat((far, same + 1, far.expand(2000, -1), same + 1, same))
@@ -132,8 +134,8 @@ def test_all_that_reach_the_best_are_told_and_the_first_object_wins() -> None:
     assert found.max_iou[1] == found.max_iou[2002] == f32(64) / f32(136)
 
 
-@both
-def test_nothing_to_match(function: Callable[..., Matches]) -> None:
+@kernel_and_fallback
+def test_no_candidates_or_no_objects(function: Callable[..., Matches]) -> None:
     some = torch.tensor([[0.0, 0, 5, 5]] * 3)
     found = function(some, some[:0])
     assert [value.tolist() for value in found] == [[0.0] * 3, [0] * 3, [False] * 3]
@@ -142,7 +144,7 @@ def test_nothing_to_match(function: Callable[..., Matches]) -> None:
     assert [value.dtype for value in found] == [torch.float32, torch.int64, torch.bool]
 
 
-def test_strided_and_other_types() -> None:
+def test_strided_boxes_and_other_dtypes() -> None:
     candidates, objects = rows_of_boxes(500)
     candidates, objects = candidates.round(), objects.round()  # bfloat16 holds them
     candidates = candidates[(candidates <= 256).all(dim=1)]
@@ -170,7 +172,7 @@ def test_strided_and_other_types() -> None:
         (torch.zeros(3, 4), torch.zeros(2, 4, device="meta"), ValueError, "cpu and meta"),
     ],
 )
-def test_bad_boxes(candidates: Tensor, objects: Tensor, error: type, text: str) -> None:
+def test_invalid_boxes_are_refused(candidates: Tensor, objects: Tensor, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         match_boxes(candidates, objects)
 
@@ -178,7 +180,7 @@ def test_bad_boxes(candidates: Tensor, objects: Tensor, error: type, text: str) 
 @compiled
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("bad", [torch.zeros(3, 5), torch.zeros(4), torch.zeros(3, 4).double()])
-def test_the_kernel_checks_for_itself(at: int, bad: Tensor) -> None:
+def test_the_operator_refuses_invalid_boxes(at: int, bad: Tensor) -> None:
     arguments = [torch.zeros(3, 4), torch.zeros(2, 4)]
     arguments[at] = bad
     with pytest.raises(RuntimeError, match="match_boxes: "):
@@ -186,7 +188,7 @@ def test_the_kernel_checks_for_itself(at: int, bad: Tensor) -> None:
 
 
 @compiled
-def test_the_kernel_refuses_a_batch_of_other_images() -> None:
+def test_the_operator_refuses_batches_of_different_sizes() -> None:
     for candidates, objects in (
         (torch.zeros(2, 3, 4), torch.zeros(2, 4)),
         (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)),
@@ -196,21 +198,21 @@ def test_the_kernel_refuses_a_batch_of_other_images() -> None:
 
 
 @compiled
-def test_the_operator_is_registered_well_and_traces() -> None:
+def test_the_operator_passes_opcheck_and_compiles() -> None:
     candidates, objects = rows_of_boxes(300)
     torch.library.opcheck(torch.ops.refdet.match_boxes.default, (candidates, objects))
     torch.library.opcheck(torch.ops.refdet.match_boxes.default, (candidates, objects.expand(2, -1, -1)))
 
-    def chosen(candidates: Tensor, objects: Tensor) -> Tensor:
+    def weigh_boxes(candidates: Tensor, objects: Tensor) -> Tensor:
         found = match_boxes(candidates, objects * 1.5)
         return objects[found.object] * found.max_iou[:, None] + found.is_best[:, None]
 
-    traced = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert traced(candidates, objects).equal(chosen(candidates, objects))
+    traced = torch.compile(weigh_boxes, backend="eager", fullgraph=True)
+    assert traced(candidates, objects).equal(weigh_boxes(candidates, objects))
 
 
 @compiled
-def test_the_number_of_threads_does_not_matter() -> None:
+def test_matches_do_not_depend_on_the_number_of_threads() -> None:
     problem = rows_of_boxes(9001)
     before, found = torch.get_num_threads(), []
     try:
@@ -226,12 +228,12 @@ def test_the_number_of_threads_does_not_matter() -> None:
 @cuda
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(problem=problems(most=2500))
-def test_cuda_finds_the_same(problem: tuple[Tensor, Tensor]) -> None:
+def test_cuda_gives_what_the_fallback_gives(problem: tuple[Tensor, Tensor]) -> None:
     assert_same(match_boxes(problem[0].cuda(), problem[1].cuda()), match_boxes_plain(*problem))
 
 
 @cuda
-def test_cuda_matches_a_batch_as_its_images() -> None:
+def test_cuda_matches_a_batch_with_shared_or_separate_candidates() -> None:
     candidates, objects = rows_of_boxes(9001)
     batch = torch.stack([objects + shift for shift in range(3)])
     for shared in (candidates, torch.stack([candidates - shift for shift in range(3)])):

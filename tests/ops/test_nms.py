@@ -1,3 +1,5 @@
+"""`nms` of one group: kernel and fallback equal brute force and torchvision; loading of the extension."""
+
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
 cuda = pytest.mark.gpu(kernels=True)
-both = pytest.mark.parametrize("function", [nms, nms_plain])
+kernel_and_fallback = pytest.mark.parametrize("function", [nms, nms_plain])
 
 
 def brute_force(boxes: Tensor, scores: Tensor, threshold: float, max_keep: int) -> list[int]:
@@ -59,23 +61,24 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, float, int]:
     return torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), threshold, max_keep
 
 
-@both
+@kernel_and_fallback
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_is_the_brute_force(function: Callable[..., Tensor], problem: tuple[Tensor, Tensor, float, int]) -> None:
+def test_nms_equals_brute_force(function: Callable[..., Tensor], problem: tuple[Tensor, Tensor, float, int]) -> None:
     assert function(*problem).tolist() == brute_force(*problem)
 
 
-def clustered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def overlapping_boxes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes (N, 4) of which many overlap, and scores (N,)."""
     random = torch.Generator().manual_seed(seed)
-    centre = torch.randint(0, 300, (count, 2), generator=random).float()
+    center = torch.randint(0, 300, (count, 2), generator=random).float()
     size = torch.rand(count, 2, generator=random) * 60 + 5
-    return torch.cat((centre - size / 2, centre + size / 2), dim=1), torch.rand(count, generator=random)
+    return torch.cat((center - size / 2, center + size / 2), dim=1), torch.rand(count, generator=random)
 
 
-@both
-def test_many_blocks_and_an_early_stop(function: Callable[..., Tensor]) -> None:
-    boxes, scores = clustered(3 * BLOCK + 11)
+@kernel_and_fallback
+def test_several_blocks_of_boxes_and_max_keep(function: Callable[..., Tensor]) -> None:
+    boxes, scores = overlapping_boxes(3 * BLOCK + 11)
     everything = function(boxes, scores, 0.5)
     assert len(everything) > BLOCK // 2
     assert everything.tolist() == torchvision.ops.nms(boxes, scores, 0.5).tolist()
@@ -83,20 +86,20 @@ def test_many_blocks_and_an_early_stop(function: Callable[..., Tensor]) -> None:
         assert function(boxes, scores, 0.5, stop).tolist() == everything[:stop].tolist()
 
 
-@both
+@kernel_and_fallback
 def test_an_iou_of_exactly_the_threshold_is_not_above_it(function: Callable[..., Tensor]) -> None:
     boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, 3, 1], [0, 0, 4, 1]])  # IoU with the first: 3/10 and 4/10
     assert function(boxes, torch.tensor([3.0, 2, 1]), 0.3).tolist() == [0, 1]
 
 
-@both
-def test_ties_go_by_index(function: Callable[..., Tensor]) -> None:
+@kernel_and_fallback
+def test_equal_scores_are_ordered_by_index(function: Callable[..., Tensor]) -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
     assert function(boxes, torch.tensor([-0.0, 0.0, 0.0]), 0.5).tolist() == [0, 1]
 
 
-def test_strided_and_other_types() -> None:
-    boxes, scores = clustered(200)
+def test_strided_inputs_and_other_dtypes() -> None:
+    boxes, scores = overlapping_boxes(200)
     expected = nms(boxes, scores, 0.5)
     wide = torch.zeros(200, 8)
     wide[:, ::2] = boxes
@@ -121,7 +124,7 @@ def test_strided_and_other_types() -> None:
         (torch.zeros(3, 4), torch.zeros(3), float("nan"), ValueError, "0..1, got nan"),
     ],
 )
-def test_bad_arguments(boxes: Tensor, scores: Tensor, threshold: float, error: type, text: str) -> None:
+def test_invalid_arguments_are_refused(boxes: Tensor, scores: Tensor, threshold: float, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         nms(boxes, scores, threshold)
 
@@ -135,28 +138,28 @@ def test_bad_arguments(boxes: Tensor, scores: Tensor, threshold: float, error: t
         (torch.zeros(3, 4).double(), torch.zeros(3).double()),
     ],
 )
-def test_the_kernel_checks_for_itself(boxes: Tensor, scores: Tensor) -> None:
+def test_the_operator_refuses_invalid_arguments(boxes: Tensor, scores: Tensor) -> None:
     with pytest.raises(RuntimeError, match="nms: "):
         torch.ops.refdet.nms(boxes, scores, 0.5, -1)
 
 
 @compiled
-def test_the_operator_is_registered_well() -> None:
-    boxes, scores = clustered(50)
+def test_the_operator_passes_opcheck() -> None:
+    boxes, scores = overlapping_boxes(50)
     torch.library.opcheck(torch.ops.refdet.nms.default, (boxes, scores, 0.5, 10))
 
 
 @compiled
-def test_traces_with_a_size_that_depends_on_the_data() -> None:
-    def chosen(boxes: Tensor, scores: Tensor) -> Tensor:
+def test_nms_compiles_into_one_graph() -> None:
+    def double_kept_boxes(boxes: Tensor, scores: Tensor) -> Tensor:
         return boxes[nms(boxes, scores, 0.5, 10)] * 2
 
-    boxes, scores = clustered(50)
-    traced = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert traced(boxes, scores).equal(chosen(boxes, scores))
+    boxes, scores = overlapping_boxes(50)
+    traced = torch.compile(double_kept_boxes, backend="eager", fullgraph=True)
+    assert traced(boxes, scores).equal(double_kept_boxes(boxes, scores))
 
 
-def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:
+def test_an_extension_that_does_not_load_gives_a_warning(tmp_path: Path) -> None:
     assert load(tmp_path) == frozenset()
     (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     with pytest.warns(UserWarning, match="Reinstall refdet"):
@@ -164,8 +167,8 @@ def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:
 
 
 @compiled
-def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pooling had its gradient in Python, and would now have none."""
+def test_an_extension_built_from_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its RoI pooling has no autograd kernel: the gradient was in Python then."""
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
     with pytest.warns(UserWarning, match="older sources.*Reinstall refdet"):
         assert load(Path(refdet.__file__).parent) == frozenset()
@@ -174,14 +177,14 @@ def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPat
 @cuda
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_cuda_is_the_brute_force(problem: tuple[Tensor, Tensor, float, int]) -> None:
+def test_cuda_nms_equals_brute_force(problem: tuple[Tensor, Tensor, float, int]) -> None:
     boxes, scores, threshold, max_keep = problem
     assert nms(boxes.cuda(), scores.cuda(), threshold, max_keep).tolist() == brute_force(*problem)
 
 
 @cuda
 @pytest.mark.parametrize("max_keep", [-1, 1, 1000])
-def test_cuda_over_many_slabs(max_keep: int) -> None:
-    boxes, scores = clustered(7001)
+def test_cuda_nms_of_many_boxes(max_keep: int) -> None:
+    boxes, scores = overlapping_boxes(7001)
     found = nms(boxes.cuda(), scores.cuda(), 0.5, max_keep)
     assert found.cpu().equal(nms(boxes, scores, 0.5, max_keep))

@@ -1,4 +1,4 @@
-"""NMS of many images and groups in one call."""
+"""`nms` with several images and groups in one call."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,47 +16,47 @@ pytestmark = pytest.mark.slow
 
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
 cuda = pytest.mark.gpu(kernels=True)
-both = pytest.mark.parametrize("function", [nms, nms_plain])
+kernel_and_fallback = pytest.mark.parametrize("function", [nms, nms_plain])
 
 
-@both
+@kernel_and_fallback
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_is_the_brute_force(function: Callable[..., Tensor], problem: Problem) -> None:
+def test_nms_equals_brute_force(function: Callable[..., Tensor], problem: Problem) -> None:
     assert problem.solve(function) == problem.brute_force()
 
 
 @cuda
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_cuda_is_the_brute_force(problem: Problem) -> None:
+def test_cuda_nms_equals_brute_force(problem: Problem) -> None:
     assert problem.solve(nms, "cuda") == problem.brute_force()
 
 
-@both
-def test_many_boxes_in_classes(function: Callable[..., Tensor]) -> None:
-    one = scene(3 * BLOCK + 11, 7, 1)
-    wanted = torchvision.ops.batched_nms(one.boxes, one.scores, one.groups, one.threshold).tolist()
-    assert one.solve(function) == wanted
-    stopped = scene(3 * BLOCK + 11, 7, 1, max_keep=len(wanted) // 2)
-    assert stopped.solve(function) == wanted[: len(wanted) // 2]
+@kernel_and_fallback
+def test_groups_equal_torchvisions_batched_nms(function: Callable[..., Tensor]) -> None:
+    problem = scene(3 * BLOCK + 11, 7, 1)
+    expected = torchvision.ops.batched_nms(problem.boxes, problem.scores, problem.groups, problem.threshold).tolist()
+    assert problem.solve(function) == expected
+    limited = scene(3 * BLOCK + 11, 7, 1, max_keep=len(expected) // 2)
+    assert limited.solve(function) == expected[: len(expected) // 2]
 
 
-@both
-def test_each_image_is_as_it_is_alone(function: Callable[..., Tensor]) -> None:
+@kernel_and_fallback
+def test_an_image_keeps_the_same_boxes_alone_and_in_a_batch(function: Callable[..., Tensor]) -> None:
     batch = scene(1500, 3, 5, max_keep=60)
     assert batch.groups is not None and batch.images is not None
-    wanted = []
+    expected = []
     for image in range(5):
         rows = (batch.images == image).nonzero()[:, 0]
         alone = Problem(batch.boxes[rows], batch.scores[rows], 0.4, 60, batch.groups[rows], None)
-        wanted += rows[alone.solve(function)].tolist()
-    assert len(wanted) == 300
-    assert batch.solve(function) == wanted
+        expected += rows[alone.solve(function)].tolist()
+    assert len(expected) == 5 * 60  # each image reaches max_keep
+    assert batch.solve(function) == expected
 
 
-@both
-def test_ties_go_by_index_and_images_by_number(function: Callable[..., Tensor]) -> None:
+@kernel_and_fallback
+def test_results_are_ordered_by_image_number_then_index(function: Callable[..., Tensor]) -> None:
     boxes, scores = torch.tensor([[0.0, 0, 4, 4]]).repeat(6, 1), torch.zeros(6)
     images = torch.tensor([9, -9, 9, -9, 9, -9])
     groups = torch.tensor([1, 1, 2, 1, 1, 2])
@@ -66,14 +66,14 @@ def test_ties_go_by_index_and_images_by_number(function: Callable[..., Tensor]) 
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
-def test_the_number_of_threads_changes_nothing() -> None:
+@pytest.mark.usefixtures("restore_threads")
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
     problem = scene(4000, 5, 9, max_keep=100)
     found = []
     for count in (1, 2, 4):
@@ -82,7 +82,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert found[0] == found[1] == found[2] == problem.solve(nms_plain)
 
 
-def test_strided_and_other_types() -> None:
+def test_strided_inputs_and_other_dtypes() -> None:
     problem = scene(300, 3, 2)
     boxes, scores, groups, images = problem.boxes, problem.scores, problem.groups, problem.images
     assert groups is not None and images is not None
@@ -90,10 +90,10 @@ def test_strided_and_other_types() -> None:
     wide[:, ::2] = boxes
     found = nms(wide[:, ::2], scores, 0.4, groups=pairs[:, 0], images=pairs[:, 1])
     assert found.tolist() == problem.solve(nms)
-    for kind in (torch.bfloat16, torch.float16):
-        few, rough = boxes.to(kind), scores.to(kind)
-        found = nms(few, rough, 0.4, groups=groups, images=images)
-        assert found.equal(nms(few.float(), rough.float(), 0.4, groups=groups, images=images))
+    for dtype in (torch.bfloat16, torch.float16):
+        half_boxes, half_scores = boxes.to(dtype), scores.to(dtype)
+        found = nms(half_boxes, half_scores, 0.4, groups=groups, images=images)
+        assert found.equal(nms(half_boxes.float(), half_scores.float(), 0.4, groups=groups, images=images))
 
 
 @pytest.mark.parametrize("name", ["groups", "images"])
@@ -107,39 +107,39 @@ def test_strided_and_other_types() -> None:
         (torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "one device, got cpu and meta"),
     ],
 )
-def test_bad_ids(name: str, ids: Tensor, error: type, text: str) -> None:
+def test_invalid_ids_are_refused(name: str, ids: Tensor, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         nms(torch.zeros(3, 4), torch.zeros(3), 0.5, **{name: ids})
 
 
 @compiled
 @pytest.mark.parametrize("ids", [torch.zeros(3), torch.zeros(2, dtype=torch.int64)])
-def test_the_kernel_checks_ids_for_itself(ids: Tensor) -> None:
+def test_the_operator_refuses_invalid_ids(ids: Tensor) -> None:
     for name in ("groups", "images"):
         with pytest.raises(RuntimeError, match=f"nms: {name} must be"):
             torch.ops.refdet.nms(torch.zeros(3, 4), torch.zeros(3), 0.5, -1, **{name: ids})
 
 
 @compiled
-def test_the_operator_is_registered_well() -> None:
+def test_the_operator_passes_opcheck() -> None:
     problem = scene(90, 3, 2)
     options = {"groups": problem.groups, "images": problem.images}
     torch.library.opcheck(torch.ops.refdet.nms.default, (problem.boxes, problem.scores, 0.5, 10), options)
 
 
 @compiled
-def test_traces_whole() -> None:
-    def chosen(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor) -> Tensor:
+def test_nms_compiles_into_one_graph() -> None:
+    def double_kept_boxes(boxes: Tensor, scores: Tensor, groups: Tensor, images: Tensor) -> Tensor:
         return boxes[nms(boxes, scores, 0.5, 10, groups=groups, images=images)] * 2
 
     problem = scene(90, 3, 2)
     arguments = (problem.boxes, problem.scores, problem.groups, problem.images)
-    traced = torch.compile(chosen, backend="eager", fullgraph=True)
-    assert traced(*arguments).equal(chosen(*arguments))
+    traced = torch.compile(double_kept_boxes, backend="eager", fullgraph=True)
+    assert traced(*arguments).equal(double_kept_boxes(*arguments))
 
 
 @cuda
 @pytest.mark.parametrize("max_keep", [-1, 1, 300])
-def test_cuda_over_many_slabs(max_keep: int) -> None:
+def test_cuda_nms_of_many_boxes(max_keep: int) -> None:
     problem = scene(9001, 2, 3, max_keep=max_keep)
     assert problem.solve(nms, "cuda") == problem.solve(nms)

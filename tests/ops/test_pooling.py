@@ -1,9 +1,12 @@
+"""RoIAlign and the reference's cropping against torchvision and ``grid_sample``, with their gradients."""
+
 import pytest
 import torch
+from detector_examples import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from torchvision.ops import roi_align as reference
+from torchvision.ops import roi_align as torchvision_roi_align
 
 from refdet.ops.pooling import roi_align, roi_crop
 
@@ -19,12 +22,12 @@ def some_rois(seed: int, count: int) -> torch.Tensor:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.integers(0, 9), st.sampled_from([4, 8, 32, 128]), st.sampled_from([1, 7, 14]))
-def test_pooling_is_torchvisions(seed: int, count: int, stride: int, size: int) -> None:
+def test_roi_align_equals_torchvision(seed: int, count: int, stride: int, size: int) -> None:
     torch.manual_seed(seed)
     x = torch.randn(2, 5, max(96 // stride, 1), max(128 // stride, 1), dtype=torch.float64, requires_grad=True)
     rois = some_rois(seed, count).double()
     found = roi_align(x, rois, size, stride)
-    expected = reference(x, rois, size, 1 / stride, sampling_ratio=2, aligned=True)
+    expected = torchvision_roi_align(x, rois, size, 1 / stride, sampling_ratio=2, aligned=True)
     torch.testing.assert_close(found, expected)
     if count:
         weight = torch.randn_like(found)
@@ -33,14 +36,14 @@ def test_pooling_is_torchvisions(seed: int, count: int, stride: int, size: int) 
         )
 
 
-def test_gradients_are_right() -> None:
+def test_roi_align_passes_gradcheck() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     rois = torch.tensor([[0, 1.0, 2, 30, 25], [1, -9, -9, 12, 40]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda t: roi_align(t, rois, 3, 8), x)
 
 
-def test_type_and_layout() -> None:
+def test_the_output_is_channels_last_in_the_dtype_of_the_map() -> None:
     x = torch.randn(1, 8, 6, 6).bfloat16()
     found = roi_align(x, torch.tensor([[0, 0.0, 0, 48, 48]]), 7, 8)
     assert found.dtype == torch.bfloat16 and found.shape == (1, 8, 7, 7)
@@ -52,11 +55,12 @@ def test_the_layout_of_the_map_does_not_matter(layout: torch.memory_format) -> N
     torch.manual_seed(0)
     x = torch.randn(2, 8, 12, 16)
     rois = some_rois(1, 6)
-    torch.testing.assert_close(roi_align(x.contiguous(memory_format=layout), rois, 7, 8), roi_align(x, rois, 7, 8))
+    expected = torchvision_roi_align(x, rois, 7, 1 / 8, sampling_ratio=2, aligned=True)
+    torch.testing.assert_close(roi_align(x.contiguous(memory_format=layout), rois, 7, 8), expected)
 
 
 def crop_by_grid_sample(x: torch.Tensor, rois: torch.Tensor, size: int, stride: float) -> torch.Tensor:
-    """The reference's way: an affine grid from corner to corner, sampled with zeros outside."""
+    """Crop as the reference does: sample an affine grid from corner to corner, with zeros outside the map."""
     height, width = x.shape[2:]
     crops = []
     for image, *corners in rois.tolist():
@@ -72,7 +76,7 @@ def crop_by_grid_sample(x: torch.Tensor, rois: torch.Tensor, size: int, stride: 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_the_crop_is_grid_samples(seed: int) -> None:
+def test_roi_crop_equals_grid_sample(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 5, 9, 13, generator=generator, dtype=torch.float64)
     corners = torch.rand(6, 4, generator=generator, dtype=torch.float64) * 300 - 60  # some outside, some reversed
@@ -80,29 +84,27 @@ def test_the_crop_is_grid_samples(seed: int) -> None:
     torch.testing.assert_close(roi_crop(x, rois, 7, 16), crop_by_grid_sample(x, rois, 7, 16))
 
 
-def test_the_crop_is_roi_align_on_a_wider_box() -> None:
-    """One sample a cell, on a box 7/6 as wide, half a cell further, on a map with a row and a column of zeros more."""
+def test_roi_crop_equals_roi_align_of_a_larger_box() -> None:
+    """With one sample per cell, a box 7/6 as large, moved by half a cell of the map, and zero padding at the end."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 12, 15, generator=generator)
     corners = torch.tensor([[10.0, 20, 90, 100], [3, 4, 9, 11], [150, 100, 239, 191]])
-    centre, half = (corners[:, :2] + corners[:, 2:]) / 2, (corners[:, 2:] - corners[:, :2]) / 2 * 7 / 6
-    wider = torch.cat((centre - half, centre + half), 1) / 16 + 0.5
+    center, half = (corners[:, :2] + corners[:, 2:]) / 2, (corners[:, 2:] - corners[:, :2]) / 2 * 7 / 6
+    larger = torch.cat((center - half, center + half), 1) / 16 + 0.5
     padded = F.pad(x, (0, 1, 0, 1))
-    wanted = reference(padded, [wider], 7, 1.0, sampling_ratio=1, aligned=True)
+    expected = torchvision_roi_align(padded, [larger], 7, 1.0, sampling_ratio=1, aligned=True)
     rois = torch.cat((torch.zeros(3, 1), corners), 1)
-    torch.testing.assert_close(roi_crop(x, rois, 7, 16), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(roi_crop(x, rois, 7, 16), expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_of_the_crop_are_right() -> None:
+def test_roi_crop_passes_gradcheck() -> None:
     x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     rois = torch.tensor([[0, 3.0, 5, 37, 40], [0, -20, -20, 60, 70]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda t: roi_crop(t, rois, 3, 8), x)
 
 
-def test_the_other_crop_of_the_seed_takes_the_largest_of_four_samples() -> None:
-    """14x14 samples, the first and last pixel of the image on the first and last cell of the map, 2x2 at a time."""
-    from detector_examples import small_model
-
+def test_crop_align_takes_the_maximum_of_2x2_samples() -> None:
+    """Of 14x14 samples; the first and last pixel of the image lie on the first and last cell of the map."""
     model = small_model("model.pooling=crop_align", "model.stride=16", "model.legacy_plus_one=true")
     x, images = torch.randn(1, 32, 6, 8), torch.zeros(1, 3, 90, 121)
     boxes = torch.tensor([[0, 5.0, 7, 61, 80], [0, 0, 0, 121, 90]])

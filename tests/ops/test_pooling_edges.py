@@ -1,9 +1,10 @@
-"""RoI pooling at the edges: what reads nothing, is too large, is wrong, or runs without the kernels."""
+"""RoI pooling of extreme inputs: RoIs outside the map or with NaN, huge and empty maps, and invalid arguments."""
 
 import math
 
 import pytest
 import torch
+from detector_examples import small_model
 from pooling_examples import CLOSE, KINDS, compiled, devices, kinds, plain, some_map, some_rois
 
 from refdet.ops._library import DEVICES
@@ -18,8 +19,8 @@ from refdet.ops.pooling import (
 
 
 @kinds
-def test_a_map_of_more_than_2_to_the_31_numbers(kind: str) -> None:
-    """Its memory is only reserved: what is never written takes none."""
+def test_a_map_of_more_than_2_to_the_31_elements(kind: str) -> None:
+    """Only the address space is reserved: pages that are never written take no memory."""
     if "cpu" not in DEVICES:
         pytest.skip("plain PyTorch copies the map")
     channels, height, width = 1024, 1449, 1449
@@ -31,13 +32,13 @@ def test_a_map_of_more_than_2_to_the_31_numbers(kind: str) -> None:
     corner = torch.randn(1, channels, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[:, :, -4:, -4:] = corner
     rois = torch.tensor([[0, width - 3.5, height - 3.5, width - 1, height - 1]])
-    near = rois - torch.tensor([[0, width - 4, height - 4, width - 4, height - 4]])
+    moved_rois = rois - torch.tensor([[0, width - 4, height - 4, width - 4, height - 4]])
     function = KINDS[kind][0]
-    torch.testing.assert_close(function(x, rois, 7, 1), function(corner, near, 7, 1), rtol=2**-6, atol=2e-3)
+    torch.testing.assert_close(function(x, rois, 7, 1), function(corner, moved_rois, 7, 1), rtol=2**-6, atol=2e-3)
 
 
 @kinds
-def test_what_reads_nothing_is_0(kind: str) -> None:
+def test_rois_outside_the_map_or_not_finite_give_0(kind: str) -> None:
     x = torch.ones(1, 20, 6, 5, requires_grad=True)
     nan, inf = math.nan, math.inf
     rois = torch.tensor(
@@ -49,9 +50,9 @@ def test_what_reads_nothing_is_0(kind: str) -> None:
     assert (torch.autograd.grad(pooled.sum(), x)[0] == 0).all()
 
 
-def test_boxes_without_area_are_points() -> None:
+def test_a_roi_without_area_samples_one_point() -> None:
     x = torch.arange(30.0).reshape(1, 1, 5, 6).repeat(1, 20, 1, 1)
-    rois = torch.tensor([[0, 20.0, 12, 20, 12]])  # at (2.5, 1.5), which is the middle of position (2, 1)
+    rois = torch.tensor([[0, 20.0, 12, 20, 12]])  # (2.5, 1.5) on the map, the center of its cell in column 2 and row 1
     assert (roi_align(x, rois, 7, 8) == 1 * 6 + 2).all()
     assert (roi_crop(x, rois, 7, 8) == 1.5 * 6 + 2.5).all()
     assert (roi_align(x, rois, 7, 8, 0) == 0).all()
@@ -60,7 +61,7 @@ def test_boxes_without_area_are_points() -> None:
 
 @devices
 @kinds
-def test_no_rois_and_no_map(kind: str, device: str) -> None:
+def test_no_rois_and_empty_maps(kind: str, device: str) -> None:
     function = KINDS[kind][0]
     for shape, count in (
         ((2, 20, 6, 5), 0),
@@ -79,7 +80,7 @@ def test_no_rois_and_no_map(kind: str, device: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("image", [-1.0, 2.0, 1e30, math.nan, math.inf, -math.inf, -0.5])
-def test_images_outside_of_the_batch(kind: str, image: float) -> None:
+def test_image_numbers_outside_the_batch_are_refused(kind: str, image: float) -> None:
     rois = torch.tensor([[0, 1.0, 2, 30, 40], [image, 1, 2, 30, 40]])
     with pytest.raises(IndexError, match=r"RoI 1 is on image .* of a batch of 2"):
         KINDS[kind][0](torch.randn(2, 20, 6, 5), rois, 7, 8)
@@ -88,7 +89,7 @@ def test_images_outside_of_the_batch(kind: str, image: float) -> None:
 
 
 @pytest.mark.gpu(kernels=True)
-def test_images_outside_of_the_batch_on_cuda() -> None:
+def test_image_numbers_outside_the_batch_give_nan_on_cuda() -> None:
     x = torch.randn(2, 20, 6, 5, device="cuda", requires_grad=True)
     rois = torch.tensor([[0, 1.0, 2, 30, 40], [2, 1, 2, 30, 40]], device="cuda")
     for function in (roi_align, roi_align_mean):
@@ -98,7 +99,7 @@ def test_images_outside_of_the_batch_on_cuda() -> None:
 
 
 @kinds
-def test_wrong_arguments_are_refused(kind: str) -> None:
+def test_invalid_arguments_are_refused(kind: str) -> None:
     function = KINDS[kind][0]
     x, rois = torch.randn(1, 4, 6, 5), torch.tensor([[0, 1.0, 2, 30, 40]])
     with pytest.raises(TypeError, match="floating-point"):
@@ -121,7 +122,7 @@ def test_wrong_arguments_are_refused(kind: str) -> None:
             function(x, rois, 7, stride)
 
 
-def test_wrong_grids_are_refused() -> None:
+def test_invalid_grids_are_refused() -> None:
     x, rois = torch.randn(1, 4, 6, 5), torch.tensor([[0, 1.0, 2, 30, 40]])
     with pytest.raises(ValueError, match="cells on a side"):
         roi_crop(x, rois, 1, 8)
@@ -131,33 +132,31 @@ def test_wrong_grids_are_refused() -> None:
 
 
 @compiled
-def test_the_operators_check_by_themselves() -> None:
+def test_the_operators_refuse_invalid_arguments() -> None:
     x, rois = torch.randn(1, 4, 6, 5), torch.tensor([[0, 1.0, 2, 30, 40]])
-    pool, back = torch.ops.refdet.roi_pool, torch.ops.refdet.roi_pool_backward
-    for wrong in (
+    pool, backward = torch.ops.refdet.roi_pool, torch.ops.refdet.roi_pool_backward
+    for arguments in (
         (x.double(), rois, 7, 8.0, 2, False, False), (x[0], rois, 7, 8.0, 2, False, False),
         (x, rois.double(), 7, 8.0, 2, False, False), (x, rois[:, :4], 7, 8.0, 2, False, False),
         (x, rois, 0, 8.0, 2, False, False), (x, rois, 1, 8.0, 1, True, False), (x, rois, 7, 0.0, 2, False, False),
         (x, rois, 7, 8.0, -1, False, False), (x, rois, 2**40, 8.0, 2, False, False),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="RoI pooling"):
-            pool(*wrong)
+            pool(*arguments)
     for gradient, shape in ((x, [1, 4, 6, 5]), (pool(x, rois, 7, 8.0, 2, False, False), [1, 5, 6, 5])):
         with pytest.raises(RuntimeError, match="gradient has the wrong shape"):
-            back(gradient, rois, shape, 7, 8.0, 2, False, False)
+            backward(gradient, rois, shape, 7, 8.0, 2, False, False)
 
 
-def test_the_mean_of_a_pyramid() -> None:
+def test_pyramid_mean_is_the_mean_of_the_cells() -> None:
     generator = torch.Generator().manual_seed(10)
     maps = [some_map(generator, 2, 24, 96 // s, 128 // s).requires_grad_() for s in (1, 2, 4, 8)]
     corner = torch.rand(40, 2, generator=generator) * 300
     boxes = torch.cat((corner, corner + torch.rand(40, 2, generator=generator) ** 4 * 900), 1)
     rois = torch.cat((torch.randint(2, (40, 1), generator=generator), boxes), 1)
     rois[3, 2] = math.nan
-    cells, mean = (
-        pyramid_roi_align(maps, rois, 7, (4, 8, 16, 32)),
-        pyramid_roi_align_mean(maps, rois, 7, (4, 8, 16, 32)),
-    )
+    cells = pyramid_roi_align(maps, rois, 7, (4, 8, 16, 32))
+    mean = pyramid_roi_align_mean(maps, rois, 7, (4, 8, 16, 32))
     torch.testing.assert_close(mean, cells.mean((2, 3)), **CLOSE)
     assert cells.is_contiguous(memory_format=torch.channels_last) and (cells[3] == 0).all()
     weight = torch.randn(mean.shape, generator=generator)
@@ -166,20 +165,16 @@ def test_the_mean_of_a_pyramid() -> None:
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert all(gradient.any() for gradient in ours)  # each level has RoIs
     assert pyramid_roi_align(maps, rois[:0], 7, (4, 8, 16, 32)).shape == (0, 24, 7, 7)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"RoI \d+ is on image 2\.?0? of a batch of 2"):
         pyramid_roi_align(maps, rois + 1, 7, (4, 8, 16, 32))
 
 
 @pytest.mark.parametrize("pooling", ["align", "crop_and_resize", "crop_align", "fpn"])
-def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
-    from detector_examples import small_model
-
-    changes = (
-        ["model.neck=fpn", "model.anchor_sizes=[16,32,64,128,256]"]
-        if pooling == "fpn"
-        else ["model.stride=16", f"model.pooling={pooling}"]
-    )
-    model = small_model(*changes).eval()
+def test_pool5_of_the_head_is_the_mean_of_the_cells(pooling: str) -> None:
+    if pooling == "fpn":
+        model = small_model("model.neck=fpn", "model.anchor_sizes=[16,32,64,128,256]")
+    else:
+        model = small_model("model.stride=16", f"model.pooling={pooling}")
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))

@@ -1,4 +1,4 @@
-"""RoI pooling: the kernels, the fallback, torchvision and one sample at a time, all alike; and what must not crash."""
+"""RoI pooling: kernels and fallback equal torchvision and a reference that adds one sample at a time."""
 
 import math
 import sys
@@ -12,10 +12,7 @@ from pooling_examples import CLOSE, KINDS, compiled, devices, kinds, plain, samp
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from refdet.ops._library import DEVICES
-from refdet.ops.pooling import (
-    roi_align,
-    roi_align_mean,
-)
+from refdet.ops.pooling import roi_align, roi_align_mean
 
 pytestmark = pytest.mark.slow
 
@@ -23,15 +20,15 @@ pytestmark = pytest.mark.slow
 @kinds
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), count=st.sampled_from([0, 1, 6]), size=st.sampled_from([2, 3, 7]), odd=st.booleans())
-def test_pooling_is_its_definition(kind: str, seed: int, count: int, size: int, odd: bool) -> None:
+def test_pooling_equals_its_definition_sample_by_sample(kind: str, seed: int, count: int, size: int, odd: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, rois = some_map(generator, 2, 5, 12, 15), some_rois(generator, count, 2)
-    if odd:  # what float32 overflows to is compared with the fallback instead, below
+    if odd:  # the next test compares what overflows in float32 with the fallback
         rois = torch.where(rois.isfinite() & (rois.abs() < 1e6), rois, 9.0)
-    wanted = sample_by_sample(kind, x, rois, size, 8).float()
+    expected = sample_by_sample(kind, x, rois, size, 8).float()
     found = KINDS[kind][0](x, rois, size, 8)
-    torch.testing.assert_close(found, wanted, **CLOSE)
-    torch.testing.assert_close(plain(kind, x, rois, size, 8), wanted, **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(plain(kind, x, rois, size, 8), expected, **CLOSE)
 
 
 @compiled
@@ -45,60 +42,62 @@ def test_pooling_is_its_definition(kind: str, seed: int, count: int, size: int, 
     stride=st.sampled_from([4, 8.0, 12.5]),
     odd=st.booleans(),
 )
-def test_the_kernels_and_the_fallback_agree(
+def test_kernels_and_fallback_agree(
     kind: str, seed: int, count: int, shape: tuple[int, ...], size: int, stride: float, odd: bool
 ) -> None:
-    """Forward and backward, with every width of channels and any coordinates."""
+    """Forward and backward, with numbers of channels that fill and do not fill vectors, and any coordinates."""
     generator = torch.Generator().manual_seed(seed)
     x = some_map(generator, *shape).requires_grad_()
     rois = some_rois(generator, count, shape[0], odd)
-    found, wanted = KINDS[kind][0](x, rois, size, stride), plain(kind, x, rois, size, stride)
+    found, expected = KINDS[kind][0](x, rois, size, stride), plain(kind, x, rois, size, stride)
     assert found.isfinite().all()
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
     weight = torch.randn(found.shape, generator=generator)
-    (ours,), (theirs,) = (torch.autograd.grad((pooled * weight).sum(), x) for pooled in (found, wanted))
+    (ours,), (theirs,) = (torch.autograd.grad((pooled * weight).sum(), x) for pooled in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # up to 9 * 196 cells add up
 
 
 @devices
 @pytest.mark.parametrize("samples", [0, 1, 2, 5])
 @pytest.mark.parametrize("size", [1, 7, 14])
-def test_roi_align_is_torchvisions(device: str, samples: int, size: int) -> None:
+def test_roi_align_equals_torchvision(device: str, samples: int, size: int) -> None:
     generator = torch.Generator().manual_seed(samples)
     x, rois = some_map(generator, 2, 67, 12, 15).to(device), some_rois(generator, 40, 2, turned=False).to(device)
     x.requires_grad_()
     found = roi_align(x, rois, size, 8, samples)
-    wanted = torchvision_roi_align(x, rois, size, 1 / 8, sampling_ratio=samples, aligned=True)
-    torch.testing.assert_close(found, wanted, **CLOSE)
-    torch.testing.assert_close(roi_align_mean(x, rois, size, 8, samples), wanted.mean((2, 3)), **CLOSE)
+    expected = torchvision_roi_align(x, rois, size, 1 / 8, sampling_ratio=samples, aligned=True)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(roi_align_mean(x, rois, size, 8, samples), expected.mean((2, 3)), **CLOSE)
     weight = torch.randn(found.shape, generator=generator).to(device)
-    (ours,), (theirs,) = (torch.autograd.grad((pooled * weight).sum(), x) for pooled in (found, wanted))
+    (ours,), (theirs,) = (torch.autograd.grad((pooled * weight).sum(), x) for pooled in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 @devices
 @kinds
 def test_bfloat16_is_rounded_once(device: str, kind: str) -> None:
-    """The float32 answer of the same numbers, rounded to the nearest bfloat16: 2**-9 of it at most. Means are not."""
+    """Pooled cells are the float32 result rounded to bfloat16, at most 2**-9 of it away; means stay float32."""
     generator = torch.Generator().manual_seed(0)
     x, rois = some_map(generator, 2, 88, 12, 15).to(device).bfloat16(), some_rois(generator, 30, 2).to(device)
     function = KINDS[kind][0]
     exact = x.float().requires_grad_()
     rounded = x.clone().requires_grad_()
-    found, wanted = function(rounded, rois, 7, 8), function(exact, rois, 7, 8)
+    found, expected = function(rounded, rois, 7, 8), function(exact, rois, 7, 8)
     if KINDS[kind][3]:
-        torch.testing.assert_close(found, wanted, **CLOSE)
+        torch.testing.assert_close(found, expected, **CLOSE)
     else:
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), wanted, rtol=2**-8, atol=1e-5)
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-5)
     weight = torch.randn(found.shape, generator=generator).to(device).bfloat16()
-    (ours,), (theirs,) = (torch.autograd.grad(f, m, weight.to(f.dtype)) for f, m in ((found, rounded), (wanted, exact)))
+    (ours,), (theirs,) = (
+        torch.autograd.grad(f, m, weight.to(f.dtype)) for f, m in ((found, rounded), (expected, exact))
+    )
     torch.testing.assert_close(ours.float(), theirs, rtol=2**-8, atol=1e-4)
 
 
 @compiled
-def test_bfloat16_keeps_numbers_that_are_not_finite() -> None:
-    """Rounding is the kernels' own; in plain PyTorch 0 times infinity shows."""
+def test_bfloat16_keeps_nan_and_inf() -> None:
+    """The kernels round by themselves. (In the fallback, 0 times infinity gives NaN.)"""
     values = torch.tensor([math.nan, math.inf, -math.inf, 3.3895313892515355e38, 0.0, -1.0] * 8)
     x = values.bfloat16().reshape(1, 48, 1, 1).expand(1, 48, 3, 3)
     rois = torch.tensor([[0, 0.0, 0, 3, 3]])
@@ -107,20 +106,20 @@ def test_bfloat16_keeps_numbers_that_are_not_finite() -> None:
 
 
 @kinds
-def test_half_and_double_maps(kind: str) -> None:
+def test_float16_and_float64_maps(kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x, rois = some_map(generator, 1, 8, 12, 15), some_rois(generator, 9, 1)
     function = KINDS[kind][0]
-    wanted = function(x, rois, 7, 8)
+    expected = function(x, rois, 7, 8)
     assert function(x.half(), rois, 7, 8).dtype == (torch.float32 if KINDS[kind][3] else torch.float16)
-    torch.testing.assert_close(function(x.half(), rois, 7, 8).float(), wanted, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(function(x.half(), rois, 7, 8).float(), expected, rtol=2e-3, atol=2e-3)
     assert function(x.double(), rois, 7, 8).dtype == torch.float64
-    torch.testing.assert_close(function(x.double(), rois, 7, 8).float(), wanted, **CLOSE)
+    torch.testing.assert_close(function(x.double(), rois, 7, 8).float(), expected, **CLOSE)
 
 
 @kinds
-def test_gradients(kind: str) -> None:
-    """In float64 against differences of the function; the kernels' float32 gradients against those of float64."""
+def test_gradients_in_float64_and_float32(kind: str) -> None:
+    """Gradients in float64 against finite differences, and those of the float32 kernels against float64."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64).requires_grad_()
     rois = some_rois(generator, 5, 2)
@@ -129,15 +128,15 @@ def test_gradients(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda t: function(t, rois, 3, 8), x)
     single = x.detach().float().requires_grad_()
     weight = torch.randn(function(x, rois, 3, 8).shape, generator=generator, dtype=torch.float64)
-    (wanted,) = torch.autograd.grad(function(x, rois, 3, 8), x, weight)
+    (expected,) = torch.autograd.grad(function(x, rois, 3, 8), x, weight)
     (found,) = torch.autograd.grad(function(single, rois, 3, 8), single, weight.float())
-    torch.testing.assert_close(found, wanted.float(), **CLOSE)
+    torch.testing.assert_close(found, expected.float(), **CLOSE)
 
 
 @compiled
 @kinds
 def test_gradcheck_of_the_kernels(kind: str) -> None:
-    """Pooling is linear in the map, so that wide steps do in float32."""
+    """Pooling is linear in the map, so finite differences with wide steps are exact enough in float32."""
     generator = torch.Generator().manual_seed(3)
     x, rois = some_map(generator, 1, 17, 3, 4).requires_grad_(), some_rois(generator, 3, 1)
     rois[:, 1:] /= 4
@@ -149,7 +148,7 @@ def test_gradcheck_of_the_kernels(kind: str) -> None:
 @devices
 @pytest.mark.parametrize("kind", ["fixed", "adaptive mean", "crop"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(kind: str, dtype: torch.dtype, device: str) -> None:
+def test_operators_pass_opcheck(kind: str, dtype: torch.dtype, device: str) -> None:
     if device not in DEVICES:
         pytest.skip("no CUDA kernels")
     _, samples, crop, mean = KINDS[kind]
@@ -165,23 +164,23 @@ def test_opcheck(kind: str, dtype: torch.dtype, device: str) -> None:
 @compiled
 @kinds
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph(kind: str, dynamic: bool) -> None:
+def test_pooling_compiles_into_one_graph(kind: str, dynamic: bool) -> None:
     function = KINDS[kind][0]
     generator = torch.Generator().manual_seed(5)
     torch._dynamo.reset()
     run = torch.compile(lambda x, rois: function(x, rois, 7, 8), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for count in (3, 5):
         x, rois = some_map(generator, 2, 8, 6, 5).requires_grad_(), some_rois(generator, count, 2)
-        found, wanted = run(x, rois), function(x, rois, 7, 8)
-        assert torch.equal(found, wanted)
+        found, expected = run(x, rois), function(x, rois, 7, 8)
+        assert torch.equal(found, expected)
         weight = torch.randn(found.shape, generator=generator)
-        assert torch.equal(torch.autograd.grad(found, x, weight)[0], torch.autograd.grad(wanted, x, weight)[0])
+        assert torch.equal(torch.autograd.grad(found, x, weight)[0], torch.autograd.grad(expected, x, weight)[0])
 
 
 @compiled
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(6)
     maps = [some_map(generator, *shape).to(dtype).requires_grad_() for shape in ((3, 300, 12, 15), (1, 21, 12, 15))]
     before = torch.get_num_threads()
@@ -200,37 +199,37 @@ def test_the_number_of_threads_changes_no_bit(kind: str, dtype: torch.dtype) -> 
 
 
 @kinds
-def test_any_layout_of_the_map(kind: str) -> None:
+def test_maps_and_rois_may_have_any_memory_layout(kind: str) -> None:
     generator = torch.Generator().manual_seed(8)
     x, rois, function = some_map(generator, 2, 24, 12, 15), some_rois(generator, 9, 2), KINDS[kind][0]
-    wanted = function(x, rois, 7, 8)
+    expected = function(x, rois, 7, 8)
     wide = some_map(generator, 4, 48, 14, 18)
     wide[1:3, 8:32, 1:13, 2:17] = x
     for same in (
         x.contiguous(),
-        wide[1:3, 8:32, 1:13, 2:17],  # channels side by side, with gaps between all else
+        wide[1:3, 8:32, 1:13, 2:17],  # channels_last, with gaps between rows and images
         wide.contiguous()[1:3, 8:32, 1:13, 2:17],
         x.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3),
         x.flip(0).flip(0),
     ):
         assert torch.equal(same, x)
-        torch.testing.assert_close(function(same, rois, 7, 8), wanted, **CLOSE)
+        torch.testing.assert_close(function(same, rois, 7, 8), expected, **CLOSE)
         strided = rois.repeat(1, 2)[:, 5:]
-        torch.testing.assert_close(function(same, strided, 7, 8), wanted, **CLOSE)
+        torch.testing.assert_close(function(same, strided, 7, 8), expected, **CLOSE)
     flat = x[:, :, :1, :1].expand(2, 24, 12, 15).requires_grad_()
     (gradient,) = torch.autograd.grad(function(flat, rois, 7, 8).sum(), flat)
     assert gradient.shape == flat.shape
 
 
 @kinds
-def test_the_gradient_may_have_any_layout(kind: str) -> None:
+def test_the_gradient_may_have_any_memory_layout(kind: str) -> None:
     generator = torch.Generator().manual_seed(9)
     x, rois = some_map(generator, 2, 24, 12, 15).requires_grad_(), some_rois(generator, 9, 2)
     pooled = KINDS[kind][0](x, rois, 7, 8)
     weight = torch.randn(pooled.shape, generator=generator)
-    (wanted,) = torch.autograd.grad(pooled, x, weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(pooled, x, weight, retain_graph=True)
     (found,) = torch.autograd.grad(pooled, x, weight.transpose(0, 1).contiguous().transpose(0, 1), retain_graph=True)
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    torch.testing.assert_close(found, expected, **CLOSE)
     (ones,) = torch.autograd.grad(pooled.sum(), x, retain_graph=True)  # expanded from one number
     torch.testing.assert_close(ones, torch.autograd.grad(pooled, x, torch.ones_like(pooled))[0], **CLOSE)
 
@@ -238,20 +237,21 @@ def test_the_gradient_may_have_any_layout(kind: str) -> None:
 @compiled
 @kinds
 def test_the_gradient_runs_no_python(kind: str) -> None:
-    """Which on a GPU would take longer than the kernels of a small map, before the first of them is launched."""
+    """On a GPU, Python code would take longer than the kernels of a small map."""
     generator = torch.Generator().manual_seed(6)
     x, rois = some_map(generator, 2, 20, 6, 5).requires_grad_(), some_rois(generator, 4, 2)
     _, samples, crop, mean = KINDS[kind]
     called: list[str] = []
 
-    def note(frame: FrameType, event: str, argument: object) -> None:
+    def record_call(frame: FrameType, event: str, argument: object) -> None:
         if event == "call":
             called.append(frame.f_code.co_filename)
 
-    sys.setprofile(note)
+    sys.setprofile(record_call)
     try:
         torch.ops.refdet.roi_pool(x, rois, 7, 8.0, samples, crop, mean).sum().backward()
     finally:
         sys.setprofile(None)
     assert x.grad is not None
+    assert called  # of torch itself
     assert not [name for name in called if "library" in name or "refdet" in name]

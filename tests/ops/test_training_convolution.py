@@ -1,4 +1,4 @@
-"""3x3 convolutions with gradients beside PyTorch's in float64, and where PyTorch's are used instead."""
+"""3x3 convolutions with gradients against PyTorch in float64, and the cases that are left to PyTorch."""
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ needs_kernels = pytest.mark.skipif(not has_kernels(CPU), reason="the kernels are
 ONE = (1, 1)
 
 
-def drawn(images: int, inputs: int, outputs: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, weights that keep its deviation, bias, and gradient of the output."""
+def random_example(
+    images: int, inputs: int, outputs: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, weights that keep its standard deviation, bias, and gradient of the output."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(images, inputs, height, width, generator=random).to(memory_format=torch.channels_last)
     weight = torch.randn(outputs, inputs, 3, 3, generator=random) / (9 * inputs) ** 0.5
@@ -27,7 +29,8 @@ def drawn(images: int, inputs: int, outputs: int, height: int, width: int) -> tu
     )
 
 
-def gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, ours: bool) -> list[Tensor]:
+def output_and_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, ours: bool) -> list[Tensor]:
+    """By `conv2d`, which must use the kernels, or by PyTorch."""
     given = [each.detach().requires_grad_() for each in (x, weight, *(() if bias is None else (bias,)))]
     convolve = conv2d if ours else F.conv2d
     y = convolve(*given[:2], given[2] if bias is not None else None, ONE, ONE)
@@ -44,24 +47,27 @@ def gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, 
         (1, 128, 64, 37, 42),
         (2, 64, 64, 1, 130),
         (130, 64, 64, 1, 1),
-        (3, 64, 80, 49, 52),  # several chunks of tiles, the last one smaller, that begin within an image
+        (3, 64, 80, 49, 52),  # several chunks of tiles, which start within an image; the last is smaller
     ],
     ids=str,
 )
-def test_values_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
-    given = drawn(*shape)
-    found, wanted = gradients(*given, ours=True), gradients(*(each.double() for each in given), ours=False)
-    for ours, exact in zip(found, wanted, strict=True):
+def test_outputs_and_gradients_are_close_to_float64(shape: tuple[int, int, int, int, int]) -> None:
+    given = random_example(*shape)
+    found = output_and_gradients(*given, ours=True)
+    expected = output_and_gradients(*(each.double() for each in given), ours=False)
+    for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
         assert (ours - exact).abs().max() < 1e-4 * exact.std()
     torch.testing.assert_close(found[0], found[0].contiguous(memory_format=torch.channels_last), rtol=0, atol=0)
 
 
 @needs_kernels
-def test_without_a_bias_and_in_both_layouts() -> None:
-    x, weight, _, gradient = drawn(6, 64, 64, 14, 14)
-    found = gradients(x, weight, None, gradient, ours=True)
-    again = gradients(x.contiguous(), weight.to(memory_format=torch.channels_last), None, gradient, ours=True)
+def test_results_without_a_bias_are_equal_in_both_memory_layouts() -> None:
+    x, weight, _, gradient = random_example(6, 64, 64, 14, 14)
+    found = output_and_gradients(x, weight, None, gradient, ours=True)
+    again = output_and_gradients(
+        x.contiguous(), weight.to(memory_format=torch.channels_last), None, gradient, ours=True
+    )
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
@@ -75,27 +81,27 @@ def test_without_a_bias_and_in_both_layouts() -> None:
         (torch.zeros(2, 60, 5, 5), torch.zeros(2, 64, 5, 5), "multiples of 16"),
     ],
 )
-def test_the_kernel_refuses_other_maps(x: Tensor, gradient: Tensor, message: str) -> None:
+def test_the_weight_gradient_kernel_refuses_invalid_inputs(x: Tensor, gradient: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         conv3x3_weight_gradient(x, gradient)
 
 
 @needs_kernels
-def test_no_images_have_no_gradient() -> None:
+def test_the_weight_gradient_of_no_images_is_0() -> None:
     assert not conv3x3_weight_gradient(torch.zeros(0, 64, 5, 5), torch.zeros(0, 96, 5, 5)).any()
 
 
 @needs_kernels
-def test_only_the_gradients_that_are_wanted() -> None:
-    x, weight, bias, gradient = drawn(6, 64, 64, 14, 14)
+def test_only_requested_gradients_are_computed() -> None:
+    x, weight, bias, gradient = random_example(6, 64, 64, 14, 14)
     conv2d(x, weight.requires_grad_(), bias, ONE, ONE).backward(gradient)
     assert x.grad is None and bias.grad is None and weight.grad is not None and weight.grad.any()
 
 
 @pytest.mark.parametrize("how", ["no gradient", "float64", "bfloat16", "few channels", "small", "stride", "1x1", "odd"])
-def test_pytorch_computes_the_rest(how: str) -> None:
+def test_unsupported_convolutions_are_left_to_pytorch(how: str) -> None:
     sizes = {"few channels": (6, 32, 64, 14, 14), "small": (2, 64, 64, 4, 4), "odd": (6, 64, 72, 14, 14)}
-    x, weight, bias, _ = drawn(*sizes.get(how, (6, 64, 64, 14, 14)))
+    x, weight, bias, _ = random_example(*sizes.get(how, (6, 64, 64, 14, 14)))
     if how == "1x1":
         weight = weight[:, :, :1, :1]
     if how == "float64":
@@ -110,8 +116,8 @@ def test_pytorch_computes_the_rest(how: str) -> None:
 @pytest.mark.parametrize("inputs", [1, 3, 8, 15, 16, 24])
 @pytest.mark.parametrize("stride", [(2, 2), (2, 1), (1, 3)])
 def test_strided_pointwise_convolutions_of_few_channels(inputs: int, stride: tuple[int, int]) -> None:
-    """PyTorch's own, in channels_last with fewer than 16 channels, may end the process."""
-    x, _, bias, _ = drawn(8, inputs, 16, 44, 52)
+    """PyTorch may crash on these in channels_last with fewer than 16 channels."""
+    x, _, bias, _ = random_example(8, inputs, 16, 44, 52)
     weight = torch.randn(16, inputs, 1, 1).to(memory_format=torch.channels_last)
     given = [each.detach().requires_grad_() for each in (x, weight, bias)]
     y = conv2d(*given, stride, (0, 0))
@@ -120,16 +126,16 @@ def test_strided_pointwise_convolutions_of_few_channels(inputs: int, stride: tup
     exact = [each.detach().double().contiguous().requires_grad_() for each in (x, weight, bias)]
     expected = F.conv2d(*exact, stride)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    for found, wanted in zip(
-        torch.autograd.grad(y, given, gradient), torch.autograd.grad(expected, exact, gradient.double()), strict=True
-    ):
-        torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-4)
+    found_gradients = torch.autograd.grad(y, given, gradient)
+    exact_gradients = torch.autograd.grad(expected, exact, gradient.double())
+    for found, exact_gradient in zip(found_gradients, exact_gradients, strict=True):
+        torch.testing.assert_close(found.double(), exact_gradient, atol=1e-3, rtol=1e-4)
 
 
-def test_a_layer_is_torchs_layer() -> None:
-    layer, peer = Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, padding=1)
-    peer.load_state_dict(layer.state_dict())
+def test_conv2d_layer_equals_torch_nn_conv2d() -> None:
+    ours, theirs = Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, padding=1)
+    theirs.load_state_dict(ours.state_dict())
     x = torch.randn(6, 64, 14, 14)
-    torch.testing.assert_close(layer(x), peer(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-4)
     with torch.no_grad():
-        assert torch.equal(layer(x), peer(x))
+        assert torch.equal(ours(x), theirs(x))

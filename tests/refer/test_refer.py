@@ -1,4 +1,4 @@
-"""REFER: the API's answers, and the files it refuses."""
+"""REFER: the results of its API, and the files that it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refer import REFER, ReferDataError, ReferError, ReferIdError, ReferNotFound
 from refer.statistics import COUNTS
 
 
-def test_ids_and_records(tmp_path: Path) -> None:
+def test_queries_by_id_return_ids_and_records(tmp_path: Path) -> None:
     r = REFER(write(tmp_path, REFS), "refcoco", "unc")
     assert r.getRefIds() == [0, 1, 2, 3]
     assert r.getRefIds(split="test") == [1, 2] and r.getRefIds(split="testA") == [1]
@@ -45,12 +45,12 @@ def test_ids_and_records(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dataset", ["refcoco", "grefcoco"])
 def test_unknown_ids_are_key_errors_with_a_plain_message(tmp_path: Path, dataset: str) -> None:
-    """Programs written for the original catch its KeyError; people read the message, which KeyError would quote."""
+    """Code written for the original catches KeyError, whose str() would put quotes around the message."""
     generalized = dataset == "grefcoco"
     refs, name = (GREFS, "grefs(unc).json") if generalized else (REFS, "refs(unc).p")
     r = REFER(write(tmp_path, refs, name, dataset), dataset, "unc")
     foreign = refs[0] | {"ref_id": 99}
-    asks = [
+    calls = [
         (lambda: r.loadRefs(99), "no ref with id 99"),
         (lambda: r.loadRefs([0, -1]), "no ref with id -1"),
         (lambda: r.loadAnns([7, 99]), "no annotation with id 99"),
@@ -63,22 +63,22 @@ def test_unknown_ids_are_key_errors_with_a_plain_message(tmp_path: Path, dataset
         (lambda: r.getMask(refs[0] | {"image_id": 99}), "no image with id 99"),
         (lambda: r.getMaskByRef(ref_id=99), "no ref with id 99"),
     ]
-    for ask, says in asks:
+    for call, message in calls:
         for kind in (KeyError, LookupError, ReferIdError, ReferDataError, ReferError, ValueError):
             with pytest.raises(kind) as raised:
-                ask()
-            assert str(raised.value) == says and str(pickle.loads(pickle.dumps(raised.value))) == says
+                call()
+            assert str(raised.value) == message and str(pickle.loads(pickle.dumps(raised.value))) == message
 
 
 @pytest.mark.parametrize("ids", ["12", [1, "2"], 1.5, None, [[1]]])
-def test_ids_that_are_none(tmp_path: Path, ids: Any) -> None:
+def test_values_that_are_not_ids_are_refused(tmp_path: Path, ids: Any) -> None:
     r = REFER(write(tmp_path))
-    for ask in (r.getRefIds, r.getAnnIds, r.getImgIds, r.loadRefs, r.loadAnns, r.loadImgs, r.loadCats):
+    for call in (r.getRefIds, r.getAnnIds, r.getImgIds, r.loadRefs, r.loadAnns, r.loadImgs, r.loadCats):
         with pytest.raises(ReferDataError, match="ids must be integers or lists of integers"):
-            ask(ids)
+            call(ids)
 
 
-def test_a_sequence_of_refs(tmp_path: Path) -> None:
+def test_a_dataset_is_a_sequence_of_refs_with_the_original_attributes(tmp_path: Path) -> None:
     r = REFER(write(tmp_path), "refcoco", "unc")
     assert len(r) == 4 and list(r) == REFS and "refs=4, sentences=4, images=3" in repr(r)
     assert r.data["dataset"] == "refcoco" and [image["id"] for image in r.data["images"]] == [3, 4, 5]
@@ -91,7 +91,7 @@ def test_a_sequence_of_refs(tmp_path: Path) -> None:
     assert list(r.Refs) == [0] and list(r.sentToRef) == [0] and list(r.annToRef) == [7] and list(r.imgToRefs) == [3]
 
 
-def test_a_table(tmp_path: Path) -> None:
+def test_to_dataframe_has_a_row_per_sentence(tmp_path: Path) -> None:
     refs = [
         *REFS[:2],
         REFS[2] | {"sentences": [REFS[2]["sentences"][0], {"sent_id": 99, "sent": "b", "tokens": ["b"]}]},
@@ -106,12 +106,12 @@ def test_a_table(tmp_path: Path) -> None:
     assert len(REFER(write(tmp_path, [])).to_dataframe()) == 0
 
 
-def test_a_dataset_that_is_missing_is_explained(tmp_path: Path) -> None:
+def test_errors_say_where_to_get_a_missing_dataset(tmp_path: Path) -> None:
     with pytest.raises(ReferNotFoundError) as caught:
         REFER(tmp_path / "data", "refcoco", "unc")
-    said = str(caught.value)
-    assert "no such folder" in said and "refcoco.zip" in said and str(tmp_path / "data" / "refcoco") in said
-    assert "train 42404 refs on 16994 images" in said and "testB 1810 refs on 750 images" in said
+    message = str(caught.value)
+    assert "no such folder" in message and "refcoco.zip" in message and str(tmp_path / "data" / "refcoco") in message
+    assert "train 42404 refs on 16994 images" in message and "testB 1810 refs on 750 images" in message
     with pytest.raises(ReferNotFoundError, match=r"give the REFER data folder; .*refcoco\+\.zip.*val 3805 refs"):
         REFER(tmp_path, "refcoco+", "unc")
     write(tmp_path)
@@ -136,7 +136,7 @@ def test_the_published_counts_are_those_of_the_real_splits(shared: Path) -> None
         assert counts == (split["num_refs"], len(split["images"]), split["num_sentences"])
 
 
-def test_what_is_there(tmp_path: Path) -> None:
+def test_available_lists_datasets_and_errors_list_them(tmp_path: Path) -> None:
     write(tmp_path, REFS)
     write(tmp_path, REFS, "refs(umd).p", "refcocog")
     write(tmp_path, REFS, "refs(google).p", "refcocog")
@@ -150,9 +150,9 @@ def test_what_is_there(tmp_path: Path) -> None:
         REFER(tmp_path / "refcoco")
     with pytest.raises(ReferNotFoundError, match="no such folder"):
         available(tmp_path / "nowhere")
-    strange = tmp_path / os.fsdecode(b"\xff") / "refs(unc).p"  # whose name no report could print
-    strange.parent.mkdir()
-    strange.write_bytes(b"")
+    undecodable = tmp_path / os.fsdecode(b"\xff") / "refs(unc).p"  # a name that is not valid UTF-8
+    undecodable.parent.mkdir()
+    undecodable.write_bytes(b"")
     assert len(available(tmp_path)) == 3
     (tmp_path / "refcoco" / "instances.json").unlink()
     with pytest.raises(ReferNotFoundError, match="instances.json"):
@@ -172,7 +172,7 @@ def test_what_is_there(tmp_path: Path) -> None:
         ({"sentences": ["red"]}, "sentence of ref 3"),
     ],
 )
-def test_a_bad_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
+def test_an_invalid_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
     write(tmp_path, [*REFS[:3], REFS[3] | change])
     with pytest.raises(ReferDataError) as caught:
         REFER(tmp_path)
@@ -196,14 +196,14 @@ def test_hostile_pickles_are_refused_by_name(tmp_path: Path, protocol: int, monk
 
 
 @pytest.mark.parametrize("data", [np.int64(3), np.float32(1), np.zeros(3), REFER, len, Path("x")])
-def test_other_objects_are_refused(tmp_path: Path, data: Any) -> None:
+def test_pickles_of_other_types_are_refused(tmp_path: Path, data: Any) -> None:
     write(tmp_path, [REFS[0] | {"ref_id": data}])
     with pytest.raises(ReferDataError, match="asks for"):
         read_refs(tmp_path, "refcoco", "unc")
 
 
 @pytest.mark.parametrize("data", [b"", b"no pickle", b"\x80\x04\x95", b"cos\nsystem\n(S'true'\ntR.", b"}.", b"K\x01."])
-def test_bytes_that_are_no_refs(tmp_path: Path, data: bytes) -> None:
+def test_invalid_pickles_are_refused(tmp_path: Path, data: bytes) -> None:
     write(tmp_path, data)
     with pytest.raises(ReferDataError, match=r"refs\(unc\).p"):
         read_refs(tmp_path, "refcoco", "unc")
@@ -227,7 +227,7 @@ def test_damaged_pickles_load_or_are_refer_errors(
     try:
         read_refs(write(tmp_path_factory.mktemp("flip"), bytes(changed)), "refcoco", "unc")
     except ReferError as error:
-        assert "\n" not in str(error) or "refs(unc).p" in str(error)
+        assert "\n" not in str(error) and "refs(unc).p" in str(error)
 
 
 def test_python_2_pickle_with_byte_strings_and_sets(tmp_path: Path) -> None:
@@ -241,14 +241,14 @@ def test_python_2_pickle_with_byte_strings_and_sets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{\n,}", "[]", "{}", '{"images": [{"id": "3"}], "annotations": [], "categories": []}']
 )
-def test_bad_instances(tmp_path: Path, text: str) -> None:
+def test_invalid_instances_are_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path, REFS)
     (tmp_path / "refcoco" / "instances.json").write_text(text)
     with pytest.raises(ReferDataError, match="instances.json"):
         REFER(tmp_path)
 
 
-def test_real_refs(shared: Path) -> None:
+def test_real_refs_have_masks_of_the_annotated_area(shared: Path) -> None:
     root = shared / "data/coco_mini/refer"
     assert available(root) == [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
     counts = {name: len(REFER(root, name, by).getRefIds()) for name, by in available(root)}
@@ -258,7 +258,7 @@ def test_real_refs(shared: Path) -> None:
         assert r.getMask(one)["area"] == pytest.approx(r.refToAnn[one["ref_id"]]["area"], rel=0.05, abs=30)
 
 
-def test_the_embedded_dataset_loads(shapes_root: Path) -> None:
+def test_the_synthetic_dataset_loads(shapes_root: Path) -> None:
     pairs = available(shapes_root / "refer")
     assert ("refcoco", "unc") in pairs and ("refcocog", "umd") in pairs
     for dataset, split_by in pairs:
@@ -267,6 +267,6 @@ def test_the_embedded_dataset_loads(shapes_root: Path) -> None:
         assert r.getMask(r.loadRefs(r.getRefIds()[0])[0])["area"] > 0
 
 
-def test_refer_brings_nothing_heavy() -> None:
+def test_importing_refer_imports_no_heavy_packages() -> None:
     code = "import refer, sys; sys.exit(bool({'torch', 'refdet', 'pandas', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

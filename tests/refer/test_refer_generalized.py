@@ -1,4 +1,4 @@
-"""gRefCOCO: refs with several targets and none."""
+"""gRefCOCO: refs with several targets or none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from refdet.splits.leak_audit import audit
 from refer import REFER, ReferDataError, available, read_refs, target_ids
 
 
-def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
-    single = GREFS[2] | {"ann_id": 9, "category_id": 1}  # a number where others have a list
+def test_refs_with_several_targets_or_none(tmp_path: Path) -> None:
+    single = GREFS[2] | {"ann_id": 9, "category_id": 1}  # integers instead of lists
     nothing = GREFS[1] | {"ann_id": [], "category_id": []}
     write(tmp_path, [GREFS[0], nothing, single, GREFS[3]], "grefs(unc).json", "grefcoco")
     assert available(tmp_path) == [("grefcoco", "unc")]
@@ -25,28 +25,22 @@ def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
     assert r.getRefIds(cat_ids=2) == [0] and r.getRefIds(cat_ids=-1) == [1] and r.getRefIds(cat_ids=1) == [0, 2, 3]
     assert r.getAnnIds(ref_ids=[0, 3]) == [6, 7, 8, 9] and r.getAnnIds(ref_ids=1) == []
     assert r.getRefBox(0) == [[1, 0, 4, 2], [2, 0, 4, 2]] and r.getRefBox(1) == [] and len(r.getRefBox(2)) == 1
-    both = r.getMask(r.Refs[3])["mask"]
-    alone = [r.getMask(GREFS[3] | {"ref_id": i})["mask"] for i in (2,)]
     expected = np.zeros((6, 8), np.uint8)
-    expected[:2, :4] = 1
-    expected[:4, :4] = 1  # of annotation 9: the square, which holds the one of annotation 6
-    assert np.array_equal(both, expected) and np.array_equal(alone[0], expected)
+    expected[:4, :4] = 1  # the square of annotation 9, which contains the mask of annotation 6
+    for ref_id in (3, 2):
+        assert np.array_equal(r.getMask(GREFS[3] | {"ref_id": ref_id})["mask"], expected)
     empty = r.getMask(r.Refs[1])
     assert empty["area"] == 0 and empty["mask"].shape == (6, 8) and not empty["mask"].any()
-    r.Anns[9]["iscrowd"] = 1  # gRefCOCO's own API leaves crowds out
+    r.Anns[9]["iscrowd"] = 1  # omitted, as by gRefCOCO's own API; annotation 6 covers 10 pixels
     assert r.getMask(r.Refs[3])["area"] == 10
     table = r.to_dataframe()
-    assert table["targets"].tolist() == [2, 0, 1, 2] and table["category"].tolist() == [
-        ["dog", "cat"],
-        [],
-        ["dog"],
-        ["dog"] * 2,
-    ]
+    assert table["targets"].tolist() == [2, 0, 1, 2]
+    assert table["category"].tolist() == [["dog", "cat"], [], ["dog"], ["dog", "dog"]]
     assert table["x"].isna().tolist() == [True, True, False, True]
 
 
-def test_the_face_of_its_own_api(tmp_path: Path) -> None:
-    """What programs written for G_REFER call."""
+def test_the_api_of_grefcoco(tmp_path: Path) -> None:
+    """The methods and results that code written for gRefCOCO's G_REFER uses."""
     r = REFER(write(tmp_path, GREFS, "grefs(unc).json", "grefcoco"), "grefcoco", "unc")
     assert r.availableSplits == ["train", "val"]
     assert r.loadAnns([-1]) == [None] and r.loadAnns(-1) == [None] and r.loadAnns(r.Refs[1]["ann_id"]) == [None]
@@ -75,7 +69,7 @@ def test_the_face_of_its_own_api(tmp_path: Path) -> None:
             r.getMaskByRef(ref_id=bad)  # type: ignore[arg-type]
 
 
-def test_masks_by_ref_of_other_datasets(tmp_path: Path) -> None:
+def test_get_mask_by_ref_on_other_datasets(tmp_path: Path) -> None:
     r = REFER(write(tmp_path, REFS), "refcoco", "unc")
     (alone,) = r.getMaskByRef(ref_id=0)
     assert np.array_equal(alone["mask"], r.getMask(r.Refs[0])["mask"])
@@ -91,7 +85,7 @@ def test_generalized_refs_as_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "message"),
     [
         (
             ("refs(unc).p", "grefs(unc).json"),
@@ -100,21 +94,21 @@ def test_generalized_refs_as_a_pickle(tmp_path: Path) -> None:
         (("grefs(unc).p", "grefs(unc).json"), r"contains grefs\(unc\)\.p and grefs\(unc\)\.json; keep one of them"),
     ],
 )
-def test_two_files_for_one_name_are_refused(tmp_path: Path, names: tuple[str, str], says: str) -> None:
-    """Else the images that one of them holds out would be overlooked."""
+def test_two_refs_files_of_one_split_by_are_refused(tmp_path: Path, names: tuple[str, str], message: str) -> None:
+    """Otherwise, held-out images that only one of them lists would be overlooked."""
     write(tmp_path, REFS, dataset="other")
     for name in names:
         write(tmp_path, GREFS if name.startswith("g") else REFS, name, "both")
     instances = tmp_path / "other/instances.json"
-    for ask in (
+    for call in (
         lambda: available(tmp_path),
         lambda: read_refs(tmp_path, "both", "unc"),
         lambda: REFER(tmp_path, "both"),
         lambda: build_split(instances, tmp_path, tmp_path / "clean.json"),
         lambda: audit(instances, tmp_path),
     ):
-        with pytest.raises(ReferDataError, match=says):
-            ask()
+        with pytest.raises(ReferDataError, match=message):
+            call()
     assert list(REFER(tmp_path, "other")) == REFS
 
 
@@ -129,7 +123,7 @@ def test_two_files_for_one_name_are_refused(tmp_path: Path, names: tuple[str, st
         ({"category_id": [[1]]}, "'category_id' must contain only integers"),
     ],
 )
-def test_a_bad_generalized_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
+def test_an_invalid_generalized_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
     write(tmp_path, [GREFS[0], GREFS[2] | change], "grefs(unc).json", "grefcoco")
     with pytest.raises(ReferDataError) as caught:
         REFER(tmp_path, "grefcoco", "unc")

@@ -1,4 +1,4 @@
-"""Hundreds of broken and hostile files: each ends in one clear error or in the right answer, and runs nothing."""
+"""Hundreds of broken and malicious files: each gives a one-line error or the right result, and runs no code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from refer import REFER, ReferError, read_refs
 
 @contextmanager
 def no_hang(seconds: int = 20) -> Iterator[None]:
-    """TimeoutError for what takes a thousand times as long as it should."""
+    """Raise TimeoutError if the block takes more than a thousand times as long as it should."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
@@ -44,10 +44,10 @@ def no_hang(seconds: int = 20) -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory, in which no canary may be afterwards."""
+    """An empty working directory; fails if the test leaves a canary there, that is, if code from a file ran."""
     monkeypatch.chdir(tmp_path)
     copyreg.add_extension("posix", "system", 0xF0)
-    copyreg._extension_cache[0xF0] = os.system  # type: ignore[attr-defined]  # as if it had been used before
+    copyreg._extension_cache[0xF0] = os.system  # type: ignore[attr-defined]  # as after a first use of the extension
     try:
         yield tmp_path
     finally:
@@ -55,36 +55,36 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not (tmp_path / CANARY).exists(), "code ran"
 
 
-def outcome(read: Callable[[], Any], where: str, says: str) -> bool:
-    """Whether it was read; if not, it must be a ReferError of one line that names the file and has the text in it."""
+def can_read(read: Callable[[], Any], where: str, expected: str) -> bool:
+    """Whether reading succeeds; if not, the error must be one line that names the file and contains the message."""
     try:
         read()
     except ReferError as error:
         message = str(error)
         assert where in message and "\n" not in message and len(message) < 600 and message.isprintable()
-        assert says in message
+        assert expected in message
         return False
     return True
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_cases() -> None:
     assert len(CASES) > 400 and sum(case.good for case in CASES.values()) > 20
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_an_error_or_the_right_answer(folder: Path, case: Case) -> None:
+def test_each_file_gives_an_error_or_the_right_refs(folder: Path, case: Case) -> None:
     root = write(folder / "root", case.refs, case.name, "data", case.protocol, case.instances)
     with no_hang():
-        refs_good = outcome(lambda: read_refs(root, "data", "unc"), case.name, case.says)
-        good = outcome(lambda: REFER(root, "data", "unc"), str(root), case.says)
+        refs_good = can_read(lambda: read_refs(root, "data", "unc"), case.name, case.says)
+        good = can_read(lambda: REFER(root, "data", "unc"), str(root), case.says)
         assert (refs_good, good) == (case.refs_good, case.good)
         if good and case.refs in (REFS, GREFS):
             assert list(REFER(root, "data", "unc")) == (GREFS if "grefs" in case.name else REFS)
-        build_split(folder, root, refs_good)
+        check_build_split(folder, root, refs_good)
 
 
-def build_split(folder: Path, root: Path, refs_good: bool) -> None:
-    """``refdet build-split`` with these refs takes the held-out images out, or says in one line why it cannot."""
+def check_build_split(folder: Path, root: Path, refs_good: bool) -> None:
+    """``refdet build-split`` with these refs removes the held-out images, or prints in one line why it cannot."""
     source, out = folder / "source.json", folder / "split.json"
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 6, "width": 8} for i in range(1, 7)]
     source.write_text(json.dumps(INSTANCES | {"images": images}))
@@ -104,17 +104,20 @@ def build_split(folder: Path, root: Path, refs_good: bool) -> None:
         assert not out.exists()
 
 
-LIVE = {name: case for name, case in CASES.items() if name.startswith(("posix.system GLOBAL", "posix.system INST",
+# Cases whose command runs if the standard pickle module loads them.
+EXPLOITS = {name: case for name, case in CASES.items() if name.startswith(("posix.system GLOBAL", "posix.system INST",
         "posix.system OBJ", "posix.system STACK_GLOBAL", "posix.system in protocol 0", "posix.system as a key",
         "posix.system behind", "EXT"))}  # fmt: skip
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the command is one of POSIX")
-@pytest.mark.parametrize("case", LIVE.values(), ids=LIVE)
-def test_the_canary_sings_where_nothing_guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+@pytest.mark.parametrize("case", EXPLOITS.values(), ids=EXPLOITS)
+def test_exploits_run_code_in_an_unguarded_unpickler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(copyreg._extension_cache, 0xF0, os.system)  # type: ignore[attr-defined]
-    with suppress(pickle.UnpicklingError, TypeError):  # which come after the call
+    with suppress(pickle.UnpicklingError, TypeError):  # raised after the command has run
         pickle.loads(case.refs)
     assert (tmp_path / CANARY).exists()
 
@@ -126,7 +129,7 @@ def test_the_canary_sings_where_nothing_guards(tmp_path: Path, monkeypatch: pyte
     changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.none() | st.integers(0, 10**6),
 )
-def test_damaged_files(
+def test_files_with_changed_bytes(
     tmp_path_factory: pytest.TempPathFactory, protocol: int, generalized: bool, changes: list, cut: int | None
 ) -> None:
     data = bytearray(json.dumps(GREFS).encode() if generalized else pickle.dumps(REFS, protocol))
@@ -136,9 +139,9 @@ def test_damaged_files(
     name = "grefs(unc).json" if generalized else "refs(unc).p"
     root = write(tmp_path_factory.mktemp("damaged"), bytes(data), name, "data")
     with no_hang():
-        read = outcome(lambda: read_refs(root, "data", "unc"), name, "")
-        assert not (read and cut is not None and not generalized)  # a pickle says where it ends
-        if outcome(lambda: REFER(root, "data", "unc"), str(root), ""):
+        read = can_read(lambda: read_refs(root, "data", "unc"), name, "")
+        assert not (read and cut is not None and not generalized)  # a cut pickle lacks its STOP opcode
+        if can_read(lambda: REFER(root, "data", "unc"), str(root), ""):
             refer = REFER(root, "data", "unc")
             assert read and len(refer.to_dataframe()) == len([s for one in refer for s in one["sentences"]])
 
@@ -155,7 +158,7 @@ CHANGES = st.tuples(st.sampled_from([*FILES]), st.integers(0, 4), st.sampled_fro
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(changes=st.lists(CHANGES, max_size=3))
-def test_anything_in_any_field(tmp_path_factory: pytest.TempPathFactory, changes: list) -> None:
+def test_any_value_in_any_field(tmp_path_factory: pytest.TempPathFactory, changes: list) -> None:
     files = json.loads(json.dumps(FILES))
     for where, position, key, value in changes:
         if key == "entry":
@@ -167,31 +170,31 @@ def test_anything_in_any_field(tmp_path_factory: pytest.TempPathFactory, changes
         write(root, refs, name, "data", instances={key: files[key] for key in INSTANCES})
     with no_hang():
         for split_by in ("unc", "all"):
-            if outcome(lambda by=split_by: REFER(root, "data", by), str(root), ""):  # type: ignore[misc]
-                ask_everything(REFER(root, "data", split_by), str(root))
+            if can_read(lambda by=split_by: REFER(root, "data", by), str(root), ""):  # type: ignore[misc]
+                call_all_methods(REFER(root, "data", split_by), str(root))
 
 
-def ask_everything(refer: REFER, root: str) -> None:
+def call_all_methods(refer: REFER, root: str) -> None:
     assert refer.getRefIds() == list(refer.Refs) and refer.getAnnIds() == list(refer.Anns)
-    outcome(refer.frame, root, "")
+    can_read(refer.to_dataframe, root, "")
     for one in refer:
-        outcome(lambda: refer.getMask(one), root, "")  # noqa: B023  # called at once
-        outcome(lambda: refer.getRefBox(one["ref_id"]), root, "")  # noqa: B023
+        can_read(lambda: refer.getMask(one), root, "")  # noqa: B023  # called at once
+        can_read(lambda: refer.getRefBox(one["ref_id"]), root, "")  # noqa: B023
 
 
-def test_what_is_no_file(folder: Path) -> None:
+def test_folders_pipes_and_link_loops_are_refused(folder: Path) -> None:
     root = write(folder / "root")
     instances = root / "refcoco" / "instances.json"
     instances.unlink()
     instances.mkdir()
-    assert not outcome(lambda: REFER(root), "instances.json", "not a regular file")
+    assert not can_read(lambda: REFER(root), "instances.json", "not a regular file")
     instances.rmdir()
     if hasattr(os, "mkfifo"):
         os.mkfifo(instances)  # reading it would wait for a writer
         os.mkfifo(root / "refcoco" / "refs(google).p")
         with no_hang():
-            assert not outcome(lambda: REFER(root), "instances.json", "not a regular file")
-            assert not outcome(lambda: read_refs(root, "refcoco", "google"), "refcoco", "choose split_by unc")
+            assert not can_read(lambda: REFER(root), "instances.json", "not a regular file")
+            assert not can_read(lambda: read_refs(root, "refcoco", "google"), "refcoco", "choose split_by unc")
     instances.unlink()
     instances.symlink_to(instances)
-    assert not outcome(lambda: REFER(root), "instances.json", "")
+    assert not can_read(lambda: REFER(root), "instances.json", "")

@@ -1,4 +1,4 @@
-"""Boxes and masks of refs, with RefClef's RLEs, and those that are refused."""
+"""Boxes and masks of refs, including RefClef's lists of RLEs, and invalid ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refer import REFER, ReferDataError, available
 from refer.masks import can_be_drawn, decode
 
 
-def test_refclef(tmp_path: Path) -> None:
+def test_refclef_masks_and_overlapping_splits(tmp_path: Path) -> None:
     refclef(tmp_path)
     assert available(tmp_path) == [("refclef", "berkeley"), ("refclef", "unc")]
     r = REFER(tmp_path, "refclef", "berkeley")
@@ -31,7 +31,7 @@ def test_refclef(tmp_path: Path) -> None:
         r.getMask(r.Refs[0])
 
 
-def test_refclef_with_strings_as_annotation_ids(tmp_path: Path) -> None:
+def test_refclef_annotation_ids_may_be_strings(tmp_path: Path) -> None:
     root = tmp_path / "text"
     annotations = [a | {"id": f"8_{a['id']}"} if a["id"] != 9 else a for a in INSTANCES["annotations"]]
     refs = [r | {"ann_id": f"8_{r['ann_id']}"} if r["ann_id"] != 9 else r for r in REFS]
@@ -56,8 +56,8 @@ def test_refclef_with_strings_as_annotation_ids(tmp_path: Path) -> None:
         REFER(root, "refcoco")
 
 
-def no_polygon(*_: Any) -> None:
-    raise AssertionError("unchecked")
+def fail_unchecked(*_: Any) -> None:
+    raise AssertionError("a polygon reached pycocotools unchecked")
 
 
 BAD_SEGMENTATIONS = [
@@ -72,10 +72,10 @@ BAD_SEGMENTATIONS = [
 
 
 @pytest.mark.parametrize("segmentation", BAD_SEGMENTATIONS, ids=lambda value: f"{value!a:.40}")
-def test_a_bad_segmentation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segmentation: Any) -> None:
+def test_an_invalid_segmentation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segmentation: Any) -> None:
     if not (isinstance(segmentation, list) and dict in map(type, segmentation)):
-        # Should such a polygon reach pycocotools, that takes all the memory.
-        monkeypatch.setattr("refer.masks.coco_mask.frPyObjects", no_polygon)
+        # pycocotools would allocate all the memory for some of these polygons.
+        monkeypatch.setattr("refer.masks.coco_mask.frPyObjects", fail_unchecked)
     r = REFER(write(tmp_path))
     r.refToAnn[0]["segmentation"] = segmentation
     with pytest.raises(ReferDataError, match="refcoco: annotation 7"):
@@ -84,7 +84,7 @@ def test_a_bad_segmentation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), height=st.integers(1, 40), width=st.integers(1, 40))
-def test_masks_are_those_of_pycocotools(data: st.DataObject, height: int, width: int) -> None:
+def test_masks_equal_pycocotools(data: st.DataObject, height: int, width: int) -> None:
     seed = data.draw(st.integers(0, 2**32 - 1))
     mask = np.asfortranarray(np.random.default_rng(seed).random((height, width)) < data.draw(st.floats(0, 1)))
     rle = coco_mask.encode(mask.astype(np.uint8))
@@ -103,15 +103,15 @@ def test_masks_are_those_of_pycocotools(data: st.DataObject, height: int, width:
 
 
 @pytest.mark.parametrize("box", [None, "x", [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [1, 2, 3, 10**400]])
-def test_a_bad_box_is_named(tmp_path: Path, box: Any) -> None:
+def test_an_invalid_box_is_named(tmp_path: Path, box: Any) -> None:
     r = REFER(write(tmp_path))
     r.refToAnn[0]["bbox"] = box
-    for ask in (lambda: r.getRefBox(0), r.to_dataframe):
+    for call in (lambda: r.getRefBox(0), r.to_dataframe):
         with pytest.raises(ReferDataError, match="annotation 7"):
-            ask()
+            call()
 
 
-def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
+def test_masks_are_the_union_of_overlapping_polygons(tmp_path: Path) -> None:
     r = REFER(write(tmp_path, REFS))
     assert r.getRefBox(0) == [1, 0, 4, 2]
     found = r.getMask(r.loadRefs(0)[0])
@@ -125,8 +125,9 @@ def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
         r.getMask(r.loadRefs(0)[0])
 
 
-def test_how_long_an_outline_may_be() -> None:
-    square = [0, 0, 99, 0, 99, 99, 0, 99]  # of 4 * 99 steps, the way back to the start included
+def test_limits_of_outlines() -> None:
+    # Its outline has 4 * 99 pixels, so 2525 of them stay just below the limit of 1,000,000.
+    square = [0, 0, 99, 0, 99, 99, 0, 99]
     assert can_be_drawn([square] * 2525, 6, 8) and not can_be_drawn([square] * 2526, 6, 8)
     assert can_be_drawn([[0, 0, 10_008, 0, -10_008, 1], []], 6, 8) and not can_be_drawn([[0, 0, 10_009, 0]], 6, 8)
     assert decode([square] * 9, 6, 8).all()

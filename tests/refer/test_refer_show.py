@@ -1,4 +1,4 @@
-"""showRef, showMask, and what is not installed."""
+"""showRef, showMask, and errors if matplotlib or pandas is not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refer import REFER, ReferDataError, ReferError, ReferNotFoundError
 
 
 class Recorder:
-    """Stands for matplotlib's modules and axes: notes what is called with what."""
+    """Replaces matplotlib's modules and axes, and records all calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, dict]] = []
@@ -42,7 +42,7 @@ def pyplot(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_show_a_ref(tmp_path: Path, pyplot: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_ref_draws_outlines_or_a_box(tmp_path: Path, pyplot: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     r = REFER(write(tmp_path), "refcoco", "unc")
     with pytest.raises(ReferNotFoundError, match="no such folder; set IMAGE_DIR"):
         r.showRef(r.Refs[0])
@@ -63,16 +63,16 @@ def test_show_a_ref(tmp_path: Path, pyplot: Recorder, capsys: pytest.CaptureFixt
     assert np.array_equal(pyplot.of("imshow")[-1][0], r.getMask(r.Refs[0])["mask"])
 
 
-def test_show_a_ref_of_refclef(tmp_path: Path, pyplot: Recorder) -> None:
+def test_show_ref_of_refclef_overlays_its_mask(tmp_path: Path, pyplot: Recorder) -> None:
     r = REFER(refclef(tmp_path), "refclef", "unc")
     Image.new("RGB", (8, 6)).save(tmp_path / "3.jpg")
     r.IMAGE_DIR = str(tmp_path)
     r.showRef(r.Refs[0])
-    veil = pyplot.of("imshow")[-1][0]
-    assert veil.shape == (6, 8, 4) and np.array_equal(veil[..., 3] > 0, r.getMask(r.Refs[0])["mask"] > 0)
+    overlay = pyplot.of("imshow")[-1][0]
+    assert overlay.shape == (6, 8, 4) and np.array_equal(overlay[..., 3] > 0, r.getMask(r.Refs[0])["mask"] > 0)
 
 
-def test_showing_with_matplotlib_itself(tmp_path: Path) -> None:
+def test_show_ref_with_real_matplotlib(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -91,8 +91,8 @@ def test_showing_with_matplotlib_itself(tmp_path: Path) -> None:
         r.showRef(r.Refs[0])
 
 
-def shown(root: Path, pyplot: Recorder, names: list[str]) -> Any:
-    """What showRef draws of image 3, where the three images of the dataset have these names."""
+def shown_pixel(root: Path, pyplot: Recorder, names: list[str]) -> Any:
+    """First pixel value of image 3 as drawn by showRef, if the dataset's three images have these names."""
     images = [{**image, "file_name": name} for image, name in zip(INSTANCES["images"], names, strict=True)]
     r = REFER(write(root, instances={**INSTANCES, "images": images}), "refcoco", "unc")
     r.IMAGE_DIR = str(root / "images")
@@ -101,7 +101,7 @@ def shown(root: Path, pyplot: Recorder, names: list[str]) -> Any:
     return int(pyplot.of("imshow")[0][0][0, 0, 0])
 
 
-def test_images_are_found_as_everywhere(tmp_path: Path, pyplot: Recorder) -> None:
+def test_show_ref_finds_images_by_the_same_rule_as_extraction(tmp_path: Path, pyplot: Recorder) -> None:
     for name, value in (("a/x.png", 1), ("b/x.png", 2), ("000000000009.jpg", 3), ("c/y.png", 4), ("../z.png", 5)):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_images_are_found_as_everywhere(tmp_path: Path, pyplot: Recorder) -> Non
         ("y.png", 4),
         ("../images/a/x.png", 1),
     ):
-        assert shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"]) == value, name
+        assert shown_pixel(tmp_path, pyplot, [name, "4.jpg", "5.jpg"]) == value, name
     for name, why in (
         ("x.png", "ambiguous file name: a/x.png, b/x.png"),
         ("../z.png", "no file of that name"),
@@ -122,33 +122,35 @@ def test_images_are_found_as_everywhere(tmp_path: Path, pyplot: Recorder) -> Non
         ("9.jpg", "no file of that name"),
     ):
         with pytest.raises(ReferNotFoundError, match=why):
-            shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
+            shown_pixel(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
     with pytest.raises(ReferNotFoundError, match=r"the best match, c/y\.png, is the file of another image"):
-        shown(tmp_path, pyplot, ["d/y.png", "c/y.png", "5.jpg"])
+        shown_pixel(tmp_path, pyplot, ["d/y.png", "c/y.png", "5.jpg"])
 
 
-def test_only_images_of_the_right_size_are_shown(tmp_path: Path, pyplot: Recorder) -> None:
+def test_images_of_another_size_or_format_are_refused(tmp_path: Path, pyplot: Recorder) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(np.full((6, 8), 7 << 8, np.uint16)).save(folder / "deep.png")
-    assert shown(tmp_path, pyplot, ["deep.png", "4.jpg", "5.jpg"]) == 7
+    assert shown_pixel(tmp_path, pyplot, ["deep.png", "4.jpg", "5.jpg"]) == 7
     Image.new("L", (8, 7)).save(folder / "high.png")
     with pytest.raises(ReferDataError, match=r"high\.png: is 8x7, but instances\.json says 8x6"):
-        shown(tmp_path, pyplot, ["high.png", "4.jpg", "5.jpg"])
+        shown_pixel(tmp_path, pyplot, ["high.png", "4.jpg", "5.jpg"])
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n"
     for name, data in (("a.eps", postscript), ("b.jpg", postscript), ("c.png", b""), ("d.png", b"no image")):
         (folder / name).write_bytes(data)
         with pytest.raises(ReferDataError, match=f"{name}: not a readable image .no known image format"):
-            shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
+            shown_pixel(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
     os.mkfifo(folder / "pipe.png")
     with pytest.raises(ReferNotFoundError, match="no file of that name"):
-        shown(tmp_path, pyplot, ["pipe.png", "4.jpg", "5.jpg"])
+        shown_pixel(tmp_path, pyplot, ["pipe.png", "4.jpg", "5.jpg"])
 
 
-@pytest.mark.parametrize(("module", "ask"), [("matplotlib", "showMask"), ("pandas", "to_dataframe")])
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, ask: str) -> None:
+@pytest.mark.parametrize(("module", "method"), [("matplotlib", "showMask"), ("pandas", "to_dataframe")])
+def test_errors_name_the_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, method: str
+) -> None:
     r = REFER(write(tmp_path))
     for name in (module, f"{module}.pyplot"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ReferError, match=f"pip install {module}"):
-        getattr(r, ask)(*([r.Refs[0]] if ask == "showMask" else []))
+        getattr(r, method)(*([r.Refs[0]] if method == "showMask" else []))

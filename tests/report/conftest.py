@@ -1,4 +1,4 @@
-"""The browser of the browser tests, started once."""
+"""Fixtures of the browser tests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import chromium
+from browser import find_chromium
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium, as playwright drives it."""
-    path = chromium()
+    """Chromium under playwright's control, started once."""
+    path = find_chromium()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""AP over training, the map of confusions, and what a report reads of a large store."""
+"""AP during training, the confusion map, and how much of a large store a report reads."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from refdet.report.validations import read_validations, validation_chart
 from refer import REFER
 
 
-def log_of(folder: Path, *rows: dict[str, Any]) -> Path:
+def write_log(folder: Path, *rows: dict[str, Any]) -> Path:
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
-    path = log_of(
+def test_validation_rows_are_separated_from_loss_rows_and_charted(tmp_path: Path) -> None:
+    path = write_log(
         tmp_path,
         {"step": 1, "loss": 2.0},
         {"step": 2, "val_bbox_AP": 0.1, "val_bbox_AP50": 0.3},
         {"step": 3, "loss": 1.0},
         {"step": 4, "val_bbox_AP": 0.9},
-        {"step": 4, "val_bbox_AP": 0.2, "val_segm_AP": 0.15},  # again, after the run was resumed
+        {"step": 4, "val_bbox_AP": 0.2, "val_segm_AP": 0.15},  # replaces the row before: the run was resumed
         {"step": 4, "val_bbox_AP": 0.25, "weights": "ema"},
     )
     assert [row["step"] for row in read_log(path)] == [1, 3]
@@ -49,18 +49,18 @@ def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
     assert "box AP 0.200 at step 4, highest 0.200" in chart.description and chart.svg.count('id="series-') == 4
 
 
-def test_a_validation_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_validation_row_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 1: 'val_bbox_AP' must be a number"):
-        read_validations(log_of(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
+        read_validations(write_log(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
     with pytest.raises(InputError, match="line 1: 'step' must be an integer of 0 or more"):
-        read_validations(log_of(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
+        read_validations(write_log(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
     assert read_validations(tmp_path / "none.jsonl") == ([], 0)
 
 
 def test_validations_on_other_data_are_left_out_and_counted(tmp_path: Path) -> None:
-    path = log_of(
+    path = write_log(
         tmp_path,
-        {"step": 2, "val_bbox_AP": 0.5},  # before rows had the hash
+        {"step": 2, "val_bbox_AP": 0.5},  # of an older refdet, which wrote no hash
         {"step": 2, "val_bbox_AP": 0.9, "data_sha256": "a"},
         {"step": 4, "val_bbox_AP": 0.8, "data_sha256": "a"},
         {"step": 4, "val_bbox_AP": 0.1, "data_sha256": "b"},
@@ -74,20 +74,21 @@ def test_validations_on_other_data_are_left_out_and_counted(tmp_path: Path) -> N
     assert "Left out" not in loss_section([], rows)
 
 
-def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[np.ndarray] = []
-    monkeypatch.setattr("refdet.report.confusions._draw", lambda plot, shares, labels: seen.append(shares))
+def test_the_confusion_map_shows_fractions_of_the_objects_of_a_category(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr("refdet.report.confusions._draw", lambda plot, shares, labels: drawn.append(shares))
     confused = Counter({(1, 1): 5, (1, 2): 3, (2, 2): 4, (3, 3): 7, (2, 9): 1})
     errors = DetectionErrors(1, 25, objects_by_category=Counter({1: 10, 2: 5, 3: 7}), confusions=confused)
     chart = confusion_map(errors, {1: "cat", 2: "dog"})
-    # dog was confused oftenest; 3 never, and 9 has no objects; then another category, and no region
-    np.testing.assert_allclose(seen[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
+    # rows: dog, confused most often, and cat; 3 is never confused, and 9 has no objects
+    # columns: dog, cat, another category, no region
+    np.testing.assert_allclose(drawn[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
     assert "cat: 50% correct, most often taken for dog (30%)" in chart.description
     assert confusion_map(DetectionErrors(), {}).svg == ""
 
 
 @pytest.mark.slow
-def test_the_map_is_limited_and_well_formed() -> None:
+def test_a_confusion_map_of_many_categories_is_limited_and_escaped() -> None:
     names = {i: f"<b>{i}&" * 9 for i in range(40)}
     confused = Counter({(i, (i + 1) % 40): 1 for i in range(40)})
     errors = DetectionErrors(1, 40, objects_by_category=Counter(range(40)), confusions=confused)
@@ -95,16 +96,19 @@ def test_the_map_is_limited_and_well_formed() -> None:
     assert "<b>" not in svg and svg.count(">100<") <= MAX_CATEGORIES and len(svg) < 200_000
 
 
-def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_are_read_only_when_a_scene_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box = [10.0, 10.0, 30.0, 30.0]
     write_store(tmp_path / "s.h5", [regions(i, [box]) for i in range(1, 9)], masks=False)
     objects = [{"image_id": i, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"} for i in range(1, 9)]
     read: list[int] = []
-    of_store = store.Store.read
+    store_read = store.Store.read
     with store.open(tmp_path / "s.h5") as opened:
-        monkeypatch.setattr(
-            store.Store, "read", lambda self, i, *more, **options: read.append(i) or of_store(self, i, *more, **options)
-        )
+
+        def record_read(self: store.Store, image_id: int, *args: Any, **kwargs: Any) -> Any:
+            read.append(image_id)
+            return store_read(self, image_id, *args, **kwargs)
+
+        monkeypatch.setattr(store.Store, "read", record_read)
         every = scenes(opened, REFER(write_refer(tmp_path, objects), "toy", "me"), "toy/me", ["val"])
         assert len(every) == 8 and all(scene.referents[0].iou == 1 for scene in every) and read == []
         assert every[2].regions.image_id == 3 and read == [3]
@@ -112,7 +116,7 @@ def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_a_large_store_is_compared_with_annotations_by_a_sample(
+def test_a_sample_of_a_large_store_is_compared_with_annotations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = [{"image_id": i, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"} for i in range(1, 9)]

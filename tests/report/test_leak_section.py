@@ -21,7 +21,7 @@ SHA256 = "0676ba61" + "0" * 56  # starts as that of torchvision's resnet50
 IMAGENET = f"w (sha256 {'0' * 12}; {imported_note('r.pth', SHA256, _TORCHVISION['0676ba61'])})"
 
 
-def page_of(
+def render_page(
     folder: Path,
     instances: dict[str, Any],
     built: bool = True,
@@ -29,7 +29,16 @@ def page_of(
     metrics: tuple[Any, ...] = (),
     reformatted: bool = False,
 ) -> str:
-    """The page of a run that was trained on a file, as it is or as build-split writes it."""
+    """The report page of a run.
+
+    Args:
+        folder: where the files are written.
+        instances: the instances file.
+        built: whether the run was trained on the split that build-split makes of the file, or on the file itself.
+        weights: description of the run's initial weights.
+        metrics: metrics of the run on REFER.
+        reformatted: whether the file is rewritten with the same contents after the training.
+    """
     root = write_refs(folder / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA"), (9, "train")]})
     trained_on = write(folder / "f.json", instances)
     if built:
@@ -50,21 +59,23 @@ def page_of(
 
 @pytest.mark.parametrize("weights", [None, IMAGENET])
 @pytest.mark.parametrize("built", [True, False])
-def test_a_file_of_known_images_proves_it(tmp_path: Path, weights: str | None, built: bool) -> None:
-    text = page_of(tmp_path, coco([9, 25], []), built, weights)
+def test_known_images_and_clean_initial_weights_prove_that_nothing_leaked(
+    tmp_path: Path, weights: str | None, built: bool
+) -> None:
+    text = render_page(tmp_path, coco([9, 25], []), built, weights)
     assert ">No leaks<" in text and CLEAN in text and "Not proven" not in text
-    assert "no refcocog/umd found, so their val and test images are not held out" in text  # as audit notes
+    assert "no refcocog/umd found, so their val and test images are not held out" in text  # a note of the audit
 
 
-def test_unknown_images_prove_nothing(tmp_path: Path) -> None:
-    text = page_of(tmp_path, coco([9, 25], [], {25: "kitchen.jpg"}), built=False)
+def test_unidentified_images_are_not_called_clean(tmp_path: Path) -> None:
+    text = render_page(tmp_path, coco([9, 25], [], {25: "kitchen.jpg"}), built=False)
     assert ">No leaks<" not in text and CLEAN not in text
     assert "1 image cannot be identified as COCO&#39;s or others (first: 25)" in text
     assert "in the training file; 1 image of it unknown<" in text
 
 
-def test_ids_that_are_not_the_names_prove_nothing_of_another_copy(tmp_path: Path) -> None:
-    text = page_of(tmp_path, coco([9, 25], [], {25: "000000000030.jpg"}), reformatted=True)
+def test_ids_that_differ_from_file_names_are_not_called_clean_for_a_changed_file(tmp_path: Path) -> None:
+    text = render_page(tmp_path, coco([9, 25], [], {25: "000000000030.jpg"}), reformatted=True)
     assert ">No leaks<" not in text and CLEAN not in text
     assert "has an id that is not COCO&#39;s, so other images may have the same hash" in text
 
@@ -72,8 +83,8 @@ def test_ids_that_are_not_the_names_prove_nothing_of_another_copy(tmp_path: Path
 @pytest.mark.parametrize(
     "weights", ["coco_run (sha256 0; trained on COCO)", IMAGENET.replace("is torchvision", "is x")]
 )
-def test_initial_weights_may_have_seen_them(tmp_path: Path, weights: str) -> None:
-    text = page_of(tmp_path, coco([9, 25], []), weights=weights)
+def test_a_run_with_unknown_initial_weights_is_not_called_clean(tmp_path: Path, weights: str) -> None:
+    text = render_page(tmp_path, coco([9, 25], []), weights=weights)
     assert ">No leaks<" not in text and CLEAN not in text
     assert "its initial weights may have seen held-out images" in text
 
@@ -85,11 +96,11 @@ def metrics_of(split: str) -> dict[str, Any]:
     return {"dataset": "refcoco", "split_by": "unc", "splits": {split: values}}
 
 
-@pytest.mark.parametrize(("split", "said"), [("val", True), ("train", False), ("testB", False)])
-def test_only_audited_splits_are_unseen(tmp_path: Path, split: str, said: bool) -> None:
-    """The training images of REFER are in the file; a split without refs was not looked for."""
-    text = page_of(tmp_path, coco([9, 25], []), metrics=(metrics_of(split),))
-    assert ">No leaks<" in text and (CLEAN in text) == said
+@pytest.mark.parametrize(("split", "clean"), [("val", True), ("train", False), ("testB", False)])
+def test_only_metrics_of_audited_splits_are_called_clean(tmp_path: Path, split: str, clean: bool) -> None:
+    """Training images of REFER are in the file, and testB, which has no refs here, was not audited."""
+    text = render_page(tmp_path, coco([9, 25], []), metrics=(metrics_of(split),))
+    assert ">No leaks<" in text and (CLEAN in text) == clean
 
 
 @pytest.mark.parametrize(
@@ -102,11 +113,11 @@ def test_only_audited_splits_are_unseen(tmp_path: Path, split: str, said: bool) 
         ({"images": "all"}, False),
     ],
 )
-def test_metrics_of_another_detector_are_not_called_clean(
+def test_only_metrics_of_the_same_detector_are_called_clean(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], is_same: bool
 ) -> None:
     """The run did not see the images, but the detector of the metrics may have."""
-    page_of(tmp_path, coco([9, 25], []))
+    render_page(tmp_path, coco([9, 25], []))
     provenance = json.loads((tmp_path / "run" / "model.json").read_text())["provenance"] | change
     parts = [ReferPart(None, metrics_of("val") | {"provenance": provenance})]
     inputs = ReportInputs(run=tmp_path / "run", refer_root=tmp_path / "refer", trained_on=tmp_path / "split.json",

@@ -1,4 +1,4 @@
-"""The report in a real browser: legible in light and dark, on paper, and by itself."""
+"""The report in a real browser: accessible in light and dark, self-contained, and printable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Watched, axe
+from browser import WatchedPage, accessibility_violations
 from evaluate_examples import PROVENANCE, regions, write_refer, write_store
 from PIL import Image
 
@@ -24,11 +24,11 @@ OBJECTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that a run, a store, refs and answers allow."""
+    """A report with all sections that a run, a store, refs and answers give."""
     root = tmp_path_factory.mktemp("report")
     write_refer(root, OBJECTS)
-    found = [regions(1, [[10, 10, 30, 30], [60, 10, 99, 50]], [1, 1]), regions(2, [[0, 0, 50, 9]], [2])]
-    write_store(root / "s.h5", found, masks=False, names={1: "cat", 2: "dog"})
+    detections = [regions(1, [[10, 10, 30, 30], [60, 10, 99, 50]], [1, 1]), regions(2, [[0, 0, 50, 9]], [2])]
+    write_store(root / "s.h5", detections, masks=False, names={1: "cat", 2: "dog"})
     (root / "images").mkdir()
     for i in (1, 2):
         Image.new("RGB", (120, 100), (90, 40 * i, 0)).save(root / "images" / f"{i}.jpg")
@@ -48,24 +48,26 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_is_legible_and_by_itself(browser: Any, report: Path, scheme: str) -> None:
-    found = Watched(browser.new_context(color_scheme=scheme).new_page())
-    found.page.goto(report.as_uri())
-    assert axe(found.page) == []
-    assert [one for one in found.requests if not one.startswith("data:")] == [report.as_uri()]
-    decode = "() => Promise.all(Array.from(document.images, (one) => { one.loading = 'eager'; return one.decode(); }))"
-    assert len(found.page.evaluate(decode)) > 8  # an image that cannot be decoded raises
-    assert found.page.title() == "A report" and "<script>cat</script>" in found.page.inner_text("main")
-    assert found.errors == []
-    found.page.context.close()
+def test_the_report_is_accessible_and_requests_nothing_else(browser: Any, report: Path, scheme: str) -> None:
+    watched = WatchedPage(browser.new_context(color_scheme=scheme).new_page())
+    watched.page.goto(report.as_uri())
+    assert accessibility_violations(watched.page) == []
+    assert [url for url in watched.requests if not url.startswith("data:")] == [report.as_uri()]
+    decode = (
+        "() => Promise.all(Array.from(document.images, (image) => { image.loading = 'eager'; return image.decode(); }))"
+    )
+    assert len(watched.page.evaluate(decode)) > 8  # an image that cannot be decoded raises
+    assert watched.page.title() == "A report" and "<script>cat</script>" in watched.page.inner_text("main")
+    assert watched.errors == []
+    watched.page.context.close()
 
 
-def test_the_report_prints(browser: Any, report: Path) -> None:
-    page = browser.new_page(color_scheme="dark", viewport={"width": 718, "height": 1047})
-    page.goto(report.as_uri())  # A4 with the margins of a printer
+def test_the_printed_report_fits_the_page_in_dark_on_white(browser: Any, report: Path) -> None:
+    page = browser.new_page(color_scheme="dark", viewport={"width": 718, "height": 1047})  # A4 less margins
+    page.goto(report.as_uri())
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
     assert page.evaluate("() => document.body.scrollWidth <= window.innerWidth")
     ink = page.evaluate("() => getComputedStyle(document.body).color")
-    assert ink == "rgb(22, 24, 29)"  # dark on paper, whatever the screen is
+    assert ink == "rgb(22, 24, 29)"  # dark text, although the color scheme is dark
     page.close()

@@ -1,4 +1,4 @@
-"""Text of strangers in a report: whatever field it stands in, it is shown or refused, and never becomes a tag."""
+"""Untrusted text in any field of a report's inputs is escaped or an error; it never becomes a tag."""
 
 import ast
 import base64
@@ -47,7 +47,7 @@ SVG_TAGS = {"svg", "style", "defs", "g", "path", "use", "text", "clipPath", "rec
 
 
 class Tags(HTMLParser):
-    """All tags with the names of their attributes, the attributes' values, and the words between them."""
+    """Collects the tags with the names of their attributes, the attributes' values, the text and the comments."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,29 +71,30 @@ class Tags(HTMLParser):
     handle_decl = unknown_decl = handle_pi = handle_comment
 
 
-def harmless(text: str) -> Tags:
-    found = Tags(text)
-    assert {tag for tag, _ in found.tags} <= TAGS
-    assert not [name for _, names in found.tags for name in names if name.startswith("on")]
-    for name, value in found.values:
+def assert_harmless(text: str) -> Tags:
+    """Assert that a page has only known tags, no event handlers and no links to other pages; returns its tags."""
+    page = Tags(text)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    assert not [name for _, names in page.tags for name in names if name.startswith("on")]
+    for name, value in page.values:
         if name in ("href", "src"):
             assert value.startswith(("#", "data:image/jpeg;base64,", "data:image/svg+xml;base64,")), value
         if value.startswith("data:image/svg"):
-            drawing(base64.b64decode(value.partition(",")[2]).decode())
-    return found
+            assert_harmless_svg(base64.b64decode(value.partition(",")[2]).decode())
+    return page
 
 
-def drawing(svg: str) -> None:
-    """A chart is well-formed, and has nothing that runs or comes from elsewhere."""
+def assert_harmless_svg(svg: str) -> None:
+    """Assert that a chart is well-formed, and has neither event handlers nor links to other files."""
     for element in ElementTree.fromstring(svg).iter():
         assert element.tag.split("}")[1] in SVG_TAGS, element.tag
         for name, value in element.attrib.items():
             assert not name.startswith("on") and (not name.endswith("href") or value.startswith("#"))
 
 
-def same_tags(make: Callable[[str], str], hostile: str) -> None:
-    """What is made of a hostile text has the tags, and the attributes, of what is made of a plain one."""
-    assert harmless(make(hostile)).tags == harmless(make("plain")).tags
+def assert_same_tags(render: Callable[[str], str], hostile: str) -> None:
+    """Assert that a hostile text renders to the same tags and attributes as a plain one."""
+    assert assert_harmless(render(hostile)).tags == assert_harmless(render("plain")).tags
 
 
 PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 5, "annotations": 9,
@@ -111,86 +112,90 @@ LOG = {"step": 1, "loss": 2.5, "score": 1.0, "box": 0.5, "mask": 0.5, "rpn_score
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Makes the page of a run, a log and metrics; pictures and drawn charts are tested on their own."""
+def render_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A function that renders the page of a run, a log and metrics; its charts are empty, which other tests check."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg"><g/></svg>'
     monkeypatch.setattr(charts, "_svg", lambda axes, draw, background="none": empty)
 
-    def make(meta: Any = META, log: Any = LOG, metrics: Any = METRICS, detection: Any = None, **more: Any) -> str:
+    def render(meta: Any = META, log: Any = LOG, metrics: Any = METRICS, detection: Any = None, **more: Any) -> str:
         (tmp_path / "model.json").write_text(json.dumps(meta))
         (tmp_path / "metrics.jsonl").write_text((log if isinstance(log, str) else json.dumps(log)) + "\n")
-        given = {"title": "a title", "steps": ()} | more
+        options = {"title": "a title", "steps": ()} | more
         parts = [ReferPart(None, metrics)]
-        inputs = ReportInputs(tmp_path, parts=parts, detection=detection or {"bbox": RATES}, steps=given["steps"])
+        inputs = ReportInputs(tmp_path, parts=parts, detection=detection or {"bbox": RATES}, steps=options["steps"])
         (tmp_path / "r.html").unlink(missing_ok=True)
-        report.write(tmp_path / "r.html", inputs, given["title"])
+        report.write(tmp_path / "r.html", inputs, options["title"])
         return (tmp_path / "r.html").read_text(encoding="utf-8")
 
-    return make
+    return render
 
 
-def changed(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+def with_value(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     tree = copy.deepcopy(tree)
-    place = tree
+    parent = tree
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     return tree
 
 
-def paths(tree: Any, start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if not isinstance(tree, dict):
-        return [start]
-    return [start, *(path for key, value in tree.items() for path in paths(value, (*start, key)))][bool(not start) :]
+def key_paths(tree: Any, start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The keys that lead to each value of a tree of dicts, the inner dicts included."""
+    paths = [start] if start else []
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            paths += key_paths(value, (*start, key))
+    return paths
 
 
-FIELDS = [(what, path) for what, tree in (("meta", META), ("log", LOG), ("metrics", METRICS),
-                                          ("detection", {"bbox": RATES})) for path in paths(tree)]  # fmt: skip
 TREES = {"meta": META, "log": LOG, "metrics": METRICS, "detection": {"bbox": RATES}}
+FIELDS = [(name, path) for name, tree in TREES.items() for path in key_paths(tree)]
 
 
-@pytest.mark.parametrize(("what", "path"), FIELDS, ids=[f"{w}-{'.'.join(p)}" for w, p in FIELDS])
-def test_each_field_is_escaped_or_refused(made: Callable[..., str], what: str, path: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "path"), FIELDS, ids=[f"{name}-{'.'.join(path)}" for name, path in FIELDS])
+def test_each_field_is_escaped_or_an_error(render_report: Callable[..., str], name: str, path: tuple[str, ...]) -> None:
     for hostile in HOSTILE[:8]:
         try:
-            text = made(**{what: changed(TREES[what], path, hostile)})
+            text = render_report(**{name: with_value(TREES[name], path, hostile)})
         except InputError as error:
             assert len(str(error)) < 600 and "\n" not in str(error)
             continue
-        assert harmless(text).tags == harmless(made()).tags
+        assert assert_harmless(text).tags == assert_harmless(render_report()).tags
         assert "<script" not in text
 
 
-def test_numbers_and_hashes_are_seen_to_be_such(made: Callable[..., str]) -> None:
+def test_invalid_numbers_and_hashes_are_errors(render_report: Callable[..., str]) -> None:
     for path in (("step",), ("provenance", "images"), ("provenance", "image_ids_sha256"),
                  ("provenance", "source_sha256"), ("provenance", "annotations")):  # fmt: skip
         for value in ("x3", [], None, 1.5, True, -1, "g" * 64):
             with pytest.raises(InputError, match="model.json"):
-                made(meta=changed(META, path, value))
+                render_report(meta=with_value(META, path, value))
     for path in (("splits", "val", "images"), ("splits", "val", "referent_recall", "0.5")):
         for bad in ("3", [], None, True):
             with pytest.raises(InputError, match="metrics of evaluate-on-refer, split val"):
-                made(metrics=changed(METRICS, path, bad))
+                render_report(metrics=with_value(METRICS, path, bad))
     for text in ('{"step": "1", "loss": 2}', '{"step": 1}', "[]", '{"step": NaN, "loss": 1}', "{", '{"step": 1e999}',
                  '{"step": 1, "loss": 2, "loss": 3}', "[" * 99_999, '{"step": 1, "loss": null}'):  # fmt: skip
         with pytest.raises(InputError, match="line 1"):
-            made(log=text)
+            render_report(log=text)
 
 
-def test_names_of_splits_and_ticks_are_escaped(made: Callable[..., str]) -> None:
+def test_names_of_datasets_splits_steps_and_ticks_are_escaped(render_report: Callable[..., str]) -> None:
     for hostile in HOSTILE:
 
         def page(name: str) -> str:
-            kept = {f"{name}{key}": value for key, value in SPLIT["recall@k"].items()}
-            split = {**SPLIT, "recall@k": kept}
+            recall = {f"{name}{key}": value for key, value in SPLIT["recall@k"].items()}
+            split = {**SPLIT, "recall@k": recall}
             steps = (PipelineStep(name, name, (name,), 1.0),)
-            return made(metrics={"dataset": name, "split_by": name, "splits": {name: split}}, title=name, steps=steps)
+            return render_report(
+                metrics={"dataset": name, "split_by": name, "splits": {name: split}}, title=name, steps=steps
+            )
 
-        same_tags(page, hostile)
+        assert_same_tags(page, hostile)
 
 
-def test_the_policy_stands_before_everything_that_it_rules(made: Callable[..., str]) -> None:
-    text = made()
+def test_the_content_security_policy_comes_before_style_and_title(render_report: Callable[..., str]) -> None:
+    text = render_report()
     policy = text.index('http-equiv="Content-Security-Policy"')
     assert policy < text.index("<style") and policy < text.index("<title")
     rules = text[policy : text.index(">", policy)]
@@ -198,55 +203,59 @@ def test_the_policy_stands_before_everything_that_it_rules(made: Callable[..., s
 
 
 def scene(text: str, found: bool) -> Scene:
+    """A scene with a text in every field; ``found`` tells whether a region covers its referents."""
     boxes = np.array([[2, 2, 20, 20], [30, 5, 60, 40]], np.float32)
-    of = Regions(7, text, 48, 64, boxes, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
-    one = Referent(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
-    other = Referent(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
-    return Scene(text, record(of), (one, other), {1: text, 2: text}, lambda: of)
+    regions = Regions(7, text, 48, 64, boxes, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
+    first = Referent(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
+    second = Referent(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
+    return Scene(text, record(regions), (first, second), {1: text, 2: text}, lambda: regions)
 
 
-def fragment(body: str, **values: Any) -> str:
+def render_template(body: str, **values: Any) -> str:
     return ENVIRONMENT.from_string('{% import "ui.html" as ui %}' + body).render(**values)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_pictures_and_tables_are_escaped(hostile: str) -> None:
+def test_texts_in_pictures_and_tables_are_escaped(hostile: str) -> None:
     pixels = np.zeros((48, 64, 3), np.uint8)
     for found in (True, False):
 
         def gallery(text: str, found: bool = found) -> str:
             answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2, is_correct=False)
-            return fragment("{{ ui.gallery(pictures) }}", pictures=[draw_picture(answer.scene, pixels, answer)])
+            return render_template("{{ ui.gallery(pictures) }}", pictures=[draw_picture(answer.scene, pixels, answer)])
 
-        same_tags(gallery, hostile)
+        assert_same_tags(gallery, hostile)
     body = "{{ ui.table(x, [x, x], [[x, x]], [(1, x)]) }}{{ ui.tiles([(x, x)]) }}"
-    same_tags(lambda text: fragment(body, x=text), hostile)
-    same_tags(lambda text: ceiling_section(scene(text, False).referents), hostile)
+    assert_same_tags(lambda text: render_template(body, x=text), hostile)
+    assert_same_tags(lambda text: ceiling_section(scene(text, False).referents), hostile)
     errors = DetectionErrors(1, 2, objects_by_category=Counter({1: 2}), confusions=Counter({(1, 2): 2}))
     rates = {1: {**RATES, "APl": 0.1}}
-    same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text, 1), hostile)
+    assert_same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text, 1), hostile)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE[:4] + HOSTILE[9:11] + HOSTILE[13:16])
-def test_charts_are_escaped(hostile: str) -> None:
+def test_texts_in_charts_are_escaped(hostile: str) -> None:
     series = [Series(hostile, [(0, 0.2), (1, 0.5)], 1)]
     axes = Axes(hostile, hostile, x_ticks=range(2), x_names=[hostile, hostile], y_range=(0, 1))
     chart = line_chart(hostile, hostile, series, axes, dots=True)
-    drawing(chart.svg)
-    drawing(recall_svg(hostile, series, axes))
+    assert_harmless_svg(chart.svg)
+    assert_harmless_svg(recall_svg(hostile, series, axes))
     plain = line_chart("plain", "plain", [Series("plain", series[0].points, 1)], axes)
-    same_tags(lambda text: fragment("{{ ui.chart(x) }}", x=replace(plain, title=text, description=text)), hostile)
+    assert_same_tags(
+        lambda text: render_template("{{ ui.chart(x) }}", x=replace(plain, title=text, description=text)), hostile
+    )
 
 
 def test_text_is_escaped_by_default() -> None:
-    assert fragment("<b>{{ a }}</b>{{ b }}", a="<i>", b='"') == "<b>&lt;i&gt;</b>&#34;"
-    assert fragment("{{ ui.tiles([(a, a)]) }}", a="<") == fragment("{{ ui.tiles([('&'[:0] ~ a, a)]) }}", a="<")
+    assert render_template("<b>{{ a }}</b>{{ b }}", a="<i>", b='"') == "<b>&lt;i&gt;</b>&#34;"
+    tiles = render_template("{{ ui.tiles([(a, a)]) }}", a="<")
+    assert tiles.count("&lt;") == 2 and tiles == render_template("{{ ui.tiles([('&'[:0] ~ a, a)]) }}", a="<")
     with pytest.raises(UndefinedError):
-        fragment("{{ nothing }}")
+        render_template("{{ nothing }}")
 
 
-def test_no_template_is_made_of_data() -> None:
-    """Templates are files, nothing in them is called safe, and `Markup` is what they made."""
+def test_templates_are_files_that_mark_nothing_as_safe() -> None:
+    """No template is built from data, and only rendered templates become `Markup`."""
     folder = Path(report.__file__).parent
     templates = list((folder / "templates").glob("*.html"))
     assert len(templates) > 8
@@ -263,14 +272,14 @@ def test_no_template_is_made_of_data() -> None:
                 assert isinstance(node, ast.Call) and isinstance(node.args[0], ast.Constant)
 
 
-def test_metrics_without_a_field_are_named() -> None:
+def test_metrics_that_lack_a_required_field_are_an_error() -> None:
     check_metrics(METRICS, "m.json")
-    for path in paths(METRICS):
+    for path in key_paths(METRICS):
         broken = copy.deepcopy(METRICS)
-        place = broken
+        parent = broken
         for key in path[:-1]:
-            place = place[key]
-        del place[path[-1]]
+            parent = parent[key]
+        del parent[path[-1]]
         if path[-1] in ("APs", "APm", "APl", "AP", "AP75", "comprehension"):
             check_metrics(broken, "m.json")
             continue

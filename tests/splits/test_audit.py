@@ -1,4 +1,4 @@
-"""audit: of the real splits' ids, of checkpoints and stores by their provenance; published counts."""
+"""refdet audit of files with the real splits' ids, and of checkpoints and stores by provenance; published counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
-from split_examples import coco, write, write_refs
+from split_examples import coco, write, write_refs, write_run_directory
 
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
@@ -28,10 +27,10 @@ from refdet.splits.leak_audit import audit
 from refdet.structures.provenance import UNKNOWN, Provenance
 from refer.statistics import COUNTS, Counts
 
-IMAGES = 10_000  # of a file; benchmarks/build_split.py has one as large as train2014
+IMAGES = 10_000  # in the file; benchmarks/build_split.py builds one as large as train2014
 
 
-def test_all_real_ids_are_found_among_others(shared: Path, tmp_path: Path) -> None:
+def test_all_real_held_out_ids_are_found_among_others(shared: Path, tmp_path: Path) -> None:
     real = json.loads((shared / "data/refer_split_images.json").read_text())
     refs: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name, split in real.items():
@@ -40,11 +39,11 @@ def test_all_real_ids_are_found_among_others(shared: Path, tmp_path: Path) -> No
     root = write_refs(tmp_path / "refer", refs)
     held = {image for split in real.values() for image in split["images"]}
     assert len(held) == 4190
-    chance = random.Random(0)
-    others = chance.sample(sorted(set(range(1, 581_930)) - held), IMAGES - len(held))
+    rng = random.Random(0)
+    others = rng.sample(sorted(set(range(1, 581_930)) - held), IMAGES - len(held))
     ids = [*held, *others]
-    chance.shuffle(ids)
-    owners = chance.sample(ids, 2000)
+    rng.shuffle(ids)
+    owners = rng.sample(ids, 2000)
     source = write(tmp_path / "all.json", coco(ids, owners))
     found = audit(source, root)
     assert set(found.leaked) == held and found.held_out_images == 4190
@@ -57,7 +56,7 @@ def test_all_real_ids_are_found_among_others(shared: Path, tmp_path: Path) -> No
     assert (report["refer_images_found"], report["refer_images_missing"]) == (4190, 0)
     assert report["annotations_after"] == sum(owner not in held for owner in owners)
     assert audit(result.out, root).leaked == []
-    # and none of them is in a file of other images
+    # A file of other images contains none of the held-out ones.
     clean = build_split(write(tmp_path / "others.json", coco(others, [])), root, tmp_path / "same.json").report
     assert (clean["images_removed"], clean["refer_images_found"], clean["refer_images_missing"]) == (0, 0, 4190)
 
@@ -75,7 +74,7 @@ def test_counts_per_split_on_real_images(shared: Path, tmp_path: Path) -> None:
     assert result.report["images_removed"] == 0
 
 
-def test_exclude_narrows(tmp_path: Path) -> None:
+def test_exclude_restricts_the_held_out_splits(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
     source = write(tmp_path / "f.json", coco([2, 3, 4], []))
     assert audit(source, root, exclude=["refcoco:unc:testA"]).leaked == [3]
@@ -83,7 +82,7 @@ def test_exclude_narrows(tmp_path: Path) -> None:
     assert audit(part.out, root, exclude=["refcoco:unc:testA"]).leaked == [] and audit(part.out, root).leaked == [2]
 
 
-def test_missing_standard_splits_are_told(tmp_path: Path) -> None:
+def test_missing_standard_splits_are_noted(tmp_path: Path) -> None:
     _, notes = held_out(write_refs(tmp_path / "a", {("refcoco+", "unc"): [(2, "val")]}))
     assert [note for note in notes if "no refcocog/umd found" in note] and not any("refcoco/unc" in n for n in notes)
     _, notes = held_out(write_refs(tmp_path / "b", {("refcocog", "umd"): [(2, "val")]}))
@@ -92,17 +91,18 @@ def test_missing_standard_splits_are_told(tmp_path: Path) -> None:
     assert notes == []
 
 
-def real_size(dataset: str, split_by: str) -> dict[str, Counts]:
+def published_counts_of(dataset: str, split_by: str) -> dict[str, Counts]:
     return {split: Counts(*(n or 0 for n in counts)) for split, counts in COUNTS[dataset, split_by].items()}
 
 
-def test_published_counts() -> None:
+def test_deviations_from_the_published_counts_are_reported() -> None:
     for dataset, split_by in COUNTS:
-        found = real_size(dataset, split_by)
+        found = published_counts_of(dataset, split_by)
         assert compare_with_published(dataset, split_by, found) == []
         small = {split: Counts(counts.refs // 3, 5, 9) for split, counts in found.items()}
-        assert compare_with_published(dataset, split_by, small) == []  # somebody's sample
-    found = real_size("refcoco", "unc")
+        # A small sample of the dataset is no reason for a warning.
+        assert compare_with_published(dataset, split_by, small) == []
+    found = published_counts_of("refcoco", "unc")
     found["val"] = found["val"]._replace(refs=3800, images=1499)
     [line] = compare_with_published("refcoco", "unc", found)
     assert line.startswith(
@@ -116,7 +116,7 @@ def test_published_counts() -> None:
     assert compare_with_published("mine", "unc", {"val": Counts(1, 1, 1)}) == []
 
 
-def test_a_damaged_download_is_a_note(tmp_path: Path) -> None:
+def test_counts_of_a_damaged_download_give_a_note(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcocog", "umd"): [(n % 1299 + 1, "val") for n in range(2573)]})
     notes = held_out(root)[1]
     assert any(
@@ -136,24 +136,18 @@ def trained(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
     )
     source = write(tmp_path / "all.json", coco([1, 2, 3, 4], [1, 2, 4]))
     split = build_split(source, root, tmp_path / "split.json").out
-    yield root, split, run_directory(tmp_path / "run", provenance_of(split))
+    yield root, split, write_run_directory(tmp_path / "run", provenance_of(split))
 
 
 def provenance_of(split: Path) -> dict[str, Any]:
     return json.loads(split.read_text())["info"]["refdet"]
 
 
+# The provenance of a run whose weights are those of the last step, without validation.
 LAST_STEP = {"selection": {"by_validation": False, "validated_on": []}}
 
 
-def run_directory(folder: Path, provenance: dict[str, Any] | None) -> Path:
-    folder.mkdir()
-    save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps({"step": 1, "categories": [], "provenance": provenance}))
-    return folder
-
-
-def test_a_checkpoint_claims_and_with_its_split_proves(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_is_proven_clean_only_with_its_split(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, run = trained
     claim = audit_provenance(run, root)
     assert claim.problem == "" and not claim.proven and [c.uncovered for c in claim.claims] == [0, 0, 0]
@@ -161,62 +155,63 @@ def test_a_checkpoint_claims_and_with_its_split_proves(trained: tuple[Path, Path
     assert proof.proven and proof.to_json()["clean"] and proof.to_json()["audit"]["images"] == 2
     other = audit_provenance(run, root, tmp_path / "all.json")
     assert not other.proven and "was not trained on" in other.problem
-    dirty = run_directory(tmp_path / "dirty", Provenance.from_json(provenance_of(split)).to_json())
+    dirty = write_run_directory(tmp_path / "dirty", Provenance.from_json(provenance_of(split)).to_json())
     tree = json.loads((dirty / "model.json").read_text())
     tree["provenance"]["image_ids_sha256"] = audit(tmp_path / "all.json", root).image_ids_sha256
     (dirty / "model.json").write_text(json.dumps(tree))
-    leaking = audit_provenance(dirty, root, tmp_path / "all.json")  # it claims what the file disproves
+    leaking = audit_provenance(dirty, root, tmp_path / "all.json")  # the file disproves its claim
     assert not leaking.proven and "which contains 2 held-out images" in leaking.problem
     assert audit_provenance(dirty, root).problem == ""
 
 
-def test_a_claim_covers_what_it_excluded_and_no_more(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_claim_covers_only_the_images_that_it_excluded(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, _ = trained
-    written = provenance_of(split)
-    del written["excluded"]["refcoco+/unc/val"]  # its image is that of refcoco/unc/val
-    assert audit_provenance(run_directory(tmp_path / "a", written), root).problem == ""
-    del written["excluded"]["refcoco/unc/testA"]
-    open_ = audit_provenance(run_directory(tmp_path / "b", written), root)
-    assert "does not exclude refcoco/unc/testA (1 of 1 image)" in open_.problem
+    provenance = provenance_of(split)
+    del provenance["excluded"]["refcoco+/unc/val"]  # its only image is also excluded by refcoco/unc/val
+    assert audit_provenance(write_run_directory(tmp_path / "a", provenance), root).problem == ""
+    del provenance["excluded"]["refcoco/unc/testA"]
+    partial = audit_provenance(write_run_directory(tmp_path / "b", provenance), root)
+    assert "does not exclude refcoco/unc/testA (1 of 1 image)" in partial.problem
     assert audit_provenance(tmp_path / "b", root, exclude=["refcoco:unc:val"]).problem == ""
-    written["excluded"]["refcoco/unc/val"]["images"] = 7  # another val than that of this root
-    assert "refcoco/unc/val" in audit_provenance(run_directory(tmp_path / "c", written), root).problem
+    provenance["excluded"]["refcoco/unc/val"]["images"] = 7  # not the val split of this REFER root
+    assert "refcoco/unc/val" in audit_provenance(write_run_directory(tmp_path / "c", provenance), root).problem
 
 
-def test_unknown_training_data_is_no_clean_bill(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_unknown_training_data_is_a_problem(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, _ = trained
     unknown = Provenance.imported("res101.pth", "ab" * 32).to_json()
     for name, provenance in (("a", None), ("b", unknown), ("c", provenance_of(split) | {"excluded": {}})):
-        run = run_directory(tmp_path / name, provenance)
+        run = write_run_directory(tmp_path / name, provenance)
         assert "training data unknown" in audit_provenance(run, root).problem
-    written = provenance_of(split) | {"excluded": {}} | LAST_STEP
-    assert audit_provenance(run_directory(tmp_path / "d", written), root, split).proven  # the file says more
+    provenance = provenance_of(split) | {"excluded": {}} | LAST_STEP
+    # The split itself proves what the record does not say.
+    assert audit_provenance(write_run_directory(tmp_path / "d", provenance), root, split).proven
     done = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path / "b"), "--refer-root", str(root)])
     assert done.exit_code == 1 and "training data unknown: imported: res101.pth" in done.stderr
 
 
-def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_ids_that_contradict_file_names_prove_nothing(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, _, _ = trained
     names = {1: "COCO_train2014_000000000002.jpg", 4: "COCO_train2014_000000000003.jpg"}
     leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
     names = {1: "COCO_train2014_000000000077.jpg", 4: "COCO_train2014_000000000078.jpg"}
     clean = write(tmp_path / "clean.json", coco([1, 4], [], names))
-    run = run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
+    run = write_run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
     found = audit_provenance(run, root, clean)
     assert not found.proven and "cannot be proven: 2 images in" in found.problem
     assert "which contains 2 held-out images" in audit_provenance(run, root, leaking).problem
-    # nor do the ids alone, or the images that COCO has under these ids
+    # Neither the ids alone nor COCO's images with these ids prove anything.
     ids = tmp_path / "ids.txt"
     ids.write_text("1\n4\n")
     for other in (ids, write(tmp_path / "named.json", coco([1, 4], []))):
         found = audit_provenance(run, root, other)
         assert not found.proven and "cannot be proven: the file it was trained on has file names" in found.problem
-    # with the very file there is no doubt
-    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
+    # The very file that it was trained on does.
+    run = write_run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven
     split = build_split(clean, root, tmp_path / "rebuilt.json").out
     assert "cannot be proven" in audit_provenance(run, root, split).problem
-    run = run_directory(tmp_path / "built", provenance_of_instances(CocoIndex.load(split)).to_json())
+    run = write_run_directory(tmp_path / "built", provenance_of_instances(CocoIndex.load(split)).to_json())
     assert audit_provenance(run, root, split).proven and not audit_provenance(run, root, clean).proven
     assert "training data unknown" in audit_provenance(run, root).problem
 
@@ -227,8 +222,9 @@ def test_older_records_without_exclusions_need_the_identical_file(
     root, _, _ = trained
     names = {1: "COCO_train2014_000000000002.jpg", 4: "COCO_train2014_000000000003.jpg"}
     leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
-    older = replace(provenance_of_instances(CocoIndex.load(leaking)), note=UNKNOWN)  # it did not compare the names
-    run = run_directory(tmp_path / "older", older.to_json())
+    # As written before refdet compared names with ids.
+    older = replace(provenance_of_instances(CocoIndex.load(leaking)), note=UNKNOWN)
+    run = write_run_directory(tmp_path / "older", older.to_json())
     ids = tmp_path / "ids.txt"
     ids.write_text("1\n4\n")
     clean = write(tmp_path / "clean.json", coco([1, 4], []))
@@ -236,14 +232,14 @@ def test_older_records_without_exclusions_need_the_identical_file(
         found = audit_provenance(run, root, other)
         assert not found.proven and "did not record whether the file names match the image ids" in found.problem
         assert why_unproven(older, audit(other, root), "run", other)
-    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
+    run = write_run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven and not audit_provenance(run, root, ids).proven
-    # a newer record would say that they differ
+    # Newer records would say so if names and ids differed.
     newer = provenance_of_instances(CocoIndex.load(clean)).to_json() | LAST_STEP
-    assert audit_provenance(run_directory(tmp_path / "newer", newer), root, ids).proven
+    assert audit_provenance(write_run_directory(tmp_path / "newer", newer), root, ids).proven
 
 
-def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_unidentified_images_are_not_proven_clean(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, _, _ = trained
     source = write(tmp_path / "f.json", coco([1, 4], [], {4: "VG_100K/4.jpg"}))
     arguments = ["audit", "--instances", str(source), "--refer-root", str(root)]
@@ -252,25 +248,26 @@ def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Pat
     as_json = CliRunner().invoke(main, [*arguments, "--json"])
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["clean"] is False
     assert CliRunner().invoke(main, [*arguments, "--allow-unidentified"]).exit_code == 0
-    run = run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
+    run = write_run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
     both = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--json"])
     assert both.exit_code == 1 and json.loads(both.stdout)["proven"] is False and "not proven" in both.stderr
     found = audit_provenance(run, root, source)
     assert not found.problem and not found.proven and found.proven_if_identified
-    # to accept an image proves nothing about it
+    # Accepting an unidentified image does not prove that it is clean.
     accepted = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--allow-unidentified", "--json"])
     assert accepted.exit_code == 0 and json.loads(accepted.stdout)["proven"] is False
 
 
-def test_first_weights_count_too(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_initial_weights_of_unknown_training_data_are_a_problem(
+    trained: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     root, split, _ = trained
-    run = run_directory(tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"})
-    found = audit_provenance(run, root, split)
-    assert (
-        not found.proven
-        and "res101.pth, training data unknown" in found.problem
-        and "`trust_weights=True`" in found.problem
+    run = write_run_directory(
+        tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"}
     )
+    found = audit_provenance(run, root, split)
+    assert not found.proven and "res101.pth, training data unknown" in found.problem
+    assert "`trust_weights=True`" in found.problem
     trusted = audit_provenance(run, root, split, trust_weights=True)
     assert trusted.proven and any(
         "assumed that the initial weights have seen no held-out images" in note for note in trusted.notes
@@ -305,7 +302,7 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
         audit_provenance(split, root)
 
 
-def test_commands(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_audit_command(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, run = (str(path) for path in trained)
     call = CliRunner().invoke
     common = ["--refer-root", root]

@@ -1,8 +1,7 @@
-"""audit --find-duplicates: copies under other ids are found, different images are not."""
+"""audit --find-duplicates: copies of held-out images under other ids are found, other images are not."""
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from damaged_images import encoded
 from PIL import Image, ImageOps
-from split_examples import coco, write, write_refs
+from split_examples import coco, scene, write, write_refs
 
 from refdet.cli.main import main
 from refdet.errors import InputError
@@ -20,49 +20,40 @@ from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import BITS, hashes, matches, thumbnails
 
 
-def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
-    """A picture of patches of color, another one for every seed."""
-    random = np.random.default_rng(seed)
-    patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def jpeg(image: Image.Image, quality: int = 90) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return encoded(image, "JPEG", quality=quality)
 
 
-def resized(image: Image.Image, scale: float) -> Image.Image:
+def resize(image: Image.Image, scale: float) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def cropped(image: Image.Image, share: float) -> Image.Image:
+def crop_border(image: Image.Image, share: float) -> Image.Image:
     x, y = round(image.width * share), round(image.height * share)
     return image.crop((x, y, image.width - x, image.height - y))
 
 
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
-    "0.3 of the size": lambda image: jpeg(resized(image, 0.3)),
-    "twice the size": lambda image: jpeg(resized(image, 2)),
+    "0.3 of the size": lambda image: jpeg(resize(image, 0.3)),
+    "twice the size": lambda image: jpeg(resize(image, 2)),
     "square": lambda image: jpeg(image.resize((224, 224), Image.Resampling.BILINEAR)),
     "quality 30": lambda image: jpeg(image, 30),
     "quality 95": lambda image: jpeg(image, 95),
     "gray": lambda image: jpeg(image.convert("L")),
-    "cropped by a hundredth": lambda image: jpeg(cropped(image, 0.01)),
+    "cropped by a hundredth": lambda image: jpeg(crop_border(image, 0.01)),
     "mirrored": lambda image: jpeg(ImageOps.mirror(image)),
 }
 
 
-def stacked(files: list[bytes]) -> np.ndarray:
+def stack_thumbnails(files: list[bytes]) -> np.ndarray:
     return np.stack([thumbnails(data)[0] for data in files])
 
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_real_copies_are_found_and_no_others(shared: Path, kind: str) -> None:
     paths = sorted((shared / "data/coco_mini").glob("*2017/*.jpg"))[::4]
-    originals = stacked([path.read_bytes() for path in paths])
-    copies = stacked([COPIES[kind](Image.open(path).convert("RGB")) for path in paths])
+    originals = stack_thumbnails([path.read_bytes() for path in paths])
+    copies = stack_thumbnails([COPIES[kind](Image.open(path).convert("RGB")) for path in paths])
     found = matches(copies, originals)
     assert [(match.first, match.second) for match in found] == [(n, n) for n in range(len(paths))]
     assert all(match.mirrored == (kind == "mirrored") for match in found)
@@ -70,7 +61,7 @@ def test_real_copies_are_found_and_no_others(shared: Path, kind: str) -> None:
 
 def test_all_real_images_are_different(shared: Path) -> None:
     paths = sorted((shared / "data/coco_mini").glob("*2017/*.jpg"))
-    pictures = stacked([path.read_bytes() for path in paths])
+    pictures = stack_thumbnails([path.read_bytes() for path in paths])
     assert [(m.first, m.second, m.hamming_distance) for m in matches(pictures, pictures)] == [
         (n, n, 0) for n in range(159)
     ]
@@ -80,17 +71,17 @@ def test_hashes_follow_the_definition_of_the_dct() -> None:
     random = np.random.default_rng(0)
     picture = random.integers(0, 256, (32, 32)).astype(np.uint8)
     low = np.zeros((12, 12))
-    for u in range(12):  # the definition of DCT-II, in float64
+    for u in range(12):  # DCT-II by its definition, in float64
         for v in range(12):
             y, x = np.mgrid[:32, :32]
             waves = np.cos(np.pi * (2 * y + 1) * u / 64) * np.cos(np.pi * (2 * x + 1) * v / 64)
             low[u, v] = (picture * waves).sum()
     flat = low.ravel()[1:]
-    [got] = hashes(picture[None])
-    assert got.shape == (BITS,) and np.array_equal(got, np.where(flat > np.median(flat), 1, -1))
+    [found] = hashes(picture[None])
+    assert found.shape == (BITS,) and np.array_equal(found, np.where(flat > np.median(flat), 1, -1))
 
 
-def test_matches_equal_a_plain_comparison_of_all_pairs() -> None:
+def test_matches_finds_equal_and_mirrored_pairs() -> None:
     random = np.random.default_rng(1)
     first = random.integers(0, 256, (40, 32, 32), dtype=np.uint8)
     second = np.concatenate([first[5:9, :, ::-1], first[20:22], random.integers(0, 256, (9, 32, 32), dtype=np.uint8)])
@@ -100,27 +91,30 @@ def test_matches_equal_a_plain_comparison_of_all_pairs() -> None:
 
 
 def test_a_picture_of_one_color_matches_nothing() -> None:
-    plain = np.full((2, 32, 32), 7, np.uint8)
-    assert matches(plain, plain) == []
+    uniform = np.full((2, 32, 32), 7, np.uint8)
+    assert matches(uniform, uniform) == []
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A list of images 10 to 14, REFER holding out images 1 to 3, and a folder; 12 and 13 are copies of 1 and 2."""
+def dataset(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """An instances file of images 10 to 15, a REFER root that holds out 1 to 3, and a folder of images.
+
+    Images 12 and 13 are copies of 1 and 2, image 14 is damaged, and image 15 has no file.
+    """
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val"), (2, "testA"), (3, "val")]})
     folder = tmp_path / "images"
     folder.mkdir()
     for number in (1, 2, 3, 10, 11):
         (folder / f"{number:012d}.jpg").write_bytes(jpeg(scene(number)))
-    (folder / "000000000012.jpg").write_bytes(jpeg(resized(scene(1), 0.5), 60))
+    (folder / "000000000012.jpg").write_bytes(jpeg(resize(scene(1), 0.5), 60))
     scene(2).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "000000000013.png")
     (folder / "000000000014.jpg").write_bytes(b"no image")
     data = coco([10, 11, 12, 13, 14, 15], [], {13: "000000000013.png"})
     return write(tmp_path / "f.json", data), root, folder
 
 
-def test_copies_missing_and_damaged_files(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    source, root, folder = world
+def test_copies_and_missing_and_damaged_files_are_reported(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, root, folder = dataset
     found = audit_content(source, root, folder)
     assert [(copy.image, copy.refer_image_id, copy.splits, copy.mirrored) for copy in found.copies] == [
         (12, 1, ["refcoco/unc/val"], False),
@@ -136,10 +130,10 @@ def test_copies_missing_and_damaged_files(world: tuple[Path, Path, Path], tmp_pa
     assert audit_content(source, root, archive, folder) == found == audit_content(source, root, folder, archive)
 
 
-def test_held_out_ids_are_left_to_the_audit_by_id_and_names_are_enough(
-    world: tuple[Path, Path, Path], tmp_path: Path
+def test_a_list_of_names_is_enough_and_held_out_ids_are_not_compared(
+    dataset: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    _, root, folder = world
+    _, root, folder = dataset
     names = tmp_path / "names.txt"
     names.write_text("000000000001.jpg\n000000000010.jpg\nkitchen.jpg\n")
     (folder / "kitchen.jpg").write_bytes(jpeg(scene(3), 50))
@@ -147,8 +141,8 @@ def test_held_out_ids_are_left_to_the_audit_by_id_and_names_are_enough(
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [("kitchen.jpg", 3)] and found.compared == 2
 
 
-def test_images_of_a_benchmark_are_held_out_too(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    _, root, folder = world
+def test_copies_of_held_out_benchmark_images_are_found(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, root, folder = dataset
     names, benchmark = tmp_path / "names.txt", tmp_path / "benchmark.json"
     names.write_text("000000000010.jpg\nkitchen.jpg\n")
     benchmark.write_text(json.dumps(["COCO_train2014_000000000011.jpg"]))
@@ -164,8 +158,8 @@ def test_images_of_a_benchmark_are_held_out_too(world: tuple[Path, Path, Path], 
     assert done.exit_code == 1 and "not proven: 1 held-out image not compared (first: 11)" in done.stderr
 
 
-def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    source, root, folder = world
+def test_folders_without_the_images_are_refused(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, root, folder = dataset
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="none of 3 held-out images.*`refer_images`"):
         audit_content(source, root, folder, tmp_path / "empty")
@@ -175,8 +169,8 @@ def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
         audit_content(source, root, folder, tmp_path / "nowhere")
 
 
-def test_command(world: tuple[Path, Path, Path]) -> None:
-    source, root, folder = (str(path) for path in world)
+def test_find_duplicates_command(dataset: tuple[Path, Path, Path]) -> None:
+    source, root, folder = (str(path) for path in dataset)
     arguments = ["audit", "--instances", source, "--refer-root", root, "--find-duplicates", "--images", folder]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and "contains copies of held-out images under other ids (2 images)" in done.stderr
@@ -188,8 +182,8 @@ def test_command(world: tuple[Path, Path, Path]) -> None:
     assert all(copy["bits"] == copy["hamming_distance"] for copy in tree["content"]["copies"])
 
 
-def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    _, root, folder = world
+def test_only_compared_images_are_proven_clean(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, root, folder = dataset
     (folder / "kitchen.jpg").write_bytes(jpeg(scene(20)))
     (folder / "000000000014.jpg").write_bytes(b"no image")
 
@@ -201,22 +195,25 @@ def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path],
 
     content = ("--find-duplicates", "--images", str(folder))
     code, text = run("10\nkitchen.jpg\n")
-    assert code == 1 and "not proven: 1 image unknown (first: kitchen.jpg)" in text
+    assert code == 1 and "not proven: 1 image unknown (first: kitchen.jpg); compare them with --find-dup" in text
     assert run("10\nkitchen.jpg\n", *content)[0] == 0
     for names in ("10\n15\n", "10\n14\n"):  # no file, a damaged file
         code, text = run(names, *content)
         assert code == 1 and "not proven: 1 image not compared (first: 1" in text
+        assert text.endswith("; add or repair their files, or accept them with --allow-unidentified\n")
         assert run(names, *content, "--allow-unidentified")[0] == 0
     (folder / "000000000003.jpg").unlink()
     code, text = run("10\n", *content)
     assert code == 1 and "1 held-out image not compared (first: 3)" in text
 
 
-def test_copies_of_a_benchmarks_images_are_found(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Of its COCO images; one without a file leaves the list unproven, as with REFER's."""
-    _, root, folder = world
+def test_benchmark_images_without_a_file_leave_the_list_unproven(
+    dataset: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """If an image of the benchmark has no file, the list is not proven clean, as with REFER's images."""
+    _, root, folder = dataset
     (folder / "000000000020.jpg").write_bytes(jpeg(scene(20)))
-    (folder / "kitchen.jpg").write_bytes(jpeg(resized(scene(20), 0.5)))
+    (folder / "kitchen.jpg").write_bytes(jpeg(resize(scene(20), 0.5)))
     names, benchmark = tmp_path / "names.txt", tmp_path / "benchmark.txt"
     names.write_text("10\nkitchen.jpg\n")
     arguments = ["audit", "--instances", str(names), "--refer-root", str(root), "--benchmark", str(benchmark)]

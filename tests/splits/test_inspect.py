@@ -1,4 +1,4 @@
-"""inspect: what it says of a split, a run directory and a store, and of anything else."""
+"""refdet inspect: descriptions of splits, run directories and stores, and the refusal of other files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 PROVENANCE = Provenance("a.json", "ab", 2, 3, "cd", {"refcoco/unc/val": {"images": 1500, "found": 5}}, "imagenet")
 
 
-def split(path: Path) -> Path:
+def write_split(path: Path) -> Path:
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "iscrowd": 1}
     path.write_text(
         json.dumps(
@@ -39,7 +39,7 @@ def split(path: Path) -> Path:
     return path
 
 
-def run_directory(folder: Path) -> Path:
+def write_run_directory(folder: Path) -> Path:
     folder.mkdir()
     model = {"recipe": {"model": {"width": 24}}, "categories": [{"id": 1, "name": "dog"}], "step": 500,
              "provenance": PROVENANCE.to_json()}  # fmt: skip
@@ -48,7 +48,7 @@ def run_directory(folder: Path) -> Path:
     return folder
 
 
-def store(path: Path, complete: bool = True) -> Path:
+def write_store(path: Path, complete: bool = True) -> Path:
     with h5py.File(path, "w") as file:
         file.attrs["schema"] = "refdet-features/1"
         file.attrs["classes"] = json.dumps([{"id": 1, "name": "dog"}])
@@ -63,23 +63,24 @@ def store(path: Path, complete: bool = True) -> Path:
     return path
 
 
-def test_split(tmp_path: Path) -> None:
-    found = describe(split(tmp_path / "f.json"))
+def test_describe_split(tmp_path: Path) -> None:
+    found = describe(write_split(tmp_path / "f.json"))
     assert found["kind"] == "split" and found["images"] == 2 and found["images_without_annotations"] == 1
     assert found["crowds"] == 1 and found["annotations"] == 2 and len(found["dropped"]) == 1
     assert found["provenance"]["note"] == UNKNOWN
 
 
-def test_checkpoint(tmp_path: Path) -> None:
-    folder = run_directory(tmp_path / "run")
+def test_describe_checkpoint(tmp_path: Path) -> None:
+    folder = write_run_directory(tmp_path / "run")
     found = describe(folder)
     assert found["kind"] == "checkpoint" and found["step"] == 500 and found["recipe"]["model"]["width"] == 24
     assert (found["tensors"], found["numbers"], found["dtypes"]) == (2, 10, ["F16", "F32"])
     assert found["provenance"] == PROVENANCE.to_json()
     assert describe(folder / "model.safetensors") == found
     weights = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float16)}
-    for said, step in (("600", 600), ("", 500), ("-1", 500), ("9" * 5000, 500)):
-        save_file(weights, folder / "model.safetensors", {"step": said})  # its training was killed before model.json
+    for recorded, step in (("600", 600), ("", 500), ("-1", 500), ("9" * 5000, 500)):
+        # As if training had been killed before it wrote model.json.
+        save_file(weights, folder / "model.safetensors", {"step": recorded})
         assert describe(folder) == {**found, "step": step}
     (folder / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(InputError, match="model.safetensors: damaged"):
@@ -89,8 +90,8 @@ def test_checkpoint(tmp_path: Path) -> None:
         describe(folder)
 
 
-def test_store(tmp_path: Path) -> None:
-    found = describe(store(tmp_path / "f.h5", complete=False))
+def test_describe_store(tmp_path: Path) -> None:
+    found = describe(write_store(tmp_path / "f.h5", complete=False))
     assert found["kind"] == "store" and not found["complete"]
     assert (found["images"], found["images_with_errors"], found["regions"], found["masks"]) == (2, 1, 3, 2)
     assert found["features"] == {"pool5": {"width": 16, "dtype": "float16"}} and not found["ann_ids"]
@@ -100,14 +101,14 @@ def test_store(tmp_path: Path) -> None:
 FEATURES = {"pool5": (16,), "spatial_fc7": (8, 7, 7)}
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("regions", [[], [0, 0], [2, 0, 1]])
 @pytest.mark.parametrize("features", [(), ("pool5",), ("pool5", "spatial_fc7")])
 @pytest.mark.parametrize("optional", list(product([False, True], repeat=4)))
-def test_every_part_of_a_store_that_may_be_absent(
+def test_describe_stores_with_and_without_each_optional_part(
     tmp_path: Path, optional: tuple[bool, ...], features: tuple[str, ...], regions: list[int]
 ) -> None:
-    """A store has these columns or not, and any number of images and regions; older ones have no checksums."""
+    """Columns are optional, there may be no images or regions, and older stores have no checksums."""
     masks, ann_ids, maps, older = optional
     path, total = tmp_path / "a.h5", sum(regions)
     columns = Columns({name: FEATURES[name] for name in features}, "float16", masks, ann_ids, ("head",) if maps else ())
@@ -135,7 +136,7 @@ def test_every_part_of_a_store_that_may_be_absent(
     assert found["provenance"] == PROVENANCE.to_json()
 
 
-def test_an_unfinished_store(tmp_path: Path) -> None:
+def test_describe_an_unfinished_store(tmp_path: Path) -> None:
     out, parts = tmp_path / "a.h5", tmp_path / "a.h5.parts"
     with pytest.raises(Interrupted):
         run(out, stop_at=2, header=replace(RECIPE_HEADER, provenance=PROVENANCE.to_json()))
@@ -143,20 +144,20 @@ def test_an_unfinished_store(tmp_path: Path) -> None:
     assert found["kind"] == "unfinished store" and (found["shards_finished"], found["shards"]) == (2, 4)
     assert (found["images"], found["categories"], found["options"]["score_threshold"]) == (10, 1, 0.05)
     assert found["provenance"] == PROVENANCE.to_json()
-    says = "2 of 4 shards are finished; finish it with the same refdet extract-features command and --resume"
-    assert says in found["state"]
-    with pytest.raises(InputError, match=f"a.h5.parts: an unfinished store: {says}"):
+    state = "2 of 4 shards are finished; finish it with the same refdet extract-features command and --resume"
+    assert state in found["state"]
+    with pytest.raises(InputError, match=f"a.h5.parts: an unfinished store: {state}"):
         check(parts)
     for look in (describe, check):
-        with pytest.raises(InputError, match=f"a.h5: not finished yet: in .*a.h5.parts, {says}"):
+        with pytest.raises(InputError, match=f"a.h5: not finished yet: in .*a.h5.parts, {state}"):
             look(out)
     with pytest.raises(InputError, match="a folder; only a file"):
         check(tmp_path)
 
 
-def test_anything_else_is_refused(tmp_path: Path) -> None:
+def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
-    whole = store(tmp_path / "whole.h5").read_bytes()
+    whole = write_store(tmp_path / "whole.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
@@ -170,10 +171,14 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
             describe(tmp_path / name)
 
 
-def test_command(tmp_path: Path) -> None:
+def test_inspect_command(tmp_path: Path) -> None:
     from refdet.cli.main import main
 
-    for path in (split(tmp_path / "f.json"), run_directory(tmp_path / "run"), store(tmp_path / "f.h5")):
+    for path in (
+        write_split(tmp_path / "f.json"),
+        write_run_directory(tmp_path / "run"),
+        write_store(tmp_path / "f.h5"),
+    ):
         as_json = CliRunner().invoke(main, ["inspect", str(path), "--json"])
         assert as_json.exit_code == 0 and json.loads(as_json.stdout) == describe(path)
         table = CliRunner().invoke(main, ["inspect", str(path)])

@@ -1,4 +1,4 @@
-"""build-split and audit: nothing held out remains, nothing else changes."""
+"""build-split and audit: no held-out image remains, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRS = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "google")]
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_nothing_held_out_remains_and_all_else_is_verbatim(
+def test_held_out_images_are_removed_and_all_else_is_verbatim(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("split")
@@ -38,7 +38,7 @@ def test_nothing_held_out_remains_and_all_else_is_verbatim(
     owners = data.draw(st.lists(st.sampled_from(ids), max_size=20))
     entry = st.tuples(st.integers(1, 40), st.sampled_from(SPLITS))
     refs = {pair: data.draw(st.lists(entry, max_size=8)) for pair in PAIRS}
-    refs["refcoco", "unc"].append((40, "val"))  # something to hold out, in no file
+    refs["refcoco", "unc"].append((40, "val"))  # so that there is always a held-out image
     forbidden = {image for pairs in refs.values() for image, split in pairs if split != "train"}
     root = write_refs(tmp_path / "refer", refs)
     before = coco(ids, owners)
@@ -74,7 +74,7 @@ def test_nothing_held_out_remains_and_all_else_is_verbatim(
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> tuple[Path, Path]:
+def dataset(tmp_path: Path) -> tuple[Path, Path]:
     """An instances file of images 1..6 and a REFER root."""
     root = write_refs(
         tmp_path / "refer",
@@ -87,11 +87,12 @@ def world(tmp_path: Path) -> tuple[Path, Path]:
     return write(tmp_path / "all.json", coco([6, 5, 4, 3, 2, 1], [1, 2, 2, 3, 6])), root
 
 
-def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
-    source, root = world
+def test_all_val_and_test_splits_are_excluded_by_default(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = dataset
     everything = build_split(source, root, tmp_path / "a.json")
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
-    assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
+    # RefClef's images are not COCO's, so its image 6 is not held out.
+    assert any("refclef" in text for text in everything.notes)
     assert any("refcocog/google/val: 1 of 2 images also has train refs" in text for text in everything.notes)
     some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]
@@ -109,15 +110,15 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
         ("refcoco:unc:", "DATASET:SPLIT_BY"),
     ],
 )
-def test_unknown_exclude_lists_the_choices(world: tuple[Path, Path], tmp_path: Path, exclude: str, text: str) -> None:
+def test_unknown_exclude_lists_the_choices(dataset: tuple[Path, Path], tmp_path: Path, exclude: str, text: str) -> None:
     with pytest.raises(InputError) as caught:
-        build_split(*world, tmp_path / "o.json", exclude=[exclude])
+        build_split(*dataset, tmp_path / "o.json", exclude=[exclude])
     assert text in str(caught.value) and exclude.split(":")[0] in str(caught.value)
     assert not list(tmp_path.glob("*o*.json"))
 
 
-def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], tmp_path: Path) -> None:
-    source, root = world
+def test_a_second_build_keeps_what_the_first_excluded(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = dataset
     first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
     second = build_split(first.out, root, tmp_path / "b.json", exclude=["refcoco:unc:testA"])
     provenance = provenance_of_instances(CocoIndex.load(second.out))
@@ -125,17 +126,17 @@ def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], 
     assert provenance.source == "a.json" and provenance.images == 4
 
 
-def test_existing_outputs_are_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
+def test_existing_outputs_are_refused(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("o.json", "o.report.json"):
         (tmp_path / name).write_text("mine")
         with pytest.raises(InputError, match="exists; choose another `out` or remove it"):
-            build_split(*world, tmp_path / "o.json")
+            build_split(*dataset, tmp_path / "o.json")
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
 
 
-def test_none_found_is_noted_and_roots_without_refs_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
-    source, root = world
+def test_roots_without_readable_held_out_refs_are_refused(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = dataset
     other = write(tmp_path / "other.json", coco([100], [100]))
     assert any("none of its images" in text for text in build_split(other, root, tmp_path / "o.json").notes)
     (tmp_path / "empty").mkdir()
@@ -146,21 +147,21 @@ def test_none_found_is_noted_and_roots_without_refs_refused(world: tuple[Path, P
     with pytest.raises(ReferError, match="nowhere"):
         held_out(tmp_path / "nowhere")
     (root / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02")
-    with pytest.raises(ReferError, match=r"refs\(unc\).p"):  # an unread split must never count as clean
+    with pytest.raises(ReferError, match=r"refs\(unc\).p"):  # a split that cannot be read must never count as clean
         audit(source, root)
 
 
-def test_refs_under_other_names_are_told(world: tuple[Path, Path], tmp_path: Path) -> None:
+def test_misnamed_refs_files_are_reported(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     from refdet.cli.main import main
 
-    source, root = world
+    source, root = dataset
     others = ("refcoco/refs(unc).pkl", "refcoco/Refs(UNC).p", "refcoco/refs(unc) (1).p", "data/refcocog/refs(umd).p")
     for name in others:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     (root / "refcoco" / "refseg.json").write_bytes(b"")
-    told = [text for text in held_out(root)[1] if ": not read; rename it to " in text]
-    assert len(told) == len(others) and all(any(str(root / name) in text for text in told) for name in others)
+    renames = [text for text in held_out(root)[1] if ": not read; rename it to " in text]
+    assert len(renames) == len(others) and all(any(str(root / name) in text for text in renames) for name in others)
     arguments = ["build-split", "--instances", str(source), "--refer-root", str(root)]
     arguments += ["--out", str(tmp_path / "o.json")]
     assert ": not read; rename it to " in CliRunner().invoke(main, arguments).stderr
@@ -168,8 +169,8 @@ def test_refs_under_other_names_are_told(world: tuple[Path, Path], tmp_path: Pat
         held_out(root / "refcoco")
 
 
-def test_a_record_is_not_carried_over_where_names_contradict_ids(world: tuple[Path, Path], tmp_path: Path) -> None:
-    source, root = world
+def test_earlier_exclusions_are_dropped_if_names_contradict_ids(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = dataset
     first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
     data = json.loads(first.out.read_text())
     data["images"][0]["file_name"] = "COCO_train2014_000000000002.jpg"
@@ -179,8 +180,8 @@ def test_a_record_is_not_carried_over_where_names_contradict_ids(world: tuple[Pa
     assert set(json.loads(second.out.read_text())["info"]["refdet"]["excluded"]) == {"refcoco/unc/testA"}
 
 
-def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_path: Path) -> None:
-    _, root = world
+def test_renumbered_images_are_identified_by_name(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    _, root = dataset
     names = {70: "COCO_train2014_000000000002.jpg", 71: "000000000077.jpg", 72: "dir/000000000003.jpg"}
     source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71]))
     assert audit(source, root).leaked == []
@@ -192,24 +193,24 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
 
 
-def test_annotations_left_of_removed_images_are_a_leak(world: tuple[Path, Path], tmp_path: Path) -> None:
-    source, root = world
+def test_annotations_of_removed_images_are_a_leak(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = dataset
     data = coco([1, 6], [1, 2, 2])
     found = audit(write(tmp_path / "seed.json", data), root)
     assert found.leaked == [2] and found.to_json()["splits"]["refcoco/unc/val"]["annotations"] == 2
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [3]}', '{"images": [], "annotations": [{}]}'])
-def test_audit_of_bad_files(world: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+def test_audit_refuses_invalid_files(dataset: tuple[Path, Path], tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match="bad.json"):
-        audit(tmp_path / "bad.json", world[1])
+        audit(tmp_path / "bad.json", dataset[1])
 
 
-def test_commands(world: tuple[Path, Path], tmp_path: Path) -> None:
+def test_build_split_and_audit_commands(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     from refdet.cli.main import main
 
-    source, root = world
+    source, root = dataset
     common = ["--refer-root", str(root)]
     out = str(tmp_path / "o.json")
     run = CliRunner().invoke
@@ -227,7 +228,7 @@ def test_commands(world: tuple[Path, Path], tmp_path: Path) -> None:
     assert build_command.command.name == "build-split" and audit_command.command.name == "audit"
 
 
-def test_real_data(shared: Path, tmp_path: Path) -> None:
+def test_real_files(shared: Path, tmp_path: Path) -> None:
     mini = shared / "data/coco_mini"
     source = mini / "annotations/instances_train2017.json"
     leaking = [100667, 212679, 322517, 370162, 379349]
@@ -240,7 +241,7 @@ def test_real_data(shared: Path, tmp_path: Path) -> None:
     assert audit(mini / "annotations/instances_val2017.json", mini / "refer").leaked == []
 
 
-def test_embedded_dataset(shapes_root: Path, tmp_path: Path) -> None:
+def test_the_synthetic_dataset(shapes_root: Path, tmp_path: Path) -> None:
     source = shapes_root / "annotations/instances_train2014.json"
     found = audit(source, shapes_root / "refer")
     assert 0 < len(found.leaked) < found.images
@@ -249,7 +250,8 @@ def test_embedded_dataset(shapes_root: Path, tmp_path: Path) -> None:
     assert audit(result.out, shapes_root / "refer").leaked == []
 
 
-SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
+# List, invalid fields of its first entry, and the error.
+INVALID_ENTRIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "annotation twice": ("annotations", {"id": 1}, "duplicate annotation id 1"),
     "category": ("annotations", {"category_id": 7}, "annotation 0 has category 7"),
     "image": ("annotations", {"image_id": 99}, "image 99, which is not in the file"),
@@ -267,21 +269,21 @@ SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("first", ["annotations", "categories", "images"])
-@pytest.mark.parametrize("kind", SPOILT)
-def test_what_training_would_refuse_is_refused_in_any_order_of_keys(
-    world: tuple[Path, Path], tmp_path: Path, kind: str, first: str
+@pytest.mark.parametrize("kind", INVALID_ENTRIES)
+def test_entries_that_training_refuses_are_refused_in_any_order_of_keys(
+    dataset: tuple[Path, Path], tmp_path: Path, kind: str, first: str
 ) -> None:
-    where, change, says = SPOILT[kind]
+    where, change, message = INVALID_ENTRIES[kind]
     data = coco([6, 1], [1, 6])
     data[where][0].update(change)
     source = write(tmp_path / "bad.json", {first: data[first]} | data)
-    for work in (lambda: build_split(source, world[1], tmp_path / "o.json"), lambda: CocoIndex.load(source)):
+    for work in (lambda: build_split(source, dataset[1], tmp_path / "o.json"), lambda: CocoIndex.load(source)):
         with pytest.raises(InputError) as caught:
             work()
         assert "bad.json" in str(caught.value)
     with pytest.raises(InputError) as caught:
-        build_split(source, world[1], tmp_path / "o.json")
-    assert says in str(caught.value)
+        build_split(source, dataset[1], tmp_path / "o.json")
+    assert message in str(caught.value)
     assert not (tmp_path / "o.json").exists()
 
 
@@ -296,10 +298,10 @@ def test_what_training_would_refuse_is_refused_in_any_order_of_keys(
         (1, "9.jpg", {1}, "file_name of 1 of 1 ref has no COCO number"),
     ],
 )
-def test_file_names_of_refs_count_as_those_of_training_images_do(
+def test_refs_are_identified_by_file_name_like_training_images(
     tmp_path: Path, image_id: int, file_name: str, held: set[int], note: str
 ) -> None:
-    """Refs may have image ids of their own; the number in a file name is COCO's."""
+    """Refs may use other image ids; then the number in the file name is the COCO id."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(image_id, "val")]})
     path = root / "refcoco/refs(unc).p"
     refs = [ref | {"file_name": file_name} for ref in pickle.loads(path.read_bytes())]

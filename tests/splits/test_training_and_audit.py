@@ -1,4 +1,4 @@
-"""Whatever training would open of a held-out image, the audit finds and build-split takes out."""
+"""Every held-out image that training would read is found by audit and removed by build-split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.leak_audit import audit
 
-# file -> the number of the image of COCO that it is
+# The files in the image folder, with their COCO ids; None for images that are not COCO's.
 FILES = {
     "train2014/COCO_train2014_000000000002.jpg": 2, "train2014/COCO_train2014_000000000009.jpg": 9,
     "val2017/000000000003.jpg": 3, "000000001234.jpg": 1234, "own/kitchen.jpg": None, "own/0002.jpg": None,
@@ -41,7 +41,7 @@ ENTRIES = st.fixed_dictionaries(
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(entries=st.lists(st.tuples(IDS, ENTRIES), min_size=1, max_size=4, unique_by=lambda pair: pair[0]))
-def test_what_training_reads_is_audited(
+def test_images_that_training_reads_are_audited(
     tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[int, dict[str, Any]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("world")
@@ -65,14 +65,14 @@ def test_what_training_reads_is_audited(
 
 
 def read_by_training(instances: Path, images: Path) -> dict[int, int | None]:
-    """Image id -> the COCO number of the file that training opens for it, None for one that is not COCO's."""
+    """{image id: COCO id of the file that training reads for it, None if it is not COCO's}."""
     source, records = ImageSource.open(images), [*CocoIndex.load(instances).images.values()]
     source.locate(records)
     files = {record.id: source.find(record) for record in records}
     return {image_id: FILES[name] for image_id, name in files.items() if name is not None}
 
 
-def test_some_of_these_are_read(tmp_path: Path) -> None:
+def test_training_reads_some_of_these_files(tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).write_bytes(b"")

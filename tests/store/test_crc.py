@@ -1,4 +1,4 @@
-"""The CRC-32 of parts from those of each, with ISA-L and without."""
+"""The CRC-32 of concatenated parts, combined from their CRCs, with ISA-L and without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refdet.store import crc
 
 @pytest.mark.parametrize("combine", [crc._combine, None], ids=["fastest", "zlib"])
 @given(parts=st.lists(st.binary(max_size=40), max_size=5))
-def test_the_checksum_of_parts_is_that_of_the_whole(
+def test_the_crc_of_parts_is_the_crc_of_their_concatenation(
     combine: Callable[[int, int, int], int] | None, parts: list[bytes]
 ) -> None:
     whole, views = b"".join(parts), [memoryview(part) for part in parts]

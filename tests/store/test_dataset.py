@@ -1,4 +1,4 @@
-"""RegionsDataset: the same items in the parent, in forked and in spawned workers."""
+"""RegionsDataset: the same items in the parent process, in forked and in spawned workers."""
 
 from __future__ import annotations
 
@@ -31,24 +31,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             n = i % 4
             writer.put(
                 Regions(
-                    i,
-                    f"{i}.jpg",
-                    40,
-                    50,
-                    random.random((n, 4), np.float32),
-                    random.random(n, np.float32),
-                    np.arange(n),
-                    np.arange(n) + i,
-                    (b"`n1",) * n,  # 2000 pixels outside
-                    {"pool5": random.random((n, 8)).astype(np.float16)},
+                    i, f"{i}.jpg", 40, 50, random.random((n, 4), np.float32), random.random(n, np.float32),
+                    np.arange(n), np.arange(n) + i,
+                    masks=(b"`n1",) * n,  # an RLE of 2000 background pixels
+                    features={"pool5": random.random((n, 8)).astype(np.float16)},
                     maps={"head": random.random((2, 3, 4)).astype(np.float16)},
                     im_info=np.array([48, 64, 1.2], np.float32),
-                )  # fmt: skip
-            )
+                )
+            )  # fmt: skip
     return path
 
 
-def assert_whole(items: list[dict], path: Path) -> None:
+def assert_all_items(items: list[dict], path: Path) -> None:
+    """Check that items are the images of a store, in its order."""
     with store.open(path) as found:
         assert [item["image_id"] for item in items] == list(found)
         for item, regions in zip(items, (found[i] for i in found), strict=True):
@@ -64,17 +59,17 @@ def assert_whole(items: list[dict], path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_what_the_parent_reads(path: Path, method: str) -> None:
+def test_workers_and_the_parent_read_the_same_items(path: Path, method: str) -> None:
     dataset = RegionsDataset(path, masks=True)
-    with store.open(path) as own:  # open in the parent all the while
-        assert_whole([dataset[k] for k in range(len(dataset))], path)
-        spawned = method == "spawn"  # such a worker imports torch
+    with store.open(path) as parent_store:  # it stays open while the workers read
+        assert_all_items([dataset[k] for k in range(len(dataset))], path)
+        spawned = method == "spawn"  # such a worker imports torch, which takes seconds, so there is one for both epochs
         loader = DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=1 if spawned else 2,
                             multiprocessing_context=method, persistent_workers=spawned)  # fmt: skip
         for _ in range(2):
-            assert_whole([item for batch in loader for item in batch], path)
-            assert_whole([dataset[k] for k in range(len(dataset))], path)
-            assert len(own[30]) == 2
+            assert_all_items([item for batch in loader for item in batch], path)
+            assert_all_items([dataset[k] for k in range(len(dataset))], path)
+            assert len(parent_store[30]) == 2
 
 
 def test_a_pickled_dataset_opens_the_file_again(path: Path) -> None:
@@ -85,7 +80,7 @@ def test_a_pickled_dataset_opens_the_file_again(path: Path) -> None:
     assert "masks" not in copy[0] and not copy[0]["maps"] and torch.equal(copy[0]["boxes"], dataset[0]["boxes"])
 
 
-def test_what_the_store_lacks_is_named(path: Path) -> None:
+def test_missing_features_images_and_files_are_named(path: Path) -> None:
     with pytest.raises(InputError, match="a.h5: no fc7"):
         RegionsDataset(path, features=("fc7", "pool5"))
     with pytest.raises(InputError, match="1 requested image missing, first: 5"):
@@ -94,14 +89,14 @@ def test_what_the_store_lacks_is_named(path: Path) -> None:
         RegionsDataset(path.with_name("b.h5"))
 
 
-def test_one_name_is_no_list_of_names(path: Path) -> None:
+def test_a_string_instead_of_a_list_of_names_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="^features: a list of names is needed, not 'pool5'"):
         RegionsDataset(path, features="pool5")
     with store.open(path) as found, pytest.raises(ValueError, match="^features: a list of names is needed"):
         found.read(9, "pool5")
 
 
-def test_ids_are_integers_of_any_library(path: Path) -> None:
+def test_image_ids_may_be_integers_of_any_library(path: Path) -> None:
     for ids in (np.array([30, 9]), torch.tensor([30, 9]), (30, np.int32(9))):
         assert RegionsDataset(path, image_ids=ids).image_ids == [30, 9]  # type: ignore[arg-type]
     for ids in ([9.0], np.array([30.7]), torch.tensor([9.5]), ["9"], [None]):

@@ -32,8 +32,8 @@ HEADS = [np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4), np.ones((2, 1,
 INFOS = [(480.0, 640.0, 2.5), (200.0, 300.0, 1.5), (0.0, 0.0, 0.0)]
 
 
-class Loader:
-    """Does with the files what Loader, DetsLoader and GtMRCNLoader of MAttNet do with them."""
+class MAttNetLoader:
+    """Reads the files as MAttNet's Loader, DetsLoader and GtMRCNLoader do, with their names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Loader:
             return np.array(feats["head"]), np.array(feats["im_info"])
 
     def corners(self, det_ids: list[int]) -> np.ndarray:
-        """To first and last pixel, as its xywh_to_xyxy has it."""
+        """Boxes as x and y of the first and the last pixel, by MAttNet's xywh_to_xyxy."""
         boxes = np.vstack([self.Dets[det_id]["box"] for det_id in det_ids])
         return np.hstack((boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - 1))
 
@@ -78,40 +78,46 @@ def done(tmp_path: Path, prepro: Prepro) -> ExportResult:
     return export_mattnet(dets, tmp_path / "out", anns, prepro, {"dataset": "refcoco"})
 
 
-def test_detections_are_found_image_by_image(done: ExportResult, tmp_path: Path) -> None:
-    loader = Loader(tmp_path / "out")
+def test_detections_are_ordered_by_class_within_an_image(done: ExportResult, tmp_path: Path) -> None:
+    loader = MAttNetLoader(tmp_path / "out")
     assert loader.splits == {3: "train", 4: "testB", 5: "val"}
     assert loader.Images[4]["det_ids"] == [0, 1, 2, 3] and loader.Images[3]["det_ids"] == [4]
-    # class by class in the detector's order, the best first; then where they lie in the store
-    found = [(d["category_name"], d["category_id"], d["region"]) for d in map(loader.Dets.__getitem__, range(5))]
-    assert found == [("cat", 2, 3), ("cat", 2, 1), ("dog", 1, 2), ("dog", 1, 0), ("dog", 1, 4)]
+    dets = [loader.Dets[det_id] for det_id in range(5)]
+    # image by image; within one, in the detector's order of classes; within a class, by descending score
+    assert [(det["category_name"], det["category_id"], det["region"]) for det in dets] == [
+        ("cat", 2, 3),
+        ("cat", 2, 1),
+        ("dog", 1, 2),
+        ("dog", 1, 0),
+        ("dog", 1, 4),
+    ]
     assert [loader.Dets[i]["score"] for i in (0, 4)] == pytest.approx([0.85, 0.7])
     assert all(det["h5_id"] == det_id for det_id, det in loader.Dets.items())
 
 
-def test_boxes_are_those_of_the_inclusive_arithmetic(done: ExportResult, tmp_path: Path) -> None:
-    loader = Loader(tmp_path / "out")
+def test_mattnets_inclusive_corners_are_those_of_the_store(done: ExportResult, tmp_path: Path) -> None:
+    loader = MAttNetLoader(tmp_path / "out")
     half_open = DETECTIONS[0].boxes[[3, 1, 2, 0]].astype(np.float64)
     np.testing.assert_allclose(loader.corners([0, 1, 2, 3]), half_open - [0, 0, 1, 1], rtol=0, atol=1e-12)
 
 
-def test_features_lie_in_the_rows_of_h5_id(done: ExportResult, tmp_path: Path) -> None:
-    loader = Loader(tmp_path / "out")
+def test_h5_id_is_the_row_of_the_features(done: ExportResult, tmp_path: Path) -> None:
+    loader = MAttNetLoader(tmp_path / "out")
     for name in ("pool5", "fc7"):
-        values = loader.det_feats[name][loader.Dets[1]["h5_id"]]
+        values = loader.det_feats[name][loader.Dets[1]["h5_id"]]  # region 1 of image 4, as above
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, DETECTIONS[0].features[name][1].astype(np.float16))
-        for of_image in ANNOTATIONS[:2]:
-            assert of_image.ann_ids is not None
-            for place, ann_id in enumerate(of_image.ann_ids.tolist()):
+        for image in ANNOTATIONS[:2]:
+            assert image.ann_ids is not None
+            for place, ann_id in enumerate(image.ann_ids.tolist()):
                 row = loader.ann_feats[name][loader.Anns[ann_id]["h5_id"]]
-                np.testing.assert_array_equal(row, of_image.features[name][place])
+                np.testing.assert_array_equal(row, image.features[name][place])
         for crowd_or_broken in (12, 11):
             assert not loader.ann_feats[name][loader.Anns[crowd_or_broken]["h5_id"]].any()
     assert any(note.startswith("2 of 6 annotations") for note in done.notes)
 
 
-def test_masks_are_the_pixels_of_each_detection(done: ExportResult, tmp_path: Path) -> None:
+def test_masks_json_has_the_pixels_of_each_detection(done: ExportResult, tmp_path: Path) -> None:
     masks = {m["det_id"]: m for m in json.loads((tmp_path / "out" / "masks.json").read_text())}
     dets = json.loads((tmp_path / "out" / "dets.json").read_text())
     assert [{k: v for k, v in masks[d["det_id"]].items() if k != "rle"} for d in dets] == dets
@@ -123,8 +129,8 @@ def test_masks_are_the_pixels_of_each_detection(done: ExportResult, tmp_path: Pa
         np.testing.assert_array_equal(pixels, expected)
 
 
-def test_heads_are_a_file_an_image(done: ExportResult, tmp_path: Path) -> None:
-    loader = Loader(tmp_path / "out")
+def test_head_maps_are_written_to_a_file_per_image(done: ExportResult, tmp_path: Path) -> None:
+    loader = MAttNetLoader(tmp_path / "out")
     head, info = loader.head(4)
     assert head.dtype == info.dtype == np.float32
     np.testing.assert_array_equal(head[0], HEADS[0])
@@ -134,8 +140,8 @@ def test_heads_are_a_file_an_image(done: ExportResult, tmp_path: Path) -> None:
     assert "1 of 3 images has no head map" in done.notes
 
 
-def test_hdf5_of_python_2_reads_its_files(done: ExportResult, tmp_path: Path) -> None:
-    """h5py of MAttNet's time knows the oldest layout alone; nothing is left of the space that was set aside."""
+def test_files_have_the_oldest_hdf5_layout_and_no_unused_space(done: ExportResult, tmp_path: Path) -> None:
+    """The h5py of MAttNet's time reads no newer layout; space that was reserved is released."""
     for name in ("det_feats.h5", "ann_feats.h5", "head/4.h5", "data.h5"):
         path = tmp_path / "out" / name
         assert path.read_bytes()[8] == 0  # the version of the superblock
@@ -144,21 +150,21 @@ def test_hdf5_of_python_2_reads_its_files(done: ExportResult, tmp_path: Path) ->
         assert values < path.stat().st_size < values + 8192
 
 
-def test_what_has_no_detections_is_told(done: ExportResult) -> None:
+def test_images_without_detections_are_noted(done: ExportResult) -> None:
     assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
     assert any("`lower_threshold_if_empty=True`" in note for note in done.notes)
     assert not any("values per region" in note for note in done.notes)
 
 
-def test_the_store_alone_gives_the_files_of_the_detections(tmp_path: Path) -> None:
+def test_without_annotations_only_files_of_detections_are_written(tmp_path: Path) -> None:
     dets = write_store(tmp_path / "dets.h5", DETECTIONS, masks=False)
     done = export_mattnet(dets, tmp_path / "out", None, None, {})
     assert done.files == ["det_feats.h5", "dets.json"]
-    told = " ".join(done.notes)
-    assert all(name in told for name in ("no masks.json", "no ann_feats.h5", "no head/*.h5", "no data.json"))
+    notes = " ".join(done.notes)
+    assert all(name in notes for name in ("no masks.json", "no ann_feats.h5", "no head/*.h5", "no data.json"))
 
 
-def test_heads_of_the_annotations_serve_too(tmp_path: Path, prepro: Prepro) -> None:
+def test_head_maps_may_be_in_the_store_of_annotations(tmp_path: Path, prepro: Prepro) -> None:
     dets = write_store(tmp_path / "dets.h5", [DETECTIONS[0]])
     anns = write_store(tmp_path / "anns.h5", ANNOTATIONS)
     add_heads(anns, HEADS, INFOS)
@@ -168,15 +174,16 @@ def test_heads_of_the_annotations_serve_too(tmp_path: Path, prepro: Prepro) -> N
     assert any(note.startswith("2 of 3 images of the dataset are not in dets.h5") for note in done.notes)
 
 
-def test_images_of_no_ref_are_left_out(tmp_path: Path, prepro: Prepro) -> None:
+def test_images_outside_the_dataset_are_omitted(tmp_path: Path, prepro: Prepro) -> None:
     dets = write_store(tmp_path / "dets.h5", [regions(6, [1], [1]), *DETECTIONS])
     done = export_mattnet(dets, tmp_path / "out", None, prepro, {})
-    found: list[dict[str, Any]] = json.loads((tmp_path / "out" / "dets.json").read_text())
-    assert {det["image_id"] for det in found} == {3, 4} and [det["region"] for det in found][-1] == 5
+    exported: list[dict[str, Any]] = json.loads((tmp_path / "out" / "dets.json").read_text())
+    assert {det["image_id"] for det in exported} == {3, 4}
+    assert exported[-1]["region"] == 5  # rows of the store are counted with the omitted image
     assert any("1 image of dets.h5 not in the dataset" in note for note in done.notes)
 
 
-def test_no_detection_at_all(tmp_path: Path) -> None:
+def test_a_store_without_detections_is_exported(tmp_path: Path) -> None:
     empty = replace(BROKEN, masks=(), features={"fc7": np.zeros((0, 2048), np.float32)})
     export_mattnet(write_store(tmp_path / "dets.h5", [empty]), tmp_path / "out", None, None, {})
     assert json.loads((tmp_path / "out" / "dets.json").read_text()) == []
@@ -184,33 +191,33 @@ def test_no_detection_at_all(tmp_path: Path) -> None:
         assert file["fc7"].shape == (0, 2048) and "pool5" not in file
 
 
-def test_an_annotation_that_is_there_twice_is_refused(tmp_path: Path, prepro: Prepro) -> None:
+def test_a_duplicate_annotation_is_refused(tmp_path: Path, prepro: Prepro) -> None:
     dets, twice = write_store(tmp_path / "d.h5", DETECTIONS), regions(3, [1, 2], [1, 1], [7, 7])
     anns = write_store(tmp_path / "a.h5", [twice, *ANNOTATIONS[1:]])
     with pytest.raises(InputError, match="duplicate annotation of image 3"):
         export_mattnet(dets, tmp_path / "out", anns, prepro, {})
 
 
-def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
+def test_stores_that_do_not_fit_the_dataset_are_refused(tmp_path: Path, prepro: Prepro) -> None:
     dets, anns = write_store(tmp_path / "d.h5", DETECTIONS), write_store(tmp_path / "a.h5", ANNOTATIONS)
-    one = write_store(tmp_path / "one.h5", ANNOTATIONS[:1])
-    bare = write_store(tmp_path / "bare.h5", [replace(r, features={}) for r in DETECTIONS])
-    other = replace(DETECTIONS[0], image_id=99)
+    anns_of_one_image = write_store(tmp_path / "one.h5", ANNOTATIONS[:1])
+    without_features = write_store(tmp_path / "bare.h5", [replace(r, features={}) for r in DETECTIONS])
     renumbered = [replace(r, ann_ids=None if r.ann_ids is None else r.ann_ids + 1000) for r in ANNOTATIONS]
-    strange = write_store(tmp_path / "strange.h5", renumbered)
-    foreign = write_store(tmp_path / "foreign.h5", [other])
-    renamed = replace(prepro, data=prepro.data | {"cat_to_ix": {"dog": 2, "cat": 1}})
+    anns_of_another_dataset = write_store(tmp_path / "renumbered.h5", renumbered)
+    dets_of_another_dataset = write_store(tmp_path / "foreign.h5", [replace(DETECTIONS[0], image_id=99)])
+    other_categories = replace(prepro, data=prepro.data | {"cat_to_ix": {"dog": 2, "cat": 1}})
+    # detections, annotations, data.json and the error
     cases: list[tuple[Path, Path | None, Prepro | None, str]] = [
         (anns, None, None, "has annotations"),
         (dets, dets, prepro, "has detections"),
         (dets, anns, None, "the rows of ann_feats.h5 need a data.json"),
-        (dets, one, prepro, "2 of 3 images .* first: 4"),
-        (dets, strange, prepro, "lacks all 6 annotations of the dataset"),
-        (bare, None, None, "no feature fc7"),
-        (foreign, None, prepro, "lacks all 3 images"),
-        (dets, None, renamed, "category cat has id 2, but 1 in the dataset"),
+        (dets, anns_of_one_image, prepro, "2 of 3 images .* first: 4"),
+        (dets, anns_of_another_dataset, prepro, "lacks all 6 annotations of the dataset"),
+        (without_features, None, None, "no feature fc7"),
+        (dets_of_another_dataset, None, prepro, "lacks all 3 images"),
+        (dets, None, other_categories, "category cat has id 2, but 1 in the dataset"),
     ]
-    for features, of_annotations, data, message in cases:
+    for det_store, ann_store, data, message in cases:
         with pytest.raises(InputError, match=message):
-            export_mattnet(features, tmp_path / "out", of_annotations, data, {})
+            export_mattnet(det_store, tmp_path / "out", ann_store, data, {})
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

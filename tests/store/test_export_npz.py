@@ -1,4 +1,4 @@
-"""export --format npz: files that readers of bottom-up-attention take."""
+"""export --format npz: files for readers of bottom-up-attention's features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from export_examples import DETECTIONS, write_store
+from export_examples import DETECTIONS, HEIGHT, WIDTH, write_store
 
 from refdet.errors import InputError
 from refdet.store.export import consumers
@@ -16,11 +16,11 @@ from refdet.store.export.npz import export_npz
 from refdet.store.export.npz_layouts import LAYOUTS
 
 
-def test_a_file_is_what_bottom_up_attention_writes(tmp_path: Path) -> None:
+def test_files_have_the_fields_of_bottom_up_attention(tmp_path: Path) -> None:
     done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS, "float16"), tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").glob("*.npz"))
     assert names == [f"COCO_train2014_{i:012}.npz" for i in (3, 4, 5)]
-    # openvqa finds image ids so
+    # how openvqa gets image ids
     assert [int(name.split("_")[-1].split(".")[0]) for name in names] == [3, 4, 5]
     regions = DETECTIONS[0]
     found = np.load(tmp_path / "out" / names[1], allow_pickle=True)
@@ -37,9 +37,9 @@ def test_a_file_is_what_bottom_up_attention_writes(tmp_path: Path) -> None:
     assert (done.images, done.regions, done.empty) == (3, 5, {5: "cannot be read"})
 
 
-def test_an_image_without_regions_has_a_file_of_none(tmp_path: Path) -> None:
+def test_an_image_without_regions_gets_an_empty_file(tmp_path: Path) -> None:
     done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", "pool5", "id")
-    found = np.load(tmp_path / "out" / "5.npz")  # without the pickle, as readers of x alone do it
+    found = np.load(tmp_path / "out" / "5.npz")  # pickles are not allowed by default
     assert found["x"].shape == (0, 1024) and found["bbox"].shape == (0, 4) and found["num_bbox"] == 0
     assert done.notes[0].startswith("objects_id counts the detector's classes from 0, without the background")
     assert done.notes[1:] == ["1 image has no regions; written with 0 boxes"]
@@ -54,14 +54,14 @@ def test_the_same_store_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(file.read_bytes() == (tmp_path / "two" / file.name).read_bytes() for file in files)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_missing_or_duplicate_names_and_missing_features_are_refused(tmp_path: Path) -> None:
     spatial = {"spatial": np.zeros((4, 2), np.float32)}
     nameless = write_store(tmp_path / "n.h5", [replace(DETECTIONS[0], file_name="", features=spatial)])
-    twice = write_store(tmp_path / "t.h5", [replace(r, file_name=f"{r.image_id}/a.jpg") for r in DETECTIONS])
+    duplicate = write_store(tmp_path / "t.h5", [replace(r, file_name=f"{r.image_id}/a.jpg") for r in DETECTIONS])
     for path, feature, message in (
         (nameless, "spatial", r"image 4 has no name\); export with `names='id'`"),
         (nameless, "fc7", r"no feature fc7 \(it has spatial\)"),
-        (twice, "fc7", "images 4 and 3 are both named 'a'"),
+        (duplicate, "fc7", "images 4 and 3 are both named 'a'"),
     ):
         with pytest.raises(InputError, match=message):
             export_npz(path, tmp_path / "out", feature)
@@ -69,7 +69,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert export_npz(nameless, tmp_path / "out", "spatial", "id").images == 1
 
 
-def test_a_feature_of_more_than_a_vector_is_refused(tmp_path: Path) -> None:
+def test_a_feature_with_more_than_one_dimension_is_refused(tmp_path: Path) -> None:
     path = write_store(tmp_path / "a.h5", DETECTIONS)
     with h5py.File(path, "a") as file:
         file["features/spatial_fc7"] = np.zeros((5, 3, 7, 7), np.float32)
@@ -78,18 +78,17 @@ def test_a_feature_of_more_than_a_vector_is_refused(tmp_path: Path) -> None:
 
 
 class PaddingLoader:
-    """Does what the loaders of openvqa and mcan-vqa do: files by the image's id, x and boxes padded to 100 rows."""
+    """Reads like the loaders of openvqa and mcan-vqa: finds files by image id, pads x and boxes to 100 rows."""
 
     def __init__(self, folder: Path, gqa: bool = False) -> None:
         self.gqa = gqa
-        found = [path for path in folder.iterdir() if path.suffix == ".npz"]
-        self.path_of = {self.image_id(path.name): path for path in found}
+        self.path_of = {self.image_id(path.name): path for path in folder.glob("*.npz")}
 
     def image_id(self, name: str) -> str:
         return name.split(".")[0] if self.gqa else str(int(name.split("_")[-1].split(".")[0]))
 
     def __getitem__(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
-        file = np.load(self.path_of[str(image_id)])  # which allows no pickle
+        file = np.load(self.path_of[str(image_id)])  # pickles are not allowed
         x = file["x"] if self.gqa else file["x"].transpose((1, 0))
         height, width = (file["height"], file["width"]) if self.gqa else (file["image_h"], file["image_w"])
         boxes = file["bbox"] / np.array([width, height, width, height], np.float32)
@@ -108,19 +107,19 @@ def test_openvqa_and_mcan_find_their_images(tmp_path: Path, consumer: str, names
         assert x.shape == (100, 2048) and x.dtype == np.float32 and not x[n:].any()
         if n:
             np.testing.assert_array_equal(x[:n], regions.features["fc7"])
-            np.testing.assert_allclose(boxes[:n] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
+            np.testing.assert_allclose(boxes[:n] * [WIDTH, HEIGHT, WIDTH, HEIGHT], regions.boxes, rtol=1e-6)
     assert np.load(next((tmp_path / "out").glob("*4.*npz")))["x"].shape == (2048, 4)
     assert len(done.notes) == 2
 
 
-def test_openvqas_gqa_loader_finds_its_images(tmp_path: Path) -> None:
+def test_the_gqa_loader_of_openvqa_finds_its_images(tmp_path: Path) -> None:
     store = write_store(tmp_path / "a.h5", DETECTIONS)
     done = export_npz(store, tmp_path / "out", names="id", consumer="openvqa-gqa")
     loader = PaddingLoader(tmp_path / "out", gqa=True)
     for regions in DETECTIONS[:2]:
         x, boxes = loader[regions.image_id]
         np.testing.assert_array_equal(x[: len(regions)], regions.features["fc7"])
-        np.testing.assert_allclose(boxes[: len(regions)] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
+        np.testing.assert_allclose(boxes[: len(regions)] * [WIDTH, HEIGHT, WIDTH, HEIGHT], regions.boxes, rtol=1e-6)
     assert "grid features" in done.notes[0]
     other = export_npz(store, tmp_path / "other", consumer="openvqa-gqa")
     assert any("3 images are read with another id" in note and "`names='id'`" in note for note in other.notes)
@@ -140,23 +139,25 @@ def test_rosita_finds_its_images(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file["boxes"], regions.boxes)
         assert file["objects_id"].tolist() == [{2: 0, 1: 1}[i] for i in regions.category_ids.tolist()]
         np.testing.assert_array_equal(file["objects_conf"], regions.scores)
-        types = {name: file[name].dtype for name in file.files}
-        assert types["x"] == types["boxes"] == types["objects_conf"] == types["attrs_conf"] == np.float32
-        assert types["objects_id"] == types["attrs_id"] == np.int64
+        for name in ("x", "boxes", "objects_conf", "attrs_conf"):
+            assert file[name].dtype == np.float32
+        for name in ("objects_id", "attrs_id"):
+            assert file[name].dtype == np.int64
         assert not file["attrs_id"].any() and len(file["attrs_conf"]) == len(regions)
     assert any("attrs_id and attrs_conf are zero" in note for note in done.notes)
     assert any("at which ROSITA's loaders fail" in note for note in done.notes)
 
 
-def test_a_width_that_the_reader_does_not_take_is_said(tmp_path: Path) -> None:
+def test_a_feature_width_that_the_reader_does_not_expect_is_noted(tmp_path: Path) -> None:
     store = write_store(tmp_path / "a.h5", DETECTIONS)
     for consumer in consumers.NPZ:
         done = export_npz(store, tmp_path / consumer, "pool5", consumer=consumer)
-        assert any("pool5 has 1024 values per region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
+        noted = any("pool5 has 1024 values per region" in note for note in done.notes)
+        assert noted == (consumer != consumers.NPZ[0])  # the first is bottom-up-attention's format, of any width
     assert set(LAYOUTS) == set(consumers.NPZ)
 
 
-def test_a_category_that_the_detector_lacks_is_named(tmp_path: Path) -> None:
+def test_a_category_outside_the_classes_of_the_store_is_refused(tmp_path: Path) -> None:
     regions = replace(DETECTIONS[1], category_ids=np.array([9], np.int64))
     with pytest.raises(InputError, match="image 3: category 9 is not among the 2 classes"):
         export_npz(write_store(tmp_path / "a.h5", [regions]), tmp_path / "out")

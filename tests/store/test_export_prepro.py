@@ -1,4 +1,4 @@
-"""MAttNet's data.json and data.h5: the vocabulary and the numbering of its prepro.py."""
+"""MAttNet's data.json and data.h5, with the vocabulary and numbering of its prepro.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.dictionaries(st.integers(0, 50), st.lists(WORDS, max_size=6), max_size=12), st.integers(0, 4))
-def test_the_vocabulary_is_that_of_brute_force(sentences: dict[int, list[str]], threshold: int) -> None:
+def test_the_vocabulary_agrees_with_brute_force(sentences: dict[int, list[str]], threshold: int) -> None:
     word_to_ix, final = vocabulary(sentences, ["dog", "teddy bear"], threshold)
     every = [word for words in sentences.values() for word in words]
     frequent = [word for i, word in enumerate(every) if every.count(word) > threshold and word not in every[:i]]
@@ -35,7 +35,7 @@ def test_the_vocabulary_is_that_of_brute_force(sentences: dict[int, list[str]], 
     assert final == {i: [word if word in known else "<UNK>" for word in words] for i, words in sentences.items()}
 
 
-def test_everything_is_numbered_in_the_order_of_the_files(tmp_path: Path) -> None:
+def test_images_and_annotations_are_numbered_in_the_order_of_the_input_files(tmp_path: Path) -> None:
     prepro = prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions(word_count_threshold=5))
     prepro.write(tmp_path)
     data: dict[str, Any] = json.loads((tmp_path / "data.json").read_text())
@@ -47,7 +47,7 @@ def test_everything_is_numbered_in_the_order_of_the_files(tmp_path: Path) -> Non
     ]  # fmt: skip
     assert data["refs"][1] == {"ref_id": 1, "split": "train", "category_id": 2, "ann_id": 8, "sent_ids": [10],
                                "box": [2, 0, 4, 2], "image_id": 3, "att_wds": []}  # fmt: skip
-    # five sentences "red dog": red is too rare, dog is a category
+    # five sentences "red dog": red is not more frequent than 5, but dog is a category
     assert data["sentences"][0] == {"sent_id": 0, "tokens": ["<UNK>", "dog"], "h5_id": 0}
     assert list(data["word_to_ix"]) == ["<PAD>", "dog", "cat", "__background__", "<UNK>", "<BOS>", "<EOS>"]
     assert data["cat_to_ix"] == {"dog": 1, "cat": 2} and data["label_length"] == 10
@@ -56,13 +56,13 @@ def test_everything_is_numbered_in_the_order_of_the_files(tmp_path: Path) -> Non
         assert file["labels"][4].tolist() == [4, 1] + 8 * [0]
 
 
-def test_sentences_are_cut_at_the_length(tmp_path: Path) -> None:
+def test_labels_are_truncated_at_the_maximum_length(tmp_path: Path) -> None:
     prepro = prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions(0, max_length=1))
     assert prepro.labels is not None and prepro.labels.tolist() == 5 * [[1]]
     assert prepro.data["sentences"][0]["tokens"] == ["red", "dog"] and "<UNK>" not in prepro.data["word_to_ix"]
 
 
-def test_attribute_words_are_counted_once_a_ref(tmp_path: Path) -> None:
+def test_attribute_words_are_counted_once_per_ref(tmp_path: Path) -> None:
     words = {0: (["dog"], ["red", "red"], ["big"]), 10: (["none"], ["red"], ["old"]), 20: ([], ["red"], ["big", "up"])}
     sents = [{"sent_id": i, "atts": dict(zip(("r1", "r2", "r7"), w, strict=True))} for i, w in words.items()]
     path = tmp_path / "sents.json"
@@ -78,7 +78,7 @@ def test_attribute_words_are_counted_once_a_ref(tmp_path: Path) -> None:
         assert len(str(caught.value)) < 500
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_grefcoco_is_refused(tmp_path: Path) -> None:
     write(tmp_path, GREFS, "grefs(unc).json", "grefcoco")
     with pytest.raises(InputError, match="give `max_length`"):
         prepare(tmp_path, "grefcoco", "unc", PreproOptions())
@@ -87,7 +87,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value", "says"),
+    ("part", "key", "value", "message"),
     [
         ("annotations", "bbox", None, "annotation 7 has no bbox"),
         ("annotations", "bbox", [1, 1, 10**400, 4], "bbox of annotation 7 is not finite"),
@@ -96,39 +96,45 @@ def test_refusals(tmp_path: Path) -> None:
         ("images", "file_name", None, "image number 0: 'file_name' is None; it must be of type str"),
     ],
 )
-def test_what_data_json_is_made_of_is_checked(tmp_path: Path, part: str, key: str, value: Any, says: str) -> None:
-    entries = [{**INSTANCES[part][1], key: value}, *(e for e in INSTANCES[part] if e is not INSTANCES[part][1])]
+def test_invalid_instances_are_refused(tmp_path: Path, part: str, key: str, value: Any, message: str) -> None:
+    first, second, *others = INSTANCES[part]
+    entries = [{**second, key: value}, first, *others]
     write(tmp_path, instances={**INSTANCES, part: entries})
-    with pytest.raises(ReferError, match=f"{re.escape(str(tmp_path))}.*: .*{re.escape(says)}"):
+    with pytest.raises(ReferError, match=f"{re.escape(str(tmp_path))}.*: .*{re.escape(message)}"):
         prepare(tmp_path, "refcoco", "unc", PreproOptions())
 
 
-def test_its_own_data_json_is_read(tmp_path: Path) -> None:
+def test_a_written_data_json_is_read_and_an_invalid_one_is_refused(tmp_path: Path) -> None:
     prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions()).write(tmp_path)
     path = tmp_path / "data.json"
     assert [ann["h5_id"] for ann in Prepro.read(path).data["anns"]] == list(range(6))
-    names: Any = {"images": [], "anns": [], "cat_to_ix": {"dog": "a\nb"}}
-    image = {"image_id": 1}
-    twice = {"images": [image, image], "anns": []}
-    same = {"images": [image], "anns": [{"ann_id": 1, "h5_id": 0}, {"ann_id": 1, "h5_id": 1}]}
-    text = {"images": [image], "anns": [{"ann_id": "1", "h5_id": 0}]}
-    gap = {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}
-    for wrong in ([], {"images": []}, gap, names, twice, same, text, {"images": [{"image_id": 1.0}], "anns": []}):
-        path.write_text(json.dumps(wrong))
+    image, annotation = {"image_id": 1}, {"ann_id": 1, "h5_id": 0}
+    invalid: list[Any] = [
+        [],
+        {"images": []},  # no anns
+        {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]},  # h5_id 0 is missing
+        {"images": [], "anns": [], "cat_to_ix": {"dog": "a\nb"}},
+        {"images": [image, image], "anns": []},
+        {"images": [image], "anns": [annotation, {"ann_id": 1, "h5_id": 1}]},
+        {"images": [image], "anns": [{"ann_id": "1", "h5_id": 0}]},
+        {"images": [{"image_id": 1.0}], "anns": []},
+    ]
+    for tree in invalid:
+        path.write_text(json.dumps(tree))
         with pytest.raises(InputError, match="`data_json`"):
             Prepro.read(path)
 
 
 @pytest.mark.parametrize(("dataset", "split_by"), [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")])
-def test_labels_of_real_sentences_spell_them(shared: Path, dataset: str, split_by: str) -> None:
+def test_labels_of_real_sentences_spell_their_words(shared: Path, dataset: str, split_by: str) -> None:
     root = shared / "data" / "coco_mini" / "refer"
     prepro = prepare(root, dataset, split_by, PreproOptions(word_count_threshold=0))
     assert prepro.labels is not None
     words, length = list(prepro.data["word_to_ix"]), prepro.data["label_length"]
     assert length == (20 if dataset == "refcocog" else 10) and words[0] == "<PAD>"
-    said = {s["sent_id"]: s["tokens"] for ref in read_refs(root, dataset, split_by) for s in ref["sentences"]}
-    assert len(said) == len(prepro.data["sentences"]) > 10
+    tokens = {s["sent_id"]: s["tokens"] for ref in read_refs(root, dataset, split_by) for s in ref["sentences"]}
+    assert len(tokens) == len(prepro.data["sentences"]) > 10
     for sentence in prepro.data["sentences"]:
         row = prepro.labels[sentence["h5_id"]]
-        assert [words[i] for i in row if i] == said[sentence["sent_id"]][:length]
+        assert [words[i] for i in row if i] == tokens[sentence["sent_id"]][:length]
     assert {word for name in prepro.data["cat_to_ix"] for word in name.split()} < set(words)

@@ -7,20 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import export_examples
 import msgspec
 import numpy as np
 import pytest
-from export_examples import ANNOTATIONS, DETECTIONS, HEIGHT, WIDTH, regions, write_store
+from export_examples import ANNOTATIONS, DETECTIONS, HEIGHT, WIDTH, write_store
 
 from refdet.errors import InputError
 from refdet.store.export.lmdb import export_lmdb
 from refdet.structures.regions import Regions
 
-ARRAY = {b"nd", b"type", b"kind", b"shape", b"data"}
+ARRAY_KEYS = {b"nd", b"type", b"kind", b"shape", b"data"}
 
 
-class Reader:
-    """Opens the database that UNITER opens for ``conf_th`` -1 and ``num_bb`` 100, of which it reads 100 regions."""
+class UniterReader:
+    """Reads like DetectFeatLmdb with ``conf_th=-1`` and ``num_bb=100``: at most 100 regions of an image."""
 
     def __init__(self, folder: Path) -> None:
         lmdb = pytest.importorskip("lmdb")
@@ -37,13 +38,13 @@ class Reader:
 
     def dump(self, name: str) -> dict[str, np.ndarray]:
         dump = msgspec.msgpack.decode(self.raw(name), type=dict[str, dict[bytes, Any]])
-        assert all(set(packed) == ARRAY and packed[b"nd"] is True for packed in dump.values())
+        assert all(set(packed) == ARRAY_KEYS and packed[b"nd"] is True for packed in dump.values())
         arrays = {key: np.frombuffer(packed[b"data"], np.dtype(packed[b"type"])).reshape(packed[b"shape"])
                   for key, packed in dump.items()}  # fmt: skip
         return {key: values[:100] for key, values in arrays.items()}
 
     def positions(self, name: str) -> np.ndarray:
-        """(n, 7) float32: x1 y1 x2 y2 w h of the unit square, and the area."""
+        """x1, y1, x2, y2, width, height and area of each box (n, 7), in 0..1 of the image."""
         box = self.dump(name)["norm_bb"].astype(np.float32)
         return np.concatenate([box, box[:, 4:5] * box[:, 5:]], axis=1)
 
@@ -53,29 +54,29 @@ class Reader:
     [(DETECTIONS, "visual_grounding_det_coco"), (ANNOTATIONS, "visual_grounding_coco_gt")],
     ids=["detections", "annotations"],
 )
-def test_uniter_reads_it(tmp_path: Path, images: list[Regions], prefix: str) -> None:
+def test_uniter_reads_the_database(tmp_path: Path, images: list[Regions], prefix: str) -> None:
     pytest.importorskip("lmdb")
     done = export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="uniter")
-    reader = Reader(tmp_path / "out")
+    reader = UniterReader(tmp_path / "out")
     assert reader.names == [f"{prefix}_{r.image_id:012}.npz" for r in images[:2]]
     assert sorted(reader.keys) == sorted([b"__keys__", *(name.encode() for name in reader.names)])
-    for of, name in zip(images, reader.names, strict=False):
-        dump, n = reader.dump(name), len(of)
+    for regions, name in zip(images[:2], reader.names, strict=True):
+        dump, n = reader.dump(name), len(regions)
         assert {key: (values.shape, values.dtype) for key, values in dump.items()} == {
             "norm_bb": ((n, 6), np.float16), "features": ((n, 2048), np.float16),
             "conf": ((n,), np.float16), "soft_labels": ((n, 3), np.float16),
         }  # fmt: skip
-        np.testing.assert_array_equal(dump["features"], of.features["fc7"].astype(np.float16))
-        np.testing.assert_array_equal(dump["conf"], of.scores.astype(np.float16))
-        place = reader.positions(name)
-        sides = of.boxes[:, 2:] - of.boxes[:, :2]
-        np.testing.assert_allclose(place[:, :4] * [WIDTH, HEIGHT, WIDTH, HEIGHT], of.boxes, rtol=1e-3)
-        np.testing.assert_allclose(place[:, 4:6] * [WIDTH, HEIGHT], sides, rtol=1e-3)
-        np.testing.assert_allclose(place[:, 6] * WIDTH * HEIGHT, sides.prod(axis=1), rtol=2e-3)
+        np.testing.assert_array_equal(dump["features"], regions.features["fc7"].astype(np.float16))
+        np.testing.assert_array_equal(dump["conf"], regions.scores.astype(np.float16))
+        positions = reader.positions(name)
+        sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
+        np.testing.assert_allclose(positions[:, :4] * [WIDTH, HEIGHT, WIDTH, HEIGHT], regions.boxes, rtol=1e-3)
+        np.testing.assert_allclose(positions[:, 4:6] * [WIDTH, HEIGHT], sides, rtol=1e-3)
+        np.testing.assert_allclose(positions[:, 6] * WIDTH * HEIGHT, sides.prod(axis=1), rtol=2e-3)
     assert done.empty == {5: "cannot be read"} and any("1 image without regions is omitted" in n for n in done.notes)
 
 
-def test_soft_labels_are_the_probabilities_of_the_store(tmp_path: Path) -> None:
+def test_soft_labels_are_the_class_probabilities_of_the_store(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     random = np.random.default_rng(0)
     images = [
@@ -83,23 +84,23 @@ def test_soft_labels_are_the_probabilities_of_the_store(tmp_path: Path) -> None:
         for r in DETECTIONS[:2]
     ]
     done = export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="uniter")
-    found = Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000004.npz")["soft_labels"]
+    found = UniterReader(tmp_path / "out").dump("visual_grounding_det_coco_000000000004.npz")["soft_labels"]
     np.testing.assert_array_equal(found, images[0].features["class_prob"].astype(np.float16))
     assert not any("soft_labels" in note for note in done.notes)
 
 
-def test_soft_labels_are_made_of_scores_where_the_store_has_no_probabilities(tmp_path: Path) -> None:
+def test_without_class_probabilities_soft_labels_are_derived_from_scores(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
-    images = [regions(4, [1, 2, 1], [0.75, 0.5, 1.5])]  # scores of given boxes may be anything
+    images = [export_examples.regions(4, [1, 2, 1], [0.75, 0.5, 1.5])]  # scores of given boxes may exceed 1
     done = export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="uniter")
-    found = Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000004.npz")["soft_labels"]
-    # background, cat (2), dog (1): the detector's order
+    found = UniterReader(tmp_path / "out").dump("visual_grounding_det_coco_000000000004.npz")["soft_labels"]
+    # columns: background, cat (id 2) and dog (id 1), in the order of the store's classes
     assert found.tolist() == [[0.25, 0, 0.75], [0.5, 0.5, 0], [0, 0, 1]]
     assert any("soft_labels are derived from scores and categories, as a.h5 has no class_prob" in n for n in done.notes)
 
 
-def test_annotations_are_numbered_as_its_text_database_wants(tmp_path: Path) -> None:
-    """UNITER finds the region of a ref at the place of its annotation in this list."""
+def test_annotation_ids_are_written_in_the_order_of_their_regions(tmp_path: Path) -> None:
+    """UNITER finds the region of a ref by the index of its annotation in this list."""
     pytest.importorskip("lmdb")
     done = export_lmdb(write_store(tmp_path / "a.h5", ANNOTATIONS), tmp_path / "gt", consumer="uniter")
     data = json.loads((tmp_path / "gt" / "iid_to_ann_ids.json").read_text())
@@ -110,7 +111,7 @@ def test_annotations_are_numbered_as_its_text_database_wants(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (1e5, False), (np.nan, False), (-np.inf, False)])
-def test_numbers_beyond_float16_are_refused(tmp_path: Path, value: float, fits: bool) -> None:
+def test_features_beyond_float16_are_refused(tmp_path: Path, value: float, fits: bool) -> None:
     pytest.importorskip("lmdb")
     features = {"fc7": DETECTIONS[0].features["fc7"].copy()}
     features["fc7"][1, 7] = value
@@ -123,7 +124,7 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path, value: float, fits: 
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 
 
-def test_what_uniter_will_not_read_is_said(tmp_path: Path) -> None:
+def test_regions_beyond_100_and_other_widths_are_noted(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     n = 101
     many = Regions(
@@ -133,14 +134,14 @@ def test_what_uniter_will_not_read_is_said(tmp_path: Path) -> None:
     done = export_lmdb(write_store(tmp_path / "a.h5", [many]), tmp_path / "out", consumer="uniter")
     assert any(note.startswith("1 image has more than 100 regions") for note in done.notes)
     assert "fc7 has 16 values per region, but uniter expects 2048" in done.notes
-    assert len(Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000001.npz")["conf"]) == 100
+    assert len(UniterReader(tmp_path / "out").dump("visual_grounding_det_coco_000000000001.npz")["conf"]) == 100
 
 
-def test_the_records_are_those_of_msgpack_numpy(tmp_path: Path) -> None:
+def test_records_are_equal_to_those_of_msgpack_numpy(tmp_path: Path) -> None:
     msgpack, msgpack_numpy = pytest.importorskip("msgpack"), pytest.importorskip("msgpack_numpy")
     pytest.importorskip("lmdb")
     export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", consumer="uniter")
-    reader = Reader(tmp_path / "out")
+    reader = UniterReader(tmp_path / "out")
     name = reader.names[0]
     dump = msgpack.unpackb(reader.raw(name), object_hook=msgpack_numpy.decode, raw=False)
     assert {key: values.tobytes() for key, values in dump.items()} == {

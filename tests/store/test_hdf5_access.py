@@ -1,4 +1,4 @@
-"""The door that every store is opened through: a process of its own tries first what is not known."""
+"""Opening HDF5 files: a separate process checks each unknown one first, as HDF5 may crash on a damaged file."""
 
 from __future__ import annotations
 
@@ -29,120 +29,120 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are looked through, in this process."""
+def checked_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are checked; the check runs in this process."""
     names: list[str] = []
 
-    def look(path: Path) -> str:
+    def check(path: Path) -> str:
         names.append(path.name)
         return hdf5_sandbox.check_in_process(path)
 
-    monkeypatch.setattr(hdf5_access, "check_in_subprocess", look)
+    monkeypatch.setattr(hdf5_access, "check_in_subprocess", check)
     return names
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound store that this process knows nothing of, and no other did."""
+def unknown_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A valid store that has not been checked, by this or any other process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_store(tmp_path / "a.h5")
-    os.utime(path)  # its time of change is another one now
+    os.utime(path)  # changes its ctime, so the file is not the one that was written
     return path
 
 
-def test_a_foreign_store_is_tried_once(foreign: Path, tried: list[str]) -> None:
-    store.open(foreign).close()
-    store.open(foreign).close()
-    (foreign.parent / "link.h5").symlink_to(foreign)
-    store.open(foreign.parent / "link.h5").close()
-    assert tried == ["a.h5"]
-    assert not verify(foreign).problems
-    assert tried == ["a.h5"] * 2  # damage that came later is looked for
+def test_an_unknown_store_is_checked_once(unknown_store: Path, checked_files: list[str]) -> None:
+    store.open(unknown_store).close()
+    store.open(unknown_store).close()
+    (unknown_store.parent / "link.h5").symlink_to(unknown_store)
+    store.open(unknown_store.parent / "link.h5").close()
+    assert checked_files == ["a.h5"]
+    assert not verify(unknown_store).problems
+    assert checked_files == ["a.h5"] * 2  # verifying checks the file again
 
 
-def test_own_stores_are_known(tmp_path: Path, tried: list[str]) -> None:
+def test_a_store_written_by_this_process_is_not_checked(tmp_path: Path, checked_files: list[str]) -> None:
     store.open(write_store(tmp_path / "a.h5")).close()
-    assert tried == []
+    assert checked_files == []
 
 
 @pytest.mark.parametrize("content", ["the same", "other"])
-def test_a_changed_store_is_tried_again(foreign: Path, tried: list[str], content: str) -> None:
-    """Also where whoever changed it has kept its size and set its time back."""
-    store.open(foreign).close()
-    before = foreign.stat()
-    data = foreign.read_bytes()
+def test_a_changed_store_is_checked_again(unknown_store: Path, checked_files: list[str], content: str) -> None:
+    """Even if its size and modification time are unchanged."""
+    store.open(unknown_store).close()
+    before = unknown_store.stat()
+    data = unknown_store.read_bytes()
     time.sleep(0.02)
-    with foreign.open("r+b") as file:
+    with unknown_store.open("r+b") as file:
         file.write(data if content == "the same" else bytes(8) + data[8:])
-    os.utime(foreign, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(unknown_store, ns=(before.st_atime_ns, before.st_mtime_ns))
     if content == "other":
         with pytest.raises(InputError, match="a.h5: not a readable HDF5 file"):
-            open_store_file(foreign)
+            open_store_file(unknown_store)
     else:
-        store.open(foreign).close()
-        assert tried == ["a.h5"] * 2
+        store.open(unknown_store).close()
+        assert checked_files == ["a.h5"] * 2
 
 
-def test_another_process_knows_it_too(foreign: Path, tried: list[str]) -> None:
-    store.open(foreign).close()
-    other = KnownFiles(f"HDF5 {hdf5_access.h5py.version.hdf5_version} by h5py {hdf5_access.h5py.__version__}")
-    assert FileState.from_path(foreign) in other
-    assert FileState.from_path(foreign) not in KnownFiles("another check")
-    assert FileState.from_path(foreign)._replace(changed=1) not in other
-    cache = foreign.parent / "cache" / "refdet" / "stores.json"
+def test_the_cache_serves_other_processes(unknown_store: Path, checked_files: list[str]) -> None:
+    store.open(unknown_store).close()
+    other_process = KnownFiles(f"HDF5 {hdf5_access.h5py.version.hdf5_version} by h5py {hdf5_access.h5py.__version__}")
+    assert FileState.from_path(unknown_store) in other_process
+    assert FileState.from_path(unknown_store) not in KnownFiles("another check")
+    assert FileState.from_path(unknown_store)._replace(changed=1) not in other_process
+    cache = unknown_store.parent / "cache" / "refdet" / "stores.json"
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [lambda cache: cache.chmod(0o666), lambda cache: cache.write_text("{"), lambda cache: cache.write_text("[]"),
      lambda cache: cache.write_text('{"check": 1}'), lambda cache: cache.write_bytes(b"\xff"),
      lambda cache: (cache.unlink(), cache.mkdir())],
 )  # fmt: skip
-def test_a_cache_of_others_or_a_damaged_one_is_none(foreign: Path, spoil: Callable[[Path], object]) -> None:
-    KnownFiles("a").add(FileState.from_path(foreign))
-    assert FileState.from_path(foreign) in KnownFiles("a")
-    spoil(foreign.parent / "cache" / "refdet" / "stores.json")
-    assert FileState.from_path(foreign) not in KnownFiles("a")
-    KnownFiles("a").add(FileState.from_path(foreign))  # no error, whether it can be written or not
+def test_a_damaged_or_writable_cache_is_ignored(unknown_store: Path, damage: Callable[[Path], object]) -> None:
+    KnownFiles("a").add(FileState.from_path(unknown_store))
+    assert FileState.from_path(unknown_store) in KnownFiles("a")
+    damage(unknown_store.parent / "cache" / "refdet" / "stores.json")
+    assert FileState.from_path(unknown_store) not in KnownFiles("a")
+    KnownFiles("a").add(FileState.from_path(unknown_store))  # no error, even if the cache cannot be written
 
 
-def test_the_cache_keeps_the_newest(foreign: Path) -> None:
-    known_files, state = KnownFiles("a"), FileState.from_path(foreign)
-    (foreign.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
-    cache = foreign.parent / "cache" / "refdet" / "stores.json"
+def test_the_cache_keeps_the_newest_500_files(unknown_store: Path) -> None:
+    known_files, state = KnownFiles("a"), FileState.from_path(unknown_store)
+    (unknown_store.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
+    cache = unknown_store.parent / "cache" / "refdet" / "stores.json"
     cache.write_text(json.dumps({"check": known_files._check, "files": {str(i): [0] * 4 for i in range(600)}}))
     cache.chmod(0o600)
     known_files.add(state)
     kept = json.loads(cache.read_text())["files"]
-    assert len(kept) == 500 and list(kept)[-1] == str(foreign) and "100" not in kept and "599" in kept
+    assert len(kept) == 500 and list(kept)[-1] == str(unknown_store) and "100" not in kept and "599" in kept
 
 
-def test_a_worker_need_not_try_what_its_parent_did(
-    foreign: Path, tried: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_worker_does_not_check_a_store_that_its_parent_checked(
+    unknown_store: Path, checked_files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing can be written there
-    content = pickle.dumps(RegionsDataset(foreign))
-    assert tried == ["a.h5"]
-    monkeypatch.setattr(hdf5_access.known_files, "_in_process", {})  # as in a process that was spawned
-    assert pickle.loads(content)[0]["image_id"] == 10
-    assert tried == ["a.h5"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no cache can be written
+    pickled = pickle.dumps(RegionsDataset(unknown_store))
+    assert checked_files == ["a.h5"]
+    monkeypatch.setattr(hdf5_access.known_files, "_in_process", {})  # as in a spawned process
+    assert pickle.loads(pickled)[0]["image_id"] == 10
+    assert checked_files == ["a.h5"]
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_devices_and_folders_are_refused(tmp_path: Path) -> None:
     from refdet.cli.main import main
 
     os.mkfifo(tmp_path / "pipe.h5")
     (tmp_path / "folder.h5").mkdir()
     (tmp_path / "loop.h5").symlink_to(tmp_path / "loop.h5")
-    for path, says in (
+    for path, message in (
         (tmp_path / "pipe.h5", "a named pipe, not a regular file"),
         (tmp_path / "folder.h5", "a folder, not a regular file"),
         (Path("/dev/zero"), "a device, not a regular file"),
         (tmp_path / "no.h5", "no such file"),
         (tmp_path / "loop.h5", "cannot be read"),
     ):
-        with pytest.raises(InputError, match=f"{path}: {says}"):
+        with pytest.raises(InputError, match=f"{path}: {message}"):
             open_store_file(path)
     for path in (tmp_path / "pipe.h5", Path("/dev/zero")):
         for more in ([], ["--verify"]):
@@ -150,7 +150,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             assert done.exit_code == 2 and re.search("not a (regular )?file", done.stderr)
 
 
-LOOKS = {
+# What the check process does, and the error.
+CRASHES = {
     "while True: pass": "does not finish within 0.5.* seconds of CPU time",
     "os.kill(os.getpid(), signal.SIGSEGV)": r"HDF5 crashes \(SIGSEGV\)",
     "raise SystemExit(3)": "HDF5 exits with 3",
@@ -159,12 +160,12 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("does", LOOKS)
-def test_what_hdf5_does_to_the_other_process_is_damage(
-    foreign: Path, monkeypatch: pytest.MonkeyPatch, does: str
+@pytest.mark.parametrize("statement", CRASHES)
+def test_a_failing_check_process_means_damage(
+    unknown_store: Path, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
-    name = "_check" if "bytearray" in does else "check_in_process"
-    code = f"import os, signal, time; from refdet.store import hdf5_sandbox\ndef check(path):\n    {does}\n"
+    name = "_check" if "bytearray" in statement else "check_in_process"
+    code = f"import os, signal, time; from refdet.store import hdf5_sandbox\ndef check(path):\n    {statement}\n"
     code += f"hdf5_sandbox.{name} = check\n"
     before, main = hdf5_sandbox._CHILD_CODE.split("from refdet.store.hdf5_sandbox import main\n")
     monkeypatch.setattr(
@@ -172,40 +173,40 @@ def test_what_hdf5_does_to_the_other_process_is_damage(
     )
     monkeypatch.setattr(hdf5_sandbox, "CPU_SECONDS", 0.5)
     monkeypatch.setattr(hdf5_sandbox, "WALL_TIME_FACTOR", 20)
-    if "sleep" in does:
+    if "sleep" in statement:
         monkeypatch.setattr(hdf5_sandbox, "_NOTE_AFTER", 0.1)
         monkeypatch.setattr(hdf5_sandbox, "WALL_TIME_FACTOR", 3)
-    with pytest.raises(InputError, match=f"a.h5: damaged: .*{LOOKS[does]}.*; extract it again"):
-        open_store_file(foreign)
+    with pytest.raises(InputError, match=f"a.h5: damaged: .*{CRASHES[statement]}.*; extract it again"):
+        open_store_file(unknown_store)
 
 
-def test_where_no_process_can_be_started_it_is_tried_here(
-    foreign: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_a_separate_process_the_check_runs_in_this_one(
+    unknown_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(hdf5_sandbox.sys, "executable", "/nonexistent")
-    store.open(foreign).close()
+    store.open(unknown_store).close()
     assert "a.h5: checked without a separate process" in caplog.text
 
 
 @pytest.mark.parametrize("how", [["-m", "refdet"], ["-P", "-c", "from refdet.cli.main import main; main()"]])
-def test_nothing_of_the_current_folder_is_imported(foreign: Path, how: list[str]) -> None:
+def test_modules_in_the_current_folder_are_not_imported(unknown_store: Path, how: list[str]) -> None:
     if "-P" in how and sys.version_info < (3, 11):
         pytest.skip("Python itself puts the folder first")
-    folder = foreign.parent / "download"
+    folder = unknown_store.parent / "download"
     folder.mkdir()
     for name in ("h5py", "numpy", "click", "json", "refer", "resource", "sitecustomize"):
         (folder / f"{name}.py").write_text("open('PWNED', 'w').write(__name__)\n")
-    foreign.rename(folder / "a.h5")
+    unknown_store.rename(folder / "a.h5")
     command = [sys.executable, *how, "inspect", "a.h5", "--verify"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert "OK: 3 images" in done.stdout or "regions/mask_counts" in done.stdout, done.stderr
     assert not (folder / "PWNED").exists()
 
 
-def test_plugins_of_hdf5_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HDF5_PLUGIN_PATH", "/tmp/plugins")
-    found = hdf5_sandbox._environment()
-    assert "HDF5_PLUGIN_PATH" not in found and found["HDF5_PLUGIN_PRELOAD"] == "::"
+def test_hdf5_plugins_are_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HDF5_PLUGIN_PATH", "/plugins")
+    environment = hdf5_sandbox._environment()
+    assert "HDF5_PLUGIN_PATH" not in environment and environment["HDF5_PLUGIN_PRELOAD"] == "::"
 
 
 def test_opening_a_known_store_starts_no_process(tmp_path: Path) -> None:
@@ -216,18 +217,18 @@ def test_opening_a_known_store_starts_no_process(tmp_path: Path) -> None:
         "reader.open(sys.argv[1]).close()"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
-    os.utime(path)
+    os.utime(path)  # now it is unknown
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 7
 
 
 @pytest.mark.parametrize(("name", "problem"), [("SIGKILL", "not checked: "), ("SIGSEGV", "damaged: HDF5 crashes")])
-def test_only_crashes_are_taken_for_damage(
-    foreign: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
+def test_only_crashes_of_the_check_mean_damage(
+    unknown_store: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
 ) -> None:
-    """A check that the system kills, such as for lack of memory, says nothing about the file."""
+    """A check that the system kills, for example for lack of memory, says nothing about the file."""
     kill = f'import os, signal; print("started", flush=True); os.kill(os.getpid(), signal.{name})'
     monkeypatch.setattr(hdf5_sandbox, "_CHILD_CODE", kill)
     with pytest.raises(InputError, match=rf"a\.h5: {problem}.*\({name}\)"):
-        store.open(foreign)
+        store.open(unknown_store)
     monkeypatch.undo()
-    store.open(foreign).close()
+    store.open(unknown_store).close()

@@ -1,4 +1,4 @@
-"""Pickles of arrays that name nothing of numpy's that another version lacks, whatever text is among them."""
+"""Pickles of arrays that any version of numpy loads, whatever strings they contain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refdet.store.export import portable_pickle
 from refdet.store.export.npz import export_npz, write_npz
 
 GLOBALS = {"numpy ndarray", "numpy dtype", "_codecs encode"}
-# text that a search through the bytes of a pickle would take for a module's name
+# strings that look like references to numpy modules in the bytes of a pickle
 HOSTILE = st.sampled_from(["cnumpy._core.multiarray\n", "numpy._core", "cnumpy.core.multiarray\n_reconstruct\n", "R."])
 TEXTS = st.lists(HOSTILE | st.text(max_size=5), max_size=4).map("".join)
 ARRAYS = st.sampled_from([
@@ -37,69 +37,70 @@ VALUES = st.recursive(TEXTS | st.integers() | ARRAYS, lambda inner: st.lists(inn
                       | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6)  # fmt: skip
 
 
-class Recorder(pickle.Unpickler):
-    """Keeps the names of the globals that a pickle asks for."""
+class RecordingUnpickler(pickle.Unpickler):
+    """Records the globals that a pickle requests."""
 
     def __init__(self, text: bytes) -> None:
         super().__init__(io.BytesIO(text))
-        self.named: set[str] = set()
+        self.requested: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        self.named.add(f"{module} {name}")
+        self.requested.add(f"{module} {name}")
         return super().find_class(module, name)
 
 
-def named(text: bytes) -> set[str]:
-    recorder = Recorder(text)
+def requested_globals(text: bytes) -> set[str]:
+    """Globals that a pickle requests, as "module name"."""
+    recorder = RecordingUnpickler(text)
     recorder.load()
-    return recorder.named
+    return recorder.requested
 
 
-def same(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, list):
-        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+        return isinstance(b, list) and len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(map(same, a.values(), b.values()))
+        return isinstance(b, dict) and list(a) == list(b) and all(map(equal, a.values(), b.values()))
     return type(a) is type(b) and a == b
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(VALUES, st.sampled_from([2, 4]))
-def test_values_come_back_as_they_were(value: Any, protocol: int) -> None:
+def test_values_survive_a_round_trip(value: Any, protocol: int) -> None:
     text = portable_pickle.dumps(value, protocol)
-    assert same(value, pickle.loads(text))
+    assert equal(value, pickle.loads(text))
     assert not {code.name for code, _, _ in pickletools.genops(text)} & {"EXT1", "PERSID", "BINPERSID"}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_only_names_of_every_numpy_are_asked_for(protocol: int) -> None:
+def test_only_globals_of_every_numpy_version_are_requested(protocol: int) -> None:
     value = {"cnumpy._core.multiarray\n": np.arange(3), "a": [np.zeros((2, 2), np.float16), np.array({"b": 1}, object)]}
     text = portable_pickle.dumps(value, protocol)
-    assert named(text) <= GLOBALS and pickle.loads(text)["a"][1].item() == {"b": 1}
+    assert requested_globals(text) <= GLOBALS and pickle.loads(text)["a"][1].item() == {"b": 1}
 
 
-def test_arrays_can_be_written_to() -> None:
-    found = pickle.loads(portable_pickle.dumps(np.arange(3), 4))
-    found[0] = 7
-    assert found.tolist() == [7, 1, 2] and found.flags.owndata
+def test_loaded_arrays_are_writable() -> None:
+    array = pickle.loads(portable_pickle.dumps(np.arange(3), 4))
+    array[0] = 7
+    assert array.tolist() == [7, 1, 2] and array.flags.owndata
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.dictionaries(TEXTS, TEXTS | ARRAYS, max_size=4))
-def test_a_dict_in_an_npz_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, info: dict[str, Any]) -> None:
+def test_a_dict_in_an_npz_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, info: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     write_npz(path, {"info": info, "x": np.arange(3)})
     found = np.load(path, allow_pickle=True)
     assert found["info"].shape == () and found["info"].dtype == object
-    assert same(info, found["info"].item()) and found["x"].tolist() == [0, 1, 2]
+    assert equal(info, found["info"].item()) and found["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     "name", ["cnumpy._core.multiarray", "xnumpy._core.multiarray_reconstruct", "cnumpy.core.multiarray"]
 )
-def test_an_image_keeps_its_name(tmp_path: Path, name: str) -> None:
+def test_an_image_named_like_a_numpy_module_keeps_its_name(tmp_path: Path, name: str) -> None:
     images = [replace(DETECTIONS[0], file_name=f"{name}.jpg")]
     export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
     path = tmp_path / "out" / f"{name}.npz"
@@ -108,5 +109,6 @@ def test_an_image_keeps_its_name(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(path) as archive:
         member = archive.read("info.npy")
     text = member[member.index(b"\n") + 1 :]
-    assert named(text) <= GLOBALS
-    assert not {code.name for code, _, _ in pickletools.genops(text)} & {"STACK_GLOBAL", "FRAME"}  # as Python 2 reads
+    assert requested_globals(text) <= GLOBALS
+    # Python 2 can read it: protocol 2 has neither opcode
+    assert not {code.name for code, _, _ in pickletools.genops(text)} & {"STACK_GLOBAL", "FRAME"}

@@ -1,4 +1,4 @@
-"""A shard on disk: its images one by one, and numbers that no store should hold."""
+"""Shard files: round trips, reading single images, damage, and values that do not fit the data type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted_extraction import BATCHES, RECORDS, compute, load, run
+from interrupted_extraction import BATCHES, RECORDS, compute, interrupt_at, load, run
 from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
@@ -32,14 +32,16 @@ FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.fl
 def write(path: Path, images: list[Regions], plan: Plan = PLAN) -> list[BlockLocation]:
     with path.open("wb", 0) as file:
         writer = ShardWriter(file, {"shard": 0})
-        places = writer.add(encode_all(images[:1], plan.columns())) + writer.add(encode_all(images[1:], plan.columns()))
+        locations = writer.add(encode_all(images[:1], plan.columns())) + writer.add(
+            encode_all(images[1:], plan.columns())
+        )
         writer.finish()
-    return places
+    return locations
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data(), counts=st.lists(st.integers(0, 3), max_size=4))
-def test_a_shard_gives_back_what_was_put_in(
+def test_images_survive_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, counts: list[int]
 ) -> None:
     shapes = data.draw(st.tuples(*[st.lists(st.integers(0, 3), max_size=3).map(tuple)] * 2))
@@ -56,13 +58,14 @@ def test_a_shard_gives_back_what_was_put_in(
     write(path, images, plan)
     found = [decode(image) for image, _ in read(path, {"shard": 0}, plan)]
     assert len(found) == len(images)
-    for one, other in zip(found, images, strict=True):
-        assert (one.image_id, one.file_name, one.masks) == (other.image_id, other.file_name, other.masks)
-        for name, values in other.features.items():
-            assert one.features[name].dtype == plan.dtype
-            np.testing.assert_array_equal(one.features[name], values.astype(plan.dtype))
-        np.testing.assert_array_equal(one.boxes, other.boxes)
-        np.testing.assert_array_equal(one.category_ids, other.category_ids)
+    for actual, expected in zip(found, images, strict=True):
+        assert (actual.image_id, actual.file_name) == (expected.image_id, expected.file_name)
+        assert actual.masks == expected.masks
+        for name, values in expected.features.items():
+            assert actual.features[name].dtype == plan.dtype
+            np.testing.assert_array_equal(actual.features[name], values.astype(plan.dtype))
+        np.testing.assert_array_equal(actual.boxes, expected.boxes)
+        np.testing.assert_array_equal(actual.category_ids, expected.category_ids)
     with pytest.raises(ShardError, match="another extraction"):
         list(read(path, {"shard": 1}, plan))
 
@@ -70,18 +73,20 @@ def test_a_shard_gives_back_what_was_put_in(
 COLUMNS = PLAN.columns({name: values.shape[1:] for name, values in FEATURES.items()})
 
 
-@pytest.mark.parametrize("size", [0, -(2**16)])  # with memory for all, and with none to begin with
-def test_each_image_is_read_alone_in_any_order(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    "group_bytes", [pytest.param(0, id="initial buffer"), pytest.param(-(2**16), id="no initial buffer")]
+)
+def test_single_images_are_read_in_any_order(tmp_path: Path, group_bytes: int) -> None:
     images = encode_all([make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))], COLUMNS)
-    places = write(tmp_path / "a", [make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))])
-    assert [place for _, place in read(tmp_path / "a", {"shard": 0}, PLAN)] == places
-    reader, before = ImageReader(COLUMNS, size, num_groups=2), []
+    locations = write(tmp_path / "a", [make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))])
+    assert [location for _, location in read(tmp_path / "a", {"shard": 0}, PLAN)] == locations
+    reader, last_two = ImageReader(COLUMNS, group_bytes, num_groups=2), []
     for k in (2, 0, 3, 1, 3):
         reader.next_group()
-        found = reader.read(tmp_path / "a", images[k].row, places[k])
+        found = reader.read(tmp_path / "a", images[k].row, locations[k])
         assert isinstance(found, RawImage)
-        before = [*before[-1:], (k, found)]
-        for j, raw in before:  # the last two are valid
+        last_two = [*last_two[-1:], (k, found)]
+        for j, raw in last_two:  # their memory is not reused yet
             arrays = [images[j].arrays[name] for name in region_bytes(COLUMNS) if name in images[j].arrays]
             assert b"".join(raw.parts) == b"".join(values.tobytes() for values in arrays)
             assert [zlib.crc32(part) for part in raw.parts][: len(arrays)] == [*images[j].checksums.values()]
@@ -89,34 +94,34 @@ def test_each_image_is_read_alone_in_any_order(tmp_path: Path, size: int) -> Non
     reader.close()
 
 
-def test_shards_are_closed_when_many_were_read(tmp_path: Path) -> None:
-    [image], [place] = encode_all([make_regions(1, 2)], COLUMNS), write(tmp_path / "0", [make_regions(1, 2)])
+def test_a_reader_keeps_fewer_than_70_shards_open(tmp_path: Path) -> None:
+    [image], [location] = encode_all([make_regions(1, 2)], COLUMNS), write(tmp_path / "0", [make_regions(1, 2)])
     for number in range(1, 80):
         (tmp_path / str(number)).write_bytes((tmp_path / "0").read_bytes())
     reader, opened = ImageReader(COLUMNS), len(os.listdir("/dev/fd"))
     for number in [*range(80), 0]:
-        reader.read(tmp_path / str(number), image.row, place)
+        reader.read(tmp_path / str(number), image.row, location)
     assert len(os.listdir("/dev/fd")) - opened < 70
     reader.close()
     assert len(os.listdir("/dev/fd")) == opened
 
 
-def test_damage_to_one_image_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+def test_damage_to_an_image_is_detected_when_it_is_read(tmp_path: Path) -> None:
     images = encode_all([make_regions(i, 2) for i in range(3)], COLUMNS)
-    places = write(tmp_path / "a", [make_regions(i, 2) for i in range(3)])
+    locations = write(tmp_path / "a", [make_regions(i, 2) for i in range(3)])
     data = bytearray((tmp_path / "a").read_bytes())
-    data[places[1].start + 9] ^= 1
-    (tmp_path / "a").write_bytes(data[: places[2].start + 5])
+    data[locations[1].start + 9] ^= 1
+    (tmp_path / "a").write_bytes(data[: locations[2].start + 5])
 
     def read_again(k: int) -> None:
-        ImageReader(COLUMNS).read(tmp_path / "a", images[k].row, places[k])
+        ImageReader(COLUMNS).read(tmp_path / "a", images[k].row, locations[k])
 
     read_again(0)
-    for k, says in ((1, "checksum mismatch"), (2, "truncated")):
-        with pytest.raises(ShardError, match=says):
+    for k, message in ((1, "checksum mismatch"), (2, "truncated")):
+        with pytest.raises(ShardError, match=message):
             read_again(k)
     with pytest.raises(ShardError, match="images differ"):
-        ImageReader(COLUMNS).read(tmp_path / "a", images[0].row._replace(regions=3), places[0])
+        ImageReader(COLUMNS).read(tmp_path / "a", images[0].row._replace(regions=3), locations[0])
     (tmp_path / "a").unlink()
     with pytest.raises(ShardError, match="missing"):
         read_again(0)
@@ -124,32 +129,31 @@ def test_damage_to_one_image_is_noticed_when_it_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("value", [7e4, -7e4, np.inf, np.nan])
-def test_a_number_that_does_not_fit_is_an_error_and_not_infinity(tmp_path: Path, dtype: str, value: float) -> None:
+def test_a_value_beyond_the_data_type_is_refused(tmp_path: Path, dtype: str, value: float) -> None:
     features = {"pool5": FEATURES["pool5"], "fc7": FEATURES["fc7"].copy()}
     features["fc7"][1, 3] = value
     image, plan = replace(make_regions(7, 2), features=features), replace(PLAN, dtype=dtype)
     if np.isfinite(value) and dtype == "float32":
         write(tmp_path / "a", [image], plan)
         return
-    says = (
-        "reaches 70000, beyond the range of float16 .65504.*`dtype='float32'`"
-        if np.isfinite(value)
-        else "contains NaN or inf"
-    )
-    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
+    if np.isfinite(value):
+        message = "reaches 70000, beyond the range of float16 .65504.*`dtype='float32'`"
+    else:
+        message = "contains NaN or inf"
+    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {message}"):
         write(tmp_path / "a", [image], plan)
 
 
-@pytest.mark.parametrize(("value", "says"), [(np.inf, "is beyond the range of float16"), (np.nan, "contains NaN")])
-def test_a_number_that_did_not_fit_on_the_device_is_an_error_too(tmp_path: Path, value: float, says: str) -> None:
+@pytest.mark.parametrize(("value", "message"), [(np.inf, "is beyond the range of float16"), (np.nan, "contains NaN")])
+def test_infinity_in_float16_features_of_the_device_is_refused(tmp_path: Path, value: float, message: str) -> None:
     features = {name: values.astype(np.float16) for name, values in FEATURES.items()}
     features["fc7"][1, 3] = value
-    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
+    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {message}"):
         write(tmp_path / "a", [replace(make_regions(7, 2), features=features)], replace(PLAN, dtype="float16"))
 
 
-def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None:
-    def overflows(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+def test_a_value_beyond_float16_stops_an_extraction(tmp_path: Path) -> None:
+    def compute_large(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         if batch == BATCHES[2]:
             large = {name: values + 1e5 for name, values in FEATURES.items()}
             return lambda: [replace(make_regions(r.id, 2), features=large) for r in batch]
@@ -157,13 +161,13 @@ def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None
 
     out, plan = tmp_path / "a.h5", replace(PLAN, dtype="float16")
     with pytest.raises(RuntimeFailure, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*`dtype='float32'`"):
-        extract(out, plan, HEADER, BATCHES, RECORDS, load, overflows, shard_images=2)
+        extract(out, plan, HEADER, BATCHES, RECORDS, load, compute_large, shard_images=2)
     assert not out.exists()
 
 
-def damaged(path: Path, **changes: object) -> None:
-    """Change fields of the head of the second image of a shard, and make all checksums right again."""
-    data = path.read_bytes()
+def rewrite_second_image(path: Path, **changes: object) -> None:
+    """Change fields in the header of a shard's second image, and update all checksums."""
+    data = path.read_bytes()  # a line, and blocks: length, CRC-32, bytes
     blocks, at = [], data.index(b"\n") + 1
     while length := int.from_bytes(data[at : at + 8], "little"):
         blocks.append(data[at + 12 : at + 12 + length])
@@ -191,34 +195,29 @@ BOX, SCORE, CATEGORY = ["box", "<f4", [0, 4]], ["score", "<f4", [0]], ["category
         {"arrays": [BOX, CATEGORY, SCORE], "masks": []}, {"arrays": [BOX, SCORE, CATEGORY], "masks": []},
     ],
 )  # fmt: skip
-def test_what_no_store_could_hold_is_damage_whatever_the_checksums(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_invalid_images_with_valid_checksums_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     write(tmp_path / "a", [make_regions(1, 0), make_regions(2, 2)])
-    damaged(tmp_path / "a")
+    rewrite_second_image(tmp_path / "a")
     assert len(list(read(tmp_path / "a", {"shard": 0}, PLAN))) == 2
-    damaged(tmp_path / "a", **changes)
+    rewrite_second_image(tmp_path / "a", **changes)
     with pytest.raises(ShardError, match="damaged: invalid image"):
         list(read(tmp_path / "a", {"shard": 0}, PLAN))
 
 
 @pytest.mark.parametrize("missing", ["ann_id", "features/fc7"])
-def test_an_image_with_regions_has_all_that_is_kept(tmp_path: Path, missing: str) -> None:
+def test_an_image_without_a_column_of_the_plan_is_refused(tmp_path: Path, missing: str) -> None:
     plan = replace(PLAN, ann_ids=missing != "ann_id", features=() if missing == "features/fc7" else PLAN.features)
     write(tmp_path / "a", [make_regions(1, 2)], plan)
     with pytest.raises(ShardError, match=f"{missing} is missing|features/pool5"):
         list(read(tmp_path / "a", {"shard": 0}, PLAN))
 
 
-def test_a_shard_of_other_images_is_computed_again(tmp_path: Path) -> None:
+def test_a_shard_with_other_images_is_computed_again(tmp_path: Path) -> None:
     out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
 
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        if batch == BATCHES[2]:
-            raise KeyboardInterrupt
-        return compute(batch, images)
-
     with pytest.raises(Interrupted):
-        run(out, compute=stops)
-    damaged(folder / "000000.shard", id=4)
+        run(out, compute=interrupt_at(BATCHES[2]))
+    rewrite_second_image(folder / "000000.shard", id=4)
     run(out, resume=True)
     run(tmp_path / "whole.h5")
     assert contents(out) == contents(tmp_path / "whole.h5")

@@ -1,9 +1,10 @@
-"""The store: what is written is read, whole or not at all, the same bytes for the same regions."""
+"""Stores from shards: round trips, the schema, identical bytes for identical regions, full disks and damage."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def assert_equal(a: Regions, b: Regions) -> None:
             np.testing.assert_array_equal(values, b.features[feature])
 
 
-def write(out: Path, images: list[Regions], cuts: list[list[int]]) -> None:
-    """A store of images whose shards hold the images at these places."""
-    planned = [[[record(images[i]) for i in places]] for places in cuts]
-    with shards.open_extraction(out, PLAN, HEADER, planned, resume=True) as parts:
+def write(out: Path, images: list[Regions], shard_places: list[list[int]]) -> None:
+    """Write a store from shards that hold the images at given places of the list."""
+    batches = [[[record(images[i]) for i in places]] for places in shard_places]
+    with shards.open_extraction(out, PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
-        for number, places in enumerate(cuts):
+        for number, places in enumerate(shard_places):
             put(parts, number, [images[i] for i in places])
         parts.merge([record(image) for image in images])
 
@@ -52,7 +53,7 @@ def put(parts: shards.ShardSet, number: int, images: list[Regions]) -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(counts=st.lists(st.integers(0, 4), max_size=7), data=st.data())
-def test_round_trip_in_any_order_of_work(
+def test_regions_survive_a_round_trip_in_any_order_of_shards(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], data: st.DataObject
 ) -> None:
     images = [
@@ -71,29 +72,29 @@ def test_round_trip_in_any_order_of_work(
         for image in images:
             assert_equal(image, found[image.image_id])
             assert found.rows(image.image_id) == range(row, row + len(image))
-            for place in range(len(image)):
-                assert found.region(row) == (image.image_id, place)
+            for region in range(len(image)):
+                assert found.region(row) == (image.image_id, region)
                 row += 1
         assert found.errors == {image.image_id: "no fïle" for image in images if not len(image)}
-        assert found.errors is found.errors  # not made again for each of many images
+        assert found.errors is found.errors  # cached
         with pytest.raises(IndexError):
             found.region(row)
         with pytest.raises(KeyError):
             found[9]
 
 
-def test_layout_is_the_published_schema(tmp_path: Path) -> None:
+def test_datasets_and_attributes_are_those_of_the_documented_schema(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", [make_regions(1, 2), make_regions(2, 3)], [[1], [0]])
     with h5py.File(tmp_path / "a.h5") as file:
         assert set(file.attrs) == {"schema", "classes", "recipe", "provenance", "options", "complete"}
         assert file.attrs["schema"] == "refdet-features/1"
         assert bool(file.attrs["complete"])
-        kinds = {name: (file[name].dtype.name, file[name].shape) for group in file.values() for name in
-                 (f"{group.name[1:]}/{key}" for key in group)}  # fmt: skip
-        counts = kinds.pop("regions/mask_counts")
-        assert counts[0] == "uint8"
+        datasets = {f"{group}/{name}": (data.dtype.name, data.shape)
+                    for group in file for name, data in file[group].items()}  # fmt: skip
+        dtype, _ = datasets.pop("regions/mask_counts")  # whose length depends on the masks
+        assert dtype == "uint8"
         assert h5py.check_string_dtype(file["images/file_name"].dtype).encoding == "utf-8"
-    assert kinds == {
+    assert datasets == {
         "images/id": ("int64", (2,)), "images/file_name": ("object", (2,)), "images/error": ("object", (2,)),
         "images/height": ("int32", (2,)), "images/width": ("int32", (2,)), "images/region_start": ("int64", (3,)),
         "regions/box": ("float32", (5, 4)), "regions/score": ("float32", (5,)),
@@ -104,15 +105,15 @@ def test_layout_is_the_published_schema(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_same_regions_give_the_same_bytes_whatever_the_order_of_the_work(tmp_path: Path) -> None:
+def test_the_order_of_shards_does_not_change_the_bytes(tmp_path: Path) -> None:
     images = [make_regions(i, 1 + i % 3) for i in range(9)]
-    for name, cuts in (("a.h5", [list(range(9))]), ("b.h5", [[8, 0], [3], [7, 6, 5], [1, 2, 4]])):
-        write(tmp_path / name, images, cuts)
+    for name, shard_places in (("a.h5", [list(range(9))]), ("b.h5", [[8, 0], [3], [7, 6, 5], [1, 2, 4]])):
+        write(tmp_path / name, images, shard_places)
     digests = {hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("a.h5", "b.h5")}
     assert len(digests) == 1
 
 
-def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
+def test_float16_is_used_for_features_only(tmp_path: Path) -> None:
     plan = replace(PLAN, dtype="float16")
     image = make_regions(1, 3)
     with shards.open_extraction(tmp_path / "a.h5", plan, HEADER, [[[record(image)]]], resume=False) as parts:
@@ -126,12 +127,12 @@ def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
         assert found.read(1, features=()).features == {}
 
 
-def test_an_image_that_was_never_computed_is_no_store(tmp_path: Path) -> None:
+def test_without_a_shard_of_each_image_no_store_is_written(tmp_path: Path) -> None:
     images = [make_regions(1, 2), make_regions(2, 2)]
-    planned = [[[record(images[0])]]]
+    batches = [[[record(images[0])]]]
     with (
         pytest.raises(KeyError),
-        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts,
+        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts,
     ):
         assert parts is not None
         put(parts, 0, images[:1])
@@ -140,22 +141,22 @@ def test_an_image_that_was_never_computed_is_no_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda path: None, "no such file"),
-        (lambda path: path.write_text("no HDF5"), "not a readable HDF5 file"),
+        (lambda path: path.write_text("not HDF5"), "not a readable HDF5 file"),
         (lambda path: h5py.File(path, "w").close(), "no schema"),
         (lambda path: _attributes(path, schema="refdet-features/9"), "refdet-features/9"),
         (lambda path: _attributes(path, schema=store.SCHEMA), "missing attribute classes"),
         (lambda path: _damage(path, "complete"), "incomplete"),
         (lambda path: _damage(path, "classes"), "damaged"),
-        (lambda path: _cut(path), "not a readable HDF5 file"),
+        (lambda path: _truncate(path), "not a readable HDF5 file"),
     ],
 )
-def test_what_is_no_store_is_refused_by_name(tmp_path: Path, make: object, says: str) -> None:
+def test_a_file_that_is_not_a_store_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     path = tmp_path / "bad.h5"
-    make(path)  # type: ignore[operator]
-    with pytest.raises(InputError, match=says) as raised:
+    make(path)
+    with pytest.raises(InputError, match=message) as raised:
         store.open(path)
     assert "bad.h5" in str(raised.value)
 
@@ -171,27 +172,27 @@ def _damage(path: Path, name: str) -> None:
         file.attrs[name] = False if name == "complete" else "{"
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     write(path, [make_regions(1, 2)], [[0]])
     path.write_bytes(path.read_bytes()[:-300])
 
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [make_regions(1, 2), make_regions(2, 2)]
-    planned = [[[record(image)]] for image in images]
+    batches = [[[record(image)]] for image in images]
 
-    def full(*args: object, **kwargs: object) -> None:
+    def raise_disk_full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    full_at = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*`resume=True`")
-    with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
+    disk_full = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*`resume=True`")
+    with disk_full, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
-        monkeypatch.setattr(shards.ShardWriter, "finish", full)
+        monkeypatch.setattr(shards.ShardWriter, "finish", raise_disk_full)
         put(parts, 1, images[1:])
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.shard", "lock", "plan.json"]
-    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
         assert parts.missing_shards() == [1] and parts.finished_images == 1
 
@@ -204,18 +205,20 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pyte
         RuntimeError("Can't decrement id ref count (unable to close file, errno = 28, error message = 'No space')"),
     ],
 )
-def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_full_disk_during_the_merge_keeps_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     image = make_regions(1, 2)
 
-    def full(self: object, regions: Regions) -> None:
+    def fail(self: object, regions: Regions) -> None:
         raise error
 
-    full_at = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*`resume=True`")
-    with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
+    disk_full = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*`resume=True`")
+    with disk_full, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
         with monkeypatch.context() as patch:
-            patch.setattr(store.StoreWriter, "put", full)
+            patch.setattr(store.StoreWriter, "put", fail)
             parts.merge([record(image)])
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5.parts"]
     with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=True) as parts:
@@ -225,19 +228,19 @@ def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.Mo
         assert_equal(found[1], image)
 
 
-def test_too_little_space_is_seen_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shards.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RuntimeFailure, match="no space left"):
         write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
 
 
-def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_shard_is_reported_and_not_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [make_regions(1, 2), make_regions(2, 2)]
-    planned = [[[record(image)]] for image in images]
+    batches = [[[record(image)]] for image in images]
     shard = tmp_path / "a.h5.parts" / "000000.shard"
-    damaged = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*`resume=True`")
-    with damaged, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
+    error = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*`resume=True`")
+    with error, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
         put(parts, 1, images[1:])
@@ -246,7 +249,7 @@ def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.
     assert not shard.exists() and not (tmp_path / "a.h5").exists()
     other = shard.with_name("000001.shard")
     other.write_bytes(other.read_bytes()[:100])
-    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
         assert parts.missing_shards() == [0, 1]
     assert "000001.shard: damaged" in caplog.text and not other.exists()

@@ -1,4 +1,4 @@
-"""The store's contents: whatever regions there are come back, and damage is found and named."""
+"""Contents of a store: round trips of any columns, the table, checksums, and damage that verifying finds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -36,17 +37,23 @@ def write(path: Path, images: list[Regions], columns: store.Columns) -> None:
             writer.put(image)
 
 
-def assert_same(a: Regions, b: Regions) -> None:
+def arrays_of(regions: Regions) -> dict[str, np.ndarray]:
+    """All arrays of regions by name."""
+    named = {"boxes": regions.boxes, "scores": regions.scores, "category_ids": regions.category_ids}
+    named |= regions.features
+    named |= {f"map {name}": values for name, values in regions.maps.items()}
+    optional = {"ann_ids": regions.ann_ids, "im_info": regions.im_info}
+    return named | {name: values for name, values in optional.items() if values is not None}
+
+
+def assert_equal(actual: Regions, expected: Regions) -> None:
     for name in ("image_id", "file_name", "height", "width", "error", "masks"):
-        assert getattr(a, name) == getattr(b, name), name
-    arrays = [({"boxes": r.boxes, "scores": r.scores, "category_ids": r.category_ids} | dict(r.features)
-               | {f"map {k}": v for k, v in r.maps.items()}
-               | ({} if r.ann_ids is None else {"ann_ids": r.ann_ids})
-               | ({} if r.im_info is None else {"im_info": r.im_info})) for r in (a, b)]  # fmt: skip
-    assert set(arrays[0]) == set(arrays[1])
-    for name, values in arrays[0].items():
-        assert values.dtype == arrays[1][name].dtype, name
-        np.testing.assert_array_equal(values, arrays[1][name], err_msg=name)
+        assert getattr(actual, name) == getattr(expected, name), name
+    arrays, expected_arrays = arrays_of(actual), arrays_of(expected)
+    assert set(arrays) == set(expected_arrays)
+    for name, values in arrays.items():
+        assert values.dtype == expected_arrays[name].dtype, name
+        np.testing.assert_array_equal(values, expected_arrays[name], err_msg=name)
 
 
 COLUMNS = st.builds(
@@ -69,7 +76,7 @@ COLUMNS = st.builds(
     columns=COLUMNS,
     sizes=st.lists(st.tuples(st.integers(0, 4), NAMES, NAMES), max_size=6),
 )
-def test_what_is_written_is_read(
+def test_regions_of_any_columns_survive_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     columns: store.Columns,
     sizes: list[tuple[int, str, str]],
@@ -80,7 +87,7 @@ def test_what_is_written_is_read(
     with store.open(path) as found:
         assert list(found) == [image.image_id for image in images]
         for image in images:
-            assert_same(image, found[image.image_id])
+            assert_equal(image, found[image.image_id])
         for part in (slice(1, 3), slice(None, None, -2), slice(-2, None)):
             assert [r.image_id for r in found[part]] == [r.image_id for r in images[part]]
         frame = found.to_dataframe()
@@ -90,44 +97,43 @@ def test_what_is_written_is_read(
             frame[["x1", "y1", "x2", "y2"]], np.concatenate([np.zeros((0, 4), np.float32), *(r.boxes for r in images)])
         )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            hdf5_access, "check_in_subprocess", hdf5_sandbox.check_in_process
-        )  # a process for each takes too long
+        # starting a process for each example takes too long
+        patch.setattr(hdf5_access, "check_in_subprocess", hdf5_sandbox.check_in_process)
         result = verify(path)
     assert (result.problems, result.unchecked) == ([], [])
 
 
-def everything() -> store.Columns:
+def all_columns() -> store.Columns:
     features = {"pool5": (5,), "spatial_fc7": (2, 7, 7), "class_prob": (3,)}
     return store.Columns(features, masks=True, ann_ids=True, maps=("head",))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sound") / "a.h5"
-    columns = everything()
+def intact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("intact") / "a.h5"
+    columns = all_columns()
     images = [draw(10 + i, n, columns, f"{i}.jpg") for i, n in enumerate((3, 0, 2, 4))]
     write(path, [*images, draw(14, 0, columns, "lost.jpg", "cannot be read")], columns)
     return path
 
 
-def test_frame_names_and_measures(sound: Path) -> None:
-    with store.open(sound) as found:
+def test_the_dataframe_has_category_names_and_areas(intact_store: Path) -> None:
+    with store.open(intact_store) as found:
         frame, regions = found.to_dataframe(), found[12]
-        own = frame[frame["image_id"] == 12]
-        assert own.index.tolist() == list(found.rows(12)) and frame.index.name == "region"
-        assert own["category"].tolist() == [{3: "dög", 7: "cat"}[c] for c in regions.category_ids.tolist()]
+        rows = frame[frame["image_id"] == 12]
+        assert rows.index.tolist() == list(found.rows(12)) and frame.index.name == "region"
+        assert rows["category"].tolist() == [{3: "dög", 7: "cat"}[c] for c in regions.category_ids.tolist()]
         sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
-        np.testing.assert_array_equal(own["area"], sides[:, 0] * sides[:, 1])
-        np.testing.assert_array_equal(own["ann_id"], regions.ann_ids)
+        np.testing.assert_array_equal(rows["area"], sides[:, 0] * sides[:, 1])
+        np.testing.assert_array_equal(rows["ann_id"], regions.ann_ids)
         with pytest.raises(KeyError, match="no feature 'fc7'"):
             found.read(12, features=("fc7",))
         assert set(found.read(12, features=("pool5", "head")).maps) == {"head"}
         assert not found.read(12, features=("pool5",)).maps
 
 
-def test_the_checksums_are_as_documented(sound: Path) -> None:
-    with h5py.File(sound) as file:
+def test_checksums_are_as_documented(intact_store: Path) -> None:
+    with h5py.File(intact_store) as file:
         table = file["checksums/crc32"]
         names = json.loads(table.attrs["columns"])
         a, b = file["images/region_start"][2:4]
@@ -136,7 +142,7 @@ def test_the_checksums_are_as_documented(sound: Path) -> None:
         assert table[2, names.index("images")] == zlib.crc32(f"12\t9\t7\t{a}\t{b}\t2.jpg\t".encode())
 
 
-def test_the_run_is_told_and_changes_nothing_else(tmp_path: Path) -> None:
+def test_the_attribute_run_does_not_change_the_data(tmp_path: Path) -> None:
     columns = store.Columns(features={"pool5": (4,)})
     row = [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
     for name, run in (("a.h5", None), ("b.h5", {"images_per_second": 3.5})):
@@ -145,29 +151,35 @@ def test_the_run_is_told_and_changes_nothing_else(tmp_path: Path) -> None:
             writer.finish(run)
     with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
         assert (a.run, b.run) == ({}, {"images_per_second": 3.5})
-        assert_same(a[1], b[1])
+        assert_equal(a[1], b[1])
         np.testing.assert_array_equal(a.file["checksums/crc32"], b.file["checksums/crc32"])
 
 
-def test_wrong_regions_are_not_written(tmp_path: Path) -> None:
-    columns = everything()
-    good = draw(1, 2, columns)
-    row = store.ImageRow(1, "a.jpg", 9, 7, "", 2, sum(map(len, good.masks or ())), good.maps["head"].shape)
-    for wrong, says in (
+def test_regions_that_do_not_match_their_row_are_refused(tmp_path: Path) -> None:
+    columns = all_columns()
+    regions = draw(1, 2, columns)
+    row = store.ImageRow(1, "a.jpg", 9, 7, "", 2, sum(map(len, regions.masks or ())), regions.maps["head"].shape)
+    for wrong_row, message in (
         (row._replace(map_shape=(2, 3, 4)), "map has shape"),
         (row._replace(mask_bytes=1), "mask_counts"),
         (row._replace(regions=3), "expected 3"),
     ):
-        with pytest.raises(ValueError, match=says), store.create(tmp_path / "a.h5", HEADER, columns, [wrong]) as writer:
-            writer.put(good)
-    narrow = store.Columns({"pool5": (4,)}, masks=True, ann_ids=True)
-    with pytest.raises(ValueError, match="pool5"), store.create(tmp_path / "a.h5", HEADER, narrow, [row]) as writer:
-        writer.put(good)
+        with (
+            pytest.raises(ValueError, match=message),
+            store.create(tmp_path / "a.h5", HEADER, columns, [wrong_row]) as writer,
+        ):
+            writer.put(regions)
+    other_columns = store.Columns({"pool5": (4,)}, masks=True, ann_ids=True)
+    with (
+        pytest.raises(ValueError, match="pool5"),
+        store.create(tmp_path / "a.h5", HEADER, other_columns, [row]) as writer,
+    ):
+        writer.put(regions)
     assert not (tmp_path / "a.h5").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"maps": {"head": np.zeros((2, 3))}}, "maps must be"),
         ({"maps": {"head": np.zeros((2, 3, 4))}, "im_info": None}, "without im_info"),
@@ -175,10 +187,10 @@ def test_wrong_regions_are_not_written(tmp_path: Path) -> None:
         ({"features": {"pool5": np.zeros((3, 4, 4))}}, "2 boxes"),
     ],
 )
-def test_regions_check_their_maps(changes: dict, says: str) -> None:
-    good = {"im_info": np.ones(3, np.float32)} | changes
-    with pytest.raises(ValueError, match=says):
-        Regions(1, "", 9, 7, np.zeros((2, 4), np.float32), np.zeros(2, np.float32), np.zeros(2, np.int64), **good)
+def test_regions_with_invalid_maps_or_features_are_refused(changes: dict, message: str) -> None:
+    fields = {"im_info": np.ones(3, np.float32)} | changes
+    with pytest.raises(ValueError, match=message):
+        Regions(1, "", 9, 7, np.zeros((2, 4), np.float32), np.zeros(2, np.float32), np.zeros(2, np.int64), **fields)
 
 
 def _replace(file: h5py.File, name: str, values: np.ndarray) -> None:
@@ -186,22 +198,22 @@ def _replace(file: h5py.File, name: str, values: np.ndarray) -> None:
     file[name] = values
 
 
-def _change(name: str, place: object, value: object) -> Callable[[h5py.File], None]:
+def _change(name: str, index: object, value: object) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
-        file[name][place] = value
+        file[name][index] = value
 
     return change
 
 
 def _without_checksums(change: Callable[[h5py.File], None]) -> Callable[[h5py.File], None]:
-    def both(file: h5py.File) -> None:
+    def change_both(file: h5py.File) -> None:
         del file["checksums"]
         change(file)
 
-    return both
+    return change_both
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize(
     ("change", "images", "part"),
     [
@@ -239,41 +251,40 @@ def _without_checksums(change: Callable[[h5py.File], None]) -> Callable[[h5py.Fi
         (lambda file: file.attrs.__setitem__("complete", False), [], "file"),
     ],
 )
-def test_damage_is_named(
-    sound: Path, tmp_path: Path, change: Callable[[h5py.File], None], images: list[int], part: str
+def test_damage_is_reported_with_its_part_and_images(
+    intact_store: Path, tmp_path: Path, change: Callable[[h5py.File], None], images: list[int], part: str
 ) -> None:
     from refdet.cli.main import main
 
     path = tmp_path / "a.h5"
-    shutil.copy(sound, path)
+    shutil.copy(intact_store, path)
     with h5py.File(path, "r+") as file:
         change(file)
     found = verify(path)
     assert part in [problem.part for problem in found.problems]
-    if images:
-        assert found.damaged_images == images
+    assert found.damaged_images == images
     done = CliRunner().invoke(main, ["inspect", str(path), "--verify", "--json"])
     assert done.exit_code == 1 and json.loads(done.stdout) == found.to_json()
-    told = CliRunner().invoke(main, ["inspect", str(path), "--verify"])
-    assert told.exit_code == 1 and str(found.problems[0]) in told.stdout and "a.h5: damaged" in told.stderr
+    printed = CliRunner().invoke(main, ["inspect", str(path), "--verify"])
+    assert printed.exit_code == 1 and str(found.problems[0]) in printed.stdout and "a.h5: damaged" in printed.stderr
 
 
-def test_a_store_without_checksums_says_so(sound: Path, tmp_path: Path) -> None:
+def test_a_store_without_checksums_is_reported_as_unchecked(intact_store: Path, tmp_path: Path) -> None:
     from refdet.cli.main import main
 
-    shutil.copy(sound, tmp_path / "a.h5")
+    shutil.copy(intact_store, tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         del file["checksums"]
-    for path, text in ((sound, ""), (tmp_path / "a.h5", "not checked: no checksums")):
+    for path, text in ((intact_store, ""), (tmp_path / "a.h5", "not checked: no checksums")):
         done = CliRunner().invoke(main, ["inspect", str(path), "--verify"])
         assert done.exit_code == 0 and "OK: 5 images, 9 regions" in done.stdout and text in done.stdout
     (tmp_path / "x.json").write_text("{}")
     assert CliRunner().invoke(main, ["inspect", str(tmp_path / "x.json"), "--verify"]).exit_code == 2
 
 
-@pytest.mark.usefixtures("opened_here")
+@pytest.mark.usefixtures("check_hdf5_in_process")
 @pytest.mark.parametrize("compression", ["none", "gzip"])
-def test_flipped_bytes_and_cuts_are_found(tmp_path: Path, compression: str) -> None:
+def test_flipped_bits_and_truncation_are_detected(tmp_path: Path, compression: str) -> None:
     columns = store.Columns({"pool5": (300,)}, masks=True, maps=("head",), compression=compression)
     write(tmp_path / "a.h5", [draw(i, 5, columns) for i in range(6)], columns)
     whole = (tmp_path / "a.h5").read_bytes()
@@ -282,28 +293,27 @@ def test_flipped_bytes_and_cuts_are_found(tmp_path: Path, compression: str) -> N
         first = data.id.get_offset() if compression == "none" else data.id.get_chunk_info(0).byte_offset
         size = data.id.get_storage_size()
     random = np.random.default_rng(0)
-    places = [*random.integers(len(whole), size=60).tolist(), *random.integers(first, first + size, 20).tolist()]
+    anywhere, in_features = random.integers(len(whole), size=60), random.integers(first, first + size, 20)
+    offsets = [*anywhere.tolist(), *in_features.tolist()]
     damaged = tmp_path / "damaged.h5"
-    unseen = []
-    for number, place in enumerate(places):
+    undetected = []
+    for number, offset in enumerate(offsets):
         content = bytearray(whole)
-        content[place] ^= 1 << int(random.integers(8))
+        content[offset] ^= 1 << int(random.integers(8))
         damaged.write_bytes(content)
         found = verify(damaged)
         if not found.problems:
-            unseen.append(number)
+            undetected.append(number)
             with store.open(tmp_path / "a.h5") as a, store.open(damaged) as b:
-                for image_id in a:  # a byte that belongs to nothing
-                    assert_same(a[image_id], b[image_id])
+                for image_id in a:  # the byte belongs to no data
+                    assert_equal(a[image_id], b[image_id])
         else:
-            try:
-                with store.open(damaged) as b:
-                    for image_id in b:
-                        b[image_id]
-                    b.to_dataframe()
-            except InputError:
-                pass
-    assert not [number for number in unseen if number >= 60]
+            with suppress(InputError), store.open(damaged) as b:  # and no other error
+                for image_id in b:
+                    b[image_id]
+                b.to_dataframe()
+    assert not [number for number in undetected if number >= len(anywhere)]
+    assert len(undetected) < len(anywhere) / 2
     for length in (0, 7, 100, 2000, len(whole) // 2, len(whole) - 1):
         damaged.write_bytes(whole[:length])
         assert verify(damaged).problems

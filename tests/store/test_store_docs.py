@@ -1,4 +1,4 @@
-"""The examples of docs/features.md run, on a file as they ask for."""
+"""The examples in docs/features.md run, and the page names all datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refdet.structures.regions import Regions
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 
 
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     columns = store.Columns({"pool5": (4,), "fc7": (8,)}, masks=True, maps=("head",))
     pixels = np.asfortranarray(random.random((6, 9, 7)) < 0.5, np.uint8)
@@ -40,7 +40,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(block, names)
+        exec(block, names)  # a later example uses variables of those before
     np.testing.assert_array_equal(np.stack(names["masks"]), pixels)
     np.testing.assert_array_equal(names["head"], head)
     assert len(names["first_ten"]) == 3 and len(names["frame"]) == 18 and names["index"] == 0

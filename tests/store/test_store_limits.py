@@ -1,4 +1,4 @@
-"""Numbers beyond what a store's columns hold are refused where a file is read, by name, not when a store is written."""
+"""Ids and sizes that a store cannot hold are refused when an instances file is read, not when a store is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from polygon_files import check, load
 
@@ -31,23 +31,24 @@ def instances(
     }
 
 
-def shown(value: object) -> str | None:
+def describe_size(value: object) -> str | None:
+    """Test id of a large integer."""
     return f"{value.bit_length()} bits" if isinstance(value, int) else None
 
 
-@pytest.mark.parametrize("value", [LARGEST + 1, SMALLEST - 1, 10**30, -(10**30), 10**4000], ids=shown)
+@pytest.mark.parametrize("value", [LARGEST + 1, SMALLEST - 1, 10**30, -(10**30), 10**4000], ids=describe_size)
 @pytest.mark.parametrize("what", ["image", "annotation", "category"])
-def test_ids_beyond_64_bits(tmp_path: Path, what: str, value: int) -> None:
+def test_ids_beyond_64_bits_are_refused(tmp_path: Path, what: str, value: int) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps(instances(**{what: value})))
     text = load(path)
     assert isinstance(text, str) and text.startswith(f"{path}: ") and "more than 64 bits" in text and len(text) < 300
-    assert "more than 64 bits" in check(path)  # it reads the file in its order, so another entry may come first
+    assert "more than 64 bits" in check(path)  # it may name another entry with the id
 
 
 @pytest.mark.parametrize("value", [LARGEST, SMALLEST, -1, 0, 2**53 + 1])
 @pytest.mark.parametrize("what", ["image", "annotation", "category"])
-def test_ids_that_a_column_holds(tmp_path: Path, what: str, value: int) -> None:
+def test_ids_of_64_bits_are_accepted(tmp_path: Path, what: str, value: int) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps(instances(**{what: value})))
     assert isinstance(load(path), CocoIndex) and check(path) == ""
@@ -57,9 +58,9 @@ def test_ids_that_a_column_holds(tmp_path: Path, what: str, value: int) -> None:
     ("height", "width"),
     [(3_000_000_000, 5), (5, 3_000_000_000), (2**31, 1), (2**20, 2**20), (2**15 + 1, 2**15), (10**4000, 5), (0, 5),
      (5, -1), (-(10**4000), 1)],
-    ids=shown,
+    ids=describe_size,
 )  # fmt: skip
-def test_sizes_that_no_image_has(tmp_path: Path, height: int, width: int) -> None:
+def test_impossible_image_sizes_are_refused(tmp_path: Path, height: int, width: int) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps(instances(height=height, width=width)))
     text = load(path)
@@ -68,14 +69,20 @@ def test_sizes_that_no_image_has(tmp_path: Path, height: int, width: int) -> Non
     assert check(path) == text
 
 
-def test_the_largest_sizes_that_pass() -> None:
+def test_the_largest_image_sizes_are_accepted() -> None:
     assert size_problem(2**15, 2**15) == size_problem(MAX_PIXELS, 1) == ""
     assert np.iinfo(np.int32).max >= MAX_PIXELS
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(-(2**70), 2**70), st.integers(-(2**40), 2**40), st.integers(-(2**40), 2**40))
-def test_what_passes_can_be_stored(
+@given(
+    st.integers(SMALLEST - 1, LARGEST + 1) | st.integers(-(2**70), 2**70),
+    st.integers(0, 2**15) | st.integers(-(2**40), 2**40),
+    st.integers(0, 2**15) | st.integers(-(2**40), 2**40),
+)
+@example(SMALLEST, MAX_PIXELS, 1)
+@example(LARGEST, 2**15, 2**15)
+def test_accepted_ids_and_sizes_can_be_stored(
     tmp_path_factory: pytest.TempPathFactory, image_id: int, height: int, width: int
 ) -> None:
     if not is_id(image_id) or size_problem(height, width):
@@ -92,5 +99,5 @@ def test_what_passes_can_be_stored(
         )
 
 
-def test_no_bool_and_no_float_is_an_id() -> None:
+def test_only_python_integers_are_ids() -> None:
     assert not any(map(is_id, (True, 1.0, "1", None, np.int64(1)))) and is_id(1)

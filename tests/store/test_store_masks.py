@@ -1,4 +1,4 @@
-"""Masks of a store are RLEs of their images, or nobody gets them."""
+"""Masks are checked when they are read from a store: each must be an RLE of its image's size."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ BOXES = {1: [[10, 10, 30, 30], [50, 50, 60, 60]], 2: [[0, 0, 40, 20]], 3: []}
 Change = Callable[[np.random.Generator, list[bytes]], list[bytes]]
 
 
-def whole(size: tuple[int, int]) -> bytes:
+def full_mask(size: tuple[int, int]) -> bytes:
+    """Counts of an RLE that covers an image of this (height, width)."""
     counts: bytes = coco_mask.frPyObjects({"size": list(size), "counts": [0, size[0] * size[1]]}, *size)["counts"]
     return counts
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def valid_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "a.h5"
-    images = [regions(i, boxes, masks=(whole((100, 120)),) * len(boxes)) for i, boxes in BOXES.items()]
+    images = [regions(i, boxes, masks=(full_mask((100, 120)),) * len(boxes)) for i, boxes in BOXES.items()]
     write_store(path, images, masks=True)
     return path
 
 
-def with_masks(good: Path, path: Path, change: Change, seed: int = 0) -> Path:
-    """The store with its masks replaced by what ``change`` makes of them."""
-    shutil.copy(good, path)
+def copy_with_masks(valid_store: Path, path: Path, change: Change, seed: int = 0) -> Path:
+    """Copy the store, with its masks changed by ``change``."""
+    shutil.copy(valid_store, path)
     with h5py.File(path, "r+") as file:
         starts, text = file["regions/mask_start"][:], file["regions/mask_counts"][:].tobytes()
         masks = [text[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -60,41 +61,41 @@ def letters(random: np.random.Generator, masks: list[bytes]) -> list[bytes]:
 CHANGES: dict[str, Change] = {
     "noise": noise,
     "letters": letters,
-    "of another size": lambda random, masks: [whole((100, 121)) for _ in masks],
-    "one pixel less": lambda random, masks: [masks[0], whole((11_999, 1)), masks[2]],
-    "none": lambda random, masks: [b"" for _ in masks],
-    "cut": lambda random, masks: [mask[:-1] for mask in masks],
+    "another size": lambda random, masks: [full_mask((100, 121)) for _ in masks],
+    "one pixel less": lambda random, masks: [masks[0], full_mask((11_999, 1)), masks[2]],
+    "empty": lambda random, masks: [b"" for _ in masks],
+    "truncated": lambda random, masks: [mask[:-1] for mask in masks],
     "longer": lambda random, masks: [mask + b"1" for mask in masks],
-    "of a neighbor": lambda random, masks: [masks[0] + masks[1][:2], masks[1][2:], masks[2]],
+    "shifted boundary": lambda random, masks: [masks[0] + masks[1][:2], masks[1][2:], masks[2]],
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_is_no_mask_of_its_image_is_damage(good: Path, tmp_path: Path, change: str, seed: int) -> None:
-    path = with_masks(good, tmp_path / "b.h5", CHANGES[change], seed)
+def test_an_invalid_mask_is_reported_as_damage(valid_store: Path, tmp_path: Path, change: str, seed: int) -> None:
+    path = copy_with_masks(valid_store, tmp_path / "b.h5", CHANGES[change], seed)
     with store.open(path) as found:
         with pytest.raises(InputError, match=r"b\.h5: damaged: .*mask.*image 1 .*120x100.*; extract it again"):
             found.read(1)
         assert len(found.read(3)) == 0
 
 
-def test_good_masks_come_back(good: Path, tmp_path: Path) -> None:
-    path = with_masks(good, tmp_path / "b.h5", lambda random, masks: masks)
+def test_valid_masks_are_read(valid_store: Path, tmp_path: Path) -> None:
+    path = copy_with_masks(valid_store, tmp_path / "b.h5", lambda random, masks: masks)
     with store.open(path) as found:
-        assert found.read(1).masks == (whole((100, 120)),) * 2 and found.read(3).masks == ()
+        assert found.read(1).masks == (full_mask((100, 120)),) * 2 and found.read(3).masks == ()
 
 
-def test_evaluation_refuses_them_before_pycocotools(good: Path, tmp_path: Path) -> None:
+def test_evaluation_refuses_invalid_masks(valid_store: Path, tmp_path: Path) -> None:
     objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"}]
     root = write_refer(tmp_path / "refer", objects)
-    assert evaluate_on_refer(good, root, "toy", "me")["splits"]["val"]["detection"]["segm"]["AP"] == 0
+    assert evaluate_on_refer(valid_store, root, "toy", "me")["splits"]["val"]["detection"]["segm"]["AP"] == 0
     with pytest.raises(InputError, match="damaged: .*mask"):
-        evaluate_on_refer(with_masks(good, tmp_path / "b.h5", noise), root, "toy", "me")
+        evaluate_on_refer(copy_with_masks(valid_store, tmp_path / "b.h5", noise), root, "toy", "me")
 
 
-def test_no_way_into_a_store_goes_round_the_check(good: Path, tmp_path: Path) -> None:
-    path = with_masks(good, tmp_path / "b.h5", letters)
+def test_every_way_to_read_masks_checks_them(valid_store: Path, tmp_path: Path) -> None:
+    path = copy_with_masks(valid_store, tmp_path / "b.h5", letters)
     ways: list[Callable[[Store], object]] = [
         lambda s: s[1], lambda s: s[:1], lambda s: s.read(1, features=()), lambda s: s.read(2).rles()
     ]  # fmt: skip

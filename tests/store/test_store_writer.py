@@ -1,4 +1,4 @@
-"""What may be put into a store: its images in their order, and scores of any detector where boxes were given."""
+"""Writing a store: the order of images, scores of given boxes, and partial writes by the operating system."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from refdet.store.codec import encode
 from refdet.store.verify import verify
 
 
-@pytest.mark.usefixtures("opened_here")
-def test_scores_of_given_boxes_need_not_be_rates(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("check_hdf5_in_process")
+def test_scores_must_be_probabilities_unless_boxes_were_given(tmp_path: Path) -> None:
     columns, row = store.Columns(), [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
-    for boxes, score, sound in ((True, 12.5, True), (False, 12.5, False), (True, np.nan, False), (True, -1, True)):
+    for boxes_given, score, is_valid in (
+        (True, 12.5, True), (False, 12.5, False), (True, np.nan, False), (True, -1, True),
+    ):  # fmt: skip
         path = tmp_path / "a.h5"
-        header = replace(HEADER, options={"boxes_sha256": "0"} if boxes else {})
+        header = replace(HEADER, options={"boxes_sha256": "0"} if boxes_given else {})
         with store.create(path, header, columns, row) as writer:
             writer.put(replace(draw(1, 2, columns), scores=np.array([score, 0.5], np.float32)))
-        assert [problem.part for problem in verify(path).problems] == ([] if sound else ["regions/score"])
+        assert [problem.part for problem in verify(path).problems] == ([] if is_valid else ["regions/score"])
 
 
-def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_images_must_be_put_in_the_order_of_the_rows(tmp_path: Path) -> None:
     columns = store.Columns()
     rows = [store.ImageRow(i, "a.jpg", 9, 7, "", 1, 0) for i in (1, 2)]
     with (
@@ -48,26 +50,26 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "a.h5").exists()
 
 
-@pytest.mark.usefixtures("opened_here")
-@pytest.mark.parametrize("together", [True, False])  # macOS 10 has no pwritev
-def test_large_and_small_rows_are_whole_whatever_the_disk_takes_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+@pytest.mark.usefixtures("check_hdf5_in_process")
+@pytest.mark.parametrize("has_pwritev", [True, False])  # macOS 10 has no pwritev
+def test_rows_are_complete_after_partial_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_pwritev: bool
 ) -> None:
     columns = store.Columns({"large": (70_000,), "small": (3,)}, masks=True, ann_ids=True)
     images = [draw(i, n, columns) for i, n in enumerate((2, 0, 1, 40, 1))]
     rows = [encode(image, columns).row for image in images]
     pwrite, sizes = os.pwrite, []
 
-    def part(descriptor: int, data: memoryview | list[memoryview], offset: int) -> int:
+    def write_partially(descriptor: int, data: memoryview | list[memoryview], offset: int) -> int:
         data = b"".join(data) if isinstance(data, list) else data
         sizes.append(len(data))
         return pwrite(descriptor, data[:100_000], offset)
 
-    if together:
-        monkeypatch.setattr(os, "pwritev", part, raising=False)
+    if has_pwritev:
+        monkeypatch.setattr(os, "pwritev", write_partially, raising=False)
     else:
         monkeypatch.delattr(os, "pwritev", raising=False)
-        monkeypatch.setattr(os, "pwrite", part)
+        monkeypatch.setattr(os, "pwrite", write_partially)
     with store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer:
         writer.put(*images[:2])
         for image in images[2:]:

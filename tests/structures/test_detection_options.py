@@ -1,4 +1,4 @@
-"""`DetectionOptions`: checked in one place, for the library and the command line."""
+"""`DetectionOptions` and `ExtractOptions` check their values, for the library and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refdet.structures.detection_options import DetectionOptions
 
 @pytest.mark.parametrize("kind", [DetectionOptions, ExtractOptions])
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"score_threshold": float("nan")}, "score_threshold: must be a number from 0 to 1, not nan"),
         ({"nms_threshold": 1.5}, "nms_threshold: must be a number from 0 to 1, not 1.5"),
@@ -29,13 +29,13 @@ from refdet.structures.detection_options import DetectionOptions
         ({"lower_threshold_if_empty": "no"}, "lower_threshold_if_empty: must be a bool, not 'no'"),
     ],
 )
-def test_a_bad_value_is_named(kind: type[DetectionOptions], given: dict[str, Any], said: str) -> None:
+def test_an_error_names_option_and_value(kind: type[DetectionOptions], given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         kind(**given)
-    assert str(error.value) == said and isinstance(error.value, InputError)
+    assert str(error.value) == message and isinstance(error.value, InputError)
 
 
-def test_numbers_of_numpy_become_plain_ones_that_can_be_written_as_json() -> None:
+def test_numpy_values_are_converted_so_that_json_can_store_them() -> None:
     options = ExtractOptions(
         score_threshold=np.float32(0.5),  # type: ignore[arg-type]
         nms_threshold=np.int64(1),
@@ -48,7 +48,7 @@ def test_numbers_of_numpy_become_plain_ones_that_can_be_written_as_json() -> Non
     assert json.loads(json.dumps(asdict(options)))["max_regions"] == 36
 
 
-def test_choices_of_an_extraction_are_checked() -> None:
+def test_invalid_extraction_options_are_refused() -> None:
     with pytest.raises(ValueError, match="^dtype: must be one of float32, float16, not 'float64'$"):
         ExtractOptions(dtype="float64")
     with pytest.raises(ValueError, match="^dtype: must be one of float32, float16, not dtype"):
@@ -61,13 +61,13 @@ def test_choices_of_an_extraction_are_checked() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "4", "auto"])
-def test_a_count_is_a_whole_number_from_1_up(value: object) -> None:
+def test_a_count_must_be_a_positive_integer(value: object) -> None:
     assert [check_count("workers", given) for given in (None, 1, np.int64(8))] == [None, 1, 8]
     with pytest.raises(ValueError, match=f"^workers: must be a whole number of 1 or more, not {value!r}$"):
         check_count("workers", value)
 
 
-def test_options_are_given_by_keyword_and_stay() -> None:
+def test_options_are_keyword_only_and_frozen() -> None:
     with pytest.raises(TypeError):
         DetectionOptions(0.5)  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):

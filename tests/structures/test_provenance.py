@@ -1,4 +1,4 @@
-"""Provenance: what a file says about itself, and that it is not believed when it was changed."""
+"""Provenance: the record of exclusions in an instances file, and why an edited file is not believed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def write(path: Path, ids: list[int], info: dict[str, Any]) -> CocoIndex:
     return CocoIndex.load(path)
 
 
-def test_hash_of_ids_is_what_sort_and_sha256sum_give() -> None:
+def test_hash_of_image_ids_equals_sha256sum_of_the_sorted_ids() -> None:
+    """As printed by ``sort -n ids.txt | sha256sum``."""
     assert image_ids_sha256([10, 9]) == hashlib.sha256(b"9\n10\n").hexdigest()
     assert image_ids_sha256([9, 10]) != image_ids_sha256([910])
 
@@ -38,14 +39,14 @@ def test_round_trip_through_json() -> None:
     assert "\n" not in line and "refcoco/unc/val" in line and "imagenet" in line
 
 
-def test_a_file_of_someone_else(tmp_path: Path) -> None:
+def test_a_file_without_a_record_has_unknown_provenance(tmp_path: Path) -> None:
     index = write(tmp_path / "f.json", [10, 5], {})
     found = provenance_of_instances(index)
     assert found.excluded == {} and found.note == UNKNOWN and found.source == "f.json" and found.images == 2
     assert found.source_sha256 == hashlib.sha256((tmp_path / "f.json").read_bytes()).hexdigest()
 
 
-def test_a_built_split_is_believed_only_with_its_own_images(tmp_path: Path) -> None:
+def test_a_record_is_believed_only_with_the_images_it_was_made_for(tmp_path: Path) -> None:
     info = {"refdet": BUILT.to_json()}
     assert provenance_of_instances(write(tmp_path / "f.json", [10, 5], info)) == BUILT
     edited = provenance_of_instances(write(tmp_path / "f.json", [10, 5, 6], info))
@@ -63,7 +64,7 @@ def test_a_built_split_is_believed_only_with_its_own_images(tmp_path: Path) -> N
         ({"coco_id": 2}, False),
     ],
 )
-def test_a_record_of_ids_is_not_believed_of_other_files(tmp_path: Path, change: dict, believed: bool) -> None:
+def test_a_record_is_not_believed_if_names_have_other_numbers(tmp_path: Path, change: dict, believed: bool) -> None:
     path = write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json()}).path
     data = json.loads(path.read_text())
     data["images"][0] |= change
@@ -73,8 +74,8 @@ def test_a_record_of_ids_is_not_believed_of_other_files(tmp_path: Path, change: 
 
 
 @pytest.mark.parametrize("info", [{}, {"refdet": BUILT.to_json()}])
-def test_names_that_differ_are_noted_of_any_file(tmp_path: Path, info: dict[str, Any]) -> None:
-    """Else the hash of ids would stand for images that were never trained on."""
+def test_a_name_without_the_number_of_its_id_is_noted_in_any_file(tmp_path: Path, info: dict[str, Any]) -> None:
+    """Otherwise the hash of the ids would suggest training on images that the file does not list."""
     path = write(tmp_path / "f.json", [10, 5, 6], info).path
     data = json.loads(path.read_text())
     before = provenance_of_instances(CocoIndex.load(path)).note
@@ -87,7 +88,7 @@ def test_names_that_differ_are_noted_of_any_file(tmp_path: Path, info: dict[str,
     "change",
     [{"images": "2"}, {"extra": 1}, {"excluded": []}, {"excluded": {"a": {"b": "c"}}}, {"weights": 3}],
 )
-def test_wrong_fields_are_refused(tmp_path: Path, change: dict) -> None:
+def test_invalid_fields_are_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(InputError, match="provenance"):
         Provenance.from_json(BUILT.to_json() | change)
     with pytest.raises(InputError, match="f.json: info.refdet"):
@@ -96,7 +97,7 @@ def test_wrong_fields_are_refused(tmp_path: Path, change: dict) -> None:
         Provenance.from_json({"source": "x"})
 
 
-def test_imported_weights_say_that_nothing_is_known() -> None:
+def test_provenance_of_imported_weights_is_unknown() -> None:
     found = Provenance.imported("res101.pth", "ab" * 32)
     assert found.is_unknown and Provenance.from_json(found.to_json()) == found
     assert found.one_line() == f"imported: res101.pth, sha256 {'ab' * 32}, training data unknown"

@@ -1,4 +1,4 @@
-"""`Regions`: as COCO results, drawn, shown, and what its names leave alone."""
+"""`Regions`: conversion to COCO results, equality, repr, pickling and drawing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ BLACK = np.zeros((60, 80, 3), np.uint8)
 BLUE, ORANGE = (tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in COLORS[:2])
 
 
-def two(masks: bool = True) -> Regions:
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the texts of labels, which are not drawn."""
+    texts: list[str] = []
+    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: texts.append(text))
+    return texts
+
+
+def two_regions(masks: bool = True) -> Regions:
     """A region of score 0.9 on the right and one of 0.4 on the left of an image."""
     boxes = np.float32([[40, 20, 70, 50], [5, 20, 25, 50]])
     pixels = np.zeros((60, 80, 2), np.uint8, order="F")
@@ -36,7 +44,7 @@ def two(masks: bool = True) -> Regions:
 
 
 def test_coco_results_can_be_written_and_read_back() -> None:
-    results = json.loads(json.dumps(two().to_coco()))
+    results = json.loads(json.dumps(two_regions().to_coco()))
     assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
         (7, 3, [40, 20, 30, 30]), (7, 5, [5, 20, 20, 30]),
     ]  # fmt: skip
@@ -45,84 +53,76 @@ def test_coco_results_can_be_written_and_read_back() -> None:
 
 
 def test_coco_results_without_masks_or_regions() -> None:
-    assert "segmentation" not in two(masks=False).to_coco()[0]
+    assert "segmentation" not in two_regions(masks=False).to_coco()[0]
     assert Regions.empty(7, "", 60, 80).to_coco() == []
 
 
 def test_repr_is_one_line() -> None:
-    assert repr(two()) == "Regions(image 7 'a.png', 80x60: 2 regions, masks, fc7 2x8 float32)"
+    assert repr(two_regions()) == "Regions(image 7 'a.png', 80x60: 2 regions, masks, fc7 2x8 float32)"
     assert repr(Regions.empty(7, "", 60, 80, "no file")) == "Regions(image 7, 80x60: 0 regions, error 'no file')"
 
 
-def test_names_are_neither_compared_nor_stored(tmp_path: Path) -> None:
+def test_names_are_neither_compared_nor_stored_with_each_image(tmp_path: Path) -> None:
     bare = make_regions(4, 3)
     named = replace(bare, names={3: "other"})
     assert named == bare
     columns = store.Columns({"pool5": (4,), "fc7": (6,)}, masks=True, ann_ids=True)
     for name, regions in (("a.h5", bare), ("b.h5", named)):
         counts = sum(map(len, regions.masks or ()))
-        row = store.ImageRow(*(getattr(record(regions), key) for key in ("id", "file_name", "height", "width")), "",
-                             len(regions), counts)  # fmt: skip
+        image = record(regions)
+        row = store.ImageRow(image.id, image.file_name, image.height, image.width, "", len(regions), counts)
         with store.create(tmp_path / name, HEADER, columns, [row]) as writer:
             writer.put(regions)
     assert contents(tmp_path / "a.h5") == contents(tmp_path / "b.h5")
     with store.open(tmp_path / "b.h5") as written:
-        assert written[4].names == {3: "dög"}  # those of the file
+        assert written[4].names == {3: "dög"}  # the names in the header of the store
         assert repr(written).endswith("1 image, 3 regions, fc7, pool5, masks)")
 
 
-def test_regions_can_be_sent_to_another_process() -> None:
-    assert pickle.loads(pickle.dumps(two())).names == {3: "dog", 5: "cat"}
+def test_regions_are_pickled_with_their_names() -> None:
+    assert pickle.loads(pickle.dumps(two_regions())).names == {3: "dog", 5: "cat"}
 
 
+@pytest.mark.usefixtures("labels")
 @pytest.mark.parametrize("masks", [True, False])
-def test_the_picture_shows_boxes_and_masks(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "refdet.structures.drawing.Canvas.label", lambda self, *label: None
-    )  # which covers some of them
-    drawn = two(masks).draw(BLACK)
+def test_the_picture_shows_boxes_and_masks(masks: bool) -> None:
+    drawn = two_regions(masks).draw(BLACK)
     assert drawn.size == (80, 60) and drawn.mode == "RGB" and not BLACK.any()
-    assert drawn.getpixel((70, 48)) == BLUE and drawn.getpixel((25, 48)) == ORANGE  # their right sides
+    assert drawn.getpixel((70, 48)) == BLUE and drawn.getpixel((25, 48)) == ORANGE  # the right sides of the boxes
     assert (drawn.getpixel((55, 40)) != (0, 0, 0)) == masks
 
 
-def test_the_picture_is_the_same_from_each_kind_of_image(tmp_path: Path) -> None:
+def test_arrays_pil_images_and_paths_are_drawn_on_alike(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    wanted = np.asarray(two().draw(pixels))
+    expected = np.asarray(two_regions().draw(pixels))
     for image in (Image.fromarray(pixels), str(tmp_path / "a.png"), tmp_path / "a.png"):
-        np.testing.assert_array_equal(np.asarray(two().draw(image)), wanted)
+        np.testing.assert_array_equal(np.asarray(two_regions().draw(image)), expected)
 
 
-def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
-    two().draw(BLACK)
-    two().draw(BLACK, names={3: "hound"}, min_score=0.5)
-    replace(two(), names=None).draw(BLACK, min_score=0.5)
-    replace(two(), category_ids=np.full(2, NO_CATEGORY)).draw(BLACK, min_score=0.5)
-    assert seen == ["dog 0.90", "cat 0.40", "hound 0.90", "3 0.90", "0.90"]
+def test_labels_show_the_category_name_or_id_and_the_score(labels: list[str]) -> None:
+    two_regions().draw(BLACK)
+    two_regions().draw(BLACK, names={3: "hound"}, min_score=0.5)
+    replace(two_regions(), names=None).draw(BLACK, min_score=0.5)
+    replace(two_regions(), category_ids=np.full(2, NO_CATEGORY)).draw(BLACK, min_score=0.5)
+    assert labels == ["dog 0.90", "cat 0.40", "hound 0.90", "3 0.90", "0.90"]
 
 
-def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
-    logits = replace(two(), scores=np.float32([-2.5, 3]))
+def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(labels: list[str]) -> None:
+    logits = replace(two_regions(), scores=np.float32([-2.5, 3]))
     logits.draw(BLACK)
-    assert seen == ["cat 3.00", "dog -2.50"]
+    assert labels == ["cat 3.00", "dog -2.50"]
     logits.draw(BLACK, min_score=0.0)
-    assert seen[2:] == ["cat 3.00"]
+    assert labels[2:] == ["cat 3.00"]
 
 
-def test_the_number_of_regions_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr("refdet.structures.drawing.Canvas.label", lambda self, box, text, *more: seen.append(text))
-    for count, labels in ((0, []), (1, ["dog 0.90"]), (9, ["dog 0.90", "cat 0.40"])):
-        two().draw(BLACK, max_regions=count)
-        assert seen == labels
-        seen.clear()
-    with pytest.raises(ValueError, match="^max_regions: must be 0 or more, not -1$"):  # not all but the last
-        two().draw(BLACK, max_regions=-1)
+def test_max_regions_limits_the_regions_that_are_drawn(labels: list[str]) -> None:
+    for count, expected in ((0, []), (1, ["dog 0.90"]), (9, ["dog 0.90", "cat 0.40"])):
+        two_regions().draw(BLACK, max_regions=count)
+        assert labels == expected
+        labels.clear()
+    with pytest.raises(ValueError, match="^max_regions: must be 0 or more, not -1$"):  # not a slice
+        two_regions().draw(BLACK, max_regions=-1)
 
 
 def test_labels_leave_a_small_picture_visible(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,20 +143,20 @@ def test_images_of_any_size_are_drawn_on(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_pil_images_of_other_modes_are_drawn_on(mode: str) -> None:
+def test_pil_images_of_any_mode_become_rgb(mode: str) -> None:
     image = Image.new(mode, (80, 60)) if mode == "I;16" else Image.fromarray(BLACK).convert(mode)
-    assert two().draw(image).mode == "RGB"
+    assert two_regions().draw(image).mode == "RGB"
 
 
-def test_what_cannot_be_drawn_on_is_told(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_drawn_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^image: is 80x61, but the regions are of an image of 80x60; give that"):
-        two().draw(np.zeros((61, 80, 3), np.uint8))
+        two_regions().draw(np.zeros((61, 80, 3), np.uint8))
     with pytest.raises(ValueError, match=r"^image: uint8 \(H, W, 3\) RGB is needed, not float32 \(3, 64, 64\)$"):
-        two().draw(np.zeros((3, 64, 64), np.float32))
+        two_regions().draw(np.zeros((3, 64, 64), np.float32))
     with pytest.raises(ValueError, match="^image: a NumPy array, a PIL image or a path is needed, not list$"):
-        two().draw([1, 2])  # type: ignore[arg-type]
+        two_regions().draw([1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="^image: cannot be read as RGB: .*mode F"):
-        two().draw(Image.new("F", (80, 60)))
+        two_regions().draw(Image.new("F", (80, 60)))
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="a.png: not a readable image .*; give another file"):
-        two().draw(tmp_path / "a.png")
+        two_regions().draw(tmp_path / "a.png")

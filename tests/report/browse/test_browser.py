@@ -1,4 +1,4 @@
-"""refdet browse in a real browser: `make test-browser`."""
+"""`refdet browse` in a real browser: `make test-browser`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browse_examples import draw_store
-from browser import Watched, axe, serving
+from browse_examples import write_random_store
+from browser import WatchedPage, accessibility_violations, serve_browse
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -26,7 +26,7 @@ SCREENSHOTS = os.environ.get("REFDET_SCREENSHOTS")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
-    """Two stores of the val images of the embedded dataset, with a category and a sentence named like a script."""
+    """Two stores of the shapes dataset, with script tags in the name of a category and in a sentence, and answers."""
     root = tmp_path_factory.mktemp("browse")
     refer = root / "refer" / "refcoco"
     refer.mkdir(parents=True)
@@ -37,15 +37,14 @@ def data(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
     refs[0]["sentences"][0]["sent"] = f"{HOSTILE} unheard of"
     (refer / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     failed = refs[-1]["image_id"]
-    draw_store(root / "a.h5", refer / "instances.json", failed=failed)
-    draw_store(root / "b.h5", refer / "instances.json", seed=1, masks=False)
-    boxes = {one["id"]: one["bbox"] for one in instances["annotations"]}
-    wrong = [0, 0, 20, 20]
-    answers = [
-        {"sent_id": one["sent_id"], "box": boxes[ref["ann_id"]] if one["sent_id"] % 4 else wrong}
-        for ref in refs[1:]
-        for one in ref["sentences"]
-    ] + [{"sent_id": refs[0]["sentences"][0]["sent_id"], "box": [0, 0, 1, 1]}]
+    write_random_store(root / "a.h5", refer / "instances.json", failed=failed)
+    write_random_store(root / "b.h5", refer / "instances.json", seed=1, masks=False)
+    boxes = {annotation["id"]: annotation["bbox"] for annotation in instances["annotations"]}
+    answers = [{"sent_id": refs[0]["sentences"][0]["sent_id"], "box": [0, 0, 1, 1]}]
+    for ref in refs[1:]:
+        for sent_id in (sentence["sent_id"] for sentence in ref["sentences"]):
+            # every fourth answer is wrong
+            answers.append({"sent_id": sent_id, "box": boxes[ref["ann_id"]] if sent_id % 4 else [0, 0, 20, 20]})
     (root / "answers.json").write_text(json.dumps(answers))
     return root
 
@@ -53,35 +52,36 @@ def data(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
 @pytest.fixture(scope="module")
 def address(data: Path, shapes_root: Path) -> Iterator[str]:
     refs = ["--refer-root", data / "refer", "--dataset", "refcoco", "--split-by", "unc"]
-    with serving(data / "a.h5", data / "b.h5", "--images", shapes_root, *refs,
-                 "--predictions", data / "answers.json") as found:  # fmt: skip
-        yield found
+    with serve_browse(data / "a.h5", data / "b.h5", "--images", shapes_root, *refs,
+                 "--predictions", data / "answers.json") as url:  # fmt: skip
+        yield url
 
 
 @pytest.fixture
-def watched(browser: Any, address: str) -> Iterator[Watched]:
+def watched(browser: Any, address: str) -> Iterator[WatchedPage]:
+    """A page for the stores; asserts at the end that there was no error and no request to another host."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    found = Watched(context.new_page())
-    found.open(address)
-    found.indexed()
-    yield found
-    assert found.errors == []
+    watched = WatchedPage(context.new_page())
+    watched.open(address)
+    watched.wait_for_index()
+    yield watched
+    assert watched.errors == []
     host = address.split("/?")[0]
-    assert [one for one in found.requests if not one.startswith((f"{host}/", "blob:"))] == []
+    assert [url for url in watched.requests if not url.startswith((f"{host}/", "blob:"))] == []
     context.close()
 
 
-def cards(watched: Watched) -> Any:
+def cards(watched: WatchedPage) -> Any:
     return watched.page.locator(".card")
 
 
-def shot(watched: Watched, name: str) -> None:
+def save_screenshot(watched: WatchedPage, name: str) -> None:
     if SCREENSHOTS:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
         watched.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.jpg", type="jpeg", quality=75)
 
 
-def test_the_token_leaves_the_address_and_a_wrong_one_is_refused(browser: Any, watched: Watched, address: str) -> None:
+def test_the_token_is_removed_from_the_address_and_required(browser: Any, watched: WatchedPage, address: str) -> None:
     assert "token" not in watched.page.url
     stranger = browser.new_context().new_page()
     for wrong in (address[:-4], address.split("?")[0]):
@@ -89,103 +89,103 @@ def test_the_token_leaves_the_address_and_a_wrong_one_is_refused(browser: Any, w
         assert "token" in stranger.inner_text("body")
 
 
-def test_the_worst_covered_referents_are_two_choices_away(watched: Watched) -> None:
+def test_referents_can_be_sorted_by_iou_in_accessible_views(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.select_option("select[name=split]", "val"))
-    watched.ready(lambda: page.select_option("select[name=sort]", "iou"))
+    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
+    watched.wait_for_view(lambda: page.select_option("select[name=sort]", "iou"))
     shown = page.locator(".card .facts b").all_inner_texts()
     first = [float(text.split()[1]) for text in shown if "…" not in text]
     assert first == sorted(first) and len(first) > 3
-    shot(watched, "browse-grid")
-    assert axe(page) == []
-    watched.ready(cards(watched).first.click)
+    save_screenshot(watched, "browse-grid")
+    assert accessibility_violations(page) == []
+    watched.wait_for_view(cards(watched).first.click)
     assert page.locator(".referents .selected").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        assert axe(page) == []
+        assert accessibility_violations(page) == []
 
 
-def test_texts_of_files_are_shown_as_text(watched: Watched) -> None:
+def test_markup_in_files_is_shown_as_text(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.fill("input[name=q]", "unheard"))
+    watched.wait_for_view(lambda: page.fill("input[name=q]", "unheard"))
     assert page.inner_text("#total") == "1 referent" and HOSTILE in cards(watched).inner_text()
     assert HOSTILE in page.locator("select[name=category]").inner_text()
-    watched.ready(cards(watched).first.click)
+    watched.wait_for_view(cards(watched).first.click)
     assert HOSTILE in page.inner_text(".referents .selected") and "owned" not in page.title()
     assert page.locator("main script").count() == 0
 
 
-def test_the_keyboard_alone_is_enough(watched: Watched) -> None:
+def test_everything_can_be_done_with_the_keyboard(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.select_option("select[name=split]", "val"))
+    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
     page.locator("body").focus()
     page.keyboard.press("/")
-    watched.ready(lambda: page.keyboard.type("the"))
+    watched.wait_for_view(lambda: page.keyboard.type("the"))
     assert page.evaluate("document.activeElement.name") == "q"
     page.keyboard.press("Escape")
     cards(watched).first.focus()
-    watched.ready(lambda: page.keyboard.press("Enter"))
-    one = page.url
-    watched.ready(lambda: page.keyboard.press("ArrowRight"))
-    assert page.url != one and "at=1" in page.url
-    watched.ready(lambda: page.keyboard.press("ArrowLeft"))
-    assert page.url == one
+    watched.wait_for_view(lambda: page.keyboard.press("Enter"))
+    first_url = page.url
+    watched.wait_for_view(lambda: page.keyboard.press("ArrowRight"))
+    assert page.url != first_url and "at=1" in page.url
+    watched.wait_for_view(lambda: page.keyboard.press("ArrowLeft"))
+    assert page.url == first_url
     page.keyboard.press("m")
     assert page.locator("button[aria-pressed=true]").first.inner_text() == "Masks" and "masks=1" in page.url
     page.locator(".referents .selected a").focus()
-    page.keyboard.press("Enter")  # all regions alike
+    page.keyboard.press("Enter")  # deselects the referent
     assert page.locator(".referents .selected").count() == 0
-    shot(watched, "browse-masks")
+    save_screenshot(watched, "browse-masks")
     page.keyboard.press("+")
-    watched.ready(lambda: page.keyboard.press("Escape"))
+    watched.wait_for_view(lambda: page.keyboard.press("Escape"))
     assert page.locator(".card").count() and "q=the" in page.url
     page.keyboard.press("?")
     assert page.locator("dialog[open]").count() == 1
 
 
-def test_filters_are_a_permanent_address(browser: Any, watched: Watched) -> None:
+def test_filters_are_kept_in_the_address(browser: Any, watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.select_option("select[name=show]", "images"))
-    watched.ready(lambda: page.select_option("select[name=only]", "failed"))
+    watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
+    watched.wait_for_view(lambda: page.select_option("select[name=only]", "failed"))
     assert page.inner_text("#total") == "1 image" and "not a readable <b>image</b>" in cards(watched).inner_text()
-    again = Watched(watched.page.context.new_page())
+    again = WatchedPage(watched.page.context.new_page())
     again.open(page.url)
     assert again.page.inner_text("#total") == "1 image"
     assert again.page.input_value("select[name=only]") == "failed"
-    watched.ready(page.go_back)
+    watched.wait_for_view(page.go_back)
     assert page.inner_text("#total") != "1 image"
     again.page.close()
 
 
-def test_wrong_answers_are_found(watched: Watched) -> None:
+def test_wrong_answers_can_be_filtered(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.fill("input[name=q]", "unheard"))
-    watched.ready(lambda: page.select_option("select[name=only]", "wrong"))
-    watched.ready(cards(watched).first.click)
+    watched.wait_for_view(lambda: page.fill("input[name=q]", "unheard"))
+    watched.wait_for_view(lambda: page.select_option("select[name=only]", "wrong"))
+    watched.wait_for_view(cards(watched).first.click)
     assert "incorrect, IoU 0.00" in page.inner_text(".referents .selected")
 
 
-def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: Watched) -> None:
+def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.select_option("select[name=split]", "val"))
-    watched.ready(lambda: page.select_option("select[name=sort]", "gap"))
-    watched.ready(cards(watched).first.click)
+    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
+    watched.wait_for_view(lambda: page.select_option("select[name=sort]", "gap"))
+    watched.wait_for_view(cards(watched).first.click)
     titles = page.locator("figcaption")
     assert titles.count() == 2 and "no masks in this store" in titles.nth(1).inner_text()
     page.locator("input[name=top]").fill("2")
     page.wait_for_function("document.querySelector('figcaption').textContent.startsWith('a.h5: 2 regions')")
     assert page.locator(".regions >> nth=0 >> li").count() == 2 and "top=2" in page.url
-    shot(watched, "browse-two-stores")
+    save_screenshot(watched, "browse-two-stores")
 
 
-def test_the_view_and_the_list_are_downloaded(watched: Watched) -> None:
+def test_the_list_and_the_picture_can_be_downloaded(watched: WatchedPage) -> None:
     page = watched.page
-    watched.ready(lambda: page.select_option("select[name=split]", "val"))
+    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
     with page.expect_download() as list_:
         page.click("text=Download list")
     listed = json.loads(Path(list_.value.path()).read_text())
-    assert {one["split"] for one in listed} == {"val"}
-    watched.ready(cards(watched).first.click)
+    assert {entry["split"] for entry in listed} == {"val"}
+    watched.wait_for_view(cards(watched).first.click)
     page.wait_for_timeout(300)
     with page.expect_download() as png:
         page.click("text=Download PNG")
@@ -193,9 +193,9 @@ def test_the_view_and_the_list_are_downloaded(watched: Watched) -> None:
     assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 10
 
 
-def test_masks_are_decoded_as_pycocotools_does(data: Path, watched: Watched) -> None:
-    with store.open(data / "a.h5") as found:
-        regions = found.read(int(found.image_ids[0]), features=())
+def test_masks_are_decoded_as_by_pycocotools(data: Path, watched: WatchedPage) -> None:
+    with store.open(data / "a.h5") as opened:
+        regions = opened.read(int(opened.image_ids[0]), features=())
     for rle, counts in zip(regions.rles(), regions.masks or (), strict=True):
         covered = watched.page.evaluate(
             """async ([text, height, width]) => {
@@ -210,14 +210,14 @@ def test_masks_are_decoded_as_pycocotools_does(data: Path, watched: Watched) -> 
         np.testing.assert_array_equal(np.array(covered, np.uint8).reshape(expected.shape), expected)
 
 
-def test_a_missing_image_and_an_unknown_one_are_said(browser: Any, data: Path) -> None:
-    with serving(data / "b.h5") as address:
-        found = Watched(browser.new_context().new_page())
-        found.open(address)
-        found.ready(cards(found).first.click)
-        assert "no images were given" in found.page.inner_text("main")
-        assert found.page.locator("button", has_text="Masks").is_disabled()
-        found.page.goto(f"{found.page.url.split('?')[0]}?image=77")
-        found.page.wait_for_selector("#banner:not([hidden])")
-        assert "no image 77 in b.h5" in found.page.inner_text("#banner")
-        assert "Back to the grid" in found.page.inner_text("main")
+def test_missing_images_and_unknown_ids_are_reported(browser: Any, data: Path) -> None:
+    with serve_browse(data / "b.h5") as address:
+        watched = WatchedPage(browser.new_context().new_page())
+        watched.open(address)
+        watched.wait_for_view(cards(watched).first.click)
+        assert "no images were given" in watched.page.inner_text("main")
+        assert watched.page.locator("button", has_text="Masks").is_disabled()
+        watched.page.goto(f"{watched.page.url.split('?')[0]}?image=77")
+        watched.page.wait_for_selector("#banner:not([hidden])")
+        assert "no image 77 in b.h5" in watched.page.inner_text("#banner")
+        assert "Back to the grid" in watched.page.inner_text("main")

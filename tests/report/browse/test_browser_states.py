@@ -1,4 +1,4 @@
-"""refdet browse in a real browser while files are read, where they are damaged, and with unusual ids and numbers."""
+"""`refdet browse` in a real browser: during indexing, with missing or changed files, and with unusual ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Watched, serving
+from browser import WatchedPage, serve_browse
 from evaluate_examples import regions, write_refer, write_store
 from PIL import Image
 
@@ -29,24 +29,25 @@ MANY = 150
 
 
 @contextmanager
-def opened(browser: Any, *arguments: str | Path, allowed: tuple[str, ...] = ()) -> Iterator[Watched]:
+def open_browser(browser: Any, *arguments: str | Path, allowed: tuple[str, ...] = ()) -> Iterator[WatchedPage]:
+    """A page for `refdet browse` with these arguments; asserts that only console errors with allowed texts occur."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    with serving(*arguments) as address:
-        found = Watched(context.new_page(), address)
-        yield found
-        assert [one for one in found.errors if not any(text in one for text in allowed)] == []
+    with serve_browse(*arguments) as address:
+        watched = WatchedPage(context.new_page(), address)
+        yield watched
+        assert [error for error in watched.errors if not any(text in error for text in allowed)] == []
         context.close()
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A store with unusual ids, one with many regions and without masks, refs and images of the latter."""
+    """A store with unusual ids, a store with many regions and without masks, and refs and images of the latter."""
     boxes = [[10.0, 10.0, 30.0, 31.0]]
     names = {-7: "hound", 2**53 + 1: "odd", 2**53 + 2: "even"}
-    odd = [regions(i, boxes, [c]) for i, c in zip(ODD_IDS, names, strict=True)]
-    write_store(tmp_path / "odd.h5", odd, masks=False, names=names)
+    with_odd_ids = [regions(i, boxes, [c]) for i, c in zip(ODD_IDS, names, strict=True)]
+    write_store(tmp_path / "odd.h5", with_odd_ids, masks=False, names=names)
     scores = np.linspace(0.9, 0.1, MANY, dtype=np.float32)
-    scores[0] = np.float32(0.7) + np.float32(0.2)  # 0.9 in float32, less than the Python float
+    scores[0] = np.float32(0.7) + np.float32(0.2)  # 0.9 in float32, which is less than 0.9 in Python
     corners = np.tile(np.float32(boxes), (MANY, 1))
     many = Regions(1, "1.jpg", 100, 120, corners, scores, np.full(MANY, 1))
     write_store(tmp_path / "many.h5", [many, regions(2, [])], masks=False, names={1: "hound"})
@@ -57,146 +58,150 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refs_of(data: Path) -> tuple[str | Path, ...]:
+def refer_options(data: Path) -> tuple[str | Path, ...]:
     return ("--refer-root", data, "--dataset", "toy", "--split-by", "me", "--images", data / "images")
 
 
-def test_the_single_view_is_completed_when_the_index_is(browser: Any, data: Path) -> None:
-    with opened(browser, data / "many.h5", *refs_of(data)) as found:
-        page = found.page
+def test_the_view_of_an_image_is_completed_when_indexing_ends(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "many.h5", *refer_options(data)) as watched:
+        page = watched.page
 
-        def unfinished(route: Any) -> None:
+        def respond_as_if_indexing(route: Any) -> None:
             answer = route.fetch().json()
             if "index" in answer:
                 answer["index"]["stage"] = "regions"
-            for one in answer.get("referents", ()):
-                one["iou"], one["best"] = [None, None], [None, None]
+            for referent in answer.get("referents", ()):
+                referent["iou"], referent["best"] = [None, None], [None, None]
             route.fulfill(json=answer)
 
-        page.route("**/api/about", unfinished)
-        page.route("**/api/image/1", unfinished, times=1)
-        found.open(found.address.replace("?", "?image=1&ref=0&"))
+        page.route("**/api/about", respond_as_if_indexing)
+        page.route("**/api/image/1", respond_as_if_indexing, times=1)
+        watched.open(watched.address.replace("?", "?image=1&ref=0&"))
         assert "not computed yet" in page.inner_text(".referents")
         page.wait_for_function("() => document.querySelector('.referents').textContent.includes('best region: 0.952')")
         assert page.inner_text("#progress") == ""
 
 
-def test_a_failed_index_is_said_until_it_is_dismissed(browser: Any, data: Path) -> None:
+def test_a_failed_index_is_shown_until_it_is_dismissed(browser: Any, data: Path) -> None:
     (data / "p.json").write_text(json.dumps([{"sent_id": 10, "region": 0}]))
-    with opened(browser, data / "many.h5", *refs_of(data), "--predictions", data / "p.json") as found:
-        page = found.page
-        found.open(found.address)
+    with open_browser(browser, data / "many.h5", *refer_options(data), "--predictions", data / "p.json") as watched:
+        page = watched.page
+        watched.open(watched.address)
         page.wait_for_selector("#warnings .message")
-        found.ready(lambda: page.select_option("select[name=show]", "images"))
-        found.ready(page.locator(".card").first.click)
+        watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "region 0 is of image 1" in page.inner_text("#warnings") and "incomplete" in page.inner_text("#progress")
         page.click("text=Dismiss")
-        page.wait_for_timeout(700)  # the status is asked for again meanwhile
-        found.ready(lambda: page.keyboard.press("Escape"))
+        page.wait_for_timeout(700)  # the page polls the status meanwhile
+        watched.wait_for_view(lambda: page.keyboard.press("Escape"))
         assert page.inner_text("#warnings") == "" and "incomplete" in page.inner_text("#progress")
 
 
-def test_a_changed_store_is_said_until_it_is_dismissed(browser: Any, data: Path) -> None:
-    with opened(browser, data / "odd.h5") as found:
-        page = found.page
+def test_a_changed_store_is_shown_in_every_view(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "odd.h5") as watched:
+        page = watched.page
         index = {"stage": "", "part": 1, "error": "", "scores": [0, 1]}
         page.route("**/api/status", lambda route: route.fulfill(json={"index": index, "changed": ["odd.h5"]}))
-        found.open(found.address)
+        watched.open(watched.address)
         page.wait_for_selector("#warnings .message")
-        found.ready(page.locator(".card").first.click)
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "odd.h5 changed since it was opened" in page.inner_text("#warnings")
 
 
-def test_ids_are_negative_or_beyond_the_integers_of_a_browser(browser: Any, data: Path) -> None:
-    with opened(browser, data / "odd.h5") as found:
-        page = found.page
-        found.open(found.address)
-        found.indexed()
+def test_negative_ids_and_ids_beyond_javascript_integers_work(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "odd.h5") as watched:
+        page = watched.page
+        watched.open(watched.address)
+        watched.wait_for_index()
         for place, image_id in enumerate(ODD_IDS):
-            found.ready(page.locator(".card").nth(place).click)
+            watched.wait_for_view(page.locator(".card").nth(place).click)
             assert f"image={image_id}" in page.url and f"image {image_id}," in page.inner_text("h2.name")
             page.goto(page.url)
             page.wait_for_selector("h2.name")
             assert page.inner_text("h2.name").startswith(f"{image_id}.jpg")
             assert [page.inner_text(".regions li")] == [f"{('hound', 'odd', 'even')[place]} 1.00, row {place}"]
-            found.ready(lambda: page.keyboard.press("Escape"))
-        found.ready(lambda: page.select_option("select[name=category]", label="even"))
+            watched.wait_for_view(lambda: page.keyboard.press("Escape"))
+        watched.wait_for_view(lambda: page.select_option("select[name=category]", label="even"))
         assert page.locator(".card").count() == 1 and f"{ODD_IDS[2]}.jpg" in page.inner_text(".card")
 
 
-def test_objects_and_regions_have_the_names_of_their_own_files(browser: Any, data: Path) -> None:
-    with opened(browser, data / "many.h5", *refs_of(data)) as found:
-        page = found.page
-        found.open(found.address)
+def test_objects_and_regions_have_the_category_names_of_their_files(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "many.h5", *refer_options(data)) as watched:
+        page = watched.page
+        watched.open(watched.address)
         assert "c1" in page.inner_text(".card >> nth=0") and "hound" not in page.inner_text("select[name=category]")
         assert "name 1 category differently, first: 1 is 'c1' and 'hound'" in page.inner_text("#notes")
-        found.ready(lambda: page.select_option("select[name=show]", "images"))
+        watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
         assert "hound" in page.inner_text("select[name=category]")
-        found.ready(page.locator(".card").first.click)
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "ref 0 c1" in page.inner_text(".referents") and "hound 0.90" in page.inner_text(".regions")
 
 
-def test_the_sliders_go_as_far_as_the_store(browser: Any, data: Path) -> None:
-    with opened(browser, data / "many.h5") as found:
-        page = found.page
-        found.open(found.address)
+def test_sliders_cover_all_regions_and_scores(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "many.h5") as watched:
+        page = watched.page
+        watched.open(watched.address)
         top = page.locator("input[name=top]")
         assert (top.get_attribute("max"), top.input_value(), page.inner_text("#top-value")) == ("150", "150", "all")
         assert "150 regions, 50 not drawn" in page.inner_text(".card >> nth=0")
-        found.ready(lambda: top.fill("7"))
+        watched.wait_for_view(lambda: top.fill("7"))
         assert "150 regions, 143 not drawn" in page.inner_text(".card >> nth=0")
-        found.ready(lambda: top.fill("150"))
+        watched.wait_for_view(lambda: top.fill("150"))
         assert "top" not in page.url
-        found.ready(lambda: page.locator("input[name=score]").fill("0.9"))
-        assert "149 not drawn" in page.inner_text(".card >> nth=0")  # a score of 0.9 is one from 0.9
-        found.ready(page.locator(".card").first.click)
+        watched.wait_for_view(lambda: page.locator("input[name=score]").fill("0.9"))
+        assert "149 not drawn" in page.inner_text(
+            ".card >> nth=0"
+        )  # a score of 0.9 in float32 passes the threshold 0.9
+        watched.wait_for_view(page.locator(".card").first.click)
         assert "1 region, 149 hidden by the sliders" in page.inner_text("figcaption")
 
 
-def test_masks_of_a_referent_are_drawn_where_the_store_has_none(browser: Any, data: Path) -> None:
-    with opened(browser, data / "many.h5", *refs_of(data), allowed=("willReadFrequently",)) as found:
-        page = found.page
-        found.open(found.address)
-        found.ready(page.locator(".card").nth(1).click)
-        inside = """([red, green]) => {
+def test_masks_of_referents_are_drawn_if_the_store_has_none(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "many.h5", *refer_options(data), allowed=("willReadFrequently",)) as watched:
+        page = watched.page
+        watched.open(watched.address)
+        watched.wait_for_view(page.locator(".card").nth(1).click)
+        has_color = """([red, green]) => {
             const canvas = document.querySelector("canvas.picture"), x = canvas.width * 0.7, y = canvas.height * 0.3;
             const [r, g] = canvas.getContext("2d").getImageData(x, y, 1, 1).data;
             return r > red && (g > 90) === green; }"""
-        page.wait_for_function(inside, arg=[30, False])  # the image is there
+        page.wait_for_function(has_color, arg=[30, False])  # the image is loaded
         page.keyboard.press("m")
-        page.wait_for_function(inside, arg=[0, True])
+        page.wait_for_function(has_color, arg=[0, True])
 
 
-def test_the_pictures_of_two_stores_are_at_the_top(browser: Any, data: Path) -> None:
+def test_pictures_of_two_stores_are_side_by_side_at_the_top(browser: Any, data: Path) -> None:
     write_refer(data / "many", [OBJECTS[0]] * 30)
     refs = ("--refer-root", data / "many", "--dataset", "toy", "--split-by", "me")
-    with opened(browser, data / "many.h5", data / "odd.h5", *refs) as found:
-        found.open(found.address.replace("?", "?image=1&"))
-        boxes = [canvas.bounding_box() for canvas in found.page.locator("canvas.picture").all()]
+    with open_browser(browser, data / "many.h5", data / "odd.h5", *refs) as watched:
+        watched.open(watched.address.replace("?", "?image=1&"))
+        boxes = [canvas.bounding_box() for canvas in watched.page.locator("canvas.picture").all()]
         assert len(boxes) == 2 and boxes[0]["y"] == boxes[1]["y"] < 400
 
 
-def test_a_page_beyond_the_end_is_the_last(browser: Any, data: Path) -> None:
-    with opened(browser, data / "odd.h5") as found:
-        found.open(found.address.replace("?", "?page=99&"))
-        assert found.page.locator(".card").count() == 3 and "page 1 of 1" in found.page.inner_text(".pages")
-        found.page.goto(found.page.url + "?page=x&at=-1&top=many")
-        found.page.wait_for_selector(".card")
+def test_a_page_number_beyond_the_end_shows_the_last_page(browser: Any, data: Path) -> None:
+    with open_browser(browser, data / "odd.h5") as watched:
+        watched.open(watched.address.replace("?", "?page=99&"))
+        assert watched.page.locator(".card").count() == 3 and "page 1 of 1" in watched.page.inner_text(".pages")
+        watched.page.goto(watched.page.url + "?page=x&at=-1&top=many")
+        watched.page.wait_for_selector(".card")
 
 
-def test_a_missing_image_is_said_and_not_asked_for(browser: Any, data: Path) -> None:
+def test_a_missing_image_is_reported_and_not_requested(browser: Any, data: Path) -> None:
     (data / "images" / "2.jpg").unlink()
-    with opened(browser, data / "many.h5", *refs_of(data)) as found:  # no error in the console
-        found.open(found.address)
-        assert "no image" in found.page.inner_text(".card >> nth=1") and "2.jpg" in found.page.inner_text("#notes")
-        found.ready(found.page.locator(".card").nth(1).click)
-        assert "no file for this image" in found.page.inner_text("main")
+    with open_browser(
+        browser, data / "many.h5", *refer_options(data)
+    ) as watched:  # a request for it would be a console error
+        watched.open(watched.address)
+        assert "no image" in watched.page.inner_text(".card >> nth=1") and "2.jpg" in watched.page.inner_text("#notes")
+        watched.wait_for_view(watched.page.locator(".card").nth(1).click)
+        assert "no file for this image" in watched.page.inner_text("main")
 
 
-def test_servers_at_other_ports_do_not_get_the_cookie(browser: Any, data: Path) -> None:
+def test_the_cookie_is_not_sent_to_servers_at_other_ports(browser: Any, data: Path) -> None:
     cookies = []
 
-    class Other(BaseHTTPRequestHandler):
+    class RecordCookies(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             cookies.append(self.headers["Cookie"])
             self.send_response(200)
@@ -206,14 +211,14 @@ def test_servers_at_other_ports_do_not_get_the_cookie(browser: Any, data: Path) 
         def log_message(self, *_: Any) -> None:
             pass
 
-    other = HTTPServer(("127.0.0.1", 0), Other)
+    other = HTTPServer(("127.0.0.1", 0), RecordCookies)
     threading.Thread(target=other.serve_forever, daemon=True).start()
     try:
-        with opened(browser, data / "odd.h5", allowed=("404",)) as found:
-            found.open(found.address)
-            found.page.reload()
-            found.page.wait_for_selector("#main[data-ready]")  # with the cookie alone
-            page = found.page.context.new_page()
+        with open_browser(browser, data / "odd.h5", allowed=("404",)) as watched:
+            watched.open(watched.address)
+            watched.page.reload()
+            watched.page.wait_for_selector("#main[data-ready]")  # the cookie, without the token, gives access
+            page = watched.page.context.new_page()
             for path in ("", "api/about", "static/main.js"):
                 page.goto(f"http://127.0.0.1:{other.server_port}/{path}")
     finally:

@@ -1,4 +1,4 @@
-"""Who may talk to the server of refdet browse."""
+"""Access control of the `refdet browse` server: token, cookie, host names, methods; and its address and options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Address = tuple[int, str]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
-    """Port and token of a running refdet browse, which must end orderly."""
+    """Port and token of a running `refdet browse`, which must exit with 0 and without output on Ctrl-C."""
     store = tmp_path_factory.mktemp("browse") / "s.h5"
     write_store(store, [regions(1, [[0, 0, 9, 9]])], masks=False)
     command = [sys.executable, "-m", "refdet", "browse", str(store), "--port", "0"]
@@ -40,75 +40,76 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
         assert (process.wait(30), process.stderr.read()) == (0, "")
 
 
-def ask(
+def request(
     server: Address, path: str = "/", host: str | None = None, cookie: str | None = None, method: str = "GET"
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of a response."""
     connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=30)
     headers = {"Host": host or f"127.0.0.1:{server[0]}"} | ({"Cookie": cookie} if cookie else {})
     connection.request(method, path, headers=headers)
-    answer = connection.getresponse()
-    body = answer.read()
+    response = connection.getresponse()
+    body = response.read()
     connection.close()
-    return answer.status, answer.headers, body
+    return response.status, response.headers, body
 
 
-def test_the_token_becomes_a_cookie(server: Address) -> None:
-    status, headers, _ = ask(server, f"/?token={server[1]}")
+def test_the_token_sets_a_cookie_that_gives_access(server: Address) -> None:
+    status, headers, _ = request(server, f"/?token={server[1]}")
     cookie = headers["Set-Cookie"]
     assert status == 200 and "SameSite=Strict" in cookie and "HttpOnly" in cookie
     folder, pair = re.search(r"Path=(/[\w-]{16})/;", cookie)[1], cookie.split(";")[0]
-    assert ask(server, f"{folder}/api/about", cookie=pair)[0] == 200
-    assert ask(server, f"{folder}/", cookie=pair)[2].count(f'"{folder}/static/'.encode()) == 3
+    assert request(server, f"{folder}/api/about", cookie=pair)[0] == 200
+    assert request(server, f"{folder}/", cookie=pair)[2].count(f'"{folder}/static/'.encode()) == 3
 
 
-def test_the_cookie_is_for_a_folder_that_no_other_server_knows(server: Address) -> None:
-    """Browsers send a cookie to every port of an address, but only with requests in its folder."""
-    answers = [ask(server, f"/?token={server[1]}") for _ in range(2)]
-    folder = re.search(r"Path=([^;]*)/;", answers[0][1]["Set-Cookie"])[1]
-    assert len(folder) > 16 and answers[0][1]["Set-Cookie"] == answers[1][1]["Set-Cookie"]
-    pair = answers[0][1]["Set-Cookie"].split(";")[0]
+def test_the_cookie_is_limited_to_an_unguessable_path(server: Address) -> None:
+    """Browsers send a cookie to every port of a host, but only with requests below its path."""
+    responses = [request(server, f"/?token={server[1]}") for _ in range(2)]
+    folder = re.search(r"Path=([^;]*)/;", responses[0][1]["Set-Cookie"])[1]
+    assert len(folder) > 16 and responses[0][1]["Set-Cookie"] == responses[1][1]["Set-Cookie"]
+    pair = responses[0][1]["Set-Cookie"].split(";")[0]
     for path in ("/", "/api/about", f"{folder}x/api/about", folder):
-        assert ask(server, path, cookie=pair)[0] == 403
+        assert request(server, path, cookie=pair)[0] == 403
     for path in (f"{folder}/api/about", f"{folder}/"):
-        assert ask(server, path)[0] == 403
-    assert ask(server, f"/api/about?token={server[1]}")[0] == 200
+        assert request(server, path)[0] == 403
+    assert request(server, f"/api/about?token={server[1]}")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/api/about", "/api/image/1", "/static/main.js", "/no/such/page"])
 def test_nothing_is_served_without_the_token(server: Address, path: str) -> None:
     token = server[1]
     for cookie in (None, "refdet-browse=x", f"refdet-browse={token}", f"other={token}", "=;;", 'a="\\'):
-        status, headers, body = ask(server, path, cookie=cookie)
+        status, headers, body = request(server, path, cookie=cookie)
         assert status == 403 and "Set-Cookie" not in headers and b"token" in body
     for wrong in (token[:-1], token + "x", "", "%00", "é".encode().hex()):
-        assert ask(server, f"{path}?token={wrong}")[0] == 403
+        assert request(server, f"{path}?token={wrong}")[0] == 403
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{}", "127.0.0.1", "127.0.0.1:1", "localhost.evil:{}"])
-def test_a_foreign_host_name_is_refused(server: Address, host: str) -> None:
-    status, headers, _ = ask(server, f"/?token={server[1]}", host=host.format(server[0]))
+def test_other_host_names_are_refused(server: Address, host: str) -> None:
+    status, headers, _ = request(server, f"/?token={server[1]}", host=host.format(server[0]))
     assert status == 400 and "Set-Cookie" not in headers
 
 
-def test_localhost_is_known(server: Address) -> None:
-    assert ask(server, f"/?token={server[1]}", host=f"LOCALHOST:{server[0]}")[0] == 200
+def test_localhost_is_an_accepted_host_name(server: Address) -> None:
+    assert request(server, f"/?token={server[1]}", host=f"LOCALHOST:{server[0]}")[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
-def test_only_reading_is_possible(server: Address, method: str) -> None:
-    assert ask(server, f"/?token={server[1]}", method=method)[0] == 405
+def test_methods_other_than_get_are_refused(server: Address, method: str) -> None:
+    assert request(server, f"/?token={server[1]}", method=method)[0] == 405
 
 
-def test_every_answer_forbids_other_hosts_and_inline_scripts(server: Address) -> None:
+def test_every_response_has_security_headers(server: Address) -> None:
     for path in (f"/?token={server[1]}", "/", f"/api/items?sort=x&token={server[1]}"):
-        _, headers, _ = ask(server, path)
+        _, headers, _ = request(server, path)
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
         assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
         assert headers["Cache-Control"] == "no-store" and "server" not in headers
 
 
-def test_a_port_in_use_is_said() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -122,12 +123,12 @@ def test_without_a_port_the_next_free_one_is_taken() -> None:
         assert first.getsockname()[1] != second.getsockname()[1]
 
 
-def test_an_address_of_another_machine_is_refused() -> None:
+def test_an_address_of_another_machine_is_an_error() -> None:
     with pytest.raises(InputError, match=r"192\.0\.2\.1"):
         listen("192.0.2.1", 0)
 
 
-def test_accepted_hosts_an_open_server() -> None:
+def test_accepted_hosts_of_local_and_public_addresses() -> None:
     assert accepted_hosts("127.0.0.1", "127.0.0.1") == () and accepted_hosts("::1", "[::1]") == ()
     assert accepted_hosts("10.0.0.5", "10.0.0.5") == ("10.0.0.5",) and socket.gethostname() in accepted_hosts(
         "0.0.0.0", "0.0.0.0"
@@ -145,13 +146,15 @@ def test_accepted_hosts_an_open_server() -> None:
         (["{store}", "--box-format", "xyxy"], "--box-format xyxy is for --predictions"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
+def test_invalid_input_is_one_error_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
     write_store(tmp_path / "s.h5", [regions(1, [])], masks=False)
-    done = CliRunner().invoke(main, ["browse", *(one.format(store=tmp_path / "s.h5") for one in arguments)])
+    done = CliRunner().invoke(main, ["browse", *(word.format(store=tmp_path / "s.h5") for word in arguments)])
     assert done.exit_code == 2 and problem in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_what_is_missing_to_serve_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_server_packages_the_error_names_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_store(tmp_path / "s.h5", [regions(1, [])], masks=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = CliRunner().invoke(main, ["browse", str(tmp_path / "s.h5")])

@@ -1,7 +1,8 @@
-"""What the server of refdet browse answers, without a browser."""
+"""Responses of the `refdet browse` server, without a browser."""
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -31,7 +32,7 @@ from refdet.report.browse.queries import Filter  # noqa: E402
 from refdet.report.browse.server import Handlers  # noqa: E402
 from refdet.structures.regions import Regions  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("opened_here")
+pytestmark = pytest.mark.usefixtures("check_hdf5_in_process")
 
 OBJECTS: list[dict[str, Any]] = [
     {"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val", "sents": ("the red cat", "cat")},
@@ -40,19 +41,20 @@ OBJECTS: list[dict[str, Any]] = [
     {"image_id": 4, "bbox": [0, 0, 50, 50], "category_id": 1, "split": "val", "sents": ("without regions",)},
     {"image_id": 9, "bbox": [0, 0, 50, 50], "category_id": 1, "split": "val", "sents": ("not in the store",)},
 ]
-FOUND = {1: [[10, 10, 30, 31], [60, 10, 80, 50]], 2: [[0, 0, 100, 90], [5, 5, 9, 9], [6, 6, 9, 9]]}
+# boxes of the regions of images 1 and 2 in the store; 3 is unreadable, and 4 has none
+BOXES = {1: [[10, 10, 30, 31], [60, 10, 80, 50]], 2: [[0, 0, 100, 90], [5, 5, 9, 9], [6, 6, 9, 9]]}
 Browse = Callable[..., TestClient]
 
 
 def example_images() -> list[Regions]:
-    known = [regions(i, [[float(v) for v in box] for box in boxes], list(range(1, len(boxes) + 1)))
-             for i, boxes in FOUND.items()]  # fmt: skip
-    return [*known, Regions.empty(3, "3.jpg", 100, 120, "broken <b>"), Regions.empty(4, "4.jpg", 100, 120)]
+    with_regions = [regions(i, [[float(v) for v in box] for box in boxes], list(range(1, len(boxes) + 1)))
+             for i, boxes in BOXES.items()]  # fmt: skip
+    return [*with_regions, Regions.empty(3, "3.jpg", 100, 120, "broken <b>"), Regions.empty(4, "4.jpg", 100, 120)]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A store, images (none for 4), and refs."""
+    """A store, images except for 4, and refs."""
     write_store(tmp_path / "s.h5", example_images(), masks=False)
     (tmp_path / "images").mkdir()
     for i in (1, 2):
@@ -69,12 +71,13 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def browse(data: Path) -> Iterator[Browse]:
+    """A function that opens the files, with changes of its inputs, and returns a client of their server."""
     opened = []
 
     def run(**changes: Any) -> TestClient:
-        given: dict[str, Any] = {"stores": [data / "s.h5"], "images": data / "images", "refer_root": data,
+        inputs: dict[str, Any] = {"stores": [data / "s.h5"], "images": data / "images", "refer_root": data,
                                  "dataset": "toy", "split_by": "me"}  # fmt: skip
-        collection = Collection(BrowseInputs(**{**given, **changes}))
+        collection = Collection(BrowseInputs(**{**inputs, **changes}))
         opened.append(collection)
         indexer = Indexer(collection)
         indexer.start()
@@ -86,17 +89,18 @@ def browse(data: Path) -> Iterator[Browse]:
         collection.close()
 
 
-def keys(client: TestClient, **given: Any) -> list[int]:
-    found = client.get("/api/items", params={"show": "refs", **given}).json()
-    listed = [item["referent"]["key"] if "referent" in item else int(item["image_id"]) for item in found["items"]]
-    assert found["total"] == len(listed)
+def item_keys(client: TestClient, **parameters: Any) -> list[int]:
+    """The keys of the referents, or the ids of the images, in the response for a query."""
+    response = client.get("/api/items", params={"show": "refs", **parameters}).json()
+    listed = [item["referent"]["key"] if "referent" in item else int(item["image_id"]) for item in response["items"]]
+    assert response["total"] == len(listed)
     return listed
 
 
 def test_referents_have_the_iou_of_their_best_region(browse: Browse) -> None:
     items = browse().get("/api/items?show=refs").json()["items"]
     expected = [
-        max(brute_iou(xyxy(o["bbox"]), box) for box in FOUND.get(o["image_id"], [[0, 0, 0, 0]]))
+        max(brute_iou(xyxy(o["bbox"]), box) for box in BOXES.get(o["image_id"], [[0, 0, 0, 0]]))
         for o in OBJECTS[:4]
     ]  # fmt: skip
     assert [item["referent"]["iou"][0] for item in items] == pytest.approx(expected)
@@ -104,7 +108,7 @@ def test_referents_have_the_iou_of_their_best_region(browse: Browse) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("query", "expected"),
     [
         ({}, [0, 1, 2, 3]),
         ({"q": "cat"}, [0]),
@@ -131,14 +135,14 @@ def test_referents_have_the_iou_of_their_best_region(browse: Browse) -> None:
         ({"show": "images", "sort": "iou"}, [4, 1, 2, 3]),
     ],
 )
-def test_filters_and_orders(browse: Browse, given: dict[str, str], expected: list[int]) -> None:
-    assert keys(browse(), **given) == expected
+def test_filters_and_sort_orders(browse: Browse, query: dict[str, str], expected: list[int]) -> None:
+    assert item_keys(browse(), **query) == expected
 
 
-def test_pages_of_a_list_are_its_parts(browse: Browse) -> None:
+def test_pages_together_are_the_whole_list(browse: Browse) -> None:
     client = browse()
-    parts = [client.get(f"/api/items?show=refs&sort=iou&offset={i}&limit=1").json()["items"] for i in range(5)]
-    assert [item["referent"]["key"] for part in parts for item in part] == keys(client, sort="iou")
+    pages = [client.get(f"/api/items?show=refs&sort=iou&offset={i}&limit=1").json()["items"] for i in range(5)]
+    assert [item["referent"]["key"] for page in pages for item in page] == item_keys(client, sort="iou")
 
 
 @given(st.text(max_size=20))
@@ -148,11 +152,14 @@ def test_any_text_can_be_searched_for(text: str) -> None:
     catalog.add_referents([Referent("ref 0", 0, "val", 1, 9.0, [[0, 0, 3, 3]], [(0, text)])])
     catalog.index()
     words = re.findall(r"[A-Za-z0-9]+", text) if text.isascii() else []
-    found = Filter.parse({"show": "refs", "q": text}).count(catalog)
-    assert found == 1 if words or not text.strip() else found in (0, 1)
+    count = Filter.parse({"show": "refs", "q": text}).count(catalog)
+    if words or not text.strip():
+        assert count == 1
+    else:  # the search index may not treat its characters as words
+        assert count in (0, 1)
 
 
-def test_a_name_that_no_encoding_holds_is_shown(data: Path, browse: Browse) -> None:
+def test_a_category_name_with_a_lone_surrogate_is_shown(data: Path, browse: Browse) -> None:
     header = store.Header([{"id": 1, "name": "\ud800 c"}], "", {}, {})
     with store.create(data / "n.h5", header, store.Columns(), [store.ImageRow(1, "1.jpg", 9, 9, "", 0, 0)]) as writer:
         writer.put(Regions.empty(1, "1.jpg", 9, 9))
@@ -160,31 +167,22 @@ def test_a_name_that_no_encoding_holds_is_shown(data: Path, browse: Browse) -> N
     assert client.get("/api/about").json()["names"]["stores"] == [[["1", "\ud800 c"]]]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "show=x",
-        "sort=o.key;--",
-        "category=x",
-        "category=9223372036854775808",
-        "offset=-1",
-        "limit=100000",
-        "size=x",
-        "top=x",
-        "score=nan",
-    ],
-)
-def test_a_parameter_that_cannot_be_is_named(browse: Browse, wrong: str) -> None:
+@pytest.mark.parametrize("wrong", [
+    "show=x", "sort=o.key;--", "category=x", "category=9223372036854775808", "offset=-1", "limit=100000", "size=x",
+    "top=x", "score=nan",
+])  # fmt: skip
+def test_an_invalid_parameter_is_an_error_with_its_name(browse: Browse, wrong: str) -> None:
     answer = browse().get(f"/api/items?{wrong}")
     assert answer.status_code == 400 and wrong.split("=")[0] in answer.json()["error"]
 
 
-def test_an_image_has_its_regions_sentences_and_reasons(browse: Browse) -> None:
+def test_an_image_has_its_regions_sentences_and_errors(browse: Browse) -> None:
     client = browse()
-    one, failed, lost = (client.get(f"/api/image/{i}").json() for i in (1, 3, 4))
-    assert [region["box"] for region in one["stores"][0]["regions"]] == FOUND[1]
-    assert [s["text"] for o in one["referents"] for s in o["sentences"]] == [s for o in OBJECTS[:2] for s in o["sents"]]
-    assert failed["error"] == "broken <b>" and "no file" in lost["missing"]
+    readable, failed, missing = (client.get(f"/api/image/{i}").json() for i in (1, 3, 4))
+    assert [region["box"] for region in readable["stores"][0]["regions"]] == BOXES[1]
+    texts = [sentence["text"] for referent in readable["referents"] for sentence in referent["sentences"]]
+    assert texts == [*OBJECTS[0]["sents"], *OBJECTS[1]["sents"]]
+    assert failed["error"] == "broken <b>" and "no file" in missing["missing"]
     assert client.get("/api/image/77").status_code == 400
 
 
@@ -193,14 +191,17 @@ def test_masks_are_those_of_the_store(tmp_path: Path, browse: Browse) -> None:
 
     counts = coco_mask.encode(np.asfortranarray(np.eye(100, 120, dtype=np.uint8)))["counts"]
     write_store(tmp_path / "m.h5", [regions(1, [[0, 0, 9, 9]], masks=(counts,))], masks=True)
-    found = browse(stores=[tmp_path / "m.h5"]).get("/api/image/1").json()["stores"][0]
-    assert found["regions"][0]["mask"].encode() == counts and found["masks"]
+    response = browse(stores=[tmp_path / "m.h5"]).get("/api/image/1").json()["stores"][0]
+    assert response["regions"][0]["mask"].encode() == counts and response["masks"]
 
 
-def test_images_and_thumbnails_are_jpegs_made_here(browse: Browse) -> None:
+def test_images_and_thumbnails_are_decoded_and_sent_as_jpeg(browse: Browse) -> None:
     client = browse()
-    assert client.get("/image/0").headers["content-type"] == "image/jpeg"
-    assert client.get("/thumbnail/0").content == client.get("/thumbnail/0").content
+    for kind in ("image", "thumbnail"):
+        response = client.get(f"/{kind}/0")
+        assert response.headers["content-type"] == "image/jpeg"
+        with Image.open(io.BytesIO(response.content)) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (120, 100))
     for kind in ("image", "thumbnail"):
         broken = client.get(f"/{kind}/2")
         assert broken.status_code == 422 and "not a readable image" in broken.json()["error"]
@@ -208,33 +209,33 @@ def test_images_and_thumbnails_are_jpegs_made_here(browse: Browse) -> None:
 
 
 def test_images_are_read_from_a_zip(browse: Browse, data: Path) -> None:
-    with zipfile.ZipFile(data / "images.zip", "w") as packed:
-        packed.write(data / "images" / "1.jpg", "train/1.jpg")
+    with zipfile.ZipFile(data / "images.zip", "w") as archive:
+        archive.write(data / "images" / "1.jpg", "train/1.jpg")
     client = browse(images=data / "images.zip")
     assert client.get("/image/0").content == browse().get("/image/0").content
     assert [item["missing"] == "" for item in client.get("/api/items").json()["items"]] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "images/../../secret.jpg", "..\\secret.jpg"])
-def test_a_file_outside_of_the_folder_is_never_read(browse: Browse, data: Path, name: str) -> None:
+def test_files_outside_of_the_image_folder_are_never_read(browse: Browse, data: Path, name: str) -> None:
     write_store(data / "evil.h5", [Regions.empty(1, name, 100, 120), Regions.empty(2, "x.jpg", 100, 120)], masks=False)
     client = browse(stores=[data / "evil.h5"], refer_root=None, dataset=None, split_by=None)
-    answers = [client.get(f"/{kind}/0") for kind in ("image", "thumbnail")]
-    assert [answer.status_code for answer in answers] == [422, 422]
+    responses = [client.get(f"/{kind}/0") for kind in ("image", "thumbnail")]
+    assert [response.status_code for response in responses] == [422, 422]
 
 
 @pytest.mark.parametrize("name", ["..%2fserver.py", "%2e%2e%2f__init__.py", "../guard.py", "page.py"])
-def test_only_the_files_of_the_page_are_served(browse: Browse, name: str) -> None:
+def test_only_static_files_of_the_page_are_served(browse: Browse, name: str) -> None:
     assert browse().get(f"/static/{name}").status_code == 404
 
 
-def test_a_wrong_answer_is_found(browse: Browse, data: Path) -> None:
+def test_wrong_answers_can_be_filtered(browse: Browse, data: Path) -> None:
     answers = [{"sent_id": 0, "region": 0}, {"sent_id": 1, "region": 1}, {"sent_id": 10, "box": [60, 10, 40, 40]}]
     (data / "p.json").write_text(json.dumps(answers))
     client = browse(predictions=data / "p.json")
-    assert keys(client, only="wrong") == [0, 3]  # 3 has no answer, nor has 2, of a split without any
+    assert item_keys(client, only="wrong") == [0, 3]  # 3 has no answer; 2 is of a split without answers
     first = client.get("/api/image/1").json()["referents"][0]["sentences"]
-    assert [s["wrong"] for s in first] == [0, 1] and first[1]["answer"] == [FOUND[1][1]]
+    assert [s["wrong"] for s in first] == [0, 1] and first[1]["answer"] == [BOXES[1][1]]
 
 
 def test_answers_are_read_in_their_box_format(browse: Browse, data: Path) -> None:
@@ -244,13 +245,13 @@ def test_answers_are_read_in_their_box_format(browse: Browse, data: Path) -> Non
         assert one["sentences"][0]["answer"] == [box] and one["sentences"][0]["wrong"] == (box_format == "xywh")
 
 
-def test_a_referent_that_no_region_overlaps_has_no_best_one(browse: Browse, data: Path) -> None:
+def test_a_referent_that_no_region_overlaps_has_no_best_region(browse: Browse, data: Path) -> None:
     write_store(data / "far.h5", [regions(1, [[100, 80, 119, 99], [60, 10, 80, 50]])], masks=False)
     first, second = browse(stores=[data / "far.h5"]).get("/api/image/1").json()["referents"]
     assert (first["iou"][0], first["best"][0], second["best"][0]) == (0, None, 1)
 
 
-def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
+def test_masks_of_referents_and_answers_are_sent_without_masks_in_the_store(browse: Browse, data: Path) -> None:
     from pycocotools import mask as coco_mask
 
     y, x = np.mgrid[:100, :120]
@@ -258,7 +259,7 @@ def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
     rle = {"size": [100, 120], "counts": answer}
     (data / "p.json").write_text(json.dumps([{"sent_id": 0, "segmentation": rle}, {"sent_id": 1, "region": 0}]))
     client = browse(predictions=data / "p.json")
-    assert client.get("/api/about").json()["masks"]  # though the store has none
+    assert client.get("/api/about").json()["masks"]  # the store has none
     one = client.get("/api/image/1").json()["referents"][0]
     left, top, width, height = OBJECTS[0]["bbox"]
     inside = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
@@ -266,7 +267,7 @@ def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
     assert [s["answer_masks"] for s in one["sentences"]] == [[answer], []] and one["mask_error"] == ""
 
 
-def test_a_segmentation_that_cannot_be_drawn_is_said(browse: Browse, data: Path) -> None:
+def test_an_invalid_segmentation_is_reported_with_its_referent(browse: Browse, data: Path) -> None:
     path = data / "toy" / "instances.json"
     tree = json.loads(path.read_text())
     tree["annotations"][0]["segmentation"] = {"size": [9, 9], "counts": "01"}
@@ -275,7 +276,7 @@ def test_a_segmentation_that_cannot_be_drawn_is_said(browse: Browse, data: Path)
     assert one["mask"] == "" and "size [9, 9]" in one["mask_error"] and other["mask"]
 
 
-def test_names_are_those_of_the_own_file(browse: Browse, data: Path) -> None:
+def test_category_names_are_those_of_each_file(browse: Browse, data: Path) -> None:
     write_store(data / "n.h5", example_images(), masks=False, names={1: "hound"})
     about = browse(stores=[data / "n.h5", data / "s.h5"]).get("/api/about").json()
     assert about["names"]["referents"] == [["1", "c1"], ["2", "c2"]] and about["names"]["annotations"] == []
@@ -283,7 +284,7 @@ def test_names_are_those_of_the_own_file(browse: Browse, data: Path) -> None:
     assert "the refs of toy and n.h5 name 1 category differently" in " ".join(about["notes"])
 
 
-def test_ids_are_texts_and_thumbnails_follow_the_sliders(browse: Browse, data: Path) -> None:
+def test_ids_are_strings_and_thumbnails_have_the_boxes_within_the_sliders(browse: Browse, data: Path) -> None:
     many = Regions(-3, "x.jpg", 9, 9, np.tile(np.float32([0, 0, 5, 5]), (150, 1)),
                    np.linspace(0.7, 0.1, 150, dtype=np.float32), np.full(150, 2**53 + 1))  # fmt: skip
     write_store(data / "m.h5", [many], masks=False)
@@ -298,7 +299,7 @@ def test_ids_are_texts_and_thumbnails_follow_the_sliders(browse: Browse, data: P
         assert (len(item["boxes"]), item["regions"]) == (drawn, 150)
 
 
-def test_bad_answers_are_said_on_the_page(browse: Browse, data: Path) -> None:
+def test_invalid_answers_are_reported_in_the_status(browse: Browse, data: Path) -> None:
     (data / "p.json").write_text(json.dumps([{"sent_id": 0, "region": 2}]))
     status = browse(predictions=data / "p.json").get("/api/status").json()["index"]
     assert "region 2 is of image 2" in status["error"] and status["stage"] == ""
@@ -312,14 +313,14 @@ def test_two_stores_are_compared(browse: Browse, data: Path) -> None:
     assert one["referents"][0]["iou"] == pytest.approx([20 / 21, 1.0]) and one["referents"][0]["best"] == [0, 0]
     assert two["stores"][1]["absent"] and two["referents"][0]["iou"][1] is None
     assert "t.h5 lacks 3 of 4 images" in about["notes"][1] and "1 image of t.h5" in about["notes"][2]
-    assert keys(client, sort="gap") == [0, 1, 2, 3]
+    assert item_keys(client, sort="gap") == [0, 1, 2, 3]
 
 
-def test_annotations_are_the_referents_without_refs(browse: Browse, data: Path) -> None:
+def test_without_refs_annotations_are_the_referents(browse: Browse, data: Path) -> None:
     client = browse(refer_root=None, dataset=None, split_by=None, instances=data / "toy" / "instances.json")
     assert client.get("/api/about").json()["refs"] == 4
     assert len(client.get("/api/image/1").json()["annotations"]) == 2
-    assert keys(client, sort="iou") == [3, 1, 2, 0]
+    assert item_keys(client, sort="iou") == [3, 1, 2, 0]
 
 
 def test_refs_with_any_number_of_objects(browse: Browse, data: Path) -> None:
@@ -332,14 +333,14 @@ def test_refs_with_any_number_of_objects(browse: Browse, data: Path) -> None:
     assert [[s["wrong"] for s in o["sentences"]] for o in objects] == [[0, 0], [0, 1]]
 
 
-def test_the_list_is_downloaded_whole(browse: Browse) -> None:
+def test_the_downloaded_list_has_all_filtered_referents(browse: Browse) -> None:
     answer = browse().get("/api/list.json?show=refs&split=val&sort=iou")
     assert "attachment" in answer.headers["content-disposition"]
-    assert [one["label"] for one in answer.json()] == ["ref 3", "ref 1", "ref 0"]
+    assert [entry["label"] for entry in answer.json()] == ["ref 3", "ref 1", "ref 0"]
     assert answer.json()[1]["sentences"][0]["sent"] == "a <script>dog</script>"
 
 
-def test_a_store_that_changes_is_said(browse: Browse, data: Path) -> None:
+def test_a_replaced_store_is_reported_and_still_served(browse: Browse, data: Path) -> None:
     client = browse()
     assert client.get("/api/status").json()["changed"] == []
     (data / "s.h5").rename(data / "old.h5")
@@ -347,14 +348,22 @@ def test_a_store_that_changes_is_said(browse: Browse, data: Path) -> None:
     assert client.get("/api/image/1").status_code == 200
 
 
-def test_a_store_that_is_cut_off_is_said(browse: Browse, data: Path) -> None:
-    client = browse()
-    with (data / "s.h5").open("r+b") as file:
+def test_a_truncated_store_is_reported(browse: Browse, data: Path) -> None:
+    random = np.random.default_rng(0)
+    masks = tuple(random.bytes(10_000).hex().encode() for _ in range(100))  # not decoded by the server
+    image = regions(1, [[0, 0, 9, 9]] * len(masks), masks=masks)
+    write_store(data / "large.h5", [image, regions(2, [], masks=())], masks=True)
+    client = browse(stores=[data / "large.h5"])
+    with (data / "large.h5").open("r+b") as file:
         file.truncate(2048)
-    answers = [client.get(path) for path in ("/api/image/1", "/api/items?show=refs", "/api/items?show=images")]
-    assert {answer.status_code for answer in answers} <= {200, 422}
-    assert all("damaged" in answer.json()["error"] for answer in answers if answer.status_code == 422)
-    assert client.get("/api/status").json()["changed"] == [str(data / "s.h5")]
+    image_response, *list_responses = (
+        client.get(path) for path in ("/api/image/1", "/api/items?show=refs", "/api/items?show=images")
+    )
+    assert image_response.status_code == 422 and "damaged" in image_response.json()["error"]
+    for response in list_responses:
+        if response.status_code != 200:  # unless HDF5 has cached what these need
+            assert response.status_code == 422 and "damaged" in response.json()["error"]
+    assert client.get("/api/status").json()["changed"] == [str(data / "large.h5")]
 
 
 @pytest.mark.parametrize(
@@ -364,12 +373,12 @@ def test_a_store_that_is_cut_off_is_said(browse: Browse, data: Path) -> None:
         ({**dict.fromkeys(("refer_root", "dataset", "split_by")), "predictions": Path("p")}, "answers to sentences"),
     ],
 )
-def test_inputs_that_lack_others_are_refused(browse: Browse, changes: dict[str, Any], problem: str) -> None:
+def test_inputs_that_require_other_inputs_are_an_error(browse: Browse, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         browse(**changes)
 
 
-def test_a_page_without_images_or_regions(browse: Browse, data: Path) -> None:
+def test_an_empty_store_can_be_browsed(browse: Browse, data: Path) -> None:
     write_store(data / "none.h5", [], masks=False)
     client = browse(stores=[data / "none.h5"], images=None)
     assert client.get("/api/items?show=refs").json()["total"] == 0
@@ -377,7 +386,7 @@ def test_a_page_without_images_or_regions(browse: Browse, data: Path) -> None:
 
 
 @pytest.mark.parametrize("with_refs", [True, False])
-def test_images_of_another_size_are_noted(data: Path, with_refs: bool) -> None:
+def test_images_of_another_size_than_in_the_store_are_noted(data: Path, with_refs: bool) -> None:
     file = data / "toy" / "instances.json"
     tree = json.loads(file.read_text())
     tree["images"][0] |= {"height": 50, "width": 60}
