@@ -11,6 +11,7 @@ import refer_format_files as formats
 
 from refdet.data.refer_formats.convert import convert_refer
 from refdet.data.refer_formats.layouts import rounding_unit
+from refdet.errors import InputError
 
 PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
 REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
@@ -236,6 +237,13 @@ def test_note_says_why_the_size_was_not_checked(
     source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
     (result,) = convert_refer([source], tmp_path / "out", "refcoco", split_by, instances=train_instances)
     assert not result.complete and [line for line in result.notes if "not checked" in line] == [note]
+
+
+def test_files_without_refs_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "refcoco_val.json"
+    path.write_text('[{"image/id": 9, "objects": []}]')
+    with pytest.raises(InputError, match=r"^\S*refcoco_val\.json: no refs; download it again$"):
+        convert_refer([path], tmp_path / "out")
 
 
 def test_json_lines_format(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:

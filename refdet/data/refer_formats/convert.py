@@ -165,6 +165,8 @@ def _group_by_dataset(
             groups.setdefault(pair, []).append((path, replace(source, refs=refs)))
     if not groups:
         files = ", ".join(str(path) for path, _ in loaded)
+        if not any(source.refs for _, source in loaded):
+            raise InputError(f"{files}: no refs; download {'it' if len(loaded) == 1 else 'them'} again")
         raise InputError(f"`dataset` {dataset} `split_by` {split_by}: no such refs in {files}")
     return groups
 
