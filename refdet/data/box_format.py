@@ -10,13 +10,15 @@ import numpy as np
 
 from refdet.files.short_text import agree, format_share
 
-PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
+PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0  # units (`BoxFormat.unit`)
 
 # A box may exceed its image by so many pixels plus this fraction of the image's side.
 _SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02
-_TINY = 1.5  # a box in pixels or thousandths with no larger number is probably in fractions
-_NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25  # shares of boxes that do not fit a format
-_MIN_BOXES = 20  # with so many boxes, at least one should use most of the range
+_TINY = 1.5  # a box that is read as pixels or thousandths but has no larger number is probably in fractions
+# Shares of boxes that do not fit the format, above which another one that fits better is named, and above which there
+# is a warning even if none does.
+_NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25
+_MIN_BOXES = 20  # with so many boxes, at least one should use most of the range of its unit
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class BoxFormat:
 
     Attributes:
         corners: whether it is ``x1 y1 x2 y2``, else ``x y width height``.
-        unit: `PIXELS`, or the value that stands for the full width or height of the image.
+        unit: `PIXELS`, or else the value that stands for the full width or height of the image.
         description: for messages.
     """
 
@@ -49,7 +51,7 @@ class BoxFormat:
         return corners if self.unit == PIXELS else corners / self.unit * np.tile(sizes, 2)
 
     def misfits(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes that do not make sense in this format: inverted, outside their images or tiny.
+        """Find boxes that do not make sense in this format: `outside_or_inverted`, or `tiny`.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -61,7 +63,7 @@ class BoxFormat:
         return self.outside_or_inverted(boxes, sizes) | self.tiny(boxes, sizes)
 
     def outside_or_inverted(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes that are inverted or reach outside their images.
+        """Find boxes that reach outside their images, with some slack, or whose corners are in the wrong order.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -94,17 +96,24 @@ class BoxFormat:
 # In order of preference if several fit equally well.
 FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
     {
-        "xywh": BoxFormat(False, PIXELS, "[x, y, width, height] in pixels"),
-        "xyxy": BoxFormat(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
-        "normalized-xyxy": BoxFormat(True, FRACTIONS, "[x1, y1, x2, y2] in 0..1 of the image"),
-        "normalized-xywh": BoxFormat(False, FRACTIONS, "[x, y, width, height] in 0..1 of the image"),
-        "thousandths-xyxy": BoxFormat(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
-        "thousandths-xywh": BoxFormat(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
+        "xywh": BoxFormat(corners=False, unit=PIXELS, description="[x, y, width, height] in pixels"),
+        "xyxy": BoxFormat(corners=True, unit=PIXELS, description="[x1, y1, x2, y2] in pixels"),
+        "normalized-xyxy": BoxFormat(corners=True, unit=FRACTIONS, description="[x1, y1, x2, y2] in 0..1 of the image"),
+        "normalized-xywh": BoxFormat(
+            corners=False, unit=FRACTIONS, description="[x, y, width, height] in 0..1 of the image"
+        ),
+        "thousandths-xyxy": BoxFormat(
+            corners=True, unit=THOUSANDTHS, description="[x1, y1, x2, y2] in 0..1000 of the image"
+        ),
+        "thousandths-xywh": BoxFormat(
+            corners=False, unit=THOUSANDTHS, description="[x, y, width, height] in 0..1000 of the image"
+        ),
     }
 )
 INFERRED_ORDER = ("normalized", "thousandths")
 """Formats that users can request without the order of the numbers, which is inferred from the boxes."""
-NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *list(FORMATS)[2:])
+NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *(name for name in FORMATS if name not in ("xywh", "xyxy")))
+"""Formats that users can request."""
 DEFAULT_FORMAT = "xywh"
 
 
@@ -120,7 +129,8 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
         sizes: (N, 2) widths and heights of their images in pixels.
 
     Returns:
-        A key of `FORMATS`, and human-readable notes about what was inferred and what contradicts it, with counts.
+        A key of `FORMATS`, and human-readable notes, with numbers of boxes: about the order that was inferred, and a
+            warning if the boxes contradict the format.
     """
     boxes, sizes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(sizes, np.float64).reshape(-1, 2)
     is_nonzero = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
@@ -137,6 +147,7 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
 
 
 def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) -> str:
+    """Note about the order that was inferred for ``count`` boxes, from the number of misfits of each format."""
     if misfits[xyxy] == misfits[xywh]:
         return (
             f"note: reading boxes as {FORMATS[xyxy].description}; if they are {FORMATS[xywh].description}, which "
@@ -159,12 +170,13 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
             f"{box_format.description}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
-    # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
+    # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside their images are no evidence
+    # that the boxes are in thousandths.
     candidates = [
         other for other in FORMATS if other != name and (FORMATS[other].unit != THOUSANDTHS or share > _LARGE_SHARE)
     ]
 
-    def penalized_misfits(other: str) -> float:  # thousandths must fit clearly better
+    def penalized_misfits(other: str) -> float:  # for the same reason, thousandths must fit clearly better
         return misfits[other] + (_NOTABLE_SHARE * count if FORMATS[other].unit == THOUSANDTHS else 0)
 
     best = min(candidates, key=penalized_misfits)
@@ -188,12 +200,15 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
     if count < _MIN_BOXES or box_format.unit == FRACTIONS:
         return None
     same_order, other_order = ("xyxy", "xywh") if box_format.corners else ("xywh", "xyxy")
+    # the pixel format that more boxes fit
     in_pixels = other_order if misfits[other_order] < misfits[same_order] else same_order
+    # If no image has 1000 pixels, boxes in thousandths would reach beyond the pixels of some image.
     if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[in_pixels] == 0:
         return (
             f"warning: all {count} boxes also lie within their images when read as {FORMATS[in_pixels].description} "
             f"instead of {box_format.description}; if they are that, give `box_format='{in_pixels}'`"
         )
+    # Boxes in thousandths of clearly larger images end at 1000, or 1001 if x + width was rounded, and some nearly do.
     last = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
     if box_format.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
         return (
@@ -204,6 +219,7 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
 
 
 def _describe_misfit(box_format: BoxFormat, count: int) -> str:
+    """What is wrong with ``count`` misfits, as a predicate."""
     reaches = "reaches outside its image" if count == 1 else "reach outside their images"
     return reaches + (f" or {agree(count, 'has')} x2 <= x1 or y2 <= y1" if box_format.corners else "")
 

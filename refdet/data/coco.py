@@ -33,6 +33,7 @@ from refer.plain_files import no_garbage_collection
 log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
+"""Half-open ``x1 y1 x2 y2`` in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,11 @@ class ImageRecord:
     """An image.
 
     Attributes:
-        id: its COCO id.
-        file_name: as in the file, "" if it has none.
+        id: its id in the instances file.
+        file_name: as in the instances file, "" if it has none.
         height: in pixels.
         width: in pixels.
-        by_id: whether an image without a file name may be looked up by its id under COCO's file names.
+        by_id: whether the image, if it has no file name, may be looked up by its id under COCO's file names.
     """
 
     id: int
@@ -65,7 +66,7 @@ class Annotation:
         box: half-open ``x1 y1 x2 y2`` in pixels of the image; not clipped to the image.
         segmentation: polygons ``[[x, y, x, y, ...], ...]`` in pixels, an RLE ``{"size": [h, w],
             "counts": ...}``, or None.
-        area: in square pixels, as in the file or else that of the box.
+        area: in square pixels, from the instances file, or else of the box.
         iscrowd: whether it is a crowd.
     """
 
@@ -88,8 +89,9 @@ class CocoIndex:
         images: image id -> record, in file order.
         annotations: image id -> annotations in file order; every image has an entry.
         categories: category id -> name, in file order.
-        raw: the parsed JSON.
-        dropped: human-readable descriptions of the annotations and polygons that were dropped.
+        raw: the parsed JSON, in which ``iscrowd`` may have been changed (``crowd_as_object``).
+        dropped: what was dropped, human-readable: one line per annotation that is not used, or is used without some of
+            its polygons.
     """
 
     path: Path
@@ -105,7 +107,7 @@ class CocoIndex:
         """Read and validate an instances JSON.
 
         Annotations whose box is empty, not finite or entirely outside the image, and polygons with fewer than three
-        points, are dropped and described in ``dropped``. Their number is logged.
+        points, are dropped and described in ``dropped``. The number of such annotations is logged.
 
         Args:
             path: the file.
@@ -139,9 +141,9 @@ class CocoIndex:
         index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
-                "note: %s: %s (first: %s); refdet inspect lists them",
+                "note: %s: %s dropped, or used without some polygons (first: %s); refdet inspect lists all",
                 path,
-                format_count(len(dropped), "unusable annotation"),
+                format_count(len(dropped), "annotation"),
                 dropped[0],
             )
         if need_segmentation:
@@ -156,6 +158,7 @@ class CocoIndex:
         return index
 
     def _check_segmentation(self) -> None:
+        """Raise an InputError if there are objects and none of them has a segmentation."""
         objects = [a for annotations in self.annotations.values() for a in annotations if not a.iscrowd]
         if objects and all(a.segmentation is None for a in objects):
             raise InputError(
@@ -168,12 +171,12 @@ class TrainingObjects:
     """Images and objects of an instances file to train on.
 
     Objects are annotations that are not crowds. An object without a segmentation is excluded from the mask loss. Images
-    without objects are excluded unless they are included as negatives.
+    without objects are excluded, or used as negatives.
 
     Args:
         index: the instances file.
         masks: whether masks are trained.
-        empty_images: whether to include images without objects as negatives.
+        empty_images: whether to use images without objects as negatives.
 
     Attributes:
         index: the instances file.
@@ -226,21 +229,25 @@ class TrainingObjects:
         return [a for a in self.index.annotations[image_id] if a.iscrowd]
 
     def sha256(self) -> str:
-        """SHA-256 of what training reads from the file: image names and sizes, categories, boxes, masks and crowds.
+        """Hash what training reads: categories, and of the ``records`` ids, names, sizes, boxes, masks and crowds.
 
-        The rest of the file, such as areas and licenses, does not affect it.
+        The rest of the file, such as areas and licenses, does not affect the hash, nor do masks that are not trained.
+
+        Returns:
+            The SHA-256 in hexadecimal.
         """
-        digest = hashlib.sha256(_encode([list(pair) for pair in self.index.categories.items()]))
+        digest = hashlib.sha256(_encode_json([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:
             entries = [
                 [a.category_id, a.box, a.iscrowd, a.segmentation if self.masks and not a.iscrowd else None]
                 for a in self.index.annotations[r.id]
             ]
-            digest.update(_encode([r.id, r.file_name, r.height, r.width, entries]) + b"\n")
+            digest.update(_encode_json([r.id, r.file_name, r.height, r.width, entries]) + b"\n")
         return digest.hexdigest()
 
 
 def _parse_categories(path: Path, entries: list[dict]) -> dict[int, str]:
+    """Category id -> name."""
     names: dict[int, str] = {}
     for position, entry in enumerate(entries):
         category_id, name = parse_category(path, position, entry)
@@ -251,6 +258,7 @@ def _parse_categories(path: Path, entries: list[dict]) -> dict[int, str]:
 
 
 def _parse_images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
+    """Image id -> record."""
     images: dict[int, ImageRecord] = {}
     for position, entry in enumerate(entries):
         image_id, file_name, height, width = parse_image(path, position, entry)
@@ -264,6 +272,7 @@ def _parse_images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
 def _parse_annotations(
     path: Path, entries: list[dict], images: dict[int, ImageRecord], categories: dict[int, str]
 ) -> tuple[dict[int, list[Annotation]], list[str]]:
+    """`CocoIndex.annotations` and `CocoIndex.dropped`."""
     by_image: dict[int, list[Annotation]] = {image_id: [] for image_id in images}
     dropped: list[str] = []
     seen: set[int] = set()
@@ -282,13 +291,12 @@ def _parse_annotations(
         segmentation, dropped_polygons = parse_segmentation(
             path, entry.get("segmentation"), what, (image.height, image.width)
         )
-        if dropped_polygons:
-            dropped.append(f"{what}: {dropped_polygons}")
         iscrowd = parse_iscrowd(path, entry, what)
-        reason = _box_problem(x, y, width, height, image)
-        if reason:
+        if reason := _box_problem(x, y, width, height, image):
             dropped.append(f"{what}: {reason}")
             continue
+        if dropped_polygons:
+            dropped.append(f"{what}: {dropped_polygons}")
         area = parse_area(path, entry.get("area", width * height), what)
         box = (float(x), float(y), float(x + width), float(y + height))
         by_image[image.id].append(Annotation(annotation_id, image.id, category_id, box, segmentation, area, iscrowd))
@@ -296,7 +304,7 @@ def _parse_annotations(
 
 
 def _box_problem(x: float, y: float, width: float, height: float, image: ImageRecord) -> str:
-    """Why a box is invalid, "" if it is valid."""
+    """Why a box cannot be used, "" if it can."""
     # The sums can overflow too; an integer beyond the range of floats raises OverflowError when added to a float.
     if not (all(map(is_finite, (x, y, width, height))) and is_finite(x + width) and is_finite(y + height)):
         return "box is not finite"
@@ -304,8 +312,9 @@ def _box_problem(x: float, y: float, width: float, height: float, image: ImageRe
         return "box has no area"
     if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
         return f"box lies outside image {image.id} ({image.width}x{image.height})"
+    # Boxes are clipped to the image and rounded to float32 when they are used, which can leave nothing of a box with
+    # less than a pixel of width or height in the image. The other boxes need no check with NumPy, which is slow.
     if width < 1 or height < 1 or x + width < 1 or y + height < 1 or x > image.width - 1 or y > image.height - 1:
-        # Boxes are clipped to the image and rounded to float32 when they are used.
         start = np.array([max(x, 0), max(y, 0)], np.float32)
         end = np.array([min(x + width, image.width), min(y + height, image.height)], np.float32)
         if (end <= start).any():
@@ -313,7 +322,7 @@ def _box_problem(x: float, y: float, width: float, height: float, image: ImageRe
     return ""
 
 
-def _encode(value: Any) -> bytes:
+def _encode_json(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (OverflowError, ValueError):  # integers beyond 64 bits
@@ -321,7 +330,7 @@ def _encode(value: Any) -> bytes:
 
 
 def _why_empty(index: CocoIndex, crowds: int) -> str:
-    """Why there is nothing to train on."""
+    """Why there is nothing to train on: the error message for a file with that many crowds and no objects."""
     if crowds:
         which = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         return (
@@ -331,7 +340,7 @@ def _why_empty(index: CocoIndex, crowds: int) -> str:
     if index.raw["annotations"]:
         return (
             f"{index.path}: its {format_count(len(index.raw['annotations']), 'annotation')} cannot be used (first: "
-            f"{index.dropped[0] if index.dropped else 'no image has it'}); correct them"
+            f"{index.dropped[0]}); correct them"
         )
     if not index.images:
         return f"{index.path}: no images to train on; give a file with images"

@@ -15,9 +15,9 @@ _NUMBER_TYPES = {int, float}  # compared with type(), as isinstance accepts bool
 
 
 def json_type(value: object) -> str:
-    """JSON name of a value's type."""
+    """Name of the type of a JSON value, for messages."""
     names = {dict: "object", list: "list", str: "string", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    return names.get(type(value), type(value).__name__)  # "int" and "float" say more than JSON's "number"
 
 
 def parse_id(path: Path, entry: dict, key: str, what: str) -> int:
@@ -33,7 +33,7 @@ def parse_id(path: Path, entry: dict, key: str, what: str) -> int:
         The integer.
 
     Raises:
-        InputError: it is missing, not an integer or too large.
+        InputError: the value is missing, not an integer, or has more than 64 bits.
     """
     value = entry.get(key)
     if type(value) is not int:  # not isinstance, which accepts bool
@@ -49,14 +49,14 @@ def parse_category(path: Path, position: int, entry: dict) -> tuple[int, str]:
 
     Args:
         path: the file, for error messages.
-        position: index of the entry.
+        position: position of the entry in ``categories``.
         entry: the entry.
 
     Returns:
         Category id and name.
 
     Raises:
-        InputError: either is invalid.
+        InputError: the id or the name is invalid.
     """
     category_id = parse_id(path, entry, "id", f"categories[{position}]")
     name = entry.get("name")
@@ -70,14 +70,14 @@ def parse_image(path: Path, position: int, entry: dict) -> tuple[int, str, int, 
 
     Args:
         path: the file, for error messages.
-        position: index of the entry.
+        position: position of the entry in ``images``.
         entry: the entry.
 
     Returns:
         Image id, file name ("" for none), and height and width in pixels.
 
     Raises:
-        InputError: one of them is invalid.
+        InputError: one of these is invalid.
     """
     image_id = parse_id(path, entry, "id", f"images[{position}]")
     what = f"image {image_id}"
@@ -99,7 +99,7 @@ def parse_annotation_ids(path: Path, position: int, entry: dict) -> tuple[int, i
 
     Args:
         path: the file, for error messages.
-        position: index of the entry.
+        position: position of the entry in ``annotations``.
         entry: the entry.
 
     Returns:
@@ -125,7 +125,7 @@ def parse_box(path: Path, bbox: object, what: str) -> list[float]:
         The box.
 
     Raises:
-        InputError: it is missing or not four numbers.
+        InputError: the box is missing or not four numbers.
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= _NUMBER_TYPES:
         shown = "is missing" if bbox is None else f"is {bbox!r:.60}"
@@ -154,18 +154,18 @@ def parse_iscrowd(path: Path, entry: dict, what: str) -> bool:
 
 
 def parse_area(path: Path, area: object, what: str) -> float:
-    """Check an area.
+    """Check an area and convert it to float.
 
     Args:
         path: the file, for error messages.
-        area: the area in square pixels.
+        area: the area in square pixels, as in the file.
         what: name of the annotation, for error messages.
 
     Returns:
         The area as a float.
 
     Raises:
-        InputError: it is not a finite number.
+        InputError: the area is not a finite number.
     """
     if not is_finite(area):
         raise InputError(f"{path}: {what}: 'area' is {area!r:.40}; it must be a finite number")
@@ -190,15 +190,16 @@ def parse_segmentation(
         value: the segmentation: polygons, an RLE or None.
         what: name of the annotation, for error messages.
         size: height and width of the image in pixels, to check the size of an RLE and the extent of polygons. None
-            if not known yet: an RLE must then match its own size, and the caller must call `check_outlines` later.
+            if not known yet: the counts of an RLE are then checked against the size that the RLE has itself, and the
+            caller must check that size and call `check_outlines` later.
 
     Returns:
         The segmentation (None if nothing is left), and a description of the dropped polygons ("" for none).
 
     Raises:
-        InputError: it is neither polygons nor an RLE, or does not fit the image.
+        InputError: the segmentation is neither polygons nor an RLE, or does not fit the image.
     """
-    if value is None or value == []:
+    if value is None or value == []:  # [] is what some programs write for an annotation that has only a box
         return None, ""
     if isinstance(value, dict):
         _check_rle(path, value, what, size)
@@ -212,6 +213,7 @@ def parse_segmentation(
 
 
 def _check_rle(path: Path, rle: dict, what: str, image_size: tuple[int, int] | None) -> None:
+    """Raise an InputError if an RLE does not cover its image or, if ``image_size`` is None, its own ``size``."""
     size, counts = rle.get("size"), rle.get("counts")
     if image_size is None:
         if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):

@@ -15,7 +15,7 @@ from PIL import Image
 from refdet.errors import ArgumentError
 from refer.pixels import FORMATS, as_rgb
 
-# Pillow warns about odd metadata and many pixels; the expected size is known from the instances file.
+# Pillow warns about odd metadata and many pixels; here an image with too many pixels is an error, other ones are not.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 EXIF_MODES = ("ignore", "apply")
@@ -23,19 +23,20 @@ EXIF_MODES = ("ignore", "apply")
 
 _MAX_DECLARED_PIXELS = 1 << 29  # of an image whose size the instances file declares; 6 GiB as float32 RGB
 _MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
-_METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16  # limits of a file; 16 bytes are twice a pixel of 16-bit RGBA
+# The limit of a file: so much for metadata, and so many bytes per pixel, twice those of 16-bit RGBA.
+_METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16
 _LARGE_IMAGE_PIXELS = 1 << 25  # larger images are decoded one at a time
-_TIFF_TILE_PIXELS = 1 << 24  # by which a tile or strip may exceed its image
+_TIFF_TILE_PIXELS = 1 << 24  # by which a tile may exceed its image
 _MAX_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257  # EXIF and TIFF tags
-_UPRIGHT = 1
+_UPRIGHT = 1  # EXIF orientation of pixels that are stored as seen
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 _large_image_lock = threading.Lock()
 
 
 class SizeError(ValueError):
-    """An image has another size than declared; the message has both.
+    """An image has another size than declared, or too many pixels; the message has the sizes or the limit.
 
     Args:
         message: the error message.
@@ -83,7 +84,8 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
         The pixels and the EXIF orientation.
 
     Raises:
-        SizeError: the image has another size; it is then not decoded.
+        SizeError: the image has another size or too many pixels. It is then not decoded, unless only height and width
+            are swapped: the message has the EXIF orientation, which may follow the pixels in the file.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     declared = f"the instances file says {width}x{height}"
@@ -96,8 +98,8 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
             if size not in ((height, width), (width, height)):
                 raise SizeError(f"is {size[1]}x{size[0]}, but {declared}")
             orientation = _orientation(image)
-            sideways = orientation in _SIDEWAYS
-            if (size[::-1] if sideways and exif == "apply" else size) != (height, width):
+            swap_sides = exif == "apply" and orientation in _SIDEWAYS
+            if (size[::-1] if swap_sides else size) != (height, width):
                 raise SizeError(
                     f"is {size[1]}x{size[0]}, but {declared}{_orientation_hint(orientation, exif)}", orientation
                 )
@@ -113,7 +115,7 @@ def decode_any_size(data: bytes) -> DecodedImage:
     """Like `decode`, for an image of unknown size; the pixels are as stored.
 
     Raises:
-        SizeError: it has more pixels than Pillow's limit, twice ``Image.MAX_IMAGE_PIXELS``.
+        SizeError: the image has more pixels than Pillow's limit, twice ``Image.MAX_IMAGE_PIXELS``.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     try:
@@ -141,7 +143,8 @@ def gray_thumbnails(data: bytes, side: int) -> list[np.ndarray]:
         SizeError: the image has too many pixels.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
-    for limit in (_LARGE_IMAGE_PIXELS, _MAX_UNDECLARED_PIXELS):  # the second limit locks out other large images
+    # With the second limit, the image is decoded while no other large one is, so smaller ones are tried with the first.
+    for limit in (_LARGE_IMAGE_PIXELS, _MAX_UNDECLARED_PIXELS):
         with suppress(Image.DecompressionBombError), _allow_pixels(limit), _open(data) as image:
             if image.width * image.height <= limit:
                 return _gray_thumbnails(image, side)
@@ -154,8 +157,8 @@ def rgb_thumbnail(data: bytes, side: int, height: int, width: int) -> Image.Imag
     Args:
         data: contents of a file in one of the `FORMATS`.
         side: longest side of the thumbnail in pixels.
-        height: expected height in pixels, as stored.
-        width: expected width in pixels, as stored.
+        height: height in pixels as stored, according to the store of features.
+        width: width in pixels as stored, likewise.
 
     Returns:
         The thumbnail, in the proportions of the image.
@@ -168,7 +171,7 @@ def rgb_thumbnail(data: bytes, side: int, height: int, width: int) -> Image.Imag
         if (size := _stored_size(image)) != (height, width):
             raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
-            image.draft("RGB", (side, side))  # decodes a JPEG at a fraction of its size, as in `_gray_thumbnails`
+            image.draft("RGB", (side, side))  # decodes a JPEG at the smallest eighth, quarter or half that is enough
         thumbnail = Image.fromarray(_stored_pixels(image, _orientation(image)))
     thumbnail.thumbnail((side, side), Image.Resampling.BILINEAR)
     return thumbnail
@@ -186,7 +189,15 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate and mirror points as `apply_orientation` does pixels; (N, 2) x and y as fractions of the image."""
+    """Rotate and mirror points as `apply_orientation` does pixels.
+
+    Args:
+        points: (N, 2) x and y as fractions of the width and height of the image as stored.
+        orientation: EXIF orientation, 1 to 8.
+
+    Returns:
+        (N, 2) x and y as fractions of the width and height of the upright image.
+    """
     transposed = points[:, ::-1] if orientation in _SIDEWAYS else points
     x = 1 - transposed[:, 0] if orientation in (2, 3, 6, 7) else transposed[:, 0]
     y = 1 - transposed[:, 1] if orientation in (3, 4, 7, 8) else transposed[:, 1]
@@ -194,8 +205,10 @@ def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _gray_thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
+    """`gray_thumbnails` of an opened image."""
     if image.mode in ("L", "RGB"):
-        image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster
+        # decodes a JPEG at up to an eighth of its size, which is much faster; 4 times as large leaves enough to average
+        image.draft("L", (4 * side, 4 * side))
     orientation = _orientation(image)
     gray = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
     stored = _undo_pillow_rotation(np.asarray(gray), image, orientation)
@@ -260,13 +273,15 @@ def _stored_pixels(image: Image.Image, orientation: int) -> np.ndarray:
 
 
 def _undo_pillow_rotation(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
-    """Undo the rotation that Pillow applies to a TIFF, whose orientation it removes from the tags."""
+    """Undo the rotation of a TIFF by Pillow, which removes the orientation from the tags when it has applied it."""
     if image.format == "TIFF" and _ORIENTATION not in image.getexif():
+        # 6 and 8 are quarter turns in opposite directions; every other orientation is its own inverse
         return apply_orientation(pixels, {6: 8, 8: 6}.get(orientation, orientation))
     return pixels
 
 
 def _orientation_hint(orientation: int, exif: str) -> str:
+    """The end of a message about an image of another size: what its EXIF orientation explains, "" for nothing."""
     if orientation not in _SIDEWAYS:
         return ""
     if exif == "apply":

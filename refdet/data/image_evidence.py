@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.image_lookup import coco_number
 
+# Keys of an entry whose values are names of its image, ids of its image, and COCO ids.
 NAME_KEYS = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 ID_KEYS = ("image_id", "id", "img_id")
 COCO_ID_KEYS = ("coco_id", "cocoid")
 # Keys of COCO image ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id, but not coco_category_id
 # or coco_ann_id.
 _COCO_ID_KEY = re.compile(r"coco(?![a-z_]*(?:cat|ann|class|label|obj))[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
+# Keys of image ids at any depth, which may be COCO's or the list's own.
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
 # Entries of Visual Genome's annotation files have no image name, but a list under one of these keys. The value is a key
 # that the items of that list have, None if any items will do.
@@ -33,18 +35,19 @@ class Evidence:
     """What an entry says about which COCO image it is.
 
     Attributes:
-        id: its id in the list, None if it has none.
-        coco_numbers: COCO's zero-padded numbers in any of its strings or keys, at any depth, and its ``coco_id``.
+        id: the entry's id in the list, None if it has none.
+        coco_numbers: COCO's zero-padded numbers in any string or key of the entry, at any depth, and its ``coco_id``.
         bare_numbers: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
-        possible_ids: integers under id keys that its names do not contradict. As lists may have their own numbering,
-            these are COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
-        is_non_coco: whether its ``coco_id`` marks the image as not from COCO: it is null or an integer outside the
-            range of COCO's ids, and it has no ``coco_numbers``.
+        possible_ids: integers under id keys, if the entry's names do not contradict them. As lists may have their own
+            numbering, these are COCO ids only if names or a ``coco_id`` in the same file confirm it
+            (`ids_are_confirmed`).
+        is_non_coco: whether the entry marks its image as not from COCO: its ``coco_id`` is null or an integer outside
+            the range of COCO's ids, and it has no ``coco_numbers``.
         is_visual_genome: whether it is an entry of Visual Genome, whose ids are not COCO's.
-        has_unnumbered_name: whether it has a file name or URL without a number.
+        has_unnumbered_name: whether it has a file name or URL without a number, so that it may be any image.
         addresses: its file names and URLs.
-        lookup_number: in an instances file, the number by which training may look its image up (function
-            `lookup_number`).
+        lookup_number: for an entry of an instances file, the number by which training may look up its image (function
+            `lookup_number`); else None.
     """
 
     id: int | None = None
@@ -87,12 +90,12 @@ class _Text(NamedTuple):
 
 
 def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> Evidence:
-    """Collect the evidence in an entry: a number, a name, or an object with names and ids at any depth.
+    """Collect the evidence in a list entry: a number, a name, or an object with names and ids at any depth.
 
     Args:
         entry: a JSON value.
-        id_keys: keys that may hold its id in the list; the first one present is used.
-        key: key of the entry itself if it is a member of an object, else "".
+        id_keys: keys that may hold the entry's id in the list; the first one with a value is used.
+        key: key under which the list, a JSON object, has the entry; "" if the list is an array.
 
     Returns:
         The evidence.
@@ -110,32 +113,36 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     entry_id = next((_parse_integer(fields[name]) for name in id_keys if fields.get(name) is not None), None)
     ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *_top_level_integers(entry)])
     key_number = bare_number(key) if key else None
-    if key_number is not None and (coco_numbers or bare_numbers or ids or addresses):  # may be a sequential index
-        ids |= _coco_range([key_number])
+    if key_number is not None and (coco_numbers or bare_numbers or ids or addresses):
+        ids |= _coco_range([key_number])  # the key may just count the entries, as there is other evidence
     elif key_number is not None:
         bare_numbers = frozenset([key_number])
-    # Ids are taken as sequential, as in MDETR's files, if a name has a number or there is a coco_id. A coco_id says
-    # nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
+    # Ids are taken as the list's own, as in MDETR's files, if a name has a COCO number or there is a coco_id. A coco_id
+    # says nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
     is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
     has_padded_name = any(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts)))
-    ids_are_sequential = has_padded_name or (bool(coco_ids) and not _has_unnumbered(addresses, False))
+    has_unnumbered = _has_unnumbered(addresses)
+    has_own_numbering = has_padded_name or (bool(coco_ids) and not has_unnumbered)
     top_coco_ids = [fields[name] for name in COCO_ID_KEYS if name in fields]
-    are_readable = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
-    is_non_coco = bool(top_coco_ids) and are_readable and not coco_numbers
+    are_null_or_integers = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
+    is_non_coco = bool(top_coco_ids) and are_null_or_integers and not coco_numbers
     return Evidence(
         id=entry_id,
         coco_numbers=coco_numbers,
         bare_numbers=bare_numbers,
-        possible_ids=frozenset() if is_visual_genome_entry or ids_are_sequential else ids,
+        possible_ids=frozenset() if is_visual_genome_entry or has_own_numbering else ids,
         is_non_coco=is_non_coco,
         is_visual_genome=is_visual_genome_entry,
-        has_unnumbered_name=_has_unnumbered(addresses, bool(coco_ids)) and not (coco_ids or is_non_coco),
+        has_unnumbered_name=has_unnumbered and not (coco_ids or is_non_coco),
         addresses=tuple(dict.fromkeys(text.text for text in addresses)),
     )
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether most ids agree with the COCO-style name or ``coco_id`` of the same entry; False if no entry has both."""
+    """Whether more than half of the ids are the number in a COCO-style name, or the ``coco_id``, of the same entry.
+
+    Entries without either are not counted; False if there are no others.
+    """
     agreements = [entry.id in entry.coco_numbers for entry in entries if entry.id is not None and entry.coco_numbers]
     return 2 * sum(agreements) > len(agreements)
 
@@ -152,9 +159,9 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
-    """Return the number by which training may look an image up under COCO's file names.
+    """Return the number by which training may look up an image under COCO's file names.
 
-    It is the number in the ``file_name``; without a ``file_name``, it is the id if `may_be_looked_up_by_id` allows it.
+    That is the number in the ``file_name``; without a ``file_name``, the id if `may_be_looked_up_by_id` allows it.
 
     Args:
         entry: an entry of ``images`` in an instances file.
@@ -190,7 +197,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
         evidence: its evidence, if already collected.
 
     Returns:
-        Whether the id is the number in the file name, without a contradiction.
+        Whether the id is the number in the file name, if there is one, and nothing contradicts it.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
     if image_id is None or evidence.is_visual_genome or evidence.is_non_coco or not evidence.coco_ids <= {image_id}:
@@ -202,7 +209,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
 
 
 def coco_numbers_in(value: Any) -> frozenset[int]:
-    """COCO-style numbers in any string or key of a JSON value."""
+    """Return the COCO-style numbers in any string or key of a JSON value."""
     return frozenset().union(*(numbers_in_name(text.text) for text in _texts(value)))
 
 
@@ -222,35 +229,35 @@ def _texts(value: Any) -> Iterator[_Text]:
             pending += [(key, child, True) for child in node]
 
 
-def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
-    """Whether an image has a file name or URL without a number.
+def _has_unnumbered(addresses: Collection[_Text]) -> bool:
+    """Whether an image has a file name or URL without a number, and nothing else that gives its number.
 
-    An image may have several: next to COCO's own URL or a ``coco_id``, other names need no number, nor do URLs next to
-    a file name. Each item of a list is a separate image.
+    An image may have several names: next to COCO's own URL, the other names need no number, nor do URLs next to a file
+    name. Of several URLs alone, one with a number is enough. Each item of a list is a separate image.
     """
     is_numbered = {
         address: bool(numbers_in_name(address.text)) or _bare_number_of(address) is not None for address in addresses
     }
     if any(not numbered for address, numbered in is_numbered.items() if address.in_list and "url" not in address.key):
         return True
-    if has_coco_id or any(numbered for address, numbered in is_numbered.items() if address.key == "coco_url"):
+    if any(numbered for address, numbered in is_numbered.items() if address.key == "coco_url"):
         return False
     files = [numbered for address, numbered in is_numbered.items() if "url" not in address.key]
     return not all(files) if files else bool(is_numbered) and not any(is_numbered.values())
 
 
 def _bare_number_of(text: _Text) -> int | None:
-    """The number that is an entire file name, or None; under keys that are not for image names it needs a suffix."""
+    """The number that is an entire file name, or None; under keys that are not for image names only with a suffix."""
     return bare_number(text.text) if text.key in NAME_KEYS or text.key == "" or is_image_file(text.text) else None
 
 
 def _id_texts(texts: Collection[_Text]) -> list[_Text]:
-    """Strings under id keys, and those without a key."""
+    """Strings under id keys, and strings without a key."""
     return [text for text in texts if text.key in ID_KEYS or text.key == ""]
 
 
 def _parse_integer(value: Any) -> int | None:
-    """An integer id, which may be written as text or as a float."""
+    """The integer id that a value is, also as text or as a float, or None."""
     if isinstance(value, str):
         return bare_number(value)
     if isinstance(value, float) and value.is_integer():
@@ -282,7 +289,7 @@ def _coco_range(numbers: Iterable[int | None]) -> frozenset[int]:
 
 
 def _is_visual_genome_entry(entry: Mapping[str, Any], strings: Collection[str]) -> bool:
-    """Whether an entry has an image of Visual Genome, or the lists of its annotation files."""
+    """Whether an entry has an image of Visual Genome, or one of the lists of Visual Genome's annotation files."""
     if any(map(is_visual_genome, strings)):
         return True
     for key, member_key in _VISUAL_GENOME_LISTS.items():

@@ -35,10 +35,10 @@ class ImageFiles(Protocol):
         """Size of a listed file in bytes, without reading it."""
 
     def are_same_file(self, names: Sequence[str]) -> bool:
-        """Whether several listed files are the same file on disk."""
+        """Whether all the listed files are one file on disk, through links."""
 
     def is_gone(self, name: str) -> bool:
-        """Whether the whole folder or zip is gone, for example unmounted."""
+        """After an error from reading a listed file: whether its whole folder or the zip is gone, such as unmounted."""
 
 
 def open_files(path: Path, argument: str = "images") -> ImageFiles:
@@ -79,6 +79,7 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listing = list_folder(path)
+        # A subfolder that cannot be listed is skipped with a note, unless the disk or network failed.
         for _, error in self.listing.unlisted:
             if is_system_error(error):
                 raise error
@@ -95,7 +96,7 @@ class _Folder:
     def is_gone(self, name: str) -> bool:
         try:
             with os.scandir((self.path / name).parent) as entries:
-                return next(entries, None) is None
+                return next(entries, None) is None  # an unmounted disk leaves its mount point, an empty folder
         except OSError:
             return True
 
@@ -105,8 +106,8 @@ class _Zip:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: tuple[int, zipfile.ZipFile] | None = None
-        self._members: dict[str, str] = {}  # correct name -> name that zipfile decodes, where they differ
+        self._open: tuple[int, zipfile.ZipFile] | None = None  # id of the process that opened it, and the zip
+        self._zipfile_names: dict[str, str] = {}  # name in the listing -> name in zipfile, where they differ
         files, unusable = [], {}
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -114,33 +115,34 @@ class _Zip:
                     continue
                 name = _decode_name(info)
                 if name != info.filename:
-                    self._members[name] = info.filename
+                    self._zipfile_names[name] = info.filename
                 if why := _why_unusable(info):
                     unusable[name] = why
                 else:
                     files.append(name)
-        self.listing = Listing(files, unusable, {}, [], [])
+        self.listing = Listing(files, unusable, link_targets={}, unlisted=[], parent_links=[])
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        archive = self._archive()
-        info = archive.getinfo(self._members.get(name, name))
+        archive = self._open_archive()
+        info = archive.getinfo(self._zipfile_names.get(name, name))
         check_file_size(info.file_size, max_bytes, "an image")
         if info.compress_type == zipfile.ZIP_BZIP2:
             return _read_bzip2(archive, info, max_bytes)
         # not ZipFile.read, which decompresses everything before truncating it to the declared size
         with archive.open(info) as member:
-            return member.read(info.file_size + 1)
+            return member.read(info.file_size)
 
     def size(self, name: str) -> int:
-        return self._archive().getinfo(self._members.get(name, name)).file_size
+        return self._open_archive().getinfo(self._zipfile_names.get(name, name)).file_size
 
     def are_same_file(self, names: Sequence[str]) -> bool:
-        return False
+        return False  # a zip has no links that are read
 
     def is_gone(self, name: str) -> bool:
         return not self.path.is_file()
 
-    def _archive(self) -> zipfile.ZipFile:
+    def _open_archive(self) -> zipfile.ZipFile:
+        """The zip, opened by this process."""
         # reopened in each forked worker, as processes would otherwise share the file position
         if self._open is None or self._open[0] != os.getpid():
             try:
@@ -154,7 +156,7 @@ class _Zip:
 
 
 def _decode_name(info: zipfile.ZipInfo) -> str:
-    """Name of a member; macOS and others write UTF-8 without its flag, which zipfile decodes as cp437."""
+    """Name of a member. macOS and others write UTF-8 without setting its flag; zipfile decodes that as cp437."""
     if info.flag_bits & _UTF8_FLAG or info.filename.isascii():
         return info.filename
     try:
@@ -175,12 +177,14 @@ def _why_unusable(info: zipfile.ZipInfo) -> str:
 
 
 def _read_bzip2(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
-    """Read a bzip2 member up to its declared size; zipfile would decompress all of it."""
+    """Read a bzip2 member, but no more than its declared size, whereas zipfile would decompress all of it."""
     check_file_size(info.compress_size, max_bytes, "an image")
+    # the same member as if it were stored uncompressed, to get its compressed bytes
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
-    del packed.CRC  # of the decompressed data
+    del packed.CRC  # that of the decompressed data, which zipfile would compare with the compressed bytes
     with archive.open(packed) as member:
+        # one byte more than declared, to detect a member that is longer
         data = bz2.BZ2Decompressor().decompress(member.read(info.compress_size), info.file_size + 1)
     if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
         raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename!r}")

@@ -1,4 +1,4 @@
-"""Note on the number of images with an EXIF orientation."""
+"""`OrientationNote`: log how many images have an EXIF orientation, and how it was handled."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ log = logging.getLogger(__name__)
 class OrientationNote:
     """Context manager that logs once how many images had an EXIF orientation other than 1.
 
-    Logged when the block ends, also by an exception, or as soon as all images have been read.
+    The note is logged as soon as all images have been read, or else when the block ends, also by an exception.
 
     Args:
-        source: source of the images; images read by other processes must be reported to `add`.
+        source: source of the images. It has the orientations of the images that this process reads; those of images
+            that other processes read must be passed to `add`.
         batches: number of calls of `add` after which all images have been read, None if unknown.
     """
 
     def __init__(self, source: ImageSource, batches: int | None = None) -> None:
-        self._source, self._remaining, self._logged = source, batches, False
+        self._source, self._remaining_batches, self._logged = source, batches, False
 
     def add(self, orientations: Mapping[str, int]) -> None:
-        """Add the files of a batch with an orientation other than 1, file name -> orientation."""
+        """Add a batch: file name -> orientation, of its files with an orientation other than 1."""
         self._source.orientations.update(orientations)
-        if self._remaining is not None:
-            self._remaining -= 1
-            if self._remaining == 0:
+        if self._remaining_batches is not None:
+            self._remaining_batches -= 1
+            if self._remaining_batches == 0:
                 self._log()
 
     def _log(self) -> None:
+        """Log the note, unless it has been logged or no image has an orientation."""
         names, exif = sorted(self._source.orientations), self._source.exif
         if self._logged or not names:
             return

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignore") -> np.ndarray:
-    """Return the pixels of an image, (H, W, 3) uint8 RGB.
+    """Return the pixels of an image.
 
     A file is decoded as in an extraction: by default its EXIF orientation is ignored, as COCO's boxes refer to the
     pixels as stored; 16-bit channels are reduced to their upper 8 bits, and transparency is dropped.
@@ -27,6 +27,9 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignor
         exif: "ignore" to keep the pixels of a file as stored, or "apply" to rotate them upright by their EXIF
             orientation.
 
+    Returns:
+        (H, W, 3) uint8 RGB, writable; ``image`` itself if it is such an array.
+
     Raises:
         ArgumentError: an array of another shape or dtype, an image without pixels, or an unknown ``exif``.
         InputError: no such file, or not a readable image.
@@ -34,7 +37,7 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignor
     check_exif_mode(exif)
     if not isinstance(image, str | Path):
         pixels = rgb_pixels(image)
-        return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns about read-only arrays
+        return pixels if pixels.flags.writeable else pixels.copy()  # torch.from_numpy warns about read-only arrays
     data = read_bytes(Path(image), MAX_UNDECLARED_BYTES)
     try:
         decoded = decode_any_size(data)

@@ -19,7 +19,8 @@ from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
+MAX_UNDECLARED_BYTES = 1 << 28
+"""Maximum file size in bytes of an image whose height and width are unknown."""
 
 
 class ImageError(InputError):
@@ -29,7 +30,7 @@ class ImageError(InputError):
 class ImageSource:
     """A folder or zip of images. Safe to pass to worker processes and threads.
 
-    Call `locate` or `check` with the whole list first, as the file of an image can depend on the other images
+    Call `locate` or `check` with all images of the list first, as the file of an image can depend on the other images
     (`refer.image_lookup`).
 
     Args:
@@ -43,8 +44,9 @@ class ImageSource:
     Attributes:
         path: path of the folder or zip.
         exif: how EXIF orientation is handled.
-        argument: as given.
-        orientations: file -> EXIF orientation, of files with an orientation other than 1 that this process has read.
+        argument: name of the argument that gave the path.
+        orientations: file -> EXIF orientation, of files with an orientation other than 1 that this process has read or
+            that were added from other processes.
     """
 
     def __init__(self, files: ImageFiles, exif: str = "ignore", argument: str = "images") -> None:
@@ -53,7 +55,7 @@ class ImageSource:
         self.orientations: dict[str, int] = {}
         self._files = files
         listing, root = files.listing, files.path.absolute()
-        root = root.with_suffix("") if root.is_file() else root
+        root = root.with_suffix("") if root.is_file() else root  # a zip is looked up in like a folder of its name
         paths = [*listing.files, *listing.unusable]
         self._names = FileNames(paths, root.parts, listing.link_targets, files.are_same_file)
         self._located: dict[Key, Match] = {}
@@ -99,21 +101,24 @@ class ImageSource:
             all_records: all images of the list, if ``records`` are only a part of it.
 
         Returns:
-            Name and reason for each image without a file, in the order of ``records``.
+            "NAME (REASON)" for each image without a file, in the order of ``records``.
         """
         to_locate = [record for record in (*records, *all_records) if record.file_name or record.by_id]
         located = self._names.locate(map(_lookup_key, to_locate))
         self._located.update({key: self._reject_unusable(match) for key, match in located.items()})
         matches = [self._match(record) for record in records]
-        moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
+        moved = [
+            (record.file_name, match.path)
+            for record, match in zip(records, matches, strict=True)
+            if match.in_other_folder and match.path is not None
+        ]
         if moved:
             log.warning(
                 "note: `%s` %s: %s in another folder than the file_name says, first: %s, read from %s",
                 self.argument,
                 self.path,
                 format_share(len(moved), len(records), "image", "is"),
-                moved[0][0].file_name,
-                moved[0][1].path,
+                *moved[0],
             )
         return [
             f"{_display_name(record)} ({match.reason})"
@@ -122,11 +127,11 @@ class ImageSource:
         ]
 
     def find(self, record: ImageRecord) -> str | None:
-        """Path of an image within the folder or zip, None if it has no file."""
+        """Path of an image's file within the folder or zip, None if it has no file."""
         return self._match(record).path
 
     def why_missing(self, record: ImageRecord) -> str:
-        """Why an image has no file, "" if it has one."""
+        """Return why an image has no file, "" if it has one."""
         return self._match(record).reason
 
     def check(self, records: Sequence[ImageRecord], listed_in: Path, all_records: Iterable[ImageRecord] = ()) -> None:
@@ -156,9 +161,9 @@ class ImageSource:
         """
         ambiguous = [record for record in records if self._match(record).ambiguous]
         if ambiguous:
-            what = f"{_display_name(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
+            first = f"{_display_name(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
             raise InputError(
-                f"`{self.argument}` {self.path}: {what} (the same for "
+                f"`{self.argument}` {self.path}: {first} (the same for "
                 f"{format_share(len(ambiguous), len(records), 'image')} in {listed_in.name}); "
                 "give the folder that holds only the images, or add the folder to each file_name"
             )
@@ -217,15 +222,16 @@ class ImageSource:
 
         Args:
             name: the file.
-            height: height of the image in pixels, 0 if unknown.
-            width: width of the image in pixels, 0 if unknown.
+            height: declared height of the image in pixels, 0 if unknown.
+            width: declared width of the image in pixels, 0 if unknown.
 
         Returns:
             Its contents.
 
         Raises:
-            OSError: it cannot be read, or is far too large for such an image; zipfile raises other exceptions too.
-            RuntimeFailure: the whole zip is gone.
+            OSError: the file cannot be read, or is larger than `max_file_size` or, for an unknown size,
+                `MAX_UNDECLARED_BYTES`; zipfile raises other exceptions too.
+            RuntimeFailure: the zip can no longer be opened.
         """
         return self._files.read(name, max_file_size(height, width) if height and width else MAX_UNDECLARED_BYTES)
 
@@ -234,10 +240,10 @@ class ImageSource:
 
         Args:
             name: the file.
-            error: the exception from reading it.
+            error: the exception from reading the file.
 
         Raises:
-            RuntimeFailure: the disk, the network or lack of memory caused the error.
+            RuntimeFailure: the whole folder or zip is gone, or the disk, the network or a lack of memory is to blame.
         """
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.is_gone(name)
         if gone or is_system_error(error):
@@ -253,10 +259,11 @@ class ImageSource:
         return {name: self.orientations[name] for name in names if name in self.orientations}
 
     def _match(self, record: ImageRecord) -> Match:
+        """The file of an image; on its own, without conflicts with others, if `locate` was not called with it."""
         if not record.file_name and not record.by_id:
             return Match(None, "no file_name, and its entry says that its id is not a COCO id")
         key: Key = record.file_name or record.id
-        if key not in self._located:  # not in a list given to locate
+        if key not in self._located:
             matches = self._names.locate([_lookup_key(record)])
             self._located[key] = self._reject_unusable(matches[key])
         return self._located[key]
@@ -268,6 +275,7 @@ class ImageSource:
 
 
 def _lookup_key(record: ImageRecord) -> tuple[int, str]:
+    """Id and file name, as `FileNames.locate` takes them."""
     return record.id, record.file_name
 
 
@@ -277,6 +285,6 @@ def _display_name(record: ImageRecord) -> str:
 
 
 def why_unreadable(error: Exception) -> str:
-    """Human-readable reason why a file could not be decoded."""
-    # Pillow's message for this one has only the address of a buffer.
+    """Return the human-readable reason why a file could not be decoded."""
+    # Pillow's own message for an unknown format has only the address of a buffer.
     return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

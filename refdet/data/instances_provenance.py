@@ -1,4 +1,4 @@
-"""Provenance of an instances file and so of a detector trained on it."""
+"""Provenance of an instances file, which becomes that of a detector trained on it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ RENAMED = f"{NAMES_DIFFER}, so the exclusions of refdet build-split are not trus
 def provenance_of_instances(index: CocoIndex) -> Provenance:
     """Return ``info.refdet`` of a file written by refdet build-split, if it is unchanged.
 
-    Its image ids must be the same and must match the file names (`id_matches_file_name`), as the provenance covers
-    only ids. Otherwise nothing is known to be excluded, and ``note`` says so.
+    "Unchanged" means that its image ids are those that build-split wrote, and that each matches its file name
+    (`id_matches_file_name`), as the provenance covers only ids. Otherwise the result has the file's own name, hash and
+    counts, nothing is known to be excluded, and ``note`` says so.
 
     Args:
         index: the instances file.
@@ -41,7 +42,7 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
         elif names_differ:
             note = RENAMED
         else:
-            return replace(written, selection=None)  # of the weights of a training; a split has none
+            return replace(written, selection=None)  # `selection` is about the weights of a training run, not a split
     return Provenance(
         source=index.path.name,
         source_sha256=file_sha256(index.path),

@@ -24,10 +24,10 @@ Layout = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PackedImages:
-    """Images of any sizes, back to back in one tensor, which is shared, pinned and copied at once.
+    """Images of any sizes in one tensor, so that all are shared, pinned and copied to the device in one call.
 
     Attributes:
-        data: (M,) uint8.
+        data: (M,) uint8, the bytes of the images one after the other.
         layouts: dtype and shape of each image: uint8 (Hi, Wi, 3), or float32 (3, Hi, Wi).
     """
 
@@ -36,10 +36,10 @@ class PackedImages:
 
     @classmethod
     def from_images(cls, images: Sequence[np.ndarray]) -> PackedImages:
-        """Pack images of uint8 or float32."""
+        """Pack images with the shapes and dtypes of `layouts`."""
         tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
         buffers = [tensor.flatten().view(torch.uint8) for tensor in tensors]
-        # floats start at multiples of 4
+        # so that each image starts at a multiple of 4, as a view as float32 requires
         padded = [
             torch.cat((buffer, buffer.new_zeros(-len(buffer) % 4))) if len(buffer) % 4 else buffer for buffer in buffers
         ]
@@ -50,7 +50,7 @@ class PackedImages:
         return replace(self, data=self.data.pin_memory())
 
     def split(self, size: int) -> list[PackedImages]:
-        """Split into parts of `size` images each, without copying, as `torch.split`."""
+        """Split into parts of ``size`` images (the last may have fewer) without copying, as `torch.split` does."""
         offsets = np.cumsum([0, *map(_padded_bytes, self.layouts)])
         return [
             PackedImages(self.data[offsets[first] : offsets[first + size]], self.layouts[first : first + size])
@@ -58,7 +58,7 @@ class PackedImages:
         ]
 
     def unpack(self, device: torch.device) -> list[Tensor]:
-        """Copy the images to a device, all at once; asynchronous from pinned memory."""
+        """Copy all images to a device at once, asynchronously from pinned memory; return them with their layouts."""
         data, offset, images = to_device(self.data, device), 0, []
         for layout in self.layouts:
             dtype, shape = layout
@@ -68,9 +68,11 @@ class PackedImages:
 
 
 def _bytes(layout: Layout) -> int:
+    """Size of an image, without padding."""
     dtype, shape = layout
     return math.prod(shape) * dtype.itemsize
 
 
 def _padded_bytes(layout: Layout) -> int:
+    """Size of an image, padded to a multiple of 4."""
     return _bytes(layout) + -_bytes(layout) % 4

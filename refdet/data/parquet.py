@@ -10,7 +10,7 @@ from typing import Any
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import shorten
 
-_ROWS = 4096  # at a time
+_BATCH_ROWS = 4096  # rows that are in memory at a time
 
 
 def read_schema(path: Path) -> Any:
@@ -45,7 +45,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         RuntimeFailure: not enough memory.
     """
     with _open(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS, columns=list(columns)):
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
             yield from batch.to_pylist()
 
 
@@ -56,7 +56,7 @@ def is_parquet(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
+        return file.read(4) == b"PAR1"  # the format's signature
 
 
 @contextmanager
@@ -69,9 +69,9 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with parquet.ParquetFile(path) as file:
             yield file
-    except MemoryError:  # also Arrow's
+    except MemoryError:  # also pyarrow's ArrowMemoryError, a subclass
         raise RuntimeFailure(f"{path}: not enough memory to read it") from None
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: invalid UTF-8 in a text
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system, not of pyarrow's parser
             raise
         raise InputError(f"{path}: damaged or not a Parquet file ({shorten(error)}); download it again") from None

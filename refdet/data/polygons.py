@@ -1,4 +1,4 @@
-"""Validation of the polygons in an instances JSON, with messages that help to fix the program that wrote them."""
+"""Validation of the polygons in an instances JSON, with messages that help to fix the program that wrote the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str
         what: name of the annotation, for error messages.
 
     Returns:
-        The polygons (None if none is left), and a description of the dropped ones ("" for none).
+        The remaining polygons (None if there are none), and a description of the dropped ones ("" for none).
 
     Raises:
         InputError: a polygon is not a list of an even number of finite numbers.
@@ -33,7 +33,8 @@ def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str
         )
     for polygon in value:
         try:
-            # Summing is the fastest check that all numbers of a long list are finite.
+            # Summing is the fastest check that a long list has only finite numbers: with anything else, the sum is
+            # infinite or NaN, or raises one of the errors below.
             valid = isinstance(polygon, list) and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
         except (TypeError, OverflowError):
             valid = False
@@ -43,7 +44,8 @@ def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str
     kept = [polygon for polygon in value if len(polygon) >= _MIN_NUMBERS]
     if len(kept) == len(value):
         return value, ""
-    return kept or None, _describe_dropped([polygon for polygon in value if len(polygon) < _MIN_NUMBERS])
+    short = [polygon for polygon in value if len(polygon) < _MIN_NUMBERS]
+    return kept or None, _describe_short(short)
 
 
 def check_outlines(path: Path, polygons: list, what: str, height: int, width: int) -> None:
@@ -57,7 +59,8 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
         width: width of the image in pixels.
 
     Raises:
-        InputError: a polygon reaches far outside its image, or the outlines are absurdly long.
+        InputError: a polygon reaches more than `MAX_DISTANCE` pixels outside its image, or the outlines are together
+            longer than `MAX_LENGTH` pixels.
     """
     if can_be_drawn_in_any_image(polygons) or can_be_drawn(polygons, height, width):
         return
@@ -72,9 +75,10 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
 
 
 def can_be_drawn_in_any_image(polygons: list) -> bool:
-    """Quick, conservative version of `refer.masks.can_be_drawn` that does not need the image size; nearly all pass.
+    """Whether `refer.masks.can_be_drawn` is true for any image size, by a quick bound that nearly all polygons meet.
 
-    Bounds the length of each edge by the range of the polygon's coordinates.
+    No coordinate exceeds `MAX_DISTANCE`, and the outlines are not too long even if each edge is as long as the range of
+    its polygon's coordinates.
     """
     length = 0.0
     for polygon in polygons:
@@ -101,9 +105,9 @@ def _polygon_problem(polygon: Any) -> str:
     return "contains numbers that are too large"
 
 
-def _describe_dropped(short: list[list]) -> str:
+def _describe_short(short: list[list]) -> str:
     """Description of polygons with fewer than three points."""
-    sizes = sorted({len(polygon) // 2 for polygon in short})
+    sizes = sorted({len(polygon) // 2 for polygon in short})  # in points
     points = " or ".join(map(str, sizes)) + (" point" if sizes == [1] else " points")
     what = f"{format_count(len(short), 'polygon')} with fewer than three points ({points}"
     if sizes == [2] and len(short) == 1:

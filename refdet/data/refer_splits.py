@@ -14,7 +14,7 @@ def choose_splits(refs: Iterable[Ref], requested: Sequence[str], where: str, ski
     Args:
         refs: the refs of a dataset and split_by.
         requested: split names, possibly several separated by commas; empty for all.
-        where: name of the refs, for error messages.
+        where: where the refs are from, such as a file, for error messages.
         skip: splits to omit unless they are requested.
 
     Returns:

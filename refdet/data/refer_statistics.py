@@ -1,7 +1,8 @@
-"""Compare the size of REFER data with the published size, to detect a damaged download."""
+"""Compare the size of REFER data with the published size, to detect incomplete or wrong data."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from refer.statistics import COUNTS, Counts
@@ -9,24 +10,24 @@ from refer.types import Ref
 
 
 def count_refs(refs: Iterable[Ref]) -> dict[str, Counts]:
-    """Number of refs, images and sentences of each split of a dataset and split_by."""
+    """Count the refs, images and sentences of each split of a dataset and split_by."""
     images: dict[str, set[int]] = {}
-    totals: dict[str, list[int]] = {}
+    ref_counts: Counter[str] = Counter()
+    sentence_counts: Counter[str] = Counter()
     for ref in refs:
         images.setdefault(ref["split"], set()).add(ref["image_id"])
-        total = totals.setdefault(ref["split"], [0, 0])
-        total[0] += 1
-        total[1] += len(ref["sentences"])
-    return {split: Counts(total[0], len(images[split]), total[1]) for split, total in totals.items()}
+        ref_counts[ref["split"]] += 1
+        sentence_counts[ref["split"]] += len(ref["sentences"])
+    return {split: Counts(ref_counts[split], len(images[split]), sentence_counts[split]) for split in ref_counts}
 
 
 def compare_with_published(
     dataset: str, split_by: str, counts: dict[str, Counts], allow_sample: bool = True
 ) -> list[str]:
-    """List the differences between a dataset and the published one, one line per split.
+    """List the differences between a dataset and the published one, one line per published split.
 
     With ``allow_sample``, a dataset with less than half of the published refs in every split is taken as an
-    intentional sample and not compared.
+    intentional sample and not compared. A dataset without published sizes has no differences.
 
     Args:
         dataset: such as "refcoco".
@@ -35,7 +36,7 @@ def compare_with_published(
         allow_sample: whether the dataset may be a sample.
 
     Returns:
-        Such as "refcoco/unc/val: 3,810 refs instead of the published 3,811"; [] if there is no difference.
+        Lines such as "refcoco/unc/val: 3,810 refs instead of the published 3,811"; [] if there is no difference.
     """
     published = COUNTS.get((dataset, split_by), {})
     zero = Counts(0, 0, 0)

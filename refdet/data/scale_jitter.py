@@ -1,6 +1,7 @@
 """Large-scale jitter (Ghiasi et al., 2021): an image is resized by a random scale, and cropped or padded to a square.
 
-Boxes and windows, parts of the image, are half-open xyxy in pixels of the original image; (N, 4) boxes are float32.
+Boxes, and windows (the visible part of an image), are half-open xyxy in pixels of the original image. (N, 4) boxes are
+float32.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from refdet.structures.box_convention import InputSize
 
 Box = tuple[float, float, float, float]
 
-_MIN_SIDE = 0.01  # pixels; objects with a smaller visible part are removed
+_MIN_SIDE = 0.01  # pixels
 
 
 def sample_jittered_size(height: int, width: int, options: InputOptions, rng: np.random.Generator) -> InputSize:
-    """Draw a scale and a crop of the resized image.
+    """Draw a random scale, and a random crop of the resized image.
 
-    At scale 1 the image fits exactly into the square of ``options.crop_size``.
+    At a random scale of 1, the long side of the resized image is ``options.crop_size``.
 
     Args:
         height: height of the image in pixels.
         width: width of the image in pixels.
-        options: input options with a ``crop_size``; the scale is uniform in ``scale_range``.
-        rng: three numbers are drawn: the scale, and the position of the crop along x and y.
+        options: input options with a ``crop_size``; the random scale is uniform in ``scale_range``.
+        rng: the generator, from which three numbers are drawn: the scale, and the position of the crop along x and y.
 
     Returns:
-        The size of the crop, at most ``crop_size`` on a side.
+        The input size: that of the crop, at most ``crop_size`` on a side. Padding to the square comes later.
     """
     scale = rng.uniform(*options.scale_range) * options.crop_size / max(height, width)
     resized_height, resized_width = max(round(height * scale), 1), max(round(width * scale), 1)
@@ -45,11 +46,14 @@ def sample_jittered_size(height: int, width: int, options: InputOptions, rng: np
 
 
 def visible_window(size: InputSize, flip: bool) -> Box:
-    """The part of the original image that the network's input shows.
+    """Compute the part of the original image that the network's input shows.
 
     Args:
         size: input size with a crop.
-        flip: whether the image is mirrored before it is cropped; the window is in the image as stored.
+        flip: whether the image is mirrored before it is cropped.
+
+    Returns:
+        The window in the image as stored, not mirrored.
     """
     (x, y), (sx, sy) = size.crop_origin, size.scale
     left, right = x / sx, min((x + size.width) / sx, size.image_width)
@@ -61,8 +65,9 @@ def visible_window(size: InputSize, flip: bool) -> Box:
 def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Box) -> tuple[list[int], Tensor]:
     """Clip boxes to a window.
 
-    If the window cuts an object, its box becomes that of the visible part of its mask, as with detectron2's
-    ``recompute_boxes``; without a mask the box is clipped. Invisible objects are removed.
+    If the window cuts a box, it becomes the box of the visible part of the object's mask, as with detectron2's
+    ``recompute_boxes``; without a mask it is clipped. Objects of which less than 0.01 pixels are visible in width or
+    height are removed, unless their whole box is in the window.
 
     Args:
         boxes: N boxes.

@@ -26,7 +26,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     """
     try:
         if isinstance(segmentation, list):
-            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # of at least three points
             check_polygons(polygons, height, width)
             return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         if segmentation["size"] != [height, width]:
@@ -52,7 +52,7 @@ def check_polygons(polygons: list, height: int, width: int) -> None:
         width: width of the image in pixels.
 
     Raises:
-        InputError: it cannot.
+        InputError: pycocotools cannot draw them.
     """
     if not can_be_drawn(polygons, height, width):
         raise InputError(

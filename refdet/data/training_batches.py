@@ -31,11 +31,11 @@ class Batch:
     """A batch of images and their annotations.
 
     Attributes:
-        images: each as (H, W, 3) uint8 RGB, as stored or, with ``input.resize=pillow``, resized; or as network input,
-            (3, height, width) float32, if that takes fewer bytes.
+        images: pixels of the files, (H, W, 3) uint8 RGB, already resized with ``input.resize=pillow``; or as network
+            input, (3, height, width) float32, if that takes fewer bytes.
         sizes: input size of each image.
-        flips: whether to flip each image; network inputs are flipped already.
-        shape: height and width to which all are padded, in pixels of the network's input.
+        flips: whether to flip each image; float32 network inputs are flipped already.
+        shape: height and width to which the network's inputs are padded.
         targets: annotations of each image, in pixels of the network's input.
         image_ids: COCO ids of all images of the step, including those of other processes.
         orientations: file -> EXIF orientation, for files with an orientation other than 1.
@@ -54,7 +54,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
     def chunk(self, count: int) -> list[Batch]:
-        """Split into `count` batches of equal size, in order, with the same padding, as `torch.chunk`."""
+        """Split into ``count`` batches, in order and with the same padding; ``count`` divides the number of images."""
         if count == 1:
             return [self]
         size = len(self.sizes) // count
@@ -75,7 +75,7 @@ class Batch:
         return [(size.height, size.width) for size in self.sizes]
 
     def inputs(self, options: InputOptions, device: torch.device) -> Tensor:
-        """The network's inputs (B, 3, *shape) float32, channels_last, resized on the device."""
+        """Copy the images to the device and make the network's inputs: (B, 3, *shape) float32, channels_last."""
         images = self.images.unpack(device)
         images = [
             image.flip(1) if flip and image.dtype == torch.uint8 else image
@@ -88,17 +88,17 @@ class TrainingBatches(Dataset):
     """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
     A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
-    per epoch, except for a remainder of less than a batch, which differs from epoch to epoch. Landscape and portrait
-    images are batched separately, which saves padding.
+    per epoch, except for a remainder of less than a batch, which is left out and differs from epoch to epoch. Landscape
+    and portrait images are batched separately, which saves padding; at most one batch per epoch has both.
 
-    If several processes train together, each loads its share of a batch. Images and padding do not depend on the number
-    of processes.
+    If several processes train together, each loads its share of a batch. The images of a batch and their padding do not
+    depend on the number of processes.
 
     Args:
         index: the instances file.
         source: the images.
         recipe: the recipe.
-        objects: the objects to train on, if already selected and their images located.
+        objects: the objects to train on, if already selected and their images located with ``source``.
         rank: rank of this process.
         world_size: number of processes.
 
@@ -122,7 +122,7 @@ class TrainingBatches(Dataset):
         if objects is None:
             source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # epoch, and rows of `records` for each of its batches
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # epoch, and `_plan_epoch` of it
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,9 +133,11 @@ class TrainingBatches(Dataset):
         return self.recipe.train.steps
 
     def __getitem__(self, step: int) -> Batch | RefdetError:
-        """Return the batch of a step, or the error of an unusable image.
+        """Load this process's share of the batch of a step.
 
-        Errors are not raised, as the DataLoader would wrap them in a worker's traceback.
+        Returns:
+            The batch, or the error of an unusable image, which is for the caller to raise: the DataLoader would wrap an
+            error raised here in a worker's traceback.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._plan[0] != epoch:
@@ -147,7 +149,11 @@ class TrainingBatches(Dataset):
         return self._load_batch(rows, [self._input_size(self.records[r], step, short_side) for r in rows], flips)
 
     def largest_batch(self) -> Batch | RefdetError:
-        """A batch as large as any that may occur: of the largest images, at the largest of ``input.min_sizes``."""
+        """Load a batch as large as any that may occur: of the largest images, at the largest of ``input.min_sizes``.
+
+        Returns:
+            The batch, or the error of an unusable image, as `__getitem__` does.
+        """
         batch_size = self.recipe.train.batch_size
         short_side = max(self.recipe.input.min_sizes)
         sizes = [self._input_size(record, 0, short_side, largest=True) for record in self.records]
@@ -155,6 +161,7 @@ class TrainingBatches(Dataset):
         long, short, area = sides.max(axis=1), sides.min(axis=1), sides.prod(axis=1)
 
         def largest_of(group: np.ndarray, count: int) -> list[int]:
+            # The images with the longest sides determine the padding; the rest are those with the most pixels.
             by_area = group[np.argsort(-area[group], kind="stable")]
             longest = [group[side[group].argmax()] for side in (long, short)] if batch_size > 1 else []
             return list(dict.fromkeys([*longest, *by_area]))[:count]  # without repeats
@@ -164,17 +171,18 @@ class TrainingBatches(Dataset):
         candidates = [largest_of(group, batch_size) for group in (landscape, portrait) if len(group) >= batch_size]
         if len(rows) < batch_size:
             candidates = [list(np.resize(rows, batch_size))]
-        elif batch_size > 1 and len(landscape) and len(portrait):  # a batch of the remainders of both
+        elif batch_size > 1 and len(landscape) and len(portrait):  # the batch of both, padded in both directions
             portraits = min(max(batch_size // 2, batch_size - len(landscape)), len(portrait))
             candidates.append(largest_of(landscape, batch_size - portraits) + largest_of(portrait, portraits))
         chosen = max(candidates, key=lambda rows: math.prod(self._padded_shape([sizes[row] for row in rows])))
         return self._load_batch(np.array(chosen), [sizes[row] for row in chosen], np.zeros(batch_size, bool))
 
     def _padded_shape(self, sizes: Sequence[InputSize]) -> tuple[int, int]:
+        """Height and width of the padded inputs of a batch."""
         return padded_shape(sizes, self.recipe.input.size_divisibility, self.recipe.input.crop_size)
 
     def _load_batch(self, rows: np.ndarray, sizes: list[InputSize], flips: np.ndarray) -> Batch | RefdetError:
-        """This process's share of the batch of some records, or the error of an unusable image."""
+        """Load this process's share of the batch of the given rows of ``records``, or return the error of an image."""
         own = slice(self.rank * len(rows) // self.world_size, (self.rank + 1) * len(rows) // self.world_size)
         own_records = [self.records[r] for r in rows[own]]
         try:
@@ -183,22 +191,22 @@ class TrainingBatches(Dataset):
         except RefdetError as error:
             return error
         return Batch(
-            PackedImages.from_images([image for image, _ in examples]),
-            sizes[own],
-            flips[own].tolist(),
-            self._padded_shape(sizes),
-            [target for _, target in examples],
-            [self.records[r].id for r in rows],
-            self.source.orientations_of(own_records),
+            images=PackedImages.from_images([image for image, _ in examples]),
+            sizes=sizes[own],
+            flips=flips[own].tolist(),
+            shape=self._padded_shape(sizes),
+            targets=[target for _, target in examples],
+            image_ids=[self.records[r].id for r in rows],
+            orientations=self.source.orientations_of(own_records),
         )
 
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
-        """Indices into ``records`` for each batch of an epoch."""
+        """Draw the batches of an epoch, each as an array of rows (indices) of ``records``."""
         size = self.recipe.train.batch_size
         rng = np.random.default_rng((self.recipe.train.seed, _EPOCH_STREAM, epoch))
         order = rng.permutation(len(self.records))
         if len(order) < size:
-            return [np.resize(order, size)]
+            return [np.resize(order, size)]  # repeats images
         # Drop the remainder before grouping: a group smaller than a batch would otherwise be left out in every epoch.
         order = order[: len(order) // size * size]
         landscape = self._landscape[order]
@@ -207,13 +215,14 @@ class TrainingBatches(Dataset):
             count = len(group) // size * size
             batches += list(group[:count].reshape(-1, size))
             remainders.append(group[count:])
-        batches += list(np.concatenate(remainders).reshape(-1, size))  # one batch of both, or none
+        batches += list(np.concatenate(remainders).reshape(-1, size))  # one batch of landscape and portrait, or none
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _input_size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
-        """Input size of an image in a step, from ``short_side`` unless the recipe draws one for each image.
+        """Input size of an image in a step, for ``short_side`` unless the recipe draws one for each image.
 
-        With ``largest``, the short side is never drawn.
+        With ``largest``, ``short_side`` is always used. With large-scale jitter it never is: the size is drawn, and the
+        input is padded to ``crop_size`` anyway.
         """
         options = self.recipe.input
         if options.crop_size:
@@ -229,13 +238,15 @@ class TrainingBatches(Dataset):
         return np.random.default_rng((self.recipe.train.seed, stream, step, record.id % 2**64))
 
     def _load_example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
-        """An image and its annotations, as in `Batch.images` and `Batch.targets`."""
+        """Load an image and its annotations, as in `Batch.images` and `Batch.targets`."""
         return self._load_image(record, size, flip), self._make_target(record, size, flip)
 
     def _load_image(self, record: ImageRecord, size: InputSize, flip: bool) -> np.ndarray:
+        """Load an image as in `Batch.images`."""
         pixels = self.source.read(record)
         if self.recipe.input.resize == "pillow":
-            if flip and size.cropped_from is not None:  # the crop is one of the mirrored image, which is flipped later
+            if flip and size.cropped_from is not None:
+                # The crop is one of the mirrored image. It is mirrored back, as `Batch.inputs` flips uint8 images.
                 return resize_pillow(pixels[:, ::-1], size)[:, ::-1]
             return resize_pillow(pixels, size)
         if input_is_smaller(size):
@@ -243,6 +254,7 @@ class TrainingBatches(Dataset):
         return pixels
 
     def _make_target(self, record: ImageRecord, size: InputSize, flip: bool) -> GroundTruth:
+        """The annotations of an image, as in `Batch.targets`."""
         convention = BoxConvention(self.recipe.model.legacy_plus_one)
         objects = self.objects.objects(record.id)
         boxes, crowds = (
@@ -263,9 +275,9 @@ class TrainingBatches(Dataset):
             crowds = crop_boxes(crowds, [None] * len(crowds), window)[1]
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        corner = torch.tensor(size.crop_origin * 2, dtype=torch.float32)
-        boxes, crowds = (convention.scale(b, size.scale) - corner for b in (boxes, crowds))
-        if size.cropped_from is not None:  # rounding may have moved them outside
+        crop_origin = torch.tensor(size.crop_origin * 2, dtype=torch.float32)  # x y x y
+        boxes, crowds = (convention.scale(b, size.scale) - crop_origin for b in (boxes, crowds))
+        if size.cropped_from is not None:  # rounding may have moved boxes outside the crop
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
         flipped_width = float(record.width) if flip else None
@@ -273,14 +285,14 @@ class TrainingBatches(Dataset):
 
 
 def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) -> tuple[int, int]:
-    """Height and width to pad a batch to: at least ``min_side``, and multiples of ``divisor`` (0 means 1)."""
+    """Height and width to pad a batch to: at least ``min_side``, and multiples of ``divisor`` unless that is 0."""
     divisor = max(divisor, 1)
     height, width = max(min_side, *(size.height for size in sizes)), max(min_side, *(size.width for size in sizes))
     return height + -height % divisor, width + -width % divisor
 
 
 def image_bytes(size: InputSize, options: InputOptions) -> int:
-    """Bytes of an image in a `Batch`."""
+    """Bytes of an image of this input size in a `Batch`."""
     if options.resize == "pillow":
         return 3 * size.height * size.width
     if input_is_smaller(size):
@@ -289,7 +301,7 @@ def image_bytes(size: InputSize, options: InputOptions) -> int:
 
 
 def max_image_bytes(height: int, width: int, options: InputOptions) -> int:
-    """Largest `image_bytes` that an image of this height and width in pixels has in any step."""
+    """Upper bound, for any step, of the `image_bytes` of an image of this height and width in pixels."""
     if options.crop_size:
         return 3 * (options.crop_size**2 if options.resize == "pillow" else height * width)
     return image_bytes(input_size(height, width, options, max(options.min_sizes)), options)
@@ -313,7 +325,7 @@ def _mirror(boxes: Tensor, width: float) -> Tensor:
 def group_by_input_size(
     records: Sequence[ImageRecord], options: InputOptions, batch_size: int
 ) -> list[list[ImageRecord]]:
-    """Group images into batches of equal input size, so that padding never affects features.
+    """Group images into batches of equal input size for extraction, so that padding never affects features.
 
     Args:
         records: the images.

@@ -26,12 +26,12 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
         short_side: target length of the short side in pixels, by default the last of ``options.min_sizes``.
 
     Returns:
-        Input height and width, and the scale in x and y.
+        The input size, with the scale factors of x and y.
     """
     short_side = options.min_sizes[-1] if short_side is None else short_side
     scale, max_scale = short_side / min(height, width), options.max_size / max(height, width)
     if options.resize == "opencv":
-        if round(scale * max(height, width)) > options.max_size:
+        if round(scale * max(height, width)) > options.max_size:  # as in the reference, only after rounding
             scale = max_scale
         # sampling and boxes use the exact `scale`, not the ratio of the rounded sizes
         return InputSize(max(round(height * scale), 1), max(round(width * scale), 1), scale, scale, height, width)
@@ -65,8 +65,8 @@ def network_inputs(
 ) -> Tensor:
     """Resize (bilinear) and normalize images of equal input size.
 
-    Images are copied to the device as uint8, a quarter of the size of floats, without waiting for a GPU. The arrays may
-    be changed as soon as this returns.
+    Images are copied to the device as uint8, a quarter of the size of floats, without waiting for a GPU. The caller may
+    change the arrays as soon as this function returns.
 
     Args:
         images: B arrays (H, W, 3) uint8 RGB.
@@ -83,17 +83,17 @@ def network_inputs(
     if options.resize == "pillow":
         images = [resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
     groups = _group_by_shape(images, target)
-    for rows in groups:
-        pixels, size = _stack_on_device([images[row] for row in rows], target), sizes[rows[0]]
+    for group in groups:
+        pixels, size = _stack_on_device([images[i] for i in group], target), sizes[group[0]]
         image = pixels.permute(0, 3, 1, 2).float()
         if options.order == "bgr":
             image = image.flip(1)
-        # in the order of the reference, as rounding depends on it
+        # the reference subtracts the mean before it resizes, and rounding depends on the order
         image = _resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size, options)
         resized.append(image.permute(0, 2, 3, 1))
     batch = torch.cat(resized)
     if 1 < len(groups) < len(images):  # restore the order of the images
-        batch = batch[to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), target)]
+        batch = batch[to_device(torch.tensor([i for group in groups for i in group]).argsort(), target)]
     batch = batch.permute(0, 3, 1, 2)  # channels_last
     inputs = batch / std if options.resize == "opencv" else (batch - mean) / std
     return _pad(inputs, options.size_divisibility)
@@ -108,24 +108,24 @@ def padded_inputs(
         images: B tensors (H, W, 3) uint8 RGB; or `network_input` of an image, (3, height, width) float32.
         sizes: input size of each image.
         options: input options of the recipe.
-        shape: height and width of the result, in pixels.
+        shape: height and width of the result.
 
     Returns:
         (B, 3, *shape) float32, channels_last. Zero is the mean color.
     """
     device, opencv = images[0].device, options.resize == "opencv"
     mean, std = (to_device(torch.tensor(values), device)[:, None, None] for values in (options.mean, options.std))
-    # channels_last, so that a row of the image is contiguous in memory
+    # channels_last
     canvas = torch.empty(len(images), *shape, 3, device=device).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
-        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 after normalization
+        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # the padding, which normalization turns into 0
     for output, image, size in zip(canvas, images, sizes, strict=True):
-        if image.dtype != torch.uint8:
+        if image.dtype != torch.uint8:  # already normalized; copied below
             continue
         image = image.permute(2, 0, 1)[None].float()
         if options.order == "bgr":
             image = image.flip(1)
-        # in the order of the reference, as rounding depends on it
+        # the reference subtracts the mean before it resizes, and rounding depends on the order
         resized = _resize_opencv(image - mean, size) if opencv else _resize(image, size, options)
         output[:, : size.height, : size.width] = resized[0]
     inputs = canvas.div_(std) if opencv else canvas.sub_(mean).div_(std)
@@ -141,20 +141,21 @@ def _group_by_shape(images: Sequence[np.ndarray], device: torch.device) -> list[
     On a CPU each image is processed on its own, which needs less memory.
     """
     if device.type == "cpu":
-        return [[row] for row in range(len(images))]
+        return [[i] for i in range(len(images))]
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for row, pixels in enumerate(images):
-        by_shape.setdefault(pixels.shape, []).append(row)
+    for i, pixels in enumerate(images):
+        by_shape.setdefault(pixels.shape, []).append(i)
     return list(by_shape.values())
 
 
 def _stack_on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Copy B images (H, W, 3) uint8 of the same shape to a device, as (B, H, W, 3).
 
-    They are combined on the host first: one copy from pinned memory starts sooner than one per image, as each call lets
-    other threads take the interpreter's lock.
+    The images are combined on the host first: one copy from pinned memory starts sooner than one per image, as each
+    call lets other threads take the interpreter's lock.
     """
-    # Negative strides: mirrored pixels, which torch does not accept; numpy calls a single mirrored column contiguous.
+    # torch does not accept the negative strides of mirrored pixels, which NumPy keeps for an image of a single column,
+    # as it calls that contiguous.
     contiguous = [pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels) for pixels in images]
     tensors = [torch.from_numpy(pixels) for pixels in contiguous]
     if len(tensors) == 1:
@@ -165,7 +166,7 @@ def _stack_on_device(images: Sequence[np.ndarray], device: torch.device) -> Tens
 
 
 def _pad(images: Tensor, divisor: int) -> Tensor:
-    """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean color."""
+    """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor, 0 for no padding."""
     height, width = images.shape[2:]
     bottom, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
     if not (bottom or right):
@@ -190,7 +191,7 @@ def _torchvision_size(height: int, width: int, short_side: int, max_size: int) -
 
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
-    """Bilinear resize (H, W, 3) uint8 with antialiasing, to whole gray levels."""
+    """Resize (H, W, 3) uint8 as Pillow does, bilinear with antialiasing, and crop it if ``size`` has a crop."""
     height, width = size.resized_size
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.array(resized)[size.crop])
@@ -207,9 +208,9 @@ def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
-    """Bilinear resize of (B, 3, H, W) without antialiasing, at the exact scale instead of the ratio of the sizes.
+    """Bilinear resize and crop of (B, 3, H, W) without antialiasing, at the exact scale instead of the ratio of sizes.
 
-    Equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
+    Without a crop, equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
     """
     height, width = size.resized_size
     crop_rows, crop_columns = size.crop
@@ -220,13 +221,16 @@ def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
 
 
 def _bilinear_taps(count: int, limit: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the two source pixels of each of ``count`` output pixels, and the weight of the second one.
+    """Compute the two source pixels that each output pixel along an axis is interpolated from.
 
     Args:
         count: number of output pixels along the axis.
         limit: number of source pixels along the axis.
         scale: output pixels per source pixel.
         device: device of the result.
+
+    Returns:
+        (count,) each: index of the first and of the second source pixel, int64, and weight of the second, float32.
     """
     position = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) * (1 / scale) - 0.5
     position = position.clamp(0, limit - 1)

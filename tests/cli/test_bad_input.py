@@ -167,7 +167,7 @@ def test_annotations_without_area_or_outside_the_image_are_reported_and_ignored(
     assert any("no area" in line for line in dropped) and any("outside" in line for line in dropped)
     caplog.clear()
     assert files.train(bad, tmp_path / "run").exit_code == 0
-    assert f"{bad}: {len(dropped)} unusable annotations" in caplog.text and dropped[0] in caplog.text
+    assert f"{bad}: {len(dropped)} annotations dropped" in caplog.text and dropped[0] in caplog.text
     done = files.extract(tmp_path / "a.h5", "--instances", bad, "--regions", "annotations")
     assert done.exit_code == 0 and json.loads(done.stdout)["errors"] == 0
     crowds = write_changed(

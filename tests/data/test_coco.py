@@ -78,6 +78,14 @@ def test_degenerate_boxes_are_dropped_and_listed(tmp_path: Path, bbox: list, rea
     assert len(index.dropped) == 1 and "annotation 7" in index.dropped[0] and reason in index.dropped[0]
 
 
+def test_each_annotation_with_dropped_parts_is_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = load(tmp_path, instances(bbox=[1, 1, 0, 4], segmentation=[[0, 0, 1, 1], *SQUARE]))
+    assert index.dropped == ["annotation 7: box has no area"] and "1 annotation dropped" in caplog.text
+    caplog.clear()
+    assert load(tmp_path, instances(segmentation=[[0, 0, 1, 1], *SQUARE])).annotations[3]
+    assert "unusable annotation" not in caplog.text and "used without some polygons" in caplog.text
+
+
 def test_boxes_across_the_border_are_not_clipped(tmp_path: Path) -> None:
     [annotation] = load(tmp_path, instances(bbox=[-2, -2, 50, 5])).annotations[3]
     assert annotation.box == (-2, -2, 48, 3)

@@ -217,7 +217,9 @@ def test_annotations_are_unpacked_and_image_zips_are_kept(site: Site, tmp_path: 
     assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", f"{url}/val2014.zip"]
     (tmp_path / "val2014.zip").unlink()
     (tmp_path / "val2014" / "1.jpg").touch()  # as if the user had unpacked the zip
-    assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", ""]
+    results = fetch_data(tmp_path, items=items, wait=0)
+    assert [one.source for one in results] == ["", ""]
+    assert [path for one in results for path in one.files] == [tmp_path / outputs[0], tmp_path / "val2014"]
 
 
 @pytest.mark.usefixtures("published_counts")

@@ -11,6 +11,7 @@ import refer_format_files as formats
 
 from refdet.data.refer_formats.convert import convert_refer
 from refdet.data.refer_formats.layouts import rounding_unit
+from refdet.errors import InputError
 
 PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
 REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
@@ -214,10 +215,35 @@ def test_tensorflow_datasets_examples_format(
     for path in source.iterdir():  # objects are found by box in the test files, by annotation id in the others
         if path.name.startswith("test"):
             path.write_text(path.read_text().replace('"id":', '"identifier":'))
-    convert_refer([source], tmp_path / "out", instances=train_instances)
+    (result,) = convert_refer([source], tmp_path / "out", instances=train_instances)
+    assert sum("sent is raw, as the source has only one of them" in note for note in result.notes) == 1
+    assert not any("raw is sent" in note for note in result.notes)
     found, contents = formats.load(tmp_path / "out", "refcoco+", "unc")
     without = ("ref_id", "file_name", "sent", "tokens")
     assert contents == instances and comparable(found, without=without) == comparable(refs, without=without)
+
+
+@pytest.mark.parametrize(
+    ("split_by", "note"),
+    [
+        ("unc", "refcoco/unc: a part of the published dataset, so its size was not checked"),
+        ("mine", "refcoco/mine: no size is published for this division, so it was not checked"),
+    ],
+)
+def test_note_says_why_the_size_was_not_checked(
+    shapes_root: Path, train_instances: Path, tmp_path: Path, split_by: str, note: str
+) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    source = formats.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    (result,) = convert_refer([source], tmp_path / "out", "refcoco", split_by, instances=train_instances)
+    assert not result.complete and [line for line in result.notes if "not checked" in line] == [note]
+
+
+def test_files_without_refs_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "refcoco_val.json"
+    path.write_text('[{"image/id": 9, "objects": []}]')
+    with pytest.raises(InputError, match=r"^\S*refcoco_val\.json: no refs; download it again$"):
+        convert_refer([path], tmp_path / "out")
 
 
 def test_json_lines_format(shapes_root: Path, train_instances: Path, tmp_path: Path) -> None:

@@ -389,3 +389,4 @@ def test_questions_of_conversations_are_used_or_counted(tmp_path: Path, turns: t
     source = read_list(tmp_path / "x.json", [{"image": "9.jpg", "conversations": conversation}], "val")
     assert [ref.sentences[0].sent for ref in source.refs] == ["the dog"]
     assert f" {skipped} question{'s' * (skipped > 1)} without a box or an expression" in source.notes[0]
+    assert "with several boxes or without an image" in source.notes[0]

@@ -1,4 +1,4 @@
-"""The items that can be downloaded, and their sources: the only file with URLs.
+"""The items that can be downloaded, and their sources: the only file with their URLs.
 
 REFER's server, bvisionweb1.cs.unc.edu, stopped answering in September 2022; the Web Archive captured its archives that
 April (``id_`` in a URL asks for the original bytes). Sizes and SHA-256 of COCO's archives are from TensorFlow Datasets,
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 _COCO = ("http://images.cocodataset.org", "https://s3.amazonaws.com/images.cocodataset.org")
 _REFER = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
+# By dataset: time of the Web Archive's capture; size in bytes and checksum of the archive; its split_bys.
 _CAPTURES = {
     "refclef": "20220413011817",
     "refcoco": "20220413011718",
@@ -40,17 +41,17 @@ class Item:
     """An archive and the files that it provides.
 
     Attributes:
-        name: name to select it by; "A" also selects "A/B".
-        archive: name of its file.
-        contents: description for the list of items.
-        urls: its sources, in the order in which they are tried.
-        outputs: the files that exist once it is fetched, relative to the data folder.
+        name: name to select the item by; "A" also selects "A/B".
+        archive: file name of the archive.
+        contents: description of the contents, for the list of items.
+        urls: sources of the archive, in the order in which they are tried.
+        outputs: the files that exist once the item is fetched, relative to the data folder.
         size: size of the archive in bytes, None if unknown.
         checksum: "sha256:..." or "md5:...", None if unknown.
-        target_path: function from the path of a file in the archive to its path in the data folder, None to skip the
-            file. None to keep the archive itself, as refdet reads images from zips.
-        dataset: the REFER dataset in it, whose published size is checked; "" if there is none.
-        default: whether it is fetched if no items are selected.
+        target_path: function from the path of a file in the archive to the file's path in the data folder, or to None
+            to skip the file. If there is no function, the archive itself is kept, as refdet reads images from zips.
+        dataset: the REFER dataset in the archive, whose published size is checked; "" if there is none.
+        default: whether the item is fetched if no items are selected.
         magic: first bytes of the archive, to check if there is no checksum.
     """
 
@@ -68,7 +69,7 @@ class Item:
 
 
 def refer_path(dataset: str) -> Callable[[str], str | None]:
-    """Target paths of the files of a REFER archive, whose folder is named after the dataset."""
+    """Return the `Item.target_path` for a REFER archive, which has a folder named after the dataset."""
     pattern = re.compile(rf"(?:.*/)?{re.escape(dataset)}/(instances\.json|refs\(\w+\)\.p)")
 
     def target_path(member: str) -> str | None:
@@ -79,7 +80,7 @@ def refer_path(dataset: str) -> Callable[[str], str | None]:
 
 
 def instances_path(member: str) -> str | None:
-    """Target paths of COCO's instances files; captions and keypoints are skipped."""
+    """`Item.target_path` for COCO's annotations: keeps the instances files, skips captions and keypoints."""
     match = re.fullmatch(r"(?:.*/)?(instances_\w+\.json)", member)
     return f"annotations/{match[1]}" if match and not member.startswith("__MACOSX/") else None
 
@@ -102,12 +103,12 @@ def _refer(dataset: str) -> Item:
     )
 
 
-def _coco_images(split: str, size: int, sha256: str, *more: str, default: bool = False) -> Item:
+def _coco_images(split: str, size: int, sha256: str, *more_urls: str, default: bool = False) -> Item:
     return Item(
         name=split,
         archive=f"{split}.zip",
         contents="COCO's images, kept as a zip, which refdet reads",
-        urls=(*(f"{server}/zips/{split}.zip" for server in _COCO), *more),
+        urls=(*(f"{server}/zips/{split}.zip" for server in _COCO), *more_urls),
         outputs=(f"{split}.zip",),
         size=size,
         checksum=f"sha256:{sha256}",
@@ -131,7 +132,7 @@ def _coco_annotations(year: int, size: int, sha256: str, default: bool = False) 
 
 
 def _parquet(dataset: str, repository: str, split: str) -> Item:
-    """A split in Hugging Face's own conversion to Parquet, which ``convert-refer`` reads."""
+    """The item of a split in Hugging Face's own conversion to Parquet, which ``convert-refer`` reads."""
     folder = f"{dataset}-parquet"
     return Item(
         name=f"{folder}/{split}",
@@ -145,7 +146,7 @@ def _parquet(dataset: str, repository: str, split: str) -> Item:
     )
 
 
-_PARQUET = (
+_PARQUET = (  # dataset, repository, splits
     ("refcoco", "jxu124/refcoco", ("train", "validation", "test", "testB")),
     ("refcoco+", "jxu124/refcocoplus", ("train", "validation", "test", "testB")),
     ("refcocog", "jxu124/refcocog", ("train", "validation", "test")),
@@ -186,5 +187,5 @@ ITEMS: tuple[Item, ...] = (
 
 
 def mirror_url(item: Item, mirror: str) -> str:
-    """URL of an item's archive on a mirror, given as the URL of the archive itself or of its folder."""
+    """URL or path of an item's archive on a mirror, which is given as that of the archive itself or of its folder."""
     return mirror if mirror.endswith(f"/{item.archive}") else f"{mirror.rstrip('/')}/{quote(item.archive, safe='+')}"

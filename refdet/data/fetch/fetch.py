@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_WAIT = 1.0  # seconds
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_POOCH = re.compile(r"tmp[a-z0-9_]{8}")  # pooch's name for the file that it downloads to
+_POOCH_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")  # pooch's name for the file that it downloads to
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class FetchedItem:
 
     Attributes:
         name: name of the item.
-        source: where it was downloaded from; "" if its files already existed.
-        sha256: of its archive; "" if its files already existed.
-        files: paths of its files.
-        verified: how the download was checked: "checksum", "published counts", "refs and instances alone" (they can be
-            read, but no counts are published) or "first bytes alone"; "" if its files already existed.
+        source: URL or path of the archive that was used; "" if the item's files already existed.
+        sha256: of the archive; "" if the item's files already existed.
+        files: paths of the item's files; of images that were unpacked already, the folder.
+        verified: how the archive was checked: "checksum", "published counts", "refs and instances alone" (they can be
+            read, but no counts are published) or "first bytes alone"; "" if the item's files already existed.
     """
 
     name: str
@@ -62,8 +62,9 @@ def fetch_data(
 
     Args:
         out: the data folder; items whose files exist in it are not downloaded again.
-        only: names of items, also comma-separated; empty for those that REFER needs.
-        mirror: an http address, or a folder on disk, with the archives under their published names; the only source.
+        only: names of items, also comma-separated; empty for the default ones, which training on REFER needs.
+        mirror: an http address, or a folder on disk, with the archives under their published names; it is then the only
+            source.
         items: the available items.
         wait: seconds before retrying a source.
 
@@ -71,8 +72,8 @@ def fetch_data(
         The result of each item.
 
     Raises:
-        InputError: an unknown name or address, or no source of an item has the published file.
-        RuntimeFailure: the sources of an item cannot be reached, or there is not enough disk space.
+        InputError: an unknown name or address, or every source of an item has something other than the published file.
+        RuntimeFailure: no source of an item works, as a server or the network failed; or the disk space is not enough.
     """
     out = Path(out)
     selected = choose_items(only, items)
@@ -89,7 +90,8 @@ def fetch_data(
             if item in missing:
                 results.append(_fetch(out, item, mirror, wait))
             else:
-                results.append(FetchedItem(item.name, "", "", [out / name for name in item.outputs], ""))
+                files = _existing_files(out, item)
+                results.append(FetchedItem(item.name, source="", sha256="", files=files, verified=""))
         folder = out / "downloads"
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -120,9 +122,21 @@ def _group_name(item: Item) -> str:
 
 def is_fetched(out: Path, item: Item) -> bool:
     """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
-    if item.outputs[0].endswith(".zip") and _has_image(out / Path(item.outputs[0]).stem):
-        return True
-    return all((out / name).is_file() for name in item.outputs)
+    return all((out / name).is_file() for name in item.outputs) or _unpacked_images(out, item) is not None
+
+
+def _existing_files(out: Path, item: Item) -> list[Path]:
+    """Paths of the files of an item that `is_fetched`; the folder of images if there is no zip of them."""
+    files = [out / name for name in item.outputs]
+    folder = _unpacked_images(out, item)
+    return files if folder is None or files[0].is_file() else [folder]
+
+
+def _unpacked_images(out: Path, item: Item) -> Path | None:
+    """The folder in which the user has unpacked an item's zip of images, None if there is none."""
+    archive = out / item.outputs[0]
+    folder = archive.with_suffix("")
+    return folder if archive.suffix == ".zip" and _has_image(folder) else None
 
 
 def _has_image(folder: Path) -> bool:
@@ -134,12 +148,12 @@ def _remove_leftovers(out: Path) -> None:
     remove_unfinished(out)
     folder = out / "downloads"
     for path in list(folder.iterdir()) if folder.is_dir() else ():
-        if _POOCH.fullmatch(path.name) and path.is_file():
+        if _POOCH_TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 
 def _check_space(out: Path, items: Sequence[Item]) -> None:
-    """Check that the archives fit on the disk, as far as their sizes are known."""
+    """Raise a RuntimeFailure if the archives do not fit on the disk, as far as their sizes are known."""
     partial = {item.name: out / "downloads" / f"{item.archive}.part" for item in items}
     downloaded = sum(path.stat().st_size for path in partial.values() if path.is_file())
     needed = sum(item.size or 0 for item in items) - downloaded
@@ -153,6 +167,7 @@ def _check_space(out: Path, items: Sequence[Item]) -> None:
 
 
 def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> FetchedItem:
+    """Fetch an item from the first of its sources that works, or from the mirror."""
     problems: list[InputError | RuntimeFailure] = []
     urls = item.urls if mirror is None else (mirror_url(item, mirror),)
     for url in urls:
@@ -167,7 +182,7 @@ def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> FetchedIte
                 log.warning("note: %s: %s", item.name, problem)
     if len(problems) == 1:
         raise problems[0]
-    parquet = f"{item.name}-parquet"
+    parquet = f"{item.name}-parquet"  # the group of items with the same dataset in another format
     alternative = ""
     if parquet in map(_group_name, ITEMS):
         alternative = f"; or run refdet fetch-data --only {parquet}, then refdet convert-refer on its files"
@@ -179,6 +194,7 @@ def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> FetchedIte
 
 
 def _fetch_from(out: Path, item: Item, url: str, wait: float) -> FetchedItem:
+    """Fetch an item from one source: the URL, or the path in a folder, of its archive."""
     local = not url.startswith(("http://", "https://"))
     archive = Path(url) if local else out / "downloads" / item.archive
     if local:
@@ -192,7 +208,7 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> FetchedItem:
         files = _install(out, item, archive, url, sha256, local)
     except (InputError, ReferError):
         if not local:
-            archive.unlink(missing_ok=True)  # it is invalid, whatever its checksum
+            archive.unlink(missing_ok=True)  # its contents are wrong, so that the next call must not continue with it
         raise
     if not local:
         archive.unlink(missing_ok=True)
@@ -200,6 +216,7 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> FetchedItem:
 
 
 def _verification(item: Item) -> str:
+    """How the archive of an item is checked, as in `FetchedItem.verified`."""
     if item.checksum:
         return "checksum"
     if not item.dataset:
@@ -209,6 +226,10 @@ def _verification(item: Item) -> str:
 
 
 def _install(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
+    """Check an archive and move its files, or the archive itself, into the data folder; return their paths.
+
+    A ``local`` archive is the user's and stays where it is.
+    """
     if item.target_path is None:
         with archive.open("rb") as file:
             if file.read(len(item.magic)) != item.magic:
@@ -239,11 +260,10 @@ def _install(out: Path, item: Item, archive: Path, url: str, sha256: str, local:
 
 
 def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
-    """Check that REFER data can be read and has the published size.
+    """Check that REFER data can be read and has the published size, if one is published.
 
     Raises:
-        InputError: the sizes differ; the message has the SHA-256 of the archive.
-        refer.ReferError: it cannot be read.
+        InputError: the data cannot be read or has another size; the message has the SHA-256 of the archive.
     """
     try:
         read_instances(root, dataset)

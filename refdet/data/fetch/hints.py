@@ -9,12 +9,13 @@ from refdet.errors import InputError
 
 
 def how_to_fetch(path: Path) -> str:
-    """The end of a message about a missing file: the command that downloads it, "" if there is none.
+    """Return the end of a message about a missing file: the command that downloads it, "" if there is none.
 
     Args:
         path: the missing file or folder, recognized by its name: an instances file, or images in a folder or zip.
     """
     for item in ITEMS:
+        # not REFER's files, whose names are the same in each dataset, nor Parquet files, which need a conversion
         names = {Path(name).name for name in item.outputs if not (item.dataset or item.magic)}
         if path.name in names or (item.target_path is None and f"{path.name}.zip" in names):
             return f"; refdet fetch-data --only {item.name} downloads it"

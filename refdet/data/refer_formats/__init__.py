@@ -1,1 +1,1 @@
-"""The formats in which REFER is distributed besides its own, and their conversion to its own layout."""
+"""The formats in which others distribute REFER, and their conversion to REFER's own layout."""

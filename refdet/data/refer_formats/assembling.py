@@ -1,4 +1,4 @@
-"""Assemble REFER's refs and instances from the data of the formats."""
+"""Assemble REFER's refs and instances from what the readers of the formats return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from refer.statistics import COUNTS
 def merge_sentences(refs: Sequence[SourceRef], dataset: str, split_by: str) -> list[SourceRef]:
     """Merge the sentences of an object into one ref.
 
-    Some objects of RefCOCOg have two refs. These are kept separate if that gives the published number of refs.
+    Some objects of RefCOCOg have two refs. If merging only sentences that follow each other gives the published number
+    of refs, just these are merged, which keeps the two refs apart.
 
     Args:
         refs: an entry per sentence, with annotation ids.
@@ -31,11 +32,13 @@ def merge_sentences(refs: Sequence[SourceRef], dataset: str, split_by: str) -> l
     for split in dict.fromkeys(ref.split for ref in refs):
         split_refs = [ref for ref in refs if ref.split == split]
         adjacent = _merge(split_refs, anywhere=False)
+        # of any split, as the splits of the source may have other names
         merged += adjacent if len(adjacent) in published_counts else _merge(split_refs, anywhere=True)
     return merged
 
 
 def _merge(refs: Sequence[SourceRef], anywhere: bool) -> list[SourceRef]:
+    """Merge refs of the same annotation: only those that follow each other, or ``anywhere`` in the list."""
     merged: list[SourceRef] = []
     last: dict[int | None, SourceRef] = {}
     for ref in refs:
@@ -55,8 +58,8 @@ def build_refs(
 
     Args:
         refs: the refs of a dataset and split_by, with image, annotation and category ids.
-        ref_file_names: whether their ``file_name`` is REFER's.
-        coco: the images.
+        ref_file_names: whether the refs have REFER's own ``file_name`` (`Source.ref_file_names`).
+        coco: their images.
 
     Returns:
         The entries, and a note for each missing field that was filled in.
@@ -77,7 +80,7 @@ def build_refs(
     if not ref_file_names or any(ref.file_name is None for ref in refs):
         notes.append("file_name is the image's, without the number that REFER appends")
     entries = []
-    next_id = 0
+    next_sent_id = 0
     for number, ref in enumerate(refs):
         ref_sentences = []
         for sentence in ref.sentences:
@@ -85,11 +88,11 @@ def build_refs(
                 {
                     "tokens": sentence.sent.split() if sentence.tokens is None else sentence.tokens,
                     "raw": sentence.sent if sentence.raw is None else sentence.raw,
-                    "sent_id": sentence.sent_id if has_sent_ids else next_id,
+                    "sent_id": sentence.sent_id if has_sent_ids else next_sent_id,
                     "sent": sentence.sent,
                 }
             )
-            next_id += 1
+            next_sent_id += 1
         image = coco.image(ref.image_id) or {}
         ref_file_name = ref.file_name if ref_file_names else None
         entries.append(
@@ -115,7 +118,7 @@ def build_instances(refs: Sequence[SourceRef], coco: CocoAnnotations) -> tuple[d
         coco: the images, their annotations, and the other fields of the file.
 
     Returns:
-        The contents, and a note if they are incomplete.
+        The contents, and a list with a note if they have only the referred annotations, else [].
 
     Raises:
         InputError: an image or annotation is missing, or there are no categories.

@@ -1,4 +1,4 @@
-"""COCO's instances, to recover the ids that a format of REFER lacks."""
+"""`CocoAnnotations`: COCO's instances, to recover the ids that a format of REFER lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CocoAnnotations:
         instances: its images and annotations; integers in strings are converted in place.
 
     Raises:
-        InputError: an entry has no or an invalid id, size or box.
+        InputError: an annotation has no valid ``image_id`` or box, or a string that should be an integer is not.
     """
 
     def __init__(self, name: str, instances: SourceInstances) -> None:
@@ -37,11 +37,11 @@ class CocoAnnotations:
             self._by_image.setdefault(row.integer("image_id"), []).append(row)
 
     def image(self, image_id: int | None) -> dict[str, Any] | None:
-        """The image with an id, None if there is none."""
+        """Return the entry of the image with an id, None if there is none."""
         return None if image_id is None else self.instances.images.get(image_id)
 
     def annotation(self, ann_id: int | None) -> dict[str, Any] | None:
-        """The annotation with an id, None if there is none."""
+        """Return the entry of the annotation with an id, None if there is none."""
         return None if ann_id is None else self.instances.annotations.get(ann_id)
 
     def find_by_box(self, refs: Iterable[SourceRef], layouts: Iterable[str]) -> list[dict[str, Any] | None]:
@@ -52,8 +52,12 @@ class CocoAnnotations:
             layouts: names of the `LAYOUTS` that the boxes may have; the one that finds the most annotations is used.
 
         Returns:
-            For each ref, the annotation of its image whose box agrees in every digit that the source has; None if there
-            is no such annotation, or more than one.
+            For each ref, the annotation of its image, and of its category if known, whose box agrees with the ref's in
+            every digit that the source has; the closest ones are preferred, and of these the ref's ``likely_ann_id``.
+            None if there is no such annotation, or several are as good.
+
+        Raises:
+            InputError: the size of an image is missing or invalid.
         """
         refs = list(refs)
         unit = rounding_unit(number for ref in refs for number in ref.box or ())
@@ -61,6 +65,7 @@ class CocoAnnotations:
         return max(by_layout, key=lambda annotations: sum(map(bool, annotations)), default=[None] * len(refs))
 
     def _find_by_box(self, ref: SourceRef, layout: str, unit: float) -> dict[str, Any] | None:
+        """`find_by_box` for one ref and one layout, with the unit of the last decimal place of the source's boxes."""
         image = self.image(ref.image_id)
         if image is None or ref.image_id is None or ref.box is None:
             return None
@@ -68,7 +73,7 @@ class CocoAnnotations:
         width, height = size.integer("width"), size.integer("height")
         if width <= 0 or height <= 0:
             raise InputError(f"{size.where}: its size is {width}x{height}, it must be at least 1x1")
-        candidates: dict[int, list[dict[str, Any]]] = {}  # by how closely they agree
+        candidates: dict[int, list[dict[str, Any]]] = {}  # `agreement`, lower is closer -> annotations
         for row in self._by_image.get(ref.image_id, ()):
             x, y, w, h = row.value["bbox"]
             level = agreement(ref.box, LAYOUTS[layout](x, y, w, h, width, height), unit)
@@ -89,8 +94,8 @@ def read_coco(path: Path) -> CocoAnnotations:
         Its images and annotations.
 
     Raises:
-        InputError: it is not an instances file, or an entry has an invalid id or box.
-        refer.ReferError: it cannot be read or is malformed JSON.
+        InputError: the file is not an instances file, or an entry has an invalid id or box.
+        refer.ReferError: the file cannot be read or is malformed JSON.
     """
     check_fetched(path)
     with plain_files.no_garbage_collection():
@@ -109,7 +114,7 @@ def read_coco(path: Path) -> CocoAnnotations:
 
 
 def image_id_of(file_name: str) -> int | None:
-    """The COCO id in the name of an image or of a ref's crop, None if there is none or several."""
+    """Return the COCO id in the file name of an image or in REFER's of a ref, None if it has none or several."""
     numbers = numbers_in_name(file_name)
     if len(numbers) == 1:
         return next(iter(numbers))

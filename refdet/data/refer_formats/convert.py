@@ -1,4 +1,4 @@
-"""Convert REFER from the formats found on the web to its own layout."""
+"""Convert REFER from the formats found on the web to REFER's own layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from refer import plain_files
 from refer.statistics import COUNTS, Counts
 from refer.validation import check_refs
 
-_PROTOCOL = 2  # readable by Python 2, like the original's
+_PICKLE_PROTOCOL = 2  # readable by Python 2, as are REFER's own files
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,16 @@ def convert_refer(
     """Convert REFER to ``OUT/DATASET/refs(SPLIT_BY).p`` and ``OUT/DATASET/instances.json``.
 
     Args:
-        sources: files, or folders of files, in any of the formats of this package; all splits of a dataset together.
+        sources: files, or folders of files, in any of the formats of this package; one call must have all splits of a
+            dataset.
         out: the REFER root to write into.
-        dataset: name of the dataset, instead of that in the files or their names; of a file with several datasets, the
-            one to convert.
-        split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog if it is not known.
+        dataset: name of the dataset, instead of that in the files or their names; of a file with several datasets or
+            split_bys, the dataset to convert.
+        split_by: likewise for split_by. If neither given nor known, it is "unc" for refcoco and refcoco+ and "umd" for
+            refcocog.
         instances: COCO's instances_train2014.json. Formats without annotation ids need it; those with only the
             annotations of refs need it to write an instances.json with all annotations, like REFER's.
-        split_names: "OLD=NEW" for splits that are not recognized by name or size.
+        split_names: "OLD=NEW" for each split that is not recognized by name or size.
 
     Returns:
         One result per dataset and split_by. Nothing is written unless everything can be.
@@ -77,14 +79,14 @@ def convert_refer(
         refer.ReferError: a JSON file is malformed, or the converted refs are invalid.
     """
     root = Path(out)
-    renamed = _parse_split_names(split_names)
+    new_split_names = _parse_split_names(split_names)
     loaded = [(path, read_source(path)) for path in source_files(sources)]
     groups = _group_by_dataset(loaded, dataset, split_by)
-    _check_split_names(renamed, groups)
-    _check_new(root, groups)
+    _check_split_names(new_split_names, groups)
+    _check_not_written_yet(root, groups)
     coco = None if instances is None else read_coco(Path(instances))
     # everything is prepared before the first file is written, so that a late error leaves nothing behind
-    plans = [_make_plan(root, pair, sources, coco, renamed) for pair, sources in groups.items()]
+    plans = [_make_plan(root, pair, files, coco, new_split_names) for pair, files in groups.items()]
     instances_files: dict[Path, dict[str, Any]] = {}
     for name in dict.fromkeys(name for name, _ in groups):
         contents = _new_instances(root, name, [plan for plan in plans if plan.result.dataset == name])
@@ -95,7 +97,7 @@ def convert_refer(
             temporary.write_text(json.dumps(contents), encoding="utf-8")
     for plan in plans:
         with atomic_write(plan.result.refs_file) as temporary:
-            temporary.write_bytes(pickle.dumps(plan.entries, protocol=_PROTOCOL))
+            temporary.write_bytes(pickle.dumps(plan.entries, protocol=_PICKLE_PROTOCOL))
     return [plan.result for plan in plans]
 
 
@@ -104,9 +106,9 @@ class _Plan:
     """What to write for a dataset and split_by.
 
     Attributes:
-        result: to return when it is written.
-        entries: of the refs file.
-        instances: contents of instances.json.
+        result: what `convert_refer` returns for them.
+        entries: the entries of the refs file.
+        instances: contents of instances.json for these refs alone.
     """
 
     result: ConvertedDataset
@@ -115,23 +117,25 @@ class _Plan:
 
 
 _Sources = list[tuple[Path, Source]]
-"""The files of a dataset and split_by, each with only the refs of these."""
+"""The files of a dataset and split_by, each with only the refs of that dataset and split_by."""
 
 
 def _parse_split_names(split_names: Sequence[str]) -> dict[str, str]:
-    renamed: dict[str, str] = {}
+    """Name in the source -> name to give it."""
+    new_names: dict[str, str] = {}
     for text in split_names:
         old, _, new = text.partition("=")
         if not (old and new and new.isprintable()):
             raise InputError(f"`split_names` {text}: give OLD=NEW, such as test=testA")
-        if renamed.setdefault(old, new) != new:
-            raise InputError(f"`split_names` {text}: {old} is already renamed to {renamed[old]}; give one of the two")
-    return renamed
+        if new_names.setdefault(old, new) != new:
+            raise InputError(f"`split_names` {text}: {old} is already renamed to {new_names[old]}; give one of the two")
+    return new_names
 
 
-def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _Sources]) -> None:
+def _check_split_names(new_names: dict[str, str], groups: dict[tuple[str, str], _Sources]) -> None:
+    """Raise an InputError if a split to rename does not exist."""
     existing = dict.fromkeys(ref.split for sources in groups.values() for _, source in sources for ref in source.refs)
-    for old, new in renamed.items():
+    for old, new in new_names.items():
         if old not in existing:
             raise InputError(
                 f"`split_names` {old}={new}: no split {short_repr(old)} in the sources, which have "
@@ -142,9 +146,10 @@ def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _S
 def _group_by_dataset(
     loaded: Sequence[tuple[Path, Source]], dataset: str, split_by: str
 ) -> dict[tuple[str, str], _Sources]:
-    """Group the refs of the files by dataset and split_by, without those that were not requested."""
+    """Group the requested refs of the files by (dataset, split_by)."""
     groups: dict[tuple[str, str], _Sources] = {}
     for path, source in loaded:
+        # Of several, the arguments select one; of one or none, they give the name.
         several = len({(ref.dataset, ref.split_by) for ref in source.refs}) > 1
         by_pair: dict[tuple[str, str], list[SourceRef]] = {}
         for ref in source.refs:
@@ -160,11 +165,14 @@ def _group_by_dataset(
             groups.setdefault(pair, []).append((path, replace(source, refs=refs)))
     if not groups:
         files = ", ".join(str(path) for path, _ in loaded)
+        if not any(source.refs for _, source in loaded):
+            raise InputError(f"{files}: no refs; download {'it' if len(loaded) == 1 else 'them'} again")
         raise InputError(f"`dataset` {dataset} `split_by` {split_by}: no such refs in {files}")
     return groups
 
 
-def _check_new(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
+def _check_not_written_yet(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
+    """Raise an InputError if a refs file to write exists, or its name would be invalid."""
     for dataset, split_by in groups:
         for argument, name in (("dataset", dataset), ("split_by", split_by)):
             if not name.isprintable() or set(name) & set("/\\()") or name in (".", ".."):
@@ -175,10 +183,11 @@ def _check_new(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
 
 
 def _make_plan(
-    root: Path, pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
+    root: Path, pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, new_split_names: dict[str, str]
 ) -> _Plan:
+    """Prepare the files of ``pair``, a dataset and split_by."""
     dataset, split_by = pair
-    refs, notes = _merge_refs(pair, sources, coco, renamed)
+    refs, notes = _merge_refs(pair, sources, coco, new_split_names)
     annotations = coco or _merge_instances(sources)
     ref_file_names = all(source.ref_file_names for _, source in sources)
     entries, refs_notes = build_refs(refs, ref_file_names, annotations)
@@ -192,34 +201,36 @@ def _make_plan(
         _matches_published(counts.get(split), expected) for split, expected in published.items()
     )
     notes += [*refs_notes, *instances_notes, *size_differences]
-    if not complete and not size_differences:
+    if not published:
+        notes.append("no size is published for this division, so it was not checked")
+    elif not complete and not size_differences:
         notes.append("a part of the published dataset, so its size was not checked")
     prefixed = [note if note.startswith(dataset + "/") else f"{dataset}/{split_by}: {note}" for note in notes]
     return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, prefixed), entries, instances)
 
 
 def _merge_refs(
-    pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
+    pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, new_split_names: dict[str, str]
 ) -> tuple[list[SourceRef], list[str]]:
-    """The refs of all files with their ids and with REFER's split names, and notes about changes and omissions."""
-    notes = [note for _, source in sources for note in source.notes]
+    """Merge the refs of all files; returns them, with ids and REFER's split names, and notes on what was changed."""
+    notes = list(dict.fromkeys(note for _, source in sources for note in source.notes))
     for path, source in sources:
         resolve_ids(path, source, coco)
         for ref in source.refs:
-            ref.split = renamed.get(ref.split, ref.split)
+            ref.split = new_split_names.get(ref.split, ref.split)
     refs = [ref for _, source in sources if not source.one_sentence_each for ref in source.refs]
     sentences = [ref for _, source in sources if source.one_sentence_each for ref in source.refs]
     refs += merge_sentences(sentences, *pair)
     refs, division_notes = _select_division(*pair, refs)
     notes += division_notes
-    split_names = match_split_names(*pair, _sizes(refs))
+    split_names = match_split_names(*pair, _sizes_by_split(refs))
     notes += [f"split {old!r} is {new}" for old, new in split_names.items() if old != new]
     for ref in refs:
         ref.split = split_names[ref.split]
     return refs, notes
 
 
-def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
+def _group_by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
     splits: dict[str, list[SourceRef]] = {}
     for ref in refs:
         splits.setdefault(ref.split, []).append(ref)
@@ -230,7 +241,7 @@ def _select_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> 
     """Select the refs of a split_by; returns them, and notes about those of another split_by."""
     kept: list[SourceRef] = []
     notes = []
-    for split, split_refs in _by_split(refs).items():
+    for split, split_refs in _group_by_split(refs).items():
         division_refs, note = refs_of_division(dataset, split_by, split, split_refs)
         kept += division_refs
         notes += [note] if note else []
@@ -239,16 +250,18 @@ def _select_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> 
     return kept, notes
 
 
-def _sizes(refs: Sequence[SourceRef]) -> dict[str, Counts]:
-    return {split: size_of(split_refs) for split, split_refs in _by_split(refs).items()}
+def _sizes_by_split(refs: Sequence[SourceRef]) -> dict[str, Counts]:
+    return {split: size_of(split_refs) for split, split_refs in _group_by_split(refs).items()}
 
 
 def _matches_published(counts: Counts | None, published: Counts) -> bool:
+    """Whether a split has the published size; the number of sentences counts only if it is published."""
     sentences = None if counts is None or published.sentences is None else counts.sentences
     return counts is not None and counts._replace(sentences=sentences) == published
 
 
 def _merge_instances(sources: _Sources) -> CocoAnnotations:
+    """The images and annotations that the files include themselves."""
     merged = SourceInstances(complete=all(source.instances.complete for _, source in sources))
     for _, source in sources:
         merged.images |= source.instances.images
@@ -258,7 +271,14 @@ def _merge_instances(sources: _Sources) -> CocoAnnotations:
 
 
 def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> dict[str, Any] | None:
-    """Contents of instances.json for all split_bys of a dataset; None to keep the existing one, which has them all."""
+    """Contents of instances.json for all split_bys of a dataset.
+
+    Returns:
+        The contents, or None to keep an existing file that has all of their images and annotations.
+
+    Raises:
+        InputError: the existing file lacks some of them.
+    """
     path = root / dataset / "instances.json"
     contents = dict(plans[0].instances)
     for key in ("images", "annotations"):
@@ -280,5 +300,6 @@ def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> dict[str
 
 
 def _id_of(entry: dict[str, Any]) -> int | None:
+    """Id of an entry of an existing file, whose entries are not checked."""
     value = entry.get("id")
     return value if isinstance(value, int) else None

@@ -1,4 +1,4 @@
-"""Read refs that have all fields of REFER."""
+"""Read refs that have all, or nearly all, fields of REFER under REFER's names."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Parquet files of Hugging Face, in the formats of jxu124/refcoco and lmms-lab/RefCOCO.
+"""Read Parquet files of Hugging Face, in the formats of jxu124/refcoco and lmms-lab/RefCOCO.
 
 jxu124/refcoco has a row per ref with all fields of REFER, and the ref's annotation and image as JSON texts. Its
 ``bbox`` is ``x1 y1 x2 y2``; the annotation has REFER's own ``x y w h``.
 
 lmms-lab/RefCOCO has a row per ref with the image itself, the sentences as ``answer``, the box as ``x y w h`` in
-float32, the name of REFER's ref file, and the annotation id as ``question_id``.
+float32, REFER's own ``file_name``, and the annotation id as ``question_id``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refdet.data.refer_formats.records import Row, Source, SourceInstances, Sour
 from refdet.data.refer_formats.split_names import dataset_in
 from refdet.errors import InputError
 
-# Required and optional columns; those with the images themselves are not read.
+# Required and optional columns of each format; columns with the images themselves are not read.
 _JXU124 = (
     ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id"),
     ("file_name", "sent_ids", "raw_anns", "raw_image_info", "anns_id"),
@@ -33,7 +33,7 @@ def read_parquet(path: Path, split: str) -> Source:
 
     Args:
         path: the file.
-        split: name of the split, where the format does not have it.
+        split: name of the split, for lmms-lab's format, which lacks it.
 
     Returns:
         Its refs.
@@ -72,6 +72,7 @@ def _read_jxu124(rows: Iterable[Row]) -> Source:
 
 
 def _parse_json(row: Row, key: str, text: str, id_: int) -> dict[str, Any]:
+    """Parse the JSON text in a column: the entry of the image or annotation with that id."""
     try:
         entry = Row(f"{row.where}: {key!r}", json.loads(text))
     except (ValueError, RecursionError):
@@ -91,6 +92,7 @@ def _read_lmms(rows: Iterable[Row], split: str) -> Source:
                 split=split,
                 sentences=[SourceSentence(text) for text in row.texts("answer")],
                 file_name=row.text("file_name"),
+                # only likely, as the format does not say what the column holds
                 likely_ann_id=row.integer("question_id") if str(question_id).strip().isdecimal() else None,
                 box=row.box("bbox"),
             )

@@ -1,7 +1,7 @@
 """JSON and JSON-lines lists of boxes and expressions, of the kind that vision-language models are trained on.
 
 Flat lists have an entry per expression: ``{"image": ..., "sent": ..., "bbox": [...]}``, under various names. LLaVA-like
-lists have conversations, in which a question or its answer holds the box and the other one the expression.
+lists have conversations, in which the question holds the box and the answer the expression, or the other way around.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refdet.files.short_text import agree, format_count
 _IMAGES = ("image", "img_path", "image_path", "file_name", "image_file", "img_name")
 _SENTENCES = ("sent", "expression", "normal_caption", "sentence", "phrase", "refexp", "caption", "text")
 _BOXES = ("bbox", "box", "solution", "gt_bbox")
-# Names of box layouts, by the range of their numbers.
+# Names in `layouts.LAYOUTS` that boxes may have, by the range of their numbers (`_possible_layouts`).
 _PIXELS = ("xyxy", "xywh")
 _NORMALIZED = ("normalized-xyxy", "padded-xyxy")
 _THOUSANDTHS = ("thousandths-xyxy", "xyxy")
@@ -66,10 +66,11 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
                 box=row.box(box),
             )
         )
-    return Source("a JSON list", refs, True, _possible_layouts(refs))
+    return Source("a JSON list", refs, one_sentence_each=True, layouts=_possible_layouts(refs))
 
 
 def _first_key(row: Row, keys: Sequence[str], what: str) -> str:
+    """The first of the keys that a row has; ``what`` they hold is for the error message."""
     for key in keys:
         if key in row.value:
             return key
@@ -94,7 +95,7 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
         row = Row(f"{path}: [{number}]", entry)
         turn_rows = [Row(f"{row.where}: a turn", turn) for turn in row.items("conversations")]
         turns = [turn.text("value") for turn in turn_rows if turn.value.get("from") != "system"]
-        skipped += len(turns) % 2  # a question without an answer
+        skipped += len(turns) % 2  # the last question has no answer
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
             parsed = _box_and_expression(question, answer)
             if parsed is None or "image" not in row.value:
@@ -104,13 +105,17 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
             refs.append(SourceRef(row.where, split, [SourceSentence(expression)], file_name=row.text("image"), box=box))
     if not refs:
         raise InputError(f"{path}: no question with a box [x1, y1, x2, y2] in it or in its answer")
-    questions = f"{format_count(skipped, 'question')} without a box or an expression {agree(skipped, 'was')} skipped"
-    notes = [f"{path}: {questions}"] if skipped else []
-    return Source("LLaVA-like JSON", refs, True, _possible_layouts(refs), notes=notes)
+    notes = []
+    if skipped:
+        notes.append(
+            f"{path}: {format_count(skipped, 'question')} without a box or an expression, with several boxes or "
+            f"without an image {agree(skipped, 'was')} skipped"
+        )
+    return Source("LLaVA-like JSON", refs, one_sentence_each=True, layouts=_possible_layouts(refs), notes=notes)
 
 
 def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
-    """The box in the question or the answer, and the expression in the other one; None if either is missing."""
+    """The only box of a question and its answer, and the expression in the other one; None without just one of each."""
     in_question, in_answer = _BOX.findall(question), _BOX.findall(answer)
     if len(in_question) + len(in_answer) != 1:
         return None

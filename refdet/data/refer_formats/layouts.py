@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 Box = tuple[float, float, float, float]
 
 
-# Each of these functions converts COCO's x y w h to a layout; the size of the image is in pixels too.
+# Each of these functions converts COCO's x y w h, in pixels, to a layout; width and height are those of the image.
 
 
 def _xyxy(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
@@ -19,7 +19,7 @@ def _normalized(x: float, y: float, w: float, h: float, width: int, height: int)
 
 
 def _padded(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
-    """Relative to the image centered in a square of its longer side, as LLaVA pads it."""
+    """Relative to the square of the image's longer side, in which LLaVA centers the image."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     return _normalized(x + left, y + top, w, h, side, side)
@@ -44,12 +44,12 @@ LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
     "thousandths-xyxy": _thousandths,
 }
 
-_FLOAT32_TOLERANCE = 1e-6  # relative, with slack for a sum
+_FLOAT32_TOLERANCE = 1e-6  # relative; a few units in the last place, as x + w is the sum of two rounded numbers
 _MAX_DECIMALS = 6  # of numbers that are taken as rounded
 
 
 def rounding_unit(numbers: Iterable[float]) -> float:
-    """Unit of the last decimal place that any of the numbers has, such as 0.01; 0 if they are not rounded."""
+    """Return the unit of the last decimal place that any number has, such as 0.01; 0 if they are not rounded."""
     max_decimals = 0
     for number in numbers:
         mantissa, _, exponent = f"{number:.15g}".partition("e")
@@ -69,7 +69,8 @@ def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int 
         unit: unit of the last decimal place of ``box``, from `rounding_unit`.
 
     Returns:
-        0 if they are equal in float32, 1 if rounding gives the box, 2 if truncation gives it, None otherwise.
+        0 if the boxes are equal in float32, 1 if rounding the exact one gives ``box``, 2 if truncating some of its
+        numbers does, None otherwise.
     """
     level = 0
     for rounded, exact in zip(box, other, strict=True):

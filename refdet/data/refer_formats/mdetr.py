@@ -1,6 +1,7 @@
-"""MDETR's ``finetune_refcoco_{train,val,testA,testB}.json``: COCO files with an image and an annotation per sentence.
+"""Read MDETR's ``finetune_refcoco_{train,val,testA,testB}.json``.
 
-``original_id`` of an image and of an annotation are COCO's ids, and ``caption`` of the image is the sentence.
+They are instances files with an image and an annotation per sentence. ``original_id`` of an image and of an annotation
+is COCO's id, and ``caption`` of the image is the sentence.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _HEADER = ("info", "licenses", "categories")
 
 
 def is_mdetr(value: Any) -> bool:
-    """Whether a JSON value has the fields of such a file."""
+    """Whether a JSON value has the fields of MDETR's files."""
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
         return False
     first = value["images"][0] if value["images"] else None
@@ -38,15 +39,15 @@ def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
             annotation.
     """
     file = Row(str(path), value)
-    captions: dict[int, Row] = {}
+    unmatched: dict[int, Row] = {}  # id of an image whose annotation has not been read yet -> image
     for number, entry in enumerate(file.items("images")):
         row = Row(f"{path}: images[{number}]", entry)
-        if captions.setdefault(row.integer("id"), row) is not row:
+        if unmatched.setdefault(row.integer("id"), row) is not row:
             raise InputError(f"{row.where}: duplicate id {row.integer('id')}")
     refs = []
     for number, entry in enumerate(file.items("annotations")):
         row = Row(f"{path}: annotations[{number}]", entry)
-        image = captions.pop(row.integer("image_id"), None)
+        image = unmatched.pop(row.integer("image_id"), None)
         if image is None:
             raise InputError(f"{row.where}: image {row.integer('image_id')} is missing or has two annotations")
         refs.append(
@@ -62,7 +63,8 @@ def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
                 box=row.box("bbox"),
             )
         )
-    if captions:
-        raise InputError(f"{next(iter(captions.values())).where}: no annotation for its sentence; download it again")
+    if unmatched:
+        raise InputError(f"{next(iter(unmatched.values())).where}: no annotation for its sentence; download it again")
     header = {key: value[key] for key in _HEADER if key in value}
-    return Source("MDETR's JSON", refs, True, ("xywh",), instances=SourceInstances(header=header))
+    instances = SourceInstances(header=header)
+    return Source("MDETR's JSON", refs, one_sentence_each=True, layouts=("xywh",), instances=instances)

@@ -9,21 +9,22 @@ from refer.statistics import COUNTS, Counts
 
 
 def size_of(refs: Sequence[SourceRef]) -> Counts:
-    """Number of refs and of their images."""
+    """Count refs and their images, but not their sentences."""
     return Counts(len(refs), len({ref.image_id for ref in refs}))
 
 
 def refs_of_division(dataset: str, split_by: str, split: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], str]:
     """Select the refs of a split that belong to a division, recognized by the published sizes.
 
-    A split of another division is left out. If a split is the concatenation of this division's and another one's, the
-    part with this division's number of refs and images is taken, provided that the rest has the other's.
+    A split of another division is left out. If a split is the concatenation of the split of this name in this division
+    and in another one, in either order, only the part of this division is taken. If no published size explains the
+    split, all of it is taken.
 
     Args:
         dataset: such as "refcoco".
-        split_by: such as "unc".
+        split_by: the division, such as "unc".
         split: name of the split in the source.
-        refs: its refs, in the order of the source.
+        refs: the refs of the split, in the order of the source.
 
     Returns:
         The refs of this division, and a human-readable note about omitted refs, "" for none.
@@ -56,4 +57,5 @@ def refs_of_division(dataset: str, split_by: str, split: str, refs: Sequence[Sou
 
 
 def _same_size(size: Counts, published: Counts) -> bool:
-    return size[:2] == published[:2]
+    """Whether the numbers of refs and images are equal."""
+    return (size.refs, size.images) == (published.refs, published.images)

@@ -28,7 +28,7 @@ from refer import plain_files
 log = logging.getLogger(__name__)
 
 _SUFFIXES = (".parquet", ".json", ".jsonl")
-_LEVELS = 4  # the file and the folders above it whose names may have the dataset
+_LEVELS = 4  # the dataset may be in the name of the file or of one of the three folders above it
 
 
 def source_files(sources: Sequence[str | Path]) -> list[Path]:
@@ -43,7 +43,7 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
         The files, sorted within each folder, each of them once.
 
     Raises:
-        InputError: a source does not exist, or a folder has no such file.
+        InputError: a source does not exist, or a folder has no Parquet or JSON file.
     """
     files: list[Path] = []
     for source in map(Path, sources):
@@ -65,7 +65,7 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
             files.append(source)
         else:
             raise InputError(f"{source}: no such file or folder; give the downloaded files")
-    unique: dict[Path, Path] = {}  # several paths can lead to a file, also through links
+    unique: dict[Path, Path] = {}  # several of the paths can lead to the same file, also through links
     for path in files:
         unique.setdefault(path.resolve(), path)
     return list(unique.values())
@@ -78,10 +78,11 @@ def read_source(path: Path) -> Source:
         path: a Parquet, JSON or JSON-lines file.
 
     Returns:
-        Its refs; dataset and split come from the file's name if its contents lack them.
+        Its refs. If the contents lack the dataset, split_by or split, they come from the file's name; dataset and split
+        also from the names of folders.
 
     Raises:
-        InputError: the format is unknown, or the file is damaged or has a wrong value.
+        InputError: the format or the split is unknown, or the file is damaged or has a wrong value.
         refer.ReferError: malformed JSON.
     """
     split = split_in(path)
@@ -118,6 +119,7 @@ def _read_json(path: Path, split: str) -> Source:
 
 
 def _read_lines(path: Path) -> list[Any]:
+    """The values of a JSON-lines file; empty lines are skipped."""
     entries = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if line.strip():

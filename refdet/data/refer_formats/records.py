@@ -13,11 +13,11 @@ from refdet.files.short_text import short_repr
 
 @dataclass
 class SourceSentence:
-    """An expression; None for what a format lacks.
+    """An expression; attributes are None for what the format lacks.
 
     Attributes:
-        sent: the expression as REFER cleaned it, or as the format has it.
-        raw: as the annotator typed it.
+        sent: the expression as REFER cleaned it; or else as the format has it.
+        raw: the expression as the annotator typed it.
         tokens: the words of ``sent``.
         sent_id: id of the sentence.
     """
@@ -30,7 +30,7 @@ class SourceSentence:
 
 @dataclass
 class SourceRef:
-    """A ref, or one sentence of a ref, as a format has it; None or "" for what it lacks.
+    """A ref, or one sentence of a ref, as a format has it; attributes are None or "" for what the format lacks.
 
     Attributes:
         where: file and row, for error messages.
@@ -42,9 +42,9 @@ class SourceRef:
         file_name: name of the image as the format has it.
         ref_id: id of the ref.
         ann_id: id of the COCO annotation.
-        likely_ann_id: an id that breaks ties between annotations with the same box.
+        likely_ann_id: what is probably ``ann_id``, used only to choose between annotations with the same box.
         category_id: COCO id of the category.
-        box: four numbers, in one of the layouts of the source.
+        box: four numbers, in one of `Source.layouts`.
     """
 
     where: str
@@ -69,7 +69,7 @@ class SourceInstances:
         images: image id -> entry.
         annotations: annotation id -> entry.
         header: other fields of the file, such as ``categories``.
-        complete: whether it has all annotations of its images, or only the referred ones.
+        complete: whether all annotations of the images are included, or only the referred ones.
     """
 
     images: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -85,9 +85,10 @@ class Source:
     Attributes:
         format: name of the format, for messages.
         refs: its refs.
-        one_sentence_each: whether each entry of ``refs`` is a sentence, so that entries of one object are one ref.
-        layouts: names of the box layouts it may have, of `layouts.LAYOUTS`.
-        ref_file_names: whether ``file_name`` of its refs is REFER's, or names an image.
+        one_sentence_each: whether each entry of ``refs`` is a sentence, so that the entries of an object are one ref.
+        layouts: the keys of `layouts.LAYOUTS` that the boxes may have.
+        ref_file_names: whether ``file_name`` of the refs is REFER's own, with the number of the ref; else it is the
+            name of the image.
         instances: the part of COCO's instances that it includes.
         notes: human-readable notes about what was skipped or replaced.
     """
@@ -118,54 +119,54 @@ class Row:
         self.where, self.value = where, value
 
     def integer(self, key: str) -> int:
-        """An integer field of at most 64 bits; integers in strings are accepted."""
+        """Read an integer field of at most 64 bits; integers in strings are accepted."""
         value = self._get(key)
-        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:  # at most the digits of 64 bits
             value = int(value)
         if type(value) is not int or not -(2**63) <= value < 2**63:
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be an integer")
         return value
 
     def parse_integers(self, *keys: str) -> None:
-        """Convert integers in strings in place, so that they are compared and written as integers."""
+        """Convert those of the fields that are strings to integers, in place: so they are compared and written."""
         for key in keys:
             if isinstance(self.value.get(key), str):
                 self.value[key] = self.integer(key)
 
     def text(self, key: str) -> str:
-        """A text field."""
+        """Read a text field."""
         value = self._get(key)
         if not isinstance(value, str):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be text")
         return value
 
     def items(self, key: str) -> list[Any]:
-        """A list field."""
+        """Read a list field."""
         value = self._get(key)
         if not isinstance(value, list):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list")
         return value
 
     def entry(self, key: str) -> Row:
-        """An object field."""
+        """Read an object field."""
         return Row(f"{self.where}: {key!r}", self._get(key))
 
     def box(self, key: str) -> list[float]:
-        """A field with four finite numbers."""
+        """Read a field with four finite numbers."""
         value = self.items(key)
         if len(value) != 4 or not all(map(is_finite, value)):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be four numbers")
         return [float(number) for number in value]
 
     def texts(self, key: str) -> list[str]:
-        """A field with a list of strings."""
+        """Read a field with a list of strings."""
         value = self.items(key)
         if not all(isinstance(text, str) for text in value):
             raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list of strings")
         return value
 
     def optional(self, key: str, read: Callable[[str], Any]) -> Any:
-        """Read a field with ``read``; None if the entry has no value for it."""
+        """Read a field with ``read``, one of the methods above; None if the entry has no value for the field."""
         return None if self.value.get(key) is None else read(key)
 
     def _get(self, key: str) -> Any:

@@ -20,8 +20,8 @@ def resolve_ids(path: Path, source: Source, coco: CocoAnnotations | None) -> Non
         coco: COCO's instances, None if not given.
 
     Raises:
-        InputError: ids are missing and ``coco`` is None; or refs have no annotation or several, or their ids contradict
-            it. The message has the number of such refs.
+        InputError: annotation ids are missing and ``coco`` is None; or refs have no image id, no annotation or several
+            candidates for it, or ids that contradict their annotation. The message has the number of such refs.
     """
     for ref in source.refs:
         if ref.image_id is None and ref.file_name is not None:
@@ -35,7 +35,7 @@ def resolve_ids(path: Path, source: Source, coco: CocoAnnotations | None) -> Non
             f"{path}: {source.format} has no annotation ids; give `instances=instances_train2014.json`, in which they "
             "are looked up by image and box"
         )
-    if coco is None:
+    if coco is None:  # all ids are the source's own
         return
     where = f"in {coco.name}"
     missing = [ref for ref in source.refs if coco.image(ref.image_id) is None]
@@ -63,6 +63,7 @@ def resolve_ids(path: Path, source: Source, coco: CocoAnnotations | None) -> Non
 
 
 def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
+    """Whether the annotation of a ref exists and has the image and category of the ref."""
     annotation = coco.annotation(ref.ann_id)
     return annotation is not None and (ref.image_id, ref.category_id) == (
         annotation["image_id"],
@@ -71,6 +72,7 @@ def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
 
 
 def _raise_if_any(path: Path, refs: Sequence[SourceRef], invalid: Sequence[SourceRef], problem: str) -> None:
+    """Raise an InputError if any of the refs are invalid, with their number and the first one."""
     if invalid:
         first = invalid[0]
         sentence = f" ({short_repr(first.sentences[0].sent)})" if first.sentences else ""

@@ -1,4 +1,4 @@
-"""Recognize datasets and splits under the names that other sources give them."""
+"""Recognize the datasets and splits of REFER under the names that the sources of other formats give them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test
 _COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
 _ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
-# By dataset, for sources that do not say which it is.
+# By dataset: the split_by of sources that do not name one.
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
 def dataset_in(text: str) -> str:
-    """The last dataset in a name such as "RefCOCOplus"; "" if there is none."""
+    """Return the last dataset in a name, "refcoco+" for "RefCOCOplus"; "" if there is none."""
     matches = list(_DATASET.finditer(text))
     if not matches:
         return ""
@@ -29,13 +29,13 @@ def dataset_in(text: str) -> str:
 
 
 def split_by_in(text: str) -> str:
-    """The split_by in a name such as "REC_refcoco_unc_val"; "" if there is none."""
+    """Return the split_by in a name such as "REC_refcoco_unc_val"; "" if there is none."""
     match = _SPLIT_BY.search(text)
     return match[1].lower() if match else ""
 
 
 def split_in(path: Path) -> str:
-    """Name of the split in the name of a file, or else of its folder; "" if there is none."""
+    """Return the split in the name of a file, or else of its folder; "" if there is none."""
     for text in (path.stem, path.parent.name):
         matches = list(_SPLIT.finditer(text))
         # "val_train2014" is a val split on images of COCO's train2014
@@ -49,19 +49,20 @@ def split_in(path: Path) -> str:
 def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
     """Map the split names of a source to REFER's.
 
-    A name that REFER uses is kept. Other splits are recognized by their number of refs and images, or by elimination:
-    ``test`` next to ``testB`` is ``testA``.
+    A name that REFER uses is kept, and common ones such as ``validation`` are translated. Other splits are recognized
+    by their number of refs and images, or by elimination: ``test`` next to ``testB`` is ``testA``. For a dataset and
+    split_by without published sizes, other names are kept too.
 
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
-        sizes: sizes of the splits.
+        sizes: name of a split in the source -> its size.
 
     Returns:
         Name in the source -> name in REFER.
 
     Raises:
-        InputError: a split cannot be recognized, or two of them are the same.
+        InputError: a split cannot be recognized, or two splits get the same name.
     """
     published = COUNTS.get((dataset, split_by), {})
     names: dict[str, str] = {}

@@ -1,8 +1,9 @@
-"""The two JSON formats around TensorFlow Datasets' ``ref_coco``.
+"""Read the two JSON formats around TensorFlow Datasets' ``ref_coco``.
 
 ``refcoco.json``, which its manual download script writes, has all refs of all datasets and all annotations of their
 images. Examples of the dataset itself, saved as a JSON list, have an entry per image with its objects, whose boxes are
-``ymin xmin ymax xmax`` relative to the image size in float32.
+``ymin xmin ymax xmax`` relative to the image size in float32. Their expressions have only
+``raw``, the text as typed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read_manual_download(path: Path, value: dict[str, Any]) -> Source:
 
 
 def is_examples(value: Any) -> bool:
-    """Whether a JSON value is a list of examples of the dataset."""
+    """Whether a JSON value is a list of examples of ``ref_coco``."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and "objects" in first and bool({"image/id", "image_id"} & first.keys())
 
@@ -93,18 +94,23 @@ def read_examples(path: Path, value: list[Any], split: str) -> Source:
                     box=object_row.box("bbox"),
                 )
             )
-    return Source("a list of TensorFlow Datasets' examples", refs, layouts=("normalized-yxyx",))
+    return Source(
+        "a list of TensorFlow Datasets' examples",
+        refs,
+        layouts=("normalized-yxyx",),
+        notes=["sent is raw, as the source has only one of them"],
+    )
 
 
 def _entries(row: Row, key: str) -> list[Row]:
-    """A sequence of objects, which TensorFlow Datasets also gives as an object of sequences."""
+    """Read a list of objects, which TensorFlow Datasets also writes as an object of lists, one per field."""
     value = row.value.get(key)
     if isinstance(value, dict):
         columns = {name: row.entry(key).items(name) for name in value}
         lengths = {len(column) for column in columns.values()}
         if len(lengths) > 1:
             raise InputError(f"{row.where}: {key!r} has columns of different lengths")
-        value = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        value = [dict(zip(columns, fields, strict=True)) for fields in zip(*columns.values(), strict=True)]
     if not isinstance(value, list):
         raise InputError(f"{row.where}: no list {key!r}")
     return [Row(f"{row.where}: {key}[{number}]", entry) for number, entry in enumerate(value)]

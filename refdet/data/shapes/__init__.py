@@ -1,6 +1,6 @@
 """A synthetic dataset of drawn scenes with referring expressions, in the formats of COCO 2014 and REFER.
 
-It is generated from a seed without downloads, and read by the same code as real data.
+The dataset is generated from a seed without downloads, and read by the same code as real data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refdet.errors import InputError
 TRAIN_IMAGES = 800
 MIN_IMAGES, MAX_IMAGES = 20, 20_000
 _MAX_IMAGE_ID = 581_929  # of COCO 2014
-_FIRST_TRAIN_ANNOTATION, _FIRST_VAL_ANNOTATION = 1001, 1_000_001
+_FIRST_TRAIN_ANNOTATION, _FIRST_VAL_ANNOTATION = 1001, 1_000_001  # ids of MAX_IMAGES train images stay below a million
 
 __all__ = ["MAX_IMAGES", "MIN_IMAGES", "TRAIN_IMAGES", "write"]
 
@@ -31,11 +31,11 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     Args:
         out: a folder that does not exist or is empty.
         seed: 0 or more; the same seed writes the same bytes.
-        images: number of train2014 images, `TRAIN_IMAGES` if None; val2014 has a fifth as many.
+        images: number of train2014 images, `TRAIN_IMAGES` if None; val2014 has a fifth as many, at least two.
 
     Raises:
-        InputError: `out` is not empty, `seed` is negative, or `images` is too small for all splits of REFER or larger
-            than `MAX_IMAGES`.
+        InputError: `out` is not empty, `seed` is negative, or `images` is less than `MIN_IMAGES`, too few for all
+            splits of REFER, or more than `MAX_IMAGES`.
     """
     out = Path(out)
     train = TRAIN_IMAGES if images is None else images
@@ -52,7 +52,7 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_all(temporary, seed, train)
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp makes it private
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -63,7 +63,9 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
 
 
 def _write_all(out: Path, seed: int, train: int) -> None:
+    """Write the files of a dataset with that number of train images into an empty folder."""
     val = max(2, train // 5)
+    # [seed, 0] for ids and expressions; [seed, 1] and [seed, 2], with the image's index, for train and val images
     rng = np.random.default_rng([seed, 0])
     ids = (1 + rng.choice(_MAX_IMAGE_ID, train + val, replace=False)).tolist()
     train_pictures = _draw_split(out, "train2014", ids[:train], [seed, 1], _FIRST_TRAIN_ANNOTATION)
@@ -89,7 +91,7 @@ def _draw_split(out: Path, split: str, ids: list[int], seed: list[int], first_an
         scene = draw_scene(rng, ScenePlan.for_index(index))
         name = file_name(split, image_id)
         paint(scene, rng).save(folder / name, quality=92, subsampling=0)
-        numbers = annotation_ids(scene.things, image_id, next_annotation)
-        next_annotation += len(scene.things) + int(rng.integers(1, 40))
-        pictures.append(Picture(image_id, name, scene.height, scene.width, scene.things, numbers))
+        ids_of_things = annotation_ids(scene.things, image_id, next_annotation)
+        next_annotation += len(scene.things) + int(rng.integers(1, 40))  # ids have gaps, as in COCO
+        pictures.append(Picture(image_id, name, scene.height, scene.width, scene.things, ids_of_things))
     return pictures

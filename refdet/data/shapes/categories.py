@@ -41,5 +41,5 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 242),
 }
 
-# Levels in a grayscale picture; they have no names.
+# Gray levels of shapes in a grayscale picture; expressions do not name them.
 GRAYS: tuple[int, ...] = (18, 56, 204, 244)

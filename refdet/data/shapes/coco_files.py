@@ -30,7 +30,10 @@ def file_name(split: str, image_id: int) -> str:
 
 
 def annotation_ids(things: Sequence[Thing], image_id: int, first: int) -> tuple[int, ...]:
-    """Annotation ids as in COCO: consecutive, and 9 + category (3 digits) + image (8 digits) for a crowd."""
+    """Annotation ids of the things, consecutive from `first`.
+
+    That of a crowd is, as in COCO, the digit 9, its category id (3 digits) and its image id (8 digits).
+    """
     return tuple(
         int(f"9{thing.category.id:03d}{image_id:08d}") if thing.crowd else first + k for k, thing in enumerate(things)
     )
@@ -63,7 +66,7 @@ def _annotation_record(thing: Thing, annotation_id: int, image_id: int) -> dict[
 
 
 def instances(pictures: Sequence[Picture], only: Collection[int] | None = None) -> dict[str, Any]:
-    """The JSON object of an instances file, of all images or of those with an id in `only`."""
+    """Make the JSON object of an instances file, of all images or of those with an id in `only`."""
     kept = [p for p in pictures if only is None or p.id in only]
     return {
         "info": {

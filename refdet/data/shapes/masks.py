@@ -16,7 +16,7 @@ def to_coco_polygon(points: np.ndarray) -> list[float]:
 
 
 def rasterize(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
-    """Union of COCO polygons as pycocotools fills them: bool (height, width)."""
+    """Fill the union of COCO polygons as pycocotools does; returns a bool (height, width) mask."""
     if not polygons:
         return np.zeros((height, width), dtype=bool)
     rles = coco_mask.frPyObjects(polygons, height, width)
@@ -24,7 +24,7 @@ def rasterize(polygons: list[list[float]], height: int, width: int) -> np.ndarra
 
 
 def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list[float]], list[list[float]]]:
-    """(parts, holes) of a placed outline as COCO polygons, clipped to the picture."""
+    """Clip a placed outline to the picture; returns its parts and its holes as COCO polygons, without tiny ones."""
 
     def visible(polygons: tuple[np.ndarray, ...]) -> list[list[float]]:
         clipped = [clip(p, height, width) for p in polygons]
@@ -44,7 +44,7 @@ def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
     core = padded[1:-1, 1:-1]
     # Pixel edges on the border of the mask, clockwise: along the top of a pixel to the right, down its right side, ...
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}  # corner x y -> moves of the edges that start there
-    sides = (  # pixel across the side, and where the edge starts relative to the pixel, and its move
+    sides = (  # the pixels across that side, where the edge starts relative to its pixel, and its move
         (padded[:-2, 1:-1], (0, 0), (1, 0)),
         (padded[1:-1, 2:], (1, 0), (0, 1)),
         (padded[2:, 1:-1], (1, 1), (-1, 0)),
@@ -87,17 +87,19 @@ def _pop_loop(
         # back at the start, unless the boundary touches itself there and continues to the right
         if (x, y) == start and (-heading[1], heading[0]) not in edges.get(start, []):
             break
+    # the start is no corner if the loop arrives there in the direction in which it left
     if len(corners) > 1 and _direction(corners[0], corners[1]) == heading:
         corners = corners[1:]
     return corners, doubled_area
 
 
 def _direction(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """The move of the edges from a corner to the next one."""
     return int(np.sign(b[0] - a[0])), int(np.sign(b[1] - a[1]))
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
-    """Uncompressed COCO RLE of a bool (H, W) mask: column-major run lengths, zeros first."""
+    """Encode a bool (H, W) mask as an uncompressed COCO RLE: column-major run lengths, zeros first."""
     pixels = mask.reshape(-1, order="F")
     ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     runs = np.diff(np.concatenate([[0], ends, [pixels.size]])).tolist()
@@ -107,7 +109,7 @@ def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
-    """COCO segmentation of a mask: polygons, or RLE if it has a hole."""
+    """Make the COCO segmentation of a bool (H, W) mask: polygons, or RLE if it has a hole."""
     polygons, has_hole = trace(mask)
     return uncompressed_rle(mask) if has_hole else polygons
 

@@ -1,7 +1,7 @@
 """Meanings of referring expressions, and the things of a scene that they can refer to.
 
-Every word has a clear and a borderline range ("small" at 32 px is arguable). An expression is interpreted strictly and
-loosely, and used only if both interpretations give the same single thing.
+Every word has a clear and a borderline range ("small" at 32 px is arguable). An expression is interpreted strictly,
+without the borderline range, and loosely, with it, and used only if both interpretations give the same single thing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from refdet.data.shapes.scene import Thing
 
-# Pixels: longest side of the box at which small ends and large begins, and the margin of the borderline range.
+# In pixels: longest side of the box at which small ends and large begins, and the borderline range on both sides of it.
 SMALL, LARGE, SIZE_MARGIN = 31.0, 45.0, 3.0
-# "biggest" and "smallest": ratio of the longest sides. Positions: pixels between box centers.
+# "biggest" and "smallest": ratio of the longest sides to that of any rival. Positions: pixels between box centers.
 SIZE_RATIO, PLACE_MARGIN = 1.2, 8.0
-# "next to": pixels between the boxes.
+# "next to": maximum gap between the boxes in pixels, and the borderline range on both sides of it.
 NEAR, NEAR_MARGIN = 16.0, 8.0
 
 SIDES = ("left", "right", "top", "bottom")
@@ -42,23 +42,23 @@ class Meaning:
 
 
 def center(thing: Thing) -> tuple[float, float]:
-    """Center of the box, x y in pixels."""
+    """Center of a thing's box, x y in pixels."""
     return (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
 
 
 def longest_side(thing: Thing) -> float:
-    """Longest side of the box in pixels."""
+    """Longest side of a thing's box in pixels."""
     return max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
 
 
 def find_referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
-    """Index of the thing that the expression refers to; None if there is none or it is ambiguous."""
+    """Return the index of the thing that an expression refers to, None if there is none or it is ambiguous."""
     strict = find_matches(meaning, things, loose=False)
     return strict[0] if len(strict) == 1 and strict == find_matches(meaning, things, loose=True) else None
 
 
 def find_matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
-    """Indices of the things that match clearly, or with `loose` at least arguably. Crowds never match."""
+    """Return the indices of the things that match clearly, or with `loose` at least arguably. Crowds never match."""
     fitting = _match_attributes(meaning, things, loose)
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
         # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
@@ -73,6 +73,7 @@ def find_matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list
 
 
 def _match_attributes(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+    """Indices of the things with the category, color, and small or large size of a meaning, if it mentions them."""
     tolerance = SIZE_MARGIN if loose else -SIZE_MARGIN
     matching = []
     for i, thing in enumerate(things):
@@ -110,6 +111,7 @@ def _is_extreme(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[
 
 
 def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, rank: int, loose: bool) -> bool:
+    """Whether thing i is at this rank among its rivals, counted from `place`, one of SIDES."""
     axis = 0 if place in ("left", "right") else 1
     sign = 1 if place in ("left", "top") else -1
     gaps = [sign * (center(things[j])[axis] - center(things[i])[axis]) for j in rivals]
@@ -122,7 +124,7 @@ def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, r
 
 
 def is_related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
-    """Whether a relation holds between two boxes, by their centers, or by their gap for "next to"."""
+    """Whether a thing is in a relation to an anchor, by the centers of their boxes, or their gap for "next to"."""
     if relation == NEXT_TO:
         a, b = thing.box, anchor.box
         gap = max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0.0)
@@ -130,7 +132,7 @@ def is_related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
     (x, y), (ax, ay) = center(thing), center(anchor)
     dx, dy = x - ax, y - ay
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
-    # within about 40 degrees of the direction strictly, 60 loosely
+    # strictly 12 pixels or more, within 40 degrees of the direction; loosely more than 2 pixels, within 59 degrees
     if loose:
         return along > 2 and along >= 0.6 * abs(across)
     return along >= 12 and along >= 1.2 * abs(across)

@@ -71,7 +71,7 @@ def _cross() -> Outline:
 
 
 def unit_outline(name: str) -> Outline:
-    """Unit outline of a category by name; KeyError for an unknown name."""
+    """Make the unit outline of a category, by its name; KeyError for an unknown name."""
     makers = {
         "person": _person,
         "circle": lambda: Outline((_disc(0.5),)),
@@ -110,12 +110,12 @@ def place(outline: Outline, center: tuple[float, float], size: tuple[float, floa
 def clip(points: Points, height: int, width: int) -> Points:
     """Clip a polygon (K, 2) to the picture (Sutherland-Hodgman); returns (K', 2), empty if nothing is left.
 
-    Several pieces stay connected by edges along the border, which enclose no area.
+    If the polygon falls into several pieces, these stay connected by edges along the border, which enclose no area.
     """
     if points.min() >= 0 and points[:, 0].max() <= width and points[:, 1].max() <= height:
         return points
     kept = points
-    for axis, limit, sign in (
+    for axis, limit, sign in (  # sign: 1 if the picture is above the limit, -1 if below
         (0, 0.0, 1.0),
         (0, float(width), -1.0),
         (1, 0.0, 1.0),

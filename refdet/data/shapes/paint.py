@@ -31,10 +31,11 @@ def paint_background(rng: np.random.Generator, height: int, width: int) -> np.nd
     elif texture == "stripes":
         mix = (np.sin(along * 2 * np.pi / float(rng.uniform(7, 22))) > 0).astype(np.float64)
     else:
-        cell = float(rng.uniform(7, 20))
+        side = float(rng.uniform(7, 20))
         across = y * np.cos(angle) - x * np.sin(angle)
-        mix = ((np.floor(along / cell) + np.floor(across / cell)) % 2).astype(np.float64)
+        mix = ((np.floor(along / side) + np.floor(across / side)) % 2).astype(np.float64)
     first, second = _random_muted_color(rng), _random_muted_color(rng)
+    # sharp textures have half the contrast
     second = first + (second - first) * (0.5 if texture in ("stripes", "checks") else 1.0)
     grain = rng.normal(0, float(rng.uniform(1, 6)), (height, width, 1))
     return first + np.clip(mix, 0, 1)[..., None] * (second - first) + grain
@@ -50,9 +51,9 @@ def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
     for i, thing in enumerate(scene.things):
         if thing.crowd:
             rim &= scene.owner != i  # its shapes are too small for a rim
-    slope = np.linspace(1.05, 0.92, scene.height)[:, None]
+    slope = np.linspace(1.05, 0.92, scene.height)[:, None]  # brighter at the top
     grain = rng.normal(1.0, 0.025, scene.owner.shape)
-    shade = np.where(rim, 0.62, slope * grain)
+    shade = np.where(rim, 0.62, slope * grain)  # factor of a shape's color
     for i, thing in enumerate(scene.things):
         visible = scene.owner == i
         picture[visible] = shade[visible][:, None] * np.array(thing.rgb, dtype=np.float64)

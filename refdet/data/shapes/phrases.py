@@ -1,4 +1,4 @@
-"""Referring expressions for a thing: its unambiguous meanings, and sentences in the style of each dataset."""
+"""Referring expressions for a thing: meanings that single it out, and sentences in the style of each dataset."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Style:
     """Style of the expressions of a dataset.
 
     Attributes:
-        full: whether they are full phrases, "the small red star in the picture", or short, "small red star".
+        full: whether the expressions are full phrases, "the small red star in the picture", or short, "small red star".
         locations: whether they may use location words.
-        weights: probabilities of the three types: plain attributes, place in the picture, relation to another thing.
+        weights: probabilities of the three types of expressions: plain attributes, place in the picture, relation to
+            another thing.
     """
 
     full: bool
@@ -35,7 +36,7 @@ REFCOCOG = Style(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 
 
 def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[Meaning], ...]:
-    """All meanings that refer to things[target] alone, by type: (plain, place, relation)."""
+    """List all meanings that refer to things[target] alone, by type: (plain, place, relation)."""
     thing = things[target]
     name, color = thing.category.name, thing.color
     bases = [Meaning(name)] + ([Meaning(name, color)] if color is not None else [])
@@ -48,13 +49,13 @@ def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[M
     if style.locations:
         spots = [(p, 1) for p in SIDES + CORNERS] + [(p, rank) for p in SIDES for rank in ORDINALS]
         place = [replace(base, place=p, rank=rank) for base in bases for p, rank in spots]
-        if not any(t.crowd for t in things):
+        if not any(t.crowd for t in things):  # "the left shape" could be one of a crowd's
             place += [Meaning(place=p) for p in SIDES]
     relation: list[Meaning] = []
     for j, anchor in enumerate(things):
         if j == target or anchor.crowd:
             continue
-        anchor_meaning = _shortest(j, things)
+        anchor_meaning = _find_short(j, things)
         if anchor_meaning is None:
             continue
         for word in (*DIRECTIONS, NEXT_TO) if style.locations else (NEXT_TO,):
@@ -69,33 +70,34 @@ def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[M
 
 
 def is_referable(target: int, things: Sequence[Thing], style: Style) -> bool:
-    """Whether `meanings` finds any; tries the shortest ones first."""
-    return _shortest(target, things) is not None or any(meanings(target, things, style))
+    """Whether there are any `meanings` for things[target]; tries the short ones first, which is faster."""
+    return _find_short(target, things) is not None or any(meanings(target, things, style))
 
 
-def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
+def _find_short(target: int, things: Sequence[Thing]) -> Meaning | None:
+    """A short meaning that refers to things[target] alone, None if there is none."""
     name, color = things[target].category.name, things[target].color
-    options = [Meaning(name, color), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
-    return next((m for m in options if find_referent(m, things) == target), None)
+    candidates = [Meaning(name, color), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
+    return next((m for m in candidates if find_referent(m, things) == target), None)
 
 
 def sample_meanings(
     rng: np.random.Generator, candidates: tuple[list[Meaning], ...], style: Style, count: int
 ) -> list[Meaning]:
-    """Sample up to `count` different meanings, their types by the weights of the style; [] if there are none."""
+    """Sample up to `count` different `meanings`, their types by the weights of the style."""
     remaining = [list(group) for group in candidates]
     chosen: list[Meaning] = []
     while len(chosen) < count:
         weights = np.array([w if group else 0.0 for w, group in zip(style.weights, remaining, strict=True)])
         if weights.sum() == 0:
             break
-        group = remaining[int(rng.choice(3, p=weights / weights.sum()))]
+        group = remaining[int(rng.choice(len(remaining), p=weights / weights.sum()))]
         chosen.append(group.pop(int(rng.integers(len(group)))))
     return chosen
 
 
 def noun_phrase(meaning: Meaning) -> str:
-    """Size, color and category: "small red star", or "shape" without a category."""
+    """Phrase size, color and category: "small red star", or "small red shape" without a category."""
     return " ".join(w for w in (meaning.size, meaning.color, meaning.category or "shape") if w)
 
 
@@ -143,5 +145,5 @@ _LONG = {
 }
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[int(rng.integers(len(options)))]
+def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[int(rng.integers(len(choices)))]

@@ -15,20 +15,22 @@ from refdet.data.shapes.refer_splits import Referent, google_splits, sample_umd,
 
 
 def ref_records(
-    rng: np.random.Generator, referents: Sequence[Referent], style: Style, counts: tuple[int, int]
+    rng: np.random.Generator, referents: Sequence[Referent], style: Style, sentence_range: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """One record per referent, as in REFER's pickles, with `counts` (min, max) sentences each.
+    """Make one record per referent, as in REFER's pickles, with `sentence_range` (min, max) sentences each.
 
-    A referent with fewer meanings gets fewer sentences than sampled, but at least the minimum.
+    A referent with fewer meanings than the sampled number of sentences has one sentence per meaning, but at least the
+    minimum.
     """
+    fewest, most = sentence_range
     records: list[dict[str, Any]] = []
     sent_id = 0
     for ref_id, referent in enumerate(referents):
         picture, thing = referent.picture, referent.thing
         candidates = meanings(thing, picture.things, style)
-        chosen = sample_meanings(rng, candidates, style, int(rng.integers(counts[0], counts[1] + 1)))
+        chosen = sample_meanings(rng, candidates, style, int(rng.integers(fewest, most + 1)))
         sents: list[str] = []
-        for k in range(max(counts[0], len(chosen))):
+        for k in range(max(fewest, len(chosen))):
             # repeat a meaning if there are too few, as if two annotators had the same idea
             sents.append(sentence(rng, chosen[k % len(chosen)], style))
         sentences = [
@@ -52,17 +54,22 @@ def ref_records(
 
 
 def _raw(rng: np.random.Generator, sent: str, style: Style) -> str:
-    """The sentence as an annotator may have typed it: with a capital and a period, or sometimes with a capital."""
+    """The sentence as an annotator may have typed it.
+
+    A full phrase has a capital and a period; one in five short ones has a capital.
+    """
     if style.full:
         return sent[0].upper() + sent[1:] + "."
     return sent.capitalize() if rng.random() < 0.2 else sent
 
 
 def _with_splits(records: list[dict[str, Any]], splits: list[str]) -> list[dict[str, Any]]:
+    """Copies of the records with other splits."""
     return [{**record, "split": split} for record, split in zip(records, splits, strict=True)]
 
 
 def _write_dataset(folder: Path, pictures: Sequence[Picture], refs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write instances.json of the referred images, and a pickle of refs per split_by."""
     image_ids = {record["image_id"] for records in refs.values() for record in records}
     write_instances(folder / "instances.json", pictures, image_ids)
     for split_by, records in refs.items():
@@ -71,7 +78,7 @@ def _write_dataset(folder: Path, pictures: Sequence[Picture], refs: dict[str, li
 
 
 def write_refer(root: Path, pictures: Sequence[Picture], rng: np.random.Generator) -> None:
-    """Write root/refcoco, root/refcoco+ and root/refcocog, with refs on the train2014 pictures."""
+    """Write root/refcoco, root/refcoco+ and root/refcocog, with refs on `pictures`, those of train2014."""
     referents = sample_unc(rng, pictures)
     refs = ref_records(rng, referents, REFCOCO, (2, 4))
     google_refs = _with_splits(refs, google_splits(rng, len(refs), test=True))

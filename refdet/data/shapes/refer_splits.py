@@ -16,13 +16,13 @@ from refdet.data.shapes.categories import PERSON
 from refdet.data.shapes.coco_files import Picture
 from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, is_referable
 
-# Fractions of the train2014 images: in RefCOCO and RefCOCO+ (unc) or RefCOCOg (umd), and in each of their held-out
-# splits; and the fraction of the refs in each held-out split of google.
+# Fractions of the train2014 images that are in RefCOCO and RefCOCO+ (unc) or RefCOCOg (umd), in their val split, and in
+# each of their test splits. Then the fraction of the refs that is in each held-out split of google.
 UNC_SHARE, UNC_VAL, UNC_TEST = 0.36, 0.038, 0.02
 UMD_SHARE, UMD_VAL, UMD_TEST = 0.27, 0.02, 0.03
-GOOGLE_SHARE = 0.06
+GOOGLE_HELD_OUT_SHARE = 0.06
 
-MAX_REFS = 3  # per image
+MAX_REFS, _UMD_MAX_REFS = 3, 2  # per image
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Referent:
     split: str
 
 
-def _referable(picture: Picture, styles: Sequence[Style]) -> list[int]:
+def _find_referable(picture: Picture, styles: Sequence[Style]) -> list[int]:
     """Indices of the things that have an unambiguous expression in each of the styles."""
     return [
         i
@@ -50,7 +50,7 @@ def _repeated_categories(picture: Picture) -> set[str]:
 
 
 def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
-    """Up to MAX_REFS of the allowed things, those of a repeated category first, as in REFER."""
+    """Sample up to MAX_REFS of the allowed things, those of a repeated category first, as in REFER."""
     repeated = _repeated_categories(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)
@@ -58,14 +58,19 @@ def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int
 
 
 def _at_least_one(share: float, total: int) -> int:
+    """A share of a total, rounded, but at least 1."""
     return max(1, round(share * total))
 
 
 def sample_unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referent]:
-    """Sample the referents of RefCOCO and RefCOCO+, with their unc split: train, val, testA or testB."""
+    """Sample the referents of RefCOCO and RefCOCO+, with their unc split: train, val, testA or testB.
+
+    As in RefCOCO, they are in images with several things of a category.
+    """
     total = len(pictures)
     held_out = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
     held_out["val"] = _at_least_one(UNC_VAL, total)
+    # images still to be chosen for each split; the held-out splits are filled first
     remaining = {**held_out, "train": max(1, round(UNC_SHARE * total) - sum(held_out.values()))}
     referents: list[Referent] = []
     for k in rng.permutation(total).tolist():
@@ -73,7 +78,7 @@ def sample_unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Re
         persons = [i for i, t in enumerate(picture.things) if t.category == PERSON]
         if not _repeated_categories(picture):
             continue
-        referable = _referable(picture, (REFCOCO, REFCOCO_PLUS))
+        referable = _find_referable(picture, (REFCOCO, REFCOCO_PLUS))
         for split in [s for s in held_out if remaining[s]] or ["train"]:
             if split == "testA":
                 allowed = [i for i in referable if i in persons] if len(persons) > 1 else []
@@ -100,16 +105,21 @@ def sample_umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Re
         split = next((s for s in remaining if remaining[s]), None)
         if split is None:
             break
-        referable = _referable(pictures[k], (REFCOCOG,))
+        referable = _find_referable(pictures[k], (REFCOCOG,))
         if referable:
             remaining[split] -= 1
-            referents += [Referent(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
+            referents += [
+                Referent(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:_UMD_MAX_REFS]
+            ]
     return referents
 
 
 def google_splits(rng: np.random.Generator, count: int, test: bool) -> list[str]:
-    """Sample the google split of `count` objects, regardless of images; RefCOCOg has no `test`: it was not released."""
-    held_out = _at_least_one(GOOGLE_SHARE, count)
+    """Sample the google split of `count` objects, regardless of images.
+
+    There are test objects only with `test`: RefCOCOg's google test split was not released.
+    """
+    held_out = _at_least_one(GOOGLE_HELD_OUT_SHARE, count)
     splits = ["train"] * count
     order = rng.permutation(count).tolist()
     for k in order[:held_out]:

@@ -14,20 +14,20 @@ from refdet.data.shapes.outlines import area, place, unit_outline
 
 Box = tuple[float, float, float, float]
 
-# Height and width of pictures.
+# Heights and widths of pictures, in pixels; one is chosen at random.
 SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
 SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))  # of small, medium and large shapes, (min, max) in pixels
-MIN_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
-_CROWD = 254
-_NOTHING = 255
+MIN_VISIBLE = 0.75  # fraction of each shape that stays visible, whatever others or the border hide
+_CROWD = 254  # in `Scene.owner`, until the index of the crowd is known
+_NOTHING = 255  # the background, in `Scene.owner`
 
 
 @dataclass(frozen=True)
 class Thing:
     """The visible part of one annotated thing.
 
-    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` the pixels of that mask, and `color` the
-    name of `rgb`, None in a grayscale picture. A crowd is one Thing for the whole cluster.
+    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` the number of pixels of that mask, and
+    `color` the name of `rgb`, None in a grayscale picture. A crowd is one Thing for the whole cluster of shapes.
     """
 
     category: Category
@@ -55,7 +55,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """What a scene must have: a grayscale file, a crowd, several persons."""
+    """What a scene must have: whether it is grayscale, whether it has a crowd, and whether it has several persons."""
 
     gray: bool
     crowd: bool
@@ -69,7 +69,11 @@ class ScenePlan:
 
 @dataclass(frozen=True)
 class _DrawnShape:
-    """A shape before occlusion: `box` encloses `mask`; `full_area` is in square pixels, without clipping."""
+    """A shape before other shapes hide parts of it.
+
+    `mask` is (height, width) bool, and `box` encloses it. `polygons` are COCO polygons of the outline, without its
+    holes; `holed` says whether it has any. `full_area` is the outline's area in square pixels, not clipped.
+    """
 
     category: Category
     color: str
@@ -82,7 +86,7 @@ class _DrawnShape:
 
 
 def draw_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene:
-    """Draw random scenes until one satisfies `plan`, with 3 to 8 shapes that are all mostly visible."""
+    """Draw random scenes until one succeeds: it has what `plan` demands, and 3 to 8 shapes, all mostly visible."""
     while True:
         scene = _try_scene(rng, plan)
         if scene is not None:
@@ -90,6 +94,7 @@ def draw_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene:
 
 
 def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
+    """Draw a random scene; None if it has too few shapes, or covers too little or too much of the picture."""
     height, width = SIZES[int(rng.integers(len(SIZES)))]
     theme = PERSON if plan.persons else CATEGORIES[int(rng.integers(1, len(CATEGORIES)))]
     repeats = int(rng.integers(2, 4))
@@ -106,7 +111,7 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
     if crowd is not None:
         owner[crowd.mask] = _CROWD
     for k in order.tolist():
-        for _ in range(30):
+        for _ in range(30):  # attempts to find a position
             shape = _draw_shape(rng, categories[k], SIDES[int(sizes[k])], plan.gray, height, width)
             if shape is not None and _fits(shape, drawn, owner):
                 owner[shape.mask] = len(drawn)
@@ -123,7 +128,8 @@ def _try_scene(rng: np.random.Generator, plan: ScenePlan) -> Scene | None:
     return Scene(height, width, plan.gray, tuple(things), owner)
 
 
-def _random_paint(rng: np.random.Generator, gray: bool) -> tuple[str, tuple[int, int, int]]:
+def _pick_color(rng: np.random.Generator, gray: bool) -> tuple[str, tuple[int, int, int]]:
+    """Pick the name and RGB of a color at random, or of a gray level."""
     if gray:
         level = GRAYS[int(rng.integers(len(GRAYS)))]
         return str(level), (level, level, level)
@@ -139,15 +145,16 @@ def _draw_shape(
     height: int,
     width: int,
 ) -> _DrawnShape | None:
+    """Draw a shape at a random position, with a side in the range `sides`; None if no pixel of it is in the picture."""
     side = float(rng.uniform(*sides))
     if category == PERSON:
-        side *= 1.15  # a person is narrow; gives it as many pixels as the others
+        side *= 1.15  # a person is narrow; this gives it as many pixels as other shapes
     size = (side * float(rng.uniform(0.92, 1.08)), side * float(rng.uniform(0.92, 1.08)))
     angle = math.radians(float(rng.uniform(-20, 20)) * (0.5 if category == PERSON else 1.0))
-    # one in eight extends beyond the picture
+    # one shape in eight may extend beyond the picture
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     center = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
-    color, rgb = _random_paint(rng, gray)
+    color, rgb = _pick_color(rng, gray)
     return _rasterize(category, color, rgb, center, size, angle, height, width)
 
 
@@ -161,6 +168,7 @@ def _rasterize(
     height: int,
     width: int,
 ) -> _DrawnShape | None:
+    """Rasterize the outline of a category at `center` (x, y), with `size` (width, height) and `angle` as in `place`."""
     outline = place(unit_outline(category.name), center, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
     full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
@@ -173,7 +181,7 @@ def _rasterize(
 
 
 def _fits(shape: _DrawnShape, drawn: list[_DrawnShape], owner: np.ndarray) -> bool:
-    """Whether the shape, painted on top, leaves everything recognizable, including itself at the border."""
+    """Whether a shape, painted on top, leaves all shapes recognizable, including itself if the border cuts it."""
     if shape.mask.sum() < MIN_VISIBLE * shape.full_area or (owner[shape.mask] == _CROWD).any():
         return False
     for i, other in enumerate(drawn):
@@ -188,6 +196,7 @@ def _fits(shape: _DrawnShape, drawn: list[_DrawnShape], owner: np.ndarray) -> bo
             return False
         if remaining.sum() < MIN_VISIBLE * other.full_area:
             return False
+        # boxes must not overlap much, least of all within a category
         if _iou(shape.box, masks.box_of(remaining)) > (0.12 if shape.category == other.category else 0.32):
             return False
     return True
@@ -205,31 +214,34 @@ def _iou(a: Box, b: Box) -> float:
 def _draw_crowd(
     rng: np.random.Generator, plan: ScenePlan, used: list[Category], height: int, width: int
 ) -> _DrawnShape:
-    """A cluster of tiny shapes of a category that is not elsewhere in the scene."""
+    """Draw a cluster of tiny shapes of a category that is not elsewhere in the scene."""
     unused = [c for c in CATEGORIES if c not in used]
     category = unused[int(rng.integers(len(unused)))]
-    color, rgb = _random_paint(rng, plan.gray)
+    color, rgb = _pick_color(rng, plan.gray)
     columns, rows = int(rng.integers(4, 6)), int(rng.integers(2, 4))
-    pitch = 13.0
-    left = float(rng.uniform(8, width - 8 - columns * pitch))
-    top = float(rng.uniform(8, height - 8 - rows * pitch))
+    spacing = 13.0  # of the shapes in a grid, from which they deviate, in pixels
+    left = float(rng.uniform(8, width - 8 - columns * spacing))
+    top = float(rng.uniform(8, height - 8 - rows * spacing))
     mask = np.zeros((height, width), dtype=bool)
     for row in range(rows):
         for column in range(columns):
             x, y = rng.uniform(-2, 2, 2).tolist()
-            center = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
+            center = (left + (column + 0.5) * spacing + x, top + (row + 0.5) * spacing + y)
             size = float(rng.uniform(10, 13))
             shape = _rasterize(category, color, rgb, center, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
-    return _DrawnShape(category, color, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
+    return _DrawnShape(
+        category, color, rgb, mask, masks.box_of(mask), polygons=[], holed=True, full_area=float(mask.sum())
+    )
 
 
 def _make_thing(shape: _DrawnShape, visible: np.ndarray, gray: bool, crowd: bool = False) -> Thing:
+    """The annotated thing of a shape, given the mask of its visible part."""
     segmentation: list[list[float]] | dict[str, Any]
     if crowd:
         segmentation = masks.uncompressed_rle(visible)
-    elif shape.holed or not np.array_equal(visible, shape.mask):
+    elif shape.holed or not np.array_equal(visible, shape.mask):  # the polygons are not those of the visible part
         segmentation = masks.segmentation(visible)
     else:
         segmentation = shape.polygons
