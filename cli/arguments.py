@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError
@@ -23,7 +24,7 @@ def check_run_directory(option: str, path: Path) -> None:
         path: the path that was given.
 
     Raises:
-        InputError: it is neither; the message says what it is and what to give.
+        InputError: the path is neither; the message says what it is and what to give.
     """
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE):
@@ -49,7 +50,7 @@ def check_ray(address: str | None, part: str | None = None) -> None:
         part: the value of ``--part``, None if it was not given.
 
     Raises:
-        InputError: it cannot be an address, ``--part`` is given too, or Ray is not installed.
+        InputError: the address has the wrong form, ``--part`` is given too, or Ray is not installed.
     """
     if address is None:
         return
@@ -59,7 +60,9 @@ def check_ray(address: str | None, part: str | None = None) -> None:
 
     check_address(address)
     if part is not None:
-        raise InputError(f"--part {part}: not together with --ray, which divides the work itself; give one of them")
+        raise InputError(
+            f"--part {part}: not together with --ray, which divides the work itself; give only one of them"
+        )
     if find_spec("ray") is None:
         raise InputError(NOT_INSTALLED)
 
@@ -72,7 +75,7 @@ def check_store(option: str, path: Path) -> None:
         path: the path that was given.
 
     Raises:
-        InputError: it is not an HDF5 file; the message says what it is and what to give.
+        InputError: the path is not an HDF5 file; the message says what it is and what to give.
     """
     kind = kind_of(path)
     if kind is FileKind.STORE:
@@ -88,8 +91,8 @@ def check_store(option: str, path: Path) -> None:
     _raise_wrong_kind(option, path, kind, "a feature store", "an HDF5 file written by refdet extract-features")
 
 
-def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
-    """Check that a path can be a JSON or other text file, without parsing it.
+def check_text_file(option: str, path: Path, what: str = "a JSON file") -> None:
+    """Check that a path can be a JSON file or other text, without reading all of it.
 
     Args:
         option: the option, for error messages.
@@ -97,10 +100,10 @@ def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
         what: the kind of file that is needed, with an article.
 
     Raises:
-        InputError: it is a folder or another kind of file.
+        InputError: the path is missing, a folder or another kind of file.
     """
     kind = kind_of(path)
-    # Malformed text is reported later, with its line; UTF-16 looks like binary data.
+    # Whatever may be text is accepted, also UTF-16, which looks like binary data: the parser reports malformed lines.
     if kind not in (FileKind.JSON, FileKind.TEXT, FileKind.EMPTY, FileKind.BINARY):
         _raise_wrong_kind(option, path, kind, what)
 
@@ -113,7 +116,7 @@ def check_weights(option: str, path: Path) -> None:
         path: the path that was given.
 
     Raises:
-        InputError: it is a folder, one of refdet's own files or another kind of file.
+        InputError: the path is missing, a folder, one of refdet's own files or another kind of file.
     """
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE, FileKind.STATE):
@@ -139,7 +142,7 @@ def check_images(option: str, path: Path) -> None:
         path: the path that was given.
 
     Raises:
-        InputError: it is neither.
+        InputError: the path is neither.
     """
     kind = kind_of(path)
     if kind is FileKind.MISSING:
@@ -150,21 +153,21 @@ def check_images(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: {kind.value}; give a folder or readable zip of images")
 
 
-def check_refer_root(path: Path, dataset: str) -> None:
-    """Check that a path is the folder that holds the REFER datasets.
+def check_refer_root(path: Path, dataset: str = "") -> None:
+    """Check that a path is the folder that holds the REFER datasets; a missing folder is reported later.
 
     Args:
         path: the value of --refer-root.
-        dataset: name of a dataset in it, "" if none is known.
+        dataset: name of the dataset that will be read from the folder, "" if it is not known yet.
 
     Raises:
-        InputError: it is not a folder, or it is the folder of a single dataset.
+        InputError: the path is a file, or the folder of a single dataset.
     """
     kind = kind_of(path)
     if kind is FileKind.DATASET and not (dataset and (path / dataset).is_dir()):
         raise InputError(f"--refer-root {path}: {kind.value}; give the folder above it: {path.resolve().parent}")
     if kind in (FileKind.URL, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
-        kind.is_folder or kind is FileKind.MISSING  # reported later, with the download command
+        kind.is_folder or kind is FileKind.MISSING  # a missing folder is reported later, with the download command
     ):
         _raise_wrong_kind("--refer-root", path, kind, "the REFER data folder")
 
@@ -176,7 +179,7 @@ def check_new_file(option: str, path: Path, example: str, may_exist: bool = Fals
         option: the option, for error messages.
         path: the file to write.
         example: a file name of the kind that is written, for error messages.
-        may_exist: whether the path may be an existing store, to resume.
+        may_exist: whether the path may be an existing store, which the command would resume.
 
     Raises:
         InputError: the path exists, is invalid or cannot be written to.
@@ -205,7 +208,7 @@ def check_new_folder(option: str, path: Path, empty: bool = True) -> None:
         empty: whether it must be empty or missing.
 
     Raises:
-        InputError: it is a file, is not empty or cannot be written to.
+        InputError: the path is a file, cannot be written to, or is not empty although ``empty`` says that it must be.
     """
     _check_name(option, path)
     is_file = os.path.lexists(path) and not path.is_dir()
@@ -224,14 +227,14 @@ def check_device(option: str, name: str | None) -> None:
         name: the name, None if the option was not given.
 
     Raises:
-        InputError: it is not the name of a device.
+        InputError: the name has the wrong form.
     """
     if name is not None and not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", name):
         raise InputError(f"{option} {name}: not a device; give cpu, cuda, cuda:1 (the second GPU) or auto")
 
 
 def check_not_empty(option: str, values: Iterable[str]) -> None:
-    """Check that each value of an option with comma-separated names has at least one name.
+    """Check that each value of an option, which is a comma-separated list, has at least one name.
 
     Args:
         option: the option, for error messages.
@@ -245,7 +248,16 @@ def check_not_empty(option: str, values: Iterable[str]) -> None:
             raise InputError(f"{option} {text!r}: no names in it; give at least one or omit {option}")
 
 
-def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, description: str = "") -> None:
+def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, description: str = "") -> NoReturn:
+    """Raise an InputError that says what a path is and what is needed instead.
+
+    Args:
+        option: the option.
+        path: the path that was given.
+        kind: what the path is.
+        expected: what is needed, with an article, such as "a run directory".
+        description: how to recognize what is needed, "" if that is obvious.
+    """
     problem = f"{option} {path}: {kind.value}"
     if kind is FileKind.URL:
         raise InputError(problem)
@@ -257,6 +269,7 @@ def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, de
 
 
 def _check_name(option: str, path: Path) -> None:
+    """Check that a path to write is local and has a name that the file system accepts."""
     if kind_of(path) is FileKind.URL:
         raise InputError(f"{option} {path}: a URL; give a local path")
     try:
@@ -268,7 +281,7 @@ def _check_name(option: str, path: Path) -> None:
 
 
 def _check_parent(option: str, folder: Path) -> None:
-    """Check that the folder, or its nearest existing parent, can be written to."""
+    """Check that a folder, or the nearest folder above it that exists, can be written to."""
     existing = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent)), folder)
     if not existing.is_dir():
         raise InputError(f"{option}: {existing} is a file, not a folder; choose another {option}")

@@ -12,7 +12,7 @@ import click
 from refdet.errors import RuntimeFailure
 from refdet.files.short_text import format_count
 
-from .arguments import check_images, check_json, check_refer_root, check_run_directory, check_store
+from .arguments import check_images, check_refer_root, check_run_directory, check_store, check_text_file
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
 from .option_names import as_options
 
@@ -96,11 +96,11 @@ def command(
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
     if val_instances is not None and detector is None:
         raise click.UsageError("--val-instances is for --checkpoint and --store; audit the file alone by --instances")
-    check_refer_root(Path(refer_root), "")
+    check_refer_root(Path(refer_root))
     if instances is not None:
-        check_json("--instances", Path(instances), "an instances JSON or a list of images")
+        check_text_file("--instances", Path(instances), "an instances JSON or a list of images")
     if val_instances is not None:
-        check_json("--val-instances", Path(val_instances), "an instances JSON or a list of images")
+        check_text_file("--val-instances", Path(val_instances), "an instances JSON or a list of images")
     if checkpoint is not None:
         check_run_directory("--checkpoint", Path(checkpoint))
     if store is not None:
@@ -134,10 +134,10 @@ def command(
         notes = [*notes, *(f"--find-duplicates: {text}" for text in content.notes())]
     for text in notes:
         note(f"note: {text}")
-    unidentified = _unproven(result, content)
+    unidentified = _unidentified(result, content)
     fix = "add or repair their files" if unidentified and content is not None else "compare them with --find-duplicates"
     if not unidentified and provenance_audit is not None:
-        unidentified = _unproven_selection(provenance_audit, str(val_instances))
+        unidentified = _unidentified_selection(provenance_audit, str(val_instances))
     unproven = "" if allow_unidentified else unidentified
     if as_json:
         echo_json(_to_json(result, provenance_audit, content, unidentified, unproven))
@@ -165,10 +165,10 @@ def _to_json(
 
     Args:
         result: audit of an instances file, or None.
-        detector: audit of a detector or a store, or None.
+        detector: audit of the provenance of a checkpoint or a store, or None.
         content: comparison of the images' pixels, or None.
-        unidentified: which images are not identified, "" if none.
-        unproven: the same, but "" with --allow-unidentified.
+        unidentified: which images could not be identified, "" if none.
+        unproven: like ``unidentified``, but "" with --allow-unidentified.
     """
     if detector is not None:
         tree = detector.to_json()
@@ -216,6 +216,7 @@ def _print_tables(result: AuditResult | None, detector: ProvenanceAudit | None, 
 
 
 def _first_ids(ids: Sequence[int]) -> str:
+    """At most `MAX_SHOWN` ids, for a cell of the table."""
     return " ".join(map(str, ids[:MAX_SHOWN])) + (" ..." if len(ids) > MAX_SHOWN else "")
 
 
@@ -238,8 +239,8 @@ def _raise_leaks(
         )
 
 
-def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
-    """The images that are not proven clean, "" if all are."""
+def _unidentified(result: AuditResult | None, content: ContentResult | None) -> str:
+    """Which images are not proven clean, in words; "" if all are."""
     if content is None:
         unknown = [] if result is None else result.unknown
         return f"{format_count(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
@@ -255,7 +256,7 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
 
 
 def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
-    """Lines about the images that the weights were selected on; none if they were not selected."""
+    """Lines about the validation images on which the weights were selected; none if no validation selected them."""
     audit = detector.selection
     if audit is None or audit.selection is None or not audit.selection.by_validation:
         return []
@@ -273,17 +274,20 @@ def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
     ]
 
 
-def _unproven_selection(detector: ProvenanceAudit, val_instances: str) -> str:
-    """The images of the validation file that are not proven clean; "" if all are, or if it selected no weights."""
+def _unidentified_selection(detector: ProvenanceAudit, val_instances: str) -> str:
+    """Which images of the validation file are not proven clean, in words.
+
+    "" if all are, or if no validation selected the weights.
+    """
     audit = detector.selection
     if audit is None or audit.proof is None or audit.selection is None or not audit.selection.by_validation:
         return ""
-    images = _unproven(audit.proof, None)
+    images = _unidentified(audit.proof, content=None)
     return f"{images} in {val_instances}" if images else ""
 
 
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
-    """Lines about what was found to be clean, and whether this is a proof or a claim."""
+    """Lines that say what is clean, and whether that is proven or only claimed."""
     lines = []
     if detector is not None and detector.provenance is not None:
         subject = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"

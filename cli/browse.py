@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,8 @@ import click
 
 from refdet.errors import InputError
 
-from .arguments import check_images, check_json, check_refer_root, check_store
+from .arguments import check_images, check_refer_root, check_store, check_text_file
 from .common import box_format_option, echo_line, note
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command("browse", short_help="Show the regions of a store in the browser.")
@@ -48,9 +47,11 @@ def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any)
         check_refer_root(given["refer_root"], given["dataset"])
     for name in ("predictions", "instances"):
         if given[name] is not None:
-            check_json(f"--{name}", given[name])
+            check_text_file(f"--{name}", given[name])
     if given["predictions"] is None and given["box_format"] != "xywh":
-        raise InputError(f"--box-format {given['box_format']} is for --predictions; give these or omit it")
+        raise InputError(
+            f"--box-format {given['box_format']} is for --predictions; give --predictions or omit --box-format"
+        )
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"browse needs {' and '.join(missing)}: pip install 'refdet[browse]'")
@@ -62,7 +63,7 @@ def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any)
     listener = listen(host, port)
     with listener:
         collection = Collection(BrowseInputs(stores, **given))
-        if host not in LOOPBACK:
+        if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             note(
                 f"note: --host {host}: the network can reach this page, unencrypted, with only the token to protect it"
             )

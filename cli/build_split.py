@@ -8,7 +8,7 @@ import click
 
 from refdet.files.short_text import format_share
 
-from .arguments import check_json, check_new_file, check_refer_root
+from .arguments import check_new_file, check_refer_root, check_text_file
 from .common import echo_json, echo_line, echo_table, json_option, note
 
 
@@ -49,9 +49,9 @@ def command(
     F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
     with one id or file name per line. Images are identified by the COCO number in their names, or else by their ids.
     """
-    check_json("--instances", Path(instances), "an instances JSON or a list of images")
+    check_text_file("--instances", Path(instances), "an instances JSON or a list of images")
     check_new_file("--out", Path(out), "split.json")
-    check_refer_root(Path(refer_root), "")
+    check_refer_root(Path(refer_root))
 
     from refdet.splits.build import build_split
 

@@ -16,7 +16,7 @@ from refdet.structures.detection_options import PRECISIONS
 
 from .option_names import as_options
 
-_PACKAGES = ("refdet", "refer")  # whose log messages are shown
+_PACKAGES = ("refdet", "refer")  # whose loggers follow --verbose and --quiet
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -38,12 +38,12 @@ BOX_FORMATS = (
 
 
 def json_option(command: F) -> F:
-    """Add ``--json`` to a command, passed as ``as_json``; it then prints nothing but JSON on stdout."""
+    """Add ``--json`` to a command, passed as ``as_json``; with it, the command prints nothing but JSON on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
 def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
-    """Add ``--exif`` to a command; the default is None where the option overrides a recipe key."""
+    """Add ``--exif`` to a command; pass the default None if the option overrides a recipe key."""
     return click.option(
         "--exif",
         type=click.Choice(["ignore", "apply"]),
@@ -94,11 +94,11 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
     Args:
         new: the new name, such as "--store".
         old: the old name, such as "--features".
-        name: name of the parameter.
+        name: name of the command's parameter.
         required: whether the option is required, under either name.
         attributes: other arguments of ``click.option``, for both names.
     """
-    key = f"refdet.{old}"  # key of the old option's value in click's context
+    key = f"refdet.{old}"  # where the value given by the old name is kept in click's context
     help_ = attributes.pop("help") + ("  [required]" if required else "")
 
     def print_note() -> None:
@@ -116,7 +116,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
             raise click.UsageError(f"{old} is the old name of {new}; give {new} alone", context)
         if required and value is None and old_value is None:
             raise click.MissingParameter(ctx=context, param=parameter)
-        return value or old_value or value  # not None for a flag that was not given
+        return value or old_value or value  # if neither was given, the default: False for a flag, else None
 
     def decorate(command: F) -> F:
         # Help lists options in the order of their decorators; eager options are processed first.
@@ -140,7 +140,7 @@ def store_option(*, required: bool = False, **attributes: Any) -> Callable[[F], 
 
 
 def box_format_option(option: str) -> Callable[[F], F]:
-    """Add ``--box-format`` to a command, the format of the boxes in the file of another option."""
+    """Add ``--box-format`` to a command: the format of the boxes in the file that `option` names."""
     return click.option(
         "--box-format",
         type=click.Choice(BOX_FORMATS),
@@ -159,14 +159,14 @@ def echo_json(obj: Any) -> None:
 
 
 def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
-    """Print rows of equal length on stdout in aligned columns; columns of numbers are right-aligned."""
+    """Print rows of equal length on stdout in columns, aligned right if all rows have numbers there, else left."""
     rows = [tuple(map(escape_unprintable, row)) for row in rows]
     lines = [header, *rows] if header else rows
     for row in lines:
         if len(row) != len(lines[0]):
             raise ValueError(f"rows of {len(lines[0])} and {len(row)} columns in one table")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = [all(map(_is_number, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(map(_is_number, column)) for column in zip(*rows, strict=True)]  # empty without rows
     for row in lines:
         cells = (
             text.rjust(width) if right else text.ljust(width)
@@ -182,18 +182,18 @@ def set_level(level: int) -> None:
 
 
 def note(text: str) -> None:
-    """Print a note on stderr, unless ``--quiet`` was given; Python arguments in it become options (`as_options`)."""
+    """Print a note on stderr, unless ``--quiet`` was given; `as_options` translates Python arguments in the text."""
     _print_note(as_options(text))
 
 
 def print_error(text: str) -> None:
-    """Print one line on stderr; a closed stderr is ignored."""
+    """Print one line on stderr; nothing happens if stderr is closed."""
     with suppress(OSError):
         click.echo(escape_unprintable(text), err=True)
 
 
 class NoteHandler(logging.Handler):
-    """Prints log records as notes: all of refdet and refer, and warnings and errors of other libraries."""
+    """Prints log records as notes: all those of refdet and refer, and warnings and errors of other libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message of a record, without a traceback."""
@@ -206,11 +206,13 @@ class NoteHandler(logging.Handler):
 
 
 def _print_note(text: str) -> None:
+    """Print a line on stderr, unless ``--quiet`` was given."""
     if logging.getLogger("refdet").isEnabledFor(logging.WARNING):
         print_error(text)
 
 
 def _print(text: str) -> None:
+    """Print text on stdout; OutputLost if that fails."""
     try:
         click.echo(text)
     except OSError as error:

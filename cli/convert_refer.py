@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_json, check_new_folder
+from .arguments import check_new_folder, check_text_file
 from .common import echo_json, echo_line, echo_table, json_option, note
 from .option_names import as_options
 
@@ -62,7 +62,7 @@ def command(
     """
     check_new_folder("--out", Path(out), empty=False)
     if instances is not None:
-        check_json("--instances", Path(instances), "a COCO instances file")
+        check_text_file("--instances", Path(instances), "a COCO instances file")
 
     from refdet.data.refer_formats.convert import convert_refer
 

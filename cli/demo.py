@@ -27,8 +27,8 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     from .demo_pipeline import demo
     from .main import main
 
-    options = click.get_current_context().find_root().params
-    verbosity = [f"--{name}" for name in ("verbose", "quiet") if options.get(name)]
+    main_options = click.get_current_context().find_root().params
+    verbosity = [f"--{name}" for name in ("verbose", "quiet") if main_options.get(name)]
 
     def run(args: list[str], output: Path | None = None) -> None:
         if output is None:
@@ -37,7 +37,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
         with output.open("w", encoding="utf-8") as file, redirect_stdout(file):
             main([*verbosity, *args], standalone_mode=False)
 
-    fix = "free some space, remove it and run it again"
+    fix = f"free some space, remove {out} and run the demo again"
     with report_disk_full(out, fix), redirect_stdout(sys.stderr if as_json else sys.stdout):
         metrics = demo(out, run, _echo, seed, images, changes)
     if as_json:
@@ -70,5 +70,6 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
 
 
 def _echo(text: str) -> None:
+    """Print text of one or more lines."""
     for line in text.split("\n"):
         echo_line(line)

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on the synthetic dataset by the public commands, from drawing the images to the report."""
+"""Run the public commands on the synthetic dataset, from drawing the images to writing the report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ class RunCommand(Protocol):
 
 @dataclass
 class _CommandLog:
-    """Runs commands and records them with their times."""
+    """Runs commands, and records them and their times by step.
+
+    Attributes:
+        run: runs a refdet command.
+        say: shows a line to the user.
+        commands: name of a step -> its command lines.
+        seconds: name of a finished step -> its time.
+    """
 
     run: RunCommand
     say: Callable[[str], None]
@@ -153,7 +160,7 @@ def demo(
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
             flags = _flags(store=_store(out, dataset), refer_root=refer_root, dataset=dataset, split_by=split_by)
-            if answers is not None and dataset == DATASETS[0][0]:
+            if answers is not None and dataset == DATASETS[0][0]:  # the listener answers the first dataset only
                 flags += _flags(predictions=answers)
             log.refdet("evaluate-on-refer", *flags, *_flags(out=out / "refer" / dataset))
     folders = {name: out / "refer" / name for name, _ in DATASETS}
@@ -177,13 +184,17 @@ def demo(
         flags += _flags(store=_store(out, name), metrics=folder)
     if answers is not None:
         flags += _flags(predictions=answers)
-    log.commands["report"] = []
+    log.commands["report"] = []  # not timed: the report cannot show the time of writing itself
     log.refdet("report", *flags, *_flags(metrics=detected, steps=out / "steps.json", out=out / "report.html"))
     return metrics
 
 
 def _run_listener(log: _CommandLog, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
-    """Train the listener on the first of `DATASETS` and return its answers, None if there is no listener."""
+    """Train the listener and run it on the first of `DATASETS`.
+
+    Returns:
+        The JSON of its answers; None if the listener is not installed.
+    """
     if not LISTENER.is_file():
         log.say(f"\n--- listener\nskipped: {LISTENER.name} comes with the source only")
         return None
@@ -208,7 +219,7 @@ def _run_listener(log: _CommandLog, out: Path, model: Path, images: Path, refer_
 
 
 def _expect_leak(log: _CommandLog, original: Path, refer_root: Path) -> None:
-    """Audit the original instances file, which must leak."""
+    """Audit the original instances file; RuntimeFailure unless the audit finds its leak."""
     try:
         log.refdet("audit", *_flags(instances=original, refer_root=refer_root))
     except RuntimeFailure as error:

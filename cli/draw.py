@@ -83,7 +83,7 @@ def command(
         raise InputError(f"{image}: {error.problem}") from error
     drawn = min(int(regions.score_at_least(score_threshold).sum()), max_regions)
     with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
-        picture.save(temporary, quality=92)
+        picture.save(temporary, quality=92)  # of JPEG and WebP; ignored for PNG
     if as_json:
         echo_json({"out": str(out), "regions": len(regions), "drawn": drawn})
     else:
@@ -93,7 +93,7 @@ def command(
 def _detect(
     image: Path, checkpoint: Path, score_threshold: float, max_regions: int, device: str | None
 ) -> tuple[Regions, np.ndarray]:
-    """Detect the regions of an image that have at least a score; returns them and its pixels, (H, W, 3) uint8 RGB."""
+    """Detect the regions of an image; returns the regions and the pixels of the image, (H, W, 3) uint8 RGB."""
     from refdet.data.image_pixels import read_pixels
     from refdet.detector.detector import load_detector
 
@@ -104,7 +104,10 @@ def _detect(
 
 
 def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
-    """Read the regions of an image from a store; returns them and its pixels, oriented as in the extraction."""
+    """Read the regions of an image from a store; returns them and the pixels, (H, W, 3) uint8 RGB.
+
+    The pixels are oriented as they were for the extraction.
+    """
     from refdet import store as stores
     from refdet.data.image_pixels import read_pixels
     from refdet.report.image_lookup import find_image_id
@@ -114,7 +117,7 @@ def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions
             image_id = find_image_id(store, image)
         if image_id not in store:
             raise InputError(f"{path}: has no image {image_id}; give an --image-id that it has")
-        regions = store.read(image_id, ())
+        regions = store.read(image_id, features=())
         exif = store.options.get("exif", "ignore")
     if regions.error:
         raise InputError(f"{path}: image {image_id} has no regions: {regions.error}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_estimate(estimate: Estimate, source: str, as_json: bool) -> None:
-    """Print the full recipe as YAML, and a table of the time, memory and disk space of the run; or both as JSON.
+    """Print the recipe as YAML, and a table of the time, memory and disk space of the training run; or both as JSON.
 
     Args:
         estimate: the estimate.
@@ -29,12 +29,12 @@ def print_estimate(estimate: Estimate, source: str, as_json: bool) -> None:
     for line in complete_yaml(estimate.recipe, source).splitlines():
         echo_line(line)
     echo_line()
-    options, objects = estimate.recipe.train, format_count(estimate.objects, "object", spec=",")
+    batch_size, objects = estimate.recipe.train.batch_size, format_count(estimate.objects, "object", spec=",")
     rows = [
         ("images", f"{estimate.images:,} with {objects} of {format_count(estimate.classes, 'class')}"),
-        ("steps", f"{estimate.steps:,} of {format_count(options.batch_size, 'image')}, {estimate.epochs:.1f} epochs"),
+        ("steps", f"{estimate.steps:,} of {format_count(batch_size, 'image')}, {estimate.epochs:.1f} epochs"),
         ("device", f"{estimate.device}, {estimate.arithmetic}"),
-        ("per step", f"{estimate.step_seconds:.3f} s, {options.batch_size / estimate.step_seconds:.1f} images/s"),
+        ("per step", f"{estimate.step_seconds:.3f} s, {batch_size / estimate.step_seconds:.1f} images/s"),
     ]
     if estimate.validation_images:
         seconds = estimate.image_seconds * estimate.validation_images

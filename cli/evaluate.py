@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_device, check_images, check_json, check_ray, check_run_directory
+from .arguments import check_device, check_images, check_ray, check_run_directory, check_text_file
 from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option, workers_option
 
 
@@ -44,7 +44,7 @@ def command(
     check_ray(ray)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
-    check_json("--instances", instances, "an instances JSON")
+    check_text_file("--instances", instances, "an instances JSON")
 
     from refdet.evaluation.average_precision import METRICS
     from refdet.evaluation.detection import evaluate
@@ -64,9 +64,12 @@ def command(
     if as_json:
         echo_json(metrics)
     else:
-        rows = [(kind, *(_rate(values[name]) for name in METRICS)) for kind, values in metrics.items() if values]
+        rows = [
+            (kind, *(_format_metric(values[name]) for name in METRICS)) for kind, values in metrics.items() if values
+        ]
         echo_table(rows, header=("", *METRICS))
 
 
-def _rate(value: float | None) -> str:
+def _format_metric(value: float | None) -> str:
+    """An AP or AR with three decimals; a dash if it is undefined, as without objects of a size."""
     return "-" if value is None else f"{value:.3f}"

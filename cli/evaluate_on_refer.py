@@ -11,7 +11,7 @@ import click
 from refdet.errors import InputError
 from refdet.files.short_text import format_share
 
-from .arguments import check_json, check_new_folder, check_not_empty, check_refer_root, check_store
+from .arguments import check_new_folder, check_not_empty, check_refer_root, check_store, check_text_file
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -56,9 +56,11 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     check_not_empty("--split", options["splits"])
     for name in ("predictions", "expressions"):
         if options[name] is not None:
-            check_json(f"--{name}", options[name])
+            check_text_file(f"--{name}", options[name])
     if options["predictions"] is None and options["box_format"] != "xywh":
-        raise InputError(f"--box-format {options['box_format']} is for --predictions; give these or omit it")
+        raise InputError(
+            f"--box-format {options['box_format']} is for --predictions; give --predictions or omit --box-format"
+        )
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.renamed_metrics import add_old_names
@@ -75,7 +77,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
             missing = values.get(group, {}).get("missing", 0)
             if missing:
                 note(f"{split}: {format_share(missing, values[f'{noun}s'], noun, 'has')} no answer, counted as wrong")
-        if values.get("language", {}).get("METEOR", 0) is None:
+        if "language" in values and values["language"]["METEOR"] is None:  # only without Java
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
         echo_json(add_old_names(metrics))
@@ -90,7 +92,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
 
 
 def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header of a table with the main metrics of each split."""
+    """Rows and header, for `echo_table`, of a table with the main metrics of each split."""
     import pandas as pd
 
     recall = by_group["referent_recall"]
@@ -108,7 +110,7 @@ def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]],
 
 
 def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header for `echo_table`; integers in columns of counts, a dash for NaN, which is an undefined value."""
+    """Rows and header, for `echo_table`, of a table with a row per split; a dash stands for NaN, an undefined value."""
     counts = {"images", "unusable", "refs", "sentences", "missing", "no_target"}
 
     def format_cell(column: str, value: float) -> str:

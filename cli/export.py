@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
     from refdet.store.export.record import ExportResult
 
-# Parameters that are for some formats only.
+# The parameters of `command` that are for one format or two, by format.
 FORMAT_OPTIONS = {
     "mattnet": (
         "annotations",
@@ -53,7 +53,7 @@ FORMAT_OPTIONS = {
     "--names",
     type=click.Choice(["stem", "file", "id"]),
     help="npz: name files after the image file without or with its suffix, or the id.  "
-    "[default: stem; file for rosita]",
+    "[default: stem, or file with --for rosita]",
 )
 @click.option("--annotations", type=Path, help="mattnet: store written with --regions annotations, for ann_feats.h5.")
 @click.option("--refer-root", type=Path, help="mattnet: folder of the REFER data, for data.json and data.h5.")
@@ -84,6 +84,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
     given = {name: value for name, value in options.items() if value is not None}
     unsupported = [name for name in given if name not in FORMAT_OPTIONS[format_]]
     if unsupported:
+        # cli.main translates the parameter in backquotes to its option
         raise InputError(f"`{unsupported[0]}` is not for --format {format_}; omit it")
     check_store("--store", store)
     if "annotations" in given:
@@ -92,7 +93,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
         raise InputError("--format fiftyone needs --images, the folder of the images")
     if "images" in given:
         check_images("--images", given["images"])
-    resolve_folder(out)
+    resolve_folder(out)  # raises if the folder is not empty, before slow imports
     result = _export(store, format_, out, given)
     for line in result.notes:
         note(f"note: {line}")
@@ -104,7 +105,14 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
 
 
 def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> ExportResult:
-    """Export a store with the options of its format."""
+    """Export a store.
+
+    Args:
+        store: the store.
+        format_: one of `FORMAT_OPTIONS`.
+        out: the folder to write.
+        given: the parameters of the format that were given, by name.
+    """
     if format_ == "npz":
         from refdet.store.export.npz import export_npz
 
@@ -123,12 +131,14 @@ def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> Expo
         return export_fiftyone(store, out, **given)
     from refdet.store.export.mattnet import export_mattnet
 
-    options = {name: value.name if isinstance(value, Path) else value for name, value in given.items()}
-    return export_mattnet(store, out, given.pop("annotations", None), _prepro(given), options)
+    # recorded in the export's provenance; files by name only, as paths differ between machines
+    recorded = {name: value.name if isinstance(value, Path) else value for name, value in given.items()}
+    prepro_options = {name: value for name, value in given.items() if name != "annotations"}
+    return export_mattnet(store, out, given.get("annotations"), _prepro(prepro_options), recorded)
 
 
 def _prepro(given: dict[str, Any]) -> Prepro | None:
-    """MAttNet's data.json, read or created according to the options; None without any."""
+    """MAttNet's data.json, read or created as the given options say; None if no options are given."""
     from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
     if not given:
@@ -137,7 +147,8 @@ def _prepro(given: dict[str, Any]) -> Prepro | None:
         if len(given) > 1:
             raise InputError("--data-json: cannot be combined with the options that create another data.json")
         return Prepro.read(given["data_json"])
-    root, dataset, split_by = (given.pop(name, None) for name in ("refer_root", "dataset", "split_by"))
-    if root is None or dataset is None or split_by is None:
+    refs = ("refer_root", "dataset", "split_by")
+    if not all(name in given for name in refs):
         raise InputError("data.json needs --refer-root with --dataset and --split-by")
-    return prepare(root, dataset, split_by, PreproOptions(**given))
+    options = PreproOptions(**{name: value for name, value in given.items() if name not in refs})
+    return prepare(given["refer_root"], given["dataset"], given["split_by"], options)

@@ -15,12 +15,12 @@ from refdet.files.short_text import format_count, format_share
 from .arguments import (
     check_device,
     check_images,
-    check_json,
     check_new_file,
     check_not_empty,
     check_ray,
     check_refer_root,
     check_run_directory,
+    check_text_file,
 )
 from .common import (
     box_format_option,
@@ -38,6 +38,8 @@ from .common import (
 
 if TYPE_CHECKING:
     from refdet.extraction.summary import Summary
+
+_BAR_LENGTH = 40  # characters
 
 
 @click.command("extract-features", short_help="Extract boxes, masks and features into HDF5.")
@@ -168,26 +170,26 @@ def command(
     if part is not None:
         from refdet.extraction.part import Part
 
-        Part.parse(part)
+        Part.parse(part)  # raises if it is not K/N
     check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
-        raise InputError("--crowd-as-object is for --regions annotations; give this or omit it")
+        raise InputError("--crowd-as-object is for --regions annotations; give both or omit --crowd-as-object")
     has_all_refer_options = refer_root is not None and bool(dataset) and bool(split_by)
     has_any_refer_option = refer_root is not None or bool(dataset) or bool(split_by) or bool(splits)
-    is_clear = has_all_refer_options if instances is None else not has_any_refer_option
-    if not is_clear:
+    images_are_listed_once = has_all_refer_options if instances is None else not has_any_refer_option
+    if not images_are_listed_once:
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     if boxes is not None and regions != "detections":
         raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
     if boxes is None and box_format != "xywh":
-        raise InputError(f"--box-format {box_format} is for --boxes; give these or omit it")
+        raise InputError(f"--box-format {box_format} is for --boxes; give --boxes or omit --box-format")
     check_new_file("--out", out, "features.h5", may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     if boxes is not None and kind_of(boxes) is not FileKind.STORE:
-        check_json("--boxes", boxes, "COCO results JSON or a store")
+        check_text_file("--boxes", boxes, "COCO results JSON or a store")
     if instances is not None:
-        check_json("--instances", instances, "an instances JSON")
+        check_text_file("--instances", instances, "an instances JSON")
     if refer_root is not None:
         check_refer_root(refer_root, dataset or "")
 
@@ -211,7 +213,8 @@ def command(
         crowd_as_object=crowd_as_object,
     )
     if boxes is not None or regions == "annotations":
-        _note_unused("`boxes`" if boxes is not None else "`regions='annotations'`", lower_threshold_if_empty)
+        what = "`boxes`" if boxes is not None else "`regions='annotations'`"
+        _note_unused(what, lower_threshold_if_empty=lower_threshold_if_empty)
     if instances is not None:
         image_list = ImageList.of_instances(instances, crowd_as_object=crowd_as_object)
     else:
@@ -267,35 +270,39 @@ def command(
         _print_stages(summary)
 
 
-def _note_unused(regions: str, lower_threshold_if_empty: bool) -> None:
+def _note_unused(source: str, *, lower_threshold_if_empty: bool) -> None:
     """Print a note about options for detections that were given although nothing is detected.
 
     Args:
-        regions: what is extracted instead, as an argument in backquotes.
-        lower_threshold_if_empty: whether this option was given.
+        source: what the regions are from instead, as an argument in backquotes.
+        lower_threshold_if_empty: whether this option was given; click knows only whether its new name was.
     """
-    source_of = click.get_current_context().get_parameter_source
+    parameter_source = click.get_current_context().get_parameter_source
     names = ("score_threshold", "nms_threshold", "max_regions")
-    unused = [name for name in names if source_of(name) is ParameterSource.COMMANDLINE]
+    unused = [name for name in names if parameter_source(name) is ParameterSource.COMMANDLINE]
     if lower_threshold_if_empty:
         unused.append("lower_threshold_if_empty")
     if unused:
-        note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {regions}")
+        note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {source}")
 
 
 def _print_stages(summary: Summary) -> None:
-    """Print the time of each stage, and of the parts of computing, with bars; finishing and writing overlap others."""
+    """Print the time of each stage, and of the parts of the compute stage, with bars.
+
+    The stages finish and write overlap the others, so the times may add up to more than the run took.
+    """
     stages: dict[str, float] = {}
     for name, seconds in summary.stages.items():
         stages[name] = seconds
         if name == "compute":
             stages |= {f"- {part}": part_seconds for part, part_seconds in summary.computing.items()}
-    longest = max(stages.values(), default=0.0) or 1.0
-    rows = [(name, f"{seconds:.2f}", "#" * round(40 * seconds / longest)) for name, seconds in stages.items()]
+    longest = max(stages.values(), default=0.0) or 1.0  # no division by 0 if nothing took time
+    rows = [(name, f"{seconds:.2f}", "#" * round(_BAR_LENGTH * seconds / longest)) for name, seconds in stages.items()]
     echo_table(rows, header=("stage", "seconds", ""))
 
 
 def _parse_batch_size(text: str | None) -> int | Literal["auto"] | None:
+    """The value of --batch-size; None if the option was not given."""
     if text is None:
         return None
     if text == "auto":

@@ -66,7 +66,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
 
 
 def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
-    """Print the items, and whether they are in the data folder ``out``."""
+    """Print the chosen items, by default all, and whether each is in the data folder ``out``."""
     from refdet.data.fetch.catalog import ITEMS
     from refdet.data.fetch.fetch import choose_items, is_fetched
     from refdet.files.short_text import format_bytes
@@ -82,7 +82,7 @@ def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
                     "checksum": item.checksum,
                     "default": item.default,
                     "present": is_fetched(out, item),
-                    "there": is_fetched(out, item),  # its older name
+                    "there": is_fetched(out, item),  # the older name of "present"
                     "files": list(item.outputs),
                     "sources": list(item.urls),
                 }

@@ -1,4 +1,4 @@
-"""``refdet import-weights``: a published checkpoint as a run directory."""
+"""``refdet import-weights``: convert another program's checkpoint to a run directory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_json, check_new_folder, check_weights
+from .arguments import check_new_folder, check_text_file, check_weights
 from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
 @click.command("import-weights", short_help="Convert other programs' weights to a run directory.")
 @click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet network.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
-@click.option("--trained-on", type=Path, help="Instances file that it was trained on, if known.")
+@click.option("--trained-on", type=Path, help="Instances file that the checkpoint was trained on, if known.")
 @renamed_option(
     "--weight-format",
     "--style",
@@ -34,7 +34,7 @@ def command(source: Path, out: Path, trained_on: Path | None, weight_format: str
     check_weights("--from", source)
     check_new_folder("--out", out)
     if trained_on is not None:
-        check_json("--trained-on", trained_on, "an instances JSON")
+        check_text_file("--trained-on", trained_on, "an instances JSON")
 
     from refdet.detector.weights.import_weights import import_weights
 

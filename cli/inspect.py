@@ -15,7 +15,7 @@ from .common import echo_json, echo_line, echo_table, json_option
 if TYPE_CHECKING:
     from refdet.store.verify import Verification
 
-MAX_SHOWN = 20
+MAX_SHOWN = 20  # problems of a damaged store
 
 
 @click.command("inspect", short_help="Show what a split, checkpoint or store contains.")
@@ -53,6 +53,7 @@ def command(file: str, verify: bool, as_json: bool) -> None:
 
 
 def _print_verification(result: Verification, as_json: bool) -> None:
+    """Print the problems of a store; RuntimeFailure if there are any."""
     if as_json:
         echo_json(result.to_json())
     else:
@@ -92,4 +93,5 @@ def _print_workers(workers: list[dict[str, Any]]) -> None:
 
 
 def _text(value: object) -> str:
+    """A string as it is, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -27,7 +27,7 @@ except KeyboardInterrupt:  # before there is anything to handle it
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 
-# In the order in which `--help` lists them, that of their use. Each is the function `command` of a module of its name.
+# In the order of their use, in which `--help` lists them. "fetch-data" is the function `command` in fetch_data.py, etc.
 COMMANDS = (
     "fetch-data",
     "convert-refer",
@@ -64,7 +64,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command by name; None if there is none."""
+        """Import and return the command of a name; None if no command has it."""
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f".{cmd_name.replace('-', '_')}", __package__).command
@@ -87,7 +87,7 @@ class LazyGroup(click.Group):
             _flush()
         except OutputLost:
             _exit_without_output()
-        except KeyboardInterrupt:  # click turns one within a command into Abort; this one came before or after
+        except KeyboardInterrupt:  # before or after the command; click turns those within a command into Abort
             fail(click.Abort(), debug)
         except SystemExit:
             if "PacifyFlush" in type(sys.stdout).__name__:  # raised by click if a help text is cut short
@@ -95,7 +95,7 @@ class LazyGroup(click.Group):
             raise
         except Exception as error:
             fail(error, debug)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else 0)  # an int from ctx.exit; commands return None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -110,11 +110,11 @@ class LazyGroup(click.Group):
 
 
 def _similar_commands(name: str) -> list[str]:
-    """Similar commands: those with this prefix, else those spelled similarly, else those that share a word."""
+    """Commands that a mistyped name may mean: by prefix, else by similar spelling, else by a common word."""
     name = name.lower().replace("_", "-")
     if name in COMMANDS:
         return [name]
-    words = [word for word in name.split("-") if len(word) > 2]
+    words = [word for word in name.split("-") if len(word) > 2]  # shorter ones fit too many commands
     with_prefix = [command for command in COMMANDS if len(name) > 2 and command.startswith(name)]
     with_word = [command for command in COMMANDS if any(word in command.split("-") for word in words)]
     return with_prefix or difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.7) or with_word[:3]
@@ -123,25 +123,26 @@ def _similar_commands(name: str) -> list[str]:
 def _open_closed_streams() -> None:
     """Open /dev/null for standard streams that are closed.
 
-    Otherwise the next file to be opened gets the descriptor, and output is written into that file.
+    Otherwise the next file to be opened gets the descriptor, and what is printed ends up in that file.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
             if getattr(sys, name) is None:
                 setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
 
 
 def _show_notes() -> None:
-    """Print log records, one line each."""
+    """Print log records from now on, one line each."""
     root = logging.getLogger()
     if not any(isinstance(handler, NoteHandler) for handler in root.handlers):
         root.addHandler(NoteHandler(logging.NOTSET))
 
 
 def _flush() -> None:
+    """Flush stdout; OutputLost if nobody reads it."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -149,7 +150,8 @@ def _flush() -> None:
 
 
 def _exit_without_output() -> NoReturn:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that nothing more is flushed into the pipe
+    """Exit after stdout was lost."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # at exit, Python would fail to flush the lost one
     sys.exit(OUTPUT_LOST)
 
 
@@ -159,7 +161,7 @@ def fail(error: Exception, debug: bool) -> NoReturn:
         error.show()  # the help is the message
         sys.exit(BAD_INPUT)
     if isinstance(error, ReportedElsewhere) or (isinstance(error, click.UsageError) and repeats_usage_errors()):
-        sys.exit(describe(error)[0])  # another process of torchrun prints it
+        sys.exit(describe(error)[0])  # another process of torchrun prints the error
     if debug:
         for line in "".join(traceback.format_exception(error)).split("\n")[:-1]:
             print_error(line)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 
-# Arguments whose option has another name.
+# Python argument -> its option, without dashes, where the names differ.
 _RENAMED = {
     "changes": "set",
     "consumer": "for",
@@ -30,10 +30,10 @@ def as_options(text: str) -> str:
 
 
 def _option(match: re.Match[str]) -> str:
-    """The option for a match of `_ARGUMENT`; a recipe key without a value stays as it is."""
+    """The option for a match of `_ARGUMENT`; the matched text itself for a recipe key without a value."""
     name, key, value = match["name"], match["key"], match["value"]
     if value is not None and len(value) > 2 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1]  # Python's quotes
+        value = value[1:-1]  # without Python's quotes
     if key:
         return match[0] if value is None else f"--set {_quote(f'{name}{key}={value}')}"
     option = "--" + _RENAMED.get(name, name).replace("_", "-")

@@ -12,11 +12,11 @@ from refdet.errors import InputError
 
 from .arguments import (
     check_images,
-    check_json,
     check_new_file,
     check_refer_root,
     check_run_directory,
     check_store,
+    check_text_file,
 )
 from .common import echo_json, echo_line, json_option, renamed_option
 
@@ -71,7 +71,7 @@ def command(
     if (dataset is None) != (split_by is None):
         raise InputError("--dataset and --split-by: give both, or neither")
     _check_paths(run, stores, dataset, given)
-    if run is not None and not run.is_dir():  # a file in it
+    if run is not None and not run.is_dir():  # the model file of a run directory
         run = run.parent
 
     from refdet.files.atomic import report_disk_full
@@ -84,7 +84,7 @@ def command(
     inputs = ReportInputs(
         run=run,
         refer_root=given["refer_root"],
-        images=given["images"] if given["pictures"] else None,
+        images=given["images"] if given["pictures"] else None,  # not opened for --pictures 0
         parts=parts,
         detection=detection,
         instances=given["instances"],
@@ -103,14 +103,14 @@ def command(
 
 
 def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, given: dict[str, Any]) -> None:
-    """Check the paths, and that options are given together with those that they need."""
+    """Check the paths, and that no option lacks another that it needs; ``given`` has the other parameters by name."""
     if run is not None:
         check_run_directory("--run", run)
     for store in stores:
         check_store("--store", store)
     for name in ("predictions", "instances", "trained_on", "original_instances", "steps"):
         if given[name] is not None:
-            check_json("--" + name.replace("_", "-"), given[name])
+            check_text_file("--" + name.replace("_", "-"), given[name])
     if given["images"] is not None:
         check_images("--images", given["images"])
     if given["refer_root"] is not None:
@@ -121,14 +121,18 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
         ("original_instances", "trained_on"),
     ):
         if given[name] is not None and given[needed] is None:
-            raise InputError(f"`{name}` needs `{needed}`")
+            raise InputError(f"`{name}` needs `{needed}`")  # cli.main translates both to options
     for name in ("predictions", "images", "instances"):
         if given[name] is not None and not stores:
             raise InputError(f"`{name}` needs --store")
 
 
 def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Read the output of evaluate, None if there is none, and the metrics of evaluate-on-refer."""
+    """Read the files of --metrics.
+
+    Returns:
+        The output of evaluate --json, None without one; and the metrics of evaluate-on-refer.
+    """
     from refdet.files.json_files import read_bytes
     from refdet.files.short_text import shorten
     from refdet.files.strict_json import strict_json
@@ -136,7 +140,7 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
     detection, refer_metrics = None, []
     for path in paths:
         file = path / "metrics.json" if path.is_dir() else path
-        check_json("--metrics", file, "metrics of evaluate-on-refer or evaluate --json")
+        check_text_file("--metrics", file, "metrics of evaluate-on-refer or evaluate --json")
         try:
             tree = strict_json(read_bytes(file, MAX_METRICS_BYTES))
         except InputError as error:
@@ -145,7 +149,7 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
             refer_metrics.append(tree)
         elif isinstance(tree, dict) and isinstance(tree.get("bbox"), dict):
             if detection is not None:
-                raise InputError(f"--metrics {file}: a second output of evaluate; give one")
+                raise InputError(f"--metrics {file}: a second output of evaluate; give only one")
             detection = tree
         else:
             contents = shorten(", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__)

@@ -9,7 +9,7 @@ import click
 
 from refdet.training.joining import in_all_processes
 
-from .arguments import check_device, check_images, check_json, check_new_folder, check_run_directory
+from .arguments import check_device, check_images, check_new_folder, check_run_directory, check_text_file
 from .common import echo_json, echo_table, exif_option, json_option
 from .estimate_table import print_estimate
 
@@ -64,13 +64,13 @@ def command(
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
     if out is not None:
         check_new_folder("--out", out, empty=False)
-    check_json("--instances", instances, "an instances JSON")
+    check_text_file("--instances", instances, "an instances JSON")
     check_images("--images", images)
     if val_instances is not None:
-        check_json("--val-instances", val_instances, "an instances JSON")
+        check_text_file("--val-instances", val_instances, "an instances JSON")
     if val_images is not None:
         check_images("--val-images", val_images)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "weights": weights,
         "resume": resume,
         "device": device,
@@ -79,10 +79,10 @@ def command(
         "val_images": val_images,
     }
     if dry_run:
-        print_estimate(training.dry_run(chosen, instances, images, out, **given), recipe_name, as_json)
+        print_estimate(training.dry_run(chosen, instances, images, out, **options), recipe_name, as_json)
         return
     assert out is not None
-    summary = training.train(chosen, instances, images, out, **given)
+    summary = training.train(chosen, instances, images, out, **options)
     if as_json:
         echo_json(dataclasses.asdict(summary))
     else:

@@ -17,11 +17,11 @@ from refdet.files.spreadsheet_text import xml_characters
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-# --ink, --soft, --line and --s1 to --s5 of page.html in its light and dark style
+# The colors --ink, --soft, --line and --s1 to --s5 of page.html, in its light and dark style.
 LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
-SERIES = (INK, *LIGHT[3:])
+SERIES = (INK, *LIGHT[3:])  # colors of lines and bars, as `Series.style` numbers them
 MAX_VALUE = 1e30  # larger values are not drawn, as their ticks would overflow
 MAX_NAME_LENGTH = 40  # characters of a name in a chart
 
@@ -42,8 +42,8 @@ class Series:
     Attributes:
         name: label in the legend.
         points: (x, y), ascending in x; NaN, and values of `MAX_VALUE` or more, are left out.
-        style: index of its color in `SERIES`, 0 to 5.
-        dashed: whether it is a reference line, drawn dashed and without dots.
+        style: index of the line's color in `SERIES`, 0 to 5.
+        dashed: whether the line is for reference, and is drawn dashed and without dots.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Chart:
 
     Attributes:
         title: the heading.
-        description: its values in words, for screen readers.
+        description: the values in words, for screen readers.
         svg: the SVG document, "" if there is nothing to draw.
         legend: (`Series.style`, name) of each line.
     """
@@ -125,7 +125,7 @@ def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes
 
 
 def custom_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
-    """A chart drawn by a function."""
+    """A chart whose plot is drawn by the function ``draw``."""
     return Chart(title, description, _apply_theme(_svg(axes, draw)))
 
 
@@ -134,14 +134,14 @@ def short_name(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
     return shorten(xml_characters(text), max_length)
 
 
-def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
+def standalone_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
     """A line chart as a standalone SVG on white, with dots, title and legend."""
 
     def draw(plot: Plot) -> None:
         _draw_lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
         plot.set_title(short_name(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
         for i, curve in enumerate(series):
-            at = (i / max(len(series), 1), 1.03)
+            at = (i / len(series), 1.03)  # evenly spaced above the plot, as fractions of its width and height
             plot.text(
                 *at, short_name(curve.name), color=SERIES[curve.style], transform=plot.transAxes, fontweight="bold"
             )
@@ -150,6 +150,7 @@ def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
 
 
 def _draw_lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) -> None:
+    """Draw lines, the first on top; ``dots`` marks the points of those that are not dashed."""
     for index, curve in enumerate(series):
         x, y = zip(*curve.points, strict=True)
         width = 2.2 if curve.style == 0 else 1.6
@@ -166,7 +167,7 @@ def _draw_lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) ->
 
 
 def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> str:
-    """The SVG of a plot with these axes."""
+    """The SVG of a plot with these axes and what the function ``draw`` draws."""
     with _matplotlib() as figure:
         drawn = figure(figsize=(axes.width / 72, axes.height / 72), layout="constrained", facecolor=background)
         plot: Plot = drawn.add_subplot(facecolor=background)
@@ -178,11 +179,11 @@ def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> 
             plot.set_xticks(list(axes.x_ticks), [short_name(name) for name in names])
         if axes.y_range is not None:
             low, high = axes.y_range
-            plot.set_ylim(low, high + 0.02 * (high - low))
+            plot.set_ylim(low, high + 0.02 * (high - low))  # room for a line at the upper end
         file = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # equal charts have equal bytes
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # so that equal charts have equal bytes
         drawn.savefig(file, format="svg", metadata=no_metadata)
-    return file.getvalue()[file.getvalue().index("<svg") :]
+    return file.getvalue()[file.getvalue().index("<svg") :]  # without the XML declaration
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A heat map of the confused categories."""
+"""A chart of the categories that the detector confuses."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from refdet.report.charts import INK, SERIES, Axes, Chart, custom_chart, short_n
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-MAX_CATEGORIES = 16
-MAX_NAME_LENGTH = 18
+MAX_CATEGORIES = 16  # rows of the matrix
+MAX_NAME_LENGTH = 18  # characters of a category's name
 _CELL_SIZE = 26  # points
-_MARGIN = 150  # points, for the names
+_MARGIN = 150  # points for the names beside and below the cells
+_MIN_SHARE = 0.005  # of a cell with a number; smaller shares round to 0%
 
 
 def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
     """Confusion matrix of the most confused categories, in percent.
 
-    A row is the category of objects, a column the category of their best-scoring region; the last two columns are all
-    other categories, and no region at all. Each row adds up to 100%.
+    A row is the category of objects, a column the category of their best-scoring region; the last two columns are for
+    a region of a category without a column, and for no region at all. Each row adds up to 100%.
 
     Args:
         errors: counts of the regions.
@@ -38,7 +39,7 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
         if true != predicted:
             confused[true] += n
             confused[predicted] += n
-    # categories without objects have no row
+    # without categories that have no objects, of which there are no shares
     shown = [i for i, _ in confused.most_common() if errors.objects_by_category[i]][:MAX_CATEGORIES]
     title = "What objects are taken for, in percent"
     if not shown:
@@ -58,7 +59,7 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
 
 
 def _row(errors: DetectionErrors, category: int, shown: list[int]) -> list[float]:
-    """Shares of the objects of a category that are predicted as each of ``shown``, as another, and not at all."""
+    """Shares of a category's objects that are taken for each category in ``shown``, for another, and for none."""
     objects = errors.objects_by_category[category]
     matched = sum(n for (true, _), n in errors.confusions.items() if true == category)
     counts = [errors.confusions[category, predicted] for predicted in shown]
@@ -66,7 +67,7 @@ def _row(errors: DetectionErrors, category: int, shown: list[int]) -> list[float
 
 
 def _most_confused(row: np.ndarray, own: int, columns: list[str]) -> str:
-    """The most frequent wrong category of a row, whose right one is in the column ``own``."""
+    """The most frequent wrong category of a row, with its share; ``own`` is the column of the right category."""
     others = np.where(np.arange(len(row)) == own, -1, row)[:-1]  # without "no region"
     most_frequent = int(others.argmax())
     share = others[most_frequent]
@@ -74,6 +75,7 @@ def _most_confused(row: np.ndarray, own: int, columns: list[str]) -> str:
 
 
 def _draw(plot: Plot, shares: np.ndarray, labels: list[str]) -> None:
+    """Draw the matrix of shares, (rows, columns); ``labels`` are the names of the rows."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     full, empty = to_rgba(SERIES[1], 0.85), to_rgba(SERIES[1], 0.0)
@@ -86,5 +88,5 @@ def _draw(plot: Plot, shares: np.ndarray, labels: list[str]) -> None:
     plot.tick_params(axis="x", rotation=60)
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
-            if share >= 0.005:
+            if share >= _MIN_SHARE:
                 plot.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=INK)

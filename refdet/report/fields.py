@@ -1,4 +1,4 @@
-"""Validate the JSON values that a report shows."""
+"""Read and validate the JSON values that a report shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refdet.evaluation.metrics import Protocol
 from refdet.files.short_text import short_repr, shorten
 
 GENERALIZED = ("N-acc", "T-acc", "precision@F1=1,IoU>=0.5", "gIoU", "cIoU")
-"""The rates of answers to gRefCOCO that a report shows."""
+"""The metrics of answers to gRefCOCO that a report shows."""
 
 
 def field(tree: Any, key: str, where: str) -> Any:
@@ -32,7 +32,7 @@ def field(tree: Any, key: str, where: str) -> Any:
 
 
 def text(tree: Any, key: str, where: str) -> str:
-    """A string; InputError otherwise."""
+    """The string at a key; InputError if there is none."""
     value = field(tree, key, where)
     if not isinstance(value, str):
         raise InputError(f"{where}: {shorten(key)!r} must be a string, not {short_repr(value)}")
@@ -40,7 +40,7 @@ def text(tree: Any, key: str, where: str) -> str:
 
 
 def count(tree: Any, key: str, where: str) -> int:
-    """An integer, 0 or more; InputError otherwise."""
+    """The integer of 0 or more at a key; InputError if there is none."""
     value = field(tree, key, where)
     if type(value) is not int or value < 0:
         raise InputError(f"{where}: {shorten(key)!r} must be an integer of 0 or more, not {short_repr(value)}")
@@ -48,7 +48,7 @@ def count(tree: Any, key: str, where: str) -> int:
 
 
 def optional_number(tree: Any, key: str, where: str) -> float | None:
-    """A finite number, or None for null, which stands for an undefined rate; InputError otherwise."""
+    """The finite number at a key, or None for null, which stands for an undefined metric; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
         raise InputError(f"{where}: {shorten(key)!r} must be a number, not {short_repr(value)}")
@@ -56,7 +56,7 @@ def optional_number(tree: Any, key: str, where: str) -> float | None:
 
 
 def finite_number(tree: Any, key: str, where: str) -> float:
-    """A finite number; InputError otherwise."""
+    """The finite number at a key; InputError if there is none."""
     value = optional_number(tree, key, where)
     if value is None:
         raise InputError(f"{where}: {shorten(key)!r} must be a number, not null")
@@ -72,7 +72,7 @@ def check_metrics(metrics: Any, where: str) -> None:
     """Check the metrics of evaluate-on-refer that a report shows.
 
     Raises:
-        InputError: a field is missing or has the wrong type; the message has `where` and the field.
+        InputError: a field is missing or invalid; the message starts with `where` and names the field.
     """
     text(metrics, "dataset", where)
     text(metrics, "split_by", where)
@@ -90,6 +90,7 @@ def check_metrics(metrics: Any, where: str) -> None:
 
 
 def _check_split(values: Any, where: str) -> None:
+    """Check the metrics of one split, like `check_metrics`."""
     for key in ("images", "refs", "sentences"):
         count(values, key, where)
     detection = field(values, "detection", where)

@@ -17,8 +17,9 @@ from refdet.structures.drawing import COLORS, Box, Canvas, paint_mask, text_colo
 LONG_SIDE = 640  # pixels; a picture of this size takes about 60 kB
 MIN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
 MAX_OTHER_REGIONS = 12  # drawn regions that no sentence refers to
-GRAY = "#9aa0aa"
-WRONG = "#d8403f"
+GRAY = "#9aa0aa"  # of regions that no sentence refers to
+WRONG = "#d8403f"  # of a model's answer
+_SMALL_TEXT, _LARGE_TEXT = 15, 19  # pixels
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Legend:
         colors: list[str] = []
         numbers: dict[int, list[int]] = {}
         for number, referent in enumerate(scene.referents, 1):
-            first = number  # of the referents that the region covers
+            first = number  # the first referent that the same region covers gives the color
             if referent.is_covered and referent.region is not None:
                 numbers.setdefault(referent.region, []).append(number)
                 first = numbers[referent.region][0]
@@ -63,7 +64,7 @@ class Caption:
         text_color: "#rrggbb" of the number.
         is_covered: whether a region covers the referent; the chip is then filled.
         sentences: its referring expressions.
-        text: the region that covers it, or how close the best one comes.
+        text: category and IoU of the region that covers the referent, or of the best region if none covers it.
         warning: what is wrong besides a missed referent, "" if nothing is.
     """
 
@@ -82,7 +83,7 @@ class Picture:
 
     Attributes:
         alt: the image's alternative text.
-        jpeg: the file.
+        jpeg: the image file.
         title: split, image id and number of drawn regions.
         captions: captions of the referents.
     """
@@ -94,7 +95,7 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The file as a data URI."""
+        """The image file as a data URI."""
         return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode("ascii")
 
 
@@ -107,7 +108,7 @@ def draw_picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None)
         answer: a model's answer to draw too.
     """
     regions = scene.regions
-    scene = replace(scene, read=lambda: regions)  # read once
+    scene = replace(scene, read=lambda: regions)  # so that they are not read again
     legend = Legend.from_scene(scene)
     data = io.BytesIO()
     draw(scene, pixels, legend, answer).save(data, "JPEG", quality=80, optimize=True)
@@ -121,6 +122,7 @@ def draw_picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None)
 
 
 def _alt(scene: Scene) -> str:
+    """The alternative text of a picture."""
     title = f"Image {scene.regions.image_id} with its detected regions outlined"
     if not scene.referents:
         return title
@@ -130,6 +132,7 @@ def _alt(scene: Scene) -> str:
 
 
 def _caption(scene: Scene, i: int, legend: Legend) -> Caption:
+    """The caption of the referent with the index ``i``."""
     referent, color = scene.referents[i], legend.colors[i]
     warning = ""
     if referent.is_covered:
@@ -150,7 +153,7 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    # region, color, opacity; nearly transparent, as sentences name the colors of things
+    # (region, color, opacity); nearly transparent, as the colors of objects, which sentences name, must stay visible
     painted = [(row, GRAY, 0.15) for row in legend.others]
     painted += [(row, legend.colors[numbers[0] - 1], 0.25) for row, numbers in legend.numbers.items()]
     if regions.masks is not None:
@@ -165,19 +168,20 @@ def draw(scene: Scene, pixels: np.ndarray, legend: Legend, answer: Answer | None
             canvas.dashed_outline(_scale(referent.box, scale), legend.colors[i])
     if answer is not None:
         canvas.dashed_outline(_scale(answer.box, scale), WRONG)
-        canvas.label(_scale(answer.box, scale), "answer", WRONG, 19)
+        canvas.label(_scale(answer.box, scale), "answer", WRONG, _LARGE_TEXT)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, color, _ in reversed(painted):
         category = int(regions.category_ids[row])
         numbers = ", ".join(map(str, legend.numbers.get(row, [])))
         text = f"{numbers}  {scene.names.get(category, category)} {regions.scores[row]:.2f}".strip()
-        canvas.label(_scale(regions.boxes[row], scale), text, color, 15 if color == GRAY else 19)
+        canvas.label(_scale(regions.boxes[row], scale), text, color, _SMALL_TEXT if color == GRAY else _LARGE_TEXT)
     for i, referent in enumerate(scene.referents):
         if not referent.is_covered:
-            canvas.label(_scale(referent.box, scale), f"{i + 1}  missed", legend.colors[i], 19)
+            canvas.label(_scale(referent.box, scale), f"{i + 1}  missed", legend.colors[i], _LARGE_TEXT)
     return image
 
 
 def _scale(box: np.ndarray, scale: float) -> Box:
+    """A box (4,) xyxy of the image, in pixels of the resized image."""
     x1, y1, x2, y2 = (float(value) * scale for value in box)
     return x1, y1, x2, y2

@@ -18,7 +18,7 @@ def find_image_id(store: Store, file: Path) -> int:
         file: the image file.
 
     Raises:
-        InputError: the store has no image of that file name, or several that fit equally well.
+        InputError: the store has no image of that file name, or several with the longest suffix.
     """
     path = file.absolute()
     suffix_lengths = {

@@ -1,4 +1,4 @@
-"""The inputs of a report, and readers for the files of a run directory and for the list of commands."""
+"""The inputs of a report, and functions that read the files of a run directory and the list of commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refdet.report.fields import count, field, finite_number, optional_number, t
 from refdet.structures.provenance import Provenance
 from refdet.training.run_folder import MAX_LOG_BYTES
 
-# Names of the losses in metrics.jsonl, and their labels in the chart
+# Names of the losses in metrics.jsonl, and labels in the chart.
 LOSS_LABELS = (
     ("loss", "total"),
     ("loss_classifier", "class: which category is it?"),
@@ -30,13 +30,13 @@ LOSS_LABELS = (
 
 @dataclass(frozen=True)
 class PipelineStep:
-    """One command that was run.
+    """A step of the pipeline that was run, of one or more commands.
 
     Attributes:
-        name: "build-split".
-        about: its purpose in one sentence.
+        name: name of the step, such as "build-split".
+        about: the purpose in one sentence.
         commands: the command lines.
-        seconds: their total time.
+        seconds: total time of the commands.
     """
 
     name: str
@@ -52,9 +52,9 @@ class ReferPart:
     Attributes:
         store: the store; None for metrics alone.
         metrics: the metrics.json of evaluate-on-refer; None if the store was not evaluated.
-        predictions: JSON of a model's answers to the sentences; a "region" in it is a row of the store.
-        dataset: dataset and split_by, such as "refcoco/unc", if there are no metrics; "" for those that the store was
-            extracted for.
+        predictions: JSON of a model's answers to the sentences, in which a "region" is a row of the store.
+        dataset: dataset and split_by, such as "refcoco/unc"; ignored if there are metrics, which name their own; "" for
+            the dataset that the store was extracted for.
     """
 
     store: Path | None
@@ -73,11 +73,12 @@ class ReportInputs:
         images: folder or zip of the images of the stores.
         parts: the stores and their metrics.
         detection: output of ``refdet evaluate --json``.
-        instances: instances file with the objects of the stores' images; None for that of a REFER dataset.
-        trained_on: instances file that the detector was trained on, to be audited again against ``refer_root``.
+        instances: instances file with the objects of the stores' images; None for the instances.json of the REFER
+            dataset.
+        trained_on: instances file that the detector was trained on, to be audited against ``refer_root``.
         original_instances: the instances file that the split ``trained_on`` was built from, audited for comparison.
-        steps: the commands that were run.
-        pictures: approximate number of example images; a third as many of the worst and of the best are added.
+        steps: the steps of the pipeline that were run.
+        pictures: maximum number of example images; at most a third as many of the worst, and of the best, are added.
     """
 
     run: Path | None = None
@@ -96,9 +97,9 @@ class RunMetadata(NamedTuple):
     """What the report shows of a run's ``model.json``.
 
     Attributes:
-        recipe_name: name of the recipe, "" for a custom one.
+        recipe_name: name of the recipe, "" for a custom recipe.
         step: number of training steps.
-        provenance: its training data.
+        provenance: the training data of the run.
     """
 
     recipe_name: str
@@ -134,7 +135,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     The last line is skipped if it was truncated when the run was killed. Old names of losses are converted.
 
     Raises:
-        InputError: another line is not JSON, or a step or a loss is not a number.
+        InputError: any other line is not JSON, or a step or a loss is not a number.
     """
     if not path.exists():
         return []
@@ -148,7 +149,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             row = strict_json(line)
         except InputError as error:
             if number == len(lines):
-                break
+                break  # truncated
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be a JSON object, not {short_repr(row)}")
@@ -162,7 +163,11 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def read_steps(path: Path) -> list[PipelineStep]:
-    """The steps in a JSON file, a list of {"name", "about", "commands", "seconds"}."""
+    """Read the steps in a JSON file, a list of {"name", "about", "commands", "seconds"}; seconds may be null.
+
+    Raises:
+        InputError: the file is not such a list.
+    """
     try:
         tree = strict_json(read_bytes(path, MAX_META_BYTES))
     except InputError as error:

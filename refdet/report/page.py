@@ -34,7 +34,8 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
+# Images whose regions are compared with annotations; with 100 regions each, this takes 1 GB of memory.
+MAX_EVALUATED_IMAGES = 3000
 TITLE = "refdet: regions for referring expressions"
 
 
@@ -42,7 +43,7 @@ def write(out: Path, inputs: ReportInputs, title: str = TITLE) -> None:
     """Write the report to the file ``out``.
 
     Raises:
-        InputError: ``out`` exists, there is no input, or one is missing or damaged.
+        InputError: ``out`` exists, there is no input, or an input is missing or damaged.
         refer.ReferError: the refs cannot be read.
     """
     if out.exists():
@@ -60,7 +61,13 @@ def render_page(inputs: ReportInputs, title: str) -> str:
 
 
 class _Section(NamedTuple):
-    """A section of the page, of which `id` is the anchor."""
+    """A section of the page.
+
+    Attributes:
+        id: anchor of the section.
+        heading: the heading.
+        content: the HTML below the heading.
+    """
 
     id: str
     heading: str
@@ -68,6 +75,7 @@ class _Section(NamedTuple):
 
 
 def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
+    """The HTML text of the report, whose stores are open."""
     meta = None if inputs.run is None else read_meta(inputs.run / "model.json")
     metrics = [part.metrics for part in parts if part.metrics is not None]
     for kind, rates in (inputs.detection or {}).items():
@@ -109,7 +117,7 @@ def _render(inputs: ReportInputs, parts: Sequence[OpenPart], title: str) -> str:
 
 
 def _of_other_detectors(parts: Sequence[OpenPart], provenance: Provenance) -> list[str]:
-    """The stores and metrics whose detector has another provenance, or weights that a validation selected."""
+    """Names of the stores and metrics whose provenance is not that of the run; logs a note about them."""
     others = []
     for part in parts:
         sources = [(part.store.path.name, part.store.provenance)] if part.store is not None else []
@@ -117,12 +125,15 @@ def _of_other_detectors(parts: Sequence[OpenPart], provenance: Provenance) -> li
             sources.append((f"the metrics of {part.dataset}", part.metrics["provenance"]))
         others += [name for name, tree in sources if not _is_same_detector(tree, provenance)]
     if others:
-        log.warning("note: report: of another detector than the run, as the provenance differs: %s", ", ".join(others))
+        log.warning("note: report: not of the run's detector, as the provenance differs: %s", ", ".join(others))
     return others
 
 
 def _is_same_detector(tree: Any, provenance: Provenance) -> bool:
-    """Whether the provenance of a store or of metrics is that of a run; see `_of_other_detectors`."""
+    """Whether the provenance of a store or of metrics is that of a run.
+
+    The weights may be selected otherwise than the run's, but not by a validation, whose images may be held out.
+    """
     try:
         other = Provenance.from_json(tree)
     except InputError:
@@ -135,7 +146,7 @@ def _is_same_detector(tree: Any, provenance: Provenance) -> bool:
 
 
 def _training_sections(log_file: Path) -> list[_Section]:
-    """The curves of the loss and of the validation AP."""
+    """The section with the curves of the loss and of the validation AP; none if nothing was logged."""
     rows = read_log(log_file)
     validations, on_other_data = read_validations(log_file)
     if not rows and not validations:
@@ -160,7 +171,8 @@ def _region_sections(
     referents = [referent for scene in scenes for referent in scene.referents]
     if referents:
         n_stores = sum(part.has_scenes for part in parts)
-        content = sections.ceiling_section(referents, n_stores)
+        n_refs = sum(part.count_refs() for part in parts if part.has_scenes)
+        content = sections.ceiling_section(referents, n_stores, n_refs - len(referents))
         page_sections.append(_Section("ceiling", "What no region covers", content))
     pictures = None if inputs.images is None or not stores else Pictures(inputs.images, scenes)
     wrong = wrong_answers(parts, pictures, inputs.pictures)
@@ -179,12 +191,15 @@ def _region_sections(
 
 
 def _with_group(metrics: Sequence[Mapping[str, Any]], group: str) -> list[Mapping[str, Any]]:
-    """The metrics of which a split has a group, such as "comprehension"."""
+    """The metrics in which at least one split has a group, such as "comprehension"."""
     return [entry for entry in metrics if any(group in values for values in entry["splits"].values())]
 
 
 def _errors_section(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup | None:
-    """The section about the errors of the first store of detections; None without annotations of its images."""
+    """The section about the errors of the first store of detections.
+
+    None if there is no such store, or no instances file with the objects of its images.
+    """
     part = next((part for part in parts if part.store is not None and not part.store.has_ann_ids), None)
     if part is None or part.store is None:
         return None
@@ -211,8 +226,8 @@ def _errors_section(inputs: ReportInputs, parts: Sequence[OpenPart]) -> Markup |
             yield regions
 
     errors = detection_errors(index, read_all())
-    rates = ap_by_category(index, ids, detections, "bbox")
-    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, n_annotated)
+    ap = ap_by_category(index, ids, detections, "bbox")
+    return sections.errors_section(errors, ap, {**store.names, **index.categories}, path.name, n_annotated)
 
 
 def _evaluated_splits(metrics: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -221,6 +236,7 @@ def _evaluated_splits(metrics: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _subtitle(meta: RunMetadata | None, is_unseen: bool) -> str:
+    """What was detected by what; ``is_unseen`` is whether the detector provably has not seen the evaluated images."""
     if meta is None:
         return "Regions of images, each with a box, a category and a score, for models that understand phrases."
     model = f"A Mask R-CNN ({meta.recipe_name or 'custom'} recipe, {format_count(meta.step, 'step')})"
@@ -228,36 +244,36 @@ def _subtitle(meta: RunMetadata | None, is_unseen: bool) -> str:
         f"{model} detects the objects of an image, each with a box, a mask and features, for models that understand "
         "phrases such as “the small red star”."
     )
-    return subtitle + " It has never seen the REFER images it is evaluated on." * is_unseen
+    return f"{subtitle} It has never seen the REFER images it is evaluated on." if is_unseen else subtitle
 
 
 def _highlights(
     detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], proof: AuditResult | None
 ) -> list[tuple[str, str]]:
-    """The numbers at the top of the page, each with a description."""
+    """The (number, description) pairs at the top of the page."""
     highlights = []
     for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
         if detection is not None and detection.get(kind):
-            highlights.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
+            highlights.append((number(detection[kind]["AP50"]), f"{name}, from refdet evaluate"))
     recalls = [values["referent_recall"]["0.5"] for entry in metrics for values in entry["splits"].values()]
     if recalls:
         lowest = f"lowest of {format_count(len(recalls), 'split')}"
         highlights.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
     for entry in metrics:
-        rates = entry["splits"].get("val", {}).get("comprehension")
-        if rates:
-            baseline = number(rates["random_baseline@0.5"])
+        accuracies = entry["splits"].get("val", {}).get("comprehension")
+        if accuracies:
+            baseline = number(accuracies["random_baseline@0.5"])
             text = f"accuracy of a listener on {entry['dataset']} val; random baseline {baseline}"
-            highlights.append((number(rates["accuracy@0.5"]), text))
+            highlights.append((number(accuracies["accuracy@0.5"]), text))
     if proof is not None:
         held_out = format_count(proof.held_out_images, "held-out image")
-        unknown = f"; {format_count(proof.unidentified, 'image')} of it unknown" if proof.unidentified else ""
+        unknown = f"; {format_count(proof.unidentified, 'image')} of this file unknown" if proof.unidentified else ""
         highlights.append((str(len(proof.leaked)), f"of {held_out} in the training file{unknown}"))
     return highlights
 
 
 def _audits(inputs: ReportInputs) -> tuple[AuditResult | None, AuditResult | None]:
-    """Audits of the training file, and of the original file that build-split made it from."""
+    """Audits of the training file and of the original file that it was built from; None for a file not given."""
     if inputs.trained_on is None:
         return None, None
     if inputs.refer_root is None:

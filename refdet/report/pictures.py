@@ -15,13 +15,13 @@ from refdet.report.refer_parts import OpenPart
 from refdet.report.samples import (
     Answer,
     Scene,
-    answers,
     covered_scenes,
     hardest_scenes,
     images_of,
+    read_answers,
     sample_evenly,
     sample_scenes,
-    scenes,
+    scenes_of_splits,
 )
 from refdet.report.templates import Markup, render
 from refdet.store import Store
@@ -32,21 +32,21 @@ MAX_BYTES = 3_300_000  # of all JPEGs together; base64 adds a third, and the pag
 
 
 class Pictures:
-    """Draws pictures of images, read on demand, until the total size reaches `MAX_BYTES`.
+    """Draws pictures of images, read on demand, as long as all JPEGs together stay within `MAX_BYTES`.
 
     Args:
         images: folder or zip of the images.
         scenes: all images that may be drawn.
 
     Raises:
-        InputError: ``images`` has none of them.
+        InputError: ``images`` has none of the images.
     """
 
     def __init__(self, images: Path, scenes: Sequence[Scene]) -> None:
         records = list({scene.image.id: scene.image for scene in scenes}.values())
         self._sources = {exif: ImageSource.open(images, exif) for exif in sorted({scene.exif for scene in scenes})}
         missing: list[str] = []
-        for source in self._sources.values():
+        for source in self._sources.values():  # sources of the same files, which lack the same images
             missing = source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: lacks all {format_count(len(records), 'image')}, first: {missing[0]}")
@@ -95,37 +95,37 @@ class Pictures:
 
 
 def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
-    """The images of REFER's splits with their refs; of a store without refs, ``count`` evenly spaced images."""
+    """The images of all stores that are in REFER's splits; of a store without refs, ``count`` evenly spaced images."""
     result: list[Scene] = []
     for part in parts:
         if part.store is None:
             continue
         if part.has_scenes and part.refer is not None and part.splits:
-            result += scenes(part.store, part.refer, part.dataset, part.splits)
+            result += scenes_of_splits(part.store, part.refer, part.dataset, part.splits)
         else:
             result += _scenes_without_refs(part.store, count)
     return result
 
 
 def _scenes_without_refs(store: Store, count: int) -> list[Scene]:
-    """Evenly spaced usable images of a store, without refs."""
+    """At most ``count`` evenly spaced usable images of a store, without referents."""
     ids = [image_id for image_id in store if image_id not in store.errors]
     images = images_of(store)
     return [Scene.from_store(store.path.name, store, images[i], ()) for i in sample_evenly(ids, count)]
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:
-    """The values of ``listener.html``: numbers of answers, and pictures of at most ``count`` wrong ones.
+    """The values of ``listener.html``: numbers of answers, and pictures of wrong answers.
 
     Args:
         parts: the stores; those with predictions have answers.
-        pictures: draws them; None for no pictures.
+        pictures: draws the wrong answers; None for no pictures.
         count: maximum number of pictures.
     """
     all_answers: list[Answer] = []
     for part in parts:
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
-            all_answers += answers(
+            all_answers += read_answers(
                 part.store, part.refer, part.dataset, part.splits, part.predictions, part.protocol, part.box_format
             )
     wrong = [answer for answer in all_answers if not answer.is_correct]
@@ -139,10 +139,11 @@ def pictures_section(scenes: Sequence[Scene], pictures: Pictures, count: int) ->
 
     Args:
         scenes: all images.
-        pictures: draws them.
-        count: maximum number of example images; a third as many of the worst and of the best are added.
+        pictures: draws the images.
+        count: maximum number of example images; at most a third as many of the worst, and of the best, come after them.
     """
     with_refs = [scene for scene in scenes if scene.referents]
+    # drawn first, as the examples may use up `MAX_BYTES`
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
     examples = pictures.draw(sample_scenes(scenes, count))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.files.atomic import atomic_write
-from refdet.report.charts import Axes, Chart, Series, line_chart, recall_svg
+from refdet.report.charts import Axes, Chart, Series, line_chart, standalone_svg
 
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
 PANEL_SIZE: Any = {"width": 320, "height": 220}  # in points, of a chart that shares a row with others
@@ -22,28 +22,29 @@ def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
     """Write recall.svg, the recall of all splits by number of regions, into the folder ``out``."""
     title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
     with atomic_write(out / "recall.svg") as temporary:
-        temporary.write_text(recall_svg(title, _by_regions(metrics), _axes(metrics)), encoding="utf-8")
+        temporary.write_text(standalone_svg(title, _by_regions(metrics), _axes(metrics)), encoding="utf-8")
 
 
 def charts_by_regions(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Recall by number of regions, a chart per dataset."""
-    return [_chart(part, "number of regions", _by_regions(part), _axes(part, **PANEL_SIZE)) for part in metrics]
+    return [_chart(entry, "number of regions", _by_regions(entry), _axes(entry, **PANEL_SIZE)) for entry in metrics]
 
 
 def charts_by_iou(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Recall by IoU threshold, a chart per dataset."""
     axes = Axes("IoU threshold", "referent recall", [float(t) for t in THRESHOLDS], (0.0, 1.0), **PANEL_SIZE)
     charts = []
-    for part in metrics:
-        recall = {name: part["splits"][name]["referent_recall"] for name in split_names(part)}
+    for entry in metrics:
+        recall = {name: entry["splits"][name]["referent_recall"] for name in split_names(entry)}
         lines = {name: [(float(t), rates[t]) for t in THRESHOLDS] for name, rates in recall.items()}
-        charts.append(_chart(part, "IoU", _series(lines), axes))
+        charts.append(_chart(entry, "IoU", _series(lines), axes))
     return charts
 
 
-def _chart(part: Mapping[str, Any], by: str, series: Sequence[Series], axes: Axes) -> Chart:
+def _chart(metrics: Mapping[str, Any], by: str, series: Sequence[Series], axes: Axes) -> Chart:
+    """A chart of recall, with the dataset of the metrics as its title; ``by`` names the quantity of x."""
     description = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
-    title = f"{part['dataset']} {part['split_by']}"
+    title = f"{metrics['dataset']} {metrics['split_by']}"
     return line_chart(title, f"Referent recall of {title} by {by}: {description}", series, axes, dots=True)
 
 
@@ -61,4 +62,6 @@ def _axes(metrics: Mapping[str, Any], **size: Any) -> Axes:
 
 
 def _series(lines: Mapping[str, list[tuple[float, float]]]) -> list[Series]:
+    """Lines in different colors; ``lines`` is name -> (x, y) points."""
+    # style 0 is the color of text
     return [Series(name, points, 1 + i % 5) for i, (name, points) in enumerate(lines.items())]

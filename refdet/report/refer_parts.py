@@ -31,13 +31,13 @@ class OpenPart:
 
     Attributes:
         store: the store, None for metrics alone.
-        refer: its REFER dataset, None if it has none or the REFER data was not given.
-        dataset: dataset and split_by, such as "refcoco/unc"; "" if it has none.
+        refer: the REFER dataset of the store; None if the store has none, or the REFER data was not given.
+        dataset: dataset and split_by, such as "refcoco/unc", of the store or the metrics; "" without a dataset.
         splits: the splits to show.
         metrics: the metrics of evaluate-on-refer, None if there are none.
         predictions: JSON of a model's answers, None if there are none.
         protocol: how the metrics compare boxes.
-        box_format: format of the boxes of the answers.
+        box_format: format of the boxes in ``predictions``.
     """
 
     store: Store | None
@@ -54,6 +54,10 @@ class OpenPart:
         """Whether refs can be shown, which needs one object per ref, unlike in gRefCOCO."""
         return self.store is not None and self.refer is not None and not targets.is_generalized(self.refer.data["refs"])
 
+    def count_refs(self) -> int:
+        """Number of refs in `splits`, whether their images are usable or not; 0 without a REFER dataset."""
+        return 0 if self.refer is None else sum(ref["split"] in self.splits for ref in self.refer.data["refs"])
+
 
 def pair_up(
     paths: Sequence[Path], metrics: Sequence[Mapping[str, Any]], predictions: Path | None, dataset: str = ""
@@ -67,7 +71,7 @@ def pair_up(
         dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for what each was extracted for.
 
     Raises:
-        InputError: a store or metrics are damaged.
+        InputError: a store is missing, or a store or metrics are damaged.
     """
     unpaired = [rename_old_names(entry) for entry in metrics]
     for entry in unpaired:
@@ -78,9 +82,10 @@ def pair_up(
             names.append(dataset or dataset_of(store))
             provenances.append(store.provenance)
     chosen: dict[int, Mapping[str, Any]] = {}  # index of a store -> its metrics
+    # a single store and its metrics belong together, even if the store does not say for which dataset it was extracted
     if len(paths) == len(metrics) == 1 and dataset in ("", _dataset_name(unpaired[0])):
         chosen[0] = unpaired.pop()
-    # metrics of a store's own detector first, so that no other store of the dataset takes them
+    # first pair metrics with a store of their own detector, so that no other store of the dataset takes them
     for same_detector_only in (True, False):
         for index, (name, provenance) in enumerate(zip(names, provenances, strict=True)):
             for entry in unpaired:
@@ -107,7 +112,7 @@ def dataset_of(store: Store) -> str:
 
 
 def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
-    """Open a store, and evaluate it on REFER if that was not done yet and is possible.
+    """Open the store of a part, and evaluate it on REFER if it has no metrics yet and that is possible.
 
     Args:
         stack: exit stack that closes the store.
@@ -138,7 +143,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
     if metrics is None and part.predictions is None and not (refer_root / dataset).is_dir():
-        # the name of the image list only looks like that of a dataset
+        # the store's image list is named like a dataset but is none: "a/b/c"
         return OpenPart(store, None, name, (), None, None)
     refer = REFER(refer_root, dataset, split_by)
     splits = split_names(metrics) if metrics else _complete_splits(store, refer)

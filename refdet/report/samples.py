@@ -32,7 +32,7 @@ class Referent:
         sentences: its referring expressions.
         box: (4,) annotated box, half-open xyxy in pixels of the image.
         region: row of the region with the highest IoU, None without regions.
-        iou: that IoU, 0 without regions.
+        iou: the IoU of ``region``, 0 without regions.
     """
 
     category_id: int
@@ -55,7 +55,7 @@ class Scene:
     Attributes:
         split: the split, such as "refcoco/unc/val".
         image: the image.
-        referents: the objects that refs of the split refer to.
+        referents: the objects of the image that refs of the split refer to.
         names: category id -> name in the store.
         read: reads the regions.
         exif: EXIF handling of the extraction, "ignore" or "apply".
@@ -76,12 +76,12 @@ class Scene:
 
     @property
     def regions(self) -> Regions:
-        """The regions, read now."""
+        """The regions, read anew on each access."""
         return self.read()
 
     @property
     def lowest_iou(self) -> float:
-        """The lowest IoU of its referents, 1 without any."""
+        """The lowest IoU of the referents, 1 without referents."""
         return min((referent.iou for referent in self.referents), default=1.0)
 
 
@@ -90,9 +90,9 @@ class Answer:
     """A model's answer to one sentence.
 
     Attributes:
-        scene: its image, with the referent of the sentence only, and of its sentences with this one only.
+        scene: the image, with one referent, that of the sentence, and with no other sentence.
         box: (4,) the answer, half-open xyxy in pixels of the image.
-        iou: IoU with the referent.
+        iou: IoU of the box and the referent.
         is_correct: whether it is correct by the protocol of the evaluation.
     """
 
@@ -102,8 +102,8 @@ class Answer:
     is_correct: bool
 
 
-def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
-    """All usable images of the splits that the store has, in the order of the splits, then by ascending image id.
+def scenes_of_splits(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> list[Scene]:
+    """The usable images of a store that are in the splits, split by split and by ascending image id.
 
     Args:
         store: the store.
@@ -119,7 +119,7 @@ def scenes(store: Store, refer: REFER, dataset: str, splits: Sequence[str]) -> l
     ]
 
 
-def answers(
+def read_answers(
     store: Store,
     refer: REFER,
     dataset: str,
@@ -128,19 +128,19 @@ def answers(
     protocol: Protocol = "standard",
     box_format: str = DEFAULT_FORMAT,
 ) -> list[Answer]:
-    """The answers of a predictions JSON to sentences of the splits, in the order of the scenes.
+    """Read a model's answers to the sentences of the splits, split by split and by ascending image id.
 
     Args:
         store: the store.
         refer: the REFER dataset.
         dataset: dataset and split_by, such as "refcoco/unc".
         splits: names of splits.
-        predictions: the JSON.
+        predictions: JSON of the answers.
         protocol: how boxes are compared, as in `refdet.evaluation.refer_benchmark.evaluate_on_refer`.
-        box_format: format of the boxes, likewise.
+        box_format: format of the boxes in ``predictions``.
 
     Returns:
-        The answers; sentences without one are left out.
+        The answers; sentences without an answer, or on images that the store lacks, are left out.
 
     Raises:
         InputError: the file is damaged, or does not fit the store.
@@ -177,7 +177,7 @@ def images_of(store: Store) -> dict[int, ImageRecord]:
 
 
 def _refs_by_image(refer: REFER, split: str) -> dict[int, list[int]]:
-    """Image id -> ids of the refs of a split, in ascending order of images."""
+    """Image id -> ids of the refs of a split, in ascending order of image ids."""
     ref_ids: dict[int, list[int]] = {}
     for ref in refer.data["refs"]:
         if ref["split"] == split:
@@ -186,6 +186,7 @@ def _refs_by_image(refer: REFER, split: str) -> dict[int, list[int]]:
 
 
 def _referents_by_image(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tuple[Referent, ...]]]:
+    """(image id, referents) of the usable images of a split, in ascending order of image ids."""
     for image_id, ref_ids in _refs_by_image(refer, split).items():
         if image_id in store and image_id not in store.errors:
             boxes = store.boxes(image_id)
@@ -193,6 +194,7 @@ def _referents_by_image(store: Store, refer: REFER, split: str) -> Iterator[tupl
 
 
 def _referent(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referent:
+    """The referent of a ref, compared with the boxes (K, 4) of the regions of its image, xyxy in pixels."""
     x, y, width, height = refer.getRefBox(ref_id)
     box = np.array([x, y, x + width, y + height], np.float64)
     ious = box_iou(box[None], boxes)[0]
@@ -214,7 +216,7 @@ def sample_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     for scene in all_scenes:
         by_split.setdefault(scene.split, []).append(scene)
     chosen: dict[int, Scene] = {}  # by image id, as RefCOCO and RefCOCO+ share images
-    per_split = -(-count // max(len(by_split), 1))
+    per_split = -(-count // max(len(by_split), 1))  # rounded up
     for turn in range(per_split):
         for split_scenes in by_split.values():
             start = (2 * turn + 1) * len(split_scenes) // (2 * per_split)
@@ -227,7 +229,7 @@ def sample_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
 
 
 def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """At most ``count`` images with uncovered referents, lowest IoU first, without duplicates."""
+    """At most ``count`` images with an uncovered referent, lowest `lowest_iou` first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: scene.lowest_iou):
         if scene.lowest_iou < MIN_IOU and len(chosen) < count:
@@ -236,7 +238,7 @@ def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
 
 
 def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """At most ``count`` images whose referents are all covered, highest lowest IoU first, without duplicates."""
+    """At most ``count`` images whose referents are all covered, highest `lowest_iou` first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: -scene.lowest_iou):
         if scene.lowest_iou >= MIN_IOU and len(chosen) < count:

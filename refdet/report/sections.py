@@ -1,4 +1,4 @@
-"""The sections of the report: functions that render values as HTML. They read no files and need no torch."""
+"""The sections of the report: functions that render values as HTML. They read only templates, and need no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = (("small", 32**2), ("medium", 96**2), ("large", float("inf")))  # COCO's
 
 def steps_section(steps: Sequence[PipelineStep]) -> Markup:
     """The commands in order, with bars of their time."""
-    longest = max((step.seconds for step in steps), default=0.0) or 1.0
+    longest = max((step.seconds for step in steps), default=0.0) or 1.0  # no division by 0 if no step took time
     rows = [
         {
             "name": step.name,
@@ -57,7 +57,7 @@ def leak_section(
         provenance: of the detector.
         audit: audit of the training file.
         original_audit: audit of the original file that build-split made the training file from.
-        validated: whether the run has a validation, which may have chosen the weights.
+        validated: whether the run was validated, so that a validation may have chosen the weights.
         unproven: why the audit does not prove that the detector has seen no held-out image.
         others: stores and metrics of the report that are not of this detector.
     """
@@ -95,7 +95,7 @@ def detection_section(detection: Mapping[str, Any]) -> Markup:
 
 def errors_section(
     errors: DetectionErrors,
-    rates_by_category: Mapping[int, Mapping[str, float | None]],
+    ap_by_category: Mapping[int, Mapping[str, float | None]],
     names: Mapping[int, str],
     file_name: str,
     n_annotated: int,
@@ -104,7 +104,7 @@ def errors_section(
 
     Args:
         errors: counts of the regions.
-        rates_by_category: category id -> rates, from `ap_by_category`.
+        ap_by_category: category id -> AP by name, from `refdet.evaluation.average_precision.ap_by_category`.
         names: category id -> name.
         file_name: name of the instances file.
         n_annotated: number of annotated images of the store; ``errors`` may be of a sample of them.
@@ -112,7 +112,7 @@ def errors_section(
     bins = [i for i in range(BINS) if errors.regions[i]]
     precision = {i: float(errors.correct[i] / errors.regions[i]) for i in bins}
     confusions = [(pair, n) for pair, n in errors.confusions.most_common() if pair[0] != pair[1]]
-    ap_rows = _ap_rows(errors, rates_by_category, names)
+    ap_rows = _ap_rows(errors, ap_by_category, names)
     return render(
         "errors.html",
         images=errors.images,
@@ -121,7 +121,7 @@ def errors_section(
         missed=errors.missed,
         file_name=file_name,
         categories=ap_rows,
-        left_out=len(rates_by_category) - len(ap_rows),
+        left_out=len(ap_by_category) - len(ap_rows),
         calibration=_calibration_chart(errors, precision),
         bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(precision[i])] for i in bins],
         confusion_map=confusion_map(errors, names),
@@ -133,10 +133,10 @@ def errors_section(
 
 
 def _ap_rows(
-    errors: DetectionErrors, rates_by_category: Mapping[int, Mapping[str, float | None]], names: Mapping[int, str]
+    errors: DetectionErrors, ap_by_category: Mapping[int, Mapping[str, float | None]], names: Mapping[int, str]
 ) -> list[list[Any]]:
-    """Rows of the categories that have objects, lowest AP first."""
-    defined = {i: rates for i, rates in rates_by_category.items() if rates["AP"] is not None}
+    """Rows of the table of categories, without those that have no objects; lowest AP first."""
+    defined = {i: ap for i, ap in ap_by_category.items() if ap["AP"] is not None}
     ascending = sorted(defined, key=lambda i: (defined[i]["AP"] or 0.0, names.get(i, "")))
     columns = ("AP", "AP50", "APs", "APm", "APl")
     return [
@@ -146,7 +146,7 @@ def _ap_rows(
 
 
 def _calibration_chart(errors: DetectionErrors, precision: Mapping[int, float]) -> Chart:
-    """Share of correct regions by mean score; ``precision`` has the share for each bin that has regions."""
+    """Share of correct regions by mean score, a point per bin; ``precision`` is bin -> share, for bins with regions."""
     points = [(float(errors.score_sums[i] / errors.regions[i]), share) for i, share in precision.items()]
     series = [
         Series("regions", points, 1),
@@ -158,6 +158,7 @@ def _calibration_chart(errors: DetectionErrors, precision: Mapping[int, float]) 
 
 
 def _name(category: int, names: Mapping[int, str]) -> str:
+    """The name of a category, or else its id."""
     return names.get(category, str(category))
 
 
@@ -180,7 +181,7 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     return render(
         "refer.html",
         header=["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"],
-        groups=[(3, "count"), (2, "AP50"), (5, "referent recall at IoU"), (1, "")],
+        groups=[(3, "count"), (2, "AP50"), (len(THRESHOLDS), "referent recall at IoU"), (1, "")],  # (columns, name)
         rows=rows,
         unusable=unusable,
         by_iou=charts_by_iou(metrics),
@@ -194,12 +195,13 @@ def _split_label(metrics: Mapping[str, Any], split: str) -> str:
     return f"{metrics['dataset']} {metrics['split_by']} {split}" + (f" ({protocol})" if protocol != "standard" else "")
 
 
-def ceiling_section(referents: Sequence[Referent], n_stores: int = 1) -> Markup:
+def ceiling_section(referents: Sequence[Referent], n_stores: int = 1, n_uncounted: int = 0) -> Markup:
     """The referents that no region covers, by size and category.
 
     Args:
-        referents: the referents of all stores.
+        referents: the referents on the usable images of all stores.
         n_stores: number of these stores.
+        n_uncounted: number of referents on other images.
     """
     by_size, by_category = defaultdict[str, list[Referent]](list), defaultdict[str, list[Referent]](list)
     for referent in referents:
@@ -213,6 +215,7 @@ def ceiling_section(referents: Sequence[Referent], n_stores: int = 1) -> Markup:
         objects=len(referents),
         missed=sum(not referent.is_covered for referent in referents),
         stores=n_stores,
+        uncounted=n_uncounted,
         sizes=[_coverage_row(name, by_size[name]) for name, _ in SIZES if name in by_size],
         categories=listed,
         left_out=len(by_category) - len(listed),
@@ -220,13 +223,13 @@ def ceiling_section(referents: Sequence[Referent], n_stores: int = 1) -> Markup:
 
 
 def _size(referent: Referent) -> str:
-    """Name of COCO's size of a referent, by the area of its box."""
+    """The size of a referent by the area of its box, one of the names in `SIZES`."""
     area = float(np.prod(referent.box[2:] - referent.box[:2]))
     return next(name for name, max_area in SIZES if area <= max_area)
 
 
 def _coverage_row(name: str, referents: Sequence[Referent]) -> list[Any]:
-    """A group's name, number of referents, number and share of missed ones, and mean best IoU."""
+    """A row: name of a group, number of referents, number and share of those missed, and mean best IoU."""
     missed = sum(not referent.is_covered for referent in referents)
     mean_iou = sum(referent.iou for referent in referents) / len(referents)
     return [name, len(referents), missed, number(missed / len(referents)), number(mean_iou)]
@@ -276,7 +279,7 @@ def loss_section(
 
     Args:
         log: the training steps in metrics.jsonl, from `read_log`.
-        validations: the validations in it, from `read_validations`.
+        validations: the validations in metrics.jsonl, from `read_validations`.
         on_other_data: number of validations on other data, which are left out.
     """
     values: dict[str, Any] = {
@@ -300,6 +303,7 @@ def loss_section(
 
 
 def _seconds(seconds: float) -> str:
+    """A time in words, such as "9.9 s", "99 s" or "2 min 05 s"."""
     if seconds < 0.05:
         return "under 0.1 s"
     if seconds < 99.5:

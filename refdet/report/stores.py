@@ -1,4 +1,4 @@
-"""The section about the stores themselves."""
+"""The section about the contents of the stores."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def stores_section(stores: Sequence[Store]) -> Markup:
     ]
     rows = [_row(store) for store in stores]
     charts = [chart for store in stores[:MAX_CHARTED_STORES] for chart in _charts(store)]
-    more = len(failed) - MAX_FAILED_IMAGES
-    listed = failed[:MAX_FAILED_IMAGES]
-    if more > 0:
-        listed.append(["...", f"and {more} more", "see /images/error in the store"])
+    listed, n_more = failed[:MAX_FAILED_IMAGES], len(failed) - MAX_FAILED_IMAGES
+    if n_more > 0:
+        listed.append(["...", f"and {n_more} more", "see /images/error in the store"])
     detectors = [(store.path.name, _detector(store)) for store in stores]
     return render("store.html", rows=rows, detectors=detectors, charts=charts, failed=listed)
 
@@ -44,7 +43,7 @@ def _detector(store: Store) -> str:
 
 
 def _row(store: Store) -> list[object]:
-    """A row of the table of stores."""
+    """A store's row in the table: file, images, unusable ones, regions, mean per usable image, masks and features."""
     usable = len(store) - len(store.errors)
     mean = f"{store.regions / usable:.1f}" if usable else "–"
     features = ", ".join((*store.feature_names, *store.map_names)) or "none"
@@ -57,7 +56,7 @@ def _charts(store: Store) -> list[Chart]:
     counts, scores = np.diff(store.region_start), store.data["regions/score"][:]
     charts = []
     for values, label, unit in ((counts, "regions per image", "images"), (scores, "score", "regions")):
-        if not len(values) or not np.isfinite(values).all():
+        if not len(values) or not np.isfinite(values).all():  # an empty or damaged store
             continue
         heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
         centers = ((edges[:-1] + edges[1:]) / 2).tolist()

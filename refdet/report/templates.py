@@ -1,4 +1,4 @@
-"""Jinja2 templates of the report. They escape by default: a value is text unless a template made it."""
+"""Jinja2 templates of the report. Values are escaped, except for the HTML that a template has rendered (`Markup`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ENVIRONMENT", "Markup", "number", "render"]
 
 
 def number(value: Any) -> str:
-    """A human-readable rate; a dash if undefined (None, or COCO's -1)."""
+    """A metric with three decimals; a dash if it is undefined: None, or -1 as in pycocotools."""
     return "–" if value is None or value < 0 else f"{value:.3f}"
 
 
@@ -24,6 +24,7 @@ def _load(name: str) -> str:
 
 
 def _clean(value: Any) -> Any:
+    """A value for a template, without characters that XML forbids unless a template has rendered it."""
     return xml_characters(value) if type(value) is str else value
 
 

@@ -25,16 +25,16 @@ MARK_POINTS_BELOW = 30  # validations below which each point of the curves is ma
 
 
 def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read the validations in metrics.jsonl on the newest data, of each step the last one.
+    """Read the validations in metrics.jsonl that are on the newest data; of those of one step and weights, the last.
 
     Lines that are not JSON are skipped here; `read_log` raises an error for them.
 
     Args:
-        path: the file; there are no rows if it does not exist.
+        path: the file; without it, there are no validations.
 
     Returns:
-        Rows with "step" and AP in 0..1, in ascending order of the step; and the number of validations on other
-        data, whose AP is not comparable.
+        Rows with "step" and AP in 0..1, in ascending order of the step; and the number of validations on other data,
+        which are left out as their AP is not comparable.
 
     Raises:
         InputError: a step or an AP is not a number.
@@ -42,7 +42,7 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.exists():
         return [], 0
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}  # (hash of the data, weights, step) -> row
-    newest = ""  # hash of the data
+    newest = ""  # hash of the data of the last validation
     for number, line in enumerate(read_bytes(path, MAX_LOG_BYTES).split(b"\n"), 1):
         if b'"val_' not in line:
             continue
@@ -62,7 +62,7 @@ def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """AP and AP50 of boxes and masks by step, with separate curves for averaged weights."""
+    """AP and AP50 of boxes and masks by step, in separate curves for trained and averaged weights."""
     series = []
     for weights in dict.fromkeys(_weights_label(row) for row in rows):
         rows_of_weights = [row for row in rows if _weights_label(row) == weights]
@@ -74,7 +74,7 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         f"{curve.name} {curve.points[-1][1]:.3f} at step {curve.points[-1][0]}, highest "
         f"{max(y for _, y in curve.points):.3f}" for curve in series
     )  # fmt: skip
-    axes = Axes("training step", "average precision", y_range=(0.0, max(_highest(series), 0.05)))
+    axes = Axes("training step", "average precision", y_range=(0.0, max(_highest(series), 0.05)))  # not 0 to 0
     return line_chart("Validation AP by step", description, series, axes, dots=len(rows) < MARK_POINTS_BELOW)
 
 

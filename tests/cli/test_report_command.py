@@ -77,6 +77,23 @@ def test_report_on_a_store_with_refer_images_and_answers(folder: Path) -> None:
     assert f"{len(answers)} of {len(answers)} answers are wrong" in page and page.count("image/jpeg") > len(answers) / 2
 
 
+def test_objects_on_unusable_images_are_said_to_be_left_out_of_the_ceiling(folder: Path) -> None:
+    result = run(
+        "--store", folder / "d.h5", "--refer-root", folder / "refer", "--dataset", "refcoco", "--split-by", "unc",
+        "--out", folder / "r.html",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    page = " ".join((folder / "r.html").read_text(encoding="utf-8").split())
+    assert "refcoco unc val: 1 of 1 image could not be used" in page
+    assert "1 object on images without usable regions is not counted" in page
+
+
+def test_ap_is_not_said_to_be_on_val_images(folder: Path) -> None:
+    """The output of evaluate does not say which images it is about."""
+    assert run("--metrics", folder / "detection.json", "--out", folder / "r.html").exit_code == 0
+    assert "val images" not in (folder / "r.html").read_text(encoding="utf-8")
+
+
 def refs_of_testb(folder: Path) -> list[dict]:
     from refer import REFER
 

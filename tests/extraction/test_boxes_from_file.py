@@ -247,7 +247,7 @@ def test_boxes_in_other_formats_are_converted(tmp_path: Path, detector: Path) ->
     )  # fmt: skip
     for refused, message in (
         (of_a_store, "omit --box-format xyxy"),
-        (without_boxes, "--box-format xyxy is for --boxes; give these or omit it"),
+        (without_boxes, "--box-format xyxy is for --boxes; give --boxes or omit --box-format"),
     ):
         assert refused.exit_code == 2 and message in refused.stderr.splitlines()[-1]
     assert not (tmp_path / "d.h5").exists()

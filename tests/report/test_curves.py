@@ -17,7 +17,7 @@ from refdet.evaluation.detection_errors import DetectionErrors
 from refdet.report import ReferPart, ReportInputs, page
 from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
-from refdet.report.samples import images_of, scenes
+from refdet.report.samples import images_of, scenes_of_splits
 from refdet.report.sections import loss_section
 from refdet.report.validations import read_validations, validation_chart
 from refer import REFER
@@ -109,7 +109,7 @@ def test_regions_are_read_only_when_a_scene_is_drawn(tmp_path: Path, monkeypatch
             return store_read(self, image_id, *args, **kwargs)
 
         monkeypatch.setattr(store.Store, "read", record_read)
-        every = scenes(opened, REFER(write_refer(tmp_path, objects), "toy", "me"), "toy/me", ["val"])
+        every = scenes_of_splits(opened, REFER(write_refer(tmp_path, objects), "toy", "me"), "toy/me", ["val"])
         assert len(every) == 8 and all(scene.referents[0].iou == 1 for scene in every) and read == []
         assert every[2].regions.image_id == 3 and read == [3]
         assert images_of(opened)[3] == every[2].image

@@ -71,7 +71,7 @@ def test_unidentified_images_are_not_called_clean(tmp_path: Path) -> None:
     text = render_page(tmp_path, coco([9, 25], [], {25: "kitchen.jpg"}), built=False)
     assert ">No leaks<" not in text and CLEAN not in text
     assert "1 image cannot be identified as COCO&#39;s or others (first: 25)" in text
-    assert "in the training file; 1 image of it unknown<" in text
+    assert "in the training file; 1 image of this file unknown<" in text
 
 
 def test_ids_that_differ_from_file_names_are_not_called_clean_for_a_changed_file(tmp_path: Path) -> None:

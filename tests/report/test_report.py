@@ -24,9 +24,9 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import PipelineStep, ReferPart, ReportInputs
-from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
+from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, standalone_svg
 from refdet.report.figures import LONG_SIDE, Legend, draw
-from refdet.report.samples import Referent, Scene, hardest_scenes, sample_scenes, scenes
+from refdet.report.samples import Referent, Scene, hardest_scenes, sample_scenes, scenes_of_splits
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLORS
 from refdet.structures.provenance import Provenance, Selection
@@ -284,8 +284,8 @@ def test_comprehension_metrics_have_a_section(page: str, inputs: ReportInputs, t
 def test_a_standalone_chart_is_reproducible_and_escapes_its_texts() -> None:
     axes = Axes("regions", "recall", x_ticks=range(2), y_range=(0, 1), x_names=["1", "all <"])
     series = [Series("val & test", [(0, 0.25), (1, 1.0)], 1)]
-    svg = recall_svg("a < b", series, axes)
-    assert svg == recall_svg("a < b", series, axes)
+    svg = standalone_svg("a < b", series, axes)
+    assert svg == standalone_svg("a < b", series, axes)
     root = ElementTree.fromstring(svg)
     words = "".join(root.itertext())
     assert "val & test" in words and "all <" in words and "a < b" in words
@@ -296,7 +296,7 @@ def test_ious_of_the_scenes_agree_with_the_metrics(inputs: ReportInputs) -> None
     part = inputs.parts[0]
     for split, values in (part.metrics or {})["splits"].items():
         with store.open(part.store) as regions:  # type: ignore[arg-type]
-            of_split = scenes(regions, REFER(inputs.refer_root, "refcoco", "unc"), "refcoco/unc", [split])
+            of_split = scenes_of_splits(regions, REFER(inputs.refer_root, "refcoco", "unc"), "refcoco/unc", [split])
         ious = [referent.iou for scene in of_split for referent in scene.referents]
         assert (len(of_split), len(ious)) == (values["images"], values["refs"])
         assert np.mean(ious) == pytest.approx(values["referent_recall"]["mean_best_iou"])

@@ -22,7 +22,7 @@ from refdet import report
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
 from refdet.report import PipelineStep, ReferPart, ReportInputs, charts
-from refdet.report.charts import Axes, Series, line_chart, recall_svg
+from refdet.report.charts import Axes, Series, line_chart, standalone_svg
 from refdet.report.fields import check_metrics
 from refdet.report.figures import draw_picture
 from refdet.report.samples import Answer, Referent, Scene
@@ -239,7 +239,7 @@ def test_texts_in_charts_are_escaped(hostile: str) -> None:
     axes = Axes(hostile, hostile, x_ticks=range(2), x_names=[hostile, hostile], y_range=(0, 1))
     chart = line_chart(hostile, hostile, series, axes, dots=True)
     assert_harmless_svg(chart.svg)
-    assert_harmless_svg(recall_svg(hostile, series, axes))
+    assert_harmless_svg(standalone_svg(hostile, series, axes))
     plain = line_chart("plain", "plain", [Series("plain", series[0].points, 1)], axes)
     assert_same_tags(
         lambda text: render_template("{{ ui.chart(x) }}", x=replace(plain, title=text, description=text)), hostile

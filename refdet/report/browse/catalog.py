@@ -16,10 +16,11 @@ SIZES = ("small", "medium", "large")
 """COCO's sizes of objects, by area: up to 32 x 32 pixels, up to 96 x 96, and above."""
 
 _MAX_SMALL, _MAX_MEDIUM = 32**2, 96**2  # square pixels
-# image: position is that in the first store, score that of its top-scoring region.
-# region_kind: a row for each category and size (index in SIZES) among the regions of an image.
+# image: position is the position in the first store, score the score of the top-scoring region.
+# region_kind: a row for each combination of category and size (index in SIZES) among the regions of an image.
 # referent: iou0 and best0 are the IoU and index of the best region in the first store, iou1 and best1 in the second;
-# score is that of best0.
+# score is the score of best0.
+# words: the index of the words of the sentences, for full-text search.
 _SCHEMA = """
 CREATE TABLE image(position INTEGER PRIMARY KEY, id INTEGER, name TEXT, width INTEGER, height INTEGER,
                    regions INTEGER, error TEXT, score REAL);
@@ -33,7 +34,7 @@ CREATE TABLE sentence(key INTEGER PRIMARY KEY, referent INTEGER, sent_id INTEGER
                       answer TEXT, answer_masks TEXT, iou REAL, wrong INTEGER);
 CREATE VIRTUAL TABLE words USING fts5(text, content='sentence', content_rowid='key');
 """
-# created after the rows are added, as updating an index row by row takes longer
+# Created after the rows are added, as updating an index row by row takes longer.
 _INDICES = """
 CREATE INDEX referent_position ON referent(position);
 CREATE INDEX annotation_position ON annotation(position);
@@ -49,14 +50,14 @@ class Referent:
     """An object that sentences refer to, or several or none in gRefCOCO; without refs, an annotated object.
 
     Attributes:
-        label: its name on the page, such as "ref 17".
-        position: position of its image in the first store.
+        label: name on the page, such as "ref 17".
+        position: position of the image in the first store.
         split: the split of the ref, "" without refs.
         category: category id of the first object, None without objects.
-        area: area of the first object in square pixels.
+        area: area of the first object in square pixels, 0 without objects.
         boxes: (n, 4) half-open xyxy in pixels.
         sentences: (sent_id, text) of each sentence.
-        segmentations: the segmentation of each object that has one, as in the file.
+        segmentations: the segmentation of each object that has one, as in the instances file.
     """
 
     label: str
@@ -76,8 +77,8 @@ class AnswerRow:
     Attributes:
         boxes: (n, 4) half-open xyxy in pixels.
         masks: counts of n compressed RLEs, or empty without masks.
-        iou: IoU of a single box with a single object, else None.
-        wrong: whether it is incorrect.
+        iou: IoU of the answer and the object; None unless the answer has one box and the referent one object.
+        wrong: whether the answer is incorrect.
     """
 
     boxes: Sequence[Sequence[float]]
@@ -92,7 +93,7 @@ def size_indices(area: np.ndarray) -> np.ndarray:
 
 
 class Catalog:
-    """The database. One connection for all threads, one at a time."""
+    """The database. All threads share one connection, which a lock lets them use one at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,7 +101,7 @@ class Catalog:
         self._connection.executescript(_SCHEMA)
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple]:
-        """All rows of a query."""
+        """Run a query and return all its rows."""
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 
@@ -111,11 +112,11 @@ class Catalog:
             self._connection.executemany(statement, values)
 
     def add_images(self, rows: Iterable[tuple[int, int, str, int, int, int, str]]) -> None:
-        """Add (position, id, file name, width, height, number of regions, error) of each image."""
+        """Add images, each as (position, id, file name, width, height, number of regions, error)."""
         self.write("INSERT INTO image VALUES (?,?,?,?,?,?,?,NULL)", rows)
 
     def add_referents(self, referents: Iterable[Referent]) -> None:
-        """Add referents with their sentences."""
+        """Add referents with their sentences and segmentations; call it once, as keys are counted from 0."""
         rows, sentences, segmentations = [], [], []
         for key, r in enumerate(referents):
             size = int(size_indices(np.asarray(r.area))) if len(r.boxes) else None
@@ -130,12 +131,12 @@ class Catalog:
         self.write("INSERT INTO segmentation VALUES (?,?)", segmentations)
 
     def add_annotations(self, rows: Iterable[tuple[int, int, Sequence[float]]]) -> None:
-        """Add (position, category id, xyxy box) of annotated objects, which are shown but not searched."""
+        """Add annotated objects, each as (position, category id, xyxy box); they are shown but not searched."""
         encoded = ((position, category, json.dumps(box)) for position, category, box in rows)
         self.write("INSERT INTO annotation VALUES (?,?,?)", encoded)
 
-    def index(self) -> None:
-        """Build the indices, once images, referents and annotations have been added."""
+    def build_indices(self) -> None:
+        """Build the SQL indices and the search index, once images, referents and annotations have been added."""
         with self._lock, self._connection:
             self._connection.executescript(_INDICES)
             self._connection.execute("INSERT INTO words(words) VALUES ('rebuild')")
@@ -145,13 +146,13 @@ class Catalog:
         return int(self.rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0])
 
     def segmentations(self, key: int) -> list[Any]:
-        """The segmentations of a referent's objects, as in the file."""
+        """The segmentations of a referent's objects, as in the instances file; `key` is the referent's key."""
         rows = self.rows("SELECT segmentations FROM segmentation WHERE referent = ?", (key,))
         decoded: list[Any] = msgspec.json.decode(rows[0][0]) if rows else []
         return decoded
 
     def add_answers(self, answers: Mapping[int, AnswerRow]) -> None:
-        """Add a model's answers by sentence id; in splits with answers, sentences without one count as wrong."""
+        """Add a model's answers by sentence id; sentences without an answer count as wrong if their split has any."""
         self.write(
             "UPDATE sentence SET answer = ?, answer_masks = ?, iou = ?, wrong = ? WHERE sent_id = ?",
             (

@@ -18,6 +18,7 @@ from refdet.errors import ArgumentError, InputError
 from refdet.evaluation.targets import is_generalized
 from refdet.files.short_text import format_count, format_share
 from refdet.report.browse.catalog import Catalog
+from refdet.report.browse.json_numbers import shortest_decimals, to_json_numbers
 from refdet.report.browse.referents import add_annotations, add_refs
 from refdet.store import Store
 from refdet.store.known_files import FileState
@@ -40,8 +41,9 @@ class BrowseInputs:
         dataset: folder in ``refer_root``.
         split_by: the division into splits.
         predictions: JSON of a model's answers on the first store; needs refs.
-        box_format: format of the boxes in it.
-        instances: instances JSON whose boxes are shown next to the regions; without refs they are the referents.
+        box_format: format of the boxes in ``predictions``.
+        instances: instances JSON whose objects are shown next to the regions; without refs, the objects are also the
+            referents.
     """
 
     stores: Sequence[Path]
@@ -55,9 +57,9 @@ class BrowseInputs:
 
 
 class Collection:
-    """Open stores, the folder of images, and the catalog of both.
+    """The open stores, their images, and the catalog of images, referents and sentences.
 
-    Regions are read on demand; features are never read.
+    The regions of an image are read on demand; features are never read.
 
     Args:
         inputs: what to show.
@@ -65,14 +67,15 @@ class Collection:
     Attributes:
         inputs: as given.
         stores: the open stores.
-        source: the images, or None.
-        catalog: images, referents and sentences.
-        names: category id -> name, for each store; names that a store lacks are those of the refs or instances.
-        referent_names: category id -> name in the file of the referents.
-        annotation_names: category id -> name in the file of the annotations.
+        source: the images; None if no images were given.
+        catalog: the database of images, referents and sentences.
+        names: category id -> name, for each store; the refs and the instances file name the categories that a store
+            does not.
+        referent_names: category id -> name in the refs, or without refs in the instances file; empty without both.
+        annotation_names: category id -> name in the instances file, empty without one.
         notes: sentences about what is unusual in the files.
         generalized: whether the refs are gRefCOCO's, with any number of objects.
-        sentence_images: sentence id -> its image, for reading predictions; empty without predictions.
+        sentence_images: sentence id -> image of the sentence, for reading predictions; empty without predictions.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -86,6 +89,7 @@ class Collection:
             raise ArgumentError("stores", f"{len(inputs.stores)} stores; give one, or two to show side by side")
         self.generalized = False
         self.sentence_images: dict[int, ImageRecord] = {}
+        # None for a path that is not a file, which stores.open reports
         self._states = [FileState.from_path(path) if path.is_file() else None for path in inputs.stores]
         self.stores = [stores.open(path) for path in inputs.stores]
         first = self.stores[0]
@@ -109,14 +113,14 @@ class Collection:
         self.source = None if inputs.images is None else self._open_images(inputs.images)
         self._compare_stores()
         self._add_referents()
-        self.catalog.index()
+        self.catalog.build_indices()
 
     def position(self, image_id: int) -> int | None:
-        """Position of an image in the first store, None if it is not there."""
+        """Position of an image in the first store, None if the store lacks the image."""
         return self._positions.get(image_id)
 
     def record(self, position: int) -> ImageRecord:
-        """The image at a position of the first store."""
+        """The record of the image at a position of the first store."""
         first = self.stores[0]
         return ImageRecord(
             int(first.image_ids[position]),
@@ -136,16 +140,16 @@ class Collection:
             str(store.path) for store, state in zip(self.stores, self._states, strict=True) if _state(store) != state
         ]
 
-    def preview_boxes(self, position: int, count: int, score: float | None) -> list[list[float]]:
+    def preview_boxes(self, position: int, max_regions: int, min_score: float | None) -> list[list[float]]:
         """Boxes of the top-scoring regions of an image in the first store, for a thumbnail.
 
         Args:
             position: position of the image.
-            count: maximum number of regions; at most `MAX_PREVIEW_REGIONS` are returned.
-            score: minimum score, None for all.
+            max_regions: maximum number of regions; never more than `MAX_PREVIEW_REGIONS` are returned.
+            min_score: minimum score, None for all.
 
         Returns:
-            (n, 4) xyxy boxes in pixels, highest score first.
+            Boxes [x1, y1, x2, y2] in pixels, highest score first.
         """
         first = self.stores[0]
         begin, end = (int(row) for row in first.region_start[position : position + 2])
@@ -153,13 +157,18 @@ class Collection:
             boxes, scores = first.data["regions/box"][begin:end], first.data["regions/score"][begin:end]
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
-        ranked = np.argsort(-scores, kind="stable")[: min(count, MAX_PREVIEW_REGIONS)]
-        if score is not None:
-            ranked = ranked[scores[ranked] >= np.float32(score)]
+        ranked = np.argsort(-scores, kind="stable")[: min(max_regions, MAX_PREVIEW_REGIONS)]
+        if min_score is not None:
+            ranked = ranked[scores[ranked] >= np.float32(min_score)]
         return to_json_numbers(boxes[ranked], digits=1)
 
     def box(self, position: int, region: int) -> list[float]:
-        """A region's box, xyxy in pixels, by its index in an image of the first store."""
+        """The box [x1, y1, x2, y2], in pixels, of a region in the first store.
+
+        Args:
+            position: position of the image.
+            region: index of the region among those of the image.
+        """
         first = self.stores[0]
         row = int(first.region_start[position]) + region
         try:
@@ -169,18 +178,26 @@ class Collection:
         return box
 
     def regions(self, store_index: int, image_id: int) -> dict[str, Any]:
-        """The regions of an image in a store: boxes, scores, categories and masks."""
+        """The regions of an image in a store, as JSON for the page.
+
+        Returns:
+            "path", the name of the store's file; "absent", a message if the store lacks the image, else ""; "regions",
+            with box, score, category, row in the store and mask, if the store has masks. If the store has the image,
+            also "error" of its extraction, "size" [height, width], and "masks", whether the store has masks.
+        """
         store = self.stores[store_index]
         if image_id not in store:
             return {"path": store.path.name, "absent": f"{store.path.name} has no image {image_id}", "regions": []}
         image_regions, rows = store.read(image_id, features=()), store.rows(image_id)
         categories = map(str, image_regions.category_ids.tolist())
-        columns = zip(to_json_numbers(image_regions.boxes), _shortest(image_regions.scores), categories, strict=True)
+        columns = zip(
+            to_json_numbers(image_regions.boxes), shortest_decimals(image_regions.scores), categories, strict=True
+        )
         regions: list[dict[str, Any]] = [
             {"box": box, "score": score, "category": category, "row": row}
             for row, (box, score, category) in zip(rows, columns, strict=True)
         ]
-        for region, mask in zip(regions, image_regions.masks or (), strict=False):
+        for region, mask in zip(regions, image_regions.masks or (), strict=False):  # no masks: none are added
             region["mask"] = mask.decode("ascii")
         return {
             "path": store.path.name,
@@ -192,25 +209,30 @@ class Collection:
         }
 
     def _open_images(self, path: Path) -> ImageSource:
+        """Open the folder or zip of images, and note which images it lacks."""
         exif = self.stores[0].options.get("exif")
         source = ImageSource.open(path, exif if exif in ("ignore", "apply") else "ignore")
         missing = source.locate([self.record(position) for position in range(len(self.stores[0]))])
         if missing:
             self._note(
                 f"{format_share(len(missing), len(self.stores[0]), 'image', 'is')} missing in {path}, first: "
-                f"{missing[0]}; regions are shown without them"
+                f"{missing[0]}; their regions are shown on gray"
             )
         return source
 
     def _compare_stores(self) -> None:
+        """Note how the second store, if there is one, differs from the first."""
         if len(self.stores) == 1:
             return
         first, second = self.stores
-        absent, extra = len(set(first) - set(second)), len(set(second) - set(first))
-        if absent:
-            self._note(f"{second.path.name} lacks {format_share(absent, len(first), 'image')} of {first.path.name}")
-        if extra:
-            self._note(f"not shown: {format_count(extra, 'image')} of {second.path.name} that {first.path.name} lacks")
+        first_ids, second_ids = set(first.image_ids.tolist()), set(second.image_ids.tolist())
+        n_only_first, n_only_second = len(first_ids - second_ids), len(second_ids - first_ids)
+        if n_only_first:
+            share = format_share(n_only_first, len(first), "image")
+            self._note(f"{second.path.name} lacks {share} of {first.path.name}")
+        if n_only_second:
+            images = format_count(n_only_second, "image")
+            self._note(f"not shown: {images} of {second.path.name} that {first.path.name} lacks")
         modes = [str(store.options.get("exif", "ignore")) for store in self.stores]
         if modes[0] != modes[1]:
             self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not line up")
@@ -224,22 +246,32 @@ class Collection:
             )
 
     def _compare_names(self, names: Mapping[int, str], file: str) -> None:
-        """Note categories that a file and the first store name differently; add names that a store lacks."""
+        """Note categories that a file and the first store name differently; add the file's names to `names`.
+
+        Args:
+            names: category id -> name in the file.
+            file: what the notes call the file.
+        """
         first = self.stores[0]
         differing = [i for i, name in first.names.items() if names.get(i, name) != name]
         if differing:
             self._note(
                 f"{file} and {first.path.name} name {format_count(len(differing), 'category')} differently, first: "
                 f"{differing[0]} is {names[differing[0]]!r} and {first.names[differing[0]]!r}; objects are shown with "
-                "the former's names, regions with the latter's"
+                f"the names of {file}, regions with those of {first.path.name}"
             )
         self.names = [{**names, **store_names} for store_names in self.names]
 
     def _compare_sizes(self, sizes: Mapping[int, tuple[int, int]], file: str) -> None:
-        """Note images whose (height, width) in a file is not that in the first store."""
+        """Note images whose size in a file is not that in the first store.
+
+        Args:
+            sizes: image id -> (height, width) in the file.
+            file: what the notes call the file.
+        """
         first = self.stores[0]
-        own_sizes = zip(first.heights.tolist(), first.widths.tolist(), strict=True)
-        resized = [i for i, size in zip(self._positions, own_sizes, strict=True) if sizes.get(i, size) != size]
+        first_sizes = zip(first.heights.tolist(), first.widths.tolist(), strict=True)
+        resized = [i for i, size in zip(self._positions, first_sizes, strict=True) if sizes.get(i, size) != size]
         if resized:
             self._note(
                 f"{format_count(len(resized), 'image', 'has')} a different size in {file} than in {first.path.name}, "
@@ -247,6 +279,7 @@ class Collection:
             )
 
     def _add_referents(self) -> None:
+        """Add the refs and the instances that were given to the catalog; notes how they differ from the store."""
         inputs = self.inputs
         refer_options = [inputs.refer_root, inputs.dataset, inputs.split_by]
         if any(value is not None for value in refer_options):
@@ -256,21 +289,22 @@ class Collection:
         elif inputs.predictions is not None:
             raise InputError("`predictions` are answers to sentences; give `refer_root`, `dataset` and `split_by` too")
         if inputs.instances is not None:
+            has_refs = inputs.refer_root is not None
             index = CocoIndex.load(inputs.instances)
-            absent = add_annotations(self.catalog, self._positions, index, inputs.refer_root is None)
+            n_not_in_file = add_annotations(self.catalog, self._positions, index, as_referents=not has_refs)
             self.annotation_names = index.categories
-            if inputs.refer_root is None:
+            if not has_refs:
                 self.referent_names = index.categories
             self._compare_names(index.categories, inputs.instances.name)
             sizes = {i: (image.height, image.width) for i, image in index.images.items()}
             self._compare_sizes(sizes, inputs.instances.name)
-            if absent:
-                images = format_share(absent, len(self._positions), "image")
+            if n_not_in_file:
+                images = format_share(n_not_in_file, len(self._positions), "image")
                 self._note(f"{inputs.instances.name} lacks {images} of the store")
 
     def _add_refs(self, root: str, dataset: str, split_by: str) -> None:
         refer = REFER(root, dataset, split_by)
-        absent = add_refs(self.catalog, self._positions, refer)
+        n_not_in_store = add_refs(self.catalog, self._positions, refer)
         self.referent_names = dict(refer.Cats)
         self._compare_names(self.referent_names, f"the refs of {dataset}")
         self._compare_sizes(
@@ -283,16 +317,18 @@ class Collection:
         )
         refs = refer.data["refs"]
         self.generalized = is_generalized(refs)
-        if absent:
-            refs_are = format_share(absent, len(refs), "ref", "is")
+        if n_not_in_store:
+            refs_are = format_share(n_not_in_store, len(refs), "ref", "is")
             self._note(f"{refs_are} on images that {self.stores[0].path.name} lacks")
         if self.inputs.predictions is not None:
-            if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
+            if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):  # an id overwrote another
                 raise InputError(
                     f"{root}/{dataset}: duplicate sent_id makes `predictions` ambiguous; renumber the sentences"
                 )
             records = {i: _record(image) for i, image in refer.Imgs.items()}
-            records |= {i: self.record(position) for i, position in self._positions.items()}
+            records |= {
+                i: self.record(position) for i, position in self._positions.items()
+            }  # the store's, if it has it
             self.sentence_images = {sent_id: records[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
 
     def _note(self, text: str) -> None:
@@ -300,21 +336,10 @@ class Collection:
         log.warning("note: %s", text)
 
 
-def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
-    """Convert to finite numbers, as JSON requires: NaN, possible in a damaged store, becomes 0, and infinity 1e9."""
-    numbers: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
-    return numbers
-
-
-def _shortest(scores: np.ndarray) -> list[float]:
-    """The shortest decimals that round to the float32 scores: 0.7 instead of 0.699999988."""
-    finite = np.nan_to_num(scores.astype(np.float32), posinf=1e9, neginf=-1e9)
-    return [float(str(score)) for score in finite]
-
-
 def _record(image: Any) -> ImageRecord:
-    """The record of an image of the refs, which may lack its size."""
-    return ImageRecord(image["id"], "", int(image.get("height") or 1), int(image.get("width") or 1))
+    """The record of an image of the refs; 1 x 1, as sides must be positive, if the refs do not say its size."""
+    height, width = int(image.get("height") or 1), int(image.get("width") or 1)
+    return ImageRecord(image["id"], file_name="", height=height, width=width)
 
 
 def _state(store: Store) -> FileState | None:

@@ -1,7 +1,7 @@
-"""`Indexer`: computes values that take seconds in the background, while the page is already shown.
+"""`Indexer`: completes the catalog in the background, while the page is already shown.
 
-It adds the IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a
-model's answers are correct to the catalog.
+It adds what takes seconds to compute: the IoU of each referent's best region, the categories and sizes of the regions
+of each image, and whether a model's answers are correct.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from refdet.store import Store
 log = logging.getLogger(__name__)
 
 _BLOCK_IMAGES = 64  # images read at a time
-_PAUSE, _MAX_PAUSE = 0.1, 1.0  # seconds to wait after a request, and at most before each block
+_PAUSE = 0.1  # seconds without a request before the next block of images is read
+_MAX_PAUSE = 1.0  # seconds after which the next block is read even if requests keep coming
 _CORRECT_IOU = 0.5  # IoU from which an answer is correct
 
 
 class Indexer:
-    """Fills in the catalog in a thread; `status` returns its progress.
+    """Completes the catalog in a thread; `status` returns its progress.
 
     Args:
         collection: the stores, and the catalog to add to.
@@ -43,8 +44,8 @@ class Indexer:
         self._collection = collection
         self._thread = threading.Thread(target=self._run, name="refdet-browse-index", daemon=True)
         self._stop = threading.Event()
-        self._total = sum(len(store) for store in collection.stores)
-        self._done = 0
+        self._images_total = sum(len(store) for store in collection.stores)
+        self._images_done = 0
         self._stage = "regions"
         self._error = ""
         self._scores = (0.0, 1.0)
@@ -65,21 +66,25 @@ class Indexer:
         self._thread.join()
 
     def pause_for_request(self) -> None:
-        """Pause, as a request would otherwise compete with this thread for the interpreter."""
+        """Pause for a request, which would otherwise compete with the indexer's thread for the interpreter lock."""
         self._last_request = time.monotonic()
 
     def status(self) -> dict[str, Any]:
-        """The stage ("regions", "answers" or "" when done), its progress in 0..1, an error or "", and the score range.
+        """The progress, as JSON for the page.
 
-        The range is from the lowest to the highest score of the regions so far, and at least 0 to 1.
+        Returns:
+            "stage", which is "regions", "answers" or, at the end, ""; "part", how much of the regions has been read, in
+            0..1; "error", a message or ""; and "scores", the lowest and highest score of the regions read so far, or 0
+            and 1 if these are lower and higher.
         """
-        part = self._done / self._total if self._total and self._stage == "regions" else 1.0
+        part = self._images_done / self._images_total if self._images_total and self._stage == "regions" else 1.0
         return {"stage": self._stage, "part": round(part, 3), "error": self._error, "scores": self._scores}
 
     def _wait_for_requests(self) -> None:
+        """Wait until no request has come for `_PAUSE`, but at most `_MAX_PAUSE`."""
         latest = time.monotonic() + _MAX_PAUSE
         while time.monotonic() < min(latest, self._last_request + _PAUSE) and not self._stop.is_set():
-            self._stop.wait(_PAUSE / 5)
+            self._stop.wait(_PAUSE / 5)  # returns at once if stopped
 
     def _run(self) -> None:
         try:
@@ -109,10 +114,10 @@ class Indexer:
             scores = block.scores[np.isfinite(block.scores)]
             low, high = self._scores
             self._scores = (float(scores.min(initial=low)), float(scores.max(initial=high)))
-            if store_index == 0:
+            if store_index == 0:  # images are listed, sorted and filtered as in the first store
                 block.add_region_kinds(self._collection.catalog, begin)
             block.add_best_regions(self._collection.catalog, store_index)
-            self._done += end - begin
+            self._images_done += end - begin
 
     def _add_answers(self) -> None:
         collection = self._collection
@@ -135,8 +140,8 @@ class _Block:
     """Boxes, scores and categories of the regions of successive images.
 
     Args:
-        ids: (I,) ids of the images.
-        starts: (I + 1,) row, in the block, of the first region of each image, and the number of regions N.
+        ids: ids of the I images.
+        starts: (I + 1,) row in the block of the first region of each image; the last entry is N, the number of regions.
         boxes: (N, 4) half-open xyxy in pixels.
         scores: (N,) scores.
         categories: (N,) category ids.
@@ -158,10 +163,10 @@ class _Block:
         return cls(store.image_ids[begin:end].tolist(), starts - starts[0], boxes, scores, categories)
 
     def add_region_kinds(self, catalog: Catalog, first: int) -> None:
-        """Add the highest score of each image, and the categories and sizes of its regions.
+        """Add the highest score of each image, and the categories and sizes of the regions of each image.
 
         Args:
-            catalog: where to add them.
+            catalog: the catalog to complete.
             first: position of the first image of the block.
         """
         scores = [
@@ -177,7 +182,7 @@ class _Block:
         catalog.write("INSERT OR IGNORE INTO region_kind VALUES (?,?,?)", kinds.tolist())
 
     def add_best_regions(self, catalog: Catalog, store_index: int) -> None:
-        """Add the best region of each referent and its IoU; with several objects, of the worst-covered one."""
+        """Add the index and IoU of the best region of each referent; of several objects, the worst-covered counts."""
         placeholders = ",".join("?" * len(self.ids))
         rows = catalog.rows(
             f"SELECT r.key, i.id, r.boxes FROM image i JOIN referent r USING (position) WHERE i.id IN ({placeholders})",
@@ -195,17 +200,17 @@ class _Block:
                     updates.append((iou, best, None if best is None else float(self.scores[begin + best]), key))
         if store_index == 0:
             catalog.write("UPDATE referent SET iou0 = ?, best0 = ?, score = ? WHERE key = ?", updates)
-        else:  # without scores, as those of two detectors are not comparable
+        else:  # without scores: the column is for sorting, and scores of two detectors are not comparable
             without_scores = [(iou, best, key) for iou, best, _, key in updates]
             catalog.write("UPDATE referent SET iou1 = ?, best1 = ? WHERE key = ?", without_scores)
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
-    """IoU and index of the best region of the worst-covered box; the index is None without overlap.
+    """IoU and index of the best region of the worst-covered box; the index is None if no region overlaps that box.
 
     Args:
-        boxes: (n, 4) boxes of the objects of a referent.
-        regions: (m, 4) boxes of the regions of the image.
+        boxes: (n, 4) boxes of the objects of a referent, half-open xyxy in pixels.
+        regions: (m, 4) boxes of the regions of the image, likewise.
     """
     if not len(regions):
         return 0.0, None
@@ -217,7 +222,10 @@ def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
 
 
 def _answer(prediction: Prediction, ground_truth: list[list[float]]) -> AnswerRow:
-    """A prediction, compared with the (n, 4) xyxy boxes of the referent's objects."""
+    """The row of a prediction, whose correctness is judged by the boxes of the referent's objects, (n, 4) xyxy.
+
+    A single box for a single object is correct from `_CORRECT_IOU`, any other answer if its F1 score is 1.
+    """
     boxes = np.array(ground_truth, np.float64).reshape(-1, 4)
     masks = [mask["counts"].decode("ascii") for mask in prediction.masks or ()]
     if len(boxes) == len(prediction.boxes) == 1:

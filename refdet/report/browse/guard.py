@@ -3,7 +3,8 @@
 The page is for the user who started the program. Other users of the machine lack the token; other pages in the user's
 browser can send requests but lack the cookie (SameSite=Strict); a foreign host name that resolves to this machine
 (DNS rebinding) is not in the list of hosts. A cookie is sent to every port of an address, so another server on this
-machine could ask for it: the page's addresses begin with a random folder, and the cookie is for that folder only.
+machine could ask for it: therefore all paths of the page begin with a random folder, and the cookie is for that folder
+only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Guard:
 
     The printed address has the token in its query; the response to it sets a cookie, which later requests carry.
     Requests with the cookie must be for paths in `folder`, the application's ``root_path``; requests with the token in
-    the query may also be for paths without it.
+    the query may also leave `folder` out of the path.
 
     Args:
         app: the application.
@@ -49,7 +50,7 @@ class Guard:
         hosts: names and addresses by which the server may be reached, besides the loopback ones.
 
     Attributes:
-        folder: "/" and random letters, with which the paths of this server begin.
+        folder: "/" and random characters, with which the paths of this server begin.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int, hosts: tuple[str, ...] = ()) -> None:
@@ -64,7 +65,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":  # a websocket
-            await send({"type": "websocket.close", "code": 1008})
+            await send({"type": "websocket.close", "code": 1008})  # "policy violation"
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         query_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
@@ -86,7 +87,7 @@ class Guard:
         await (self.app if refusal is None else refusal)(inner, receive, send_guarded)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str], has_query_token: bool) -> Response | None:
-        """The response to a request that is refused, None if it is not."""
+        """The response that refuses a request, None if the request is accepted."""
         host = headers.get(b"host", "").lower()
         if host not in self.hosts:
             return PlainTextResponse("Unknown host name; open the address that refdet browse printed.\n", 400)
@@ -103,9 +104,11 @@ class Guard:
         return path.startswith(f"{self.folder}/")
 
     def _is_token(self, text: str) -> bool:
+        """Whether a text is the token; the time it takes does not depend on how much of it is right."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
     def _read_cookie(self, header: str) -> str:
+        """The value of this server's cookie in a Cookie header, "" if there is none."""
         try:
             cookie = SimpleCookie(header).get(COOKIE)
         except CookieError:

@@ -1,4 +1,4 @@
-"""The parameters of the page's requests, which select and sort a list, and its SQL queries."""
+"""The parameters of the page's requests, which select and sort a list, and the SQL queries of the list."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from refdet.errors import ArgumentError
 from refdet.report.browse.catalog import SIZES, Catalog
 
 MIN_IOU = 0.5
-"""IoU from which a region covers a referent."""
+"""Minimum IoU of a region that covers a referent."""
 
 SHOW_CHOICES = ("refs", "images")
 ONLY_CHOICES = ("", "uncovered", "wrong", "failed")
 PAGE_SIZE = 60
 _MAX_PAGE_SIZE = 1000
-_MAX_COUNT = 1 << 40
-_MAX_SEARCH_LENGTH = 500
+_MAX_COUNT = 1 << 40  # more than any list has, and still an SQLite integer
+_MAX_SEARCH_LENGTH = 500  # characters
 
+# SQL expressions by which a list can be sorted; "gap" is the IoU in the first store minus that in the second.
 _ORDERS = {
     "refs": {
         "order": "r.key",
@@ -47,14 +48,14 @@ class Filter:
 
     Attributes:
         show: "refs" or "images".
-        search: words that a sentence must have; the last one may be the start of a word.
+        search: words that one sentence of a referent must have; the last of them may be the start of a word.
         split: name of a split, "" for all.
-        category: category id, of referents or of any region of the images; None for all.
-        size: one of `SIZES`, of referents or of any region of the images; "" for all.
-        only: "uncovered" for referents that no region covers, "wrong" for those with a wrong answer, "failed" for
-            images that could not be read by the extraction, "" for all.
+        category: category id of the referents, or of a region of the images; None for all.
+        size: one of `SIZES`, of the referents, or of a region of the images; "" for all.
+        only: "uncovered" for referents that no region covers, "wrong" for referents with a wrong answer, "failed" for
+            images that the extraction could not use, "" for all.
         sort: one of `ORDERS`.
-        descending: whether the highest come first.
+        descending: whether the highest values come first; entries without a value are always last.
     """
 
     show: str = "images"
@@ -91,7 +92,13 @@ class Filter:
         return int(catalog.rows(f"SELECT count(*) FROM {_TABLES[self.show]} WHERE {where}", values)[0][0])
 
     def keys(self, catalog: Catalog, offset: int = 0, limit: int = PAGE_SIZE) -> list[int]:
-        """Keys of referents, or positions of images, on a page of the list; all of them with a limit of -1."""
+        """The keys of the referents, or the positions of the images, on a page of the list.
+
+        Args:
+            catalog: the catalog.
+            offset: number of entries before the page.
+            limit: maximum number of entries, -1 for all.
+        """
         where, values = self._where()
         key = "r.key" if self.show == "refs" else "i.position"
         order = _ORDERS[self.show][self.sort]
@@ -105,8 +112,8 @@ class Filter:
         """The SQL condition of the list, and the values of its placeholders."""
         conditions, values = self._referent_conditions()
         if self.show == "images" and conditions:
-            of_referents = " AND ".join(conditions)
-            conditions = [f"i.position IN (SELECT r.position FROM referent r WHERE {of_referents})"]
+            referent_conditions = " AND ".join(conditions)
+            conditions = [f"i.position IN (SELECT r.position FROM referent r WHERE {referent_conditions})"]
         if self.show == "images" and (self.category is not None or self.size):
             kind_conditions, kind_values = self._category_conditions("category", "size")
             kinds = " AND ".join(kind_conditions)
@@ -114,7 +121,7 @@ class Filter:
             values += kind_values
         if self.only == "failed":
             conditions.append("i.error != ''")
-        return " AND ".join(conditions) or "1", values
+        return " AND ".join(conditions) or "1", values  # 1: true, for every row
 
     def _referent_conditions(self) -> tuple[list[str], list[Any]]:
         """SQL conditions on referents, and the values of their placeholders."""
@@ -125,7 +132,7 @@ class Filter:
             )
             values.append(" ".join(f'"{word}"' for word in words) + "*")
         elif self.search.strip():  # only punctuation, which is not indexed
-            conditions.append("0")
+            conditions.append("0")  # false: no row
         if self.split:
             conditions.append("r.split = ?")
             values.append(self.split)
@@ -139,7 +146,7 @@ class Filter:
         return conditions, values
 
     def _category_conditions(self, category: str, size: str) -> tuple[list[str], list[Any]]:
-        """SQL conditions on the columns of the category and the size, and their values."""
+        """SQL conditions on the columns named `category` and `size`, and the values of their placeholders."""
         conditions, values = [], []
         if self.category is not None:
             conditions.append(f"{category} = ?")
@@ -152,12 +159,12 @@ class Filter:
 
 @dataclass(frozen=True)
 class ListPage:
-    """A page of a list, and which regions of images it shows.
+    """A page of a list, and which regions of each image to show on it.
 
     Attributes:
-        offset: number of entries before it.
-        limit: maximum number of its entries.
-        top: maximum number of top-scoring regions to show of an image.
+        offset: number of entries before the page.
+        limit: maximum number of entries on the page.
+        top: maximum number of regions to show of an image, those with the highest scores.
         score: minimum score of these regions, None for all.
     """
 
@@ -182,10 +189,10 @@ class ListPage:
 
 
 def parse_id(name: str, text: str) -> int:
-    """Parse an id in an address; it may be negative, and larger than 2^53.
+    """Parse an id in an address; ids may be negative or beyond 2^53, where numbers in JavaScript are not exact.
 
     Raises:
-        ArgumentError: it is not an integer of 64 bits.
+        ArgumentError: the text is not an integer of 64 bits.
     """
     if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(1 << 63) <= int(text) < 1 << 63:
         raise ArgumentError(name, f"{text!r:.40} is not an id")
@@ -193,6 +200,7 @@ def parse_id(name: str, text: str) -> int:
 
 
 def _parse_score(text: str) -> float | None:
+    """A finite number; None for ""."""
     if not text:
         return None
     try:
@@ -205,6 +213,7 @@ def _parse_score(text: str) -> float | None:
 
 
 def _parse_count(name: str, params: Mapping[str, str], default: int, maximum: int) -> int:
+    """The parameter `name`, an integer from 0 to `maximum`; the default if it is missing or empty."""
     text = params.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
         raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {maximum}")

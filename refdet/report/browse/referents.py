@@ -1,4 +1,4 @@
-"""Referents and annotated objects of the images of a store, for the catalog."""
+"""Add the referents and the annotated objects of the images of a store to the catalog."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_refs(catalog: Catalog, positions: Mapping[int, int], refer: REFER) -> in
     """Add the refs whose images are in a store.
 
     Args:
-        catalog: where to add them.
+        catalog: the catalog to add to.
         positions: image id -> position in the store.
         refer: the refs.
 
@@ -23,7 +23,7 @@ def add_refs(catalog: Catalog, positions: Mapping[int, int], refer: REFER) -> in
         The number of refs that were left out, as their images are not in the store.
 
     Raises:
-        refer.ReferError: an annotation has no box, or one that is not finite.
+        refer.ReferError: an annotation has no box, or a box that is not finite.
     """
     refs = refer.data["refs"]
     catalog.add_referents(_referents(refs, positions, refer))
@@ -31,34 +31,35 @@ def add_refs(catalog: Catalog, positions: Mapping[int, int], refer: REFER) -> in
 
 
 def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> Iterator[Referent]:
+    """The referents of the refs whose images have a position."""
     for ref in refs:
         if ref["image_id"] not in positions:
             continue
         objects = objects_of(refer, ref)
         object_boxes = boxes(refer, objects)
-        sides = object_boxes[:1, 2:] - object_boxes[:1, :2]
+        first_sides = object_boxes[:1, 2:] - object_boxes[:1, :2]  # (1, 2), or (0, 2) without objects
         area = objects[0].get("area") if objects else None
         yield Referent(
             label=f"ref {ref['ref_id']}",
             position=positions[ref["image_id"]],
             split=ref["split"],
             category=objects[0]["category_id"] if objects else None,
-            # of the box where the file has no area, 0 without objects
-            area=float(area) if isinstance(area, int | float) else float(sides.prod(axis=1).sum()),
+            # the area of the box if the file has none; the sum over no boxes is 0
+            area=float(area) if isinstance(area, int | float) else float(first_sides.prod(axis=1).sum()),
             boxes=object_boxes.tolist(),
             sentences=[(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
             segmentations=[annotation["segmentation"] for annotation in objects if annotation.get("segmentation")],
         )
 
 
-def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoIndex, as_referents: bool) -> int:
+def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoIndex, *, as_referents: bool) -> int:
     """Add the annotated objects of the images of a store.
 
     Args:
-        catalog: where to add them.
+        catalog: the catalog to add to.
         positions: image id -> position in the store.
         index: the instances file.
-        as_referents: whether to add them as referents without sentences, except crowds.
+        as_referents: whether to add the objects, except crowds, as referents without sentences too.
 
     Returns:
         The number of images of the store that are not in the instances file.

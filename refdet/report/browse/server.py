@@ -28,16 +28,18 @@ from refdet.report.browse.thumbnails import ByteCache, full_image, thumbnail
 log = logging.getLogger(__name__)
 
 FIRST_PORT = 8765
-_MAX_PORTS = 50  # to try
+_MAX_PORTS = 50  # ports to try, from `FIRST_PORT` on
+_BACKLOG = 128  # connections that may wait to be accepted
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_CACHED = {"Cache-Control": "private, max-age=86400"}  # safe, as the addresses of each server are unique
+# The browser may keep images for a day: another server has other addresses, as `Guard.folder` is random.
+_CACHED = {"Cache-Control": "private, max-age=86400"}
 
 
 class AsciiJSONResponse(JSONResponse):
     """JSON in ASCII, as strings from files may have characters that UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
-        """The bytes of the response."""
+        """The JSON, with characters beyond ASCII escaped."""
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
@@ -75,7 +77,7 @@ class Handlers:
         return Starlette(routes=routes, exception_handlers=exception_handlers)
 
     def _with_priority(self, handle: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        """Make the indexer pause for a request, except for the status, which the page requests all the time."""
+        """Make the indexer pause for a request, unless it is for the status, which the page requests every second."""
 
         def handle_with_priority(request: Request) -> Response:
             if handle != self.status:
@@ -85,15 +87,21 @@ class Handlers:
         return handle_with_priority
 
     def page(self, request: Request) -> Response:
-        """The page itself, for every address of a view; its scripts load everything else relative to themselves."""
+        """The HTML of the page, the same for every view.
+
+        Only the scripts and styles that it names need the folder of the server; the scripts take it from their own URL.
+        """
         prefix = request.scope["root_path"].encode()
         return Response(
             self.static["page.html"].replace(b'"static/', b'"' + prefix + b"/static/"), media_type="text/html"
         )
 
     def file(self, request: Request) -> Response:
-        """A script or style of the page."""
-        return self._static(request.path_params["name"])
+        """A script, style or icon of the page."""
+        name = request.path_params["name"]
+        if name not in self.static:
+            return PlainTextResponse("no such file\n", 404)
+        return Response(self.static[name], media_type=_TYPES[Path(name).suffix])
 
     def about(self, request: Request) -> Response:
         """What the collection contains, for the controls of the page."""
@@ -109,18 +117,18 @@ class Handlers:
         return AsciiJSONResponse(views.items(self.collection, Filter.parse(params), ListPage.parse(params)))
 
     def image(self, request: Request) -> Response:
-        """One image."""
+        """The details of one image, by its id."""
         return AsciiJSONResponse(
             views.image_details(self.collection, parse_id("image", request.path_params["image_id"]))
         )
 
     def list(self, request: Request) -> Response:
-        """A list as a file."""
+        """A whole list, as a file to download."""
         entries = views.whole_list(self.collection, Filter.parse(request.query_params))
         return AsciiJSONResponse(entries, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
 
     def thumbnail(self, request: Request) -> Response:
-        """A thumbnail."""
+        """The thumbnail of an image, by its position."""
         position = self._position(request)
         source = self.collection.source
         if source is None:
@@ -129,7 +137,7 @@ class Handlers:
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     def picture(self, request: Request) -> Response:
-        """An image at full size."""
+        """An image at full size, by its position."""
         position = self._position(request)
         if self.collection.source is None:
             return PlainTextResponse("no images were given\n", 404)
@@ -137,6 +145,7 @@ class Handlers:
         return Response(jpeg, media_type="image/jpeg", headers=_CACHED)
 
     def _position(self, request: Request) -> int:
+        """The position in a request's path; ArgumentError if the first store has no image there."""
         position: int = request.path_params["position"]
         if not 0 <= position < len(self.collection.stores[0]):
             raise ArgumentError("position", f"no image at position {position}")
@@ -145,21 +154,16 @@ class Handlers:
     def _status(self) -> dict[str, Any]:
         return {"index": self.indexer.status(), "changed": self.collection.changed()}
 
-    def _static(self, name: str) -> Response:
-        if name not in self.static:
-            return PlainTextResponse("no such file\n", 404)
-        return Response(self.static[name], media_type=_TYPES[Path(name).suffix])
-
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Args:
-        host: the name or address to listen at.
-        port: the port; 0 for any free one; None for `FIRST_PORT` or the next free one.
+        host: the name or address to listen on.
+        port: the port; 0 for any free port; None for `FIRST_PORT` or the next free port.
 
     Raises:
-        InputError: the port is in use, or there is no such address.
+        InputError: the port is in use, or this machine has no such address.
     """
     ports = range(FIRST_PORT, FIRST_PORT + _MAX_PORTS) if port is None else (port,)
     last_error = OSError()
@@ -174,7 +178,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(128)
+            listener.listen(_BACKLOG)
         except OSError as error:
             listener.close()
             last_error = error
@@ -182,7 +186,7 @@ def listen(host: str, port: int | None) -> socket.socket:
             return listener
     where = f"`port` {port}" if port is not None else f"ports {ports[0]} to {ports[-1]}"
     raise InputError(
-        f"{where}: cannot listen at {host} ({last_error.strerror or last_error}); give another `port`, or 0 for any"
+        f"{where}: cannot listen on {host} ({last_error.strerror or last_error}); give another `port`, or 0 for any"
     )
 
 
@@ -194,8 +198,8 @@ def serve(
     Args:
         collection: what to show; closed at the end.
         listener: a listening socket.
-        host: the name or address that it listens at.
-        token: the token of `Guard`.
+        host: the name or address that the socket listens on.
+        token: the token that `Guard` asks for.
         announce: called with the URL to open, before the server starts.
     """
     port = int(listener.getsockname()[1])
@@ -221,8 +225,8 @@ def accepted_hosts(host: str, name: str) -> tuple[str, ...]:
     """The names in Host headers to accept besides the loopback ones.
 
     Args:
-        host: the name or address that the server listens at.
-        name: the same as in a URL, where IPv6 addresses are in brackets.
+        host: the name or address that the server listens on.
+        name: the host as written in a URL, where IPv6 addresses are in brackets.
     """
     if host in ("0.0.0.0", "::"):  # every address of the machine
         return (name, socket.gethostname(), socket.getfqdn())

@@ -1,4 +1,4 @@
-"""JSON for the page: a page of a list, one image, and the list as a file."""
+"""JSON for the page: what there is to show, a page of a list, one image, and a whole list to download."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from refdet.report.browse.catalog import SIZES
 from refdet.report.browse.collection import Collection
 from refdet.report.browse.queries import Filter, ListPage
 
+# the columns that `_referent` takes
 _REFERENT = "r.key, r.label, r.position, r.split, r.category, r.size, r.boxes, r.iou0, r.best0, r.iou1, r.best1"
 
 
@@ -47,13 +48,14 @@ def about(collection: Collection) -> dict[str, Any]:
 
 
 def items(collection: Collection, filter_: Filter, page: ListPage) -> dict[str, Any]:
-    """A page of a list for the grid, and the length of the list."""
+    """A page of a list, for the grid, and the length of the whole list."""
     keys = filter_.keys(collection.catalog, page.offset, page.limit)
     if filter_.show == "refs":
         entries = [_referent_item(collection, key) for key in keys]
     else:
         entries = [
-            {**_image(collection, key), "boxes": collection.preview_boxes(key, page.top, page.score)} for key in keys
+            {**_image(collection, position), "boxes": collection.preview_boxes(position, page.top, page.score)}
+            for position in keys
         ]
     return {"total": filter_.count(collection.catalog), "offset": page.offset, "items": entries}
 
@@ -83,7 +85,10 @@ def image_details(collection: Collection, image_id: int) -> dict[str, Any]:
 
 
 def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, str]:
-    """The mask of a referent as compressed RLE, "" if it has none, and why its segmentation is unusable, or ""."""
+    """The mask of all objects of a referent, as compressed RLE, and why there is none although there should be.
+
+    Both are "" if no object has a segmentation.
+    """
     segmentations = collection.catalog.segmentations(key)
     try:
         rles = [to_rle(segmentation, *size) for segmentation in segmentations]
@@ -94,7 +99,7 @@ def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, 
 
 
 def whole_list(collection: Collection, filter_: Filter) -> list[dict[str, Any]]:
-    """All entries of a list, for a file."""
+    """All entries of a list, as they are downloaded."""
     catalog, keys = collection.catalog, filter_.keys(collection.catalog, limit=-1)
     images = {row[0]: row for row in catalog.rows("SELECT position, id, name, regions, error FROM image")}
     if filter_.show == "images":
@@ -129,6 +134,7 @@ def whole_list(collection: Collection, filter_: Filter) -> list[dict[str, Any]]:
 
 
 def _image(collection: Collection, position: int) -> dict[str, Any]:
+    """An image, by its position: its columns in the catalog, and why it cannot be shown, "" if it can."""
     row = collection.catalog.rows(
         "SELECT position, id, name, width, height, regions, error FROM image WHERE position = ?", (position,)
     )[0]
@@ -137,7 +143,7 @@ def _image(collection: Collection, position: int) -> dict[str, Any]:
 
 
 def _why_missing(collection: Collection, position: int) -> str:
-    """Why there is no image to show, "" if there is one."""
+    """Why an image cannot be shown, "" if there is a file for it."""
     if collection.source is None:
         return "no images were given; start refdet browse with --images"
     record = collection.record(position)
@@ -147,6 +153,7 @@ def _why_missing(collection: Collection, position: int) -> str:
 
 
 def _referent(row: tuple) -> dict[str, Any]:
+    """A referent, from the columns `_REFERENT`; "iou" and "best" have an entry for each of two stores."""
     key, label, position, split, category, size, boxes, iou0, best0, iou1, best1 = row
     return {
         "key": key,
@@ -162,6 +169,7 @@ def _referent(row: tuple) -> dict[str, Any]:
 
 
 def _sentences(collection: Collection, key: int) -> list[dict[str, Any]]:
+    """The sentences of a referent with a model's answers, by the key of the referent."""
     rows = collection.catalog.rows(
         "SELECT sent_id, text, answer, answer_masks, iou, wrong FROM sentence WHERE referent = ? ORDER BY key", (key,)
     )
@@ -179,11 +187,12 @@ def _sentences(collection: Collection, key: int) -> list[dict[str, Any]]:
 
 
 def _pairs(names: Mapping[int, str]) -> list[list[str]]:
-    """Category ids and names by name. Ids are texts, as numbers above 2^53 are not exact in a browser."""
+    """[category id, name] pairs, sorted by name; ids are strings, as numbers above 2^53 are not exact in JavaScript."""
     return sorted(([str(i), name] for i, name in names.items()), key=lambda pair: pair[1].casefold())
 
 
 def _referent_item(collection: Collection, key: int) -> dict[str, Any]:
+    """The entry of a referent in the grid: its image, the referent, and the box of its best region or None."""
     row = collection.catalog.rows(f"SELECT {_REFERENT} FROM referent r WHERE r.key = ?", (key,))[0]
     referent = _referent(row)
     best = referent["best"][0]

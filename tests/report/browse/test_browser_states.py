@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from browser import WatchedPage, serve_browse
 from evaluate_examples import regions, write_refer, write_store
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from refdet.structures.regions import Regions
 
@@ -168,6 +170,25 @@ def test_masks_of_referents_are_drawn_if_the_store_has_none(browser: Any, data: 
         page.wait_for_function(has_color, arg=[30, False])  # the image is loaded
         page.keyboard.press("m")
         page.wait_for_function(has_color, arg=[0, True])
+
+
+def test_masks_of_regions_disappear_when_an_uncovered_referent_is_selected(browser: Any, data: Path) -> None:
+    box = [5.0, 60.0, 35.0, 90.0]  # far from the referent, so that selecting it adds no best region to the marks
+    pixels = np.zeros((100, 120), np.uint8, order="F")
+    pixels[60:90, 5:35] = 1
+    masks = [coco_mask.encode(pixels)["counts"]]
+    write_store(data / "masks.h5", [replace(regions(2, [box], [1]), masks=masks)], masks=True, names={1: "hound"})
+    with open_browser(browser, data / "masks.h5", *refer_options(data), allowed=("willReadFrequently",)) as watched:
+        page = watched.page
+        watched.open(watched.address.replace("?", "?image=2&masks=1&"))
+        has_mask = """(expected) => {
+            const canvas = document.querySelector("canvas.picture"), x = canvas.width / 6, y = canvas.height * 0.75;
+            const [r, g] = canvas.getContext("2d").getImageData(x, y, 1, 1).data;
+            return r > 30 && (g > 60) === expected; }"""
+        page.wait_for_function(has_mask, arg=True)
+        page.click(".referents a")
+        page.wait_for_selector(".referents .selected")
+        page.wait_for_function(has_mask, arg=False, timeout=10_000)
 
 
 def test_pictures_of_two_stores_are_side_by_side_at_the_top(browser: Any, data: Path) -> None:

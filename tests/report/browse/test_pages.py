@@ -150,7 +150,7 @@ def test_any_text_can_be_searched_for(text: str) -> None:
     catalog = Catalog()
     catalog.add_images([(0, 7, "7.jpg", 9, 9, 0, "")])
     catalog.add_referents([Referent("ref 0", 0, "val", 1, 9.0, [[0, 0, 3, 3]], [(0, text)])])
-    catalog.index()
+    catalog.build_indices()
     words = re.findall(r"[A-Za-z0-9]+", text) if text.isascii() else []
     count = Filter.parse({"show": "refs", "q": text}).count(catalog)
     if words or not text.strip():

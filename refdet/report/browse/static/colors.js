@@ -13,7 +13,7 @@ export function rgbOfHex(text) {
 
 // [r, g, b] of a category id, given as text; its last nine digits determine the hue.
 export function rgbOfCategory(category) {
-  const hue = (Math.abs(Number(category.slice(-9))) * 137.508) % 360; // the golden angle keeps the hues of ids apart
+  const hue = (Math.abs(Number(category.slice(-9))) * 137.508) % 360; // multiples of the golden angle: successive ids differ clearly
   const channel = (n) => { // of the HSL color (hue, 100 %, 60 %)
     const k = (n + hue / 30) % 12;
     return Math.round(255 * (0.6 - 0.4 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));

@@ -1,5 +1,6 @@
 // Helpers for elements and requests. Text from files becomes text nodes and attributes, never markup.
 
+// Create an element. Attributes "on..." are event listeners; true sets an empty attribute, false, null or undefined none.
 export function element(tag, attributes = {}, ...children) {
   const created = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -20,7 +21,7 @@ export function svgElement(tag, attributes, ...children) {
   return created;
 }
 
-// Fetch JSON; throws an Error with the server's message if it refuses.
+// Fetch JSON; throws an Error with the server's message if the server refuses the request.
 export async function getJson(address, signal) {
   let response;
   try {
@@ -39,7 +40,7 @@ export async function getJson(address, signal) {
   }
 }
 
-// A rate with a fixed number of digits, or a dash if undefined.
+// A number, such as an IoU, with a fixed number of decimals; a dash if it is null or undefined.
 export function formatNumber(value, digits = 2) {
   return value === null || value === undefined ? "–" : value.toFixed(digits);
 }
@@ -49,8 +50,9 @@ export function formatCount(n, noun) {
   return `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 }
 
+// Save a Blob as a file of this name.
 export function download(blob, name) {
   const address = URL.createObjectURL(blob);
   element("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 1000);
+  setTimeout(() => URL.revokeObjectURL(address), 1000); // not at once, as the download starts after this function returns
 }

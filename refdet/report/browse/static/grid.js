@@ -4,8 +4,11 @@ import { BEST, REFERENT } from "./colors.js";
 import { element, formatCount, formatNumber, svgElement } from "./dom.js";
 import { addressOf, filterParams, PAGE_SIZE, ROOT } from "./state.js";
 
+const MIN_IOU = 0.5; // of a region that covers a referent, as in queries.py
 const MAX_BOLD = 12; // top-scoring regions of a thumbnail that are drawn in bold
 
+// Show a page of a list in the element `main`. `page` is the response to api/items, `about` that to api/about; `go` shows
+// another state.
 export function render(main, page, state, about, go) {
   const offset = page.offset;
   const last = Math.max(0, Math.ceil(page.total / PAGE_SIZE) - 1);
@@ -42,19 +45,24 @@ function emptyMessage(state, about) {
   return "Nothing matches. Change the filters or the search.";
 }
 
-// `at` is the index of the item in the list.
+// The thumbnail, facts and sentences of one item, which link to its image; `at` is the index of the item in the list.
 function card(item, at, state, about, go) {
   const referent = item.referent;
   const imageState = { ...state, image: String(item.image_id), ref: referent ? String(referent.key) : "", at: String(at) };
   const texts = referent
     ? [element("span", { class: "facts" },
-        element("b", { class: referent.iou[0] !== null && referent.iou[0] < 0.5 ? "bad" : "" }, iouText(referent, about)),
+        element("b", { class: isUncovered(referent) ? "bad" : "" }, iouText(referent, about)),
         ` ${categoryName(about.names.referents, referent.category)} ${referent.size ?? ""} ${referent.split}`),
       ...sentenceElements(referent)]
     : [element("span", { class: "facts" }, formatCount(item.regions, "region"), notDrawn(item)), element("span", {}, item.name)];
   if (item.error) texts.push(element("span", { class: "bad" }, `failed: ${item.error}`));
   return element("li", {},
-    element("a", { class: "card", href: addressOf(imageState), onclick: (event) => go(imageState, event) }, picture(item, state, about), ...texts));
+    element("a", { class: "card", href: addressOf(imageState), onclick: (event) => go(imageState, event) }, picture(item, about), ...texts));
+}
+
+// Whether no region of the first store covers a referent; false while that is unknown.
+export function isUncovered(referent) {
+  return referent.iou[0] !== null && referent.iou[0] < MIN_IOU;
 }
 
 function notDrawn(item) {
@@ -77,13 +85,14 @@ function sentenceElements(referent) {
   return more > 0 ? [...shown, element("small", {}, `and ${more} more`)] : shown;
 }
 
-// `names` maps ids, as text, to names; regions without a category have the id -1.
+// The name of a category. `names` maps ids, as strings, to names; regions without a category have the id -1.
 export function categoryName(names, category) {
   if (category === null) return "";
   return names.get(category) ?? (category === "-1" ? "" : `category ${category}`);
 }
 
-function picture(item, state, about) {
+// A thumbnail with boxes over it: those of the referent and its best region, or of the regions of the image.
+function picture(item, about) {
   const frame = element("span", { class: "frame" });
   if (!item.missing) {
     const image = element("img", { src: `${ROOT}thumbnail/${item.position}`, alt: "", decoding: "async" });
@@ -101,7 +110,7 @@ function picture(item, state, about) {
       drawing.append(svgElement("path", { d, fill: "none", stroke: stroke ?? color, "stroke-width": width, "vector-effect": "non-scaling-stroke" }));
     }
   };
-  const outlined = [["#000", 4], [null, 2]];
+  const outlined = [["#000", 4], [null, 2]]; // a black line below a thinner one in the color of the box
   if (item.referent) {
     if (item.best_box) add([item.best_box], BEST, outlined);
     add(item.referent.boxes, REFERENT, outlined);

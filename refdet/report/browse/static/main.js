@@ -13,7 +13,7 @@ const main = document.getElementById("main"), form = document.getElementById("fi
 const shownWarnings = new Set();
 let about = null, state = null;
 let single = null, page = null; // the view: a single image, or a page of the grid
-let request = null; // AbortController of the requests for the next view
+let request = null; // AbortController of the requests for the view that is shown next
 
 // A message that the next view replaces; "" hides it.
 function showError(text) {
@@ -36,13 +36,13 @@ function go(next, event = null, replace = false) {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
     event.preventDefault();
   }
-  if (next.image === "?") return open(next);
+  if (next.image === "?") return goToIndex(next);
   history[replace ? "replaceState" : "pushState"](null, "", addressOf(next));
   show();
 }
 
-// Show the image at the index `next.at` of the list.
-async function open(next) {
+// Show the image at the index `next.at` of the list, after looking up its id.
+async function goToIndex(next) {
   try {
     const { items } = await getJson(`${ROOT}api/items?${filterParams(next)}&offset=${next.at}&limit=1&top=0`);
     const [item] = items;
@@ -52,6 +52,7 @@ async function open(next) {
   }
 }
 
+// Show the state in the address: change the single image that is already shown, or fetch and show another view.
 async function show() {
   const before = state;
   state = readState();
@@ -83,7 +84,7 @@ async function show() {
     }
     showError("");
     document.title = state.image === "" ? "refdet browse" : `image ${state.image} – refdet browse`;
-    main.dataset.ready = String(Number(main.dataset.ready ?? 0) + 1);
+    main.dataset.ready = String(Number(main.dataset.ready ?? 0) + 1); // number of views shown, for tests
   } catch (error) {
     if (error.name === "AbortError") return;
     [single, page] = [null, null];
@@ -92,6 +93,7 @@ async function show() {
   }
 }
 
+// Show the state in the filters and sliders, except in the field that is being edited.
 function fillForm() {
   fillCategories();
   const { score, top } = form.elements;
@@ -170,6 +172,7 @@ addEventListener("keydown", (event) => {
 
 const STAGES = { regions: (part) => `reading the regions: ${Math.round(part * 100)} % (sorting and filters are incomplete until then)`, answers: () => "reading the predictions" };
 
+// Show the progress and problems in a response to api/status.
 function showStatus(status) {
   const { stage, part, error } = status.index;
   about.index = status.index;
@@ -184,10 +187,10 @@ function showStatus(status) {
 
 // Show newly computed values in the current view.
 async function refresh() {
-  if (!single) return state.image === "" ? show() : null;
-  const shown = single, data = await getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`);
-  if (single === shown) single.refresh(data);
-  return null;
+  if (single) {
+    const shown = single, data = await getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`);
+    if (single === shown) single.refresh(data); // unless another image was opened meanwhile
+  } else if (state.image === "") await show();
 }
 
 // Poll the status: every second until the index is complete, then every ten seconds, to notice changed stores.

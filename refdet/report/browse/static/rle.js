@@ -1,8 +1,9 @@
-// COCO's compressed run-length encoding. A number is encoded in groups of five bits, lowest first; a character is "0" plus
-// the group, plus 32 if more groups follow. Runs alternate between background and mask, down the columns; from the
-// fourth on, the number is the difference from the length two runs before.
+// COCO's compressed run-length encoding. Runs go down the columns and alternate between background and mask. A run is encoded
+// by its length, from the fourth run on by the difference from the length two runs before. This number is written in groups of
+// five bits, lowest first, each as the character "0" plus the group, plus 32 if more groups follow; the highest bit of the last group
+// is the sign.
 
-// Decode the lengths of the runs.
+// The lengths of the runs.
 export function decodeRuns(text) {
   const lengths = [];
   let at = 0;

@@ -1,12 +1,13 @@
 // The view of a single image, large and once for each store, with its sentences and a list of its regions.
 
-import { categoryName } from "./grid.js";
+import { categoryName, isUncovered } from "./grid.js";
 import { download, element, formatCount, formatNumber } from "./dom.js";
 import { addressOf, PAGE_SIZE, reachesMinimum, ROOT } from "./state.js";
 import { Viewer } from "./viewer.js";
 
 export class Single {
-  // `go` shows another state; `total` is the length of the list that the image was opened from, null if there is none.
+  // `data` is the response to api/image, `about` that to api/about; `go` shows another state; `total` is the length of the
+  // list that the image was opened from, null if it was opened by its address.
   constructor(main, data, state, about, go, total) {
     Object.assign(this, { main, data, state, about, go, total });
     this.sides = data.stores.map((store, index) => this.createSide(store, index));
@@ -15,14 +16,14 @@ export class Single {
     this.loadImage();
   }
 
-  // Show newly computed values, and keep the zoom.
+  // Show a newer response to api/image, and keep the zoom.
   refresh(data) {
     this.data = data;
     this.sides.forEach((side, index) => { side.store = data.stores[index]; });
     this.update(this.state);
   }
 
-  // One store's view of the image.
+  // A side: one store, its index and the canvas of the image with its regions.
   createSide(store, index) {
     const label = `Image ${this.data.name} with the regions of ${store.path}`;
     const [height, width] = store.size ?? [this.data.height, this.data.width];
@@ -81,11 +82,13 @@ export class Single {
     );
   }
 
+  // The state of the page of the grid that the image is on.
   backState() {
     const at = Number(this.state.at || 0);
     return { ...this.state, image: "", ref: "", at: "", page: at >= PAGE_SIZE ? String(Math.floor(at / PAGE_SIZE)) : "" };
   }
 
+  // Go to the image `by` further in the list; "?" stands for its id, which `go` looks up.
   step(by) {
     if (this.state.at === "") return;
     const at = Number(this.state.at) + by;
@@ -170,9 +173,9 @@ export class Single {
 
   // The best region, the model's answers and the boxes of a referent.
   marksOfReferent(side, referent) {
-    const marks = [], best = side.store.regions[referent.best[side.index]];
+    const marks = [], best = side.store.regions[referent.best[side.index]]; // undefined without a best region
     if (best) marks.push({ box: best.box, kind: "best", label: `best region, IoU ${formatNumber(referent.iou[side.index])}`, mask: best.mask });
-    // answers are regions of the first store
+    // answers are drawn once, in the first store, whose rows they may refer to
     for (const sentence of side.index === 0 ? referent.sentences : []) {
       const [kind, label] = sentence.wrong ? ["answer", "incorrect prediction"] : ["correct", "correct prediction"];
       for (const [i, box] of sentence.answer.entries()) {
@@ -184,7 +187,8 @@ export class Single {
     return [...marks, ...this.referentMarks(side, referent)];
   }
 
-  // The mask of a referent covers all its objects, so only the first box has it, and only if the store has the same size.
+  // The mask of a referent covers all its objects, so only the first box gets the mask, and only on a side whose store has the
+  // same image size.
   referentMarks(side, referent) {
     const [height, width] = side.store.size ?? [], isSameSize = height === this.data.height && width === this.data.width;
     return referent.boxes.map((box, i) => ({ box, kind: "referent", label: referent.label, mask: isSameSize && !i ? referent.mask : "" }));
@@ -216,7 +220,7 @@ export class Single {
       return element("article", { class: selected ? "selected" : "" },
         element("a", { href: addressOf(next), onclick: (event) => go(next, event, true), "aria-current": selected ? "true" : null },
           `${referent.label} ${categoryName(about.names.referents, referent.category)} ${referent.size ?? ""} ${referent.split}`),
-        element("p", { class: referent.iou[0] !== null && referent.iou[0] < 0.5 ? "bad" : "" },
+        element("p", { class: isUncovered(referent) ? "bad" : "" },
           referent.boxes.length ? `IoU of the best region: ${ious.join(", ")}` : "no target"),
         referent.iou[0] === 0 ? element("p", { class: "bad" }, `No region of ${about.stores[0].name} overlaps it.`) : "",
         referent.mask_error ? element("p", { class: "bad" }, `Its mask cannot be shown: ${referent.mask_error}`) : "",

@@ -10,11 +10,13 @@ export const PAGE_SIZE = 60;
 // The folder that the paths of this server begin with, such as "/Ab3/".
 export const ROOT = new URL("..", import.meta.url).pathname;
 
+// Set what an address without "show" shows: "refs" or "images".
 export function setDefaultShow(show) {
   DEFAULTS.show = show;
 }
 
-// `image` is the id of the image shown large, "" for the grid; `at` its index in the list; `ref` the key of the selected
+// The state in the address, with defaults for what is missing. `page` is the page of the grid, from 0; `image` the id of the
+// image shown large, "" for the grid; `at` the index of this image in the list, "" if unknown; `ref` the key of the selected
 // referent.
 export function readState() {
   const params = new URLSearchParams(location.search);
@@ -26,6 +28,7 @@ export function readState() {
   return state;
 }
 
+// The address of a state, without values that are the default.
 export function addressOf(state) {
   const params = new URLSearchParams();
   for (const [name, value] of Object.entries(state)) {
@@ -45,8 +48,8 @@ export function reachesMinimum(score, state) {
   return state.score === "" || Math.fround(score) >= Math.fround(Number(state.score));
 }
 
-// Remove the token from the address, as addresses are shared and the cookie has the token now. The cookie is restricted to
-// the folder, so the address moves there.
+// Remove the token from the address, as addresses are shared and the cookie has the token now. The cookie is sent for the
+// folder only, so the address moves into the folder.
 export function removeToken() {
   const url = new URL(location.href);
   url.searchParams.delete("token");

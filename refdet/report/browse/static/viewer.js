@@ -13,13 +13,13 @@ export class Viewer {
   constructor(size, label, onhover) {
     [this.width, this.height] = size;
     this.zoom = 1;
-    this.x = this.y = 0; // the point of the image in the upper left corner, in image pixels
+    this.x = this.y = 0; // the point of the image that is in the upper left corner of the canvas, in image pixels
     this.scene = { regions: [], marks: [], hovered: null };
     this.image = null;
     this.labelRects = []; // labels drawn so far, [left, top, right, bottom] in canvas pixels
-    this.masks = null; // {key, layer} of the masks drawn last
+    this.masks = null; // {key, layer}: a canvas with the masks of the scene, and what it was drawn from
     this.canvas = element("canvas", { role: "img", "aria-label": label, class: "picture" });
-    this.canvas.width = Math.min(1600, Math.max(this.width, 900));
+    this.canvas.width = Math.min(1600, Math.max(this.width, 900)); // large enough for legible labels, small enough to draw fast
     this.canvas.height = Math.max(1, Math.round((this.canvas.width * this.height) / this.width));
     this.canvas.style.width = `min(100%, ${Math.round((75 * this.width) / this.height)}vh)`;
     this.canvas.addEventListener("wheel", (event) => {
@@ -28,7 +28,7 @@ export class Viewer {
       this.zoomBy(event.deltaY < 0 ? 1.2 : 1 / 1.2, x, y);
     }, { passive: false });
     new ResizeObserver(() => this.draw()).observe(this.canvas);
-    let dragged = null;
+    let dragged = null; // [x, y] of the pointer while it drags
     this.canvas.addEventListener("pointerdown", (event) => {
       dragged = [event.clientX, event.clientY];
       this.canvas.setPointerCapture(event.pointerId);
@@ -44,6 +44,7 @@ export class Viewer {
     this.canvas.addEventListener("pointerleave", () => onhover(null));
   }
 
+  // The point of the image under the pointer, in image pixels.
   pointOf(event) {
     const frame = this.canvas.getBoundingClientRect();
     return [
@@ -62,6 +63,7 @@ export class Viewer {
     return smallest;
   }
 
+  // Zoom by a factor and keep the point (x, y) of the image, by default the middle of the view, where it is.
   zoomBy(factor, x = this.x + this.width / this.zoom / 2, y = this.y + this.height / this.zoom / 2) {
     const zoom = Math.min(MAX_ZOOM, Math.max(1, this.zoom * factor));
     const left = x - ((x - this.x) * this.zoom) / zoom, top = y - ((y - this.y) * this.zoom) / zoom;
@@ -69,6 +71,7 @@ export class Viewer {
     this.moveTo(left, top);
   }
 
+  // Show the point (x, y) of the image in the upper left corner, or the nearest that leaves no margin.
   moveTo(x, y) {
     this.x = Math.min(Math.max(0, x), this.width - this.width / this.zoom);
     this.y = Math.min(Math.max(0, y), this.height - this.height / this.zoom);
@@ -85,23 +88,24 @@ export class Viewer {
     this.draw();
   }
 
-  // A scene has lists of `regions` {index, box, category, label, mask} and of `marks` {box, kind, label, mask}; `masks`,
-  // `boxes` and `labels`, whether to draw these; `hovered`, the index of a region or null; and `faint`, whether to draw
-  // the regions faintly, without masks and labels, so that the marks stand out.
+  // Draw a scene. It has lists of `regions` {index, box, category, label, mask} and of `marks` {box, kind, label, mask};
+  // `masks`, `boxes` and `labels`, whether to draw each of these; `hovered`, the index of a region or null; and `faint`,
+  // whether to draw the regions faintly, without masks and labels, so that the marks stand out.
   show(scene) {
-    const { regions, marks, masks } = scene;
-    const key = masks ? JSON.stringify([regions.map((region) => region.index), marks.map((mark) => [mark.kind, mark.mask])]) : "";
+    const { regions, marks, masks, faint } = scene;
+    const withMasks = faint ? [] : regions;
+    const key = masks ? JSON.stringify([withMasks.map((region) => region.index), marks.map((mark) => [mark.kind, mark.mask])]) : "";
     if (this.masks === null || this.masks.key !== key) {
-      const painted = scene.faint ? [] : regions.map((region) => [region.mask, rgbOfCategory(region.category)]);
-      const above = marks.map((mark) => [mark.mask, rgbOfHex(MARKS[mark.kind])]);
-      this.masks = { key, layer: masks ? this.layer([...painted, ...above]) : null };
+      const ofRegions = withMasks.map((region) => [region.mask, rgbOfCategory(region.category)]);
+      const ofMarks = marks.map((mark) => [mark.mask, rgbOfHex(MARKS[mark.kind])]);
+      this.masks = { key, layer: masks ? this.createLayer([...ofRegions, ...ofMarks]) : null };
     }
     this.scene = scene;
     this.draw();
   }
 
-  // A canvas with masks, a list of [RLE, [r, g, b]], the last on top.
-  layer(painted, alpha = 0.5) {
+  // A canvas with the masks of a list of [RLE, [r, g, b]], the last on top; entries without an RLE are skipped.
+  createLayer(painted, alpha = 0.5) {
     const layer = element("canvas");
     [layer.width, layer.height] = [this.width, this.height];
     const context = layer.getContext("2d");
@@ -111,7 +115,7 @@ export class Viewer {
     return layer;
   }
 
-  // Canvas pixels per CSS pixel, which keeps lines and text at the same size on the screen.
+  // Canvas pixels per CSS pixel: lines and text are drawn in multiples of it, to have the same size on every screen.
   unit() {
     return this.canvas.width / (this.canvas.clientWidth || this.canvas.width);
   }
@@ -127,7 +131,7 @@ export class Viewer {
     if (this.masks?.layer) context.drawImage(this.masks.layer, 0, 0);
     const { regions, marks, hovered } = this.scene;
     const target = regions.find((region) => region.index === hovered);
-    if (target?.mask) context.drawImage(this.layer([[target.mask, rgbOfCategory(target.category)]], 0.7), 0, 0);
+    if (target?.mask) context.drawImage(this.createLayer([[target.mask, rgbOfCategory(target.category)]], 0.7), 0, 0);
     context.globalAlpha = this.scene.faint ? 0.4 : 1;
     if (this.scene.boxes) for (const region of regions) this.box(context, scale, region.box, colorOfCategory(region.category), 1.5);
     context.globalAlpha = 1;
@@ -143,10 +147,11 @@ export class Viewer {
       }
       if (this.scene.boxes && !this.scene.faint) for (const region of regions) this.label(context, scale, region.box, region.label);
     }
-    this.labelRects = [];
+    this.labelRects = []; // the label of the hovered region may cover others
     if (target) this.label(context, scale, target.box, target.label, "#fff");
   }
 
+  // Draw a box, given in image pixels; `width` of its line is in CSS pixels.
   box(context, scale, [x1, y1, x2, y2], color, width, dashed = false) {
     const unit = this.unit() / scale;
     context.setLineDash(dashed ? [6 * unit, 4 * unit] : []);
@@ -158,7 +163,8 @@ export class Viewer {
     context.setLineDash([]);
   }
 
-  // Place a label above, inside or below the box, at its left or right, where it covers no earlier label; else omit it.
+  // Draw a label above, inside or below a box, at the left or right of the box, where it covers no earlier label; omit it
+  // if there is no such place.
   label(context, scale, [x1, y1, x2, y2], text, color = "#fff") {
     const visible = x2 > this.x && y2 > this.y && x1 < this.x + this.width / this.zoom && y1 < this.y + this.height / this.zoom;
     if (!text || !visible) return;
