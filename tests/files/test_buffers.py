@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from refdet.files.buffers import write_buffers
@@ -23,6 +24,13 @@ def test_all_buffers_are_written_in_order(
     with (tmp_path / "a").open("wb", 0) as file:
         assert write_buffers(file.fileno(), BUFFERS, at) == sum(map(len, BUFFERS))
     assert (tmp_path / "a").read_bytes() == bytes(at or 0) + b"".join(BUFFERS)
+
+
+def test_buffers_of_larger_elements_are_counted_in_bytes(tmp_path: Path) -> None:
+    arrays = [np.arange(24, dtype=np.float64).reshape(2, 3, 4), np.zeros((2, 0), np.float32), np.array(5, np.int32)]
+    with (tmp_path / "a").open("wb", 0) as file:
+        assert write_buffers(file.fileno(), [values.data for values in arrays]) == 24 * 8 + 4
+    assert (tmp_path / "a").read_bytes() == b"".join(values.tobytes() for values in arrays)
 
 
 def test_the_system_takes_as_many_buffers_as_are_given_to_it(tmp_path: Path) -> None:
