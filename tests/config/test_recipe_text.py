@@ -49,10 +49,10 @@ def test_every_key_has_a_meaning() -> None:
         assert found.keys() == {option.name for option in dataclasses.fields(kind)}
         assert not [f"{part}.{name}" for name, meaning in found.items() if len(meaning) < 5]
     assert option_comments(PARTS["model"])["width"].startswith(
-        "channels of its first stage; 64 in the published networks"
+        "channels of the backbone's first stage; 64 in the published networks"
     )
     assert option_comments(PARTS["model"])["neck"].startswith(
-        "what is applied to RoIs: c4: conv5, or a VGG's linear layers; fpn: linear"
+        "c4: conv5 on the RoIs (in a VGG, linear layers); fpn: a feature pyramid, then"
     )
 
 
