@@ -24,7 +24,7 @@ def write_buffers(file: int, buffers: Iterable[bytes | bytearray | memoryview], 
     Raises:
         OSError: the disk is full, or writing failed for another reason.
     """
-    views = map(memoryview, buffers)
+    views = [memoryview(buffer) for buffer in buffers]
     remaining = deque(view.cast("B") for view in views if view.nbytes)  # as bytes, so that lengths are in bytes
     total = 0
     while remaining:  # a call may write only a part of its buffers, for example when the disk becomes full
