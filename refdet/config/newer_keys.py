@@ -1,8 +1,8 @@
-"""Recipe keys that older recipes do not have, and their defaults."""
+"""Recipe keys that were added later, so that recipes in older run directories lack them, and their defaults."""
 
 from __future__ import annotations
 
-# part, key and default; `Recipe.to_dict` omits keys that have this value
+# part, key and default; `Recipe.to_dict` omits a key with this value
 OMITTED_DEFAULTS = (
     ("train", "accumulate", 1),
     ("train", "bias_lr_mult", 1.0),

@@ -21,18 +21,18 @@ from refdet.files.short_text import short_repr, shorten
 
 log = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 2**18
+MAX_FILE_BYTES = 2**18  # limit of a YAML file
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """The network."""
 
-    backbone: str = "resnet"  # or vgg16, mobilenet_v1, with the neck c4
+    backbone: str = "resnet"  # resnet, or vgg16 or mobilenet_v1 with the neck c4
     depth: int = 50  # of the ResNet: 18, 34, 50, 101 or 152
-    width: int = 64  # channels of its first stage; 64 in the published networks, 32 in MobileNet v1
-    # what is applied to RoIs: c4: conv5, or a VGG's linear layers; fpn: linear layers, after a feature pyramid; dc5:
-    # linear layers, after a dilated conv5
+    width: int = 64  # channels of the backbone's first stage; 64 in the published networks, 32 in MobileNet v1
+    # c4: conv5 on the RoIs (in a VGG, linear layers); fpn: a feature pyramid, then linear layers on the RoIs; dc5: a
+    # dilated conv5 on the image, then linear layers on the RoIs
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
@@ -43,10 +43,10 @@ class ModelOptions:
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
     # align (RoIAlign), align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
     pooling: str = "align"
-    pooler_resolution: int = 7  # cells per side of a RoI in a C4 network; 14 if conv5 has stride 2
-    sampling_ratio: int = 2  # samples per side of a cell in RoIAlign; 0 for adaptive sampling
+    pooler_resolution: int = 7  # bins per side of a RoI in a C4 network; 14 if conv5 has stride 2
+    sampling_ratio: int = 2  # samples per side of a bin in RoIAlign; 0 for adaptive sampling
     fpn_channels: int = 256  # of each level of the pyramid
-    fpn_hidden: int = 1024  # width of the linear layers on the RoIs, and so of fc7; also of a VGG's
+    fpn_hidden: int = 1024  # width of the linear layers on the RoIs (with fpn, dc5 or a VGG), and so of fc7
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
@@ -68,7 +68,7 @@ class InputOptions:
 
     min_sizes: tuple[int, ...] = (600,)  # of the shorter side; one is drawn in training, the last is used at test time
     # image: one of min_sizes is drawn for each image, as in detectron2 and torchvision; step: one for all images of a
-    # step, which need less padding. image if YAML lacks this key, step in older runs
+    # step, which then need less padding. image if YAML lacks this key, step in older runs
     short_side_per: str = "step"
     max_size: int = 1000  # limit of the longer side
     # large-scale jitter: side of the square that a training image is resized to fit into, times a random scale, and
@@ -82,7 +82,8 @@ class InputOptions:
     # torchvision: plain bilinear, sizes rounded down
     resize: str = "antialias"
     exif: str = "ignore"  # ignore, or apply: rotate training images by their EXIF orientation
-    # height and width of the inputs are padded to multiples of this; 32 if YAML lacks this key, 0 (as 1) in older runs
+    # height and width of the inputs are padded to multiples of this; 0, like 1, for no such padding. 32 if YAML lacks
+    # this key, 0 in older runs
     size_divisibility: int = 0
 
 
@@ -91,14 +92,14 @@ class ProposalOptions:
     """Region proposal network: labeling of anchors and selection of proposals."""
 
     positive_iou: float = 0.7  # minimum IoU with an object for an anchor to be positive
-    negative_iou: float = 0.3  # anchors below it are negative; those between are ignored
+    negative_iou: float = 0.3  # anchors with a lower IoU are negative; those between the thresholds are ignored
     batch_size_per_image: int = 256  # anchors per image in the loss
-    positive_fraction: float = 0.5  # maximum fraction of them that is positive
+    positive_fraction: float = 0.5  # maximum fraction of these anchors that is positive
     nms_threshold: float = 0.7  # IoU above which the lower-scoring proposal is removed
-    pre_nms_top_n_train: int = 2000  # highest-scoring proposals (per level) before NMS
-    post_nms_top_n_train: int = 1000  # per image, after NMS
-    pre_nms_top_n_test: int = 1000  # as in training
-    post_nms_top_n_test: int = 300  # as in training
+    pre_nms_top_n_train: int = 2000  # in training: number of proposals per image and level before NMS, by score
+    post_nms_top_n_train: int = 1000  # in training: number of proposals per image after NMS
+    pre_nms_top_n_test: int = 1000  # at test time: number of proposals per image and level before NMS, by score
+    post_nms_top_n_test: int = 300  # at test time: number of proposals per image after NMS
     inside_only: bool = False  # ignore anchors that cross the image border
     smooth_l1_beta: float = 1 / 9  # of the box loss: quadratic below, linear above; 0 for L1
 
@@ -109,7 +110,7 @@ class HeadOptions:
 
     positive_iou: float = 0.5  # minimum IoU with an object for a RoI to be positive
     batch_size_per_image: int = 256  # RoIs per image in the loss
-    positive_fraction: float = 0.25  # maximum fraction of them that is positive
+    positive_fraction: float = 0.25  # maximum fraction of these RoIs that is positive
     append_gt_boxes: bool = True  # also sample annotated boxes; otherwise only if no proposal is positive
     sample_with_replacement: bool = False  # repeat RoIs if there are too few
     smooth_l1_beta: float = 1.0  # of the box loss: quadratic below, linear above; 0 for L1
@@ -124,10 +125,10 @@ class TrainOptions:
     accumulate: int = 1  # passes per step, each over a part of a process's images, to save memory
     lr: float = 0.01  # peak learning rate; scale it with batch_size
     momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0001  # of the weights of convolutions and linear layers, not of norms and biases
-    warmup_steps: int = 500  # at most a fifth of the run
-    schedule: str = "step"  # of the rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
-    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
+    weight_decay: float = 0.0001  # for the weights of convolutions and linear layers, not for norms and biases
+    warmup_steps: int = 500  # steps in which the learning rate rises from a tenth; a fifth of the run if that is less
+    schedule: str = "step"  # of the learning rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
+    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the learning rate is divided by 10
     max_grad_norm: float = 10.0  # limit of the norm of all gradients together; 0 for no clipping
     flip: bool = True  # mirror half of the images
     bf16: bool = False  # autocast: convolutions and matrix products in bfloat16
@@ -135,11 +136,11 @@ class TrainOptions:
     workers: int = 2  # processes that read images; 0 to read them in the training process
     seed: int = 0  # random seed for new layers, batches, flips, sizes and samples
     checkpoint_interval: int = 1000  # steps between saved states
-    keep: int = 1  # number of newest states to keep; 0 for all
+    keep: int = 1  # number of the newest saved states to keep; 0 for all
     eval_every: int = 0  # steps between validations, with --val-instances; 0 for only one at the end
     ema: float = 0.0  # decay of an average of the weights, which is validated and saved; 0 for none
     log_every: int = 20  # steps between rows of metrics.jsonl
-    pretrained_lr_mult: float = 1.0  # with --weights: learning rate factor of the layers loaded from them
+    pretrained_lr_mult: float = 1.0  # with --weights: learning rate factor of the layers loaded from these weights
     bias_lr_mult: float = 1.0  # learning rate factor of biases; 2 in Caffe's detectors
     reset_predictors: bool = False  # with --weights of other classes: reinitialize the predictors
     empty_images: bool = False  # also train on images without objects, as negatives
@@ -252,7 +253,7 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
     Renamed keys are accepted without a note, as files in run directories are not edited by hand.
 
     Args:
-        tree: part -> option -> value; missing options have their defaults.
+        tree: part -> option -> value; missing options get the defaults of the classes in this module.
 
     Returns:
         The recipe.
@@ -269,7 +270,7 @@ def load(name_or_path: str) -> Recipe:
 
     Args:
         name_or_path: name of a recipe shipped with refdet, or a YAML file. A file holds the differences from the
-            defaults, or from the shipped recipe named by its key ``base``.
+            defaults (with those of `YAML_DEFAULTS`), or from the shipped recipe named by its key ``base``.
 
     Returns:
         The recipe.

@@ -20,9 +20,9 @@ class Range:
     Attributes:
         low: minimum.
         high: maximum.
-        exclusive: whether the minimum is excluded.
-        min_items: minimum number of items in a list.
-        max_items: maximum number of items in a list.
+        exclusive: whether the minimum itself is not allowed.
+        min_items: minimum number of items, if the value is a list.
+        max_items: maximum number of items, if the value is a list.
     """
 
     low: float
@@ -36,7 +36,7 @@ class Range:
 
         Args:
             key: the recipe key, for error messages.
-            value: its value.
+            value: value of the key.
 
         Raises:
             InputError: a number is out of range, or a tuple has too few or too many items.
@@ -61,8 +61,8 @@ class Range:
 
 
 def _count(high: int) -> Range:
-    """Range of a positive integer."""
-    return Range(0, high, exclusive=True)
+    """Range of an integer from 1 to ``high``."""
+    return Range(0, high, exclusive=True)  # "greater than 0" in messages
 
 
 FRACTION = Range(0, 1)
@@ -118,7 +118,7 @@ LIMITS: dict[str, Range] = {
     "train.checkpoint_interval": _count(10**9),
     "train.keep": Range(0, 10**9),
     "train.eval_every": Range(0, 10**9),
-    "train.ema": Range(0, 0.9999999),
+    "train.ema": Range(0, 0.9999999),  # 1 would never change the average
     "train.log_every": _count(10**9),
     "train.pretrained_lr_mult": Range(0, 1000),
     "train.bias_lr_mult": Range(0, 1000),

@@ -20,8 +20,8 @@ from refdet.config.recipe import MAX_FILE_BYTES, Recipe
 from refdet.config.renamed_keys import current_name
 from refdet.files.json_files import read_bytes
 
-_WIDTH = 120  # characters of a line
-_PUBLISHED = "published: "
+_WIDTH = 120  # maximum number of characters of a line
+_PUBLISHED = "published: "  # start of the line with the published AP in the comment of a shipped recipe
 _NECKS = {"c4": "C4", "fpn": "FPN", "dc5": "DC5"}
 _OTHER_BACKBONES = {"vgg16": "VGG-16", "mobilenet_v1": "MobileNet v1"}
 
@@ -31,12 +31,12 @@ class RecipeSummary:
     """Summary of a shipped recipe.
 
     Attributes:
-        name: its name.
-        network: its network, such as "ResNet-101 C4".
+        name: name of the recipe.
+        network: such as "ResNet-101 C4".
         steps: number of training steps.
         batch_size: images per step.
-        published: published AP of the recipe that it follows, "" if there is none.
-        about: the first line of its comment.
+        published: AP that was published for the training that the recipe follows, "" if there is none.
+        about: the first line of the recipe's comment.
     """
 
     name: str
@@ -51,7 +51,7 @@ def recipe_summaries() -> list[RecipeSummary]:
     """Summaries of the shipped recipes, sorted by name."""
     summaries = []
     for name in recipes.names():
-        recipe, comment = recipes.load(name), _comment(name)
+        recipe, comment = recipes.load(name), _leading_comment(name)
         published = next((line.removeprefix(_PUBLISHED) for line in comment if line.startswith(_PUBLISHED)), "")
         model, options = recipe.model, recipe.train
         network = _OTHER_BACKBONES.get(model.backbone) or f"ResNet-{model.depth} {_NECKS[model.neck]}"
@@ -64,12 +64,12 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
 
     Args:
         recipe: the recipe.
-        source: name or YAML file that it was loaded from, whose comment at the beginning is repeated.
+        source: name or YAML file that the recipe was loaded from, whose leading comment is repeated; None for none.
 
     Returns:
-        YAML of the same recipe.
+        YAML that loads as the same recipe.
     """
-    lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
+    lines = [f"# {line}".rstrip() for line in ([] if source is None else _leading_comment(source))]
     lines.append(f"name: {_to_yaml(recipe.name)}")
     for part in dataclasses.fields(recipe)[1:]:  # after the name
         options = getattr(recipe, part.name)
@@ -80,9 +80,9 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
 
 
 def option_comments(options_class: type) -> dict[str, str]:
-    """Option -> its comment in the source of an options class, above the option and at the end of its line."""
+    """Option -> its comment in the source of an options class: the lines above the option, and the end of its line."""
     source = inspect.getsource(options_class)
-    comments = {
+    comment_at = {  # line -> comment
         token.start[0]: token.string.lstrip("# ").rstrip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
@@ -93,16 +93,17 @@ def option_comments(options_class: type) -> dict[str, str]:
     for node in body.body:
         last_line = node.end_lineno or node.lineno
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above = [comments[line] for line in range(previous_line + 1, node.lineno) if line in comments]
-            by_option[node.target.id] = "; ".join(filter(None, (" ".join(above), comments.get(last_line, ""))))
+            above = [comment_at[line] for line in range(previous_line + 1, node.lineno) if line in comment_at]
+            by_option[node.target.id] = "; ".join(filter(None, (" ".join(above), comment_at.get(last_line, ""))))
         previous_line = last_line
     return by_option
 
 
 def _with_comment(text: str, comment: str) -> Iterator[str]:
-    """The lines of an option: its comment at the end of the line if it fits, otherwise in lines above."""
-    if len(text) + len(comment) + 4 <= _WIDTH:
-        yield f"{text}  # {comment}" if comment else text
+    """The lines of an option: ``text`` with the comment at its end if that fits, otherwise on lines above."""
+    line = f"{text}  # {comment}" if comment else text
+    if len(line) <= _WIDTH:
+        yield line
         return
     line = "  #"
     for word in comment.split():
@@ -121,8 +122,8 @@ def _to_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _comment(source: str) -> list[str]:
-    """Lines of the comment at the beginning of a recipe."""
+def _leading_comment(source: str) -> list[str]:
+    """Lines of the comment at the beginning of a recipe, which is a shipped one or a YAML file."""
     if Path(source).suffix in (".yaml", ".yml"):
         text = read_bytes(Path(source), MAX_FILE_BYTES).decode("utf-8", "replace")
     else:

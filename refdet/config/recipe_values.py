@@ -23,7 +23,7 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def unknown_key_message(key: str, root: Any) -> str:
-    """Error message for an unknown key of the dataclass `root`."""
+    """Error message for an unknown key of the dataclass ``root``, with the most similar known key."""
     close = difflib.get_close_matches(key, _keys(root), n=1, cutoff=0.5)
     return f"{shorten(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
 
@@ -34,8 +34,8 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     Args:
         cls: the dataclass.
         tree: field -> value; missing fields get their defaults.
-        prefix: prefix of the keys in error messages.
-        root: the dataclass to suggest keys from, `cls` by default.
+        prefix: dotted key of ``cls`` in the root, with a final dot, for error messages; "" for the root itself.
+        root: the dataclass to suggest keys from, ``cls`` by default.
 
     Raises:
         InputError: an unknown key or an invalid value.
@@ -50,18 +50,18 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
         if name not in types:
             raise InputError(unknown_key_message(key, root))
         if dataclasses.is_dataclass(types[name]):
-            values[name] = build(types[name], value, f"{key}.", root)
+            values[name] = build(types[name], value, prefix=f"{key}.", root=root)
         else:
             values[name] = _convert(key, value, types[name])
     return cls(**values)
 
 
 def _convert(key: str, value: Any, type_: Any) -> Any:
-    """Convert a value to the type of its field, or raise an InputError with the expected type."""
+    """Convert the value of a key to the type of its field, or raise an InputError with the expected type."""
     if typing.get_origin(type_) is tuple:
         item_types = typing.get_args(type_)
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if item_types[-1] is Ellipsis:
+        items = list(value) if isinstance(value, (list, tuple)) else [value]  # 600 means [600]
+        if item_types[-1] is Ellipsis:  # tuple[int, ...]
             item_types = (item_types[0],) * len(items)
         if len(items) != len(item_types):
             raise InputError(f"{key}: must have {len(item_types)} values, not {short_repr(value)}")

@@ -26,7 +26,7 @@ KEYS = {
     "train.loaded_rate": "pretrained_lr_mult",
     "train.save_every": "checkpoint_interval",
 }
-"""Old part.key -> new key."""
+"""Old ``part.key`` -> new key in the same part."""
 
 VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": "crop_and_resize"}}
 """(part, new key) -> old value -> new value."""
@@ -54,7 +54,8 @@ def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
         tree: part -> option -> value; anything else is returned unchanged.
 
     Returns:
-        The tree with current names, and the old names that were replaced, such as "train.save_every".
+        The tree with current names, and what was renamed: old keys such as "train.save_every", and old values such as
+        "model.pooling=crop".
 
     Raises:
         InputError: a key is given under both its old and its new name.
@@ -68,21 +69,21 @@ def rename_old_keys(tree: Any) -> tuple[Any, list[str]]:
             continue
         updated[part] = {}
         for key, value in options.items():
-            name: Any = KEYS.get(f"{part}.{key}", key)
-            if name != key:
+            new_key: Any = KEYS.get(f"{part}.{key}", key)
+            if new_key != key:
                 renamed.append(f"{part}.{key}")
-                if name in options:
-                    raise InputError(f"{part}.{key}: also given under its new name {part}.{name}; remove one")
-            values = VALUES.get((str(part), name), {})
-            if isinstance(value, str) and value in values:
-                renamed.append(f"{part}.{name}={value}")
-                value = values[value]
-            updated[part][name] = value
+                if new_key in options:
+                    raise InputError(f"{part}.{key}: also given under its new name {part}.{new_key}; remove one")
+            new_values = VALUES.get((str(part), new_key), {})
+            if isinstance(value, str) and value in new_values:
+                renamed.append(f"{part}.{new_key}={value}")
+                value = new_values[value]
+            updated[part][new_key] = value
     return updated, renamed
 
 
 def deprecation_message(renamed: str) -> str:
-    """Deprecation message for an old name returned by `rename_old_keys`."""
+    """Deprecation message for an old key or value, in the form that `rename_old_keys` returns."""
     part, _, rest = renamed.partition(".")
     key, _, value = rest.partition("=")
     new = f"{key}={VALUES[part, key][value]}" if value else KEYS[renamed]

@@ -1,6 +1,6 @@
 """Parse untrusted YAML: mappings with text keys, lists and scalars, within limits.
 
-Aliases are rejected, as they can expand a few hundred bytes to gigabytes, and so are integers that are not decimal,
+Aliases are rejected, as they can expand a few hundred bytes to gigabytes, and so are numbers that are not decimal,
 as YAML 1.1 reads 010 as 8 and 1:30 as 90.
 """
 
@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 
 MAX_DEPTH, MAX_NODES, MAX_SCALAR_LENGTH = 16, 10_000, 1_000
-_TEXT, _INTEGER = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+_TEXT, _INTEGER, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float"))
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
@@ -62,8 +62,15 @@ class _Loader(yaml.SafeLoader):
             )
         return int(node.value)
 
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        if ":" in node.value:  # YAML 1.1 reads 1:30.5 as 90.5
+            raise _error_at(f"number {shorten(node.value)} is not decimal; write it in decimal", node)
+        value: float = super().construct_yaml_float(node)
+        return value
+
 
 _Loader.add_constructor(_INTEGER, _Loader.construct_yaml_int)
+_Loader.add_constructor(_FLOAT, _Loader.construct_yaml_float)
 
 
 def parse_yaml(text: str | bytes) -> Any:
@@ -73,11 +80,11 @@ def parse_yaml(text: str | bytes) -> Any:
         text: the text.
 
     Returns:
-        Its value.
+        The value of the text.
 
     Raises:
-        InputError: invalid YAML, or an unsupported feature: aliases, tags, duplicate keys, keys that are not text, deep
-            nesting, or values that are too many or too long.
+        InputError: invalid YAML, or an unsupported feature: aliases, tags, duplicate keys, keys that are not text,
+            numbers that are not decimal, deep nesting, or values that are too many or too long.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  # a safe loader
@@ -88,14 +95,15 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def _error_at(problem: str, at: Any) -> yaml.MarkedYAMLError:
-    """The error of a YAML event or node."""
+    """An error with the position of a YAML event or node."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _problem(error: yaml.YAMLError) -> str:
+    """The problem and the line of an error, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
-        problem = error.problem.replace("found unexpected ", "found ")
+        problem = error.problem.replace("found unexpected ", "found ")  # PyYAML's wording
         return shorten(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
     if isinstance(error, yaml.reader.ReaderError):
         return f"invalid character at position {error.position}"

@@ -280,7 +280,7 @@ class TrainingBatches(Dataset):
         if size.cropped_from is not None:  # rounding may have moved boxes outside the crop
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
-        flipped_width = float(record.width) if flip else None
+        flipped_width = record.width if flip else None
         return GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.crop_origin)
 
 

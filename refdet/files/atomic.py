@@ -18,7 +18,7 @@ from refdet.errors import RuntimeFailure, is_disk_full
 
 # Part of every temporary file name, so that cleaning up removes only refdet's own files.
 TEMPORARY_MARK = "refdet-tmp"
-# Errors of os.link on file systems without hard links.
+# Errors of os.link where another hard link cannot be made: file systems without hard links, or with too many to a file.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 _RENAME_TIMEOUT = 5.0  # seconds to wait until another process has renamed its file
 # Errors of os.fsync on file systems that cannot sync folders.
@@ -97,17 +97,17 @@ def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
 
     Args:
         folder: where to look.
-        name: only temporary files for the file of this name.
+        name: find only temporary files for the file of this name; None for any file.
 
     Returns:
-        Their paths, sorted.
+        The sorted paths of the temporary files; none if the folder does not exist.
     """
     try:
         matches = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    only = None if name is None else _temporary_stem_and_suffix(Path(name))
-    return sorted(path for path, match in matches if match and only in (None, (match[1], match[2] or "")))
+    wanted = None if name is None else _temporary_stem_and_suffix(Path(name))
+    return sorted(path for path, match in matches if match and wanted in (None, (match[1], match[2] or "")))
 
 
 @contextmanager
@@ -140,19 +140,19 @@ def write_json(path: str | Path, obj: Any) -> None:
 def write_json_once(path: Path, obj: Any) -> bool:
     """Write ``obj`` as JSON unless the file exists; of several processes, even on different machines, only one does.
 
-    Needs no locks: a hard link is made only if its name is free. On a file system without hard links, the process that
-    creates a temporary file with a fixed name writes it.
+    Needs no locks: making a hard link fails if ``path`` exists. On a file system without hard links, the process that
+    creates a temporary file with a fixed name may write ``path``.
 
     Args:
-        path: the file.
+        path: the file, in an existing folder.
         obj: the value, which must be JSON serializable.
 
     Returns:
-        Whether this process wrote it.
+        Whether this process wrote the file; False if it existed.
 
     Raises:
         OSError: the file cannot be written.
-        RuntimeFailure: on a file system without hard links, a process was killed while writing it.
+        RuntimeFailure: on a file system without hard links, another process was killed while writing the file.
     """
     try:
         with _temporary_file(path) as temporary:
@@ -181,9 +181,10 @@ def _rename_once(temporary: Path, path: Path) -> None:
 
     Raises:
         FileExistsError: another process has written ``path``.
-        RuntimeFailure: another process started to, but was probably killed.
+        RuntimeFailure: another process started to write ``path``, but was probably killed.
     """
     stem, suffix = _temporary_stem_and_suffix(path)
+    # the file with the fixed name; named like any temporary file, so that `find_temporary_files` finds it
     claim = path.with_name(f".{stem}.00000000.{TEMPORARY_MARK}{suffix}")
     try:
         claim.touch(exist_ok=False)

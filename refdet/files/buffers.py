@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
-_BUFFERS_PER_CALL = 512  # half of IOV_MAX on Linux and macOS
+_BUFFERS_PER_CALL = 512  # below IOV_MAX, the limit of a call: 1024 on Linux and macOS
 
 
 def write_buffers(file: int, buffers: Iterable[bytes | bytearray | memoryview], offset: int | None = None) -> int:
@@ -15,7 +15,7 @@ def write_buffers(file: int, buffers: Iterable[bytes | bytearray | memoryview], 
 
     Args:
         file: a file descriptor.
-        buffers: what to write.
+        buffers: what to write; memoryviews must be C-contiguous, of elements of any size.
         offset: where to start in the file, in bytes; None for its current position.
 
     Returns:
@@ -24,9 +24,10 @@ def write_buffers(file: int, buffers: Iterable[bytes | bytearray | memoryview], 
     Raises:
         OSError: the disk is full, or writing failed for another reason.
     """
-    remaining = deque(memoryview(buffer) for buffer in buffers if buffer)
+    views = [memoryview(buffer) for buffer in buffers]
+    remaining = deque(view.cast("B") for view in views if view.nbytes)  # as bytes, so that lengths are in bytes
     total = 0
-    while remaining:  # a call may write less than its buffers, such as the last one before the disk is full
+    while remaining:  # a call may write only a part of its buffers, for example when the disk becomes full
         batch = list(islice(remaining, _BUFFERS_PER_CALL))
         if offset is None:
             written = os.writev(file, batch)

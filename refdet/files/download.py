@@ -22,7 +22,7 @@ from refdet.files.short_text import format_missing_space, shorten
 RESERVED_BYTES = 2**26  # disk space to leave free
 _CHUNK_BYTES = 2**20
 _TIMEOUT = (20, 60)  # seconds to connect, and between two packets
-_MAX_TRIES = 6  # in a row without receiving a byte
+_MAX_TRIES = 6  # consecutive tries without receiving a byte
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _HTML = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
 
@@ -38,13 +38,14 @@ class WrongDownload(InputError):
 class ResumingDownloader:
     """Downloader for pooch that keeps a partial download in a ``.part`` file next to the destination.
 
-    A later download of the same URL resumes there if the server's file has not changed. So does a download from
-    another URL if both must serve the same bytes; otherwise it replaces the partial file once data arrives.
+    A later download of the same URL resumes there if the server's file has not changed. A download of another URL also
+    resumes there if ``same_bytes``; otherwise its first data replace the partial download.
 
     Args:
-        part: the file to download into.
+        part: the ``.part`` file.
         size: size in bytes that the file must have, None if unknown.
-        wait: seconds before the first retry; each later one waits longer.
+        wait: seconds before the retry after a first try without data, twice as many after a second one, and so on; a
+            try that received data is repeated at once.
         same_bytes: whether every URL must serve the same bytes, which the caller checks.
 
     Attributes:
@@ -56,8 +57,8 @@ class ResumingDownloader:
         self.mixed = False
         self._record = part.with_name(part.name + ".json")
 
-    def __call__(self, url: str, output_file: Any, pooch: Any) -> None:
-        """Download ``url`` and move it to ``output_file``.
+    def __call__(self, url: str, output_file: Any, _pooch: Any) -> None:
+        """Download ``url`` and move the file to ``output_file``; pooch also passes its own object, which is not used.
 
         Raises:
             DownloadFailure: the server cannot be reached, does not have the file, or keeps closing the connection.
@@ -90,13 +91,14 @@ class ResumingDownloader:
     def _resumable_bytes(self, url: str) -> int:
         """Number of bytes that a download of this URL can resume from."""
         record = self._read_record()
-        usable = record.get("url") == url or (self._same_bytes and "url" in record)
-        return self._downloaded_bytes() if usable else 0
+        is_usable = record.get("url") == url or (self._same_bytes and "url" in record)
+        return self._downloaded_bytes() if is_usable else 0
 
     def _downloaded_bytes(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0
 
     def _read_record(self) -> dict[str, Any]:
+        """URL, version and total size of the partial download, as `_resume` wrote them; {} if there are none."""
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -108,7 +110,7 @@ class ResumingDownloader:
         self._record.unlink(missing_ok=True)
 
     def _resume(self, url: str, offset: int) -> bool:
-        """Request the missing bytes and append them; returns whether the file is complete."""
+        """Request the bytes from ``offset`` and append them; returns whether the file is complete, else try again."""
         record = self._read_record()
         same_url = record.get("url") == url
         headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges refer to the file itself
@@ -117,7 +119,7 @@ class ResumingDownloader:
             if same_url and isinstance(record.get("version"), str):
                 headers["If-Range"] = record["version"]
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-            if response.status_code == 416:
+            if response.status_code == 416:  # the range is not in the file: it ends at `offset`, or is shorter
                 if record.get("total") == offset:
                     return True
                 if not same_url:
@@ -129,23 +131,23 @@ class ResumingDownloader:
             if response.status_code not in (200, 206):
                 raise DownloadFailure(f"{url}: {response.status_code} {response.reason}")
             start, total = _content_range(response)
-            if start not in (0, offset):
+            if start not in (0, offset):  # not the requested range
                 self._discard()
                 return False
             chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
-            self._check(url, response, chunk if start == 0 else b"", total)
+            self._check_response(url, response, chunk if start == 0 else b"", total)
             if start > 0 and total is not None and record.get("total") not in (None, total):
                 self._discard()  # the file has changed, or the two URLs serve different files
                 return False
             downloaded = self._downloaded_bytes()
             self._check_space(url, None if total is None else total - downloaded)
-            if start == 0 and downloaded:
+            if start == 0 and downloaded:  # the server sends the whole file again
                 if not chunk:
                     return False
                 self._discard()
             self.mixed = start > 0 and (self.mixed or not same_url)
             version = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            if version is not None and version.startswith("W/"):  # may not be used with ranges
+            if version is not None and version.startswith("W/"):  # a weak ETag, which If-Range does not accept
                 version = response.headers.get("Last-Modified")
             self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
             with (
@@ -160,8 +162,15 @@ class ResumingDownloader:
         expected_size = self._size if total is None else total
         return expected_size is None or self._downloaded_bytes() >= expected_size
 
-    def _check(self, url: str, response: requests.Response, first_bytes: bytes, total: int | None) -> None:
-        """Raise WrongDownload if the first bytes, the type or the size show that it is not the file."""
+    def _check_response(self, url: str, response: requests.Response, first_bytes: bytes, total: int | None) -> None:
+        """Raise WrongDownload if a response is an HTML page, or a file of another total size.
+
+        Args:
+            url: its URL, for the message.
+            response: the response.
+            first_bytes: the first bytes of the file; empty if the response starts later in the file.
+            total: total size of the file in bytes, None if unknown.
+        """
         declared_html = response.headers.get("Content-Type", "").startswith("text/html")
         if first_bytes and (declared_html or _HTML.match(first_bytes)):
             raise WrongDownload(f"{url}: an HTML page, not the file")
@@ -172,6 +181,7 @@ class ResumingDownloader:
         return WrongDownload(f"{url}: another file, of {size:,} bytes instead of {self._size:,}")
 
     def _check_space(self, url: str, needed: int | None) -> None:
+        """Raise RuntimeFailure if there is less disk space than the needed bytes; None if the size is unknown."""
         free = shutil.disk_usage(self._part.parent).free
         if needed is not None and free < needed + RESERVED_BYTES:
             missing = format_missing_space(needed + RESERVED_BYTES, free)
@@ -189,7 +199,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         destination: the file to write, which appears only when it is complete and correct.
         checksum: in pooch's format, "sha256:..." or "md5:..."; None if unknown.
         size: size in bytes, None if unknown.
-        wait: seconds before the first retry; each later one waits longer.
+        wait: as in `ResumingDownloader`.
 
     Returns:
         The SHA-256 of the file.
@@ -201,6 +211,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         RuntimeFailure: not enough disk space.
     """
     part = destination.with_name(destination.name + ".part")
+    # the parts of two mirrors may be joined, as the checksum of the whole file decides
     same_bytes = (checksum or "").startswith("sha256:")
     pooch.get_logger().setLevel("ERROR")
     while True:
@@ -217,7 +228,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         except WrongDownload:
             if not downloader.mixed:
                 raise
-            # the part from the other URL may be wrong, so download all of it from this one
+            # the start, from another URL, may be wrong: download the whole file from this one
 
 
 def check_file(path: Path, name: str, checksum: str | None, remove: bool = False) -> str:
@@ -225,15 +236,15 @@ def check_file(path: Path, name: str, checksum: str | None, remove: bool = False
 
     Args:
         path: the file.
-        name: where it is from, for error messages.
-        checksum: "sha256:..." or "md5:...", None if unknown.
-        remove: whether to remove the file if it is wrong.
+        name: URL or path to show in the error.
+        checksum: "sha256:..." or "md5:..."; None if unknown, to check nothing.
+        remove: whether to remove a file with another checksum.
 
     Returns:
-        Its SHA-256.
+        The SHA-256 of the file.
 
     Raises:
-        WrongDownload: it has another checksum.
+        WrongDownload: the file has another checksum.
     """
     sha256: str = pooch.file_hash(str(path), alg="sha256")
     algorithm, _, expected = (checksum or "").partition(":")
@@ -257,5 +268,6 @@ def _content_range(response: requests.Response) -> tuple[int, int | None]:
 
 
 def _reason(error: Exception) -> str:
+    """One line about a network error, without the layers that requests and urllib3 wrap around its cause."""
     inner = error.args[0] if error.args else error
     return shorten(getattr(inner, "reason", None) or inner, 160)

@@ -44,7 +44,7 @@ class FileKind(Enum):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of any kind."""
+        """Whether this is a kind of folder."""
         return self in _FOLDERS
 
 
@@ -57,7 +57,7 @@ _FOLDERS = {
     FileKind.DATASET,
     FileKind.FOLDER,
 }
-_MAGIC = (
+_MAGIC = (  # first bytes of a file and its kind; a pickle starts with its protocol, 2 to 5
     (HDF5_MAGIC, FileKind.STORE),
     (b"\x89PNG", FileKind.IMAGE),
     (b"\xff\xd8\xff", FileKind.IMAGE),
@@ -93,8 +93,16 @@ def kind_of(path: Path) -> FileKind:
     return _kind_of_file(path, start)
 
 
+def is_safetensors(start: bytes) -> bool:
+    """Whether the first bytes of a file may be safetensors: the length of a header (u64, below 4 GiB), then JSON."""
+    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
+
+
 def run_directory_near(path: Path) -> Path | None:
-    """The run directory that was probably meant: the parent or grandparent of a path, or the only one in it."""
+    """The run directory that was probably meant by a path, or None.
+
+    It is the parent or grandparent of the path or, if the path is a folder with a single run directory, that one.
+    """
     for folder in (path.parent, path.parent.parent):
         if _is_run(folder):
             return folder
@@ -143,8 +151,9 @@ def _kind_of_file(path: Path, start: bytes) -> FileKind:
         if start.startswith(magic):
             return kind
     if start.startswith(b"PK"):
+        # torch.save writes a zip file with these members, TorchScript included
         return FileKind.TORCH if b"data.pkl" in start or b"/version" in start else FileKind.ZIP
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40:
+    if is_safetensors(start):
         return FileKind.SAFETENSORS
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] in (b"{", b"["):

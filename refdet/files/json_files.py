@@ -11,7 +11,7 @@ from typing import Any
 from refdet.errors import InputError
 from refer import ReferError, plain_files
 
-_MAX_SMALL_BYTES = 2**25
+_MAX_SMALL_BYTES = 2**25  # 32 MiB
 
 
 def read_json(path: Path) -> Any:
@@ -40,7 +40,7 @@ def read_small_json(path: Path) -> Any:
         Its value.
 
     Raises:
-        InputError: it cannot be read, is malformed or is larger.
+        InputError: it cannot be read, is malformed, or is larger than 32 MiB.
     """
     with json_errors(path):
         return json.loads(read_bytes(path, _MAX_SMALL_BYTES))
@@ -57,7 +57,7 @@ def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:
         Its contents.
 
     Raises:
-        InputError: it cannot be read, is larger, or is a pipe or device.
+        InputError: it cannot be read, is larger than ``max_bytes``, or is a pipe or device.
     """
     with _as_input_error():
         return plain_files.read_bytes(path, max_bytes)
@@ -65,13 +65,14 @@ def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:
 
 @contextmanager
 def json_errors(path: Path) -> Iterator[None]:
-    """Turn errors from parsing the JSON file ``path`` into an InputError with its name."""
+    """Turn errors from parsing the JSON file ``path`` into an InputError that names the file."""
     with _as_input_error(), plain_files.json_errors(path):
         yield
 
 
 @contextmanager
 def _as_input_error() -> Iterator[None]:
+    """Turn errors of the package refer into an InputError with the same message."""
     try:
         yield
     except ReferError as error:

@@ -27,20 +27,20 @@ def exclusive_lock(
 ) -> Iterator[bool]:
     """Hold a lock file within the block.
 
-    On a file system without locks, the block runs without one, with a note in the log.
+    On a file system without locks, the block runs unlocked, with a note in the log.
 
     Args:
         folder: the folder to lock.
         name: name of the lock file in it.
         fix: what to do if another process holds the lock, the end of the message.
-        wait: seconds to wait for another process.
+        wait: seconds to wait for another process to release the lock.
         activity: what the other process is doing, for the message.
 
     Yields:
-        Whether the file system has locks.
+        Whether the lock is held; False on a file system without locks.
 
     Raises:
-        Locked: another process holds the lock.
+        Locked: another process still holds the lock after ``wait`` seconds.
         OSError: the lock file cannot be created.
     """
     from filelock import FileLock, Timeout  # a slow import that only writers need
@@ -60,6 +60,6 @@ def exclusive_lock(
         lock.release()
 
 
-@lru_cache(maxsize=64)  # once per folder, for any number of locks in it
+@lru_cache(maxsize=64)  # to warn once per folder, for any number of locks in it
 def _warn_of_no_locks(folder: Path, reason: str) -> None:
     log.warning("note: %s: file system without locks (%s); make sure no other process writes to it", folder, reason)

@@ -47,7 +47,7 @@ def progress_bar(
 ) -> tqdm[Any]:
     """Create a tqdm bar on stderr; if stderr is not a terminal, it writes at most one line per `LINE_INTERVAL`.
 
-    Work that takes less than `LINE_INTERVAL` then writes none.
+    If stderr is not a terminal, work that takes less than `LINE_INTERVAL` writes no line.
 
     Args:
         total: number of units of work, None if unknown.
@@ -61,7 +61,7 @@ def progress_bar(
     Returns:
         The bar.
     """
-    bar = _bar(None, total, desc, unit, initial, leave, disable)
+    bar = _new_bar(None, total, desc, unit, initial=initial, leave=leave, disable=disable)
     bar.unit_scale = scale
     return bar
 
@@ -80,19 +80,27 @@ def progress(iterable: Iterable[Any], desc: str, unit: str, total: int | None = 
         iterable: what to iterate over.
         desc: what the work is.
         unit: name of an item, in the singular.
-        total: number of items, None if unknown.
+        total: number of items; None for the length of ``iterable``, if it has one.
         leave: whether the finished bar stays on the terminal.
 
     Returns:
         An iterator over the items.
     """
-    return _bar(iterable, total, desc, unit, 0, leave, False)
+    return _new_bar(iterable, total, desc, unit, leave=leave)
 
 
-def _bar(
-    iterable: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool, disable: bool
+def _new_bar(
+    iterable: Iterable[Any] | None,
+    total: int | None,
+    desc: str,
+    unit: str,
+    *,
+    initial: int = 0,
+    leave: bool = True,
+    disable: bool = False,
 ) -> tqdm[Any]:
-    disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # -q
+    """Create the bar of `progress_bar`, which yields the items of ``iterable`` unless that is None."""
+    disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # the option -q
     common: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": disable}
     stream = sys.stderr
     if stream is None or not stream.isatty():
@@ -101,7 +109,7 @@ def _bar(
             iterable,
             **common,
             file=lines,
-            leave=False,
+            leave=False,  # no line at the end
             mininterval=LINE_INTERVAL,
             maxinterval=2 * LINE_INTERVAL,
             miniters=1,

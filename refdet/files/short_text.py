@@ -7,14 +7,15 @@ import reprlib
 MAX_LENGTH = 80  # characters of a value in a message
 
 
+_PLURAL_VERBS = {"is": "are", "was": "were", "has": "have", "does": "do"}  # other verbs lose their s
+
+
 class _Repr(reprlib.Repr):
-    """reprlib.Repr that can show huge integers, whose digits Python may refuse to print."""
+    """reprlib.Repr that can show huge integers; Python refuses to print more than 4300 digits."""
 
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
 
-
-_PLURAL_VERBS = {"is": "are", "was": "were", "has": "have", "does": "do"}  # others lose their s
 
 _REPR = _Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, MAX_LENGTH, MAX_LENGTH
@@ -22,7 +23,7 @@ _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 4
 
 
 def short_repr(value: object) -> str:
-    """Repr of a value, shortened to about `MAX_LENGTH` characters."""
+    """Repr of a value, with each item shortened to about `MAX_LENGTH` characters, and all of it to twice as many."""
     return shorten(_REPR.repr(value), 2 * MAX_LENGTH)
 
 
@@ -32,7 +33,7 @@ def format_count(count: int, noun: str, verb: str = "", spec: str = "") -> str:
     Args:
         count: the number.
         noun: in the singular; its plural must be regular, such as "images", "boxes" or "categories".
-        verb: in the singular, such as "is", "has" or "lies"; none if empty.
+        verb: in the singular, such as "is", "has" or "lies"; "" for no verb.
         spec: format of the number, such as ",".
     """
     return f"{count:{spec}} {noun if count == 1 else _plural(noun)}" + (f" {agree(count, verb)}" if verb else "")
@@ -57,7 +58,7 @@ def format_bytes(number: int) -> str:
 
 
 def format_missing_space(needed: int, free: int) -> str:
-    """Required disk space in bytes, and how much of it is missing: "13.5 GB, 2.1 GB more than is free"."""
+    """The needed disk space, and how much of it is missing, given in bytes: "13.5 GB, 2.1 GB more than is free"."""
     return f"{format_bytes(needed)}, {format_bytes(needed - free)} more than is free"
 
 
@@ -69,6 +70,6 @@ def _plural(noun: str) -> str:
 
 def shorten(text: object, max_length: int = MAX_LENGTH) -> str:
     """Text on one line, with the middle replaced by "..." if it is longer than ``max_length`` characters."""
-    line = " ".join(str(text)[: 100 * max_length].split())
+    line = " ".join(str(text)[: 100 * max_length].split())  # cut first, as the text may have megabytes
     half = (max_length - 3) // 2
     return line if len(line) <= max_length else f"{line[:half]}...{line[-half:]}"

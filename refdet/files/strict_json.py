@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr, shorten
 
+_MAX_INTEGER_LENGTH = 20  # characters; -2**63 has 20
+# A surrogate, escaped or not; pairs of escaped ones are characters, single ones cannot be written as UTF-8.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
@@ -23,8 +25,8 @@ def strict_json(data: bytes | str) -> Any:
         Its value.
 
     Raises:
-        InputError: malformed or too deeply nested JSON, a duplicate key, or a number that is not JSON (NaN, Infinity,
-            1e999).
+        InputError: not UTF-8, malformed or too deeply nested JSON, a duplicate key, a single surrogate in a text, an
+            integer of more than 20 characters, or a number that is not finite (NaN, Infinity, 1e999).
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
@@ -36,7 +38,7 @@ def strict_json(data: bytes | str) -> Any:
             parse_int=_integer,
         )
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # raises UnicodeError for single surrogates
         return value
     except json.JSONDecodeError as error:
         raise InputError(f"malformed JSON in line {error.lineno}: {error.msg}") from None
@@ -67,6 +69,6 @@ def _finite_float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > _MAX_INTEGER_LENGTH:
         raise InputError(f"integer {shorten(text)} is too large")
     return int(text)

@@ -24,8 +24,8 @@ from refdet.files.atomic import report_disk_full
 from refdet.files.short_text import format_missing_space, short_repr
 
 _RESERVED_BYTES = 2**26  # disk space to leave free
-_DRIVE = re.compile(r"[A-Za-z]:")
-_ARCHIVE_ERRORS = (
+_DRIVE = re.compile(r"[A-Za-z]:")  # of a path on Windows
+_ARCHIVE_ERRORS = (  # what zipfile, tarfile and the decompressors raise on damaged or unsupported archives
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
@@ -36,7 +36,7 @@ _ARCHIVE_ERRORS = (
     NotImplementedError,
     RuntimeError,
 )
-_PREFIX = ".unpacking-"
+_PREFIX = ".unpacking-"  # of the names of temporary folders
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Member:
     Attributes:
         name: its path in the archive.
         size: its size in bytes, unpacked.
-        open: opens it.
+        open: opens the file for reading.
     """
 
     name: str
@@ -62,15 +62,16 @@ def unpack_temporarily(
 
     Args:
         archive: a zip or tar file.
-        name: where it is from, for error messages.
-        target_path: returns the path of a member below the folder, None to skip it.
+        name: name of the archive in error messages, such as its URL.
+        target_path: maps the path of a file in the archive to its path below the temporary folder, None to skip it.
         parent: the folder to create the temporary folder in.
 
     Yields:
         The temporary folder.
 
     Raises:
-        InputError: not an archive, damaged, or a member is outside the folder, a link, encrypted or a duplicate.
+        InputError: not an archive, damaged, two selected files with the same path, or any file that is outside the
+            folder, a link, a device or encrypted.
         RuntimeFailure: not enough disk space.
     """
     parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
     """Move all files of a folder to the same paths in another one, unless a different file already exists there.
 
     Returns:
-        The new paths, and the paths of existing files that differ, which were kept.
+        The new paths of the moved files, and the paths of existing files, which were kept as they have other contents.
     """
     moved, kept = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -115,6 +116,7 @@ def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _extract(members: list[_Member], name: str, target_path: Callable[[str], str | None], folder: Path) -> None:
+    """Unpack the files that `unpack_temporarily` selects, after checking the disk space."""
     selected: dict[str, _Member] = {}
     for member in members:
         target = target_path(member.name)
@@ -135,6 +137,7 @@ def _extract(members: list[_Member], name: str, target_path: Callable[[str], str
 
 
 def _copy(source: IO[bytes], file: IO[bytes], member: _Member, name: str) -> None:
+    """Copy a file out of the archive ``name``, but no more bytes than the archive declares."""
     remaining = member.size
     while chunk := source.read(2**20):
         remaining -= len(chunk)
@@ -147,6 +150,7 @@ def _copy(source: IO[bytes], file: IO[bytes], member: _Member, name: str) -> Non
 
 @contextmanager
 def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
+    """Open a zip or tar file and yield all its files, without folders."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             yield [_zip_member(file, info, name) for info in file.infolist() if not info.is_dir()]
@@ -163,9 +167,10 @@ def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
 
 def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Member:
     _check_inside(info.filename, name)
-    if info.flag_bits & 1:
+    if info.flag_bits & 1:  # encryption
         raise InputError(f"{name}: {short_repr(info.filename)} is encrypted")
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+    unix_mode = info.external_attr >> 16  # 0 from programs that do not store one
+    if stat.S_IFMT(unix_mode) not in (0, stat.S_IFREG):
         raise InputError(f"{name}: {short_repr(info.filename)} is a link or device")
     return _Member(info.filename, info.file_size, lambda: file.open(info))
 
@@ -182,6 +187,7 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> _Memb
 
 
 def _check_inside(member: str, name: str) -> None:
-    path = PurePosixPath(member.replace("\\", "/"))
+    """Raise InputError if the path of a file in an archive leads out of the folder that it is unpacked into."""
+    path = PurePosixPath(member.replace("\\", "/"))  # backslashes separate folders on Windows
     if path.is_absolute() or ".." in path.parts or _DRIVE.match(member) or "\0" in member:
         raise InputError(f"{name}: {short_repr(member)} would be written outside its folder; do not use this archive")

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.file_kinds import HDF5_MAGIC
+from refdet.files.file_kinds import HDF5_MAGIC, is_safetensors
 from refdet.files.short_text import shorten
 from refdet.files.strict_json import strict_json
 from refdet.files.weight_programs import REFDET, TRAINING_STATE, describe_checkpoint, has_all
 
-MAX_HEADER_BYTES = 2**24  # of a safetensors file
-MAX_TENSORS = 20_000  # of a file; a ResNet-152 with its momentum has 1,400
-_START_BYTES = 2**20  # enough to reach "images" or "annotations" in a COCO file
+MAX_HEADER_BYTES = 2**24  # limit of the header of a safetensors file
+MAX_TENSORS = 20_000  # limit of the tensors of a file; a ResNet-152 with its momentum has 1,400
+_METADATA = "__metadata__"  # the only key of a header that is not a tensor
+_START_BYTES = 2**20  # enough to find "images" or "annotations" in a COCO file
 
 
 def describe_file(path: Path) -> str | None:
-    """Describe a file by its first bytes, and say how to use it; None if its kind is unknown."""
+    """Describe a file by its first bytes, and say how to use it; None if it is not a file, or of an unknown kind."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -27,6 +28,7 @@ def describe_file(path: Path) -> str | None:
     if is_safetensors(start):
         return _describe_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        # torch.save writes a zip file that contains data.pkl or, in older versions, a pickle
         is_other_zip = start.startswith(b"PK") and b"data.pkl" not in start
         kind = "a zip file" if is_other_zip else "a PyTorch checkpoint"
         return f"{kind} (convert it with refdet import-weights)"
@@ -38,8 +40,9 @@ def describe_file(path: Path) -> str | None:
 
 
 def _describe_safetensors(path: Path) -> str:
+    """Describe a safetensors file by the names of its tensors, and say how to use it."""
     try:
-        names = [name for name in read_header(path) if name != "__metadata__"]
+        names = _tensor_names(path)
     except InputError:
         return "a damaged safetensors file"
     if has_all(names, TRAINING_STATE):
@@ -48,11 +51,6 @@ def _describe_safetensors(path: Path) -> str:
         return "the weights of a run directory (give the folder with them and model.json)"
     description = describe_checkpoint(names) or "weights of another program"
     return f"{description} (convert it with refdet import-weights)"
-
-
-def is_safetensors(start: bytes) -> bool:
-    """Whether the first bytes of a file may be safetensors: the length of a header (u64), then JSON."""
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -96,6 +94,10 @@ def check_safetensors(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    count = len(read_header(path))
+    count = len(_tensor_names(path))
     if count > MAX_TENSORS:
         raise InputError(f"{path}: {count} tensors, more than the limit of {MAX_TENSORS}")
+
+
+def _tensor_names(path: Path) -> list[str]:
+    return [name for name in read_header(path) if name != _METADATA]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# A description, and regular expressions each of which must match the start of some tensor name. The first match counts.
+# Descriptions of checkpoints, each with regular expressions that must all match the start of some tensor name. The
+# first description whose expressions match is taken.
 _BY_TENSOR_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
     ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
@@ -50,7 +51,7 @@ _BY_TENSOR_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a DenseNet", (r"features\.denseblock1\.",)),
     ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
 )
-# Descriptions by the top-level module of a class that the pickle imports.
+# Descriptions of checkpoints by the top-level module of a class that their pickle imports.
 _BY_CLASS_MODULES = {
     "ultralytics": "an Ultralytics YOLO model",
     "models": "a YOLOv5 or YOLOv7 model",
@@ -66,7 +67,7 @@ _BY_CLASS_MODULES = {
     "pytorch_lightning": "a PyTorch Lightning checkpoint",
     "lightning": "a PyTorch Lightning checkpoint",
 }
-# What refdet.detector.weights imports, or rejects with a more detailed message.
+# Descriptions of what refdet.detector.weights imports, or rejects with a more detailed message.
 IMPORTABLE = frozenset(
     (
         "a torchvision Mask R-CNN",
@@ -79,8 +80,10 @@ IMPORTABLE = frozenset(
         "an ImageNet VGG-16",
     )
 )
+# Expressions for the tensors of refdet's own files: the weights of a run directory, and a training state.
 REFDET = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")
 TRAINING_STATE = (r"model/", r"model/rpn\.conv\.weight$")
+# Prefixes that wrappers such as DataParallel and torch.compile add to tensor names.
 _WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")
 
 

@@ -14,29 +14,30 @@ import numpy as np
 from refdet.files.buffers import write_buffers
 
 GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
-THREADS = min(8, os.cpu_count() or 1)  # for compression; with more, writing is the bottleneck
+THREADS = min(8, os.cpu_count() or 1)  # for compression; with more than 8, writing is the bottleneck
 
-_CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
-_BUFFER_BYTES = 2**18  # copied data is written once there is this much of it
-_MIN_BORROWED_BYTES = 2**15  # larger data is not copied before it is written
+_CHUNK_BYTES = 2**18  # size of a chunk, unless a row is larger; a quarter of h5py's chunk cache
+_BUFFER_BYTES = 2**18  # copied data are written when there are at least this many bytes
+_MIN_BORROWED_BYTES = 2**15  # data of at least this size are not copied before they are written
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Number of rows per chunk of a nonempty dataset: about as many as an image has, fewer if rows are large."""
+    """Number of rows per chunk of a nonempty dataset: those of 256 KiB, at least one; 32 for 2048 float32 per row."""
     return min(shape[0], max(1, _CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
 
 
 def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Maximum size in bytes of a chunked dataset in which each chunk is written once.
 
-    The last chunk has full size. Incompressible data is stored unchanged by lzf and grows by at most a thousandth with
-    gzip. The chunk index takes less than 32 bytes per chunk.
+    The last chunk has full size. Incompressible data are stored unchanged by lzf and grow by at most a thousandth with
+    gzip. The chunk index takes less than 32 bytes per chunk. The margins here are twice that, and 4 KiB.
     """
     if 0 in shape:
         return 0
     rows = chunk_rows(shape, dtype)
-    chunk = rows * math.prod(shape[1:]) * dtype.itemsize
-    return -(-shape[0] // rows) * (chunk + chunk // 500 + 64) + 4096
+    chunk_bytes = rows * math.prod(shape[1:]) * dtype.itemsize
+    num_chunks = math.ceil(shape[0] / rows)
+    return num_chunks * (chunk_bytes + chunk_bytes // 500 + 64) + 4096
 
 
 def contiguous_layout() -> h5py.h5p.PropDCID:
@@ -51,14 +52,14 @@ def contiguous_layout() -> h5py.h5p.PropDCID:
 class ContiguousWriter:
     """Writes a dataset sequentially, with large writes directly to the file.
 
-    A call to HDF5 takes longer than writing the rows of most images, and HDF5 cannot report a full disk without
-    crashing later (`refdet.store.hdf5_file`).
+    HDF5 itself is not used: a call to it takes longer than writing the rows of most images, and it cannot report a full
+    disk without crashing later (`refdet.store.hdf5_file`).
 
     Args:
         data: a dataset with the `contiguous_layout`, not empty.
 
     Attributes:
-        byte_range: offsets of the dataset's first byte in the file and of its end.
+        byte_range: offsets in the file of the dataset's first byte and of the byte after its last.
     """
 
     def __init__(self, data: h5py.Dataset) -> None:
@@ -67,7 +68,7 @@ class ContiguousWriter:
         self.byte_range = self._offset, self._offset + data.id.get_storage_size()
         self._pending: list[memoryview | bytearray] = []
         self._pending_bytes = 0
-        self._borrowed = False  # whether any of them is the caller's memory
+        self._borrowed = False  # whether any of `_pending` is the caller's memory
 
     def append(self, data: memoryview) -> None:
         """Append the bytes of rows, which must not change until `flush_borrowed`."""
@@ -108,8 +109,8 @@ class ChunkedWriter:
         self._data = data
         self._pool = pool if data.compression == "gzip" else None
         self._rows = np.zeros((data.chunks[0], *data.shape[1:]), data.dtype)
-        self._first = self._filled = 0  # first row of the current chunk, and its bytes so far
-        self._pending: deque[tuple[int, Future[bytes]]] = deque()  # first row, chunk
+        self._first = self._filled = 0  # first row of the current chunk, and number of bytes in it so far
+        self._pending: deque[tuple[int, Future[bytes]]] = deque()  # first row and compressed chunk
 
     def append(self, data: memoryview) -> None:
         """Append the bytes of rows."""
@@ -131,13 +132,14 @@ class ChunkedWriter:
         self._write_pending(0)
 
     def _write_chunk(self) -> None:
+        """Write the current chunk, or let a thread compress it, and start the next one."""
         rows = self._filled // self._rows[:1].nbytes
         if self._pool is None:
             self._data[self._first : self._first + rows] = self._rows[:rows]
         else:
             self._pending.append((self._first, self._pool.submit(_compress, self._rows)))
             self._rows = np.zeros_like(self._rows)
-            self._write_pending(2 * THREADS)
+            self._write_pending(2 * THREADS)  # enough to keep the threads busy, few enough to fit in memory
         self._first, self._filled = self._first + rows, 0
 
     def _write_pending(self, remaining: int) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from refdet.store.schema import Columns, ImageRow
 from refdet.structures.regions import Regions
 
 MASK_COUNTS, MASK_START = "regions/mask_counts", "regions/mask_start"
-REGION_BYTES = {"regions/box": 16, "regions/score": 4, "regions/category_id": 8, "regions/ann_id": 8}  # per region
+# Bytes per region of each array that is neither features nor masks.
+REGION_BYTES = {"regions/box": 16, "regions/score": 4, "regions/category_id": 8, "regions/ann_id": 8}
 _FEATURE_PREFIX, _MAP_PREFIX, _IM_INFO = "features/", "maps/", "maps/im_info"
-_HALF_INF, _HALF_MINUS_INF = 0x7C00, 0xFC00  # bits of these float16 values
+_HALF_INF, _HALF_MINUS_INF = 0x7C00, 0xFC00  # bits of inf and -inf in float16
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class EncodedImage:
     """The regions of an image as arrays.
 
     Attributes:
-        row: its row in a store.
+        row: the image's row in a store.
         mask_sizes: number of bytes of each mask, () without masks.
         arrays: dataset -> values, little-endian, in the order of a shard: ``regions/box`` (n, 4), ``regions/score``
             (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store; without
             `MASK_START`, which depends on the other images.
-        checksums: CRC-32 of each array, in the same order; empty if they are not known.
+        checksums: dataset -> CRC-32 of its array, in the order of ``arrays``; empty if not computed yet.
     """
 
     row: ImageRow
@@ -48,9 +50,9 @@ class RawImage(NamedTuple):
     """The regions of an image without maps, as bytes of arrays that were checked before.
 
     Attributes:
-        row: its row in a store.
-        mask_sizes: number of bytes of each mask, uint32.
-        checksums: CRC-32 of each array, uint32.
+        row: the image's row in a store.
+        mask_sizes: number of bytes of each mask, as the bytes of a uint32 array.
+        checksums: CRC-32 of each array, as the bytes of a uint32 array.
         parts: bytes of each array, in the order of `region_bytes`.
     """
 
@@ -66,7 +68,7 @@ def raw_bytes(values: np.ndarray) -> memoryview:
 
 
 def dtypes(columns: Columns) -> Mapping[str, np.dtype]:
-    """Dtype of each array that an image may have."""
+    """Dataset -> little-endian dtype, for each array that an image may have."""
     return _dtypes(tuple(columns.features), columns.maps, columns.dtype)
 
 
@@ -86,7 +88,7 @@ def _dtypes(features: tuple[str, ...], maps: tuple[str, ...], dtype: str) -> Map
 
 
 def region_bytes(columns: Columns) -> dict[str, int]:
-    """Bytes per region of each array of an image without maps, in the order of a shard; 0 for masks, which vary."""
+    """Dataset -> bytes per region of its array, in the order of a shard; 0 for masks, which vary. Without maps."""
     sizes = {MASK_COUNTS: 0} if columns.masks else {}
     sizes |= {name: size for name, size in REGION_BYTES.items() if columns.ann_ids or name != "regions/ann_id"}
     itemsize = np.dtype(columns.dtype).itemsize
@@ -97,7 +99,7 @@ def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage
     """Convert the regions of images to arrays with checksums, and check that no number is NaN or infinite.
 
     Checksums are computed in a separate pass at the end: reading all numbers evicts the interpreter's data from the
-    processor's caches, which would make the rest take three times as long.
+    CPU's caches, which would make the rest take three times as long.
 
     Args:
         images: regions of each image.
@@ -111,7 +113,7 @@ def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage
         RuntimeFailure: a number is not finite, or too large for float16.
     """
     encoded = [encode(image, columns) for image in images]
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # the sums in `_is_finite`
         return [
             replace(image, checksums=_check_and_checksum(image, regions))
             for image, regions in zip(encoded, images, strict=True)
@@ -124,7 +126,7 @@ def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def _check_and_checksum(image: EncodedImage, regions: Regions) -> dict[str, int]:
-    """Check that each array is finite and return its CRC-32, in one pass while it is in the processor's cache."""
+    """Check that each array is finite and return its CRC-32, in one pass while it is in the CPU's cache."""
     checksums = {}
     for name, values in image.arrays.items():
         _check_finite(name, values, regions)
@@ -169,7 +171,7 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
         values_of[_MAP_PREFIX + name] = regions.maps.get(name)
         values_of[_IM_INFO] = regions.im_info
     types = dtypes(columns)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # values that are too large for float16 are found by `encode_all`
         arrays = {
             name: np.ascontiguousarray(values, types[name]) for name, values in values_of.items() if values is not None
         }
@@ -187,7 +189,7 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
 def image_row(
     arrays: Mapping[str, np.ndarray], *, image_id: int, file_name: str, height: int, width: int, error: str
 ) -> ImageRow:
-    """Row in a store of an image with these arrays."""
+    """Row in a store of an image with these arrays, which give its numbers of regions and bytes of masks."""
     mask_bytes = arrays[MASK_COUNTS].nbytes if MASK_COUNTS in arrays else 0
     row = ImageRow(image_id, file_name, height, width, error, len(arrays["regions/box"]), mask_bytes)
     head_map = arrays.get(_MAP_PREFIX + "head")
@@ -199,21 +201,21 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
 
     Args:
         image: the image.
-        names: category id -> name.
+        names: category id -> name, for `Regions.names`.
 
     Returns:
         The regions.
 
     Raises:
         ValueError: lengths or shapes do not match.
-        KeyError: a column that all regions have is missing.
+        KeyError: the boxes, scores or category ids are missing.
     """
     row, arrays, masks = image.row, image.arrays, None
     if MASK_COUNTS in arrays:
-        text, offsets = arrays[MASK_COUNTS].tobytes(), np.cumsum([0, *image.mask_sizes]).tolist()
-        if offsets[-1] != len(text):
-            raise ValueError(f"{len(text)} bytes of masks, expected {offsets[-1]}")
-        masks = tuple(text[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+        counts, offsets = arrays[MASK_COUNTS].tobytes(), np.cumsum([0, *image.mask_sizes]).tolist()
+        if offsets[-1] != len(counts):
+            raise ValueError(f"{len(counts)} bytes of masks, expected {offsets[-1]}")
+        masks = tuple(counts[first:end] for first, end in pairwise(offsets))
     maps = _strip_prefix(_MAP_PREFIX, {name: values for name, values in arrays.items() if name != _IM_INFO})
     return Regions(
         row.id,
@@ -234,11 +236,12 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
 
 
 def _strip_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names start with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
 def missing_arrays(image: EncodedImage, columns: Columns) -> set[str]:
-    """Required arrays that an image lacks."""
+    """Names of the arrays of features, annotation ids and maps that ``columns`` require and an image lacks."""
     per_region = ["regions/ann_id"] * columns.ann_ids + [_FEATURE_PREFIX + name for name in columns.features]
     maps = [] if image.row.error else [_MAP_PREFIX + name for name in columns.maps]
     return {*maps, *(per_region if image.row.regions else [])} - image.arrays.keys()
@@ -255,7 +258,8 @@ def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
     if original is not None and _is_finite(original):
         raise RuntimeFailure(f"{where} reaches {float(np.abs(original).max()):g}, {out_of_range}")
     if dtype == "float16" and original is not None and original.dtype == dtype and not np.isnan(original).any():
-        raise RuntimeFailure(f"{where} is {out_of_range}")  # converted on the device, after a check there
+        # the device has checked the numbers and then converted them to float16, so inf can only be an overflow
+        raise RuntimeFailure(f"{where} is {out_of_range}")
     raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 

@@ -20,9 +20,9 @@ from refdet.store.hdf5_access import known_files
 class RegionsDataset(Dataset):
     """Images of a store with their regions and features.
 
-    Works in forked and spawned workers, even after use in the parent process, as each process opens the file on its
-    first read. Images differ in their number of regions N, so a `DataLoader` needs a ``collate_fn`` that pads them, or
-    ``collate_fn=list``.
+    Works in forked and spawned workers of a `DataLoader`, even after use in the parent process, as each process opens
+    the file on its first read. Images differ in their number of regions N, so the `DataLoader` needs a ``collate_fn``
+    that pads the regions, or ``collate_fn=list``.
 
     ``dataset[k]`` is a dictionary:
 
@@ -65,7 +65,7 @@ class RegionsDataset(Dataset):
         self._store: store.Store | None = None
         self._pid = 0
         with store.open(self.path) as opened:
-            self._state = known_files.get(self.path)
+            self._state = known_files.get(self.path)  # for `_open_store` in other processes
             missing = sorted(set(self.features or ()) - {*opened.feature_names, *opened.map_names})
             if missing or (masks and not opened.has_masks):
                 raise InputError(f"{self.path}: no {missing[0] if missing else 'masks'}; extract it with them")
@@ -99,14 +99,17 @@ class RegionsDataset(Dataset):
         return item
 
     def __getstate__(self) -> dict[str, Any]:
+        # an open file cannot be sent to another process
         return {**self.__dict__, "_store": None}
 
     def _open_store(self) -> store.Store:
+        """The store as opened by this process, which opens it on the first call."""
         if self._store is None or self._pid != os.getpid():
             if self._store is not None:
                 self._store.close()  # inherited from the parent in a fork; HDF5 would share its state
             if self._state is not None:
-                known_files.add_in_process(self._state)  # the parent of a spawned worker has checked it
+                # a spawned worker need not check the file again, as its parent has
+                known_files.add_in_process(self._state)
             self._store, self._pid = store.open(self.path), os.getpid()
         return self._store
 

@@ -38,7 +38,7 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
 
     Args:
         path: the store.
-        again: check the file even if it is known.
+        again: check the structure even of a file that was checked before and has not changed.
 
     Returns:
         The open file.
@@ -49,8 +49,8 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     path = Path(path)
     check_regular(path)
     try:
-        with path.open("rb") as start:
-            if start.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
+        with path.open("rb") as raw:
+            if raw.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
                 raise InputError(f"{path}: not a readable HDF5 file; give a file written by refdet extract-features")
         before = FileState.from_path(path)
         is_known = not again and before in known_files
@@ -92,5 +92,5 @@ def check_regular(path: Path) -> None:
 
 
 def remember(path: Path) -> None:
-    """Remember a file that refdet has just written."""
+    """Remember a file that refdet has just written, so that opening it needs no check."""
     known_files.add(FileState.from_path(path))

@@ -17,8 +17,8 @@ from h5py import h5d, h5p, h5z
 
 from refdet.store.chunks import THREADS
 
-MAX_CHUNK = 2**26  # bytes; chunks of a store have a quarter of a megabyte, or the features of one region
-_LZF = 32000  # filter id of h5py's LZF, registered with the HDF Group
+MAX_CHUNK = 2**26  # bytes of a chunk; those of a store have a quarter of a megabyte, or the features of one region
+_LZF = 32000  # id of h5py's LZF filter, registered with the HDF Group
 
 _COMPRESSION_FILTERS = (h5z.FILTER_DEFLATE, _LZF)
 _ALLOWED_FILTERS = (
@@ -44,7 +44,7 @@ def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ..
         Filter codes in the order in which they were applied.
 
     Raises:
-        StructureError: unknown filters, or filters for elements or chunks of another size.
+        StructureError: unsupported filters, or filters for elements or chunks of another size.
     """
     filters: list[tuple[int, tuple[int, ...]]] = []
     for i in range(dcpl.get_nfilters()):
@@ -54,6 +54,7 @@ def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ..
     if codes not in _ALLOWED_FILTERS:
         raise StructureError(f"{name} has unsupported filters ({', '.join(map(str, codes))})")
     chunk_size = math.prod(dcpl.get_chunk()) * itemsize if codes else 0
+    # values of the filters: shuffle has the size of an element; LZF two versions, and the size of a chunk
     for code, values in filters:
         if (code == h5z.FILTER_SHUFFLE and values != (itemsize,)) or (code == _LZF and values[2:] != (chunk_size,)):
             raise StructureError(f"{name} has a filter for elements of another size")
@@ -88,7 +89,7 @@ def check_chunks(
     chunk_size = math.prod(chunk) * itemsize
     if not 0 < chunk_size <= MAX_CHUNK:
         raise StructureError(f"{name} has chunks of {chunk_size} bytes")
-    grid = [-(-side // step) for side, step in zip(shape, chunk, strict=True)]
+    grid = [-(-side // step) for side, step in zip(shape, chunk, strict=True)]  # number of chunks along each dimension
     if data.get_num_chunks() != math.prod(grid):
         raise StructureError(
             f"{name} has {data.get_num_chunks()} of {math.prod(grid)} chunks, the others were never written"
@@ -103,10 +104,10 @@ def check_chunks(
         seen[tuple(index)] = True
         if info.byte_offset is None or info.byte_offset + info.size > size:
             raise StructureError(f"{name} has a chunk outside the file")
-        if info.size > chunk_size + chunk_size // 100 + 1024:
+        if info.size > chunk_size + chunk_size // 100 + 1024:  # incompressible data grow by less
             raise StructureError(f"{name} has a chunk that is larger compressed than uncompressed")
     with ThreadPoolExecutor(THREADS) as pool:
-        for length in pool.map(lambda info: _length(data, info, filters, chunk_size), infos):
+        for length in pool.map(lambda info: _decompressed_length(data, info, filters, chunk_size), infos):
             if length is not None and length != chunk_size:
                 raise StructureError(f"{name} has a chunk of {length} bytes instead of {chunk_size}")
 
@@ -121,10 +122,11 @@ def _chunk_infos(data: h5d.DatasetID) -> list[Any]:
     return infos
 
 
-def _length(data: h5d.DatasetID, info: Any, filters: tuple[int, ...], chunk_size: int) -> int | None:
-    """Decompressed length of a chunk, None if it cannot be decompressed."""
-    uncompressed = not filters or (info.filter_mask >> (len(filters) - 1)) & 1  # the bit of a filter that was skipped
-    if uncompressed:
+def _decompressed_length(data: h5d.DatasetID, info: Any, filters: tuple[int, ...], chunk_size: int) -> int | None:
+    """Decompressed length of a chunk in bytes, None if it cannot be decompressed."""
+    # a bit of the mask is set if the filter was skipped; compression is the last filter
+    is_uncompressed = not filters or (info.filter_mask >> (len(filters) - 1)) & 1
+    if is_uncompressed:
         length: int = info.size
         return length
     _, content = data.read_direct_chunk(info.chunk_offset)
@@ -142,7 +144,10 @@ def _gzip_length(content: bytes, chunk_size: int) -> int | None:
 
 
 def _lzf_length(content: bytes, chunk_size: int) -> int | None:
-    """Decompressed length of an LZF chunk, which has runs of literals and back-references; None if it is damaged."""
+    """Decompressed length of an LZF chunk, counted until it exceeds ``chunk_size``; None if the chunk is damaged.
+
+    A chunk is a sequence of literals (a control byte below 32, then 1 to 32 bytes) and back-references (2 or 3 bytes).
+    """
     offset = length = 0
     end = len(content)
     while offset < end and length <= chunk_size:
@@ -152,7 +157,7 @@ def _lzf_length(content: bytes, chunk_size: int) -> int | None:
             length += control + 1
         else:
             copied = control >> 5
-            if copied == 7:
+            if copied == 7:  # a longer reference, with one more byte
                 offset += 1
                 if offset >= end:
                     return None

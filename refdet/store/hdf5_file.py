@@ -10,20 +10,22 @@ from pathlib import Path
 
 import h5py
 
-CHECKSUMMED = ("v110", "v110")  # the file format of HDF5 1.10, which has checksums of metadata, unlike older ones
-OLDEST_READERS = ("earliest", "latest")  # readable by HDF5 1.6 and newer
+# Values of h5py's ``libver``, the oldest and newest file format to use.
+CHECKSUMMED = ("v110", "v110")  # that of HDF5 1.10, which has checksums of metadata, unlike older ones
+OLDEST_READERS = ("earliest", "latest")  # the oldest possible, so that HDF5 1.6 and newer can read the file
 
 
 @contextmanager
 def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKSUMMED) -> Iterator[h5py.File]:
     """Create an HDF5 file with reserved disk space; unused space is released at the end.
 
-    The block must keep its datasets open until its end, even if it fails (`_abandon`).
+    The block must keep references to its datasets until its end, even if it fails: HDF5 writes when a dataset is
+    closed, which crashes the process if the disk is full (`_abandon`).
 
     Args:
         path: the file.
         space: maximum size of the file in bytes.
-        libver: oldest and newest file format, as in h5py.
+        libver: `CHECKSUMMED` or `OLDEST_READERS`.
 
     Yields:
         The open file.
@@ -62,8 +64,8 @@ def _abandon(file: h5py.File) -> None:
 
 
 def reserve_between(file: h5py.File, space: int, excluded: Sequence[tuple[int, int]]) -> None:
-    """Reserve disk space for the first ``space`` bytes of a file, except for byte ranges (first byte, end)."""
-    offset = 0
+    """Reserve disk space for the first ``space`` bytes of a file, except for the excluded ranges (first byte, end)."""
+    offset = 0  # everything before has been reserved or excluded
     for first, end in [*sorted(excluded), (space, space)]:
         if first > offset:
             _reserve(file, first - offset, offset)
@@ -71,6 +73,7 @@ def reserve_between(file: h5py.File, space: int, excluded: Sequence[tuple[int, i
 
 
 def _reserve(file: h5py.File, space: int, start: int = 0) -> None:
+    """Reserve disk space for ``space`` bytes from ``start``, if the system and the file system can."""
     if not space or not hasattr(os, "posix_fallocate"):
         return
     try:

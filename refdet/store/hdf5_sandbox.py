@@ -1,6 +1,6 @@
 """Check an HDF5 file in a separate process before opening it.
 
-Damaged files can make HDF5 crash, loop forever or use all memory, from which only a separate process protects.
+Damaged files can make HDF5 crash, loop forever or use all memory. Only a separate process protects from that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from refdet.store.schema import SCHEMA, SCHEMA_PREFIX
 
 log = logging.getLogger(__name__)
 
-MEMORY_LIMIT = 3 << 29  # bytes of address space; Python with h5py uses a tenth of it, and a store adds little
+MEMORY_LIMIT = 3 * 2**29  # 1.5 GiB of address space; Python with h5py uses a tenth of it, and a store adds little
 CPU_SECONDS = 2.5  # limit of CPU time for an empty file
-CPU_SECONDS_PER_GB = 200.0  # added for the file's size, as chunks are decompressed (lzf in Python)
+CPU_SECONDS_PER_GB = 200.0  # added per GB of the file, whose chunks are decompressed (lzf in Python)
 WALL_TIME_FACTOR = 6  # limit of wall time / limit of CPU time, as the disk may be slow
-_NOTE_AFTER = 3.0  # seconds until a note is logged
+_NOTE_AFTER = 3.0  # seconds until a note says that the check is running
 
-_STARTED = b"started\n"
+_STARTED = b"started\n"  # printed by the child once its imports have succeeded
 _KILLED_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 # The current folder may be untrusted, so python -I removes it and PYTHON* variables from the import path.
 _CHILD_CODE = """
@@ -75,14 +75,18 @@ def check_in_subprocess(path: Path) -> str:
         except subprocess.TimeoutExpired:
             return _damage_message(f"HDF5 does not finish within {WALL_TIME_FACTOR * seconds:.3g} seconds")
         finally:
-            child.kill()
-    if not output.startswith(_STARTED):
+            child.kill()  # no effect if it has ended
+    if not output.startswith(_STARTED):  # failed before looking at the file
         return _check_without_sandbox(path, f"exit code {child.returncode}")
     return _interpret_output(output, child.returncode, seconds)
 
 
 def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
-    """The output of a process; logs a note if it takes long."""
+    """Wait for the check of ``path`` and return its output; logs a note if it takes long.
+
+    Raises:
+        subprocess.TimeoutExpired: it takes more than ``seconds``, not counting those before the note.
+    """
     try:
         return child.communicate(timeout=_NOTE_AFTER)[0]
     except subprocess.TimeoutExpired:
@@ -91,12 +95,12 @@ def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
 
 
 def _interpret_output(output: bytes, code: int, seconds: float) -> str:
-    """Interpret the result of the process of `check_in_subprocess`.
+    """Interpret the result of the process that `check_in_subprocess` has started.
 
     Args:
-        output: its standard output.
-        code: its exit code.
-        seconds: its limit of CPU time, for the message.
+        output: standard output of the process.
+        code: exit code of the process, negative for a signal.
+        seconds: limit of CPU time of the process, for the message.
 
     Returns:
         The problem as the end of an error message, "" if there is none.
@@ -114,6 +118,7 @@ def _interpret_output(output: bytes, code: int, seconds: float) -> str:
 
 
 def _check_without_sandbox(path: Path, reason: str) -> str:
+    """Check a file in this process, with a note; ``reason`` says why there is no separate one."""
     log.warning("note: %s: checked without a separate process (%s)", path, reason)
     return check_in_process(path)
 
@@ -129,7 +134,7 @@ def _import_paths() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Environment of this process, without HDF5 plugins and with a single thread."""
+    """Environment of this process, but with a single thread and without HDF5 plugins, which are code in other files."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
     return variables | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -171,6 +176,7 @@ def check_in_process(path: Path) -> str:
 
 
 def _check(path: Path) -> str:
+    """As `check_in_process`, but raises an exception for a damaged file."""
     import h5py
 
     from refdet.store.hdf5_structure import check_structure

@@ -20,11 +20,11 @@ class FileState(NamedTuple):
 
     Attributes:
         path: absolute path without links.
-        inode: its inode.
+        inode: inode number.
         size: in bytes.
         modified: time of the last modification in nanoseconds.
-        changed: time of the last status change in nanoseconds, which, unlike the others, unpacking or copying cannot
-            set.
+        changed: time of the last status change in nanoseconds; unlike the modification time, unpacking or copying
+            cannot set it, so it shows that another file has replaced the checked one.
     """
 
     path: str
@@ -44,11 +44,12 @@ class FileState(NamedTuple):
 class KnownFiles:
     """Files that passed a check, kept in this process and in the user's cache folder.
 
-    The sender of a file cannot add it: the cache is in the user's own folder, and is ignored if others can write to it.
-    A cache that cannot be read is treated as empty.
+    Whoever sends a file cannot add it to the cache, which is in the user's own folder and is ignored if other users can
+    write to it. A cache that cannot be read is treated as empty.
 
     Args:
-        check: identifies the check and everything its result depends on; files that passed another check are unknown.
+        check: identifies the check and everything that its result depends on; files that passed another check are
+            unknown.
     """
 
     def __init__(self, check: str) -> None:
@@ -56,8 +57,8 @@ class KnownFiles:
         self._in_process: dict[str, FileState] = {}
 
     def __contains__(self, state: FileState) -> bool:
-        if self._in_process.get(state.path) != state and self._read().get(state.path) == list(state[1:]):
-            self.add_in_process(state)
+        if self._in_process.get(state.path) != state and self._read_cache().get(state.path) == list(state[1:]):
+            self.add_in_process(state)  # so that the cache is read only once
         return self._in_process.get(state.path) == state
 
     def add_in_process(self, state: FileState) -> None:
@@ -65,20 +66,21 @@ class KnownFiles:
         self._in_process[state.path] = state
 
     def get(self, path: str | Path) -> FileState | None:
-        """The state of a file that this process remembers, else None."""
+        """The state that this process remembers of a file, None if it remembers none."""
         return self._in_process.get(os.path.realpath(path))
 
     def add(self, state: FileState) -> None:
         """Remember a file in this and later processes."""
         self.add_in_process(state)
-        known = self._read()
-        known.pop(state.path, None)
+        known = self._read_cache()
+        known.pop(state.path, None)  # so that the file becomes the most recent one
         known[state.path] = list(state[1:])
         newest = dict(list(known.items())[-_MAX_FILES:])
         with suppress(OSError, RuntimeError):  # RuntimeError: no home directory
             _replace(_cache_path(), json.dumps({"check": self._check, "files": newest}))
 
-    def _read(self) -> dict[str, list[int]]:
+    def _read_cache(self) -> dict[str, list[int]]:
+        """Path -> other fields of the state of each file in the cache; {} if the cache is unusable."""
         try:
             path = _cache_path()
             status = path.stat()

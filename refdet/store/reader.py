@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CORRUPTION_ERRORS", "SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
-# What h5py, numpy and json raise on damaged contents.
+# Exceptions that h5py, numpy and json raise on damaged contents.
 CORRUPTION_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
 
 
@@ -59,14 +59,14 @@ class Store:
         heights: (I,) int32 image heights in pixels.
         widths: (I,) int32 image widths in pixels.
         file_names: (I,) image file names.
-        image_errors: (I,) why an image is unusable, "" if it is usable.
+        image_errors: (I,) why each image is unusable, "" if it is usable.
         region_start: (I + 1,) int64 row of the first region of each image, and the total number of regions.
         classes: categories of the detector, ``[{"id": int, "name": str}]``.
         names: category id -> name.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector as JSON.
         options: options of the extraction.
-        run: information about the run that wrote the file, {} if it has none.
+        run: information about the run that wrote the file, {} if it is not recorded.
         feature_names: names of the features.
         map_names: names of the maps of whole images.
         has_masks: whether regions have masks.
@@ -99,7 +99,7 @@ class Store:
         check_starts("images/region_start", self.region_start, len(self.data["regions/box"]))
         if len(self._index) != len(self.image_ids):
             raise ValueError("images/id: duplicate image")
-        if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:
+        if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:  # initial for stores without images
             raise ValueError("images/height or images/width is not positive")
         self._map_starts = {name: self.data[f"maps/{name}_start"][:] for name in self.map_names}
         self._map_shapes = {name: self.data[f"maps/{name}_shape"][:] for name in self.map_names}
@@ -145,7 +145,7 @@ class Store:
 
     @cached_property
     def errors(self) -> dict[int, str]:
-        """Image id -> why the image is unusable; cached, as building it takes milliseconds in a large store."""
+        """Image id -> why the image is unusable, for unusable images; cached, as a large store takes milliseconds."""
         return {int(i): str(error) for i, error in zip(self.image_ids, self.image_errors, strict=True) if error}
 
     @property
@@ -159,7 +159,7 @@ class Store:
         return range(int(self.region_start[i]), int(self.region_start[i + 1]))
 
     def region(self, row: int) -> tuple[int, int]:
-        """Image id of a row, and its index in the image's `Regions`; raises IndexError if it is out of range."""
+        """Image id of the region in a row, and its index in the `Regions` of that image; IndexError if out of range."""
         if not 0 <= row < self.regions:
             raise IndexError(f"{self.path}: no region {row}, rows are 0 to {self.regions - 1}")
         i = int(np.searchsorted(self.region_start, row, side="right")) - 1
@@ -209,16 +209,17 @@ class Store:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
 
     def _read(self, image_id: int, rows: range, requested: Sequence[str]) -> Regions:
+        """Read the regions of an image, given their rows and the requested features and maps."""
         i = self._index[image_id]
         names = ["regions/box", "regions/score", "regions/category_id"] + ["regions/ann_id"] * self.has_ann_ids
         names += [f"features/{name}" for name in requested if name in self.feature_names]
         arrays = {name: self.data[name][rows.start : rows.stop] for name in names}
-        sizes: Sequence[int] = ()
+        mask_sizes: Sequence[int] = ()
         if self.has_masks:
-            arrays[MASK_COUNTS], sizes = self._masks(i, rows)
+            arrays[MASK_COUNTS], mask_sizes = self._read_masks(i, rows)
         for name in requested:
             if name in self.map_names and self._map_shapes[name][i].any():
-                arrays[f"maps/{name}"], arrays["maps/im_info"] = self._map(name, i), self.data["maps/im_info"][i]
+                arrays[f"maps/{name}"], arrays["maps/im_info"] = self._read_map(name, i), self.data["maps/im_info"][i]
         row = image_row(
             arrays,
             image_id=int(image_id),
@@ -227,10 +228,10 @@ class Store:
             width=int(self.widths[i]),
             error=str(self.image_errors[i]),
         )
-        return decode(EncodedImage(row, sizes, arrays), self.names)
+        return decode(EncodedImage(row, mask_sizes, arrays), self.names)
 
-    def _masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:
-        """Concatenated masks of an image, and the number of bytes of each."""
+    def _read_masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:
+        """Concatenated masks of the image at position ``i``, and the number of bytes of each."""
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
@@ -245,7 +246,8 @@ class Store:
             )
         return masks, np.diff(starts).tolist()
 
-    def _map(self, name: str, i: int) -> np.ndarray:
+    def _read_map(self, name: str, i: int) -> np.ndarray:
+        """A map of the image at position ``i``, (C, H, W)."""
         first, last = self._map_starts[name][i : i + 2].tolist()
         values: np.ndarray = self.data[f"maps/{name}"][first:last]
         shape = self._map_shapes[name][i].tolist()
@@ -302,7 +304,7 @@ def open(path: str | Path, *, again: bool = False) -> Store:
 
     Args:
         path: the store.
-        again: check the file for damage even if it was checked before.
+        again: check the structure of the file even if it was checked before and has not changed.
 
     Returns:
         The store.

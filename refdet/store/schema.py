@@ -19,9 +19,9 @@ SCHEMA_PREFIX = "refdet-features/"
 SCHEMA = SCHEMA_PREFIX + "1"
 CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
-MAPS = ("head",)  # feature maps of whole images; MAttNet calls those from which regions are pooled "head"
+MAPS = ("head",)  # feature maps of whole images; MAttNet calls the map from which regions are pooled "head"
 
-# Columns of every store; image columns with their kind of dtype.
+# Columns that every store has; for image columns, name -> kind of dtype.
 IMAGE_COLUMNS = {
     "id": "int",
     "file_name": "text",
@@ -39,9 +39,10 @@ DTYPES = {
     "uint8": ("uint8",),
     "text": ("object",),
 }
-# Largest size in memory of a feature or map of one image, unless 4 times the file size is more; zeros compress a
-# thousandfold.
+# Maximum size in memory of a feature or map of one image, or 4 times the size of the file if that is more. Without this
+# limit, a small file could take any amount of memory, as zeros compress a thousandfold.
 MAX_IMAGE_BYTES = 2**30
+# Attributes that every store has, besides the schema.
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
 
@@ -90,11 +91,11 @@ class Columns:
 
     def is_compressed(self, dataset: str) -> bool:
         """Whether a dataset, given by its full name, is compressed."""
-        large = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
-        return large and self.compression != "none"
+        is_feature_or_map = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
+        return is_feature_or_map and self.compression != "none"
 
     def checksum_names(self) -> tuple[str, ...]:
-        """Names of the columns of ``/checksums/crc32``: datasets, and "images" for an image's row of ``/images``."""
+        """What each column of ``/checksums/crc32`` is for: a dataset, or "images" for an image's row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]
         return (
@@ -110,13 +111,13 @@ class ImageRow(NamedTuple):
 
     Attributes:
         id: image id.
-        file_name: its file name.
+        file_name: file name of the image.
         height: in pixels.
         width: in pixels.
-        error: why it is unusable, "" if it is usable.
-        regions: number of its regions.
-        mask_bytes: total size of its masks in bytes.
-        map_shape: (C, H, W) of its head map, zeros if it has none.
+        error: why the image is unusable, "" if it is usable.
+        regions: number of regions.
+        mask_bytes: total size of the masks in bytes.
+        map_shape: (C, H, W) of the head map, zeros if there is none.
     """
 
     id: int
@@ -130,7 +131,7 @@ class ImageRow(NamedTuple):
 
 
 def starts_from_counts(counts: Sequence[int]) -> np.ndarray:
-    """Start of each of N consecutive runs of these lengths, and the end of the last, (N + 1,) int64."""
+    """Start of each of N consecutive runs of these lengths, and the end of the last run, (N + 1,) int64."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64), dtype=np.int64)])
 
 
@@ -138,13 +139,13 @@ def image_checksum(image_id: int, height: int, width: int, first: int, last: int
     """Checksum of an image's row of ``/images``.
 
     Args:
-        image_id: its id.
+        image_id: id of the image.
         height: in pixels.
         width: in pixels.
-        first: row of its first region.
-        last: row after its last region.
-        file_name: its file name.
-        error: why it is unusable, or "".
+        first: row of the image's first region.
+        last: row after the image's last region.
+        file_name: file name of the image.
+        error: why the image is unusable, or "".
 
     Returns:
         CRC-32 of the fields as tab-separated text.
@@ -167,7 +168,7 @@ def check_parts(path: Path, file: h5py.File) -> None:
         file: the open file.
 
     Raises:
-        InputError: it is not.
+        InputError: the file has another schema, or lacks a part.
     """
     schema = file.attrs.get("schema")
     if not isinstance(schema, str) or schema != SCHEMA:
@@ -196,7 +197,8 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
         ValueError: a dataset has an invalid type or shape, or is missing although another one requires it.
     """
     images, regions = len(file["images/id"]), len(file["regions/box"])
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {  # kind of dtype, shape
+    # name -> kind of dtype, and shape; the starts of images have one more value, the end
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
         f"images/{name}": (kind, (images + (name == "region_start"),)) for name, kind in IMAGE_COLUMNS.items()
     }
     expected["regions/box"] = ("float32", (regions, 4))
@@ -225,15 +227,15 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def check_starts(name: str, starts: np.ndarray, end: int) -> None:
-    """Check the starts of consecutive runs.
+    """Check the starts of consecutive runs, as from `starts_from_counts`.
 
     Args:
-        name: their dataset, for error messages.
-        starts: (N + 1,) start of each of N runs, and the end of the last.
+        name: dataset of the starts, for error messages.
+        starts: (N + 1,) start of each of N runs, and the end of the last run.
         end: total length of the runs.
 
     Raises:
-        ValueError: they do not ascend from 0 to ``end``.
+        ValueError: the starts do not ascend from 0 to ``end``.
     """
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{name} does not ascend from 0 to {end}")
@@ -258,15 +260,15 @@ def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
 
 
 def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarray], size: int) -> None:
-    """Check that no feature or map of an image takes far more memory than the size of the file.
+    """Check that no feature or map of an image takes too much memory (`MAX_IMAGE_BYTES`).
 
     Args:
         data: datasets by name.
-        starts: name of a dataset -> (I + 1,) first row of each image, and the end.
+        starts: name of a feature or map -> (I + 1,) first row of each image in that dataset, and the end.
         size: size of the file in bytes.
 
     Raises:
-        ValueError: one takes too much memory.
+        ValueError: a feature or map of an image takes too much memory.
     """
     for name, image_starts in starts.items():
         rows = int(np.diff(image_starts).max(initial=0))

@@ -9,8 +9,8 @@ A block is its length (u64), its CRC-32 (u32) and its data. The data of an image
 header (JSON: fields, length of each mask, and name, dtype and shape of each array), the concatenated masks, and the
 arrays in order. Numbers are little-endian.
 
-Images are written several at a time and read one at a time. Both return the `BlockLocation` of each image, with which
-it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
+`ShardWriter.add` and `read` return the `BlockLocation` of each image, with which `refdet.store.shard_images` reads that
+image alone. The CRC-32 detects accidental truncation, holes and bit flips.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ _UINT32 = struct.Struct("<I")
 
 
 class ShardError(Exception):
-    """A shard is damaged or of another extraction; the message does not include its path."""
+    """A shard is damaged, missing or of another extraction; the message does not include its path."""
 
 
 class BlockLocation(NamedTuple):
     """Location of an image's block in its shard, and what is needed to read it without parsing.
 
     Attributes:
-        start: offset of its data in bytes.
-        length: number of bytes.
+        start: offset in the file of the block's data, in bytes.
+        length: number of bytes of the data.
         crc: CRC-32 of the data.
-        header_bytes: number of bytes before the arrays.
-        mask_sizes: number of bytes of each mask, uint32.
-        checksums: CRC-32 of each array, uint32.
+        header_bytes: number of bytes of the data before the arrays.
+        mask_sizes: number of bytes of each mask, as the bytes of a uint32 array.
+        checksums: CRC-32 of each array, as the bytes of a uint32 array.
     """
 
     start: int
@@ -77,21 +77,21 @@ class ShardWriter:
 
     Args:
         file: a file open for writing, unbuffered.
-        shard_id: identifies the shard, as JSON; `read` requires the same.
+        shard_id: number of the shard and hash of its plan, as a JSON object; `read` requires the same.
     """
 
     def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any]) -> None:
         self._file = file.fileno()
-        self._size = 0
-        self._crc = 0  # of the CRCs of all blocks
+        self._size = 0  # bytes written so far
+        self._crc = 0  # CRC-32 of the CRCs of all blocks so far
         identity = json.dumps(shard_id).encode()
-        self._write([_MAGIC, *self._block([identity], [crc32(identity)])])
+        self._write([_MAGIC, *self._make_block([identity], [crc32(identity)])])
 
     def add(self, images: Sequence[EncodedImage]) -> list[BlockLocation]:
         """Write images.
 
         Args:
-            images: the images, from `refdet.store.codec.encode_all`.
+            images: the images, with checksums, from `refdet.store.codec.encode_all`.
 
         Returns:
             The locations of their blocks.
@@ -100,9 +100,9 @@ class ShardWriter:
         locations: list[BlockLocation] = []
         parts: list[bytes | memoryview] = []
         for image in images:
-            header = _header(image)
+            header = _encode_header(image)
             data = [raw_bytes(values) for values in image.arrays.values()]
-            block = self._block([header, *data], [crc32(header), *image.checksums.values()])
+            block = self._make_block([header, *data], [crc32(header), *image.checksums.values()])
             length, crc = _BLOCK_HEADER.unpack(block[0])
             locations.append(_block_location(image, start + _BLOCK_HEADER.size, length, crc, len(header)))
             start += _BLOCK_HEADER.size + length
@@ -114,8 +114,8 @@ class ShardWriter:
         """Write the end marker and the checksum of all blocks."""
         self._write([_BLOCK_HEADER.pack(0, self._crc)])
 
-    def _block(self, parts: Sequence[bytes | memoryview], part_crcs: Sequence[int]) -> list[bytes | memoryview]:
-        """A block whose data are these parts."""
+    def _make_block(self, parts: Sequence[bytes | memoryview], part_crcs: Sequence[int]) -> list[bytes | memoryview]:
+        """Make the next block, whose data are these parts: its length and CRC-32, then the parts."""
         crc = crc32_of_parts(parts, part_crcs)
         self._crc = crc32(_UINT32.pack(crc), self._crc)
         return [_BLOCK_HEADER.pack(sum(map(len, parts)), crc), *parts]
@@ -124,10 +124,10 @@ class ShardWriter:
         self._size += write_buffers(self._file, parts)
 
 
-def _header(image: EncodedImage) -> bytes:
-    """The length of the header and the header itself, which precede the arrays of an image."""
+def _encode_header(image: EncodedImage) -> bytes:
+    """The length of an image's header and the header itself, which precede the arrays."""
     row, arrays = image.row, {_shard_name(name): values for name, values in image.arrays.items()}
-    arrays.pop("mask_counts", None)
+    arrays.pop("mask_counts", None)  # described by the lengths of the masks
     header = json.dumps(
         {
             "id": row.id,
@@ -143,6 +143,7 @@ def _header(image: EncodedImage) -> bytes:
 
 
 def _block_location(image: EncodedImage, start: int, length: int, crc: int, header_bytes: int) -> BlockLocation:
+    """The location of an image's block, from the image and the first four attributes."""
     sizes, crcs = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
     return BlockLocation(start, length, crc, header_bytes, sizes.tobytes(), crcs.tobytes())
 
@@ -164,7 +165,7 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
         ShardError: the shard is truncated, damaged or has another identity.
     """
     with path.open("rb") as file:
-        blocks = _blocks(file)
+        blocks = _read_blocks(file)
         try:
             actual_id = json.loads(next(blocks)[0])
         except (ValueError, RecursionError):
@@ -182,8 +183,11 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
             yield image, location
 
 
-def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Iterate over the data, start and CRC of each block of a shard, checking each and then that none is missing."""
+def _read_blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Iterate over (data, offset of the data in the file, CRC-32) of each block of a shard.
+
+    Each block is checked and, at the end of the iteration, that none is missing.
+    """
     size = os.fstat(file.fileno()).st_size
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ShardError("damaged: not a shard" if size else "damaged: empty")
@@ -195,7 +199,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
             raise ShardError("damaged: truncated")
         length, crc = _BLOCK_HEADER.unpack(file.read(_BLOCK_HEADER.size))
         remaining -= _BLOCK_HEADER.size + length
-        if not length:
+        if not length:  # the end marker, whose CRC-32 is that of all blocks
             break
         if remaining < 0:  # checked before allocating `length` bytes
             raise ShardError("damaged: truncated")
@@ -218,7 +222,7 @@ def check_block(data: bytes | memoryview, length: int, crc: int) -> None:
 
 @contextmanager
 def as_shard_error() -> Iterator[None]:
-    """Context manager that turns errors from malformed data into a ShardError; a malicious file has valid checksums."""
+    """Turn errors from malformed data into a ShardError; the data may be malicious, with valid checksums."""
     try:
         yield
     except (
@@ -239,11 +243,15 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
     """Parse the data of an image.
 
     Args:
-        data: the data of its block.
+        data: the data of the image's block.
         columns: columns of the regions.
 
     Returns:
-        The image, whose arrays are views of the data and may be unaligned; and the offset of the first array in bytes.
+        The image, whose arrays are views of the data and may be unaligned; and the offset in the data of the first
+        array, in bytes.
+
+    Raises:
+        Exception: those that `as_shard_error` turns into a ShardError, if the data are malformed.
     """
     (length,) = _UINT32.unpack_from(data)
     start = offset = _UINT32.size + length
@@ -251,10 +259,11 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
     _check_header(header)
     types = {_shard_name(dataset): (dataset, dtype) for dataset, dtype in dtypes(columns).items()}
     arrays = {}
-    text = np.frombuffer(data[offset : offset + sum(header["masks"])], types.pop("mask_counts")[1])
+    _, mask_dtype = types.pop("mask_counts")  # not among the header's arrays
+    masks_end = offset + sum(header["masks"])
     if columns.masks:
-        arrays[MASK_COUNTS] = text
-    offset += sum(header["masks"])
+        arrays[MASK_COUNTS] = np.frombuffer(data[offset:masks_end], mask_dtype)
+    offset = masks_end
     for name, dtype, shape in header["arrays"]:
         dataset, expected = types[name]
         if dtype != expected.str:
@@ -292,7 +301,13 @@ def _check_header(header: Mapping[str, Any]) -> None:
 
 
 def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
-    """Raise a ValueError if the arrays have another order or size than `refdet.store.shard_images` assumes."""
+    """Raise a ValueError if the arrays have another order or size than `refdet.store.shard_images` assumes.
+
+    Args:
+        image: the image.
+        columns: columns of the regions.
+        size: number of bytes of the block's data after the header.
+    """
     arrays = image.arrays
     order = [MASK_COUNTS, *REGION_BYTES, *(f"features/{name}" for name in columns.features)]
     if [name for name in arrays if name in order] != [name for name in order if name in arrays]:
@@ -305,5 +320,5 @@ def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
 
 
 def _shard_name(dataset: str) -> str:
-    """Name in a shard's headers of an array that is named like a dataset of a store."""
+    """Name in the headers of a shard of the array for a dataset: "box" for "regions/box", "features/fc7" as it is."""
     return "im_info" if dataset == "maps/im_info" else dataset.removeprefix("regions/")

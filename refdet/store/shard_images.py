@@ -12,18 +12,18 @@ from refdet.store.schema import Columns, ImageRow
 from refdet.store.shard_file import BlockLocation, ShardError, as_shard_error, check_block, parse_image
 
 _MAX_OPEN = 64  # shards that are kept open
-_HEADER_BYTES = 2**16  # memory for the headers of a group
+_HEADER_BYTES = 2**16  # memory for the headers of the images in a group, in addition to ``group_bytes``
 
 
 class ImageReader:
-    """Reads single images of shards in groups, which reuse memory.
+    """Reads single images of shards, in groups that reuse the memory of earlier groups.
 
     Allocating memory for each image would take longer than reading it.
 
     Args:
         columns: columns of the regions.
-        group_bytes: expected size of a group in bytes; more is allocated if necessary.
-        num_groups: number of groups whose images are valid at the same time, the current one included.
+        group_bytes: expected size of the images of a group in bytes; more is allocated if necessary.
+        num_groups: number of groups whose images are valid at the same time, including the current one.
     """
 
     def __init__(self, columns: Columns, group_bytes: int = 0, num_groups: int = 1) -> None:
@@ -32,7 +32,7 @@ class ImageReader:
         self._buffer_bytes = group_bytes + _HEADER_BYTES
         self._buffers = deque(memoryview(bytearray()) for _ in range(num_groups))  # the current group's first
         self._used = 0  # bytes of the current group's buffer
-        self._files: dict[Path, FileIO] = {}  # least recently used first
+        self._files: dict[Path, FileIO] = {}  # open shards, least recently used first
 
     def next_group(self) -> None:
         """Start a group of images, which reuses the memory of the group that was read ``num_groups`` groups ago."""
@@ -53,7 +53,7 @@ class ImageReader:
             location: location of the image's block.
 
         Returns:
-            The image, in the memory of the current group.
+            The image, whose arrays are in the memory of the current group.
 
         Raises:
             ShardError: the shard is damaged or missing.
@@ -72,9 +72,9 @@ class ImageReader:
         if self._columns.maps:
             with as_shard_error():
                 return parse_image(data, self._columns)[0]
-        # need not be parsed, as its checksum is that of the data checked when they were written or on resuming
+        # need not be parsed: the checksum shows that these are the data that were checked when written, or on resuming
         sizes = [size * row.regions for size in self._region_bytes]
-        if self._columns.masks:
+        if self._columns.masks:  # the first array
             sizes[0] = row.mask_bytes
         ends = list(accumulate(sizes, initial=location.header_bytes))
         if ends[-1] != location.length:
@@ -83,6 +83,7 @@ class ImageReader:
         return RawImage(row, location.mask_sizes, location.checksums, parts)
 
     def _open(self, path: Path) -> FileIO:
+        """The open file of a shard; the least recently used one is closed if too many are open."""
         file = self._files.pop(path, None)
         if file is None:
             try:

@@ -20,14 +20,16 @@ def space_needed(images: Sequence[ImageRow], columns: Columns, header: Header) -
     need = contiguous_space(images, columns)
     if columns.compression != "none":
         need += sum(chunked_space(shape, np.dtype(columns.dtype)) for shape in _compressible_shapes(images, columns))
-    need += 4 * len(images) * len(columns.checksum_names())  # checksums
-    need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's string heap
-    return need + 2 * len(json.dumps(asdict(header))) + _METADATA_BYTES
+    need += 4 * len(images) * len(columns.checksum_names())  # checksums, uint32
+    # the columns of /images, with HDF5's string heap; a character takes at most 4 bytes in UTF-8
+    need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)
+    return need + 2 * len(json.dumps(asdict(header))) + _METADATA_BYTES  # twice the header, as a margin
 
 
 def contiguous_space(images: Sequence[ImageRow], columns: Columns) -> int:
-    """Size in bytes of the columns that are not compressed."""
+    """Size in bytes of the datasets of regions, features and maps that are not compressed."""
     regions = sum(row.regions for row in images)
+    # box, score, category_id, ann_id, mask_start; mask_counts; for maps, the start, shape and im_info of each image
     need = regions * (16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks) + sum(row.mask_bytes for row in images)
     need += 32 * len(images) if columns.maps else 0
     if columns.compression == "none":

@@ -19,7 +19,7 @@ from refdet.store.crc import crc32
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
-_TOLERANCE = 1.0  # pixels outside the image that scaled boxes in the reference's inclusive convention may reach
+_TOLERANCE = 1.0  # pixels by which scaled boxes in the reference's inclusive convention may exceed the image
 _MAP_STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "no checksums (an older store); only the consistency of its parts was checked, not every byte"
 
@@ -29,7 +29,7 @@ class Problem:
     """A damaged part of a store.
 
     Attributes:
-        image_id: the image, None if the part does not belong to one.
+        image_id: the image, None if the part does not belong to a single image.
         part: name of the dataset or attribute.
         what: the problem.
     """
@@ -87,7 +87,7 @@ def verify(path: Path) -> Verification:
         path: the store.
 
     Returns:
-        The result, with a single problem for the whole file if it cannot be opened.
+        The result; if the store cannot be opened, with one problem, for the whole file.
     """
     result = Verification(str(path))
     try:
@@ -97,7 +97,7 @@ def verify(path: Path) -> Verification:
         return result
     with store:
         result.images, result.regions = len(store), store.regions
-        checksums = _checksums(store, result)
+        checksums = _read_checksums(store, result)
         categories = np.array([category["id"] for category in store.classes], np.int64)
         scores_in_unit_range = "boxes_sha256" not in store.options  # boxes from a file may have any scores
         for i in progress(range(len(store)), "verify", "image", leave=False):
@@ -105,8 +105,16 @@ def verify(path: Path) -> Verification:
     return result
 
 
-def _checksums(store: Store, result: Verification) -> dict[str, np.ndarray]:
-    """Column -> (I,) uint32 checksums of each image, empty if there are none."""
+def _read_checksums(store: Store, result: Verification) -> dict[str, np.ndarray]:
+    """Read the checksums of a store, and add the problems of the table and the attributes to the result.
+
+    Args:
+        store: the store.
+        result: gets the problems, and what has no checksums.
+
+    Returns:
+        Dataset or "images" -> (I,) uint32 checksum of each image; empty if the store has no usable checksums.
+    """
     try:
         if CHECKSUMS not in store.file:
             result.unchecked.append(_NO_CHECKSUMS)
@@ -144,11 +152,11 @@ def _check_image(
     size = (int(store.heights[i]), int(store.widths[i]))
     problems = []
     if "images" in checksums:
-        row = image_checksum(image_id, *size, rows.start, rows.stop, file_name, error)
-        if row != checksums["images"][i]:
+        row_checksum = image_checksum(image_id, *size, rows.start, rows.stop, file_name, error)
+        if row_checksum != checksums["images"][i]:
             problems.append(("images", "checksum mismatch"))
     if error and len(rows):
-        problems.append(("images/error", "has regions although it is unusable"))
+        problems.append(("images/error", "not empty, although the image has regions"))
     columns: dict[str, np.ndarray] = {}
     for name in store.data:
         if name.startswith("images/") or name in _MAP_STARTS:
@@ -169,14 +177,14 @@ def _read_column(store: Store, name: str, i: int, rows: range) -> np.ndarray:
     data = store.data[name]
     first, last = rows.start, rows.stop
     if name == "regions/mask_start" and len(rows):
-        first, last = rows.start + 1, rows.stop + 1  # the ends of its masks
+        first, last = rows.start + 1, rows.stop + 1  # the ends of the image's masks, which its checksum covers
     elif name == "regions/mask_counts" and len(rows):
         starts = store.data["regions/mask_start"][rows.start : rows.stop + 1]
         first, last = int(starts[0]), int(starts[-1])
         check_starts("regions/mask_start", starts - first, last - first)
     elif f"{name}_start" in _MAP_STARTS:
         first, last = store.data[f"{name}_start"][i : i + 2].tolist()
-    elif name.startswith("maps/"):
+    elif name.startswith("maps/"):  # the shape of the map or im_info, with a row for each image
         first, last = i, i + 1
     if not 0 <= first <= last <= len(data):
         raise ValueError(f"its rows {first} to {last} are outside the dataset of {len(data)}")
@@ -187,7 +195,17 @@ def _read_column(store: Store, name: str, i: int, rows: range) -> np.ndarray:
 def _inconsistencies(
     columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, scores_in_unit_range: bool
 ) -> Iterator[tuple[str, str]]:
-    """Iterate over the inconsistencies of an image as (part, problem)."""
+    """Iterate over the inconsistencies of an image.
+
+    Args:
+        columns: dataset -> the rows of the image, of the datasets that could be read.
+        size: height and width of the image in pixels.
+        categories: category ids of the detector.
+        scores_in_unit_range: whether scores must be 0..1.
+
+    Yields:
+        (part, problem).
+    """
     height, width = size
     if (boxes := columns.get("regions/box")) is not None:
         limit = np.array([width, height], np.float64) + _TOLERANCE
@@ -202,10 +220,10 @@ def _inconsistencies(
     category_ids = columns.get("regions/category_id")
     if category_ids is not None and len(categories) and not np.isin(category_ids, categories).all():
         yield "regions/category_id", "a category is not in the file's classes"
-    ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
-    if ends is not None and counts is not None and len(ends):
-        first = ends[-1] - len(counts)  # of the image's bytes in the dataset
-        masks = np.split(counts, ends[:-1] - first)
+    mask_ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
+    if mask_ends is not None and counts is not None and len(mask_ends):
+        first = mask_ends[-1] - len(counts)  # offset in the dataset of the image's first byte
+        masks = np.split(counts, mask_ends[:-1] - first)
         if any(rle_pixels(mask.tobytes()) != height * width for mask in masks):
             yield "regions/mask_counts", f"a mask does not cover the image of {width}x{height}"
     for name, values in columns.items():

@@ -38,7 +38,8 @@ from refdet.structures.regions import Regions
 class StoreWriter:
     """Writes regions to a new store, image by image in file order; created by `create`.
 
-    Datasets have their final size from the start. One image and one chunk of each compressed dataset are in memory.
+    Datasets have their final size from the start. In memory are the images of one `put`, and a few chunks of each
+    compressed dataset.
 
     Args:
         file: the file, open for writing.
@@ -46,6 +47,9 @@ class StoreWriter:
         columns: optional columns of the store.
         images: all images in file order.
         pool: threads for compression.
+
+    Raises:
+        ValueError: two images have the same id.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class StoreWriter:
         self._finished = False
         self._checksum_names = columns.checksum_names()
         self._column_index = {name: column for column, name in enumerate(self._checksum_names)}
-        self._raw_names = [*region_bytes(columns)]
-        self._raw_columns = [self._column_index[name] for name in self._raw_names]
+        self._raw_names = [*region_bytes(columns)]  # datasets of the parts of a `RawImage`
+        self._raw_columns = [self._column_index[name] for name in self._raw_names]  # their columns of checksums
         self._checksums = np.zeros((len(images), len(self._checksum_names)), np.uint32)
         self._checksums[:, 0] = [
             image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
@@ -82,7 +86,7 @@ class StoreWriter:
         file.attrs["options"] = json.dumps(header.options)
         file.attrs["complete"] = False
         self._data: dict[str, h5py.Dataset] = {}  # kept open, as closing a dataset on a full disk crashes HDF5
-        self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # of nonempty datasets
+        self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # for nonempty datasets
         self._row_types: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of each dataset
         self._pool = pool
         self._write_image_columns(images)
@@ -90,22 +94,26 @@ class StoreWriter:
 
     @property
     def path(self) -> Path:
-        """Temporary path of the file."""
+        """Path of the temporary file that becomes the store."""
         return Path(self._file.filename)
 
     def reserve(self, space: int) -> None:
-        """Reserve disk space for everything that HDF5 itself writes to the file, whose size is at most ``space``."""
+        """Reserve disk space for everything that HDF5 itself writes to the file.
+
+        Args:
+            space: maximum size of the file in bytes.
+        """
         writers = [writer for writer in self._writers.values() if isinstance(writer, ContiguousWriter)]
         reserve_between(self._file, space, [writer.byte_range for writer in writers])
 
     def _write_image_columns(self, images: Sequence[ImageRow]) -> None:
         for name, dtype in (("id", np.int64), ("height", np.int32), ("width", np.int32)):
             values = np.array([getattr(image, name) for image in images], dtype)
-            self._new(f"images/{name}", values.shape, values.dtype, values)
+            self._create_dataset(f"images/{name}", values.shape, values.dtype, values)
         for name in ("file_name", "error"):
             strings = np.array([getattr(image, name) for image in images], dtype=object)
-            self._new(f"images/{name}", strings.shape, h5py.string_dtype("utf-8"), strings)
-        self._new("images/region_start", self._region_start.shape, np.dtype(np.int64), self._region_start)
+            self._create_dataset(f"images/{name}", strings.shape, h5py.string_dtype("utf-8"), strings)
+        self._create_dataset("images/region_start", self._region_start.shape, np.dtype(np.int64), self._region_start)
 
     def _create_columns(self) -> None:
         columns, n, num_images = self._columns, int(self._region_start[-1]), len(self._images)
@@ -126,18 +134,19 @@ class StoreWriter:
             shapes[f"maps/{name}"] = ((int(self._head_start[-1]),), np.dtype(columns.dtype))
             shapes[f"maps/{name}_shape"] = ((num_images, 3), np.int32)
             shapes["maps/im_info"] = ((num_images, 3), np.float32)
-            self._new(f"maps/{name}_start", self._head_start.shape, np.dtype(np.int64), self._head_start)
+            self._create_dataset(f"maps/{name}_start", self._head_start.shape, np.dtype(np.int64), self._head_start)
         for name, (shape, dtype) in shapes.items():
-            data = self._new(name, shape, np.dtype(dtype))
+            data = self._create_dataset(name, shape, np.dtype(dtype))
             self._row_types[name] = data.dtype, shape[1:]
             if data.size:
                 self._writers[name] = ChunkedWriter(data, self._pool) if data.chunks else ContiguousWriter(data)
         if columns.masks:
-            self._writers[MASK_START].append(memoryview(bytes(8)))  # its first value, 0
+            self._writers[MASK_START].append(memoryview(bytes(8)))  # the first start, 0, as int64
 
-    def _new(
+    def _create_dataset(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
     ) -> h5py.Dataset:
+        """Create a dataset with its values or, if these are None, for a writer that appends them."""
         options: dict[str, Any] = {"track_times": False}
         if self._columns.is_compressed(name) and 0 not in shape:
             chunk = (chunk_rows(shape, dtype), *shape[1:])
@@ -159,7 +168,7 @@ class StoreWriter:
                 faster.
 
         Raises:
-            ValueError: they do not match the images of the store, or lack a column.
+            ValueError: the images do not match the next ones of the store, or lack a column.
         """
         for image in images:
             self._put(self._next, encode(image, self._columns) if isinstance(image, Regions) else image)
@@ -185,6 +194,7 @@ class StoreWriter:
             self._append(i, MASK_START, mask_ends, row.regions)
 
     def _put_raw(self, i: int, image: RawImage) -> None:
+        """Append the parts of image ``i`` except the ends of its masks, with their known checksums."""
         for name, part in zip(self._raw_names, image.parts, strict=True):
             if part:
                 self._writers[name].append(part)
@@ -192,6 +202,7 @@ class StoreWriter:
             self._checksums[i, self._raw_columns] = np.frombuffer(image.checksums, np.uint32)
 
     def _put_arrays(self, i: int, image: EncodedImage) -> None:
+        """Append the arrays of image ``i`` except the ends of its masks, with their checksums."""
         row = self._images[i]
         if row.regions:
             for name in self._raw_names:
@@ -206,7 +217,7 @@ class StoreWriter:
             self._append(i, "maps/im_info", image.arrays.get("maps/im_info", np.zeros(3, np.float32))[None], 1)
 
     def _append(self, i: int, name: str, values: np.ndarray, rows: int, checksum: int | None = None) -> None:
-        """Append to a dataset and record the checksum for image ``i``."""
+        """Append the rows of image ``i`` to a dataset and record their checksum, computed if None is given."""
         dtype, shape = self._row_types[name]
         if values.shape != (rows, *shape) or values.dtype != dtype:
             raise ValueError(
@@ -234,7 +245,7 @@ class StoreWriter:
             raise ValueError(f"{format_count(len(missing), 'image', 'was')} not written, first: {missing[0].id}")
         for writer in self._writers.values():
             writer.finish()
-        table = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
+        table = self._create_dataset(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
         table.attrs["columns"] = json.dumps(self._checksum_names)
         table.attrs["attributes"] = attributes_checksum(self._file.attrs)
         if run:
@@ -247,17 +258,22 @@ class StoreWriter:
 def create(
     path: Path, header: Header, columns: Columns, images: Sequence[ImageRow], space: int = 0
 ) -> Iterator[StoreWriter]:
-    """Write a store atomically.
+    """Write a store atomically: it replaces ``path`` when the block ends without an exception.
 
     Args:
         path: the file.
         header: metadata of the store.
         columns: optional columns of the store.
         images: all images in file order.
-        space: disk space in bytes to reserve before writing.
+        space: maximum size of the store in bytes (`refdet.store.size.space_needed`), to reserve disk space before
+            writing; 0 to reserve none.
 
     Yields:
         The writer.
+
+    Raises:
+        ValueError: two images have the same id, or the block has not written all images.
+        OSError: not enough disk space.
     """
     # Without compression, most of the file is not written by HDF5 and need not be reserved, which would take as long as
     # writing it on some file systems.

@@ -53,7 +53,7 @@ class InputSize:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(sx, sy): size of the network's input / size of the original image."""
+        """(sx, sy): size of the resized image, before any crop / size of the original image."""
         return self.scale_x, self.scale_y
 
 
@@ -89,11 +89,12 @@ class BoxConvention:
         """Clip boxes (..., 4) to an image of the given size in pixels; inclusive ones keep at least one pixel."""
         if not self.inclusive:
             return box_ops.clip(boxes, height, width)
-        sides = []
+        lows, highs = [], []  # x1 and y1, x2 and y2
         for low, high, limit in zip(boxes[..., :2].unbind(-1), boxes[..., 2:].unbind(-1), (width, height), strict=True):
             low = low.clamp(0, limit - 1)
-            sides.append((low, torch.maximum(high, low + 1).clamp(max=limit)))
-        return torch.stack([side[end] for end in (0, 1) for side in sides], dim=-1)
+            lows.append(low)
+            highs.append(torch.maximum(high, low + 1).clamp(max=limit))
+        return torch.stack([*lows, *highs], dim=-1)
 
     def scale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """Scale boxes (..., 4) by (sx, sy)."""
@@ -104,7 +105,7 @@ class BoxConvention:
         return self._shift_max(self.pooling_corners(boxes) / _factors(scale, boxes), self._corner_offset)
 
     def pooling_corners(self, boxes: Tensor) -> Tensor:
-        """Boxes (..., 4) xyxy as RoI pooling takes them: with the reference's arithmetic, up to the last pixel."""
+        """Boxes (..., 4) xyxy as RoI pooling takes them; inclusive ones end at their last pixel, x2 - 1 and y2 - 1."""
         return self._shift_max(boxes, -self._corner_offset)
 
     def _shift_max(self, boxes: Tensor, offset: float) -> Tensor:
@@ -113,6 +114,9 @@ class BoxConvention:
 
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:
-    """Factors (..., 4) for boxes (..., 4), as a tensor: on a GPU, division by a Python number rounds differently."""
+    """Factors (sx, sy, sx, sy) of boxes (..., 4), (..., 4).
+
+    They are a tensor, as on a GPU, division by a Python number rounds differently.
+    """
     pair = scale if isinstance(scale, Tensor) else box_ops.new_tensor(scale, boxes)
     return torch.cat((pair, pair), dim=-1)

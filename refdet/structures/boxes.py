@@ -27,7 +27,7 @@ def new_tensor(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def gather(boxes: Tensor, index: Tensor) -> Tensor:
-    """Boxes or deltas (B, N, 4) of each image at indices (B, M) -> (B, M, 4)."""
+    """Select boxes or deltas (B, N, 4) of each image by their indices (B, M) -> (B, M, 4)."""
     return boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
 
 
@@ -38,8 +38,8 @@ def area(boxes: Tensor) -> Tensor:
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """Intersection areas (N, M) of boxes a (N, 4) and b (M, 4)."""
-    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(dim=1)
-    bx1, by1, bx2, by2 = b[:, :, None].transpose(0, 2).unbind(dim=1)
+    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(dim=1)  # (N, 1) each
+    bx1, by1, bx2, by2 = b[:, :, None].transpose(0, 2).unbind(dim=1)  # (1, M) each
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     return width * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
 

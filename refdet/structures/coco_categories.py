@@ -18,13 +18,13 @@ _NAMES = """
 
 
 def coco_categories() -> tuple[tuple[int, str], ...]:
-    """(id, name) of each category by ascending id, the class order of detectors trained on COCO."""
+    """(id, name) of each category by ascending id, which is the order of the classes in detectors trained on COCO."""
     pairs = (entry.split(maxsplit=1) for entry in _NAMES.replace("\n", " ").split(","))
     return tuple((int(id_), name.strip()) for id_, name in pairs)
 
 
 def unused_label_name(label: int) -> str:
-    """Name of a label without a category, such as the gaps in COCO's ids in torchvision's detectors."""
+    """Name of a label without a category; torchvision's detectors have such labels for the gaps in COCO's ids."""
     return f"N/A {label}"
 
 

@@ -10,7 +10,8 @@ _PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
-_IMAGE_FILE = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
+_MAX_NAME_LENGTH = 299  # no file system allows longer names, so longer text is not one
+_IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
 MAX_ID = 999_999
 """Upper limit of COCO image ids, which have six digits."""
@@ -24,7 +25,7 @@ def numbers_in_name(name: str) -> frozenset[int]:
 def bare_number(name: str) -> int | None:
     """The id if a file name without its suffix is a number ("9.jpg" and "9": 9), else None.
 
-    None also for Visual Genome's images and for numbers of more than six digits.
+    None also for Visual Genome's images and for numbers above `MAX_ID`; leading zeros are allowed up to twelve digits.
     """
     if is_visual_genome(name):
         return None
@@ -40,8 +41,10 @@ def is_visual_genome(name: str) -> bool:
 def is_image_file(name: str) -> bool:
     """Whether a path or URL has the suffix of an image file."""
     name = _base_name(name)
-    return _IMAGE_FILE.fullmatch(name[max(name.rfind("."), 0) :]) is not None and len(name) < 300
+    suffix = name[max(name.rfind("."), 0) :]
+    return _IMAGE_SUFFIX.fullmatch(suffix) is not None and len(name) <= _MAX_NAME_LENGTH
 
 
 def _base_name(name: str) -> str:
+    """Last component of a path or URL, without a query."""
     return name.partition("?")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2]

@@ -31,10 +31,10 @@ class DetectionOptions:
     lower_threshold_if_empty: bool = False
 
     def __post_init__(self) -> None:
-        # stored as plain numbers, as those of NumPy cannot be written as JSON
+        # stored as Python's own numbers, as NumPy's cannot be written as JSON
         for name in ("score_threshold", "nms_threshold"):
             value = getattr(self, name)
-            if not _is_number(value, Real) or not 0 <= value <= 1:  # NaN too
+            if not _is_number(value, Real) or not 0 <= value <= 1:  # `not 0 <= value <= 1` is also true for NaN
                 raise ArgumentError(name, f"must be a number from 0 to 1, not {value!r}")
             object.__setattr__(self, name, float(value))
         if not _is_number(self.max_regions, Integral):
@@ -48,4 +48,5 @@ class DetectionOptions:
 
 
 def _is_number(value: object, kind: type) -> bool:
+    """Whether a value is a number of a kind, and not a bool, which Python counts among the integers."""
     return isinstance(value, kind) and not isinstance(value, bool)

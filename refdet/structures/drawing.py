@@ -19,6 +19,7 @@ Box = tuple[float, float, float, float]
 COLORS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
 MAX_LABEL_LENGTH = 60  # characters
 MAX_LABELED_AREA = 1 / 3  # fraction of the image that labels may cover
+_LABEL_MARGIN = (5, 3)  # pixels between a label's text and the edge of its background, along x and y
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class DrawnRegion:
 
 
 def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Image:
-    """A copy of an image with regions drawn on it, the first on top, in different colors.
+    """A copy of an image with regions drawn on it, the first on top, in eight colors by turns.
+
+    Once the labels cover `MAX_LABELED_AREA`, or one is wider than the image, the remaining regions get none, with a
+    note in the log.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -45,6 +49,7 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Im
     """
     image = Image.fromarray(pixels)
     long_side = max(image.size)
+    # in pixels: for a COCO image of 640 pixels, lines of 2 and a font of 16
     line, font_size = max(1, round(long_side / 320)), min(max(10, round(long_side / 40)), 24)
     colored = [(region, COLORS[i % len(COLORS)]) for i, region in enumerate(regions)]
     for region, color in reversed(colored):
@@ -73,7 +78,7 @@ def paint_mask(image: Image.Image, mask: np.ndarray, color: str, opacity: float,
         mask: (H, W) uint8 of 0 and 1, resized to the image if necessary.
         color: "#rrggbb".
         opacity: opacity of the inside, 0..1.
-        edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
+        edge: side in pixels of the minimum filter that makes the edge, odd; the edge is (side - 1) / 2 pixels wide.
     """
     full = Image.fromarray(mask * np.uint8(255))
     if full.size != image.size:
@@ -105,15 +110,16 @@ class Canvas:
         self.draw.rectangle((x1, y1, x2, y2), outline=color, width=width)
 
     def dashed_outline(self, box: Box, color: str) -> None:
-        """Draw a dashed box."""
+        """Draw a dashed box on a wider white one."""
         x1, y1, x2, y2 = self._clip(box)
+        dash, period = 11, 20  # pixels; the rest of the period is a gap
         for width, ink in ((7, "white"), (4, color)):
-            for x in np.arange(x1, x2, 20):
+            for x in np.arange(x1, x2, period):
                 for y in (y1, y2):
-                    self.draw.line((x, y, min(x + 11, x2), y), fill=ink, width=width)
-            for y in np.arange(y1, y2, 20):
+                    self.draw.line((x, y, min(x + dash, x2), y), fill=ink, width=width)
+            for y in np.arange(y1, y2, period):
                 for x in (x1, x2):
-                    self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
+                    self.draw.line((x, y, x, min(y + dash, y2)), fill=ink, width=width)
 
     def label(self, box: Box, text: str, color: str, font_size: int) -> None:
         """Write a text next to a box, on a background of the box's color.
@@ -127,7 +133,7 @@ class Canvas:
         font = ImageFont.load_default(size=font_size)
         width, height = self.label_size(text, font_size)
         x1, y1, x2, y2 = self._clip(box)
-        corners = [
+        corners = [  # top left corners of the label: above and below the box, then inside each of its corners
             (x1, y1 - height),
             (x2 - width, y1 - height),
             (x1, y2),
@@ -138,16 +144,17 @@ class Canvas:
             (x2 - width, y1),
         ]
         candidates = [self._move_inside(x, y, width, height) for x, y in corners]
-        place = min(candidates, key=lambda place: sum(_intersection_area(place, other) for other in self.occupied))
-        self.occupied.append(place)
-        self.draw.rounded_rectangle(place, radius=4, fill=color, outline="white")
-        self.draw.text(
-            (place[0] + 5, place[1] + height / 2), _printable(text), fill=text_color(color), font=font, anchor="lm"
-        )
+        # the first of the positions that overlap earlier labels least
+        background = min(candidates, key=lambda label: sum(_intersection_area(label, other) for other in self.occupied))
+        self.occupied.append(background)
+        self.draw.rounded_rectangle(background, radius=4, fill=color, outline="white")
+        left_middle = background[0] + _LABEL_MARGIN[0], background[1] + height / 2
+        self.draw.text(left_middle, _printable(text), fill=text_color(color), font=font, anchor="lm")
 
     def label_size(self, text: str, font_size: int) -> tuple[float, float]:
         """Width and height in pixels of the background of a label."""
-        return self.draw.textlength(_printable(text), font=ImageFont.load_default(size=font_size)) + 10, font_size + 6.0
+        length = self.draw.textlength(_printable(text), font=ImageFont.load_default(size=font_size))
+        return length + 2 * _LABEL_MARGIN[0], float(font_size + 2 * _LABEL_MARGIN[1])
 
     def _move_inside(self, x: float, y: float, width: float, height: float) -> Box:
         """The box of a label at (x, y), moved into the image."""
@@ -156,7 +163,7 @@ class Canvas:
         return x, y, x + width, y + height
 
     def _clip(self, box: Box) -> Box:
-        """A box clipped to the image, with space for its outline."""
+        """A box clipped to 2 or 3 pixels inside the image, so that its whole outline and halo are visible."""
         x1, y1 = (min(max(value, 2.0), side - 4.0) for value, side in zip(box[:2], self.size, strict=True))
         x2, y2 = (min(max(value, 2.0), side - 3.0) for value, side in zip(box[2:], self.size, strict=True))
         return x1, y1, max(x1, x2), max(y1, y2)
@@ -165,11 +172,13 @@ class Canvas:
 def text_color(background: str) -> str:
     """Black or white, whichever is more legible on a background "#rrggbb"."""
     red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # brightness 0..255, as in JPEG
+    return "#000000" if luma > 140 else "#ffffff"
 
 
 def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text[:MAX_LABEL_LENGTH])
+    """The text of a label, truncated, with spaces for characters that cannot be drawn."""
+    return "".join(character if character.isprintable() else " " for character in text[:MAX_LABEL_LENGTH])
 
 
 def _intersection_area(a: Box, b: Box) -> float:

@@ -1,6 +1,7 @@
 """Published files of weights, identified by their checksums, and the images they were trained on.
 
-The names of torchvision's files end with the start of their SHA-256, those of detectron2's with the start of their MD5.
+The name of a file of torchvision ends with the start of the file's SHA-256, that of a file of detectron2 with the start
+of its MD5.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAKS = "without exclusions: leaks"
-"""Part of each `TrainingSet.leak_note` about images of REFER, by which notes in checkpoints are recognized."""
+"""Part of `TrainingSet.leak_note` if the set has images of REFER, to recognize such a note in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TrainingSet:
 
     Attributes:
         name: such as "COCO train2017".
-        images: number of its images.
+        images: number of images in the set.
         refer_overlap: how many of REFER's images it contains: "all", "some" or "none".
     """
 
@@ -29,7 +30,7 @@ class TrainingSet:
     refer_overlap: str
 
     def leak_note(self) -> str:
-        """Note on what a detector trained on it has seen of REFER's val and test images."""
+        """Note on which of REFER's val and test images a detector that was trained on the set has seen."""
         return {
             "all": f"trained on {self.name}, {LEAKS} all 3,000 val/test images of RefCOCO and "
             "RefCOCO+ and all 3,900 of RefCOCOg (umd)",
@@ -48,13 +49,13 @@ TRAINING_SETS = {training_set.name: training_set for training_set in (COCO, LVIS
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A published file.
+    """A published file of weights.
 
     Attributes:
-        model: its name in the program that published it.
-        trained_on: its training set.
-        norm_eps: epsilon of its frozen norms, added to their variances.
-        weight_format: its format if its tensors do not show it, a value of ``import-weights --weight-format``.
+        model: publisher and name of the model.
+        trained_on: training set of the weights.
+        norm_eps: epsilon of the frozen norms, added to their variances.
+        weight_format: value of ``import-weights --weight-format`` for the file, None if its tensors show the format.
     """
 
     model: str
@@ -111,14 +112,15 @@ def imported_note(name: str, sha256: str, known: KnownFile) -> str:
 
 
 def known_initial_weights(weights: str) -> KnownFile | None:
-    """The published file that a training started from.
+    """The published file whose weights a training run started from.
 
     Args:
-        weights: the ``weights`` of a provenance: a run directory and, in brackets, its hash and its own provenance.
+        weights: ``Provenance.weights`` of the run: the directory of the initial weights and, in parentheses, their hash
+            and their own provenance in one line.
 
     Returns:
-        The file, if that provenance is its `imported_note` alone; None for other weights, such as a detector trained
-        from it.
+        The file, if that line is the `imported_note` of a published file and nothing else; None for other weights, such
+        as those of a detector trained from a published file.
     """
     match = re.fullmatch(r".*\(sha256 [0-9a-f]{12}; (imported: (.*), sha256 ([0-9a-f]{64}), is .*)\)", weights)
     if match is None:
@@ -132,10 +134,10 @@ def identify_known_file(path: Path, sha256: str) -> KnownFile | None:
 
     Args:
         path: the file.
-        sha256: its SHA-256.
+        sha256: SHA-256 of the file.
 
     Returns:
-        The published file, or None if it is not known.
+        The published file, None if the file is not one.
     """
     if (published := _TORCHVISION.get(sha256[:8])) is not None:
         return published

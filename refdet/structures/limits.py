@@ -1,6 +1,7 @@
-"""Limits of the values in a store, checked when inputs are read. No numpy.
+"""Limits of the values in a store. No numpy.
 
-Otherwise a single invalid entry would make an extraction fail at the very end, when the store is written.
+They are checked when inputs are read, so that an invalid entry does not make an extraction fail only at the very end,
+when the store is written.
 """
 
 from __future__ import annotations

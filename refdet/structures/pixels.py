@@ -32,22 +32,24 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def rgb_pixels(image: np.ndarray | Image.Image) -> np.ndarray:
-    """The pixels of an image, (H, W, 3) uint8 RGB. Arrays are returned as they are.
+    """The pixels of an image, (H, W, 3) uint8 RGB. Arrays are not copied.
 
     16-bit grayscale keeps its upper 8 bits; transparency is dropped.
 
     Args:
-        image: (H, W, 3) uint8 RGB, or a PIL image of a mode with a known range.
+        image: (H, W, 3) uint8 RGB, or a PIL image of any mode whose values have a known range (not "F", nor "I" unless
+            it is a 16-bit PNG or PPM).
 
     Raises:
-        ArgumentError: wrong type, shape or dtype, or an image without pixels.
+        ArgumentError: wrong type, shape, dtype or mode; no pixels, or more than `limits.MAX_PIXELS`; or an image that
+            PIL cannot decode.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ArgumentError("image", f"uint8 (H, W, 3) RGB is needed, not {image.dtype} {image.shape}")
         problem = size_problem(*image.shape[:2])
     else:
-        if not hasattr(image, "getbands"):  # avoids importing PIL
+        if not hasattr(image, "getbands"):  # not a PIL image; isinstance would need PIL imported
             raise ArgumentError("image", f"a NumPy array, a PIL image or a path is needed, not {type(image).__name__}")
         problem = size_problem(image.height, image.width)
     if problem:

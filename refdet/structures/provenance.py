@@ -16,7 +16,7 @@ from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSe
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
 NAMES_DIFFER = "its file names do not match its image ids"
-"""Part of the note of a file whose hash of image ids says nothing about the images in it."""
+"""Part of the note of a split whose `image_ids_sha256` says nothing, as its images may not be those with these ids."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,19 @@ class Provenance:
     """The source of the training images and the REFER splits excluded from them.
 
     Attributes:
-        source: name of the original instances file, or of the training set of a published file. Empty, like the hashes
-            and counts, for imported weights with unknown training data.
+        source: name of the original instances file, or of the training set of a published file. For imported weights
+            with unknown training data, the source and the hashes are empty, and the counts 0.
         source_sha256: SHA-256 of the instances file.
         images: number of training images.
         annotations: number of training annotations.
         image_ids_sha256: `image_ids_sha256` of the training images.
-        excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
-        weights: the weights that training started from, or None.
+        excluded: "refcoco/unc/val" -> {"images": number of images in that split, "found": how many of them the source
+            has}.
+        weights: the weights that training started from: their directory and, in parentheses, their hash and their own
+            provenance in one line; or None.
         note: a human-readable note, or "".
-        selection: how the weights of a training were selected; None for a split, imported weights, and weights of an
-            older refdet, which did not record it.
+        selection: how the weights of a training run were selected; None for a split, for imported weights, and for
+            weights of an older refdet, which did not record it.
     """
 
     source: str
@@ -65,10 +67,10 @@ class Provenance:
             raise InputError(f"provenance: fields missing: {missing}, fields unknown: {short_repr(unknown)}")
         selection = Selection.from_json(value["selection"]) if "selection" in value else None
         result = cls(**{**value, "selection": selection})
-        hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
-        counts = all(map(_is_count, (result.images, result.annotations)))
-        texts = isinstance(result.source, str) and isinstance(result.note, str)
-        if not (hashes and counts and texts and isinstance(result.weights, str | None)):
+        hashes_valid = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
+        counts_valid = all(map(_is_count, (result.images, result.annotations)))
+        texts_valid = isinstance(result.source, str) and isinstance(result.note, str)
+        if not (hashes_valid and counts_valid and texts_valid and isinstance(result.weights, str | None)):
             raise InputError("provenance: a field has the wrong type; build the split again")
         if not _is_excluded(result.excluded):
             raise InputError("provenance: 'excluded' has the wrong type; build the split again")
@@ -76,7 +78,13 @@ class Provenance:
 
     @classmethod
     def imported(cls, name: str, sha256: str, known: KnownFile | None = None) -> Provenance:
-        """Provenance of an imported checkpoint: its training set if it is a published file, otherwise unknown."""
+        """Provenance of an imported checkpoint.
+
+        Args:
+            name: name of the imported file.
+            sha256: SHA-256 of the file.
+            known: the published file that it is, whose training set is known; None if the training data is unknown.
+        """
         if known is None:
             return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
         data = known.trained_on
@@ -84,12 +92,12 @@ class Provenance:
 
     @property
     def training_set(self) -> TrainingSet | None:
-        """The published training set of an imported file, None if it is not one."""
+        """The published training set of an imported published file, None for other weights."""
         return TRAINING_SETS.get(self.source) if self.is_unknown else None
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the training images are unknown."""
+        """Whether the ids of the training images are unknown, as for all imported weights."""
         return not self.image_ids_sha256
 
     def with_weights(self, text: str) -> Provenance:
@@ -115,12 +123,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Selection:
-    """How the weights of a training were selected.
+    """How the weights of a training run were selected.
 
     Attributes:
-        by_validation: True for the weights with the highest AP on ``validated_on``, a single file; False for those of
-            the last step, whether or not they were validated.
-        validated_on: provenance of each file that the training was validated on.
+        by_validation: True for the weights with the highest AP on ``validated_on``, which is then a single file; False
+            for those of the last step, whether or not they were validated.
+        validated_on: provenance of each file that the run was validated on.
     """
 
     by_validation: bool
@@ -128,26 +136,26 @@ class Selection:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
-        return {"by_validation": self.by_validation, "validated_on": [one.to_json() for one in self.validated_on]}
+        return {"by_validation": self.by_validation, "validated_on": [file.to_json() for file in self.validated_on]}
 
     @classmethod
     def from_json(cls, value: object) -> Selection:
         """The inverse of `to_json`; InputError if a field is missing, unknown or of the wrong type."""
         tree = value if isinstance(value, dict) and value.keys() == {"by_validation", "validated_on"} else {}
-        chosen, entries = tree.get("by_validation"), tree.get("validated_on")
-        if type(chosen) is not bool or not isinstance(entries, list):
+        by_validation, entries = tree.get("by_validation"), tree.get("validated_on")
+        if type(by_validation) is not bool or not isinstance(entries, list):
             raise InputError(
                 f"provenance: selection: by_validation and validated_on are needed, not {short_repr(value)}"
             )
         if any(isinstance(entry, dict) and "selection" in entry for entry in entries):
             raise InputError("provenance: selection: a validation file cannot have a selection itself")
         files = tuple(map(Provenance.from_json, entries))
-        if any(file.is_unknown for file in files) or (chosen and len(files) != 1):
+        if any(file.is_unknown for file in files) or (by_validation and len(files) != 1):
             raise InputError("provenance: selection: the file that was validated on is missing or unknown")
-        return cls(chosen, files)
+        return cls(by_validation, files)
 
     def with_file(self, file: Provenance) -> Selection:
-        """A copy with another file in ``validated_on``."""
+        """A copy with the provenance of one more file in ``validated_on``, unless it is there already."""
         return self if file in self.validated_on else replace(self, validated_on=(*self.validated_on, file))
 
     def one_line(self) -> str:
@@ -176,18 +184,20 @@ def file_sha256(path: Path) -> str:
 
 
 def _is_hash(value: object) -> bool:
-    """Whether a value is hexadecimal text; empty for imported weights."""
+    """Whether a value is a SHA-256 in hexadecimal, or its start; empty text, as of imported weights, also passes."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{0,64}", value) is not None
 
 
 def _is_count(value: object) -> bool:
+    """Whether a value is a nonnegative int64."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def _is_excluded(value: object) -> bool:
+    """Whether a value has the type of `Provenance.excluded`."""
     return isinstance(value, dict) and all(
-        isinstance(name, str)
+        isinstance(split, str)
         and isinstance(counts, dict)
-        and all(isinstance(k, str) and _is_count(n) for k, n in counts.items())
-        for name, counts in value.items()
+        and all(isinstance(name, str) and _is_count(count) for name, count in counts.items())
+        for split, counts in value.items()
     )

@@ -41,11 +41,11 @@ class Regions:
         ann_ids: (n,) int64 annotation ids, or None for detections.
         masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None.
         features: name -> (n, C) array, or (n, C, 7, 7) for spatial features.
-        error: why this image has no regions, or "".
+        error: why the image could not be used, "" if it could; an image with an error has no regions.
         maps: name -> (C, H, W) array: "head" is the feature map that boxes are pooled from.
         im_info: (3,) float32: height and width of the network's input in pixels, and its vertical scale, input height /
             image height. None without maps.
-        names: category id -> name, for labels, or None. Neither compared nor stored.
+        names: category id -> name, for the labels of `draw`; None if unknown. Neither compared nor stored.
     """
 
     image_id: int
@@ -150,7 +150,7 @@ class Regions:
         """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
 
         Labels never cover more than a third of the image: on a small image, only the highest-scoring regions are
-        labeled, and a note on it says how many labels are missing.
+        labeled, and a note in the log says how many are not.
 
         Examples:
             >>> regions.draw(image, min_score=0.3).save("regions.png")

@@ -57,6 +57,8 @@ def test_changed_values_are_parsed_as_yaml() -> None:
         ("train.lr=[", ["train.lr=[", "invalid or unsupported YAML"]),
         ("train.batch_size=010", ["integer 010 is not decimal"]),
         ("train.steps=1:30", ["integer 1:30 is not decimal"]),
+        ("train.lr=1:30.5", ["number 1:30.5 is not decimal"]),
+        ("input.mean=[1, 2:0.5, 3]", ["number 2:0.5 is not decimal"]),
         ("train.seed=0x10", ["integer 0x10 is not decimal"]),
         ("input.min_sizes=[0b1]", ["integer 0b1 is not decimal"]),
         ("model.depth=42", ["model.depth", "101"]),

@@ -50,10 +50,10 @@ def test_every_key_has_a_comment() -> None:
         assert comments.keys() == {option.name for option in dataclasses.fields(kind)}
         assert not [f"{section}.{name}" for name, comment in comments.items() if len(comment) < 5]
     assert option_comments(SECTIONS["model"])["width"].startswith(
-        "channels of its first stage; 64 in the published networks"
+        "channels of the backbone's first stage; 64 in the published networks"
     )
     assert option_comments(SECTIONS["model"])["neck"].startswith(
-        "what is applied to RoIs: c4: conv5, or a VGG's linear layers; fpn: linear"
+        "c4: conv5 on the RoIs (in a VGG, linear layers); fpn: a feature pyramid, then"
     )
 
 

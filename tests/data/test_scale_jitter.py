@@ -170,7 +170,7 @@ def test_mask_targets_equal_the_mask_area_in_each_cell(seed: int, flip: bool) ->
     corners = np.sort(random.uniform(0, 1, (6, 2, 2)), axis=1) * [size.width, size.height]
     rois = torch.tensor(corners.reshape(6, 4), dtype=torch.float32)
     truth = GroundTruth(rois[:1], torch.ones(1, dtype=torch.int64), [coco_mask.encode(np.asfortranarray(mask))],
-                        rois[:0], size.scale, float(width) if flip else None, size.crop_origin)  # fmt: skip
+                        rois[:0], size.scale, width if flip else None, size.crop_origin)  # fmt: skip
     found = compute_mask_targets(rois, torch.zeros(6, dtype=torch.int64), truth, 4)
     shown = mask[:, ::-1] if flip else mask
     steps = (np.arange(4 * 40) + 0.5) / (4 * 40)  # 40 samples along the side of a cell

@@ -138,7 +138,7 @@ def test_mask_targets_of_scaled_and_flipped_images() -> None:
     plain = truth_of([[0, 0, 20, 40]], masks=[rle], scale=(2.0, 2.0))
     found = compute_mask_targets(roi, torch.tensor([0]), plain, 4)
     assert found[0].tolist() == [[1, 0, 0, 0]] * 4
-    mirrored = truth_of([[60, 0, 80, 40]], masks=[rle], scale=(2.0, 2.0), flipped_width=40.0)
+    mirrored = truth_of([[60, 0, 80, 40]], masks=[rle], scale=(2.0, 2.0), flipped_width=40)
     assert compute_mask_targets(roi, torch.tensor([0]), mirrored, 4)[0].tolist() == [[0, 0, 0, 1]] * 4
     right_half = torch.tensor([[40.0, 0, 80, 40]])
     assert compute_mask_targets(right_half, torch.tensor([0]), mirrored, 2)[0].tolist() == [[0, 1]] * 2

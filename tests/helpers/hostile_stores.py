@@ -160,6 +160,13 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
     "no shape": (_new(lambda file, name, n: file.create_dataset(name, data=h5py.Empty("f4"))), "has no shape"),
     "nine dimensions": (_new(lambda file, name, n: file.create_dataset(name, data=np.zeros((1,) * 9))), "dimensions"),
     "never written": (_new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4")), "declares .* but has 0"),
+    "starts that expand": (
+        lambda file: (
+            file.__delitem__("maps/head_start"),
+            file.create_dataset("maps/head_start", data=np.zeros(2**24, np.int64), compression="gzip"),
+        ),
+        "/maps/head_start declares 134217728 bytes but has",
+    ),
     "chunks never written": (
         _new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4", chunks=(2**16, 4))), "never written",
     ),

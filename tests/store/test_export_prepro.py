@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from refer_examples import GREFS, INSTANCES, write
 
 from refdet.errors import InputError
-from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
+from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, build_vocabulary, prepare
 from refer import ReferError, read_refs
 
 WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
@@ -24,7 +24,7 @@ WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.dictionaries(st.integers(0, 50), st.lists(WORDS, max_size=6), max_size=12), st.integers(0, 4))
 def test_the_vocabulary_agrees_with_brute_force(sentences: dict[int, list[str]], threshold: int) -> None:
-    word_to_ix, final = vocabulary(sentences, ["dog", "teddy bear"], threshold)
+    word_to_ix, final = build_vocabulary(sentences, ["dog", "teddy bear"], threshold)
     every = [word for words in sentences.values() for word in words]
     frequent = [word for i, word in enumerate(every) if every.count(word) > threshold and word not in every[:i]]
     added = [word for word in ("dog", "teddy", "bear", "__background__") if word not in frequent]

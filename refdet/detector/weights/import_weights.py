@@ -23,9 +23,9 @@ from refdet.detector.weights.numpy_pickles import UnsafeImport, has_arrays, read
 from refdet.detector.weights.torch_files import DAMAGED, OLD_TAR, TORCHSCRIPT, read_contents
 from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
-from refdet.files.file_kinds import is_url
+from refdet.files.file_kinds import is_safetensors, is_url
 from refdet.files.short_text import format_count, short_repr, shorten
-from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors
+from refdet.files.weight_files import MAX_TENSORS, describe_file
 from refdet.files.weight_programs import IMPORTABLE, REFDET, TRAINING_STATE, describe_checkpoint, has_all
 from refdet.structures.coco_categories import coco_categories, unused_label_name
 from refdet.structures.known_weights import KnownFile, identify_known_file

@@ -17,7 +17,7 @@ from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
 
-SCORE_THRESHOLD = 0.5  # below it, most regions are duplicates or mistakes, on which no detector should be trained
+SCORE_THRESHOLD = 0.5  # most regions with a lower score are duplicates or mistakes, unsuitable for training a detector
 _REGION_BYTES = 500  # approximate size of a region with its mask, in both files together
 
 
@@ -26,7 +26,8 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
 
     The results are a list as pycocotools' ``loadRes`` reads it, with all regions in the order of the store. The
     instances are a dataset whose annotations are the regions with a score of at least ``score_threshold``
-    (pseudo-annotations); the id of an annotation is the row of its region + 1, as pycocotools takes the id 0 for none.
+    (pseudo-annotations); the id of an annotation is the row of its region + 1, as pycocotools takes the id 0 for "no
+    match".
 
     Args:
         store: the store.
@@ -42,20 +43,20 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
     """
     with Source(store) as source, new_folder(out) as folder:
         require_space(out, source.store.regions * _REGION_BYTES)
-        kept = row = 0
+        num_kept = row = 0  # annotations so far, and row of the next image's first region
         with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
             for image_id in progress(source.store, "export", "image", total=len(source.store)):
                 regions = source.read(image_id, ())
                 is_kept = regions.score_at_least(score_threshold).tolist()
                 for annotation in compress(_annotations(regions, row), is_kept):
                     add_annotation(annotation)
-                kept += sum(is_kept)
+                num_kept += sum(is_kept)
                 for entry in regions.to_coco():
                     add_result(entry)
                 row += len(regions)
         _write_instances(folder, source)
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
-        share = format_share(kept, row, "region")
+        share = format_share(num_kept, row, "region")
         notes = [f"instances.json has {share}: those with a score of {score_threshold:g} or more"]
         if source.store.errors:
             unusable = format_count(len(source.store.errors), "image")
@@ -68,7 +69,7 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
 
 
 def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:
-    """The regions of an image, the first in row ``row`` of the store, as annotations of an instances JSON."""
+    """The regions of an image as annotations of an instances JSON; ``row`` is the store's row of the first region."""
     entries = regions.to_coco()
     areas = coco_mask.area(regions.rles()).tolist() if entries and regions.masks is not None else None
     for i, entry in enumerate(entries):
@@ -79,7 +80,7 @@ def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:
 
 
 def _write_instances(folder: Path, source: Source) -> None:
-    """Replace the file ``annotations`` in the folder, a list, with ``instances.json``."""
+    """Write ``instances.json`` around the JSON list in the folder's file ``annotations``, and remove that file."""
     store = source.store
     columns = zip(
         store.image_ids.tolist(), store.file_names, store.heights.tolist(), store.widths.tolist(), strict=True

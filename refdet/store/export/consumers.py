@@ -1,4 +1,4 @@
-"""Programs that an export can be written for, by format; the first one is the default."""
+"""Programs that an export can be written for, by format; the first program of a format is its default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_consumer(format: str, consumer: str) -> None:
         consumer: the program.
 
     Raises:
-        InputError: it does not.
+        InputError: the program does not read the format.
     """
     if consumer not in BY_FORMAT[format]:
         raise InputError(
@@ -28,7 +28,7 @@ def check_consumer(format: str, consumer: str) -> None:
 
 
 def width_note(feature: str, width: int, consumer: str) -> list[str]:
-    """A note if a program expects features of another length, else []."""
-    if width == WIDTH or consumer == "bottom-up-attention":
+    """A list of one note if a program expects features of another length, else []."""
+    if width == WIDTH or consumer == "bottom-up-attention":  # which writes features for others, and expects no length
         return []
     return [f"{feature} has {width} values per region, but {consumer} expects {WIDTH}"]

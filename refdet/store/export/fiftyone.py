@@ -48,13 +48,13 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> ExportResult:
     Args:
         store: the store.
         out: the folder to write, new or empty.
-        images: folder of the images, not a zip.
+        images: folder of the image files, not a zip.
 
     Returns:
         What was written, with notes.
 
     Raises:
-        InputError: FiftyOne is not installed, ``out`` is not empty, images are missing or in a zip.
+        InputError: FiftyOne is not installed, ``out`` is not empty, images are missing, or ``images`` is not a folder.
         RuntimeFailure: FiftyOne cannot use its database.
     """
     fiftyone = _import_fiftyone()
@@ -73,6 +73,7 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> ExportResult:
             )
             if image_id not in reader.errors
         ]
+        # read the images as the extraction did, so that their sizes can be compared with the store's
         files = ImageSource.open(images, "apply" if reader.options.get("exif") == "apply" else "ignore")
         files.check(records, store)
         usable, rejected = _find_readable(records, files)
@@ -87,9 +88,9 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> ExportResult:
         empty = {image_id: why for image_id in reader if (why := source.why_empty(image_id))}
         notes = []
         if reader.errors:
-            notes.append(_left_out(len(reader.errors), "that could not be used"))
+            notes.append(_left_out_note(len(reader.errors), "that could not be used"))
         if rejected:
-            left_out = _left_out(len(rejected), "whose file cannot be read or has another size than in the store")
+            left_out = _left_out_note(len(rejected), "whose file cannot be read or has another size than in the store")
             notes.append(f"{left_out}, first: {rejected[0]}")
         if num_rotated := sum(image.orientation != 1 for image in usable):
             rotated = format_count(num_rotated, "image")
@@ -112,7 +113,8 @@ def _import_fiftyone() -> Any:
     return fiftyone
 
 
-def _left_out(count: int, relative_clause: str) -> str:
+def _left_out_note(count: int, relative_clause: str) -> str:
+    """A note such as "3 images that could not be used are left out"."""
     return f"{format_count(count, 'image')} {relative_clause} {agree(count, 'is')} left out"
 
 
@@ -120,14 +122,14 @@ def _new_dataset(fiftyone: Any) -> Any:
     """A temporary dataset in FiftyOne's own database."""
     try:
         return fiftyone.Dataset(f"refdet-{secrets.token_hex(8)}")
-    except Exception as error:  # any, as FiftyOne starts its database here
+    except Exception as error:  # FiftyOne starts its database here, which can fail in any way
         raise RuntimeFailure(
             f"FiftyOne cannot use its database ({error}); repair it, or export with `format='coco'`, which it imports"
         ) from error
 
 
 def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_ExportedImage], list[str]]:
-    """The images whose files can be read and have the size recorded in the store, and the errors of the others."""
+    """Split the images into those whose files can be read and have the store's size, and the errors of the others."""
     usable, rejected = [], []
     for record in progress(records, "check", "image", total=len(records)):
         name = files.find(record)
@@ -144,6 +146,7 @@ def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[
 
 
 def _make_sample(fiftyone: Any, source: Source, images: Path, image: _ExportedImage) -> Any:
+    """Create the FiftyOne sample of an image whose file is in the folder ``images``."""
     record, orientation = image.record, image.orientation
     regions = source.read(record.id, ())
     rows = source.store.rows(record.id)

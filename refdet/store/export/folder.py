@@ -16,9 +16,9 @@ from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
 from refdet.files.short_text import format_missing_space
 
-_MAX_NAME_BYTES = 200  # of the folder's name in the temporary folder's name, which may have 255
-_EXISTS_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
-# Of a path that the user must change.
+_MAX_NAME_BYTES = 200  # of the folder's name that the temporary folder's name repeats, which may have 255 bytes
+_EXISTS_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename to an existing path
+# Errors that another path would avoid, so that the user must change `out`.
 _PATH_ERRNOS = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
@@ -41,7 +41,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     path = resolve_folder(out)
     temporary = path.with_name(f".{_truncate(path.name)}.{secrets.token_hex(4)}")
-    created = [parent for parent in path.parents if not parent.exists()]
+    created = [parent for parent in path.parents if not parent.exists()]  # deepest first; removed after an error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -67,10 +67,10 @@ def require_space(out: Path, num_bytes: int) -> None:
 
     Args:
         out: the folder, whose parent exists.
-        num_bytes: required space.
+        num_bytes: required space in bytes.
 
     Raises:
-        RuntimeFailure: there is less.
+        RuntimeFailure: less is free.
     """
     free = shutil.disk_usage(out.resolve().parent).free
     if free < num_bytes:
@@ -102,10 +102,11 @@ def resolve_folder(out: Path) -> Path:
         out: the folder.
 
     Returns:
-        Its absolute path.
+        The absolute path of the folder, without links.
 
     Raises:
-        InputError: it cannot be created.
+        InputError: the folder cannot be created, is not empty, or is a mount point or the current folder, which the
+            finished export cannot replace.
     """
     try:
         path = out.resolve()
@@ -114,7 +115,7 @@ def resolve_folder(out: Path) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
         raise _not_creatable(out, error) from None
     try:
-        str(path).encode()
+        str(path).encode()  # fails for surrogates, which stand for bytes that are not UTF-8
     except UnicodeEncodeError:
         raise InputError(f"`out` {str(out)!a}: name is not valid UTF-8; choose another") from None
     if in_use:
@@ -126,6 +127,7 @@ def resolve_folder(out: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
+    """Whether a path exists; raises OSError if that cannot be found out, unlike `Path.exists`."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -134,10 +136,12 @@ def _exists(path: Path) -> bool:
 
 
 def _truncate(name: str) -> str:
+    """The first `_MAX_NAME_BYTES` of a name, without a partial character."""
     return os.fsencode(name)[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
 
 
 def _publish(temporary: Path, path: Path) -> None:
+    """Rename the finished temporary folder to ``path``, which is missing or an empty folder."""
     try:
         temporary.replace(path)
     except OSError as error:
@@ -150,7 +154,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove empty folders, deepest first."""
+    """Remove folders, given deepest first, until one is not empty or cannot be removed."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -167,7 +171,7 @@ def _raise_if_full(path: Path, error: BaseException) -> None:
 
 
 def _not_creatable(out: Path, error: Exception) -> Exception:
-    """Error for a folder that cannot be created; the system's own if another path would not help."""
+    """The exception to raise for a folder that cannot be created: ``error`` itself if another path would not help."""
     if isinstance(error, OSError) and error.errno not in _PATH_ERRNOS:
         return error
     why = error.strerror if isinstance(error, OSError) else "loop of symbolic links"

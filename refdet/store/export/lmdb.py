@@ -22,11 +22,11 @@ from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
 from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 
-IMAGES_PER_COMMIT = 32  # held in memory until then
-INITIAL_MAP_SIZE = 64 << 20  # bytes; doubled when it is full
-ALMOST_FULL = 1 << 20  # bytes; with less free space, an input/output error is taken for a full disk
+IMAGES_PER_COMMIT = 32  # records of these images are held in memory until they are committed
+INITIAL_MAP_SIZE = 64 << 20  # bytes; doubled when the map is full
+ALMOST_FULL = 1 << 20  # bytes; if less of the disk is free, an input/output error is taken for a full disk
 UNITER_FOLDER = "feat_numbb100"  # opened by UNITER with conf_th -1 and num_bb 100, as in its RefCOCO configs
-UNITER_REGIONS = 100
+UNITER_REGIONS = 100  # regions of an image that UNITER reads, its num_bb
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Layout:
         record: returns an image's record, from the image id.
         list_keys: returns the key and value of the entry that lists all keys.
         region_bytes: minimum size of a region in bytes.
-        folder: folder of the database in the export.
+        folder: folder of the database in the export; "" for the export's own.
         notes: human-readable notes.
     """
 
@@ -76,11 +76,11 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
     with Source(store) as source, new_folder(out) as folder:
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         nonempty = [i for i in source.store if i not in empty]
-        layout = _layout(source, feature, program)
+        layout = _make_layout(source, feature, program)
         require_space(out, source.store.regions * layout.region_bytes)
         database = folder / layout.folder
-        database.mkdir(exist_ok=True)
-        _write(lmdb, database, _records(layout, nonempty), out)
+        database.mkdir(exist_ok=True)  # exists if the layout has no folder of its own
+        _write_database(lmdb, database, _encode_records(layout, nonempty), out)
         notes = list(layout.notes)
         if consumer is None:
             notes.insert(
@@ -93,7 +93,7 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
             notes.append(f"{without_regions} omitted, listed in provenance.json")
         files = ["/".join(filter(None, (layout.folder, "data.mdb")))]
         if layout.folder and source.store.has_ann_ids:
-            write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, nonempty)})
+            write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _read_ann_ids(source, nonempty)})
             files.append("iid_to_ann_ids.json")
         result = ExportResult("lmdb", len(nonempty), source.store.regions, files, empty, notes)
         options = {"for": program, "feature": feature}
@@ -101,12 +101,12 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
     return result
 
 
-def _layout(source: Source, feature: str, consumer: str) -> _Layout:
+def _make_layout(source: Source, feature: str, consumer: str) -> _Layout:
     notes = consumers.width_note(feature, source.width(feature), consumer)
     features = (feature, CLASS_PROB) if CLASS_PROB in source.store.feature_names else (feature,)
     if consumer == "uniter":
-        return _uniter_layout(source, feature, features, notes)
-    n_values = 4 + sum(source.width(name) for name in features)
+        return _make_uniter_layout(source, feature, features, notes)
+    num_values = 4 + sum(source.width(name) for name in features)  # of a region: its box and features
     as_arrays = consumer == "vilbert-multi-task"
     encode = lmdb_records.vilbert_multi_task if as_arrays else lmdb_records.vilbert_beta
 
@@ -114,15 +114,23 @@ def _layout(source: Source, feature: str, consumer: str) -> _Layout:
         return b"keys", portable_pickle.dumps([name.encode() for name in names], PROTOCOL)
 
     return _Layout(
-        str,
-        lambda image_id: encode(source.read(image_id, features, categories=False), feature),
-        list_keys,
-        4 * n_values if as_arrays else 16 * n_values // 3,  # base64 has 4 characters for 3 bytes
+        key=str,
+        record=lambda image_id: encode(source.read(image_id, features, categories=False), feature),
+        list_keys=list_keys,
+        region_bytes=4 * num_values if as_arrays else 16 * num_values // 3,  # base64 has 4 characters for 3 bytes
         notes=notes,
     )
 
 
-def _uniter_layout(source: Source, feature: str, features: tuple[str, ...], notes: list[str]) -> _Layout:
+def _make_uniter_layout(source: Source, feature: str, features: tuple[str, ...], notes: list[str]) -> _Layout:
+    """The layout for UNITER.
+
+    Args:
+        source: the store.
+        feature: the feature to write.
+        features: the features to read: the one to write and, if the store has it, `CLASS_PROB`.
+        notes: the notes so far, to which others are added.
+    """
     prefix = "visual_grounding_coco_gt" if source.store.has_ann_ids else "visual_grounding_det_coco"
     column_of = {category: i for i, category in enumerate(source.names, start=1)}
     has_probabilities = CLASS_PROB in features
@@ -148,23 +156,24 @@ def _uniter_layout(source: Source, feature: str, features: tuple[str, ...], note
         return b"__keys__", json.dumps(names).encode()
 
     return _Layout(
-        lambda image_id: f"{prefix}_{image_id:012}.npz",
-        record,
-        list_keys,
-        2 * (source.width(feature) + 7),
-        UNITER_FOLDER,
-        notes,
+        key=lambda image_id: f"{prefix}_{image_id:012}.npz",
+        record=record,
+        list_keys=list_keys,
+        region_bytes=2 * (source.width(feature) + 7),  # float16 features, norm_bb and conf
+        folder=UNITER_FOLDER,
+        notes=notes,
     )
 
 
-def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, bytes]]:
+def _encode_records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, bytes]]:
+    """Iterate over the key and value of each image's record, and then of the list of keys."""
     names = [layout.key(image_id) for image_id in image_ids]
     for image_id, name in zip(progress(image_ids, "export", "image"), names, strict=True):
         yield name.encode(), layout.record(image_id)
     yield layout.list_keys(names)
 
 
-def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
+def _read_ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
     """Annotation ids of each image in the order of its regions, for UNITER's prepro.py."""
     by_image = {}
     for image_id in image_ids:
@@ -174,25 +183,25 @@ def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
     return by_image
 
 
-def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]], out: Path) -> None:
+def _write_database(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]], out: Path) -> None:
     """Write a database in batches of records, increasing the map size as needed.
 
     Args:
         lmdb: the package.
-        folder: the database.
-        records: keys and values.
+        folder: the folder of the database.
+        records: key and value of each record.
         out: the export folder, for error messages.
 
     Raises:
         OSError: the disk is full, or the limit on file sizes is exceeded.
-        RuntimeFailure: lmdb fails otherwise.
+        RuntimeFailure: lmdb fails for another reason.
     """
     pending = iter(records)
     size = INITIAL_MAP_SIZE
     try:
         with lmdb.open(str(folder), map_size=size, lock=False, sync=False) as database:
             while batch := list(islice(pending, IMAGES_PER_COMMIT)):
-                while True:
+                while True:  # until the batch fits into the map
                     try:
                         with database.begin(write=True) as transaction:
                             for key, value in batch:

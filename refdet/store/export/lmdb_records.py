@@ -1,4 +1,4 @@
-"""Record of an image in an LMDB for ViLBERT and UNITER."""
+"""Encode the record of an image in an LMDB for ViLBERT or UNITER."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refdet.store.export import portable_pickle
 from refdet.structures.regions import Regions
 
 PROTOCOL = 4  # of pickle, for readers on Python 3.6
-CLASS_PROB = "class_prob"
+CLASS_PROB = "class_prob"  # the feature with the probabilities of all classes, the background first
 
 
 def vilbert_multi_task(regions: Regions, feature: str) -> bytes:
@@ -28,14 +28,14 @@ def vilbert_multi_task(regions: Regions, feature: str) -> bytes:
         (N, 4), half-open xyxy in pixels, ``features`` (N, width) and, if the store has class probabilities,
         ``cls_prob`` (N, 1 + classes) with the background first.
     """
-    return portable_pickle.dumps(_vilbert(regions, feature), PROTOCOL)
+    return portable_pickle.dumps(_vilbert_record(regions, feature), PROTOCOL)
 
 
 def vilbert_beta(regions: Regions, feature: str) -> bytes:
     """Encode a record for jiasenlu/vilbert_beta: as `vilbert_multi_task`, with arrays as base64 in row-major order."""
     record = {
         name: base64.b64encode(value.tobytes()) if isinstance(value, np.ndarray) else value
-        for name, value in _vilbert(regions, feature).items()
+        for name, value in _vilbert_record(regions, feature).items()
     }
     return portable_pickle.dumps(record, PROTOCOL)
 
@@ -78,20 +78,21 @@ def derive_soft_labels(regions: Regions, column_of: dict[int, int]) -> np.ndarra
 
     Args:
         regions: regions of an image.
-        column_of: category id -> column, starting at 1.
+        column_of: category id -> column, from 1 to the number of classes; column 0 is the background.
 
     Returns:
         (N, 1 + classes) float32 probabilities.
     """
     probabilities = np.zeros((len(regions), 1 + len(column_of)), np.float32)
-    indices = [column_of[category] for category in regions.category_ids.tolist()]
+    columns = [column_of[category] for category in regions.category_ids.tolist()]
     scores = np.clip(regions.scores, 0, 1)  # boxes from a file may have any scores
-    probabilities[np.arange(len(regions)), indices] = scores
+    probabilities[np.arange(len(regions)), columns] = scores
     probabilities[:, 0] = 1 - scores
     return probabilities
 
 
-def _vilbert(regions: Regions, feature: str) -> dict[str, Any]:
+def _vilbert_record(regions: Regions, feature: str) -> dict[str, Any]:
+    """The dict that `vilbert_multi_task` describes."""
     record: dict[str, Any] = {
         "image_id": str(regions.image_id),
         "image_h": regions.height,

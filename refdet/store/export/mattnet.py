@@ -22,19 +22,19 @@ from refdet.store.hdf5_file import OLDEST_READERS, new_file
 from refdet.structures.regions import Regions
 
 FEATURES = ("pool5", "fc7")
-WIDTHS = {"pool5": 1024, "fc7": 2048}  # expected by its loaders and layers
-HEAD_FOLDER = "head"
+WIDTHS = {"pool5": 1024, "fc7": 2048}  # lengths of the features that MAttNet's loaders and layers expect
+HEAD_FOLDER = "head"  # folder of the head maps in the export
 
 
 @dataclass(frozen=True)
 class _Export:
-    """State of an export.
+    """Inputs of an export, and the notes that it collects.
 
     Attributes:
         folder: the folder to write to.
         detections: store of detections.
         annotations: store of annotations, None for none.
-        prepro: the dataset, None if not given.
+        prepro: the dataset as MAttNet's ``tools/prepro.py`` prepares it, None if not given.
         notes: human-readable notes so far.
     """
 
@@ -51,8 +51,8 @@ def export_mattnet(
     """Write the files that the stores and the dataset allow, with notes about the others.
 
     - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: the detections;
-    - ``head/ID.h5``: from stores with head maps;
-    - ``data.json``, ``data.h5``: ``prepro``, unless it was read from MAttNet's own file;
+    - ``head/ID.h5``: the head map of each image, from stores that have head maps;
+    - ``data.json``, ``data.h5``: ``prepro``, unless it was read from an existing ``data.json``;
     - ``ann_feats.h5``: the annotations, in the order of ``prepro``.
 
     Args:
@@ -84,9 +84,9 @@ def export_mattnet(
             )
         folder = stack.enter_context(new_folder(out))
         work = _Export(folder, detections, annotation_source, prepro, [])
-        image_ids = _image_ids(work)
+        image_ids = _select_images(work)
         require_space(out, _min_space(work, image_ids))
-        regions = _write_detections(work, image_ids)
+        num_detections = _write_detections(work, image_ids)
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
             work.notes.append(
@@ -107,7 +107,7 @@ def export_mattnet(
             {"annotations": annotation_source} if annotation_source is not None else {}
         )
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
-        result = ExportResult("mattnet", len(image_ids), regions, files, empty, work.notes)
+        result = ExportResult("mattnet", len(image_ids), num_detections, files, empty, work.notes)
         write_record(folder, result, options, sources)
     return result
 
@@ -119,9 +119,9 @@ def _detection_record(regions: Regions, index: int, name: str, det_id: int, row:
 
     Args:
         regions: regions of an image.
-        index: index of the region.
-        name: name of its category.
-        det_id: index of the detection.
+        index: index of the region in ``regions``.
+        name: name of the region's category.
+        det_id: index of the detection in the export.
         row: row of the region in the store.
 
     Returns:
@@ -141,8 +141,15 @@ def _detection_record(regions: Regions, index: int, name: str, det_id: int, row:
     }
 
 
-def _image_ids(work: _Export) -> list[int]:
-    """Ids of the images to export, in the order of the store; notes those that only the store or the dataset has."""
+def _select_images(work: _Export) -> list[int]:
+    """Select the images to export, those of the dataset, and add notes about images that it or the store lacks.
+
+    Returns:
+        Ids of the images in the order of the store.
+
+    Raises:
+        InputError: the store has none of the dataset's images, or another id for one of its categories.
+    """
     source = work.detections
     if work.prepro is None:
         return list(source.store)
@@ -171,15 +178,15 @@ def _image_ids(work: _Export) -> list[int]:
 
 
 def _min_space(work: _Export, image_ids: list[int]) -> int:
-    """Minimum size of features and head maps in bytes."""
+    """Size in bytes of the features and head maps, which is less than that of the export."""
     rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
     sources = [(work.detections, rows)]
     if work.annotations is not None and work.prepro is not None:
         sources.append((work.annotations, len(work.prepro.data["anns"])))
-    n_values = sum(
+    num_values = sum(
         n * source.width(name) for source, n in sources for name in FEATURES if name in source.store.feature_names
     )
-    return 4 * (n_values + sum(work.detections.head_map_size(image_id) for image_id in image_ids))
+    return 4 * (num_values + sum(work.detections.head_map_size(image_id) for image_id in image_ids))
 
 
 def _create_datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
@@ -190,12 +197,15 @@ def _create_datasets(file: h5py.File, source: Source, names: list[str], rows: in
 
 
 def _max_file_size(source: Source, names: list[str], rows: int) -> int:
-    """Maximum size in bytes of a file of features."""
+    """Maximum size in bytes of a file with ``rows`` of these features."""
     return 4 * rows * sum(source.width(name) for name in names) + METADATA_BYTES
 
 
-def _feature_names(work: _Export, source: Source) -> list[str]:
-    """Names of the features of a store to export; notes a missing pool5 and unexpected widths.
+def _select_features(work: _Export, source: Source) -> list[str]:
+    """Select the features of a store to export, and add notes about a missing pool5 and unexpected widths.
+
+    Returns:
+        Names of the features.
 
     Raises:
         InputError: the store lacks fc7, or a feature is not a vector.
@@ -220,7 +230,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
     Detections are numbered as in run_detect.py: by image, class and descending score.
     """
     source, store = work.detections, work.detections.store
-    names = _feature_names(work, source)
+    names = _select_features(work, source)
     total = sum(len(store.rows(image_id)) for image_id in image_ids)
     rank = {category_id: i for i, category_id in enumerate(source.names)}
     if not store.has_masks:
@@ -234,6 +244,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
         first = 0
         for image_id in progress(image_ids, "detections", "image"):
             regions, rows = source.read(image_id, names), store.rows(image_id)
+            # lexsort sorts by its last key first: by class, then by descending score
             order = np.lexsort((-regions.scores, np.array([rank[c] for c in regions.category_ids.tolist()], np.int64)))
             rles = regions.rles()
             for det_id, index in enumerate(order.tolist(), start=first):
@@ -264,7 +275,7 @@ def _write_annotations(work: _Export) -> None:
             f"{agree(len(missing), 'is')} missing, first: {missing[0]}; extract all splits"
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
-    names = _feature_names(work, source)
+    names = _select_features(work, source)
     written = 0
     with new_file(work.folder / "ann_feats.h5", _max_file_size(source, names, len(anns)), OLDEST_READERS) as file:
         datasets = _create_datasets(file, source, names, len(anns))
@@ -272,7 +283,8 @@ def _write_annotations(work: _Export) -> None:
             regions = source.read(image["image_id"], names, categories=False)
             assert regions.ann_ids is not None
             rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
-            order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py needs ascending rows
+            # h5py needs ascending rows; annotations that the dataset lacks (-1) come first and are skipped
+            order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]
             if len(np.unique(rows[order])) < len(order):
                 raise InputError(
                     f"`annotations` {source.path}: duplicate annotation of image {image['image_id']}; extract it again"

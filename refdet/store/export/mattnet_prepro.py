@@ -1,6 +1,6 @@
 """MAttNet's ``data.json`` and ``data.h5``: numbered refs, images, annotations and sentences, with a vocabulary.
 
-Equivalent to the output of its ``tools/prepro.py`` in a Python with ordered dictionaries.
+Equivalent to the output of MAttNet's ``tools/prepro.py`` in a Python with ordered dictionaries.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from refdet.structures.limits import is_id
 from refer import REFER
 from refer.validation import Types, box_of, check_fields
 
+# Dataset -> maximum number of tokens of a sentence, as in prepro.py.
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # in Kazemzadeh et al.: category, color and other attributes
@@ -33,13 +34,13 @@ METADATA_BYTES = 64 << 10  # maximum size of HDF5's metadata in a file of a few 
 
 @dataclass(frozen=True)
 class PreproOptions:
-    """Options of prepro.py, with its defaults.
+    """Options of prepro.py, with the same defaults.
 
     Attributes:
-        word_count_threshold: words that do not occur more often become ``<UNK>``.
-        max_length: maximum number of tokens of a sentence, None for 20 in RefCOCOg and 10 in the others.
+        word_count_threshold: words that occur at most this often become ``<UNK>``.
+        max_length: maximum number of tokens of a sentence, None for that of the dataset in `MAX_LENGTH`.
         attributes: ``sents.json`` of refer-parser2, None for no attribute words.
-        top_attributes: number of attribute words.
+        top_attributes: number of attribute words to keep, the most frequent ones.
     """
 
     word_count_threshold: int = 5
@@ -55,8 +56,8 @@ class Prepro:
     Attributes:
         data: JSON object with "refs", "images", "anns", "sentences", "word_to_ix", "att_to_ix", "att_to_cnt",
             "cat_to_ix" and "label_length".
-        labels: (sentences, label_length) int32 words by ``word_to_ix``, padded with 0; None if ``data`` was read from
-            a file.
+        labels: (sentences, label_length) int32 numbers of the words in ``word_to_ix``, padded with 0; None if ``data``
+            was read from a file.
     """
 
     data: dict[str, Any]
@@ -70,16 +71,16 @@ class Prepro:
             data_json: the file.
 
         Returns:
-            Its contents.
+            The contents of the file, without labels.
 
         Raises:
-            InputError: it is not such a file, or has duplicate ids.
+            InputError: the file was not written by prepro.py, has duplicate ids, or does not number its annotations.
         """
         data = read_json(data_json)
         try:
             image_ids = [image["image_id"] for image in data["images"]]
             ann_ids = [ann["ann_id"] for ann in data["anns"]]
-            rows = [ann["h5_id"] for ann in data["anns"]]
+            rows = [ann["h5_id"] for ann in data["anns"]]  # in ann_feats.h5
             categories = data.get("cat_to_ix", {})
             if not isinstance(categories, dict) or not all(map(is_id, categories.values())):
                 raise TypeError("cat_to_ix is not an object of numbers")
@@ -97,13 +98,13 @@ class Prepro:
         return cls(data)
 
     def write(self, folder: Path) -> None:
-        """Write ``data.json`` and ``data.h5``.
+        """Write ``data.json`` and ``data.h5``; the contents must have labels.
 
         Args:
             folder: the folder to write to.
 
         Raises:
-            InputError: a number is not finite.
+            InputError: a box is not finite.
         """
         assert self.labels is not None
         try:
@@ -145,8 +146,8 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
     instances = root / dataset / "instances.json"
     check_fields(instances, "image number {}", list(refer.Imgs.values()), _IMAGE)
     check_fields(instances, "annotation number {}", list(refer.Anns.values()), _ANNOTATION)
-    word_to_ix, tokens = vocabulary(refer.sentToTokens, refer.Cats.values(), options.word_count_threshold)
-    counts, words_of = attributes(refer, options)
+    word_to_ix, tokens = build_vocabulary(refer.sentToTokens, refer.Cats.values(), options.word_count_threshold)
+    attribute_counts, attributes_of = count_attributes(refer, options)
     image_ids = [image_id for image_id in refer.Imgs if image_id in refer.imgToRefs]
     data = {
         "refs": [
@@ -158,7 +159,7 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
                 "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
                 "box": box_of(refer.DATA_DIR, refer.refToAnn[ref_id]),
                 "image_id": ref["image_id"],
-                "att_wds": words_of.get(ref_id, []),
+                "att_wds": attributes_of.get(ref_id, []),
             }
             for ref_id, ref in refer.Refs.items()
         ],
@@ -188,8 +189,8 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
             {"sent_id": sent_id, "tokens": words, "h5_id": row} for row, (sent_id, words) in enumerate(tokens.items())
         ],
         "word_to_ix": word_to_ix,
-        "att_to_ix": {word: i for i, word in enumerate(counts)},
-        "att_to_cnt": counts,
+        "att_to_ix": {word: i for i, word in enumerate(attribute_counts)},
+        "att_to_cnt": attribute_counts,
         "cat_to_ix": {name: category_id for category_id, name in refer.Cats.items()},
         "label_length": length,
     }
@@ -199,7 +200,7 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
     return Prepro(data, labels)
 
 
-def vocabulary(
+def build_vocabulary(
     sentences: dict[int, list[str]], categories: Iterable[str], threshold: int
 ) -> tuple[dict[str, int], dict[int, list[str]]]:
     """Build the vocabulary and replace rare words.
@@ -210,13 +211,13 @@ def vocabulary(
     Args:
         sentences: sentence id -> tokens.
         categories: names of the categories.
-        threshold: words that do not occur more often are rare.
+        threshold: words that occur at most this often are rare.
 
     Returns:
         Word -> number, and sentence id -> tokens with ``<UNK>`` for rare words.
     """
     counts = Counter(word for words in sentences.values() for word in words)
-    frequent = {word: None for word, n in counts.items() if n > threshold}  # a dict, as sets have no order
+    frequent = {word: None for word, n in counts.items() if n > threshold}  # a dict as an ordered set
     has_rare_words = len(frequent) < len(counts)
     kept = frequent | {word: None for name in [*categories, "__background__"] for word in name.split()}
     words = [PAD, *kept, *([UNKNOWN] if has_rare_words else []), BEGIN, END]
@@ -224,22 +225,23 @@ def vocabulary(
     return {word: i for i, word in enumerate(words)}, with_unknown
 
 
-def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], dict[int, list[str]]]:
-    """Count attribute words, excluding names of categories.
+def count_attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], dict[int, list[str]]]:
+    """Count the most frequent attribute words, excluding names of categories.
 
     Args:
         refer: the dataset.
         options: options of prepro.py.
 
     Returns:
-        Word -> number of refs with it, by descending frequency and then alphabetically, and ref id -> its words.
+        Word -> number of refs with the word, by descending number and then alphabetically; and ref id -> those of these
+        words that describe the ref. Both empty without ``options.attributes``.
 
     Raises:
         InputError: ``options.attributes`` is not a sents.json of the dataset.
     """
     if options.attributes is None:
         return {}, {}
-    words_by_ref: dict[int, dict[str, None]] = {}
+    words_by_ref: dict[int, dict[str, None]] = {}  # dicts as ordered sets
     excluded = {NO_ATTRIBUTE, *refer.Cats.values()}
     try:
         for sentence in read_json(options.attributes):

@@ -29,9 +29,9 @@ def export_npz(
         store: the store.
         out: the folder.
         feature: the feature to write as ``x``.
-        names: NAME is "stem" (the image's file name without suffix), "file" (with suffix) or "id" (the decimal image
-            id); None for what the program expects.
-        consumer: one of `consumers.NPZ`.
+        names: what NAME is: "stem" (the image's file name without suffix), "file" (with suffix) or "id" (the decimal
+            image id); None for what the program expects.
+        consumer: the program to write for, one of `consumers.NPZ`.
 
     Returns:
         What was written, with notes.
@@ -45,13 +45,13 @@ def export_npz(
     names = names or layout.names
     with Source(store) as source, new_folder(out) as folder:
         width = source.width(feature)
-        require_space(out, source.store.regions * 4 * (width + 4))
+        require_space(out, source.store.regions * 4 * (width + 4))  # float32 features and box of each region
         category_index = {category: i for i, category in enumerate(source.names)}
         name_of = file_names(source.store, names, ".npz")
         notes = [*layout.notes, *consumers.width_note(feature, width, consumer)]
         notes += check_names(store, layout, name_of)
         files = folder / layout.folder
-        files.mkdir(exist_ok=True)
+        files.mkdir(exist_ok=True)  # exists if the layout has no folder of its own
         for image_id, name in progress(name_of.items(), "export", "image", total=len(name_of)):
             regions = source.read(image_id, (feature,))
             try:

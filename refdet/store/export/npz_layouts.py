@@ -1,4 +1,4 @@
-"""Layouts of npz files for bottom-up-attention and its readers."""
+"""Layouts of npz files, as bottom-up-attention writes them and as other programs read them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Layout:
 
     Attributes:
         arrays: returns the contents of a file, from regions, feature name, file name and category id -> index.
-        names: default file names, "stem", "file" or "id".
-        folder: folder of the files in the export.
-        image_id: returns the image id that the program parses from a file name; raises ValueError if there is none.
+        names: kind of file names that the program expects, "stem", "file" or "id" (`file_names.file_names`).
+        folder: folder of the files in the export; "" for the export's own.
+        image_id: returns the image id that the program parses from a file name, and raises ValueError if there is none;
+            None if the program parses no ids.
         notes: human-readable notes.
         empty: what happens to images without regions, for a note.
     """
@@ -53,7 +54,7 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         Notes about images that the program identifies by another id.
 
     Raises:
-        InputError: a name without an image id, or two names with the same.
+        InputError: a name without an image id, or two names with the same id.
     """
     if layout.image_id is None:
         return []
@@ -150,10 +151,12 @@ def _features(regions: Regions, feature: str) -> np.ndarray:
 
 
 def _object_ids(regions: Regions, category_index: Mapping[int, int]) -> np.ndarray:
+    """Index of each region's category in the detector's classes, (N,) int64."""
     return np.array([category_index[category] for category in regions.category_ids.tolist()], np.int64)
 
 
 def _trailing_number(name: str) -> str:
+    """The number at the end of a name, without zeros in front: "9" in COCO_train2014_000000000009."""
     return str(int(name.split("_")[-1].split(".")[0]))
 
 
@@ -172,8 +175,8 @@ LAYOUTS = {
     "mcan": Layout(openvqa_vqa, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "rosita": Layout(
         rosita,
-        "file",
-        "npz_files",  # its converter reads every file in the folder
+        names="file",
+        folder="npz_files",  # ROSITA's converter reads every file in the folder
         notes=(OBJECTS_ID_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
         empty="written with 0 boxes, at which ROSITA's loaders fail",
     ),

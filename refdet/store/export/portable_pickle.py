@@ -19,7 +19,8 @@ class _PortablePickler(pickle.Pickler):
         if type(value) is not np.ndarray:
             return NotImplemented
         contents = value.ravel().tolist() if value.dtype == object else value.tobytes()
-        return np.ndarray, ((0,),), (1, value.shape, value.dtype, False, contents)  # the state of ndarray.__setstate__
+        # an empty array, and the arguments of its __setstate__: version, shape, dtype, Fortran order and contents
+        return np.ndarray, ((0,),), (1, value.shape, value.dtype, False, contents)
 
 
 def dumps(value: object, protocol: int) -> bytes:

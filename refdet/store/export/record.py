@@ -42,9 +42,9 @@ def write_record(folder: Path, result: ExportResult, options: Mapping[str, Any],
 
     Args:
         folder: the folder of the export.
-        result: its result.
+        result: result of the export.
         options: options of the export.
-        sources: the stores by name.
+        sources: the stores by their role, "features" or "annotations".
     """
     source_records = {name: source.describe() for name, source in sources.items()}
     record = {"refdet": __version__, "export": result.to_json(), "options": dict(options), "sources": source_records}

@@ -18,7 +18,7 @@ from refdet.structures.regions import Regions
 
 
 class HeadMap(NamedTuple):
-    """The feature map of an image from which regions are pooled.
+    """The feature map of an image that regions are pooled from.
 
     Attributes:
         values: (C, H, W) float32.
@@ -37,8 +37,8 @@ class Source:
 
     Attributes:
         path: the store.
-        store: its reader.
-        has_head_maps: whether it has a `HeadMap` of each usable image.
+        store: reader of the store.
+        has_head_maps: whether the store has a `HeadMap` of each usable image.
         names: category id -> name, in the order of the detector's classes.
     """
 
@@ -90,14 +90,15 @@ class Source:
         Args:
             image_id: the image.
             features: names of the features to read.
-            categories: whether every category must be in `names`.
+            categories: whether the category of every region must be in `names`.
 
         Returns:
             The regions.
 
         Raises:
             KeyError: unknown image.
-            InputError: a box or score is not finite, a mask is not text, or a category is unknown.
+            InputError: the store is damaged, a box or score is not finite, a mask is not text, or a category is
+                unknown.
         """
         regions = self.store.read(image_id, features)
         where = f"{self.path}: image {image_id}"
@@ -105,8 +106,8 @@ class Source:
             raise InputError(f"{where}: a box or score is not finite; extract it again")
         if not all(mask.isascii() for mask in regions.masks or ()):
             raise InputError(f"{where}: a mask is not a compressed RLE; extract it again")
-        unknown = set(regions.category_ids.tolist()) - set(self.names) if categories else set()
-        if unknown:
+        unknown = set(regions.category_ids.tolist()) - set(self.names)
+        if categories and unknown:
             raise InputError(
                 f"{where}: category {min(unknown)} is not among the {format_count(len(self.names), 'class')} of the "
                 "store's detector, which this format needs; export regions it detected"
@@ -118,7 +119,7 @@ class Source:
         return self._head_map_sizes.get(image_id, 0)
 
     def read_head_map(self, image_id: int) -> HeadMap | None:
-        """Read the head map of an image, None if it has none because it is unusable or not in the store."""
+        """Read the head map of an image, None if it is unusable or not in the store, or the store has no maps."""
         if not self.head_map_size(image_id):
             return None
         regions = self.store.read(image_id, ("head",))
@@ -129,7 +130,7 @@ class Source:
         """Why an image has no regions, "" if it has any."""
         if self.store.rows(image_id):
             return ""
-        return self.store.errors.get(image_id) or "no regions"
+        return self.store.errors.get(image_id) or "no regions"  # usable, but nothing was found
 
     def describe(self) -> dict[str, Any]:
         """File, hash, provenance and options of the store, for `provenance.json`."""
@@ -142,7 +143,7 @@ class Source:
         }
 
     def _sha256(self) -> str:
-        """SHA-256 of the file that is read, even if a repair has put another one at its path."""
+        """SHA-256 of the open file, even if a repair has put another file at its path since it was opened."""
         digest, descriptor, offset = hashlib.sha256(), self.store.file.id.get_vfd_handle(), 0
         while block := os.pread(descriptor, 1 << 20, offset):
             digest.update(block)
