@@ -7,6 +7,7 @@ import json
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ def test_the_server_ends_with_a_request_that_fails() -> None:
     with pytest.raises(SystemExit), server([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         raise SystemExit("a request failed")
     assert process.returncode == -15
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1024)])
+def test_peak_memory_is_in_bytes_without_proc(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int) -> None:
+    module = benchmark_module("peak")
+    monkeypatch.setattr(module, "Path", lambda path: Path("/no/such") / path.lstrip("/"))
+    monkeypatch.setattr(module.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=1000))
+    monkeypatch.setattr(module.sys, "platform", platform)
+    assert module.peak_memory() == 1000 * unit
 
 
 def test_a_training_run_that_fails_does_not_lose_the_others(learning: Any) -> None:
