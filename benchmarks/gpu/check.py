@@ -31,7 +31,7 @@ from results import read_group, write_step
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LATEST_START, END = 500.0, 535.0  # seconds
+LATEST_START, END = 500.0, 535.0  # seconds after which no step starts, and at which all steps end
 MAX_LOG_BYTES = 1 << 20  # bytes of a step in the log
 
 
