@@ -108,7 +108,7 @@ def refdet_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device
 
 
 def torchvision_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
-    """Make a function that runs one step of torchvision's model, like its reference scripts, given the step's number."""
+    """Make a function that runs a step of torchvision's model, like its reference scripts, given the step's number."""
     peer = torchvision_fpn(recipe, CLASSES)
     peer = peer.to(device).train()
     sgd = torch.optim.SGD(
