@@ -4,9 +4,9 @@ Also benchmarks refdet report on the same store: time, memory and the size of th
 
     python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
 
-The store has 100 regions per image, with masks and a narrow feature, as features are never read. For 28,000 images
-there are 50,000 refs with 150,000 sentences. Views are requested as by a browser, over six connections, before and
-after the server has indexed all regions in the background.
+The store has 100 regions per image, with masks and a narrow feature, since neither command reads features. For 28,000
+images there are 50,000 refs with 150,000 sentences. Views are requested as by a browser, over six connections, before
+and after the server has indexed all regions in the background.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,6 +48,17 @@ PROVENANCE = {"source": "drawn", "source_sha256": "0" * 64, "images": 1, "annota
               "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip
 SPLITS = ["train"] * 17 + ["val", "testA", "testB"]  # of twenty images, about as in RefCOCO
 CONNECTIONS, PAGES, SEARCHES = 6, 15, 30
+
+
+def prepare(folder: Path, images: int) -> None:
+    """Draw the files, unless an earlier run has; exits with a message if that run had another number of images."""
+    if not (folder / "refer").exists():
+        draw(folder, images)
+        return
+    with store.open(folder / "s.h5") as reader:
+        found = len(reader.image_ids)
+    if found != images:
+        raise SystemExit(f"error: --folder {folder}: holds {found} images, not {images}; use --images {found}")
 
 
 def draw(folder: Path, images: int) -> None:
@@ -125,6 +137,7 @@ class Browser:
         return body
 
     def first_view(self) -> None:
+        """Request the page, its scripts and the first thumbnails."""
         self.get("/?" + self.parts.query)
         scripts = ("main", "grid", "single", "state", "dom", "colors", "viewer", "rle")
         list(self.pool.map(self.get, [f"/static/{name}.js" for name in scripts] + ["/static/page.css"]))
@@ -132,10 +145,11 @@ class Browser:
         self.page("show=images")
 
     def page(self, filters: str) -> None:
+        """Request a list of 60 items and their thumbnails."""
         items = json.loads(self.get(f"/api/items?{filters}&limit=60"))["items"]
         list(self.pool.map(self.get, [f"/thumbnail/{item['position']}" for item in items]))
 
-    def wait(self) -> None:
+    def wait_for_index(self) -> None:
         while json.loads(self.get("/api/status"))["index"]["stage"]:
             time.sleep(0.2)
 
@@ -159,6 +173,16 @@ def time_actions(name: str, server_pid: int, actions: list[Callable[[], object]]
     return row
 
 
+@contextmanager
+def server(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a server with its output in a pipe; ends it after the block, also if the block fails."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
 def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
     """Start the server and time its views."""
     command = [sys.executable, "-m", "refdet", "browse", str(folder / "s.h5"), "--images", str(folder / "images"),
@@ -166,13 +190,13 @@ def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
     if refs:
         command += ["--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by", "unc"]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with server(command) as process:
         assert process.stdout is not None
-        browser = Browser(process.stdout.readline().strip())
+        browser = Browser(process.stdout.readline().strip())  # the first line is the address
         times = {"start_ms": (time.perf_counter() - start) * 1000, "start_cpu_ms": cpu_ms(process.pid)}
         times |= time_actions("first_view", process.pid, [browser.first_view])
         times["start_rss_mb"] = rss_mb(process.pid)
-        times |= time_actions("index", process.pid, [browser.wait])
+        times |= time_actions("index", process.pid, [browser.wait_for_index])
         times["index_rss_mb"] = rss_mb(process.pid)
         rng = random.Random(1)
         show = "refs" if refs else "images"
@@ -185,7 +209,6 @@ def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
             searches = [f"/api/items?show=refs&q={text}" for text in words]
             times |= time_actions("search", process.pid, [partial(browser.get, path) for path in searches])
         times["end_rss_mb"] = rss_mb(process.pid)
-        process.terminate()
     return times
 
 
@@ -232,8 +255,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "refer").exists():
-            draw(folder, options.images)
+        prepare(folder, options.images)
         results = {name: measure(folder, options.images, name == "with refs") for name in ("store alone", "with refs")}
         results["report"] = measure_report(folder)
     if options.json:

@@ -3,8 +3,8 @@
     python benchmarks/build_split.py [--json] [--repeat 3] [--images 82783] [--annotations 604907] [--folder DIR]
 
 The file is synthetic, with the keys of the real one in the same order, polygons of similar lengths with two decimals,
-and one crowd in a hundred annotations; it has about the same size, 330 MB. Refs of RefCOCO, RefCOCO+ and RefCOCOg cover
-the published numbers of images per split. Each command runs in a process of its own.
+and one crowd in a hundred annotations; it has about the size of the real one, 330 MB. Refs of RefCOCO, RefCOCO+ and
+RefCOCOg cover the published numbers of images per split. Each command runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-# dataset, split_by -> images of each split; those of RefCOCO+ are RefCOCO's
+# (dataset, split_by) -> number of images in each split
 SPLITS = {
     ("refcoco", "unc"): {"train": 16994, "val": 1500, "testA": 750, "testB": 750},
     ("refcoco+", "unc"): {"train": 16992, "val": 1500, "testA": 750, "testB": 750},
@@ -90,15 +90,15 @@ def _annotation(random: np.random.Generator, number: int, owner: int, corners: i
 
 def draw_refs(root: Path, ids: np.ndarray) -> None:
     """Write refs for the published numbers of images per split: 2.5 refs per image, 3 sentences per ref."""
+    share = len(ids) / 82_783  # of COCO's train2014 images
     for (dataset, split_by), splits in SPLITS.items():
-        share = len(ids) / 82_783
         refs: list[dict[str, Any]] = []
         first = 0
         for split, count in splits.items():
             for image_id in ids[first : first + int(count * share)].tolist():
-                refs += [_ref(len(refs) + more, image_id, split) for more in range(2 + image_id % 2)]
+                refs += [_ref(len(refs) + extra, image_id, split) for extra in range(2 + image_id % 2)]
             first += int(count * share)
-        (root / dataset).mkdir(parents=True)
+        (root / dataset).mkdir(parents=True, exist_ok=True)
         (root / dataset / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
@@ -117,14 +117,30 @@ def _ref(number: int, image_id: int, split: str) -> dict[str, Any]:
     }
 
 
-def run(command: list[str]) -> tuple[float, float, float]:
+def prepare(folder: Path, images: int, annotations: int) -> tuple[Path, Path]:
+    """Draw the files of both commands into a folder, unless an earlier run has drawn the same there.
+
+    Returns:
+        The instances file and the folder of the refs.
+    """
+    source, root, drawn = folder / "instances_train2014.json", folder / "refer", folder / "drawn.json"
+    wanted = {"images": images, "annotations": annotations}
+    if not drawn.exists() or json.loads(drawn.read_text()) != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn.unlink(missing_ok=True)
+        draw_refs(root, draw(source, images, annotations))
+        drawn.write_text(json.dumps(wanted))  # last, so that an interrupted run is repeated
+    return source, root
+
+
+def run(command: list[str], expected_status: int) -> tuple[float, float, float]:
     """Run a command; returns its wall time and CPU time in seconds, and its peak resident memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1: audit found leaks, as it should in this file
-        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+    if process.returncode != expected_status:
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}, {expected_status} expected")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
 
 
@@ -132,31 +148,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--repeat", type=int, default=3, help="runs per command, of which the median is printed")
-    parser.add_argument("--images", type=int, default=82_783)
-    parser.add_argument("--annotations", type=int, default=604_907)
+    parser.add_argument("--images", type=int, default=82_783, help="number of images in the file")
+    parser.add_argument("--annotations", type=int, default=604_907, help="number of annotations in it")
     parser.add_argument(
-        "--folder", type=Path, help="folder for the synthetic files, reused by later runs; temporary by default"
+        "--folder", type=Path, help="folder for the synthetic files, reused by later runs of the same size"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        source, root, out = folder / "instances_train2014.json", folder / "refer", Path(temporary) / "out.json"
-        if not source.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            draw_refs(root, draw(source, options.images, options.annotations))
+        source, root = prepare(folder, options.images, options.annotations)
+        out = Path(temporary) / "out.json"
         refdet = [sys.executable, "-m", "refdet"]
         common = ["--instances", str(source), "--refer-root", str(root)]
-        commands = {
-            "build-split": [*refdet, "build-split", *common, "--out", str(out)],
-            "audit": [*refdet, "audit", *common],
+        commands = {  # with their exit codes; audit finds leaks, since no image is removed from the file
+            "build-split": ([*refdet, "build-split", *common, "--out", str(out)], 0),
+            "audit": ([*refdet, "audit", *common], 1),
         }
         rows = {}
-        for name, command in commands.items():
+        for name, (command, status) in commands.items():
             results = []
             for _ in range(options.repeat):
                 for previous in Path(temporary).glob("out*.json"):
-                    previous.unlink()
-                results.append(run(command))
+                    previous.unlink()  # build-split does not replace its output
+                results.append(run(command, status))
             rows[name] = {
                 "seconds": statistics.median(seconds for seconds, _, _ in results),
                 "cpu_seconds": statistics.median(seconds for _, seconds, _ in results),

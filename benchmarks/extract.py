@@ -47,12 +47,12 @@ from refdet.structures import boxes as box_ops
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.detection_options import PRECISIONS
 
-REGIONS, NMS = 100, 0.3
+REGIONS, NMS = 100, 0.3  # maximum number of regions per image, IoU threshold
 
 
 @dataclass(frozen=True)
 class Work:
-    """Inputs of both sides."""
+    """What both sides extract: the detector's run directory, the images, and the minimum score of a region."""
 
     checkpoint: Path
     images_dir: Path
@@ -95,7 +95,7 @@ def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict
 
 
 def matched_share(theirs: Path, ours: Path) -> float:
-    """Share of torchvision's regions that refdet has too: same class, IoU above 0.9."""
+    """Share of torchvision's regions that refdet also found: same class, IoU above 0.9."""
     import h5py
 
     same = total = 0
@@ -104,8 +104,8 @@ def matched_share(theirs: Path, ours: Path) -> float:
         for number, image_id in enumerate(mine):
             group, regions = peer[str(number)], mine[image_id]
             overlap = box_ops.iou(torch.from_numpy(group["boxes"][:]), torch.from_numpy(regions.boxes)) > 0.9
-            kinds = category_ids[group["labels"][:] - 1][:, None] == regions.category_ids[None]
-            same += int((overlap.numpy() & kinds).any(1).sum())
+            same_class = category_ids[group["labels"][:] - 1][:, None] == regions.category_ids[None]
+            same += int((overlap.numpy() & same_class).any(1).sum())
             total += len(overlap)
     return same / max(total, 1)
 
@@ -155,7 +155,7 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
                 workers=options.workers,
                 device=str(device),
             )
-            seconds["refdet"].append(done.seconds + done.stages["merge"])
+            seconds["refdet"].append(done.seconds + done.stages["merge"])  # until the file is finished
             regions["refdet"] = done.regions / done.images
     result["regions"] = regions
     result |= {f"{side}_images_per_second": len(paths) / statistics.median(times) for side, times in seconds.items()}

@@ -1,19 +1,19 @@
-"""Trains refdet's and torchvision's Mask R-CNN on the embedded dataset with the same batches, and compares their AP.
+"""Trains refdet's and torchvision's Mask R-CNN on the synthetic dataset with the same batches, and compares their AP.
 
     python benchmarks/learning.py [--seeds 0,1,2] [--sides torchvision,refdet] [--steps 300] [--batch-size 4]
-                                  [--jobs N] [--results FILE.jsonl] [--set KEY=VALUE ...] [--json]
+                                  [--lr 0.02] [--small] [--set KEY=VALUE ...] [--jobs N] [--results FILE.jsonl] [--json]
 
 Both sides train a full-width ResNet-18 with batch norm from random weights, a 256-channel feature pyramid, 1024-wide
 linear layers and 28x28 masks. Anchors, proposals, sampling and input size are those of the `demo` recipe. Both see the
 same batches and flips in the same order, at the same learning rate in each step. A seed determines the initial weights,
 batches, flips and samples. Both are evaluated by pycocotools on the same images with the same thresholds.
 
---jobs trainings run at a time, by default one per core with a single thread, which is faster in total than one training
-on all threads. For each seed the sides take turns, so that both run under the same load.
+--jobs training runs take place at a time, by default one per core with a single thread each, which is faster in total
+than one run on all threads. For each seed the sides take turns, so that both train under the same load.
 
 A timed step starts with a batch in memory and ends with the new weights. Batches are uint8 images with RLE masks for
-refdet, and float images in 0..1 with bitmaps for torchvision. --results appends a row per finished training to a file,
-including the load of the machine; later runs with the same file skip these trainings.
+refdet, and float images in 0..1 with bitmaps for torchvision. --results appends a row per finished training run to a
+file, including the load of the machine; with the same file, later calls skip these runs.
 
 --small trains the `demo` recipe's narrow network on both sides, a seventh of the work. --set changes refdet's recipe
 for experiments; the change becomes part of the row's name.
@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,32 +55,38 @@ from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.step import start_step, step_seed
 
 SIDES = ("torchvision", "refdet")
-RATES = ("AP", "AP75")
-TIMES = ("step_seconds", "step_processor_seconds")
+METRICS = ("AP", "AP75")
+TOTALS = ("steps_wall_seconds", "steps_cpu_seconds")  # over all steps of a training run
+OLD_NAMES = {"step_seconds": "steps_wall_seconds", "step_processor_seconds": "steps_cpu_seconds"}  # in older --results
 DETECTION = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)  # torchvision's own
-RECIPE = [f"model.{key}={value}" for key, value in FULL_WIDTH.items()]
+FULL_WIDTH_CHANGES = [f"model.{key}={value}" for key, value in FULL_WIDTH.items()]  # of the demo recipe
+
+Row = dict[str, Any]  # the results of a training run
+PrepareStep = Callable[[Batch, int], Callable[[], object]]
+"""Converts a batch for a training step, given the step's number. The returned function runs the step; it returns the
+loss or losses for the log."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A part of the embedded dataset."""
+    """One split of the synthetic dataset."""
 
     index: CocoIndex
     source: ImageSource
 
     @classmethod
-    def of(cls, folder: Path, split: str) -> Dataset:
+    def load(cls, folder: Path, split: str) -> Dataset:
         index = CocoIndex.load(folder / "annotations" / f"instances_{split}.json")
         return cls(index, ImageSource.open(folder / split))
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training: a side, a seed and a recipe.
+class TrainingRun:
+    """One training run: a side, and a recipe that includes the seed.
 
     Attributes:
         side: "torchvision" or "refdet".
-        changes: changes by --set, of refdet's recipe only.
+        changes: recipe changes given with --set, of refdet's side only.
         recipe: recipe with all changes and the seed.
     """
 
@@ -93,41 +99,39 @@ class Training:
         return " ".join((self.side, *self.changes))
 
     def key(self) -> str:
-        """Identify the training in a --results file: a hash of the side and the recipe."""
+        """Identify the run in a --results file: a hash of the side and the recipe."""
         text = json.dumps([self.side, self.recipe.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
+def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, PrepareStep]:
+    """Build refdet's model, and its training step."""
     model = MaskRCNN(recipe, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.train
+    sgd, generator, schedule = build_optimizer(model, recipe.train), torch.Generator(), recipe.train
 
     def prepare_step(batch: Batch, step: int) -> Callable[[], object]:
         def run() -> object:
-            generator.manual_seed(step_seed(options.seed, step))
-            return start_step(
-                model, sgd, batch, learning_rate(step, options), options.max_grad_norm, generator
-            ).losses()
+            generator.manual_seed(step_seed(schedule.seed, step))
+            lr = learning_rate(step, schedule)
+            return start_step(model, sgd, batch, lr, schedule.max_grad_norm, generator).losses()
 
         return run
 
     return model, prepare_step
 
 
-def torchvision_side(
-    recipe: Recipe, classes: int
-) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
-    """The model of torchvision, trained as by its reference scripts: SGD with weight decay on all parameters."""
-    model, options = torchvision_fpn(recipe, classes, DETECTION).train(), recipe.train
+def torchvision_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, PrepareStep]:
+    """Build torchvision's model, and its training step as in its reference scripts: SGD that decays all parameters."""
+    model, schedule = torchvision_fpn(recipe, classes, DETECTION).train(), recipe.train
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sgd = torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    sgd = torch.optim.SGD(parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
 
     def prepare_step(batch: Batch, step: int) -> Callable[[], object]:
         images, targets = torchvision_batch(batch)
 
         def run() -> object:
             for group in sgd.param_groups:
-                group["lr"] = learning_rate(step, options)
+                group["lr"] = learning_rate(step, schedule)
             total = sum(model(images, targets).values())
             sgd.zero_grad(set_to_none=True)
             total.backward()
@@ -139,36 +143,33 @@ def torchvision_side(
     return model, prepare_step
 
 
-def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[float], list[float]]:
+def train_network(run: TrainingRun, data: Dataset) -> tuple[torch.nn.Module, list[float], list[float]]:
     """Train a network; returns it with the wall time and CPU time (of all threads) of each step in seconds."""
-    recipe, seconds, processor = training.recipe, [], []
+    recipe, seconds, cpu_seconds = run.recipe, [], []
     torch.manual_seed(recipe.train.seed)
-    make = refdet_side if training.side == "refdet" else torchvision_side
-    model, prepare_step = make(recipe, len(data.index.categories))
+    make_side = refdet_side if run.side == "refdet" else torchvision_side
+    model, prepare_step = make_side(recipe, len(data.index.categories))
     batches = TrainingBatches(data.index, data.source, recipe)
     for step in range(recipe.train.steps):
         batch = batches[step]
         if not isinstance(batch, Batch):
-            raise batch
-        run = prepare_step(batch, step)
-        start, processor_start = time.perf_counter(), time.process_time()
-        loss = run()
+            raise batch  # TrainingBatches returns the error of an unreadable image in place of its batch
+        run_step = prepare_step(batch, step)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = run_step()
         seconds.append(time.perf_counter() - start)
-        processor.append(time.process_time() - processor_start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         if (step + 1) % 50 == 0:
-            print(
-                f"  {training.name}, seed {recipe.train.seed}: step {step + 1}, {sum(seconds):.0f} s, {loss}",
-                flush=True,
-            )
-    return model.eval(), seconds, processor
+            print(f"  {run.name}, seed {recipe.train.seed}: step {step + 1}, {sum(seconds):.0f} s, {loss}", flush=True)
+    return model.eval(), seconds, cpu_seconds
 
 
 @torch.inference_mode()
-def detections(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[dict[str, Any]]:
-    """Detections in all images, as entries of a COCO results JSON."""
+def detect_all(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[dict[str, Any]]:
+    """Detect objects in all images; returns entries of a COCO results JSON."""
     ids, records, found = list(data.index.categories), list(data.index.images.values()), []
     if isinstance(model, MaskRCNN):
-        for group in group_by_input_size(records, recipe.input, 4):
+        for group in group_by_input_size(records, recipe.input, batch_size=4):
             images = [data.source.read(record) for record in group]
             for regions in detect_batch(model, images, group, ids, DETECTION, features=()):
                 found += regions.to_coco()
@@ -192,26 +193,28 @@ def detections(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[di
     return found
 
 
-def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
-    """Train and evaluate; returns a row of the table."""
+def train_and_evaluate(run: TrainingRun, folder: Path, threads: int) -> Row:
+    """Train on the dataset in a folder and evaluate, with a number of threads."""
+    torch.set_num_threads(threads)
+    train, val = Dataset.load(folder, "train2014"), Dataset.load(folder, "val2014")
     load, started = os.getloadavg()[0], time.perf_counter()
     with exact_float32():
-        model, seconds, processor = trained(training, train)
-        results = detections(model, training.recipe, val)
-    rates = {
-        kind: {name: round(rate, 4) for name, rate in coco_ap(val.index, val.index.images, results, kind).items()}
+        model, seconds, cpu_seconds = train_network(run, train)
+        results = detect_all(model, run.recipe, val)
+    metrics = {
+        kind: {name: round(value, 4) for name, value in coco_ap(val.index, val.index.images, results, kind).items()}
         for kind in ("bbox", "segm")
     }
     return {
-        "key": training.key(),
-        "side": training.side,
-        "changes": list(training.changes),
-        "seed": training.recipe.train.seed,
-        "steps": training.recipe.train.steps,
-        "batch_size": training.recipe.train.batch_size,
-        **rates,
-        "step_seconds": round(sum(seconds), 1),
-        "step_processor_seconds": round(sum(processor), 1),
+        "key": run.key(),
+        "side": run.side,
+        "changes": list(run.changes),
+        "seed": run.recipe.train.seed,
+        "steps": run.recipe.train.steps,
+        "batch_size": run.recipe.train.batch_size,
+        **metrics,
+        "steps_wall_seconds": round(sum(seconds), 1),
+        "steps_cpu_seconds": round(sum(cpu_seconds), 1),
         "median_step": round(statistics.median(seconds), 4),
         "seconds": round(time.perf_counter() - started, 1),
         "threads": torch.get_num_threads(),
@@ -221,91 +224,98 @@ def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
     }
 
 
-def trainings(options: argparse.Namespace) -> list[Training]:
-    """The trainings of all seeds; for each seed the sides take turns."""
-    both = [f"train.steps={options.steps}", f"train.batch_size={options.batch_size}", f"train.lr={options.lr}"]
-    base = recipes.load("demo").with_changes([*(() if options.small else RECIPE), *both])
-    listed = []
+def plan_runs(options: argparse.Namespace) -> list[TrainingRun]:
+    """The training runs of all seeds; for each seed the sides take turns."""
+    width = [] if options.small else FULL_WIDTH_CHANGES
+    schedule = [f"train.steps={options.steps}", f"train.batch_size={options.batch_size}", f"train.lr={options.lr}"]
+    base = recipes.load("demo").with_changes([*width, *schedule])
+    planned = []
     for seed in map(int, options.seeds.split(",")):
         for side in options.sides.split(","):
             changes = tuple(options.set) if side == "refdet" else ()
             recipe = base.with_changes(changes)
-            listed.append(Training(side, changes, replace(recipe, train=replace(recipe.train, seed=seed))))
-    return listed
+            planned.append(TrainingRun(side, changes, replace(recipe, train=replace(recipe.train, seed=seed))))
+    return planned
 
 
-def row_from(training: Training, folder: Path, threads: int) -> dict[str, Any]:
-    """`row_of` for the dataset in a folder, computed with a number of threads."""
-    torch.set_num_threads(threads)
-    return row_of(training, Dataset.of(folder, "train2014"), Dataset.of(folder, "val2014"))
-
-
-def finished_rows(trainings: list[Training], folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """Run `jobs` trainings at a time; yields their rows as they finish."""
+def run_all(runs: list[TrainingRun], folder: Path, jobs: int) -> Iterator[Row]:
+    """Run `jobs` training runs at a time; yields the row of each when it finishes."""
     threads = max((os.cpu_count() or 1) // jobs, 1)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from (
-            future.result()
-            for future in as_completed([pool.submit(row_from, training, folder, threads) for training in trainings])
-        )
+        yield from results_as_completed([pool.submit(train_and_evaluate, run, folder, threads) for run in runs])
 
 
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def results_as_completed(futures: list[Future[Row]]) -> Iterator[Row]:
+    """Yield the result of each future when it completes; raises the first error only after all have completed."""
+    errors = []
+    for future in as_completed(futures):
+        if (error := future.exception()) is None:
+            yield future.result()
+        else:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Read the rows of a --results file, by key; empty if there is none yet."""
+    if not path.exists():
+        return {}
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {row["key"]: {OLD_NAMES.get(name, name): value for name, value in row.items()} for row in rows}
+
+
+def means(rows: list[Row]) -> list[Row]:
     """Mean over the seeds, for each side."""
     found = []
     for side, changes in dict.fromkeys((row["side"], tuple(row["changes"])) for row in rows):
         of_side = [row for row in rows if (row["side"], tuple(row["changes"])) == (side, changes)]
-        mean: dict[str, Any] = {"side": side, "changes": list(changes), "seed": f"mean of {len(of_side)}"}
+        mean: Row = {"side": side, "changes": list(changes), "seed": f"mean of {len(of_side)}"}
         for kind in ("bbox", "segm"):
-            mean[kind] = {name: round(statistics.mean(row[kind][name] for row in of_side), 4) for name in RATES}
-        for name in TIMES:
+            mean[kind] = {name: round(statistics.mean(row[kind][name] for row in of_side), 4) for name in METRICS}
+        for name in TOTALS:
             mean[name] = round(statistics.mean(row[name] for row in of_side), 1)
         found.append(mean)
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
+    """Format the rows and their means as a table."""
     lines = ["side                      seed        box AP   AP75  mask AP   AP75   steps, s      CPU, s"]
     for row in [*rows, *means(rows)]:
         name = " ".join((row["side"], *row["changes"]))
-        rates = (row[kind][rate] for kind in ("bbox", "segm") for rate in RATES)
+        metrics = (row[kind][metric] for kind in ("bbox", "segm") for metric in METRICS)
         lines.append(
             f"{name:25} {row['seed']!s:10}"
-            + "  {:.3f}  {:.3f}    {:.3f}  {:.3f}".format(*rates)
-            + f" {row['step_seconds']:12.0f} {row['step_processor_seconds']:14.0f}"
+            + "  {:.3f}  {:.3f}    {:.3f}  {:.3f}".format(*metrics)
+            + f" {row['steps_wall_seconds']:12.0f} {row['steps_cpu_seconds']:14.0f}"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--sides", default=",".join(SIDES), help="separated by commas")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of trainings at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of training runs at a time")
     parser.add_argument("--small", action="store_true", help="the demo's narrow network on both sides")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change refdet's recipe")
-    parser.add_argument("--results", type=Path, help="file of finished trainings, which are not repeated")
+    parser.add_argument("--results", type=Path, help="file of finished training runs, which are not repeated")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    finished = {}
-    if options.results is not None and options.results.exists():
-        finished = {
-            row["key"]: row for row in map(json.loads, options.results.read_text(encoding="utf-8").splitlines())
-        }
-    planned = trainings(options)
+    finished = {} if options.results is None else read_rows(options.results)
+    planned = plan_runs(options)
     with tempfile.TemporaryDirectory() as folder:
         data = shapes.write(Path(folder) / "data")
-        for row in finished_rows(
-            [training for training in planned if training.key() not in finished], data, options.jobs
-        ):
+        for row in run_all([run for run in planned if run.key() not in finished], data, options.jobs):
             finished[row["key"]] = row
             if options.results is not None:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    rows = [finished[training.key()] for training in planned]
+    rows = [finished[run.key()] for run in planned]
     print(json.dumps({"rows": rows, "means": means(rows)}) if options.json else table(rows))
 
 

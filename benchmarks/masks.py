@@ -44,6 +44,7 @@ def boxes_of(polygons: list[Outline], random: np.random.Generator) -> Tensor:
 
 
 def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
+    """Row of pasting box masks (count, size, size) into the image as RLE: of real outlines, or of noise."""
     random = np.random.default_rng(0)
     polygons = outlines(count, random)
     boxes = boxes_of(polygons, random)
@@ -61,7 +62,7 @@ def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
     ours = masks_to_rle(cells, boxes, HEIGHT, WIDTH)
     same = ours == masks_to_rle_plain(*on_host, HEIGHT, WIDTH)
     rles_of_ours = [{"size": [HEIGHT, WIDTH], "counts": counts} for counts in ours]
-    alike = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(rles_of_ours, theirs(), strict=True)]
+    ious = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(rles_of_ours, theirs(), strict=True)]
     times = settings.measure(
         {
             "refdet": lambda: masks_to_rle(cells, boxes, HEIGHT, WIDTH),
@@ -70,10 +71,11 @@ def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
         }
     )
     name = f"{count} {'noisy ' if noise else ''}masks {size}x{size} to RLE"
-    return _row(name, same, float(np.mean(alike)), times)
+    return _row(name, same, float(np.mean(ious)), times)
 
 
 def targets_case(size: int, count: int, objects: int, polygons_given: bool, settings: Settings) -> Row:
+    """Row of mask targets (count, size, size) of boxes around objects that are given as polygons or as RLE."""
     random = np.random.default_rng(1)
     polygons = outlines(objects, random)
     matched = torch.arange(count) % objects
@@ -102,6 +104,7 @@ def targets_case(size: int, count: int, objects: int, polygons_given: bool, sett
 
 
 def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> Row:
+    """A row of the table; `alike` is the agreement with the libraries' result, 1 for equality."""
     return (
         {"what": name, "same_as_plain": same, "like_libraries": round(alike, 4)}
         | {f"{key}_ms": round(value, 3) for key, value in times.items()}

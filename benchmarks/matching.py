@@ -22,7 +22,8 @@ from refdet.detector.anchors import cell_anchors
 from refdet.ops.matching import match_boxes, match_boxes_plain
 
 ROWS, COLUMNS, STRIDE = 90, 93, 16
-CASES = {"anchors": (ROWS * COLUMNS * 12, 100), "RoIs": (2000, 20)}  # candidates, objects
+CASES = {"anchors": (ROWS * COLUMNS * 12, 100), "RoIs": (2000, 20)}  # numbers of candidates and of objects
+RESULT_BYTES = 4 + 8 + 1  # per candidate: its IoU, its object, and whether it is the best one
 
 
 def objects_of(count: int, random: torch.Generator) -> Tensor:
@@ -46,6 +47,7 @@ def problem(name: str) -> tuple[Tensor, Tensor]:
 
 
 def with_torchvision(candidates: Tensor, objects: Tensor) -> tuple[Tensor, ...]:
+    """The results of `match_boxes` from torchvision's IoU matrix, and the highest IoU of each object."""
     overlaps = box_iou(candidates, objects)
     best, matched = overlaps.max(dim=1)
     most = overlaps.amax(dim=0)
@@ -58,7 +60,7 @@ IMPLEMENTATIONS = {"refdet": match_boxes, "plain": match_boxes_plain, "torchvisi
 def peak_of(peer: str, name: str, device: str) -> float:
     """Peak memory of one call in MB, less what was allocated before it."""
     candidates, objects = (tensor.to(device) for tensor in problem(name))
-    IMPLEMENTATIONS[peer](candidates[:10], objects[:2])
+    IMPLEMENTATIONS[peer](candidates[:10], objects[:2])  # a warm-up, which loads libraries
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -101,6 +103,6 @@ def rows(settings: Settings) -> list[Row]:
             | {f"{peer}_ms": round(value, 3) for peer, value in times.items()}
             | {"ratio": round(min(times["plain"], times["torchvision"]) / times["refdet"], 1)}
             | memory(name, settings.device)
-            | settings.roof(candidates.nbytes + objects.nbytes + count * 13, times["refdet"])
+            | settings.roof(candidates.nbytes + objects.nbytes + count * RESULT_BYTES, times["refdet"])
         )
     return results

@@ -19,8 +19,8 @@ import numpy as np
 from peak import peak_memory
 from PIL import Image
 
-HEIGHT, WIDTH, FILES = 120, 160, 20
-RECIPE = [
+HEIGHT, WIDTH, FILES = 120, 160, 20  # FILES: number of different images, which the instances files repeat
+RECIPE_CHANGES = [  # of c4-res18
     "model.width=16",
     "model.rpn_channels=32",
     "model.mask_channels=16",
@@ -39,7 +39,7 @@ def prepare(folder: Path, counts: list[int]) -> None:
     from refdet.detector.mask_rcnn import MaskRCNN
     from refdet.structures.provenance import Provenance
 
-    recipe = recipes.load("c4-res18").with_changes(RECIPE)
+    recipe = recipes.load("c4-res18").with_changes(RECIPE_CHANGES)
     meta = checkpoint.CheckpointMetadata(
         recipe, ((1, "thing"), (2, "other")), Provenance.imported("drawn weights", "0" * 64), 0
     )
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--images", default="200,2000", help="numbers of images, separated by commas")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # run one extraction: its folder and its images
     options = parser.parse_args()
     if options.alone:
         extract(Path(options.alone[0]), int(options.alone[1]))

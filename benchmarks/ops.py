@@ -2,8 +2,8 @@
 
     python benchmarks/ops.py [nms] [pooling] [masks] [matching] [convolution] [--json] [--repeat 20] [--device cpu]
 
-Times are medians, in milliseconds, of rounds in which all implementations take turns. ``ratio`` is the library's time
-divided by refdet's.
+Times are medians, in milliseconds, of rounds in which all implementations take turns. ``ratio`` is the time of the
+library that refdet is compared with, divided by refdet's.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=20, help="rounds, of which the medians are printed")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--memory-bandwidth", type=float, default=4.8, help="of the GPU's memory, in TB/s (default: an H200's)"
     )
     options = parser.parse_args()
-    settings = Settings(options.repeat, options.device, options.memory_bandwidth)
+    settings = Settings(repeat=options.repeat, device=options.device, bandwidth=options.memory_bandwidth)
     machine = {
         "device": options.device,
         "threads": torch.get_num_threads(),

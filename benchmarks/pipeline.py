@@ -94,7 +94,7 @@ def records_of(images: int) -> list[ImageRecord]:
 
 
 def run(out: Path, records: list[ImageRecord], dtype: str, results: list[Regions], batch_size: int) -> Summary:
-    """The real extraction, with a detector and images that take no time."""
+    """Run the real extraction, with a detector and images that take no time."""
     by_size: dict[tuple[int, int], list[Regions]] = {}
     for result in results:
         by_size.setdefault((result.height, result.width), []).append(result)
@@ -114,8 +114,8 @@ def run(out: Path, records: list[ImageRecord], dtype: str, results: list[Regions
     return extract(out, plan, header, batches, records, lambda r: images[r.height, r.width], compute)
 
 
-def naive(out: Path, records: list[ImageRecord], results: list[Regions]) -> None:
-    """A straightforward h5py writer: a group per image, a dataset per column."""
+def write_with_h5py(out: Path, records: list[ImageRecord], results: list[Regions]) -> None:
+    """Write the results as a simple h5py script would: a group per image, a dataset per column."""
     with h5py.File(out, "w") as file:
         for record in records:
             found, group = results[record.id % DISTINCT], file.create_group(str(record.id))
@@ -128,7 +128,7 @@ def naive(out: Path, records: list[ImageRecord], results: list[Regions]) -> None
         os.fsync(written.fileno())
 
 
-def disk(folder: Path, images: int, results: list[Regions]) -> None:
+def copy_features(folder: Path, images: int, results: list[Regions]) -> None:
     """Write the features to a file, read them back and write them to another file."""
     with (folder / "a").open("w+b", buffering=0) as first, (folder / "b").open("wb", buffering=0) as second:
         for number in range(images):
@@ -144,19 +144,19 @@ def disk(folder: Path, images: int, results: list[Regions]) -> None:
     (folder / "a").unlink()
 
 
-def masks_ms(rounds: int) -> float:
+def time_masks(rounds: int) -> float:
     """Milliseconds to encode the masks of an image on one thread."""
     drawn, times = [(*draw_masks(*SIZES[k], k), *SIZES[k]) for k in range(len(SIZES))], []
     for turn in range(10 * rounds + 1):
         start = time.perf_counter()
         for one in drawn:
             masks_to_rle(*one)
-        if turn:
+        if turn:  # the first round is a warm-up
             times.append((time.perf_counter() - start) / len(drawn) * 1000)
     return statistics.median(times)
 
 
-def timed(folder: Path, work: Callable[[Path], Any]) -> tuple[float, float, Any]:
+def time_work(folder: Path, work: Callable[[Path], Any]) -> tuple[float, float, Any]:
     """Wall time and CPU time, in seconds, of work in an empty folder, and its result."""
     folder.mkdir()
     try:
@@ -173,29 +173,29 @@ def measure(folder: Path, dtype: str, images: int, rounds: int, batch_size: int)
     results, records = draw_results(dtype), records_of(images)
     sides: dict[str, Callable[[Path], Any]] = {
         "refdet": lambda at: run(at / "a.h5", records, dtype, results, batch_size),
-        "h5py": lambda at: naive(at / "a.h5", records, results),
-        "disk": lambda at: disk(at, images, results),
+        "h5py": lambda at: write_with_h5py(at / "a.h5", records, results),
+        "disk": lambda at: copy_features(at, images, results),
     }
     found: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for side, work in sides.items():
-            wall, processor, summary = timed(folder / side, work)
-            took = {side: wall, f"{side} processor": processor}
+            wall, cpu, summary = time_work(folder / side, work)
+            took = {side: wall, f"{side} processor": cpu}
             if summary is not None:
                 took |= {name: summary.stages[name] for name in ("wait", "finish", "write", "merge")}
                 took["open, check"] = wall - summary.seconds - summary.stages["merge"]
-            if turn:  # the first is a warm-up
+            if turn:  # the first round is a warm-up
                 for name, seconds in took.items():
                     found.setdefault(name, []).append(seconds / images * 1000)
     medians = {name: statistics.median(values) for name, values in found.items()}
-    gaps = [ours - floor for ours, floor in zip(found["refdet"], found["disk"], strict=True)]
-    busy = [a - b for a, b in zip(found["refdet processor"], found["disk processor"], strict=True)]
+    extra_wall = [ours - floor for ours, floor in zip(found["refdet"], found["disk"], strict=True)]
+    extra_cpu = [ours - floor for ours, floor in zip(found["refdet processor"], found["disk processor"], strict=True)]
     return {
         "dtype": dtype,
         "images_per_second": {side: round(1000 / medians[side], 1) for side in sides},
         "ms_per_image": {name: round(value, 4) for name, value in medians.items()},
-        "besides_the_disk_ms": round(statistics.median(gaps), 4),
-        "besides_the_disk_processor_ms": round(statistics.median(busy), 4),
+        "besides_the_disk_ms": round(statistics.median(extra_wall), 4),
+        "besides_the_disk_processor_ms": round(statistics.median(extra_cpu), 4),
         "ratio_to_h5py": round(medians["h5py"] / medians["refdet"], 3),
     }
 
@@ -215,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=where) as name:
         os.environ["XDG_CACHE_HOME"] = name
         result["folder"] = "/dev/shm" if where == RAM_DISK else str(where or tempfile.gettempdir())
-        result["cores"], result["masks_ms"] = os.cpu_count(), round(masks_ms(options.rounds), 4)
+        result["cores"], result["masks_ms"] = os.cpu_count(), round(time_masks(options.rounds), 4)
         result["runs"] = [
             measure(Path(name), dtype, options.images, options.rounds, options.batch_size)
             for dtype in options.dtype.split(",")
@@ -232,7 +232,7 @@ def main() -> None:
             speed = one["images_per_second"].get(name)
             print(f"  {name:18} {value:7.3f}" + (f"   {speed:.0f} images/s" if speed else ""))
         print(f"  {'besides the disk':18} {one['besides_the_disk_ms']:7.3f}", end="")
-        print(f"   ({one['besides_the_disk_processor_ms']:.3f} of processor time)")
+        print(f"   ({one['besides_the_disk_processor_ms']:.3f} of CPU time)")
         print(f"  {one['ratio_to_h5py']:.2f} times as fast as h5py with a dataset per image and column")
 
 

@@ -43,11 +43,11 @@ from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Finish
 from refdet.structures.regions import Regions
 
-BATCH = 8
+BATCH = 8  # images
 REGIONS, WIDTH = 4, 16  # results of the sleeping detectors: regions per image, feature width
 HEADER = store.Header([{"id": 1, "name": "person"}], "{}", {}, {"dtype": "float32"})
 PLAN = Plan({"dtype": "float32"}, ("fc7",), "float32", masks=False, ann_ids=False, batch_size=BATCH)
-IMAGES, JPEG_BYTES = 28_000, 163_000  # of the REFER datasets; the mean of COCO's train2014
+IMAGES, JPEG_BYTES = 28_000, 163_000  # images of the REFER datasets; mean size of a JPEG of COCO's train2014
 RAM_DISK = Path("/dev/shm")
 
 
@@ -87,6 +87,7 @@ class Sleeping:
         return lambda: [result_of(record) for record in batch]
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+        """What a Ray worker needs, as of a real detector."""
         return Tools(load, self.compute)
 
 
@@ -165,7 +166,12 @@ def parts_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
 
 
 def efficiencies(runs: list[dict[str, float]], images_per_second: float) -> list[dict[str, float]]:
-    """Add the speed relative to the detectors alone, and to one worker, both times the number of workers."""
+    """Add two ratios to each run: its speed to that of its detectors alone, and to one worker's times their number.
+
+    Args:
+        runs: the first has the fewest workers, one by default.
+        images_per_second: speed of one detector alone.
+    """
     one = runs[0]["images_per_second"] / runs[0]["workers"]
     return [
         {
@@ -185,6 +191,7 @@ def shard_figures(dtype: str) -> dict[str, float]:
     shards, results, merging = 4, draw_results(dtype), 0.0
     original = ShardSet.merge
 
+    # in place of ShardSet.merge, to time it within the extraction
     def merge(*arguments: Any) -> None:
         nonlocal merging
         before = time.process_time()
@@ -231,7 +238,7 @@ def extrapolate(
     }
     limit = max(between, key=lambda name: between[name])
     compute = between[limit] * shards
-    if limit in ("GPUs", "writing"):  # the last round may leave some without work
+    if limit in ("GPUs", "writing"):  # in the last round, some GPUs may have no shard left
         compute = between[limit] * gpus * math.ceil(shards / gpus)
     merges = {"shared disk": 2 * size * shards / disk, "merging process": figures["merge_s_per_shard"] * shards}
     merge_limit = max(merges, key=lambda name: merges[name])
@@ -277,7 +284,7 @@ def main() -> None:
     result: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "shards": options.shards}
     for kind, run_one in (("ray", ray_run), ("parts", parts_run)):
         runs = [run_one(count, options.shards, options.seconds) for count in counts]
-        result[kind] = efficiencies(runs, BATCH / options.seconds)
+        result[kind] = efficiencies(runs, images_per_second=BATCH / options.seconds)
     result["figures"] = {dtype: shard_figures(dtype) for dtype in options.dtype.split(",")}
     driver_s = result["ray"][-1]["driver_ms_per_shard"] / 1000
     result["extrapolation"] = extrapolation_table(result["figures"], options.images_per_second, driver_s)

@@ -82,8 +82,8 @@ def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, 
     }
 
 
-def read(path: Path, times: int) -> dict:
-    """Open a store and read its images in random order, from the page cache."""
+def read(path: Path, count: int) -> dict:
+    """Open a store and read `count` images in random order, from the page cache."""
     before, opening = _peak_mb(), []
     for _ in range(3):
         start = time.perf_counter()
@@ -91,8 +91,8 @@ def read(path: Path, times: int) -> dict:
             opening.append(time.perf_counter() - start)
     times_by_kind: dict[str, list[float]] = {"all": [], "boxes": []}
     with store.open(path) as reader:
-        ids = np.random.default_rng(1).choice(reader.image_ids, times).tolist()
-        for image_id in ids:  # warm
+        ids = np.random.default_rng(1).choice(reader.image_ids, count).tolist()
+        for image_id in ids:  # into the page cache
             reader[image_id]
         for image_id in ids:
             start = time.perf_counter()
@@ -138,6 +138,7 @@ def _peak_mb() -> float:
 
 
 def _alone(*call: object) -> dict:
+    """Call a function, given with its arguments, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(*call).result()  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Timing of several implementations in turns."""
+"""Settings, timing and tables of the benchmarks in ops.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Settings:
         return self.device.startswith("cuda")
 
     def roof(self, bytes_moved: int, milliseconds: float) -> Row:
-        """Megabytes to move, and the share of the time that the GPU's memory needs for that (its roofline)."""
+        """Megabytes to move, and the share of the measured time that the GPU's memory needs for it; empty on a CPU."""
         if not self.on_gpu:
             return {}
         return {
@@ -49,7 +49,7 @@ class Settings:
                 run()
                 if self.on_gpu:
                     torch.cuda.synchronize()
-                if turn:  # the first is a warm-up
+                if turn:  # the first round is a warm-up
                     times[name].append((time.perf_counter() - start) * 1000)
         return {name: statistics.median(values) for name, values in times.items()}
 

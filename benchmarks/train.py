@@ -6,9 +6,9 @@
 Both sides have a ResNet with frozen norms and first layers (or batch norm, with --norm batch), a feature pyramid, the
 same numbers of anchors, proposals, RoIs and channels, 28x28 masks and SGD with momentum. Images are synthetic, with
 eight elliptic objects each. They are in memory, so that neither side reads or decodes them: uint8 with RLE masks for
-refdet, floats in 0..1 with bitmaps for torchvision. A step starts from them and ends with the new weights. The sides
-take turns. On a busy machine, CPU time (of all threads) is more reliable than wall time; with OMP_NUM_THREADS=1 it does
-not include threads that wait for each other.
+refdet, floats in 0..1 with bitmaps for torchvision. A step starts with these images and ends with the new weights. The
+sides take turns. On a busy machine, CPU time (of all threads) is more reliable than wall time; with OMP_NUM_THREADS=1
+it does not include threads that wait for each other.
 """
 
 from __future__ import annotations
@@ -80,31 +80,35 @@ def draw_batches(count: int, batch_size: int) -> list[list[Drawn]]:
 
 
 def refdet_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
-    """A function that runs one training step of refdet, given its number."""
+    """Make a function that runs one training step of refdet, given the step's number."""
     model = MaskRCNN(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.input
+    sgd, generator = build_optimizer(model, recipe.train), torch.Generator()
     prepared = []
     for batch in batches:
-        sizes = [input_size(*image.pixels.shape[:2], options) for image in batch]
+        sizes = [input_size(*image.pixels.shape[:2], recipe.input) for image in batch]
         truths = []
         for image, size in zip(batch, sizes, strict=True):
             rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in image.masks]
             boxes = model.convention.scale(torch.from_numpy(image.boxes), size.scale)
-            truths.append(GroundTruth(boxes, torch.from_numpy(image.labels), rles, torch.zeros(0, 4), size.scale, None))
+            labels, no_crowds = torch.from_numpy(image.labels), torch.zeros(0, 4)
+            truths.append(GroundTruth(boxes, labels, rles, no_crowds, size.scale))
         packed = PackedImages.from_images([image.pixels for image in batch])
-        shape = padded_shape(sizes, options.size_divisibility)
-        inputs = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])
+        shape = padded_shape(sizes, recipe.input.size_divisibility)
+        flips, image_ids = [False] * len(batch), [*range(len(batch))]
+        inputs = Batch(packed, sizes, flips, shape, truths, image_ids)
         prepared.append(inputs.pin_memory() if device.type == "cuda" else inputs)
 
     def step(number: int) -> object:
         generator.manual_seed(number)
-        return start_step(model, sgd, prepared[number % len(prepared)], recipe.train.lr, 0.0, generator)
+        batch = prepared[number % len(prepared)]
+        no_clipping = 0.0  # like torchvision's scripts
+        return start_step(model, sgd, batch, recipe.train.lr, no_clipping, generator)
 
     return step
 
 
 def torchvision_step(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
-    """A function that runs one training step of torchvision's model, as its reference scripts do, given its number."""
+    """Make a function that runs a step of torchvision's model, like its reference scripts, given the step's number."""
     peer = torchvision_fpn(recipe, CLASSES)
     peer = peer.to(device).train()
     sgd = torch.optim.SGD(
@@ -151,23 +155,23 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> dic
         "refdet": refdet_step(recipe, batches, device),
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    processor: dict[str, list[float]] = {side: [] for side in sides}
+    cpu_seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(options.steps + 1):
         for side, step in sides.items():
-            start, processor_start = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step(number)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number:  # the first is a warm-up
+            if number:  # the first step is a warm-up
                 seconds[side].append(time.perf_counter() - start)
-                processor[side].append(time.process_time() - processor_start)
+                cpu_seconds[side].append(time.process_time() - cpu_start)
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     return {
         "network": name,
         **{f"{side}_s": round(value, 3) for side, value in medians.items()},
         "ratio": round(medians["torchvision"] / medians["refdet"], 2),
-        **{f"{side}_processor_s": round(min(times), 3) for side, times in processor.items()},
-        "processor_ratio": round(min(processor["torchvision"]) / min(processor["refdet"]), 2),
+        **{f"{side}_processor_s": round(min(times), 3) for side, times in cpu_seconds.items()},
+        "processor_ratio": round(min(cpu_seconds["torchvision"]) / min(cpu_seconds["refdet"]), 2),
     }
 
 

@@ -20,7 +20,8 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor images, int count,"
       " Tensor? groups=None) -> (Tensor kept, Tensor counts)");
-  // whether this processor supports the float32 products, or with `half` the float16 ones
+  // whether this processor supports the matrix products of conv1x1 and conv3x3 (gemm.h) in float32, or with `half` in
+  // float16
   m.def("has_products(bool half) -> bool",
         [](bool half) { return half ? refdet::Half::is_supported() : refdet::Single::is_supported(); });
   m.def("has_avx512() -> bool", []() { return refdet::has_avx512(); });

@@ -169,6 +169,25 @@ run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); ru
     assert step_result(out, "busy")["status"] == ("stopped" if number == signal.SIGTERM else "running")
 
 
+def test_a_run_removes_only_files_of_its_own(gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.check, "NAMES", list(STEPS))
+    out = steps / "out"
+    out.mkdir()
+    for name in ("notes.json", "notes.json.gz", "x.json", "g.json", "trace.json.gz"):
+        (out / name).write_text("{}")
+    gpu.check.Check("cuda", out, list(STEPS), steps / "work")
+    assert sorted(path.name for path in out.iterdir()) == ["check.log", "notes.json", "notes.json.gz", "x.json"]
+
+
+def test_packing_removes_only_wheels(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("old-1-py3-none-any.whl", "notes.txt"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(gpu.pack.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(sys, "argv", ["pack.py", "--out", str(tmp_path)])
+    gpu.pack.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_steps_of_a_group_can_write_their_results_concurrently(gpu: Any, tmp_path: Path) -> None:
     code = """
         import sys; from pathlib import Path

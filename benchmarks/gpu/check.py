@@ -31,7 +31,7 @@ from results import read_group, write_step
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LATEST_START, END = 500.0, 535.0  # seconds
+LATEST_START, END = 500.0, 535.0  # seconds after which no step starts, and at which all steps end
 MAX_LOG_BYTES = 1 << 20  # bytes of a step in the log
 
 
@@ -150,8 +150,8 @@ class Check:
         out.mkdir(parents=True, exist_ok=True)
         (out / results.UNFINISHED).unlink(missing_ok=True)
         if set(names) == set(NAMES):
-            for path in [*out.glob("*.json"), *out.glob("*.json.gz"), *out.glob("check.log")]:
-                path.unlink()
+            for name in [*(f"{plan.group}.json" for plan in PLAN), "trace.json.gz", "check.log"]:
+                (out / name).unlink(missing_ok=True)
         work = work or ROOT / "build" / f"gpu-check-{device}"
         if set(names) == set(NAMES):
             shutil.rmtree(work, ignore_errors=True)
@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--work", type=Path, help="default: build/gpu-check-DEVICE")
+    parser.add_argument("--work", type=Path, help="emptied before a run of all steps (default: build/gpu-check-DEVICE)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="STEP", help=", ".join(NAMES))
     options = parser.parse_args()
     bare.prepare()

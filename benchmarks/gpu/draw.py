@@ -16,7 +16,7 @@ from results import Step, run
 from refdet.structures.coco_categories import coco_categories
 
 FREQUENT = ((640, 480), (640, 427), (480, 640))  # sizes of half of COCO's images
-SHARES = (0.25, 0.125, 0.125)
+SHARES = (0.25, 0.125, 0.125)  # of each frequent size
 
 
 def sizes(count: int, small: bool) -> list[tuple[int, int]]:
@@ -25,7 +25,7 @@ def sizes(count: int, small: bool) -> list[tuple[int, int]]:
     assert len(rare) == 37 and not set(rare) & set(FREQUENT)
     random = np.random.default_rng(0)
     rest = (1 - sum(SHARES)) / len(rare)
-    chosen = random.choice(40, count, p=[*SHARES, *[rest] * len(rare)])
+    chosen = random.choice(len(FREQUENT) + len(rare), count, p=[*SHARES, *[rest] * len(rare)])
     every = [*FREQUENT, *rare]
     scale = 5 if small else 1
     return [(every[i][0] // scale, every[i][1] // scale) for i in chosen]

@@ -38,7 +38,7 @@ from refdet.extraction.extract import extract_features
 from refdet.extraction.options import CHOICES
 from refdet.extraction.shard_folder import shards_folder
 
-GOALS = {"one image a call": 10.0, "batched": 3.0}  # times torchvision's speed, both in bfloat16
+GOALS = {"one image a call": 10.0, "batched": 3.0}  # refdet's speed to torchvision's, both in bfloat16
 RAM = Path("/dev/shm")
 
 
@@ -47,8 +47,7 @@ def ours(
 ) -> float:
     """Extract features of the first images; returns images per second, including the merge into the final file."""
     out = (folder or step.work) / "refdet-gpu-check.h5"
-    out.unlink(missing_ok=True)
-    shutil.rmtree(shards_folder(out), ignore_errors=True)
+    remove(out)
     images = image_list(step, count)
     if not step.small:
         torch.cuda.empty_cache()
@@ -65,7 +64,7 @@ def ours(
             device=step.device,
         )
     finally:
-        out.unlink(missing_ok=True)
+        remove(out)
     seconds = done.seconds + done.stages["merge"]
     found = {
         "images": done.images,
@@ -82,6 +81,12 @@ def ours(
     step.put(f"refdet, {name}", found)
     step.say(f"refdet, {name}: {found['images_per_second']:.4g} images/s")
     return found["images_per_second"]
+
+
+def remove(out: Path) -> None:
+    """Remove a store and the shards that a failed extraction leaves; they would fill a RAM disk."""
+    out.unlink(missing_ok=True)
+    shutil.rmtree(shards_folder(out), ignore_errors=True)
 
 
 def theirs(step: Step, peer: TorchvisionC4, mode: str, batch_size: int, count: int) -> float:

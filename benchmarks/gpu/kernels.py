@@ -13,9 +13,10 @@ TABLES = {"pooling": pooling.rows, "nms": nms.rows, "matching": matching.rows}
 
 def work(step: Step) -> None:
     measured = read_group(step.out, "env").get("env", {}).get("copy_tb_per_s")
-    settings = Settings(2 if step.small else 11, step.device, measured or Settings.bandwidth)
+    rounds = 2 if step.small else 11
+    settings = Settings(repeat=rounds, device=step.device, bandwidth=measured or Settings.bandwidth)
     step.put("bandwidth_tb_per_s", settings.bandwidth)
-    if step.small:
+    if step.small:  # only some of the smallest cases
         nms.CASES, pooling.CASES = nms.CASES[2:3], pooling.CASES[-4:-2]  # type: ignore[misc]
         matching.CASES.pop("anchors")
     for name, rows in TABLES.items():

@@ -31,7 +31,8 @@ from refdet.structures.boxes import iou
 from refdet.structures.ground_truth import GroundTruth
 from refdet.structures.regions import Regions
 
-MAPS, FEATURES, ALIKE, COSINE, LOSSES, GRADIENTS = 1e-5, 1e-4, 0.99, 0.999, 1e-4, 1e-3
+MAPS, FEATURES, LOSSES, GRADIENTS = 1e-5, 1e-4, 1e-4, 1e-3  # maximum relative errors
+ALIKE, COSINE = 0.99, 0.999  # minimum share of equal detections, minimum similarity of features in bfloat16
 
 
 def reference(step: Step, network: str) -> MaskRCNN:
@@ -197,7 +198,7 @@ def losses(step: Step, network: str) -> None:
 
 
 def gradient_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """L2 distance of each parameter's gradient from the expected one, relative to the norm of the latter.
+    """L2 distance of each parameter's gradient from the expected gradient, relative to the norm of the expected one.
 
     The norm counts as at least a thousandth of the largest gradient's: in smaller gradients, most terms have canceled.
     """

@@ -28,7 +28,7 @@ POOLS: dict[str, Callable[..., Tensor]] = {
     "roi_crop": roi_crop,
     "roi_crop_mean": roi_crop_mean,
 }
-PLAIN = {
+PLAIN = {  # samples per side of a cell, crop, mean
     "roi_align": (2, False, False),
     "roi_align, adaptive": (0, False, False),
     "roi_align_mean": (2, False, True),
@@ -142,7 +142,8 @@ def pooling_cases(step: Step) -> Iterator[Case]:
                         pooled = pool_plain(x, rois, 7, 16, *options)
                         return pooled.flatten(1) if options[2] else pooled
 
-                    shape = f"{count} of 2x{channels}x{height}x{width}, {str(dtype)[6:]}{', odd' if odd else ''}"
+                    kind = str(dtype).removeprefix("torch.") + (", odd" if odd else "")
+                    shape = f"{count} of 2x{channels}x{height}x{width}, {kind}"
                     yield f"{name} of {shape}", (x, rois), lambda *a, p=pool: p(*a, 7, 16), plain, limit
                     if not odd:
                         yield (

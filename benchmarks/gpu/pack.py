@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import configparser
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +40,11 @@ def name_of(requirement: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default="3.12", help="version of the other machine's Python")
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="its previous wheels are removed")
     options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for previous in options.out.glob("*.whl"):
+        previous.unlink()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--python-version", options.python, "--implementation", "cp", "--dest", str(options.out)]
     for platform in PLATFORMS:

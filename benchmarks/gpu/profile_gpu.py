@@ -37,6 +37,7 @@ from refdet.ops.epilogue import Epilogue
 from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
 
+LR = 1e-4  # low, so that training from random weights stays finite
 # kind -> pattern of the names of its CUDA kernels and CPU ops; the first match counts
 KINDS = {
     "bias and ReLU": r"bias_relu",  # refdet's element-wise kernel
@@ -105,9 +106,9 @@ def extraction_work(step: Step) -> Callable[[], object]:
 
 def training_work(step: Step) -> Callable[..., object]:
     """A function that runs one training step on the batch of the given number."""
-    changes = ["train.bf16=true", f"train.batch_size={2 if step.small else 16}", "train.lr=0.0001"]
+    changes = ["train.bf16=true", f"train.batch_size={2 if step.small else 16}", f"train.lr={LR}"]
     recipe = recipe_of(step, "c4").with_changes(changes)
-    index = CocoIndex.load(instances_file(step), True)
+    index = CocoIndex.load(instances_file(step), need_segmentation=True)
     batches = TrainingBatches(index, ImageSource.open(images_folder(step)), recipe)
     loaded = loading.load(run_folder(step, "c4"), step.device).model
     model = MaskRCNN(recipe, loaded.classes).to(step.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -116,13 +117,13 @@ def training_work(step: Step) -> Callable[..., object]:
     sgd, generator = build_optimizer(model, recipe.train), torch.Generator()
 
     def compute(number: int = 0) -> object:
-        return start_step(model, sgd, batch_of(number), 1e-4, 10.0, generator).losses()
+        return start_step(model, sgd, batch_of(number), LR, max_grad_norm=10.0, generator=generator).losses()
 
     @functools.cache
     def batch_of(number: int) -> Batch:
         batch = batches[number]
         if not isinstance(batch, Batch):
-            raise batch
+            raise batch  # TrainingBatches returns the error of an unreadable image in place of its batch
         return batch
 
     compute.batch_of = batch_of  # type: ignore[attr-defined]
@@ -187,7 +188,7 @@ def plan_costs(step: Step) -> dict[str, float]:
 
     found = {}
     for name, make in (("input_size", backbone), ("number_of_rois", head)):
-        for turn in range(2):  # libraries load
+        for turn in range(2):  # a warm-up with other shapes, which loads libraries
             make((100 if name == "number_of_rois" else 3 if step.small else 20) + turn)()
         extra, later = first_and_later(step, map(make, range(3 if step.small else 8)))
         found[f"new_{name}_ms"] = 1000 * median(extra)

@@ -1,4 +1,4 @@
-"""Step: run whole commands: an extraction killed and resumed, batch size auto, a training stopped and resumed."""
+"""Step: run whole commands: an extraction killed and resumed, batch size auto, a training run stopped and resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from refdet.extraction.shard_folder import shards_folder
 from refdet.structures.regions import Regions
 
 MEMORY_TOLERANCE = 0.1  # relative error of the memory that batch size auto predicts
-WEIGHT_TOLERANCE = 0.05  # relative difference of the weights of a resumed training
+WEIGHT_TOLERANCE = 0.05  # relative difference of the weights of a resumed training run
+INTERRUPTED = 130  # exit code of refdet after Ctrl-C
 
 
 def command(step: Step, *arguments: object) -> str:
@@ -134,21 +135,13 @@ def automatic_batches(step: Step) -> None:
 
 
 def training(step: Step) -> None:
-    """Compare a training with one that is stopped and resumed; equal up to the order of sums on a GPU."""
+    """Compare a training run with one that is stopped and resumed; equal up to the order of sums on a GPU."""
     folder = empty_folder(step.work / "training")
     workers = 0 if step.small else 2
     common = ["train", "--recipe", "demo", "--instances", instances_file(step), "--images", images_folder(step)]
     common += ["--device", step.device, "--set", f"train.workers={workers}", "--set", "train.batch_size=4"]
-    common += [
-        "--set",
-        "train.log_every=1",
-        "--set",
-        "train.lr=0.005",
-        "--set",
-        "train.bf16=true",
-        "--set",
-        "train.checkpoint_interval=4",
-    ]
+    for change in ("train.log_every=1", "train.lr=0.005", "train.bf16=true", "train.checkpoint_interval=4"):
+        common += ["--set", change]
     common += ["--set", "model.width=8", "--set", "input.min_sizes=[96]"] if step.small else []
     steps = 6 if step.small else 12
     command(step, *common, "--set", f"train.steps={steps}", "--out", folder / "whole")
@@ -164,6 +157,7 @@ def training(step: Step) -> None:
     step.put("training_stopped_with", process.returncode)
     stopped = re.search(r"after step (\d+)", output)
     step.put("training_stopped_after_step", int(stopped[1]) if stopped else None)
+    step.check("a training run was stopped before its end", process.returncode == INTERRUPTED and stopped is not None)
     command(step, *common, "--set", f"train.steps={steps}", "--out", resumed, "--resume")
     weights = [load_file(folder / name / "model.safetensors") for name in ("whole", "resumed")]
     worst = max(
@@ -172,7 +166,7 @@ def training(step: Step) -> None:
         if w.ndim > 1  # not biases, which start at zero, so that relative differences are large
     )
     step.check("trained weights are finite", all(np.isfinite(w).all() for w in weights[1].values()))
-    step.at_most("weights of a training that was stopped and resumed, relative difference", worst, WEIGHT_TOLERANCE)
+    step.at_most("weights of a training run that was stopped and resumed, relative difference", worst, WEIGHT_TOLERANCE)
     losses = [json.loads(line)["loss"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     step.put("training_losses", losses)
     shutil.rmtree(folder)

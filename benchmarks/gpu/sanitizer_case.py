@@ -17,15 +17,15 @@ def main(device: str) -> None:
     corner, sides = torch.rand(200, 2, generator=random) * 200, torch.rand(200, 2, generator=random) * 80
     boxes = torch.cat((corner, corner + sides), 1)
     scores, ids = torch.rand(200, generator=random).to(device), torch.randint(3, (200,), generator=random).to(device)
-    there = boxes.to(device)
+    on_device = boxes.to(device)
     for keep in (-1, 20):
-        nms(there, scores, 0.5, keep)
-        nms(there, scores, 0.5, keep, groups=ids, images=ids)
-    nms(there[:0], scores[:0], 0.5)
-    match_boxes(there, there[:37])
-    nms_padded(there, scores, 0.5, 20, ids, 3, groups=ids)
-    match_boxes(there, there[:0])
-    match_boxes(there, there[:21].reshape(3, 7, 4))
+        nms(on_device, scores, 0.5, keep)
+        nms(on_device, scores, 0.5, keep, groups=ids, images=ids)
+    nms(on_device[:0], scores[:0], 0.5)
+    match_boxes(on_device, on_device[:37])
+    nms_padded(on_device, scores, 0.5, 20, ids, 3, groups=ids)
+    match_boxes(on_device, on_device[:0])
+    match_boxes(on_device, on_device[:21].reshape(3, 7, 4))
     rois = torch.cat((torch.randint(2, (200, 1), generator=random), boxes), 1)[:70].to(device)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 40, 17, 23, generator=random).to(device, dtype)

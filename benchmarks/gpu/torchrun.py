@@ -25,7 +25,7 @@ WINDOW = 5  # steps per timing
 LOSS, LOSS_SMALL = 0.05, 1e-4
 
 
-def trained(step: Step, name: str, processes: int | None, batch_size: int, steps: int) -> list[dict[str, float]]:
+def train(step: Step, name: str, processes: int | None, batch_size: int, steps: int) -> list[dict[str, float]]:
     """Train, with torchrun unless `processes` is None; returns the rows of metrics.jsonl."""
     out, recipe = step.work / "torchrun" / name, step.work / "torchrun.yaml"
     out.parent.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def work(step: Step) -> None:
     plain, alone = [], []
     for number in range(1 if step.small else ROUNDS):  # in turns, as the machine's speed may drift
         for name, processes, found in (("plain", None, plain), ("torchrun", 1, alone)):
-            rows = step.attempt(f"{name}, round {number + 1}", trained, step, name, processes, batch_size, steps)
+            rows = step.attempt(f"{name}, round {number + 1}", train, step, name, processes, batch_size, steps)
             if rows is not None:
                 found.append(rows)
                 step.put(f"{name}_{number + 1}", {"images_per_second": speed(rows), "steps": steps})
@@ -87,7 +87,7 @@ def work(step: Step) -> None:
         step.put("more_than_one", "skipped: one GPU")
         return
     per_process = batch_size if not step.small else batch_size // many
-    rows = step.attempt(f"{many} processes", trained, step, "many", many, per_process * many, steps)
+    rows = step.attempt(f"{many} processes", train, step, "many", many, per_process * many, steps)
     if rows is not None:
         step.put(f"{many}_processes", {"images_per_second": speed(rows), "steps": steps})
         if step.small:

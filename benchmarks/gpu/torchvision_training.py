@@ -62,18 +62,18 @@ class TrainedC4(nn.Module):
     def __init__(self, run: Path) -> None:
         super().__init__()
         ours = loading.load(run).model
-        self.parts = TorchvisionC4(ours, 0.05, 0.5, 100)
+        self.parts = TorchvisionC4(ours, score_threshold=0.05, nms_threshold=0.5, max_regions=100)
         options, heads = ours.recipe.head, self.parts.heads
         heads.fg_bg_sampler.batch_size_per_image = options.batch_size_per_image
         heads.fg_bg_sampler.positive_fraction = options.positive_fraction
-        self.parts.body[0].requires_grad_(False)
-        self.parts.body[4].requires_grad_(False)
+        for first in (0, 4):  # conv1 and layer1, which are frozen
+            self.parts.body[first].requires_grad_(False)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch, scaled = self.parts.transform(images, targets)
         maps = {"0": self.parts.body(batch.tensors)}
-        proposals, of_proposals = self.parts.rpn(batch, maps, scaled)
-        return of_proposals | self.parts.heads(maps, proposals, batch.image_sizes, scaled)[1]
+        proposals, rpn_losses = self.parts.rpn(batch, maps, scaled)
+        return rpn_losses | self.parts.heads(maps, proposals, batch.image_sizes, scaled)[1]
 
 
 def pyramid(recipe: Recipe, classes: int) -> MaskRCNN:
@@ -129,7 +129,7 @@ def make_train_step(model: nn.Module, device: str, lr: float, autocast: bool) ->
         images = [image.to(device, non_blocking=True) for image in batch[0]]
         targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in batch[1]]
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = torch.stack([value for value in model(images, targets).values()]).sum()
+            loss = torch.stack([*model(images, targets).values()]).sum()
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()

@@ -24,7 +24,7 @@ MAX_SECONDS = 14  # of torchvision's side
 
 
 def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
-    """Train with refdet; returns steady images per second and other results from its log."""
+    """Train with refdet; returns images per second (in the second half of the steps) and other results from its log."""
     steps = 4 if step.small else 40
     window = 1 if step.small else WINDOW
     out = step.work / f"trained-{network}"
@@ -64,7 +64,7 @@ def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
 
 
 def theirs(step: Step, network: str, batch_size: int) -> dict[str, float]:
-    """Train with torchvision; returns the same results."""
+    """Train with torchvision; returns images per second, the number of steps and the last loss."""
     recipe = recipe_of(step, network)
     index = CocoIndex.load(instances_file(step))
     examples = Examples(index, Path(images_folder(step)))
@@ -72,13 +72,13 @@ def theirs(step: Step, network: str, batch_size: int) -> dict[str, float]:
     model = TrainedC4(run_folder(step, network)) if network == "c4" else pyramid(recipe, len(index.categories))
     model = model.to(step.device)
     reset_peak(step)
-    work = make_train_step(model, step.device, LR, autocast=True)
+    train_step = make_train_step(model, step.device, LR, autocast=True)
     times, loss, started = [], float("nan"), time.perf_counter()
     for number, batch in enumerate(batches(examples, batch_size, 0 if step.small else 8, not step.small)):
         step_start = time.perf_counter()
         if number == (2 if step.small else 40) or step_start - started > MAX_SECONDS and number > 5:
             break
-        loss = work(batch)  # waits for the GPU
+        loss = train_step(batch)  # waits for the GPU
         times.append(time.perf_counter())
     between = [b - a for a, b in zip(times, times[1:], strict=False)]
     steady = between[len(between) // 2 :] or [times[0] - started]

@@ -12,18 +12,18 @@ namespace refdet {
 // Maps, weights and sums in float32. Each result is one chain of fused multiply-adds over depth, for any number of rows
 // and any processor, so that it is bit-identical however the work is split.
 struct Single {
-  using Map = float;  // the type of feature maps between layers
-  using A = float;
-  using B = float;
-  static constexpr bool kScaled = false;
+  using Map = float;                      // the type of feature maps between layers
+  using A = float;                        // of the left-hand side
+  using B = float;                        // of the right-hand side
+  static constexpr bool kScaled = false;  // whether both sides are multiplied by scale factors
   static constexpr int64_t kPanel = 16;   // columns of the right-hand side stored together, row by row
-  static constexpr int64_t kDepth = 256;  // rows of it used at a time, so that they stay in the L1 cache
+  static constexpr int64_t kDepth = 256;  // rows of a panel used at a time, so that they stay in the L1 cache
 
-  // Whether this processor supports it.
+  // Whether this processor supports `multiply`.
   static bool is_supported();
 
-  // c = a b, or c += a b with `add`, where a is (rows, depth), b (depth, 16 panels) in `panels` panels (depth, 16),
-  // each `panel_stride` elements after the last, and c (rows, 16 panels). As in BLAS, rows of a and c are `lda` and
+  // c = a b, or c += a b with `add`, where a is (rows, depth), b is stored as `panels` panels (depth, 16) that begin
+  // `panel_stride` elements apart, and c is (rows, 16 * panels). As in BLAS, rows of a and c are `lda` and
   // `ldc` elements apart. `depth` is a multiple of 4.
   static void multiply(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t panels,
                        int64_t depth, int64_t rows, float* c, int64_t ldc, bool add);
@@ -40,8 +40,9 @@ struct Half {
   static constexpr bool kScaled = true;
   static constexpr int64_t kPanel = 64;
   static constexpr int64_t kDepth = 256;
-  static constexpr int64_t kRun = 64;
-  static constexpr float kMaxValue = 256, kMaxColumnSum = 128;  // their product is half of what float16 can hold
+  static constexpr int64_t kRun = 64;  // products summed in float16
+  // The product of both, which bounds a sum of kRun products, is half of what float16 can hold.
+  static constexpr float kMaxValue = 256, kMaxColumnSum = 128;
 
   static bool is_supported();
 
@@ -50,8 +51,8 @@ struct Half {
                        int64_t depth, int64_t rows, float* c, int64_t ldc, bool add);
 };
 
-// Whether the processor has AMX for bfloat16, which PyTorch uses and these kernels do not; false if there are no
-// kernels for `Half`.
+// Whether the processor has AMX for bfloat16, which PyTorch uses and these kernels do not. False if `Half` was not
+// compiled.
 bool has_matrix_units();
 
 }  // namespace refdet

@@ -30,11 +30,11 @@ namespace {
 using Vector8 = float __attribute__((vector_size(8 * sizeof(float)), aligned(alignof(float)), may_alias));
 using Vector16 = float __attribute__((vector_size(16 * sizeof(float)), aligned(alignof(float)), may_alias));
 
-constexpr int kUnrolled = 4;  // steps over depth
+constexpr int kUnrolled = 4;  // steps over depth in one iteration
 constexpr int kTogether = 4;  // rows addressed from one pointer
 
-// Pointers into `rows` rows of the left-hand side: one per group of rows, hidden from the optimizer, which otherwise
-// would keep one for every row and step, more than there are registers.
+// Pointers into `rows` rows of the left-hand side: one per group of kTogether rows, hidden from the optimizer, which
+// would otherwise keep a pointer for every row and step, more than there are registers. `row` is the stride of rows.
 template <typename A, int rows>
 struct RowGroups {
   static constexpr int kGroups = (rows + kTogether - 1) / kTogether;
@@ -51,7 +51,7 @@ struct RowGroups {
     for (int i = 0; i < kGroups; ++i) group[i] += kUnrolled;
     hide();
   }
-  REFDET_INLINE A number(int r, int step) const { return group[r / kTogether][r % kTogether * row + step]; }
+  REFDET_INLINE A value(int r, int step) const { return group[r / kTogether][r % kTogether * row + step]; }
 
  private:
   REFDET_INLINE void hide() {
@@ -60,8 +60,8 @@ struct RowGroups {
   }
 };
 
-// Vectors of columns `panel_stride` apart: panels, or with AVX2 the halves of one. All loops but the one over depth are
-// unrolled, or the sums would spill to memory.
+// Multiplies `rows` rows by `vectors` vectors of columns, `panel_stride` apart: one per panel or, with AVX2, the two
+// halves of a panel. All loops but the one over depth are unrolled, or the sums would spill to memory.
 template <typename Vector, int vectors, int rows>
 REFDET_INLINE void multiply_rows(const float* a, int64_t lda, const float* panel, int64_t panel_stride, int64_t depth,
                                  float* c, int64_t ldc, bool add) {
@@ -86,7 +86,7 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t lda, const float* panel
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] += groups.number(r, u) * columns[v];
+        for (int v = 0; v < vectors; ++v) sum[r][v] += groups.value(r, u) * columns[v];
       }
     }
   }
@@ -162,8 +162,9 @@ REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& 
   asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// A run of depth; `panels` panels of two vectors. The same loop as `multiply_rows`, but with intrinsics: in a template,
-// the compiler would widen _Float16 before it knows the target processor.
+// Multiplies `rows` rows by `panels` panels of two vectors each, for one run of at most kRun steps over depth. The same
+// loop as `multiply_rows`, but with intrinsics: in a template, the compiler would widen _Float16 before it knows the
+// target processor.
 template <int rows, int panels>
 REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t lda, const c10::Half* panel,
                                                      int64_t panel_stride, int64_t depth, float* c, int64_t ldc,
@@ -185,9 +186,9 @@ REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t 
       for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_ph(right + v / 2 * panel_stride + v % 2 * kStep);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const auto number = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.number(r, u))));
+        const auto value = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.value(r, u))));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) multiply_add(number, columns[v], sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) multiply_add(value, columns[v], sum[r][v]);
       }
     }
   }

@@ -1,6 +1,5 @@
-// 1x1 convolutions for inference on the CPU, fused with bias, shortcut and ReLU; channels in multiples of 16.
-//
-// A matrix product of positions and weights (gemm.h), followed by bias, shortcut and ReLU.
+// 1x1 convolutions for inference on the CPU, fused with bias, shortcut and ReLU; channels in multiples of 16. Each is a
+// matrix product of positions and weights (gemm.h).
 //
 // Cost: one pass over the map, the shortcut and the result, and one over the weights per several hundred positions.
 //
@@ -41,12 +40,14 @@ struct Result {
 // Buffers for a block of positions, and for sums.
 template <typename Product>
 struct Block {
-  Scratch<typename Product::A> left;  // in slices of kDepth channels, each slice by position
-  Scratch<float> scale, sums;         // per position; kWidth sums for each of kRows positions
+  Scratch<typename Product::A> left;  // the packed positions: in slices of kDepth channels, each slice by position
+  Scratch<float> scale;               // of each position, the factor that undoes its scaling; unused without kScaled
+  Scratch<float> sums;                // kWidth sums for each of kRows positions
 
   Block(int64_t rows, int64_t depth) : left(rows * depth), scale(rows), sums(kRows * kWidth) {}
 };
 
+// Packs the positions [first, first + rows) of a map into `block`.
 template <typename Product>
 REFDET_INLINE void pack_rows(const Positions<typename Product::Map>& x, int64_t first, int64_t rows,
                              Block<Product>& block) {

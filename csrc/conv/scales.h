@@ -9,7 +9,7 @@
 
 namespace refdet {
 
-// The largest magnitude of bfloat16 values, in each lane, as bits, which sort like the magnitudes.
+// The largest magnitude of bfloat16 values in each lane, as bits: those of magnitudes sort like the magnitudes.
 struct MaxMagnitude {
   Halves bits{};
 
@@ -29,7 +29,7 @@ REFDET_INLINE float scale_to(float bound, const MaxMagnitude& magnitude) {
   int bits = 0, bound_bits;
   for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, static_cast<int>(magnitude.bits[lane]));
   std::memcpy(&bound_bits, &bound, sizeof bound_bits);
-  const int exponent = bits >> 7;  // the number is less than 2^(exponent - 126)
+  const int exponent = bits >> 7;  // the magnitude is less than 2^(exponent - 126)
   if (exponent == 255) return 1;
   const int scale_bits = std::clamp((bound_bits >> 23) - (exponent - 126), 1, 227) << 23;
   float scale;

@@ -23,7 +23,8 @@ void check_processor(const char* name) {
                                : "AVX2 or no fused multiply-adds");
 }
 
-// The scale factor for the weights of an output channel, for `Half`; their matrices are `matrix_stride` apart.
+// The scale factor for the weights of one output channel in `Half`: `in` weights in each of the matrices, which are
+// `matrix_stride` elements apart.
 float scale_of(const float* weights, int64_t matrices, int64_t matrix_stride, int64_t in) {
   double max_sum = 0;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {

@@ -3,7 +3,7 @@
 //
 // 4 results of a convolution with 3 weights take 6 products, at 6 points, instead of 12; 3 results take 5 instead of 9.
 // Along both axes that is about a quarter of the products, each summed over all channels. 3 results use 5 of the same 6
-// points, so that one set of weights serves tiles of both sizes, and 7 = 4 + 3 has no padding.
+// points, so that one set of weights serves tiles of both sizes, and an axis of 7 = 4 + 3 results needs no padding.
 //
 // The points are 0, 3/4, -3/4, 3/2, infinity and -3/2. All matrices but that of the weights are exact in float32, and
 // these points have small rounding errors: with 512 channels 5 times that of the plain float32 sum, compared with 9
@@ -16,7 +16,7 @@
 namespace refdet {
 
 constexpr int kPoints = 6;         // of an axis, for a tile of 4 results; one of 3 uses the first 5
-constexpr int kInfinityPoint = 4;  // its index among the points
+constexpr int kInfinityPoint = 4;  // index of infinity among the points
 constexpr int kTaps = 3;           // weights along an axis
 // The entry at kInfinityPoint is unused.
 constexpr std::array<double, kPoints> kPointValues = {0, 0.75, -0.75, 1.5, 0, -1.5};
@@ -115,9 +115,10 @@ struct Tiles {
   }
 
   int64_t count() const { return fours + threes; }
-  // Number of tiles that use a point.
+  // Number of tiles that use a point: the tiles of 3 do not use the last one.
   int64_t count_using(int point) const { return point < kPoints - 1 ? count() : fours; }
   bool is_four(int64_t tile) const { return tile < fours; }
+  // Index of the first result of a tile.
   int64_t start(int64_t tile) const { return 3 * tile + (is_four(tile) ? tile : fours); }
 };
 

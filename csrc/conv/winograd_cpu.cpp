@@ -47,13 +47,15 @@ struct Result {
 // A range of rows of tiles, of one or more images, and the layout of their values at each point.
 struct Block {
   struct Row {
-    int64_t image, tile, among_fours;
+    int64_t image;
+    int64_t tile;         // index of the row among those of its image
+    int64_t among_fours;  // number of earlier rows of this block whose tiles are 4 high
   };
   Tiles down, across;
   std::vector<Row> rows;
-  int64_t fours = 0;
-  std::array<int64_t, kAllPoints> slots{},
-      first{};  // per point: how many tiles use it, and the total of the points before it
+  int64_t fours = 0;                        // rows whose tiles are 4 high
+  std::array<int64_t, kAllPoints> slots{};  // of each point, how many tiles use it: each has a slot
+  std::array<int64_t, kAllPoints> first{};  // of each point, the number of slots of all points before it
 
   // Rows of tiles [begin, end), counted over all images.
   Block(const Tiles& down, const Tiles& across, int64_t begin, int64_t end) : down(down), across(across) {
@@ -72,9 +74,10 @@ struct Block {
     }
   }
 
-  // Offset of the values of a point, `channels` for each tile. Points are padded by a vector: otherwise the values of a
+  // Offset of the values of a point, `channels` for each slot. Points are padded by a vector: otherwise the values of a
   // tile at its points would all map to the same cache set.
   int64_t offset(int64_t point, int64_t channels) const { return first[point] * channels + point * kLanes; }
+  // The slot of a tile at point (i, j).
   int64_t slot(int64_t row, int64_t column, int i, int j) const {
     return (i < kPoints - 1 ? row : rows[row].among_fours) * across.count_using(j) + column;
   }

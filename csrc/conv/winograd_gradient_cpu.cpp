@@ -51,13 +51,16 @@ struct Points {
   Points(int64_t tiles, int64_t channels)
       : values(at::empty({kAllPoints, tiles * channels + kLanes})), tiles(tiles), channels(channels) {}
 
+  // Values of a tile at the first point.
   float* of(int64_t tile) const { return values.mutable_data_ptr<float>() + tile * channels; }
   int64_t point_stride() const { return tiles * channels + kLanes; }
+  // Values of the first `count` tiles, (36, count, channels).
   at::Tensor first(int64_t count) const {
     return values.as_strided({kAllPoints, count, channels}, {point_stride(), channels, 1});
   }
 };
 
+// Transforms one tile along both axes and writes its values at the points, `point_stride` elements apart.
 template <const auto& matrix>
 REFDET_INLINE void to_points(const Positions<float>& x, const Grid& grid, int64_t tile, float* points,
                              int64_t point_stride) {

@@ -33,8 +33,8 @@ template <int results>
 constexpr auto kOutput = output_matrix<results>();
 
 // Transforms a tile of a map along both axes, for kLanes channels from `c` on: `store(i, j, value)` gets the value of
-// each row of `down` and row of `across`. The tile has as many inputs as these matrices have columns; beyond the map
-// they are 0.
+// each row of `down` and row of `across`. The tile has as many inputs as these matrices have columns; inputs
+// outside the map are 0.
 template <const auto& down, const auto& across, typename Map, typename Store>
 REFDET_INLINE void transform_tile(const Positions<Map>& x, const Map* image, int64_t top, int64_t left, int64_t c,
                                   const Store& store) {

@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t kBytes = 16;  // read by a thread at a time
 
-// Elements from one position (n, h, w) to the next, if positions are evenly apart and channels next to each other.
+// Elements from one position (n, h, w) to the next. Raises an error unless positions are evenly spaced and channels
+// contiguous.
 int64_t position_stride(const at::Tensor& x, const char* name) {
   const int64_t height = x.size(2), width = x.size(3);
   // the stride of a dimension of size 1 is meaningless

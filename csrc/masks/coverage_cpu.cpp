@@ -32,13 +32,13 @@ namespace {
 
 constexpr int64_t kBoxesPerTask = 4;
 
-// Pixels [top, bottom) of column x.
+// Pixels [top, bottom) of column x that belong to the mask.
 struct Run {
   uint32_t x, top, bottom;
 };
 
-// The runs of a mask, split at the ends of columns; `error` is set if the string is invalid. Counts in rle_cpu.cpp
-// describes the encoding.
+// The runs of a mask, split at the ends of columns. If the string is invalid, sets `error` to what is wrong, and the
+// runs are meaningless. `Counts` in rle_cpu.cpp describes the encoding.
 std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
   std::vector<Run> runs;
   const int64_t pixels = height * width;
@@ -77,7 +77,7 @@ std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height
   return runs;
 }
 
-// The pixels that contain the m + 1 cell edges of a box along one axis, and the positions within them.
+// The pixels that contain the m + 1 cell edges of a box along one axis, and the position of each edge in its pixel.
 struct Edges {
   std::vector<int64_t> pixel;
   std::vector<double> fraction;
@@ -93,7 +93,7 @@ struct Edges {
   }
 };
 
-// Sums over the runs so far, which give T at the heights of the edges.
+// Sums over the runs added so far, from which `read` computes T at the heights of the edges.
 class Bins {
  public:
   Bins(const Edges& edges, int64_t height)
@@ -111,7 +111,8 @@ class Bins {
     balance_[bottom] -= 1, rows_[bottom] -= run.bottom;
   }
 
-  // T at the heights of the edges: y runs minus the rows where they begin, plus those where they end.
+  // Writes T at the height y of each edge. A run that begins above y adds y - top, and one that ends above y subtracts
+  // y - bottom. So T is y times the runs that begin but do not end above y, minus the tops, plus the bottoms.
   void read(std::vector<double>& heights) const {
     int64_t runs = 0, rows = 0;
     for (size_t i = 0; i < edges_.pixel.size(); ++i) {
@@ -128,6 +129,7 @@ class Bins {
   std::vector<int64_t> balance_, rows_;  // per bin: starts minus ends, and the sum of their rows
 };
 
+// Writes the covered fraction (m, m) of each cell of a box; m is `size`.
 void compute_coverage(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width,
                       float* coverage) {
   const Edges xs(box[0], box[2], size, width), ys(box[1], box[3], size, height);
@@ -149,17 +151,18 @@ void compute_coverage(const std::vector<Run>& runs, const double* box, int64_t s
     for (int64_t j = 0; j <= size; ++j) corner[j] = left[j] * (1 - fraction) + right[j] * fraction;
   }
   const double cells = static_cast<double>(size * size);
-  const double cell = std::max((box[2] - box[0]) * (box[3] - box[1]) / cells, 1e-12);
+  const double cell_area = std::max((box[2] - box[0]) * (box[3] - box[1]) / cells, 1e-12);
   for (int64_t y = 0; y < size; ++y) {
     for (int64_t x = 0; x < size; ++x) {
       const double* before = &corners[x * (size + 1) + y];
       const double* after = before + size + 1;
       const double covered = (after[1] - after[0]) - (before[1] - before[0]);
-      coverage[y * size + x] = static_cast<float>(std::min(std::max(covered / cell, 0.0), 1.0));
+      coverage[y * size + x] = static_cast<float>(std::min(std::max(covered / cell_area, 0.0), 1.0));
     }
   }
 }
 
+// Whether the box is not empty and its edges are finite in float32, the type of stored boxes.
 bool has_area(const double* box) {
   constexpr double max_edge = std::numeric_limits<float>::max();
   return std::all_of(box, box + 4, [](double edge) { return std::abs(edge) <= max_edge; }) && box[0] < box[2] &&

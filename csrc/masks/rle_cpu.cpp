@@ -91,8 +91,8 @@ class Mask {
 // The pixels along one axis whose centers are in the box, and the two cells between which each is interpolated.
 struct Axis {
   int64_t first = 0, last = 0;      // pixels [first, last)
-  std::vector<int32_t> cell;        // the cell before the center; the other is the next, or the same at the end
-  std::vector<float> lower, upper;  // the weights of the two cells
+  std::vector<int32_t> cell;        // of each pixel, the first of its two cells; the second is the next, if any
+  std::vector<float> lower, upper;  // of each pixel, the weights of the first and of the second cell
 
   Axis(float low, float high, int64_t size, int64_t limit) {
     const auto pixel = [limit](float edge) {
@@ -113,8 +113,9 @@ struct Axis {
   }
 };
 
-// Whether the pixels between two cells are above or below the threshold for any weights; rounding changes an
-// interpolated value by less than 2^-21 of it, or 2^-140 if it is denormal.
+// Whether a value is so far above or below the threshold that pixels between two such values are surely inside or
+// outside, whatever their weights: rounding changes an interpolated value by less than 2^-21 of it, or 2^-140 if it is
+// denormal.
 struct Verdict {
   enum : uint8_t { kUnclear = 0, kInside = 1, kOutside = 2 };
   float threshold, surely_inside, surely_outside;
@@ -129,7 +130,7 @@ struct Verdict {
   }
 };
 
-// Adds the runs of a box to `mask`; `cells` has the probabilities (m, m) of its cells column by column.
+// Adds the runs of a box to `mask`; `cells` has the probabilities (m, m) of its cells column by column, `size` is m.
 void draw(const float* cells, int32_t size, const Axis& columns, const Axis& rows, int64_t height,
           const Verdict& verdict, Mask& mask) {
   // Rows [row_end[c - 1], row_end[c]) of the box lie between the cells c and c + 1 of their column.
@@ -139,7 +140,7 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
     row_end[cell] = row;
   }
   const int32_t first_cell = rows.cell.front(), end_cell = rows.cell.back() + 1;
-  const bool gap = rows.first > 0 || rows.last < height;
+  const bool gap = rows.first > 0 || rows.last < height;  // whether background separates the columns of the box
   std::vector<float> column(size + 1);
   std::vector<uint8_t> kinds(size + 1), both(size + 1);
   for (int64_t i = 0; i < columns.last - columns.first; ++i) {
@@ -148,7 +149,7 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
     const float* here = cells + int64_t{columns.cell[i]} * size;
     const float* next = cells + int64_t{std::min(columns.cell[i] + 1, size - 1)} * size;
     for (int32_t c = 0; c < size; ++c) column[c] = here[c] * column_lower + next[c] * column_upper;
-    column[size] = column[size - 1];
+    column[size] = column[size - 1];  // below the center of the last cell its value is constant
     for (int32_t c = 0; c <= size; ++c) kinds[c] = verdict(column[c]);
     for (int32_t c = 0; c < size; ++c) both[c] = kinds[c] & kinds[c + 1];
 
@@ -177,7 +178,7 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
   mask.close_run(columns.last - 1, rows.last);
 }
 
-// The string of one of N masks: `values` (m, m) row by row, `box` xyxy.
+// The RLE string of one mask, from `values` (m, m), row by row, in `box` (x1, y1, x2, y2); `size` is m.
 std::vector<uint8_t> encode(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
                             const Verdict& verdict) {
   Mask mask(height, width);
@@ -193,7 +194,7 @@ std::vector<uint8_t> encode(const float* values, const float* box, int32_t size,
   return mask.finish();
 }
 
-// The concatenated strings (M,) uint8, and the start of each (N + 1,) int64.
+// The concatenated RLE strings, uint8, and the start of each, (N + 1,) int64: string i is [starts[i], starts[i + 1]).
 std::tuple<at::Tensor, at::Tensor> masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes,
                                                     int64_t height, int64_t width, double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);

@@ -10,14 +10,17 @@
 
 namespace refdet {
 
+// The smallest divisor of an IoU: no IoU divides by 0, even where the union is empty and the quotient is not used.
+constexpr float kMinUnion = 1e-12f;
+
 // max_iou, object and is_best, the fields of Matches in refdet/ops/matching.py.
 using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Sizes of a problem: candidates (N, 4) and objects (M, 4) of an image; or, for B images, (N, 4) or (B, N, 4) and
-// (B, M, 4).
+// Sizes of a problem: candidates (N, 4) and objects (M, 4) of one image; or, for B images, candidates (B, N, 4), or
+// (N, 4) that all images share, and objects (B, M, 4).
 struct MatchSizes {
   int64_t images, candidates, objects;
-  bool shared;  // all images have the same candidates
+  bool shared;  // whether all images have the same candidates
 
   // Offset of an image's first candidate, in boxes.
   int64_t first_candidate(int64_t image) const { return shared ? 0 : image * candidates; }
@@ -43,7 +46,7 @@ inline MatchSizes check_match_boxes(const at::Tensor& candidates, const at::Tens
   return sizes;
 }
 
-// An output of the kernels.
+// A zeroed output of the kernels: (N,) for one image, (B, N) for B images.
 inline at::Tensor match_output(const at::Tensor& candidates, const at::Tensor& objects, at::ScalarType type) {
   const auto options = candidates.options().dtype(type);
   if (objects.dim() == 2) return at::zeros({candidates.size(-2)}, options);

@@ -5,7 +5,7 @@
 // rounded separately, in the order of `iou` in refdet/structures/boxes.py: (x2-x1)(y2-y1) of both, a + b - overlap, one
 // division. If the union is not above 0, or NaN, as with any NaN coordinate, the IoU is 0, so it is never NaN.
 //
-// Cost: at most N M IoUs, and memory for N + M values and M more per kChunk candidates. The IoU matrix (40 MB for
+// Cost: at most 2 N M IoUs, and memory for N + M values and M more per kChunk candidates. The IoU matrix (40 MB for
 // 100,000 anchors and 100 objects, and ten times that with its intermediate results) is never stored.
 //
 // Speed: a tile of candidates is stored as a struct of arrays in the L1 cache, and compared with an object in a
@@ -28,10 +28,9 @@
 namespace refdet {
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTile = 64;  // candidates compared with an object at once
 constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;      // candidates for which the highest IoU with each object is recorded
-constexpr float kMinUnion = 1e-12f;  // smallest divisor
+constexpr int64_t kChunk = 256;  // candidates for which the highest IoU with each object is recorded
 
 struct Box {
   float x1, y1, x2, y2, area;
@@ -62,6 +61,7 @@ class Tile {
     return object.x1 >= right_ || object.x2 <= left_ || object.y1 >= bottom_ || object.y2 <= top_;
   }
 
+  // Writes the IoU of the object with each of the kTile candidates.
   void iou(const Box& object, float* ious) const {
     for (int i = 0; i < kTile; ++i) {
       const float width = std::max(std::min(x2_[i], object.x2) - std::max(x1_[i], object.x1), 0.0f);
@@ -108,6 +108,7 @@ void match_tile(const float* candidates, int count, const std::vector<Box>& obje
   std::copy(best_object, best_object + count, object);
 }
 
+// Sets `is_best` of the candidates whose IoU with the object is `object_max`, the highest one of the object.
 void mark_tile(const float* candidates, int count, const Box& object, float object_max, bool* is_best) {
   const Tile tile(candidates, count);
   if (tile.misses(object)) return;

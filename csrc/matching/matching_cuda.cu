@@ -1,5 +1,5 @@
 // Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit. Each
-// image is a row of the grid, so that a batch takes no more launches than a single image.
+// image is a row of the grid, so that a batch takes as many launches as a single image.
 //
 // Cost: at most 2 N M IoUs, and memory for N + M values and M more per kThreads candidates; no IoU matrix.
 //
@@ -47,7 +47,7 @@ __device__ float iou(const Box& a, const Box& b) {
   const float height = fmaxf(__fsub_rn(fminf(a.y2, b.y2), fmaxf(a.y1, b.y1)), 0.0f);
   const float overlap = __fmul_rn(width, height);
   const float union_area = __fsub_rn(__fadd_rn(a.area, b.area), overlap);
-  return union_area > 0.0f ? __fdiv_rn(overlap, fmaxf(union_area, 1e-12f)) : 0.0f;
+  return union_area > 0.0f ? __fdiv_rn(overlap, fmaxf(union_area, kMinUnion)) : 0.0f;
 }
 
 // Non-negative floats sort like their bits as integers, for which there is an atomic maximum.
@@ -55,6 +55,9 @@ __device__ void atomic_max(float* address, float value) {
   atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
 }
 
+// Writes `max_iou` and `object` of each candidate, and the highest IoU of each object over all candidates to
+// `object_max` and over the candidates of each block to `block_max`. `stride` is the number of floats from the first
+// candidate of an image to that of the next, 0 if the images share their candidates.
 __global__ void match_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
                              float* max_iou, int64_t* object, float* object_max, float* block_max) {
   __shared__ Box shared_objects[kObjects];
@@ -93,6 +96,7 @@ __global__ void match_kernel(const float* candidates, int64_t stride, int64_t n,
   if (i < n) max_iou[i] = best_iou, object[i] = best_object;
 }
 
+// Writes `is_best` of each candidate; the arguments are those of match_kernel.
 __global__ void best_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
                             const float* object_max, const float* block_max, bool* is_best) {
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x, image = blockIdx.y;
@@ -102,7 +106,7 @@ __global__ void best_kernel(const float* candidates, int64_t stride, int64_t n, 
   const Box candidate = box_at(candidates, i);
   bool reached = false;
   for (int64_t j = 0; j < m; ++j) {
-    // uniform within the block
+    // the same for all threads of the block
     if (!(object_max[j] > 0.0f) || block_max[blockIdx.x * m + j] != object_max[j]) continue;
     reached |= iou(candidate, box_at(objects, j)) == object_max[j];
   }

@@ -11,16 +11,17 @@ constexpr int kChunk = 64;      // candidates processed together: one bit of a w
 constexpr int kThreads = 1024;  // per block, a multiple of kChunk
 constexpr int kSlices = kThreads / kChunk;
 constexpr int kSharedKept = 1024;        // kept boxes of an image that are held in shared memory
-constexpr int64_t kNoImage = INT64_MAX;  // key of a box without an image
+constexpr int64_t kNoImage = INT64_MAX;  // key of a box whose image is not in the batch: after all others
+constexpr int64_t kUnpadded = -1;        // a kept_stride, see greedy_kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sort keys: by image, then by descending score; -0 and +0 are equal, NaN counts as -inf. A stable sort keeps ties by
-// index.
-__global__ void key_kernel(const float* scores, const int64_t* images, int64_t n, int64_t count, int64_t* keys) {
+// Sort keys: the image in the upper 32 bits, then the score, descending. -0 and +0 are equal, NaN counts as -inf. Boxes
+// with the same key keep the order of their indices, as the sort is stable.
+__global__ void key_kernel(const float* scores, const int64_t* images, int64_t n, int64_t num_images, int64_t* keys) {
   const int64_t box = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (box >= n) return;
   const int64_t image = images ? images[box] : 0;
-  if (image < 0 || image >= count) {
+  if (image < 0 || image >= num_images) {
     keys[box] = kNoImage;
     return;
   }
@@ -30,7 +31,7 @@ __global__ void key_kernel(const float* scores, const int64_t* images, int64_t n
   keys[box] = image << 32 | static_cast<int64_t>(~ascending);
 }
 
-// Lower bound: the first of n ascending keys that is not below `key`.
+// Position of the first of n ascending keys that is not below `key`, or n.
 inline __device__ int64_t lower_bound(const int64_t* keys, int64_t n, int64_t key) {
   int64_t low = 0, high = n;
   while (low < high) {
@@ -56,19 +57,21 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
 }
 
 // The candidates of a launch, for all of its blocks. `order` has the indices of the boxes by ascending key: by image,
-// then by descending score. Candidate number i is at place places[i] of `order`, or without `places` at place i.
+// then by descending score. Candidate i is the box order[positions[i]], or, if `positions` is null, order[i].
 struct Candidates {
   const float4* boxes;
-  const int64_t *groups, *order, *places;
+  const int64_t* groups;  // of each box; null if the boxes of a block are all of one group
+  const int64_t *order, *positions;
   float threshold;
 
-  __device__ int64_t place(int64_t number) const { return places ? places[number] : number; }
+  __device__ int64_t position(int64_t candidate) const { return positions ? positions[candidate] : candidate; }
 };
 
 // NMS of the candidates begin to end - 1 by a block of kThreads, best first, until `limit` are kept. Writes the indices
-// of the kept boxes to `kept`, and to `kept_by_place`, if given, at the place of each. Returns their number.
+// of the kept boxes to `kept`, one after another, and, if `kept_by_position` is given, also there, each at its position
+// in `order`. Returns the number of kept boxes.
 inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, int64_t end, int64_t limit, int64_t* kept,
-                                        int64_t* kept_by_place) {
+                                        int64_t* kept_by_position) {
   __shared__ float4 kept_boxes[kSharedKept];
   __shared__ int64_t kept_groups[kSharedKept];
   __shared__ float4 candidates[kChunk];
@@ -79,29 +82,29 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
   __shared__ Bits survivors;
   const int thread = threadIdx.x, column = thread % kChunk, slice = thread / kChunk;
   const float threshold = all.threshold;
-  int64_t total = 0;  // the same in every thread
+  int64_t total = 0;  // kept boxes; the same in every thread
 
   for (int64_t start = begin; start < end && total < limit; start += kChunk) {
     const int count = static_cast<int>(end - start < kChunk ? end - start : kChunk);
-    int64_t index = 0, place = 0;
+    int64_t index = 0, position = 0;
     if (thread < count) {
-      place = all.place(start + thread);
-      index = all.order[place];
+      position = all.position(start + thread);
+      index = all.order[position];
       candidates[thread] = all.boxes[index];
       areas[thread] = area_of(candidates[thread]);
       own_groups[thread] = all.groups ? all.groups[index] : 0;
     }
     if (thread < kChunk) row[thread] = 0;
     if (thread == 0) suppressed = 0;
-    __syncthreads();  // the chunk is loaded, and `kept` and kept_boxes hold what the last chunk wrote
+    __syncthreads();  // the chunk is loaded, and `kept` and kept_boxes include the survivors of the previous one
 
-    // All lanes of a warp look at the same kept box. The vote brings them together again after each one: where groups
-    // differ, lanes that left each other would otherwise walk through the kept boxes one after another.
+    // All lanes of a warp look at the same kept box. The vote makes them converge after each one: otherwise lanes that
+    // diverged because their groups differ would go through the kept boxes one lane after another.
     const bool present = column < count;
     const float4 box = present ? candidates[column] : float4{};
     const float area = present ? areas[column] : 0.0f;
     const int64_t group = present ? own_groups[column] : 0;
-    bool done = !present;
+    bool done = !present;  // once a kept box suppresses the candidate, too
     for (int64_t k = slice; k < total; k += kSlices) {
       const bool is_shared = k < kSharedKept;
       const int64_t other_index = is_shared ? 0 : kept[k];
@@ -141,7 +144,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
     if (thread < count && (alive >> thread & 1)) {
       const int64_t k = total + __popcll(alive & ((Bits{1} << thread) - 1));
       kept[k] = index;
-      if (kept_by_place) kept_by_place[place] = index;
+      if (kept_by_position) kept_by_position[position] = index;
       if (k < kSharedKept) {
         kept_boxes[k] = candidates[thread];
         kept_groups[k] = own_groups[thread];
@@ -152,34 +155,36 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
   return total;
 }
 
-// NMS of one image by each block. The boxes of image i are those of the sorted keys in i << 32 to (i + 1) << 32. Writes
-// the indices of the kept boxes, best first, and their number.
+// NMS of one image by each block. The sorted keys of image i are those from i << 32 to below (i + 1) << 32. Writes the
+// indices of the kept boxes of each image, best first, to `kept`, and their number to `kept_counts`.
 //
-// `kept` of image i begins at i * pitch, or, if pitch is negative, at the place of its first box.
+// The kept boxes of image i begin at element i * kept_stride of `kept`, or, if kept_stride is kUnpadded, at the
+// position of the image's first box in `order`.
 __global__ void __launch_bounds__(kThreads) greedy_kernel(Candidates all, const int64_t* keys, int64_t n, int64_t limit,
-                                                          int64_t pitch, int64_t* kept, int64_t* counts) {
-  __shared__ int64_t ends[2];
+                                                          int64_t kept_stride, int64_t* kept, int64_t* kept_counts) {
+  __shared__ int64_t range[2];  // positions of the image's first box and of the next image's
   const int64_t image = blockIdx.x;
-  if (threadIdx.x < 2) ends[threadIdx.x] = lower_bound(keys, n, (image + threadIdx.x) << 32);
+  if (threadIdx.x < 2) range[threadIdx.x] = lower_bound(keys, n, (image + threadIdx.x) << 32);
   __syncthreads();
-  int64_t* const own_kept = kept + (pitch < 0 ? ends[0] : image * pitch);
-  const int64_t total = keep_greedily(all, ends[0], ends[1], limit, own_kept, nullptr);
-  if (threadIdx.x == 0) counts[image] = total;
+  int64_t* const own_kept = kept + (kept_stride == kUnpadded ? range[0] : image * kept_stride);
+  const int64_t total = keep_greedily(all, range[0], range[1], limit, own_kept, /*kept_by_position=*/nullptr);
+  if (threadIdx.x == 0) kept_counts[image] = total;
 }
 
-// The same without a limit, where the groups of an image do not depend on each other: NMS of one group of one image by
-// the block that has the number of its first candidate; the others end at once. `places` sorts by group, then by place,
-// and so by group, image and score; `sorted_groups` is the group of each candidate. Writes `kept` at the place of each
-// kept box; `scratch` has room for n.
+// NMS without a limit, where the groups of an image do not depend on each other. `positions` sorts the candidates by
+// group, then by position in `order`, so that candidates of the same group and image are consecutive, best first;
+// `sorted_groups` has the group of each candidate. There is a block per candidate: the block of the first candidate of
+// a group in an image processes all of them, the other blocks return at once. Writes the index of each kept box to
+// `kept`, at the position of the box in `order`; `scratch` has n elements.
 __global__ void __launch_bounds__(kThreads)
     group_greedy_kernel(Candidates all, const int64_t* keys, const int64_t* sorted_groups, int64_t n, int64_t* scratch,
                         int64_t* kept) {
-  const int64_t begin = blockIdx.x, group = sorted_groups[begin], image = keys[all.places[begin]] >> 32;
-  const auto belongs = [&](int64_t number) {
-    return sorted_groups[number] == group && keys[all.places[number]] >> 32 == image;
+  const int64_t begin = blockIdx.x, group = sorted_groups[begin], image = keys[all.positions[begin]] >> 32;
+  const auto belongs = [&](int64_t candidate) {
+    return sorted_groups[candidate] == group && keys[all.positions[candidate]] >> 32 == image;
   };
   if (begin > 0 && belongs(begin - 1)) return;  // the whole block
-  int64_t last = begin, end = n;                // `last` belongs to the group, `end` does not
+  int64_t last = begin, end = n;                // bisection: `last` belongs to the group, `end` does not
   while (end - last > 1) {
     const int64_t middle = last + (end - last) / 2;
     (belongs(middle) ? last : end) = middle;

@@ -10,9 +10,9 @@
 //
 // Speed: the order is a radix sort of the bits of the scores. The kept boxes of a group are stored in tiles as a struct
 // of arrays, so that a candidate is compared with a tile in a branchless loop that compilers vectorize, and without
-// division: a quotient that rounds above t is above t, so overlap > t union and, as rounding is monotonic, overlap >=
-// the rounded t union; only tiles with such a box are divided. A candidate is dropped at the first tile with a hit.
-// Images are distributed to threads; the result of an image does not depend on the others.
+// division: if overlap / union rounds to more than the threshold t, then overlap > t * union, and, as rounding is
+// monotonic, overlap >= t * union as rounded. Division is only needed in tiles with such a box. A candidate is dropped
+// at the first tile that suppresses it. Images, which do not depend on each other, are distributed to threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -35,12 +35,13 @@
 namespace refdet {
 namespace {
 
-constexpr int kTile = 32;
-constexpr int64_t kRadixFrom = 200;  // fewer boxes use a comparison sort
+constexpr int kTile = 32;            // kept boxes compared at once
+constexpr int64_t kRadixFrom = 200;  // boxes from which radix sort is faster than a comparison sort
 constexpr int32_t kNone = -1;
 
 struct Ranked {
-  uint32_t key, index;
+  uint32_t key;    // descending_key of the score
+  uint32_t index;  // of the box, among those of its image
 };
 
 // A sort key, smaller for a higher score; -0 and +0 are equal.
@@ -74,7 +75,7 @@ void sort_by_key(std::vector<Ranked>& entries) {
   }
 }
 
-// Maps arbitrary ids to slots from 0, in ascending order: slot[i] is that of id(i).
+// Maps arbitrary ids to slots 0 to count - 1 in ascending order of the ids: slot[i] belongs to id(i).
 struct Slots {
   std::vector<uint32_t> slot;
   size_t count = 0;
@@ -85,7 +86,7 @@ struct Slots {
     int64_t low = id(0), high = low;
     for (size_t i = 1; i < n; ++i) low = std::min(low, id(i)), high = std::max(high, id(i));
     const uint64_t range = uint64_t(high) - uint64_t(low);  // may not fit into int64
-    if (range < 4 * uint64_t{n} + 256) {                    // the usual case; slots without an id stay empty
+    if (range < 4 * uint64_t{n} + 256) {                    // the usual case; ids that do not occur have unused slots
       for (size_t i = 0; i < n; ++i) slot[i] = static_cast<uint32_t>(uint64_t(id(i)) - uint64_t(low));
       count = range + 1;
       return;
@@ -116,21 +117,21 @@ struct Tile {
     area[size++] = box_area;
   }
 
-  // Whether the IoU of the box with any of these exceeds `limit`.
-  bool suppresses(const float* box, float box_area, float limit) const {
+  // Whether the IoU of `box` with a box of the tile exceeds `threshold`.
+  bool suppresses(const float* box, float box_area, float threshold) const {
     const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3];
     float overlaps[kTile], unions[kTile];
-    int32_t possible = 0;
+    int32_t possible = 0;  // whether some IoU may exceed the threshold
     for (int i = 0; i < kTile; ++i) {
       const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]), 0.0f);
       const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]), 0.0f);
       overlaps[i] = width * height;
       unions[i] = box_area + area[i] - overlaps[i];
-      possible |= static_cast<int32_t>(overlaps[i] >= limit * unions[i]) & static_cast<int32_t>(overlaps[i] > 0.0f);
+      possible |= static_cast<int32_t>(overlaps[i] >= threshold * unions[i]) & static_cast<int32_t>(overlaps[i] > 0.0f);
     }
     if (!possible) return false;
     int32_t hit = 0;
-    for (int i = 0; i < kTile; ++i) hit |= overlaps[i] / unions[i] > limit;
+    for (int i = 0; i < kTile; ++i) hit |= overlaps[i] / unions[i] > threshold;
     return hit;
   }
 };
@@ -140,7 +141,7 @@ class Kept {
  public:
   explicit Kept(size_t groups) : chains_(groups) {}
 
-  // Adds the box unless a kept one of its group suppresses it.
+  // Adds the box unless a kept box of its group suppresses it; returns whether it did.
   bool add(uint32_t group, const float* box, float threshold) {
     Chain& chain = chains_[group];
     const float area = area_of(box);
@@ -164,7 +165,7 @@ class Kept {
   std::vector<Tile> pool_;
 };
 
-// NMS of the boxes `members` (ascending) of one image.
+// Indices of the kept boxes of one image, best first; `members` are the indices of all its boxes, ascending.
 std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const int64_t* groups,
                                   const std::vector<uint32_t>& members, int64_t max_keep, float threshold) {
   const size_t n = members.size();
@@ -187,8 +188,8 @@ std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const
   return kept;
 }
 
-// Boxes of each image, by ascending image and index.
-std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) {
+// Indices of the boxes of each image, ascending; the images are in the order of their ids.
+std::vector<std::vector<uint32_t>> members_by_image(const int64_t* images, int64_t n) {
   if (!images) {
     std::vector<std::vector<uint32_t>> all(1, std::vector<uint32_t>(n));
     for (int64_t i = 0; i < n; ++i) all[0][i] = static_cast<uint32_t>(i);
@@ -200,12 +201,11 @@ std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) 
   return members;
 }
 
-// Indices of the kept boxes of each image, whose boxes are `members_of_image(images, n)`.
+// Indices of the kept boxes of each image, best first. `members_of(images, n)` lists the boxes of each image.
 template <typename Members>
 std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
                                                int64_t max_keep, const std::optional<at::Tensor>& groups,
-                                               const std::optional<at::Tensor>& images,
-                                               const Members& members_of_image) {
+                                               const std::optional<at::Tensor>& images, const Members& members_of) {
   const int64_t n = boxes.size(0);
   TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: too many boxes: ", n);
   const at::Tensor flat_boxes = boxes.contiguous(), flat_scores = scores.contiguous();
@@ -217,7 +217,7 @@ std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at
   const auto threshold = static_cast<float>(iou_threshold);
 
   const std::vector<std::vector<uint32_t>> members =
-      members_of_image(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
+      members_of(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
   std::vector<std::vector<int64_t>> kept(members.size());
   at::parallel_for(0, static_cast<int64_t>(members.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kept[i] = nms_of_image(box, score, group, members[i], max_keep, threshold);
@@ -228,7 +228,7 @@ std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at
 at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
                    const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
   check_nms(boxes, scores, iou_threshold, groups, images);
-  const auto kept = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_of);
+  const auto kept = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_by_image);
   int64_t total = 0;
   for (const auto& indices : kept) total += static_cast<int64_t>(indices.size());
   at::Tensor result = at::empty({total}, boxes.options().dtype(at::kLong));
@@ -250,12 +250,12 @@ std::tuple<at::Tensor, at::Tensor> nms_padded_cpu(const at::Tensor& boxes, const
   };
   const auto kept_of_image = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_below_count);
   const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
-  const at::Tensor counts = at::empty({count}, kept.options());
+  const at::Tensor kept_counts = at::empty({count}, kept.options());
   for (int64_t i = 0; i < count; ++i) {
     std::copy(kept_of_image[i].begin(), kept_of_image[i].end(), kept.mutable_data_ptr<int64_t>() + i * max_keep);
-    counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(kept_of_image[i].size());
+    kept_counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(kept_of_image[i].size());
   }
-  return {kept, counts};
+  return {kept, kept_counts};
 }
 
 }  // namespace

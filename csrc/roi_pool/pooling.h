@@ -18,7 +18,8 @@ namespace refdet {
 
 constexpr int64_t kMaxSide = 1024;  // limit of the cells on a side of a RoI, and of the samples on a side of a cell
 
-// Every operation is rounded separately, on the GPU too, so that a sample at the edge of the map is on the same side.
+// Every operation is rounded separately, on the GPU too, so that both agree whether a sample at the edge of the map is
+// inside or outside.
 REFDET_HOST_DEVICE inline float times(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -27,13 +28,15 @@ REFDET_HOST_DEVICE inline float times(float a, float b) {
 #endif
 }
 
-// Pooling options: `size` cells on a side; `samples` on a side of a cell, or 0 for adaptive sampling, at most kMaxSide
-// (RoIAlign); or `crop`, one sample per cell from corner to corner; `mean`: only the mean over the cells.
+// Pooling options.
 struct Sampling {
-  int64_t size, samples;
-  float stride;
-  bool crop, mean;
+  int64_t size;     // cells on a side of a RoI
+  int64_t samples;  // RoIAlign: samples on a side of a cell; 0 for adaptive sampling, up to kMaxSide
+  float stride;     // pixels of the network's input from one position of the map to the next
+  bool crop;        // not RoIAlign, but one sample per cell, the first and last at the edges of the RoI
+  bool mean;        // only the mean over the cells
 
+  // Cells on a side of the result.
   REFDET_HOST_DEVICE int64_t cells() const { return mean ? 1 : size; }
 
   // Largest number of positions that a cell can read along an axis of `limit` positions.
@@ -69,8 +72,9 @@ struct Taps {
   }
 };
 
-// Fills `taps`, of size capacity(limit), for a cell of a RoI from `low` to `high`, in pixels of the network's input.
-// Samples that are outside the map, NaN or infinite read nothing.
+// Fills `taps`, which has room for capacity(limit), for one cell along one axis, on which the RoI reaches from `low` to
+// `high`, in pixels of the network's input, and the map has `limit` positions. Samples that are outside the map, NaN or
+// infinite read nothing.
 REFDET_HOST_DEVICE inline void find_taps(const Sampling& sampling, float low, float high, int64_t cell, int64_t limit,
                                          Taps& taps) {
   low /= sampling.stride, high /= sampling.stride;
@@ -91,7 +95,7 @@ REFDET_HOST_DEVICE inline void find_taps(const Sampling& sampling, float low, fl
       if (!(coordinate >= -1 && coordinate <= last + 1)) continue;
       coordinate = coordinate < 0      ? 0
                    : coordinate > last ? last
-                                       : coordinate;  // up to 1 outside counts as the border, as in the original
+                                       : coordinate;  // up to 1 outside counts as the border, as in detectron2
     }
     const float floor = std::floor(coordinate), fraction = coordinate - floor;
     const auto position = static_cast<int32_t>(floor);

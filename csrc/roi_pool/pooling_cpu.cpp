@@ -47,7 +47,7 @@ struct Map {
         column_stride(x.stride(3)) {}
 };
 
-// The taps of all cells along an axis; those of cell i are [i * capacity, i * capacity + count[i]).
+// The taps of all cells along an axis; those of cell i are the elements [i * capacity, i * capacity + count[i]).
 struct Axis {
   int64_t capacity = 0;
   std::vector<int32_t> position, count;
@@ -65,7 +65,8 @@ struct Axis {
   }
 };
 
-// The inverse: the cells that read a position. Those of position[i] are [start[i], start[i + 1]).
+// The inverse of an Axis: the cells that read a position, and with which weights. Those of position[i] are the elements
+// [start[i], start[i + 1]) of `cell` and `weight`.
 struct Readers {
   std::vector<int32_t> position, start, cell;
   std::vector<float> weight;
@@ -95,7 +96,7 @@ struct Readers {
   }
 };
 
-// All cells of one RoI, in `vectors` vectors of channels; `out` has them row by row.
+// Pools all cells of one RoI, row by row, for `vectors` vectors of channels; `out` has map.channels values per cell.
 template <typename Lane, int vectors, typename T, typename Out>
 REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, Out* out) {
   constexpr int64_t kStep = sizeof(Lane) / sizeof(float);
@@ -119,6 +120,7 @@ REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axi
   }
 }
 
+// The same for all channels, in as few vectors as possible.
 template <typename T, typename Out>
 REFDET_INLINE void pool_roi(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, Out* out) {
   int64_t c = 0;
@@ -142,7 +144,8 @@ REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat1
   pool_roi(image, map, x, y, out);
 }
 
-// Adds the gradient of the cells of one RoI, `cells` on a side, to `vectors` vectors of channels of an image.
+// Adds the gradient of the cells of one RoI, `cells` on a side, to the gradient of an image, for `vectors` vectors of
+// channels.
 template <typename Lane, int vectors, typename T>
 REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, const Readers& y, const Map<float>& map,
                              float* image) {
@@ -171,7 +174,8 @@ REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, c
   }
 }
 
-// Adds the gradient of the RoIs of one image to its channels [begin, end); `pooled` is the gradient of all cells.
+// Adds the gradient of the RoIs of one image to the gradient of the image, for the channels [begin, end). `pooled` has
+// the gradient of the cells of all RoIs.
 template <typename T>
 REFDET_INLINE void add_rois(const T* pooled, int64_t cells, const std::vector<int64_t>& rois,
                             const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
@@ -201,7 +205,7 @@ REFDET_SIMD void add_all(const at::BFloat16* pooled, int64_t cells, const std::v
   add_rois(pooled, cells, rois, x, y, map, image, begin, end);
 }
 
-// Image index of each RoI.
+// Image index of each RoI (image index, x1, y1, x2, y2); raises an error for one outside the batch.
 std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
   std::vector<int64_t> images(rois.size(0));
   const float* roi = rois.const_data_ptr<float>();

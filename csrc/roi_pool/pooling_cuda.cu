@@ -36,13 +36,14 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 
-// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `capacity` times its index. Axis 0 is x.
+// The taps of all RoIs: a list for each RoI, axis and cell. List number (roi * 2 + axis) * cells + cell, with axis 0
+// for x, begins at element number * capacity of `position` and `weight`, and has count[number] taps.
 struct Lists {
   int32_t *position, *count;
   float* weight;
   int4* window;    // of each RoI the first and last column and the first and last row it reads; none: first > last
-  int64_t* image;  // of each RoI, -1 where it is not in the batch
-  int64_t capacity, cells;
+  int64_t* image;  // image index of each RoI, or -1 if it is out of range
+  int64_t capacity, cells;  // taps of a list, cells on a side of a RoI
 };
 
 // A map or its gradient: sizes, and strides of images, rows and columns.
@@ -55,7 +56,7 @@ struct alignas(sizeof(T) * vec_size) Pack {
   T value[vec_size];
 };
 
-// One block per RoI.
+// Fills the lists, the window and the image of one RoI per block.
 __global__ void tap_kernel(const float* rois, Sampling sampling, Shape map, Lists lists) {
   __shared__ int first[2], last[2];
   const int64_t roi = blockIdx.x;
@@ -81,7 +82,8 @@ __global__ void tap_kernel(const float* rois, Sampling sampling, Shape map, List
   }
 }
 
-// Adds the taps (row, column) of one cell to `sum`, those in rows begin, begin + step and so on.
+// Adds the taps (row, column) of one cell to `sum`, those in rows begin, begin + step and so on. `x` and `y` are the
+// numbers of the cell's lists.
 template <typename T, int vec_size>
 __device__ void add_taps(const T* image, const Shape& map, const Lists& lists, int64_t x, int64_t y, int begin,
                          int step, float* sum) {
@@ -106,7 +108,7 @@ __device__ void write(T* to, const float* sum) {
   *reinterpret_cast<Pack<T, vec_size>*>(to) = values;
 }
 
-// A block processes one RoI for one slice of channels, a warp every kWarps-th cell.
+// A block processes one RoI for one slice of channels, and each of its warps every kWarps-th cell.
 template <typename T, int vec_size>
 __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + threadIdx.x % kWarp) * vec_size;
@@ -145,13 +147,14 @@ __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   write<float, vec_size>(out + roi * map.channels + channel, sum);
 }
 
-// The weight with which a list reads a position; its positions ascend, so its index is at most `at` minus the first.
-__device__ float weight_at(const Lists& lists, int64_t list, int32_t at) {
+// The weight with which a list reads a position, or 0. The positions of a list ascend, so the index of `wanted` is at
+// most `wanted` minus the first position.
+__device__ float weight_at(const Lists& lists, int64_t list, int32_t wanted) {
   const int32_t count = lists.count[list], *position = lists.position + list * lists.capacity;
-  if (count == 0 || at < position[0]) return 0;
-  int32_t place = min(at - position[0], count - 1);
-  while (position[place] > at) --place;
-  return position[place] == at ? lists.weight[list * lists.capacity + place] : 0;
+  if (count == 0 || wanted < position[0]) return 0;
+  int32_t index = min(wanted - position[0], count - 1);
+  while (position[index] > wanted) --index;
+  return position[index] == wanted ? lists.weight[list * lists.capacity + index] : 0;
 }
 
 // A warp processes one position of the map for one slice of channels.
@@ -204,7 +207,8 @@ __global__ void pool_backward_kernel(const T* pooled, Shape map, Lists lists, Gr
 
 // ---- host code
 
-// The taps of all RoIs, computed on the device, and their memory: one tensor, as each costs the host microseconds.
+// The taps of all RoIs, computed on the device, and their memory: a single tensor, as each allocation costs the host
+// microseconds.
 struct Tables {
   at::Tensor memory;
   Lists lists;
@@ -212,7 +216,7 @@ struct Tables {
   Tables(const at::Tensor& rois, const Sampling& sampling, const Shape& map, cudaStream_t stream) {
     const int64_t count = rois.size(0), cells = sampling.cells(),
                   capacity = sampling.capacity(std::max(map.height, map.width));
-    const int64_t list_count = count * 2 * cells;  // lists
+    const int64_t list_count = count * 2 * cells;
     static_assert(sizeof(int4) == 4 * sizeof(int32_t) && sizeof(int64_t) == 2 * sizeof(int32_t));
     memory = at::empty({count * (4 + 2) + list_count * (2 * capacity + 1)}, rois.options().dtype(at::kInt));
     int32_t* const windows = memory.mutable_data_ptr<int32_t>();  // in descending order of alignment
@@ -238,6 +242,7 @@ bool fits_packs(const at::Tensor& map, int64_t vec_size) {
          map.stride(3) % vec_size == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
 }
 
+// Number of blocks for `work` items, `each` per block; raises an error if the grid would be too large.
 unsigned blocks(int64_t work, int64_t each) {
   const int64_t count = (work + each - 1) / each;
   TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "RoI pooling: ", work, " exceeds the limit of one call");
@@ -278,7 +283,7 @@ at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t si
   at::Tensor out = at::empty({rois.size(0), x.size(1), sampling.cells(), sampling.cells()}, x.options().dtype(type),
                              at::MemoryFormat::ChannelsLast);
   if (out.numel() == 0) return out;
-  blocks(rois.size(0), 1);
+  blocks(rois.size(0), 1);  // only to check the limit
   const Shape map{x.size(0), x.size(1), x.size(2), x.size(3), data.stride(0), data.stride(2), data.stride(3)};
   const Tables tables(boxes, sampling, map, stream);
   if (x.scalar_type() == at::kFloat) {
@@ -323,7 +328,7 @@ at::Tensor roi_pool_backward_cuda(const at::Tensor& gradient, const at::Tensor& 
   at::Tensor out = at::empty({shape[0], shape[2], shape[3], shape[1]}, gradient.options()).permute({0, 3, 1, 2});
   if (out.numel() == 0) return out;
   if (rois.size(0) == 0) return out.zero_();
-  blocks(rois.size(0), 1);
+  blocks(rois.size(0), 1);  // only to check the limit
   const Shape map{shape[0], shape[1], shape[2], shape[3], out.stride(0), out.stride(2), out.stride(3)};
   const Tables tables(boxes, sampling, map, stream);
   if (gradient.scalar_type() == at::kFloat) {

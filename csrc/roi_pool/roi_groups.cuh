@@ -13,7 +13,8 @@ struct Groups {
   int32_t *member, *first;
 };
 
-// One warp per image.
+// One warp per image: it counts the RoIs of earlier images, after which it lists those of its own image. RoIs whose
+// `image_of` is negative belong to no image.
 __global__ void group_kernel(const int64_t* image_of, int64_t rois, Groups groups) {
   const int64_t image = blockIdx.x;
   const int lane = threadIdx.x;
