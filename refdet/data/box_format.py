@@ -137,6 +137,7 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
 
 
 def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) -> str:
+    """Note about the order that was chosen for ``count`` boxes, and how many of them fit each order."""
     if misfits[xyxy] == misfits[xywh]:
         return (
             f"note: reading boxes as {FORMATS[xyxy].description}; if they are {FORMATS[xywh].description}, which "
@@ -144,8 +145,8 @@ def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) ->
         )
     chosen, other = (xywh, xyxy) if misfits[xywh] < misfits[xyxy] else (xyxy, xywh)
     return (
-        f"note: reading boxes as {FORMATS[chosen].description}, which {misfits[chosen]} of {count} do not fit; "
-        f"{misfits[other]} do not fit {FORMATS[other].description}"
+        f"note: reading boxes as {FORMATS[chosen].description}, which fits {count - misfits[chosen]} of {count}, "
+        f"rather than {FORMATS[other].description}, which fits {count - misfits[other]}"
     )
 
 
