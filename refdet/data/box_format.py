@@ -155,8 +155,8 @@ def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) ->
         )
     chosen, other = (xywh, xyxy) if misfits[xywh] < misfits[xyxy] else (xyxy, xywh)
     return (
-        f"note: reading boxes as {FORMATS[chosen].description}, which {misfits[chosen]} of {count} do not fit; "
-        f"{misfits[other]} do not fit {FORMATS[other].description}"
+        f"note: reading boxes as {FORMATS[chosen].description}, which fits {count - misfits[chosen]} of {count}, "
+        f"rather than {FORMATS[other].description}, which fits {count - misfits[other]}"
     )
 
 

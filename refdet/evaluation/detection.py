@@ -17,8 +17,9 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import box_and_mask_ap, coco_results, why_undefined
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.evaluation.regions_on_ray import regions_on_ray
+from refdet.extraction.load_ahead import load_ahead
 from refdet.extraction.options import check_count
-from refdet.extraction.pipeline import load_ahead, start_batch
+from refdet.extraction.pipeline import start_batch
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_share

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH_SIZE = {"cpu": 4, "cuda": 32}  # larger batches are not faster
 MEMORY_FRACTION = 0.8  # of free memory; the rest is for variation between images and for other processes
-CPU_IMAGE_BYTES = 2**30  # memory of an input of 600x1000 in the largest network, with a margin
+CPU_IMAGE_BYTES = 2**30  # memory per image on a CPU: an input of 600x1000 in the largest network, with a margin
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MeasuredBatch:
 
     Attributes:
         size: number of images.
-        peak_bytes: memory that a batch of the largest images takes at most, beyond what is allocated between batches.
+        peak_bytes: most memory that a batch of the largest images takes, beyond what is allocated between batches.
     """
 
     size: int
@@ -44,12 +44,12 @@ class MeasuredBatch:
 def auto_batch_size(
     detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
 ) -> int:
-    """The largest power of 2 images that fits into the memory of the detector's device, at most `MAX_BATCH_SIZE`.
+    """Find the largest power of 2 of images that fit into the memory of the detector's device, up to `MAX_BATCH_SIZE`.
 
-    On a GPU, `measure_batch_size` finds it.
+    On a GPU, `measure_batch_size` measures it; on a CPU, it is estimated from `CPU_IMAGE_BYTES`, and at least 1.
 
     Raises:
-        torch.cuda.OutOfMemoryError: even one image does not fit.
+        torch.cuda.OutOfMemoryError: not even one image fits into the memory of the GPU.
     """
     device = next(detector.model.parameters()).device
     if device.type == "cuda":
@@ -60,14 +60,15 @@ def auto_batch_size(
 def measure_batch_size(
     detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
 ) -> MeasuredBatch:
-    """The largest batch whose measured peak is at most `MEMORY_FRACTION` of a GPU's free memory.
+    """Find the largest batch whose measured peak is at most `MEMORY_FRACTION` of a GPU's free memory.
 
-    Batches of 1, 2, 4, ... random images of the largest size in `records` are computed, with a score threshold of 0 so
-    that ``options.max_regions`` is reached. Memory need not grow evenly, so only a measured size is returned; its
-    growth only decides whether the next size is tried. The model's profiler does not count the time.
+    Batches of 1, 2, 4, ... random images of the largest size in ``records`` are computed, with a score threshold of 0
+    so that ``options.max_regions`` is reached. Memory need not grow evenly, so only a size that was measured is
+    returned; the growth so far only decides whether the next size is tried. A single image is returned even if its peak
+    is higher. The model's profiler does not count the time.
 
     Raises:
-        torch.cuda.OutOfMemoryError: even one image does not fit.
+        torch.cuda.OutOfMemoryError: not even one image fits.
     """
     device = next(detector.model.parameters()).device
     sizes = [(input_size(r.height, r.width, detector.meta.recipe.input), r) for r in records]
@@ -115,11 +116,12 @@ def _without_profiler(model: MaskRCNN) -> Iterator[None]:
 
 
 def _expected_peak(peaks: Sequence[int]) -> int:
-    """The peak of the next size, twice the last, extrapolated from the last two peaks; at least the last peak."""
+    """Extrapolate the peak of the next size, twice the last one, from the last two peaks; at least the last peak."""
     return peaks[-1] if len(peaks) == 1 else peaks[-1] + 2 * max(peaks[-1] - peaks[-2], 0)
 
 
 def _power_of_2(count: float, limit: int) -> int:
+    """The largest power of 2 that exceeds neither ``count`` nor ``limit``; at least 1."""
     size = 1
     while size * 2 <= min(count, limit):
         size *= 2
@@ -127,12 +129,10 @@ def _power_of_2(count: float, limit: int) -> int:
 
 
 def split_on_oom(compute: Compute) -> Compute:
-    """Wrap `compute` to halve a batch when the GPU runs out of memory, and later batches of that size at once.
+    """Wrap ``compute`` to split a batch in halves, again and again, until it fits into the memory of the GPU.
 
-    Failed allocations in cuBLAS and cuDNN count as out of memory too.
-
-    Raises:
-        torch.cuda.OutOfMemoryError: even one image does not fit.
+    Later batches of a size that did not fit are split at once. Failed allocations in cuBLAS and cuDNN count as out of
+    memory too. The wrapped function raises torch.cuda.OutOfMemoryError if not even one image fits.
     """
     failed_size = sys.maxsize  # size of the smallest batch that did not fit
 
@@ -146,7 +146,7 @@ def split_on_oom(compute: Compute) -> Compute:
                 if len(batch) == 1:
                     raise
                 failed_size = len(batch)
-            # outside the handler, whose traceback keeps the tensors alive
+            # after the except block, in which the exception's traceback keeps the tensors alive
             torch.cuda.empty_cache()
         half = len(batch) // 2
         first, second = compute_halves(batch[:half], images[:half]), compute_halves(batch[half:], images[half:])

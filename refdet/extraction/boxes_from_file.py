@@ -25,14 +25,15 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 1 << 16  # boxes to check at once
+_ROWS_AT_ONCE = 1 << 16  # boxes of a store to check at once, to limit memory
+_MAX_NUMBER = 1e9  # larger coordinates and scores are refused as mistakes
 
 
 def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, exif: str = "ignore") -> GivenRegions:
     """Read and check the boxes of a file.
 
     Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
-    do in a wrong format. Anything else is an error, since features of wrong boxes are worse than none.
+    do in a wrong ``box_format``. All other problems are errors, since features of wrong boxes are worse than none.
 
     Args:
         path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, with
@@ -40,10 +41,11 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
             boxes, scores, categories, masks and annotation ids are used.
         index: the instances file with the images.
         box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
-        exif: "ignore" or "apply" the EXIF orientation of the images, as was done for those of a store.
+        exif: "ignore" or "apply" the EXIF orientation of the images; must be the same as for the images of a store.
 
     Returns:
-        The regions, with clipped half-open boxes ``x1 y1 x2 y2`` in pixels. Those of a store are read when requested.
+        The regions, with clipped half-open boxes ``x1 y1 x2 y2`` in pixels. The regions of a store, which stays open,
+        are read when they are requested.
 
     Raises:
         InputError: an image or category is not in the instances file; a box is not finite, has no area in float32 or is
@@ -58,8 +60,8 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
     if not isinstance(entries, list):
         raise InputError(f"`boxes` {path}: not a list of entries; give COCO results or a store (.h5)")
     records: list[ImageRecord] = []
-    rows: dict[int, list[int]] = {}  # image id -> positions of its entries
-    masks: dict[int, list[bytes]] = {}  # image id -> RLE counts
+    numbers: dict[int, list[int]] = {}  # image id -> positions of its entries in the list
+    masks: dict[int, list[bytes]] = {}  # image id -> RLE counts of each of its entries
     has_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
     for number, entry in enumerate(entries):
         with _add_entry_to_errors(path, number):
@@ -70,14 +72,14 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
                 rle = to_rle(entry["segmentation"], record.height, record.width)
                 masks.setdefault(record.id, []).append(rle["counts"])
         records.append(record)
-        rows.setdefault(record.id, []).append(number)
+        numbers.setdefault(record.id, []).append(number)
     boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     sizes = np.array([(record.width, record.height) for record in records], np.float64).reshape(-1, 2)
     format_name, warnings = resolve_box_format(box_format, boxes, sizes)
     for warning in warnings:
         level, _, text = warning.partition(": ")
         log.warning("%s: `boxes` %s: %s", level, path, text)
-    corners = FORMATS[format_name].to_pixels(boxes, sizes).astype(np.float32)  # as stored
+    corners = FORMATS[format_name].to_pixels(boxes, sizes).astype(np.float32)  # as in the store, where area may vanish
     for number in np.flatnonzero(~_has_area_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
             raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].description))
@@ -86,22 +88,22 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
 
     def for_image(record: ImageRecord) -> Regions:
-        indices = rows.get(record.id, [])
+        image_numbers = numbers.get(record.id, [])
         return Regions(
             record.id,
             record.file_name,
             record.height,
             record.width,
-            boxes=clipped[indices],
-            scores=scores[indices],
-            category_ids=categories[indices],
+            boxes=clipped[image_numbers],
+            scores=scores[image_numbers],
+            category_ids=categories[image_numbers],
             masks=tuple(masks.get(record.id, ())) if has_masks else None,
         )
 
     return GivenRegions(
-        for_image,
-        lambda image_id: len(rows.get(image_id, ())),
-        index.categories,
+        for_image=for_image,
+        count=lambda image_id: len(numbers.get(image_id, ())),
+        categories=index.categories,
         has_masks=has_masks,
         has_ann_ids=False,
         box_format=format_name,
@@ -115,23 +117,23 @@ def report_images_without_boxes(
 
     Args:
         path: the file.
-        count: returns the number of boxes of an image id.
+        count: returns the number of boxes of an image, given its id.
         records: the images.
-        say: called with the line.
+        say: called with a line if there are such images.
     """
-    images, empty = len(records), sum(not count(record.id) for record in records)
-    if empty == images:
-        say(f"`boxes` {path}: no boxes of the {format_count(images, 'image')}, so the store has no regions")
-    elif empty:
+    total, without_boxes = len(records), sum(not count(record.id) for record in records)
+    if without_boxes == total:
+        say(f"`boxes` {path}: no boxes of the {format_count(total, 'image')}, so the store has no regions")
+    elif without_boxes:
         say(
-            f"note: `boxes` {path}: {format_share(empty, images, 'image', 'has')} no boxes and so "
-            f"{agree(empty, 'gets')} no regions"
+            f"note: `boxes` {path}: {format_share(without_boxes, total, 'image', verb='has')} no boxes and so "
+            f"{agree(without_boxes, 'gets')} no regions"
         )
 
 
 @contextmanager
 def _add_entry_to_errors(path: Path, number: int) -> Iterator[None]:
-    """Add the file and the entry to error messages."""
+    """Add the file and the position of the entry to the messages of InputErrors in the block."""
     try:
         yield
     except InputError as error:
@@ -152,34 +154,48 @@ def _parse_entry(entry: Any, index: CocoIndex) -> ImageRecord:
         raise InputError(f"category {entry['category_id']} is not in {index.path}")
     box, score = entry.get("bbox"), entry.get("score", 1.0)
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise InputError(f"bbox must be four finite numbers [x, y, w, h], not {reprlib.repr(box)}")
+        raise InputError(
+            f"bbox must be four finite numbers [x, y, w, h] below {_MAX_NUMBER:g}, not {reprlib.repr(box)}"
+        )
     if not _is_number(score):
-        raise InputError(f"score must be a finite number, not {reprlib.repr(score)}")
+        raise InputError(f"score must be a finite number below {_MAX_NUMBER:g}, not {reprlib.repr(score)}")
     return record
 
 
 def _has_area_inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether boxes (N, 4) xyxy in pixels have area inside their images of (N, 2) width and height, (N,) bool."""
+    """Find the boxes that have area inside their images: (N,) bool.
+
+    Args:
+        corners: (N, 4) boxes ``x1 y1 x2 y2`` in pixels.
+        sizes: (N, 2) widths and heights of their images in pixels.
+    """
     low, high = corners[:, :2], corners[:, 2:]
     inside: np.ndarray = (low < high) & (low.clip(0) < np.minimum(high, sizes))
     return np.asarray(inside.all(axis=1))
 
 
-def _describe_misplaced(corners: np.ndarray, record: ImageRecord, format_text: str = "") -> str:
-    """Describe the problem of a box (4,) xyxy in pixels that has no area inside its image."""
+def _describe_misplaced(corners: np.ndarray, record: ImageRecord, format_description: str = "") -> str:
+    """Describe the problem of a box (4,) xyxy in pixels that has no area inside its image.
+
+    Args:
+        corners: the box.
+        record: the image.
+        format_description: the format that the box was read in; "" for the boxes of a store.
+    """
     box = ", ".join(f"{value:.7g}" for value in corners.tolist())
-    suffix = f", read as {format_text}," if format_text else ""
+    suffix = f", read as {format_description}," if format_description else ""
     if not (corners[:2] < corners[2:]).all():
         return f"box [{box}] (x1, y1, x2, y2){suffix} has no area"
     return f"box [{box}] (x1, y1, x2, y2){suffix} is outside its image of {record.width}x{record.height}"
 
 
 def _is_number(value: object) -> bool:
-    # an integer may be too large for a float
-    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
+    # the limit comes first, as isfinite fails for an integer that is too large for a float
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
+    """Open and check a store; arguments, result and errors are those of `load_boxes`."""
     source = store.open(path)
     try:
         _check_orientation(path, source, exif)
@@ -192,7 +208,7 @@ def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
 
     def for_image(record: ImageRecord) -> Regions:
         empty = Regions.empty(record.id, record.file_name, record.height, record.width)
-        if record.id not in source:
+        if record.id not in source:  # no regions, but with the columns of the other images
             ann_ids = np.zeros(0, np.int64) if source.has_ann_ids else None
             return replace(empty, masks=() if source.has_masks else None, ann_ids=ann_ids)
         stored = source.read(record.id, features=())
@@ -206,27 +222,31 @@ def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
         )
 
     return GivenRegions(
-        for_image,
-        lambda image_id: len(source.rows(image_id)) if image_id in source else 0,
-        {int(entry["id"]): str(entry["name"]) for entry in source.classes},
+        for_image=for_image,
+        count=lambda image_id: len(source.rows(image_id)) if image_id in source else 0,
+        categories=source.names,
         has_masks=source.has_masks,
         has_ann_ids=source.has_ann_ids,
     )
 
 
 def _check_orientation(path: Path, source: store.Store, exif: str) -> None:
-    """Check that a store's boxes are of images in the orientation in which they will be read."""
+    """Check that a store's boxes are of images in the orientation in which the images will be read."""
     stored_exif = source.options.get("exif", "ignore")
     if stored_exif != exif:
-        turned = stored_exif == "apply"
+        upright = stored_exif == "apply"
         raise InputError(
-            f"`boxes` {path}: its boxes are of images {'turned upright by' if turned else 'as stored, regardless of'} "
-            f"their EXIF orientation; {'add' if turned else 'omit'} `exif='apply'`"
+            f"`boxes` {path}: its boxes are of images {'turned upright by' if upright else 'as stored, regardless of'} "
+            f"their EXIF orientation; {'add' if upright else 'omit'} `exif='apply'`"
         )
 
 
 def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
-    """Check that a store's images are in the index, and its categories in its classes, and that boxes have area."""
+    """Check a store's images, boxes and categories.
+
+    Its images must be in the index with the same size, its boxes must have area inside their images, and their
+    categories must be classes of the store.
+    """
     for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
         record = index.images.get(image_id)
         if record is None:
@@ -240,15 +260,15 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
     for first in range(0, source.regions, _ROWS_AT_ONCE):
         boxes = source.data["regions/box"][first : first + _ROWS_AT_ONCE]
         rows = np.arange(first, first + len(boxes))
-        image_rows = np.searchsorted(source.region_start, rows, side="right") - 1
-        for row in np.flatnonzero(~_has_area_inside(boxes, sizes[image_rows])).tolist():
-            image_id = int(source.image_ids[image_rows[row]])
-            problem = _describe_misplaced(boxes[row], index.images[image_id])
+        images = np.searchsorted(source.region_start, rows, side="right") - 1  # position of the image of each box
+        for k in np.flatnonzero(~_has_area_inside(boxes, sizes[images])).tolist():
+            image_id = int(source.image_ids[images[k]])
+            problem = _describe_misplaced(boxes[k], index.images[image_id])
             raise InputError(f"`boxes` {path}: image {image_id}: {problem}")
         categories = source.data["regions/category_id"][first : first + _ROWS_AT_ONCE]
-        for row in np.flatnonzero(~np.isin(categories, list(source.names))).tolist():
-            image_id = int(source.image_ids[image_rows[row]])
+        for k in np.flatnonzero(~np.isin(categories, list(source.names))).tolist():
+            image_id = int(source.image_ids[images[k]])
             raise InputError(
-                f"`boxes` {path}: image {image_id}: category {categories[row]} is not in the classes of the store; "
+                f"`boxes` {path}: image {image_id}: category {categories[k]} is not in the classes of the store; "
                 "extract it again"
             )

@@ -21,15 +21,15 @@ from refdet.structures.regions import Regions
 def make_compute(
     detector: TrainedDetector, options: ExtractOptions, given_regions: Callable[[ImageRecord], Regions] | None
 ) -> Compute:
-    """The function that an extraction calls with each batch of one input size.
+    """Make the function that an extraction calls with each batch of images of one input size.
 
     Args:
         detector: loaded with ``for_inference=True``.
         options: what to compute.
-        given_regions: returns the regions of an image, without features; None to detect them.
+        given_regions: returns the regions of an image, without features; None to detect regions.
 
     Returns:
-        The function, which halves batches that do not fit into memory.
+        The function, which splits batches that do not fit into the memory of the GPU.
     """
     if given_regions is None:
         return split_on_oom(make_detect(detector, options, options.features, options.dtype))
@@ -39,11 +39,13 @@ def make_compute(
 def make_detect(
     detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
 ) -> Compute:
-    """The function that `refdet.extraction.pipeline.extract` calls to detect regions in a batch of one input size."""
-    ids, feature_dtype = detector.meta.category_ids, getattr(torch, dtype)
+    """Make the function that detects regions in a batch of images of one input size, and extracts their features."""
+    category_ids, feature_dtype = detector.meta.category_ids, getattr(torch, dtype)
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        return start_detecting(detector.model, images, batch, ids, options, features=features, dtype=feature_dtype)
+        return start_detecting(
+            detector.model, images, batch, category_ids, options, features=features, dtype=feature_dtype
+        )
 
     return compute
 
@@ -51,14 +53,14 @@ def make_detect(
 def _make_describe(
     detector: TrainedDetector, given_regions: Callable[[ImageRecord], Regions], options: ExtractOptions
 ) -> Compute:
-    """The function to call with a batch of one input size to extract the features of given regions."""
+    """Make the function that extracts the features of given regions in a batch of images of one input size."""
     dtype = getattr(torch, options.dtype)
-    label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
+    label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}  # 0: background
     predict_masks = options.masks == "predicted"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         regions = [given_regions(record) for record in batch]
-        labels = None
+        labels = None  # no masks are predicted
         if predict_masks:
             labels = [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions]
         boxes = [r.boxes for r in regions]

@@ -58,18 +58,20 @@ def extract_features(
         options: what to compute and write; the defaults of `ExtractOptions` if None.
         boxes: file of boxes to use instead of detections: COCO results JSON or another store.
         box_format: format of the boxes in ``boxes``, as in `refdet.extraction.boxes_from_file.load_boxes`.
-        batch_size: images per batch, or "auto" for as many as fit into memory; None for 4, or on a GPU "auto". It
+        batch_size: images per batch, or "auto" for as many as fit into memory; None for 4, or on a GPU "auto". An
+            extraction that is resumed keeps its batch size unless it is given as a number, which must be the same. It
             changes results only by rounding.
-        workers: threads that read images ahead; None for 2, or on a GPU 8, but not more than there are cores.
-        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
-        resume: continue an interrupted extraction into ``out``.
+        workers: threads that prefetch images; None for 2, or on a GPU for as many as there are cores, 2 to 8.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one. With ``ray``, "cpu", "cuda" or "auto".
+        resume: continue an interrupted extraction into ``out``, or if ``out`` is complete, compute its unusable images
+            that can now be read.
         part: "3/8" to compute the third of eight parts, while other processes compute the others into the same folder;
             the part that finishes last writes ``out``. A part resumes what was started, with or without ``resume``.
         ray: compute on all GPUs, or else CPUs, of a Ray cluster: "local" to start one on this machine, "auto" for the
             cluster that this machine belongs to, or an address "HOST:PORT".
-        strict: stop at an image that cannot be used, instead of recording the reason in its row.
+        strict: fail at an image that cannot be used, instead of recording the reason in its row.
         say: called with each warning.
-        announce: called with lines about the device, the images, the detector and the size of the store.
+        announce: called with each line about the device, the images, the detector and the size of the store.
 
     Returns:
         The numbers of images, regions and unusable images, and the time.
@@ -79,8 +81,8 @@ def extract_features(
             ``options``, or ``batch_size`` or ``workers`` is not an integer of 1 or more.
         InputError: the checkpoint is missing or is replaced while it is loaded, none of the images is found, ``out``
             exists, the extraction to resume was started with different settings, or the Ray cluster cannot be used.
-        RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
-            finished shards are kept.
+        RuntimeFailure: the device has too little memory for one image, no image could be used, an image could not be
+            used and ``strict`` is True (UnusableImageError), or the disk is full; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if batch_size != "auto":
@@ -91,7 +93,7 @@ def extract_features(
         check_address(ray)
         if part is not None:
             raise InputError(f"`part` {part}: not together with `ray`, which divides the work itself; give one of them")
-    resume_or_part = resume or part is not None
+    resume_or_part = resume or part is not None  # a part resumes whatever another part has started
     job = prepare(
         checkpoint,
         images,
@@ -145,13 +147,13 @@ def extract_features(
     compute = make_compute(detector, job.options, None if job.given_regions is None else job.given_regions.for_image)
     records = job.records
 
-    def batches(size: int) -> list[list[ImageRecord]]:
+    def make_batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)
 
     try:
         with detector.inference(), OrientationNote(job.source):
             size = (
-                job.plan.batch_size
+                job.plan.batch_size  # 0 unless `batch_size` is a number
                 or (resume_or_part and read_batch_size(out))
                 or (batch_size is None and default_batch_size(torch_device))
                 or auto_batch_size(detector, records, job.options, job.options.features)
@@ -163,7 +165,7 @@ def extract_features(
                     out,
                     plan,
                     job.header,
-                    batches,
+                    make_batches,
                     records,
                     job.source.read,
                     compute,
@@ -177,17 +179,17 @@ def extract_features(
                 out,
                 plan,
                 job.header,
-                batches(size),
+                make_batches(size),
                 records,
                 job.source.read,
                 compute,
-                resume,
-                workers,
+                resume=resume,
+                workers=workers,
                 strict=strict,
                 compute_seconds=profiler.seconds,
             )
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(
-            f"{torch_device} has too little memory for one image; finished images are kept: "
+            f"{torch_device} has too little memory for one image; finished shards are kept: "
             "free some memory and continue with `resume=True`"
         ) from error

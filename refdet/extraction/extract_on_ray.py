@@ -41,18 +41,19 @@ def extract_on_ray(
 
     Args:
         job: the extraction.
-        out: the store. Workers write their shards to its folder of shards if they see it, otherwise they send them.
+        out: the store. A worker that sees its folder of shards writes shards there; another one sends them to this
+            process.
         address: "local", "auto" or "HOST:PORT".
         device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
         batch_size: as in `refdet.extraction.extract.extract_features`.
-        workers: threads of each worker that read images ahead; None for the default of its device.
-        resume: continue an interrupted extraction.
-        strict: stop at an image that cannot be used.
+        workers: threads of each Ray worker that prefetch images; None for the default of its device.
+        resume: as in `refdet.extraction.extract.extract_features`.
+        strict: fail at an image that cannot be used.
         say: called with each warning.
-        announce: called with lines about the workers, the images, the detector and the size of the store.
+        announce: called with each line about the workers, the images, the detector and the size of the store.
 
     Returns:
-        Numbers and timings; those of the stages are means over the workers.
+        Numbers and timings; the seconds of the stages are means over the workers.
 
     Raises:
         InputError: the cluster cannot be used, or no worker sees the checkpoint and the images.
@@ -60,16 +61,16 @@ def extract_on_ray(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if resume and not strict and _is_complete(job, out):
-        return summarize_store(out, None, dict, read_batch_size(out) or 0)
+        return summarize_store(out, timer=None, compute_seconds=dict, batch_size=read_batch_size(out) or 0)
     with connect(address, device) as cluster:
         tools = DetectorTools.from_job(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
-            first = pool.start()
-            job = job.with_precision(first.precision, say)
-            for line in start_lines(job, pool.description(), first.kernels):
+            first_worker = pool.start()
+            job = job.with_precision(first_worker.precision, say)  # the pool refuses workers of another precision
+            for line in start_lines(job, pool.description(), first_worker.kernels):
                 announce(line)
             size = (
-                job.plan.batch_size
+                job.plan.batch_size  # 0 unless `batch_size` is a number
                 or (resume and read_batch_size(out))
                 or (batch_size is None and not cluster.gpus and CPU_BATCH_SIZE)
                 or pool.auto_batch_size()
@@ -85,8 +86,8 @@ def extract_on_ray(
                     batches,
                     job.records,
                     job.source.read,
-                    None,  # the workers compute
-                    resume,
+                    compute=None,  # the engine computes
+                    resume=resume,
                     strict=strict,
                     compute_seconds=lambda: engine.computing,
                     engine=engine,
@@ -100,7 +101,8 @@ def _is_complete(job: Job, out: Path) -> bool:
     if read_plan(shards_folder(out)) is not None or not out.exists():
         return False
     with store.open(out) as finished:
-        if finished.options.get("precision") != job.options.precision:  # unless the workers' GPUs lack it
+        # Whether this is another setting is known only once a worker has said which precision it supports.
+        if finished.options.get("precision") != job.options.precision:
             return False
         errors = finished.errors
     for record in job.records:

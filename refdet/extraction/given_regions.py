@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GivenRegions:
-    """Regions that are not detected.
+    """Regions of a list of images, to extract features for.
 
     Attributes:
         for_image: returns the regions of an image, without features.
-        count: returns the number of regions of an image id.
+        count: returns the number of regions of an image, given its id.
         categories: category id -> name.
         has_masks: whether all regions have masks.
         has_ann_ids: whether all regions have annotation ids.
@@ -41,11 +41,11 @@ class GivenRegions:
 
 
 def annotated_regions(image_list: ImageList, say: Callable[[str], object]) -> GivenRegions:
-    """The annotated objects of images.
+    """The annotated objects of images, without crowds, as regions.
 
     Args:
         image_list: the images.
-        say: called with a line about annotations that are not used.
+        say: called with a line if crowds are left out or there are no annotations.
 
     Raises:
         InputError: all annotations are crowds.
@@ -53,16 +53,16 @@ def annotated_regions(image_list: ImageList, say: Callable[[str], object]) -> Gi
     _check_crowds(image_list, say)
     index = image_list.index
     return GivenRegions(
-        lambda record: regions_from_annotations(record, index.annotations[record.id]),
-        lambda image_id: sum(not annotation.iscrowd for annotation in index.annotations[image_id]),
-        index.categories,
+        for_image=lambda record: regions_from_annotations(record, index.annotations[record.id]),
+        count=lambda image_id: sum(not annotation.iscrowd for annotation in index.annotations[image_id]),
+        categories=index.categories,
         has_masks=True,
         has_ann_ids=True,
     )
 
 
 def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
-    """Report the number of crowds, which are not used as regions; raise an InputError if all annotations are crowds."""
+    """Report the number of crowds, which are left out; raise an InputError if all annotations of the images are."""
     annotations = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
     crowds, path = sum(a.iscrowd for a in annotations), image_list.index.path
     if not annotations:
@@ -72,7 +72,7 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         subject = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         raise InputError(
             f"{path}: no regions, iscrowd is 1 on {subject} of the images (CVAT writes this for masks); "
-            "add `crowd_as_object=True` to use them as objects"
+            "add `crowd_as_object=True` to use crowds as objects"
         )
     elif crowds:
         say(
@@ -100,8 +100,9 @@ def regions_from_annotations(record: ImageRecord, annotations: Sequence[Annotati
     boxes = boxes.clip(0, [record.width, record.height] * 2)
     masks = []
     for annotation, (x1, y1, x2, y2) in zip(objects, boxes.tolist(), strict=True):
-        outline = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]
-        masks.append(coco_mask.merge([to_rle(outline, *size)])["counts"])
+        segmentation = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]  # polygon around the box
+        # merging encodes the counts again, as those in a file need not be encoded in the shortest way
+        masks.append(coco_mask.merge([to_rle(segmentation, *size)])["counts"])
     return Regions(
         record.id,
         record.file_name,

@@ -19,8 +19,8 @@ class ImageList:
 
     Attributes:
         records: the images, in the order of the store.
-        index: their instances file.
-        name: their source, as recorded in the store.
+        index: the instances file of the images.
+        name: where the images are from, such as "refcoco/unc/val", as recorded in the store.
         crowd_as_object: whether annotations of ``iscrowd`` 1 were read as objects.
     """
 
@@ -31,7 +31,7 @@ class ImageList:
 
     @classmethod
     def of_instances(cls, path: str | Path, *, crowd_as_object: bool = False) -> ImageList:
-        """All images of a COCO instances JSON, in its order.
+        """List all images of a COCO instances JSON, in its order.
 
         Args:
             path: the instances JSON.
@@ -54,7 +54,7 @@ class ImageList:
         splits: Sequence[str] = (),
         crowd_as_object: bool = False,
     ) -> ImageList:
-        """The images of the refs of a REFER dataset, by ascending id.
+        """List the images of the refs of a REFER dataset, by ascending id.
 
         Args:
             root: folder of the REFER data.
@@ -85,12 +85,12 @@ class ImageList:
         if unmatched:
             raise InputError(
                 f"{index.path}: lacks annotations of {format_count(len(unmatched), 'ref')}, first: ref "
-                f"{unmatched[0]['ref_id']} to {unmatched[0]['ann_id']}; download both files again"
+                f"{unmatched[0]['ref_id']} to annotation {unmatched[0]['ann_id']}; download both files again"
             )
         name = f"{dataset}/{split_by}/{','.join(chosen)}"
         return cls([index.images[i] for i in ids], index, name, crowd_as_object)
 
     def sha256(self) -> str:
-        """SHA-256 of the images: ids, names, sizes and order."""
+        """SHA-256 of the images' ids, file names, sizes and order; file contents are not read."""
         lines = (f"{r.id}\t{r.file_name}\t{r.height}\t{r.width}\n" for r in self.records)
         return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`Job`: an extraction after all checks that need no torch, the same whether one process or many compute it."""
+"""`Job`: an extraction that has passed all checks that need no torch, to be computed by one or many processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Job:
         meta: metadata of the detector.
         source: the files of the images, already located.
         given_regions: the regions to extract features for; None to detect them.
-        plan: what determines the store; its batch size is 0 unless one was requested.
+        plan: what determines the store; its batch size is 0 unless it was requested as a number.
         header: metadata of the store.
     """
 
@@ -58,7 +58,7 @@ class Job:
         """Check, after loading the weights, that the checkpoint is still the one whose hash the store records.
 
         Raises:
-            InputError: it has been replaced.
+            InputError: the checkpoint has been replaced since `prepare` read it.
         """
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
         from refdet.structures.provenance import file_sha256
@@ -67,11 +67,11 @@ class Job:
         if sha256 != self.plan.options["checkpoint_sha256"] or load_meta(self.checkpoint) != self.meta:
             raise InputError(
                 f"`checkpoint` {self.checkpoint}: was replaced while it was loaded, perhaps by a running training; "
-                "copy it and use the copy"
+                "copy the run directory and use the copy"
             )
 
     def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
-        """The job in a precision that the device supports; ``say`` is called if it is not the one requested."""
+        """Change the precision to one that the device supports; ``say`` is called with a line if it differs."""
         requested = self.options.precision
         if precision == requested:
             return self
@@ -101,7 +101,10 @@ def prepare(
     resume: bool,
     say: Callable[[str], object],
 ) -> Job:
-    """Check an extraction and plan it; see `refdet.extraction.extract.extract_features` for arguments and errors."""
+    """Check an extraction and plan it, without torch.
+
+    Arguments and errors are those of `refdet.extraction.extract.extract_features`; ``resume`` is True for a part too.
+    """
     checkpoint, boxes = Path(checkpoint), None if boxes is None else Path(boxes)
     if boxes is not None:
         options = replace(options, regions="boxes")
@@ -134,7 +137,7 @@ def prepare(
         say(
             f"note: `images` {images}: {format_share(len(missing), len(records), 'image')} of {image_list.name} "
             f"{agree(len(missing), 'is')} missing and {agree(len(missing), 'gets')} no regions"
-            f"{', unless they have them already' if resume else ''}; the first is {missing[0]}"
+            f"{', except those that have them already' if resume else ''}; the first is {missing[0]}"
         )
     given_regions = None
     if boxes is not None:
@@ -144,9 +147,10 @@ def prepare(
         given_regions = annotated_regions(image_list, say)
     _check_masks(options, meta, given_regions, checkpoint)
 
-    explicit = batch_size if isinstance(batch_size, int) else None
-    plan, header = _make_plan(image_list, given_regions, boxes, options, explicit, meta, checkpoint)
-    # whether the device supports the precision is known only after torch is imported
+    fixed_batch_size = batch_size if isinstance(batch_size, int) else 0
+    plan, header = _make_plan(image_list, given_regions, boxes, options, fixed_batch_size, meta, checkpoint)
+    # A precision that the device does not support will be replaced by float32, but that is known only after torch is
+    # imported. The precisions are compared when the extraction starts.
     check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given_regions, plan, header)
 
@@ -156,11 +160,11 @@ def _make_plan(
     given_regions: GivenRegions | None,
     boxes: Path | None,
     options: ExtractOptions,
-    batch_size: int | None,
+    batch_size: int,
     meta: CheckpointMetadata,
     checkpoint: Path,
 ) -> tuple[Plan, Header]:
-    """The plan of the extraction, and the header of the store."""
+    """Make the plan of the extraction, with a batch size of 0 if it is not chosen yet, and the header of the store."""
     from refdet.detector.checkpoint import MODEL, run_directory
     from refdet.detector.feature_names import FEATURE_MAP, region_features
     from refdet.structures.provenance import file_sha256
@@ -187,7 +191,7 @@ def _make_plan(
         plan_options |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
         if given_regions.box_format != "xywh":
             plan_options["box_format"] = given_regions.box_format
-    if options.exif != "ignore":  # the default is left out
+    if options.exif != "ignore":  # also only if set
         plan_options["exif"] = options.exif
     plan_options |= {
         "image_list": image_list.name,
@@ -207,7 +211,7 @@ def _make_plan(
         dtype=options.dtype,
         masks=masks,
         ann_ids=given_regions is not None and given_regions.has_ann_ids,
-        batch_size=batch_size or 0,
+        batch_size=batch_size,
         maps=tuple(name for name in options.features if name == FEATURE_MAP),
         compression=options.compression,
     )
@@ -217,7 +221,7 @@ def _make_plan(
 def _check_masks(
     options: ExtractOptions, meta: CheckpointMetadata, given_regions: GivenRegions | None, checkpoint: Path
 ) -> None:
-    """Raise InputError if masks cannot be predicted."""
+    """Raise InputError if masks are to be predicted but cannot be."""
     if options.masks != "predicted":
         return
     if given_regions is None:

@@ -1,4 +1,4 @@
-"""Read images in the order of a store, in groups, one group ahead of the one being written. No torch."""
+"""Read images in the order of a store, in groups: a thread reads the next group while one is written. No torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from refdet.store.schema import Columns
 from refdet.store.shard_images import ImageReader
 from refdet.structures.regions import Regions
 
-# Limits of a group. Copying features evicts the interpreter's own data and code from the processor's caches, so Python
-# code runs for several images in a row.
+# Limits of a group, unless a single image is larger. Reading many images before copying their features is faster, as
+# copying evicts the interpreter's data and code from the CPU's caches.
 _GROUP_BYTES, _GROUP_IMAGES = 2**23, 32
 _GROUPS_AHEAD = 1  # groups that are read while one is written
 
@@ -25,11 +25,11 @@ ReadImage = Regions | EncodedImage | RawImage
 
 
 class ImageToMerge(NamedTuple):
-    """An image of a finished shard or of an older store.
+    """An image of a finished shard or of the old store.
 
     Attributes:
-        row: its row in the store.
-        read: reads it with a reader.
+        row: row of the image in the new store.
+        read: reads the image, with the given reader if it is in a shard.
     """
 
     row: ImageRow
@@ -44,7 +44,7 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
         columns: columns of the store.
 
     Yields:
-        The images of the next group; they are valid until the next one is requested.
+        The images of the next group; their arrays are valid until the group after it is requested.
     """
     reader = ImageReader(columns, _GROUP_BYTES, _GROUPS_AHEAD + 1)
 
@@ -55,7 +55,7 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
     pool = ThreadPoolExecutor(1, "read shards")
     waiting: deque[Future[list[ReadImage]]] = deque()
     try:
-        for group in _groups(images, columns):
+        for group in _split_into_groups(images, columns):
             waiting.append(pool.submit(read, group))
             if len(waiting) > _GROUPS_AHEAD:
                 yield waiting.popleft().result()
@@ -66,17 +66,17 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
         reader.close()
 
 
-def _groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
-    region_size, itemsize = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
+def _split_into_groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
+    bytes_per_region, itemsize = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
     group: list[ImageToMerge] = []
-    size = 0
+    group_bytes = 0
     for image in images:
         row = image.row
-        image_size = row.regions * region_size + row.mask_bytes + math.prod(row.map_shape) * itemsize
-        if group and (size + image_size > _GROUP_BYTES or len(group) == _GROUP_IMAGES):
+        image_bytes = row.regions * bytes_per_region + row.mask_bytes + math.prod(row.map_shape) * itemsize
+        if group and (group_bytes + image_bytes > _GROUP_BYTES or len(group) == _GROUP_IMAGES):
             yield group
-            group, size = [], 0
+            group, group_bytes = [], 0
         group.append(image)
-        size += image_size
+        group_bytes += image_bytes
     if group:
         yield group

@@ -25,11 +25,11 @@ class ExtractOptions(DetectionOptions):
     """What an extraction computes and writes. The inherited thresholds apply to detections only.
 
     Attributes:
-        regions: "detections", "annotations" (the annotated objects of the images) or "boxes" (of a file).
+        regions: "detections", "annotations" (the annotated objects of the images) or "boxes" (from a file).
         features: names of the features to write, from `refdet.detector.feature_names`.
         dtype: type of the features in the store, "float32" or "float16".
         precision: arithmetic of the network, "float32", "tf32" or "bfloat16".
-        masks: masks of annotations and boxes: their own ("annotated") or the detector's ("predicted").
+        masks: masks of annotations and boxes: their own ("annotated") or those of the detector ("predicted").
         compression: of features and maps in the store: "none", "gzip" or "lzf".
         exif: "ignore" or "apply" the EXIF orientation of the images.
         crowd_as_object: whether the image list was read with crowd annotations as objects.
@@ -57,7 +57,8 @@ class ExtractOptions(DetectionOptions):
         object.__setattr__(self, "features", tuple(dict.fromkeys(names)))  # without duplicates
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:  # a dtype of NumPy equals its name
+            # np.dtype("float32") == "float32", but could not be stored, so the type is checked too
+            if not isinstance(value, str) or value not in choices:
                 raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {value!r}")
         if self.crowd_as_object not in (True, False):
             raise ArgumentError("crowd_as_object", f"must be a bool, not {self.crowd_as_object!r}")

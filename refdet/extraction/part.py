@@ -1,7 +1,7 @@
-"""`Part`: the share of one of several processes that compute an extraction without Ray, and its files. No torch.
+"""`Part`: the share of one of several processes that compute an extraction without Ray. No torch.
 
-The parts share the folder of the shards. ``parts.json`` holds the number of parts, ``part-3.lock`` is held by the
-process that computes part 3, and ``part-3.json`` holds its progress.
+The parts share the folder of the shards. In it, ``parts.json`` holds the number of parts, ``part-3.lock`` is locked by
+the process that computes part 3, and ``part-3.json`` holds the progress of part 3.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from refdet.files.short_text import format_count
 PARTS = "parts.json"
 MAX_PARTS = 100_000
 _LOCK_NAME, _STATE_NAME = re.compile(r"part-(\d{1,6})\.lock"), re.compile(r"part-(\d{1,6})\.json")
-_LOCK_TIMEOUT = 1.0  # seconds; `_is_running` holds a lock for a moment
+_LOCK_TIMEOUT = 1.0  # seconds to wait for a part's lock, which `_is_running` of another process may hold for a moment
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part ``number`` of ``count``; it computes the shards ``number - 1``, ``number - 1 + count``, ...
+    """Part ``number`` of ``count``, which computes the shards ``number - 1``, ``number - 1 + count``, ...
 
-    Neighboring shards have images of similar sizes, so all parts take about as long.
+    Shards with consecutive numbers have images of similar sizes, so all parts take about the same time.
 
     Attributes:
         number: number of the part, from 1.
@@ -47,7 +47,7 @@ class Part:
         """Parse "3/8".
 
         Raises:
-            InputError: it is not K/N with K from 1 to N.
+            InputError: it is not K/N with K from 1 to N, or N exceeds `MAX_PARTS`.
         """
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if match and 1 <= int(match[1]) <= int(match[2]) <= MAX_PARTS:
@@ -65,12 +65,15 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def shards(self, shard_count: int) -> range:
-        """Numbers of its shards, of ``shard_count`` in total."""
+        """Numbers of the shards of this part, of ``shard_count`` in total."""
         return range(self.number - 1, shard_count, self.count)
 
     @contextmanager
     def lock(self, folder: Path) -> Iterator[bool]:
         """Hold the lock of this part within the block.
+
+        Yields:
+            Whether the part is locked; False on a file system without locks.
 
         Raises:
             Locked: another process is computing this part.
@@ -88,23 +91,27 @@ class Part:
         self.check(folder)
 
     def check(self, folder: Path) -> None:
-        """Raise an InputError if a folder was started with another number of parts."""
+        """Raise an InputError if an extraction was started in the folder with another number of parts."""
         count = read_part_count(folder)
         if count not in (None, self.count):
             raise InputError(
                 f"`part` {self}: {folder} was started in {format_count(count or 0, 'part')}; use the same number, or "
-                "finish it in one process with `resume=True`"
+                "finish the extraction in one process with `resume=True`"
             )
 
     def write_progress(self, folder: Path, **state: Any) -> None:
-        """Write the progress of this part for `read_progress_of_parts`; ignored if the file cannot be written."""
+        """Write the progress of this part for `read_progress_of_parts`, unless the file cannot be written."""
         owner = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):
             write_json(folder / f"part-{self.number}.json", owner | state | {"updated": time.time()})
 
 
 def read_part_count(folder: Path) -> int | None:
-    """The number of parts that a folder was started with, None if it was not started in parts."""
+    """Read the number of parts recorded in a folder, None if its extraction was not started in parts.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if not os.path.lexists(folder / PARTS):
         return None
     try:
@@ -121,12 +128,12 @@ def lock_all_parts(folder: Path) -> Iterator[None]:
     """Hold the locks of all parts that were ever started in a folder within the block.
 
     Raises:
-        Locked: another process is computing one of them.
+        Locked: another process is computing one of the parts.
     """
     with ExitStack() as stack:
         for path in sorted(folder.glob("part-*.lock")):
             if match := _LOCK_NAME.fullmatch(path.name):
-                part = Part(int(match[1]), read_part_count(folder) or int(match[1]))
+                part = Part(int(match[1]), read_part_count(folder) or int(match[1]))  # the count is only for messages
                 stack.enter_context(part.lock(folder))
         yield
 
@@ -138,8 +145,8 @@ def read_progress_of_parts(folder: Path) -> list[dict[str, Any]]:
         folder: folder of the shards.
 
     Returns:
-        The objects that `Part.write_progress` wrote, by part number, with the "state" "stopped" if the process ended
-        without finishing its part.
+        The objects that `Part.write_progress` wrote, in the order of the parts. The "state" of a part whose process
+        ended without finishing it is "stopped".
     """
     states = {}
     for path in folder.glob("part-*.json"):

@@ -1,4 +1,4 @@
-"""`PartShards` and `PartSession`: the shards of one part of an extraction, and its progress. No torch."""
+"""`PartShards` and `PartTimer`: the shards of one part of an extraction, and the progress of the part. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.summary import Summary
-from refdet.extraction.timing import Session
+from refdet.extraction.timing import Timer
 from refdet.store import Header
 
 
@@ -26,41 +26,36 @@ class PartShards(ShardSet):
         saved_plan: Mapping[str, Any],
         part: Part,
     ) -> None:
-        self.part, self.shard_numbers = part, part.shards(len(shards))
-        super().__init__(out, plan, header, shards, saved_plan=saved_plan, shard_numbers=self.shard_numbers)
+        self.part = part
+        super().__init__(out, plan, header, shards, saved_plan=saved_plan, shard_numbers=part.shards(len(shards)))
 
     def discard(self, numbers: Sequence[int]) -> None:
-        """Remove finished shards, to compute them again."""
+        """Remove the files of the given shards, if they are finished, to compute them again."""
         for number in numbers:
             self._path(number).unlink(missing_ok=True)
             self._rows.pop(number, None)
 
-    @property
-    def images(self) -> int:
-        """Number of images in its shards, finished or not."""
-        return sum(len(batch) for number in self.shard_numbers for batch in self.shards[number])
-
-    def summary(self, session: Session, compute_seconds: dict[str, float]) -> Summary:
-        """The numbers of this part, whose store is not written yet."""
-        rows = [row for rows in self._rows.values() for row, _ in rows]
-        size = sum(path.stat().st_size for path in map(self._path, self._rows) if path.exists())
+    def summary(self, timer: Timer, compute_seconds: dict[str, float]) -> Summary:
+        """Summarize this part, whose store is not written yet."""
+        rows = [row for shard in self._rows.values() for row, _ in shard]
+        num_bytes = sum(path.stat().st_size for path in map(self._path, self._rows) if path.exists())
         return Summary(
             images=len(rows),
             regions=sum(row.regions for row in rows),
             errors=len(self.errors),
-            computed=session.images,
-            seconds=session.seconds,
-            bytes=size,
-            images_per_second=session.images / session.seconds if session.images else 0.0,
-            stages=session.stages,
+            computed=timer.images,
+            seconds=timer.seconds,
+            bytes=num_bytes,
+            images_per_second=timer.images / timer.seconds if timer.images else 0.0,
+            stages=timer.stages,
             batch_size=self.plan.batch_size,
             computing=compute_seconds,
             merged=False,
         )
 
 
-class PartSession(Session):
-    """Timing of one part, which other processes can read while it runs."""
+class PartTimer(Timer):
+    """Timing of one part, which also writes the part's progress for other processes to read."""
 
     def __init__(self, shard_set: PartShards) -> None:
         self._shard_set = shard_set
@@ -68,7 +63,7 @@ class PartSession(Session):
         self.report("computing")
 
     def record_shard(self, images: int) -> None:
-        """Like `Session.record_shard`, and report the progress."""
+        """Like `Timer.record_shard`, and report the progress."""
         super().record_shard(images)
         self.report("computing")
 

@@ -1,10 +1,10 @@
 """Extraction in parts: processes that share nothing but a folder compute the shards of one store. No torch.
 
-Which shards a part computes depends on nothing but its number, a shard is written atomically, and the same shard has
-the same contents whoever computes it, so the store is correct even on file systems without locks. Where there are
-locks, they keep two processes from computing the same part, and a part from starting during a merge: a part holds its
-own lock as long as it runs, and the folder's for a moment when it starts and while it merges. Under the folder's lock
-other processes can only add shards, so none of them is computing once all shards exist.
+Which shards a part computes depends only on its number and the number of parts, a shard is written atomically, and a
+shard has the same contents whichever process computes it, so the store is correct even on file systems without locks.
+Where there are locks, they keep two processes from computing the same part, and a part from starting during a merge: a
+part holds its own lock as long as it runs, and the lock of the folder for a moment when it starts, and while it merges.
+While one process holds the lock of the folder, others can only add shards, so once all shards exist none is computing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.part import Part
-from refdet.extraction.part_shards import PartSession, PartShards
+from refdet.extraction.part_shards import PartShards, PartTimer
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import find_retries
@@ -43,7 +43,7 @@ from refdet.extraction.shard_folder import (
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
-from refdet.extraction.timing import Session
+from refdet.extraction.timing import Timer
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
 from refdet.files.lock import Locked, exclusive_lock
 from refdet.files.short_text import format_count, format_share
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 MERGING = "merging.json"  # names the merging part; keeps others from merging on file systems without locks
 _LOCK_TIMEOUT = 60.0  # seconds to wait while another part starts or merges
-_SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # finished or temporary
+_SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # file name of a finished or, with a dot, of a temporary shard
 
 MakeBatches = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
 
@@ -74,10 +74,10 @@ def extract_part(
     strict: bool = False,
     compute_seconds: Callable[[], dict[str, float]] = dict,
 ) -> Summary:
-    """Compute the shards of one part, and write the store if those of all other parts are finished.
+    """Compute the shards of one part, and write the store if the shards of all other parts are finished.
 
-    Finished shards are kept and not computed again, whoever computed them, with the exception of images that were
-    unusable and can now be read.
+    Finished shards are kept and not computed again, whichever process computed them, except those with unusable images
+    that can now be read.
 
     Args:
         out: the store, at a path that all parts see.
@@ -88,8 +88,8 @@ def extract_part(
         load: as in `refdet.extraction.pipeline.extract`.
         compute: as in `refdet.extraction.pipeline.extract`.
         part: the part to compute.
-        fixed_batch_size: whether the batch size of the plan was requested. Otherwise all parts use that of the part
-            that started first.
+        fixed_batch_size: whether the batch size of the plan was requested, so that another one in the folder is an
+            error. Otherwise all parts use the batch size of the part that started first.
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
@@ -99,24 +99,24 @@ def extract_part(
         Numbers and timings: of the store if it is written, otherwise of this part.
 
     Raises:
-        InputError: other parts, or ``out``, have other settings or another number of parts; another process computes
-            the same part or all images.
+        InputError: other parts, or ``out``, have other settings or another number of parts; or another process is
+            computing the same part or all images.
         RuntimeFailure: as `refdet.extraction.pipeline.extract`; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    session: PartSession | None = None
+    timer: PartTimer | None = None  # stays None if the store is complete
     with open_part(out, plan, header, make_batches, part, fixed_batch_size, shard_images) as shard_set:
         if shard_set is not None:
-            session = PartSession(shard_set)
-            with interruptible(shard_set, shard_set.images):
-                shard_numbers = _shards_to_compute(shard_set, find_retries(shard_set, records, load, strict))
-                with session.computing():
-                    compute_shards(shard_set, shard_numbers, session, load, compute, workers, strict)
-                session.report("finished")
-                merged = _merge_if_last(shard_set, records, session, compute_seconds)
+            timer = PartTimer(shard_set)
+            with interruptible(shard_set):
+                shard_numbers = _claim_shards(shard_set, find_retries(shard_set, records, load, strict))
+                with timer.computing():
+                    compute_shards(shard_set, shard_numbers, timer, load, compute, workers, strict)
+                timer.report("finished")
+                merged = _merge_if_last(shard_set, records, timer, compute_seconds)
             if not merged:
-                return shard_set.summary(session, compute_seconds())
-    return summarize_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
+                return shard_set.summary(timer, compute_seconds())
+    return summarize_store(out, timer, compute_seconds, read_batch_size(out) or plan.batch_size)
 
 
 @contextmanager
@@ -137,15 +137,15 @@ def open_part(
         header: metadata of the store.
         make_batches: divides the images into batches of at most a given size.
         part: the part to compute.
-        fixed_batch_size: whether to refuse a batch size other than the plan's.
+        fixed_batch_size: whether to refuse an extraction that was started with another batch size than the plan's.
         shard_images: number of images at which a shard is complete.
 
     Yields:
         The shards of the part, or None if ``out`` is already complete.
 
     Raises:
-        InputError: other parts, or ``out``, have other settings or another number of parts; another process computes
-            the same part or all images.
+        InputError: other parts, or ``out``, have other settings or another number of parts; or another process is
+            computing the same part or all images.
         RuntimeFailure: the disk is full.
     """
     folder = shards_folder(out)
@@ -153,15 +153,16 @@ def open_part(
         stack.enter_context(report_disk_full(folder, "free some space and run it again"))
         with _lock_folder(folder):
             stack.enter_context(part.lock(folder))
-            saved_plan = check_resumable(out, plan if fixed_batch_size else replace(plan, batch_size=0), header, True)
+            compared_plan = plan if fixed_batch_size else replace(plan, batch_size=0)  # 0: any batch size
+            saved_plan = check_resumable(out, compared_plan, header, resume=True)
             if saved_plan is None and out.exists():
-                stack.close()
+                stack.close()  # unlock the part before the file of its lock is removed
                 remove_owned_files(folder)
                 yield None
                 return
             part.record_count(folder)
             check_merged_file(out)
-            if not out.exists():  # a later file must not be taken for the merged one
+            if not out.exists():  # a later file at `out` could get a recorded inode and be taken for the merged store
                 (folder / MERGED).unlink(missing_ok=True)
             plan, shards, saved_plan = _agree_on_plan(folder, plan, header, make_batches, shard_images)
             for path in folder.glob(".*.shard"):  # left by a process that was killed
@@ -171,17 +172,17 @@ def open_part(
         # Without the folder's lock, so that other parts can start while all finished shards are read.
         try:
             shard_set: PartShards | None = PartShards(out, plan, header, shards, saved_plan, part)
-        except (OSError, InputError):
+        except (OSError, InputError):  # expected only if another part merges and removes the shards meanwhile
             if read_plan(folder) is not None:
                 raise
-        if read_plan(folder) is None:  # another part has merged them meanwhile
+        if read_plan(folder) is None:  # another part has merged all shards meanwhile
             shard_set = None
         yield shard_set
 
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which another part may be removing after a merge."""
+    """Create a folder and hold its lock within the block, retrying if another part removes the folder after a merge."""
     with ExitStack() as stack:
         for is_last_attempt in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,11 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 def _agree_on_plan(
     folder: Path, plan: Plan, header: Header, make_batches: MakeBatches, shard_images: int
 ) -> tuple[Plan, list[Shard], dict[str, Any]]:
-    """Write ``plan.json``, unless another part has; returns the plan and shards in it, and its contents."""
+    """Write ``plan.json``, unless another part has written it, and adopt its batch size.
+
+    Returns:
+        The plan with that batch size, its shards, and the contents of ``plan.json``.
+    """
     shards = split_into_shards(make_batches(plan.batch_size), shard_images)
     if read_plan(folder) is None:
         write_json_once(folder / PLAN, plan.to_json(shards, header))
@@ -211,9 +216,12 @@ def _agree_on_plan(
     return plan, shards, saved_plan
 
 
-def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
-    """Missing shards of a part, and those to compute again, which are removed so that no other part merges them."""
-    numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
+def _claim_shards(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
+    """List the shards of a part to compute: missing ones, and those with images to try again.
+
+    The latter are removed from the folder, so that no other part merges them meanwhile.
+    """
+    numbers = shard_set.missing_shards(retry_ids)
     if retry_ids:
         with exclusive_lock(shard_set.folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
@@ -223,15 +231,19 @@ def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
 def _merge_if_last(
     shard_set: PartShards,
     records: Sequence[ImageRecord],
-    session: Session,
+    timer: Timer,
     compute_seconds: Callable[[], dict[str, float]],
 ) -> bool:
-    """Write the store if all shards are finished; returns whether it is written."""
+    """Write the store if all shards are finished.
+
+    Returns:
+        Whether the store is written, by this or another part.
+    """
     folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
         with exclusive_lock(folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
-            if saved_plan is None:  # another part has merged them meanwhile
+            if saved_plan is None:  # another part has merged all shards meanwhile
                 remove_owned_files(folder)
                 return True
             finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
@@ -244,8 +256,9 @@ def _merge_if_last(
                     out,
                 )
                 return False
-            owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
-            if not write_json_once(folder / MERGING, owner) and not locked:
+            merging_process = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
+            # With the lock, the file can only be left by a process that was killed.
+            if not write_json_once(folder / MERGING, merging_process) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
             # left by processes that were killed
@@ -255,14 +268,14 @@ def _merge_if_last(
             if damaged := all_shards.missing_shards():
                 raise _damaged_shards_error(folder, damaged, shard_set.part.count)
             if len(all_shards.errors) == len(records):
-                raise none_usable_error(all_shards.errors, f"finished shards are kept in {folder}")
-            with session.timed("merge"):
+                raise none_usable_error(all_shards.errors, kept=f"finished shards are kept in {folder}")
+            with timer.timed("merge"):
                 all_shards.merge(
                     records,
-                    lambda: run_information(shard_set, session, compute_seconds) | {"parts": shard_set.part.count},
+                    lambda: run_information(shard_set, timer, compute_seconds) | {"parts": shard_set.part.count},
                 )
             return True
-    except Locked:
+    except Locked:  # until the timeout, so another part is merging
         log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
         return False
     except FileNotFoundError:

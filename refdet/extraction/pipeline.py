@@ -1,11 +1,11 @@
 """Extraction pipeline, independent of how regions are computed. No torch.
 
-Four stages overlap, the last two in order:
+Four stages run at the same time, each on a later batch than the next stage:
 
-1. threads load images;
-2. the main thread computes;
+1. several threads load images;
+2. the main thread starts computing batches;
 3. one thread finishes batches: masks to RLE, and regions to arrays;
-4. one thread writes shards.
+4. one thread writes batches to shards.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -27,13 +26,14 @@ import numpy as np
 from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, Interrupted, RuntimeFailure, UnusableImageError
+from refdet.errors import Interrupted, RuntimeFailure, UnusableImageError
+from refdet.extraction.load_ahead import load_ahead
 from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
-from refdet.extraction.timing import Session
+from refdet.extraction.timing import Timer
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count, format_share
 from refdet.interrupt import as_keyboard_interrupt
@@ -43,9 +43,8 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-SHARD_IMAGES = 32  # the most work that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
-_PIXELS_AHEAD = 1 << 28  # maximum number of pixels of prefetched images; 0.8 GB
-# Computed batches that wait to be finished. With those being computed and finished, 4 are in GPU memory.
+SHARD_IMAGES = 32  # images that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
+# Batches that wait between stages 2 and 3. With the one that each of these stages handles, 4 are in GPU memory.
 _MAX_QUEUED = 2
 
 
@@ -62,7 +61,7 @@ def extract(
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
     compute_seconds: Callable[[], dict[str, float]] = dict,
-    engine: Callable[[ShardSet, Sequence[int], Session], object] | None = None,
+    engine: Callable[[ShardSet, Sequence[int], Timer], object] | None = None,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -78,14 +77,15 @@ def extract(
             of the batch. Returns a function that is called once, in another thread and in batch order, and returns the
             `Regions` of each image; thread-local state (``torch.inference_mode``, CUDA stream) is not passed on to that
             thread. None with an ``engine``.
-        resume: continue from finished shards. If the store is finished, retry its unusable images, with the other
-            images of their batches.
+        resume: continue from finished shards. Unusable images that can now be read are computed again: in an unfinished
+            extraction with their shard (`refdet.extraction.repair.find_retries`), in a complete store with their batch
+            (`refdet.extraction.repair.repair`).
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
         compute_seconds: called at the end; returns the seconds per part of the network.
-        engine: called instead of `compute_shards` with the shards, the numbers of those to compute, and the session.
-            This process merges the shards that it computes.
+        engine: called instead of `compute_shards` to compute shards in other processes, with the `ShardSet`, the
+            numbers of the shards to compute, and the `Timer`. This process merges the shards into the store.
 
     Returns:
         Numbers and timings.
@@ -100,46 +100,45 @@ def extract(
         assert compute is not None
         engine = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
     compute_and_merge = partial(_compute_and_merge, records, engine, compute_seconds)
-    session: Session | None = None
+    timer: Timer | None = None  # stays None if there is nothing to compute
     counts = f"{format_count(len(records), 'image')} in {format_count(len(batches), 'batch')}"
     log.info("%s; options %s", counts, plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
-            session = compute_and_merge(
-                shard_set, shard_set.missing_shards(find_retries(shard_set, records, load, strict))
-            )
-    if shard_set is None:
-        with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
-            if repaired is not None:
-                session = compute_and_merge(repaired, repaired.missing_shards())
-    return summarize_store(out, session, compute_seconds, plan.batch_size)
+            retry_ids = find_retries(shard_set, records, load, strict)
+            timer = compute_and_merge(shard_set, shard_set.missing_shards(retry_ids))
+    if shard_set is None:  # the store is complete; only unusable images may be left to compute
+        with repair(out, plan, header, batches, records, load, strict, shard_images) as repair_shards:
+            if repair_shards is not None:  # None: no unusable image can be read now
+                timer = compute_and_merge(repair_shards, repair_shards.missing_shards())
+    return summarize_store(out, timer, compute_seconds, plan.batch_size)
 
 
 def _compute_and_merge(
     records: Sequence[ImageRecord],
-    engine: Callable[[ShardSet, Sequence[int], Session], object],
+    engine: Callable[[ShardSet, Sequence[int], Timer], object],
     compute_seconds: Callable[[], dict[str, float]],
     shard_set: ShardSet,
     shard_numbers: Sequence[int],
-) -> Session:
-    """Compute shards and merge them into the store."""
-    session = Session(shard_set.folder)
-    with interruptible(shard_set, len(records)):
-        with session.computing():
-            engine(shard_set, shard_numbers, session)
+) -> Timer:
+    """Compute the shards with the given numbers, and merge all shards of the set into the store."""
+    timer = Timer(shard_set.folder)
+    with interruptible(shard_set):
+        with timer.computing():
+            engine(shard_set, shard_numbers, timer)
         if shard_set.errors and len(shard_set.errors) == len(records):
-            raise none_usable_error(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
-        with session.timed("merge"):
-            shard_set.merge(records, lambda: run_information(shard_set, session, compute_seconds))
-    return session
+            raise none_usable_error(shard_set.errors, kept=f"finished shards are kept in {shard_set.folder}")
+        with timer.timed("merge"):
+            shard_set.merge(records, lambda: run_information(shard_set, timer, compute_seconds))
+    return timer
 
 
 def run_information(
-    shard_set: ShardSet, session: Session, compute_seconds: Callable[[], dict[str, float]]
+    shard_set: ShardSet, timer: Timer, compute_seconds: Callable[[], dict[str, float]]
 ) -> dict[str, Any]:
     """Information about a run for the store, JSON: its timing and batch size."""
     return {
-        **session.summary(),
+        **timer.summary(),
         "batch_size": shard_set.plan.batch_size,
         "computing": {name: round(seconds, 3) for name, seconds in compute_seconds().items()},
     }
@@ -148,22 +147,22 @@ def run_information(
 def compute_shards(
     shard_set: ShardSet,
     shard_numbers: Sequence[int],
-    session: Session,
+    timer: Timer,
     load: Load,
     compute: Compute,
     workers: int,
     strict: bool,
 ) -> None:
-    """Compute shards of ``shard_set`` and write them; see `extract` for the other arguments and the errors."""
+    """Compute the shards with the given numbers and write them; other arguments and errors are those of `extract`."""
     batches = [batch for number in shard_numbers for batch in shard_set.shards[number]]
     fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        BackgroundWriter(shard_set, shard_numbers, session, bar) as background,
+        BackgroundWriter(shard_set, shard_numbers, timer, bar) as background,
     ):
         for batch in batches:
-            with session.timed("load"):
+            with timer.timed("load"):
                 try:
                     images = next(loaded)
                 except RuntimeFailure as error:
@@ -171,9 +170,9 @@ def compute_shards(
             unusable = [image for image in images if isinstance(image, str)]
             if strict and unusable:
                 raise UnusableImageError(unusable[0], fix=fix)
-            with session.timed("compute"):
+            with timer.timed("compute"):
                 finish = start_batch(batch, images, compute)
-            with session.timed("wait"):
+            with timer.timed("wait"):
                 background.put(finish)
 
 
@@ -202,67 +201,75 @@ def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], comput
     usable = iter(loaded)
     filled = [loaded[0] if index in unusable else next(usable) for index in range(len(batch))]
     expected_ids = [record.id for record, _ in filled]
-    finish = compute([record for record, _ in filled], [image for _, image in filled])
+    finish_computing = compute([record for record, _ in filled], [image for _, image in filled])
 
-    def regions() -> list[Regions]:
-        computed = finish()
+    def finish() -> list[Regions]:
+        computed = finish_computing()
         if [r.image_id for r in computed] != expected_ids:
             raise ValueError("the detector returned regions of other images")
-        return [unusable.get(index, item) for index, item in enumerate(computed)]
+        return [unusable.get(index, regions) for index, regions in enumerate(computed)]
 
-    return regions
+    return finish
 
 
 class _NoMoreBatches(Exception):
-    """There are no more batches."""
+    """The main thread queues no more batches, though the shard is not complete: it was interrupted or failed."""
 
 
 class BackgroundWriter:
-    """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
+    """Threads that finish batches and write shards; their exceptions are raised in the main thread.
 
-    def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], session: Session, bar: tqdm) -> None:
-        self._shard_set, self._shard_numbers, self._session, self._bar = shard_set, shard_numbers, session, bar
-        self._batches: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
-        self._finishing = ThreadPoolExecutor(1, "finish")
+    Args:
+        shard_set: the shards.
+        shard_numbers: numbers of the shards to write; their batches are passed to `put` in the same order.
+        timer: timing of the threads.
+        bar: progress bar of the written images.
+    """
+
+    def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], timer: Timer, bar: tqdm) -> None:
+        self._shard_set, self._shard_numbers, self._timer, self._bar = shard_set, shard_numbers, timer, bar
+        self._encoded: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()  # None ends it
+        self._finish_pool = ThreadPoolExecutor(1, "finish")
         self._slots = threading.Semaphore(_MAX_QUEUED)
         self._error: BaseException | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
+        self._write_thread = threading.Thread(target=self._run, name="write", daemon=True)
 
     def __enter__(self) -> BackgroundWriter:
-        self._thread.start()
+        self._write_thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C does
-        # not end the wait, as the folder would be unlocked while the thread still writes to it.
+        # not end the wait, as the folder would be unlocked while the write thread still writes to it.
         interrupted: KeyboardInterrupt | None = None
-        with self._session.timed("wait"):
+        with self._timer.timed("wait"):
             while not self._ended.is_set():
                 try:
-                    self._batches.put(None)
+                    self._encoded.put(None)
                     self._ended.wait()
                 except KeyboardInterrupt as interrupt:
                     interrupted = interrupt
                     log.warning("note: finishing the computed batches first")
-        self._thread.join()
-        self._finishing.shutdown(cancel_futures=True)
+        self._write_thread.join()
+        self._finish_pool.shutdown(cancel_futures=True)
         error = self._error or interrupted
         if error is not None and kind is None:
             raise error
 
     def put(self, finish: Finish) -> None:
-        """Queue the next batch of the plan, waiting while the queue is full."""
+        """Queue the next batch, waiting while `_MAX_QUEUED` batches wait; raises the error of a thread that failed."""
         self._slots.acquire()
         if self._error is not None:
             raise self._error
-        self._batches.put(self._finishing.submit(self._finish, finish))
+        self._encoded.put(self._finish_pool.submit(self._finish, finish))
 
     def _finish(self, finish: Finish) -> list[EncodedImage]:
-        with self._session.timed("finish"):
+        with self._timer.timed("finish"):
             return self._shard_set.encode(finish())
 
     def _run(self) -> None:
+        """Write the shards, in the write thread."""
         try:
             for number in self._shard_numbers:
                 self._write_shard(number)
@@ -275,75 +282,30 @@ class BackgroundWriter:
             self._ended.set()
 
     def _write_shard(self, number: int) -> None:
-        batches, stages = self._shard_set.shards[number], self._session.stages
+        batches, stages = self._shard_set.shards[number], self._timer.stages
         started, waited = time.perf_counter(), 0.0
         with self._shard_set.write(number) as add:
             for batch in batches:
                 wait_started = time.perf_counter()
-                finishing = self._batches.get()
+                future = self._encoded.get()
                 self._slots.release()
-                if finishing is None:
+                if future is None:
                     raise _NoMoreBatches
-                images = finishing.result()
+                images = future.result()
                 waited += time.perf_counter() - wait_started
                 add(images)
                 self._bar.update(len(batch))
         stages["write"] += time.perf_counter() - started - waited
-        self._session.record_shard(sum(map(len, batches)))
-
-
-def load_ahead(
-    load: Load, batches: Iterable[list[ImageRecord] | None], workers: int, ahead: int = 3
-) -> Generator[list[np.ndarray | str], None, None]:
-    """Prefetch the images of batches.
-
-    Args:
-        load: loads an image, raising InputError if it is unusable.
-        batches: the batches. None in between means that the next one is not known yet; then a prefetched batch is
-            yielded instead of waiting for it.
-        workers: number of threads.
-        ahead: maximum number of prefetched batches.
-
-    Yields:
-        The images of the next batch, with the reason in place of an unusable image.
-    """
-
-    def attempt(record: ImageRecord) -> np.ndarray | str:
-        try:
-            return load(record)
-        except InputError as error:
-            # the message may contain a file name that is not valid Unicode, but strings in the store must be
-            return str(error).replace("\0", "?").encode(errors="replace").decode()
-
-    pool = ThreadPoolExecutor(max(1, workers))
-    waiting: deque[tuple[int, list[Future[np.ndarray | str]]]] = deque()
-    pixels = 0
-    try:
-        for batch in batches:
-            size = sum(record.height * record.width for record in batch or ())
-            while waiting and (batch is None or len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
-                finished_size, futures = waiting.popleft()
-                pixels -= finished_size
-                yield [future.result() for future in futures]
-                if batch is None:
-                    break
-            if batch is None:
-                continue
-            pixels += size
-            waiting.append((size, [pool.submit(attempt, record) for record in batch]))
-        while waiting:
-            yield [future.result() for future in waiting.popleft()[1]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        self._timer.record_shard(sum(map(len, batches)))
 
 
 @contextmanager
-def interruptible(shard_set: ShardSet, total: int) -> Iterator[None]:
+def interruptible(shard_set: ShardSet) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted that says what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():
             yield
     except KeyboardInterrupt:
-        finished = format_share(shard_set.finished_images, total, "image", "is")
+        finished = format_share(shard_set.finished_images, shard_set.images, "image", verb="is")
         kept = f"{finished} finished and kept in {shard_set.folder}"
         raise Interrupted(f"stopped: {kept}; continue with `resume=True`") from None

@@ -17,7 +17,7 @@ from refdet.store.schema import Columns, Header
 Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER_CHANGES = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
-# options that are stored only if they differ from the default
+# options that are stored only if they differ from these defaults
 _DEFAULTS = {"exif": "ignore", "box_format": "xywh", "crowd_as_object": False}
 _HASH_CHANGES = {
     "boxes_sha256": "another file of boxes",
@@ -27,7 +27,7 @@ _HASH_CHANGES = {
 }
 # stored name -> name in messages, if that is not the argument of the same name
 _SHOWN_NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
-_MAX_CHANGES = 3  # changed keys of a recipe in a message
+_MAX_CHANGES = 3  # shown keys of a recipe
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Plan:
     """What is computed: everything that determines the contents of the store, and the batch size.
 
     Attributes:
-        options: options as stored; extractions with equal options write identical files.
+        options: options as stored; extractions with equal options write the same contents.
         features: names of the feature columns, such as "fc7".
         dtype: of features and maps, "float16" or "float32".
         masks: whether masks are stored.
         ann_ids: whether annotation ids are stored.
-        batch_size: maximum number of images per batch; 0 if not chosen yet. Not an option of the store, as it depends
-            on the machine and affects results only by rounding, but shards of different batch sizes cannot be combined.
+        batch_size: maximum number of images per batch; 0 if not chosen yet. Not in ``options``, as it depends on the
+            machine and affects results only by rounding, but shards of different batch sizes cannot be combined.
         maps: names of the feature maps stored for each image.
         compression: of features and maps, "none", "gzip" or "lzf".
     """
@@ -61,11 +61,11 @@ class Plan:
         return Columns(feature_shapes, self.dtype, self.masks, self.ann_ids, self.maps, self.compression)
 
     def differences(self, other: dict[str, Any], ignored: Container[str] = ()) -> str:
-        """Describe the differences to another plan's options.
+        """Describe the differences of the options from those of an earlier plan.
 
         Args:
-            other: options of the other plan.
-            ignored: options to ignore.
+            other: options of the earlier plan.
+            ignored: names of options that may differ.
 
         Returns:
             A human-readable description, "" if there is no difference.
@@ -90,15 +90,15 @@ class Plan:
         }
 
     def differing_options(self, header: Header, other: Mapping[str, Any], ignored: Container[str] = ()) -> str:
-        """Describe the differences to the options and header in another ``plan.json``.
+        """Describe the differences from the options, header and batch size in an earlier ``plan.json``.
 
         A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
         may be of another detector. The batch size is compared unless that of this plan is 0.
 
         Args:
             header: metadata of the store.
-            other: contents of the other ``plan.json``.
-            ignored: options to ignore.
+            other: contents of the earlier ``plan.json``.
+            ignored: names of options that may differ.
 
         Returns:
             A human-readable description, "" if there is no difference.
@@ -111,11 +111,12 @@ class Plan:
         return difference
 
     def differing_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
-        """Describe a different division into shards in another ``plan.json``, "" if it is the same."""
+        """Say that an earlier ``plan.json`` divides the images into other shards, "" if into the same."""
         layout = self._layout(shards)
         return "" if all(other.get(name) == layout[name] for name in ("shards", "shards_sha256")) else "other shards"
 
     def _layout(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """The division into shards: number of shards and images, and hash of the image ids in each batch."""
         ids = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
         return {
             "shards": len(shards),
@@ -125,13 +126,13 @@ class Plan:
 
 
 def header_differences(header: Header, other: Mapping[str, Any]) -> str:
-    """Describe the differences to another recipe, classes and provenance.
+    """Describe the differences of the recipe, classes and provenance from earlier ones.
 
     They come from a checkpoint's ``model.json``, which can change while the weights stay the same.
 
     Args:
-        header: metadata of the store.
-        other: the other recipe, classes and provenance.
+        header: metadata of the store, with the current ones.
+        other: the earlier recipe, classes and provenance.
 
     Returns:
         A human-readable description, "" if there is no difference.
@@ -139,19 +140,18 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
     differences = []
     for name, text in _HEADER_CHANGES.items():
         old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
+        details = ""
         if name == "recipe":
             old, new = _parse_recipe(old), _parse_recipe(new)
-        if old != new:
             changes = list(_list_changes(old, new))
-            shown = "; ".join(changes[:_MAX_CHANGES]) + ("; ..." if len(changes) > _MAX_CHANGES else "")
-            differences.append(
-                f"{text} of the checkpoint ({shown})" if name == "recipe" else f"{text} of the checkpoint"
-            )
+            details = f" ({'; '.join(changes[:_MAX_CHANGES])}{'; ...' if len(changes) > _MAX_CHANGES else ''})"
+        if old != new:
+            differences.append(f"{text} of the checkpoint{details}")
     return "; ".join(differences)
 
 
 def _parse_recipe(recipe: Any) -> Any:
-    """Parse a recipe and rename old keys; anything else is returned unchanged."""
+    """Parse the JSON text of a recipe and rename old keys; anything else is returned unchanged."""
     try:
         return rename_old_keys(json.loads(recipe))[0]
     except (TypeError, ValueError, RecursionError, InputError):
@@ -159,10 +159,10 @@ def _parse_recipe(recipe: Any) -> Any:
 
 
 def _list_changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Describe each difference between two JSON objects, with its dotted key."""
+    """Describe each difference between two JSON objects at the dotted key ``name``, "" for the whole recipe."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
-            yield f"{name or 'it'} was {_short_value(old)} and is now {_short_value(new)}"
+            yield f"{name or 'the recipe'} was {_short_value(old)} and is now {_short_value(new)}"
         return
     for key in [*new, *(key for key in old if key not in new)]:
         yield from _list_changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
@@ -179,17 +179,18 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
         The shards.
     """
     shards: list[Shard] = []
-    size = images  # so that the first batch starts a shard
+    shard_size = images  # so that the first batch starts a shard
     for batch in batches:
-        if size >= images:
+        if shard_size >= images:
             shards.append([])
-            size = 0
+            shard_size = 0
         shards[-1].append(batch)
-        size += len(batch)
+        shard_size += len(batch)
     return shards
 
 
 def _short_value(value: object) -> str:
+    """The value of an option in a message."""
     if value is None:
         return "not set"
     return shorten(value if isinstance(value, str) else json.dumps(value))

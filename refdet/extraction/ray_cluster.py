@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, with a one-line error for whatever is wrong with it. Imports Ray only when it is used."""
+"""Connect to a Ray cluster, with one-line errors. Imports Ray only when it connects."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
 _CONNECT_TIMEOUT = 10.0  # seconds to reach the address
 _OBJECT_STORE_BYTES = 2**28  # of "local"; holds little more than the list of images
-# Read when Ray is imported. Ray listens on the network address of this machine unless this variable restricts the
-# cluster to this machine, which it does on any system, despite its name.
+# Ray reads this variable when it is imported. At 0, Ray listens only on the loopback interface, on any system despite
+# the name of the variable, instead of on the network address of this machine.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -29,29 +29,29 @@ class Cluster:
     """A Ray cluster to which this process is connected.
 
     Attributes:
-        ray: the package.
-        gpus: whether the workers have a GPU each, instead of a CPU slot.
+        ray: the package ``ray``.
+        gpus: whether each worker has a GPU; otherwise it has one of Ray's CPU slots.
     """
 
     ray: Any
     gpus: bool
 
-    def slots(self) -> dict[str, int]:
-        """Node -> how many workers it has room for: its GPUs or CPU slots, in use or not."""
+    def count_slots(self) -> dict[str, int]:
+        """Id of each living node -> number of workers that it has room for: its GPUs or CPU slots, in use or not."""
         name = "GPU" if self.gpus else "CPU"
         return {node["NodeID"]: int(node["Resources"].get(name, 0)) for node in self.ray.nodes() if node["Alive"]}
 
     @property
     def resources(self) -> dict[str, float]:
-        """Resources of a worker, as options of ``ray.remote``."""
+        """Resources that a worker reserves, as options of ``ray.remote``."""
         return {"num_cpus": 0, "num_gpus": 1} if self.gpus else {"num_cpus": 1, "num_gpus": 0}
 
 
 def check_address(address: str) -> None:
-    """Check the address of a cluster, before slow imports.
+    """Check the form of a cluster's address, before slow imports.
 
     Raises:
-        InputError: it is not "local", "auto" or HOST:PORT.
+        InputError: the address is not "local", "auto" or HOST:PORT.
     """
     if address in ("local", "auto"):
         return
@@ -70,12 +70,13 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
     """Connect to a Ray cluster, or start one on this machine, within the block.
 
     Args:
-        address: "local" to start one with this machine's GPUs, or else CPUs; "auto" for the one that this machine
-            belongs to; or its address, HOST:PORT.
+        address: "local" to start a cluster with this machine's GPUs, or else CPUs; "auto" for the cluster that this
+            machine belongs to; or the HOST:PORT of a cluster.
         device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
 
     Raises:
-        InputError: Ray is not installed, the cluster does not answer or has another version, or it has no GPU.
+        InputError: Ray is not installed, the cluster does not answer or has another version of Ray, or ``device`` is
+            not one of the above or is "cuda" and the cluster has no GPU.
     """
     check_address(address)
     if device not in (None, "auto", "cpu", "cuda"):
@@ -102,7 +103,7 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
 
 @contextmanager
 def _log_dead_processes(ray: Any) -> Iterator[None]:
-    """Log Ray's messages about processes that died, which it prints on stdout even with log_to_driver=False."""
+    """Log Ray's messages about processes that died, which Ray prints on stdout even with log_to_driver=False."""
     module = ray._private.worker
     original = getattr(module, "print_to_stdstream", None)
     module.print_to_stdstream = lambda data, **_: log.info("Ray: %s", " ".join(data["lines"]))
@@ -114,7 +115,7 @@ def _log_dead_processes(ray: Any) -> Iterator[None]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within the block, also for the processes that it starts."""
+    """Set environment variables within the block, also for processes that are started in it."""
     saved = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -128,6 +129,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _connect(ray: Any, address: str) -> None:
+    """Start or join a cluster; raises an InputError that says what is wrong, and keeps the handler of SIGTERM."""
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     if ":" in address:

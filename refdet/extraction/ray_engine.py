@@ -1,8 +1,8 @@
 """Extraction by workers on a Ray cluster, each with a GPU or a CPU slot; this process assigns shards and merges them.
 
-A worker computes one shard while it loads the images of the next. Shards of a lost worker are assigned to others. As a
-shard has the same contents whoever computes it, two workers may compute the same one; at the end, idle workers compute
-shards that are queued behind others.
+A worker computes one shard while it loads the images of the next. The shards of a lost worker are assigned to other
+workers. As a shard has the same contents whichever worker computes it, up to rounding, two workers may compute the same
+shard; at the end, idle workers compute shards that still wait in another worker's queue.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from refdet.errors import RuntimeFailure
 from refdet.extraction.ray_messages import Failed, Finished, Work
 from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.timing import STAGES, Session
+from refdet.extraction.timing import STAGES, Timer
 from refdet.extraction.workers_file import WORKERS, write_workers
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
 
-_PROGRESS_SECONDS = 2.0  # seconds between updates of the workers' file
+_PROGRESS_SECONDS = 2.0  # seconds between updates of ``workers.json``
 _MAX_SPEEDS = 4  # with more workers, the progress bar shows the range of their speeds
 
 
@@ -40,8 +40,8 @@ class RayEngine:
         strict: fail at an unusable image.
 
     Attributes:
-        computing: seconds per part of the network, mean over the workers.
-        orientations: file -> EXIF orientation, of the files that were read and have one.
+        computing: seconds per part of the network, mean over the workers; {} until the call ends.
+        orientations: file name -> EXIF orientation, of the images that were read and have one.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class RayEngine:
         self.computing: dict[str, float] = {}
         self.orientations: dict[str, int] = {}
 
-    def __call__(self, shard_set: ShardSet, shard_numbers: Sequence[int], session: Session) -> None:
+    def __call__(self, shard_set: ShardSet, shard_numbers: Sequence[int], timer: Timer) -> None:
         """Compute shards and add them to ``shard_set`` as they are finished.
 
         Args:
             shard_set: the shards, in a folder that this process has locked.
             shard_numbers: numbers of the shards to compute.
-            session: timing; its stages become the means over the workers.
+            timer: timing; its stages become the means over the workers.
 
         Raises:
             RuntimeFailure: a shard cannot be computed, no worker is left, the disk is full, or an image is unusable and
@@ -95,18 +95,19 @@ class RayEngine:
                             worker.ready = True
                         elif isinstance(answer, Finished):
                             self.orientations |= answer.orientations
-                            run.accept(worker, answer, session, bar)
+                            run.accept(worker, answer, timer, bar)
                     self._pool.fill_slots()
                     self._pool.check_alive(run.fix)
         finally:
-            self._end(session)
+            self._end(timer)
             (shard_set.folder / WORKERS).unlink(missing_ok=True)
 
-    def _end(self, session: Session) -> None:
+    def _end(self, timer: Timer) -> None:
+        """Stop the workers, and set `computing` and the stages of the timer to means over the workers."""
         reports = self._pool.stop()
         for name in STAGES:
             if name != "merge":
-                session.stages[name] = _mean(stages[name] for stages, _ in reports)
+                timer.stages[name] = _mean(stages[name] for stages, _ in reports)
         names = dict.fromkeys(name for _, seconds in reports for name in seconds)
         self.computing = {name: _mean(seconds.get(name, 0.0) for _, seconds in reports) for name in names}
 
@@ -116,8 +117,8 @@ class _Run:
 
     Attributes:
         unfinished: numbers of the shards that are not finished.
-        token: identifies this run in the folder.
-        fix: fix of its errors, which says where finished shards are kept.
+        token: random text in ``workers.json``, by which workers recognize the folder.
+        fix: the fix in this run's errors, which says where finished shards are kept.
     """
 
     def __init__(
@@ -129,26 +130,27 @@ class _Run:
     ) -> None:
         self._pool, self._shard_set, self._given_regions = pool, shard_set, given_regions
         self._unassigned, self.unfinished = deque(shard_numbers), set(shard_numbers)
-        self._losses: Counter[int] = Counter()  # shard number -> workers lost while they computed it
-        self._last_progress = 0.0  # when the workers were last written, in seconds of time.monotonic
+        self._losses: Counter[int] = Counter()  # shard number -> number of workers lost while they computed it
+        self._last_progress = 0.0  # time of the last update of ``workers.json``, in seconds of time.monotonic
         self.token = secrets.token_hex(8)
         self.fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
 
     def assign_shards(self) -> None:
-        """Assign shards to the workers, first to those that have none."""
+        """Give each worker up to `SHARDS_PER_WORKER` shards, first to workers that have none."""
         ready = [worker for worker in self._pool.workers if worker.ready]
         for depth in range(SHARDS_PER_WORKER):
             for worker in ready:
-                if len(worker.shards) == depth and (number := self._next(worker, ready)) is not None:
+                if len(worker.shards) == depth and (number := self._choose_shard(worker, ready)) is not None:
                     worker.shards.append(number)
                     self._pool.call(worker, "compute", number, self._regions_of(number))
 
-    def _next(self, worker: Worker, ready: Sequence[Worker]) -> int | None:
+    def _choose_shard(self, worker: Worker, ready: Sequence[Worker]) -> int | None:
+        """Choose a shard for a worker: an unassigned one, or for an idle worker a queued one; None if there is none."""
         if self._unassigned:
             return self._unassigned.popleft()
         if worker.shards:
             return None
-        # all shards are assigned: take one that another worker has not started
+        # All shards are assigned: take one that another worker has not started and that was not taken before.
         assigned = Counter(number for other in ready for number in other.shards)
         queued = [other.shards[-1] for other in ready if len(other.shards) > 1]
         return next((number for number in queued if assigned[number] == 1 and number in self.unfinished), None)
@@ -158,8 +160,8 @@ class _Run:
             return {}
         return {record.id: self._given_regions(record) for batch in self._shard_set.shards[number] for record in batch}
 
-    def accept(self, worker: Worker, done: Finished, session: Session, bar: tqdm[Any]) -> None:
-        """Add a finished shard to the set, unless another worker has finished it already."""
+    def accept(self, worker: Worker, done: Finished, timer: Timer, bar: tqdm[Any]) -> None:
+        """Add a finished shard to the set, unless another worker has finished the same shard already."""
         number = done.number
         worker.shards.remove(number)
         worker.finished += len(done.rows)
@@ -170,7 +172,7 @@ class _Run:
         if number in self.unfinished:
             self._shard_set.adopt(number, done.file, done.rows, done.shapes)
             self.unfinished.discard(number)
-            session.record_shard(len(done.rows))
+            timer.record_shard(len(done.rows))
             bar.update(len(done.rows))
         elif isinstance(done.file, Path):
             done.file.unlink(missing_ok=True)
@@ -182,14 +184,20 @@ class _Run:
             )
 
     def drop_failed(self, worker: Worker, failure: Failed | None) -> None:
-        """Drop a worker that failed or, if ``failure`` is None, was lost; others compute its shards."""
+        """Drop a worker that failed or, if ``failure`` is None, was lost; other workers compute its shards.
+
+        Raises:
+            RuntimeFailure: the failure is not one of the worker's machine, or so many workers were lost while they
+                computed a shard that the shard must be the cause; other kinds of failures raise their own exception.
+        """
         retries = [number for number in worker.shards if number in self.unfinished]
         assigned = {number for other in self._pool.workers if other is not worker for number in other.shards}
         self._unassigned.extendleft(number for number in reversed(retries) if number not in assigned)
         if failure is not None:
             if not failure.is_machine_error:
                 raise failure.kind(failure.message, fix=self.fix)
-            self._pool.refuse(worker, Failed(f"{worker.name}: {failure.message}", True, failure.kind))
+            named_failure = Failed(f"{worker.name}: {failure.message}", is_machine_error=True, kind=failure.kind)
+            self._pool.refuse(worker, named_failure)
             return
         self._pool.drop(worker, lost=True)
         self._pool.log_once(
@@ -197,7 +205,7 @@ class _Run:
         )
         if not retries:
             return
-        number = retries[0]  # the one it was computing
+        number = retries[0]  # the shard that the worker was computing
         self._losses[number] += 1
         if self._losses[number] >= MAX_LOST:
             raise RuntimeFailure(
@@ -207,7 +215,7 @@ class _Run:
 
 
 def _speeds(workers: Sequence[Worker]) -> str:
-    """Images per second of each worker, or their range."""
+    """Images per second of each worker, or their range if there are more than `_MAX_SPEEDS`, for the progress bar."""
     speeds = {worker.name: worker.speed for worker in workers if worker.finished}
     if len(speeds) <= _MAX_SPEEDS:
         return ", ".join(f"{name} {speed:.1f}/s" for name, speed in speeds.items())

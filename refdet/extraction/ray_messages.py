@@ -25,15 +25,15 @@ class Tools:
 
     Attributes:
         load: loads an image.
-        compute: computes a batch.
+        compute: starts computing a batch.
         device: description of the device, such as "cuda NVIDIA H100".
         precision: arithmetic of the network: the requested one, or float32 if the device does not support it.
-        kernels: which kernels compute, as `refdet.ops` describes them.
+        kernels: description of the kernels of `refdet.ops` in use.
         threads: number of threads that prefetch images.
         auto_batch_size: returns the number of images that fit into memory.
-        context: returns the context manager to compute in.
+        context: returns a context manager in which ``compute`` and ``auto_batch_size`` are called.
         compute_seconds: returns the seconds per part of the network.
-        orientations: file -> EXIF orientation, of the files that were read and have one.
+        orientations: file name -> EXIF orientation, of the images that were read and have one.
     """
 
     load: Load
@@ -49,10 +49,17 @@ class Tools:
 
 
 class MakeTools(Protocol):
-    """Prepares a worker, to which it is sent by pickle."""
+    """Prepares a worker; the driver sends it to the worker by pickle."""
 
     def __call__(self, given_regions: Callable[[ImageRecord], Regions], /) -> Tools:
-        """Check what the worker needs and load the detector; ``given_regions`` returns the regions of an image."""
+        """Check what the worker needs and load the detector.
+
+        Args:
+            given_regions: returns the regions of an image of the shard being computed, if the driver sent them.
+
+        Raises:
+            InputError: something that the worker needs is missing or differs from the driver's.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Failed:
 
     Attributes:
         message: the reason, one line.
-        is_machine_error: whether its machine is the cause, so that another worker may succeed.
+        is_machine_error: whether the worker's machine is the cause, so that another worker may succeed.
         kind: the exception that the driver raises.
     """
 
@@ -87,11 +94,11 @@ class Work:
 
     Attributes:
         folder: folder of the shards, which the worker may or may not see.
-        token: a token that the driver wrote into the folder, by which a worker recognizes it.
+        token: random text that the driver wrote into the folder, by which a worker recognizes the folder.
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
-        plan_hash: identity of the plan in the shards.
+        plan_hash: hash of the plan, to write to each shard.
         strict: fail at an unusable image.
     """
 
@@ -109,12 +116,13 @@ class Finished:
     """A finished shard.
 
     Attributes:
-        number: its number.
+        number: number of the shard.
         rows: row in the store and location in the shard of each of its images.
         shapes: feature -> shape per region.
-        file: its file in the folder, which the driver renames, or its contents.
-        orientations: file -> EXIF orientation, of the files that were read so far and have one.
-        notes: what the worker has logged since its previous shard.
+        file: the shard, as a temporary file in the folder of the extraction, which the driver renames, or as the
+            contents of the file.
+        orientations: file name -> EXIF orientation, of the images that the worker has read so far and have one.
+        notes: warnings that the worker has logged since its previous shard.
     """
 
     number: int

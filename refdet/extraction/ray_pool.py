@@ -19,10 +19,10 @@ from refdet.files.short_text import format_count
 log = logging.getLogger(__name__)
 
 SHARDS_PER_WORKER = 2  # one that it computes, and one whose images it loads
-MAX_LOST = 3  # fail when so many workers are lost while they compute a shard, or in a row without a finished shard
+MAX_LOST = 3  # fail when so many workers are lost while they compute the same shard, or since a shard was finished
 _POLL_SECONDS = 1.0  # seconds between checks of the cluster
-_STOP_TIMEOUT = 5.0  # seconds for workers to end on their own
-_SLOW_START = 60.0  # seconds without a worker until a note is logged
+_STOP_TIMEOUT = 5.0  # seconds for workers to stop before they are killed
+_SLOW_START = 60.0  # seconds without a started worker until a note is logged
 
 
 @dataclass(eq=False)
@@ -31,15 +31,15 @@ class Worker:
 
     Attributes:
         actor: its Ray actor, of a `ShardWorker`.
-        node: Ray's id of its machine.
-        name: host and a number, "" before it has started.
-        started: its message after it has started.
-        work_sent: whether the `Work` was sent to it.
-        ready: whether it accepts shards.
-        shards: numbers of the shards assigned to it, in the order of computation.
-        finished: number of images that it has finished.
-        work_sent_at: when the `Work` was sent to it, in seconds of ``time.monotonic``.
-        updated: when it last finished a shard, in seconds of ``time.monotonic``; 0 before the first.
+        node: Ray's id of the machine.
+        name: host and a number, such as "gpu7/0"; "" before the worker has started.
+        started: message of the worker when it had started; None before.
+        work_sent: whether the `Work` was sent to the worker.
+        ready: whether the worker has received the `Work`, and accepts shards.
+        shards: numbers of the shards assigned to the worker, in the order of computation.
+        finished: number of images that the worker has finished.
+        work_sent_at: when the `Work` was sent to the worker, in seconds of ``time.monotonic``; 0 before.
+        updated: when the worker last finished a shard, in seconds of ``time.monotonic``; 0 before the first.
     """
 
     actor: Any
@@ -59,7 +59,7 @@ class Worker:
         return self.finished / (self.updated - self.work_sent_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Its progress, as in `refdet.extraction.workers_file.read_workers`."""
+        """Progress of a started worker, for `refdet.extraction.workers_file.write_workers`."""
         assert self.started is not None
         now = time.monotonic()
         return {
@@ -83,7 +83,8 @@ class Pool:
         timeout: seconds without any worker after which the extraction fails.
 
     Attributes:
-        workers: the workers, without lost ones.
+        ray: the package ``ray``.
+        workers: the workers that are starting or have started, without dropped ones.
         lost: number of workers that were lost since the last shard was finished.
     """
 
@@ -98,7 +99,7 @@ class Pool:
         self._refused: Counter[str] = Counter()  # node -> number of its slots that cannot be used
         self._refusal: Failed | None = None  # the last reason why a slot cannot be used
         self._loss_reason = ""  # why the last worker was lost
-        self._on_host: Counter[str] = Counter()
+        self._on_host: Counter[str] = Counter()  # host -> number of workers that have started there
         self._logged: set[str] = set()
         self._last_alive = time.monotonic()
 
@@ -106,7 +107,7 @@ class Pool:
         """Start a worker in each slot, and wait for the first one.
 
         Raises:
-            InputError: no worker finds the software, checkpoint or images; the message is of the last one.
+            InputError: no worker finds the software, checkpoint or images; the message is that of the last worker.
             RuntimeFailure: no worker starts.
         """
         started_at = time.monotonic()
@@ -117,7 +118,7 @@ class Pool:
             for worker in self.workers:
                 if worker.started:
                     return worker.started
-            self.check_alive("")
+            self.check_alive(fix="")
             if time.monotonic() - started_at > _SLOW_START:
                 self.log_once("note: waiting for the Ray cluster to start a worker; others may be using it")
 
@@ -126,7 +127,7 @@ class Pool:
         if self.lost >= MAX_LOST:
             return
         used = self._refused + Counter(worker.node for worker in self.workers)
-        for node, count in self._cluster.slots().items():
+        for node, count in self._cluster.count_slots().items():
             for _ in range(count - used[node]):
                 on_node = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
                 actor = self._actor.options(scheduling_strategy=on_node).remote(self._make)
@@ -153,14 +154,14 @@ class Pool:
             self.refuse(worker, answer)
 
     def refuse(self, worker: Worker, failure: Failed) -> None:
-        """Drop a worker that cannot compute here, and do not use its slot again."""
+        """Drop a worker that cannot compute on its machine, and do not use its slot again."""
         self._refused[worker.node] += 1
         self._refusal = failure
         self.drop(worker)
         self.log_once(f"note: a worker is left out: {failure.message}")
 
     def drop(self, worker: Worker, lost: bool = False) -> None:
-        """Kill and remove a worker; ``lost`` if it ended on its own."""
+        """Kill and remove a worker, whose calls will not be answered; ``lost``: it has ended on its own, and counts."""
         if worker in self.workers:
             self.workers.remove(worker)
             self.lost += lost
@@ -169,19 +170,19 @@ class Pool:
             self.ray.kill(worker.actor)
 
     def check_alive(self, fix: str) -> None:
-        """Raise an error if there is no worker and none can be expected; without a worker, wait a moment.
+        """Raise an error if there is no worker and none can be expected; if one can be expected, wait a moment.
 
         Args:
             fix: the fix of the error, "" before any shard is computed.
 
         Raises:
             InputError: no worker finds the software, checkpoint or images, and ``fix`` is "".
-            RuntimeFailure: all workers were lost or refused, or there has been none for the timeout.
+            RuntimeFailure: all workers were lost or refused, or there has been no worker for `timeout` seconds.
         """
         if self.workers:
             self._last_alive = time.monotonic()
             return
-        slots = self._cluster.slots().items()
+        slots = self._cluster.count_slots().items()
         refusal = self._refusal if all(count <= self._refused[node] for node, count in slots) else None
         if refusal and not fix:
             raise refusal.kind(refusal.message)
@@ -194,17 +195,17 @@ class Pool:
         time.sleep(_POLL_SECONDS / 10)
 
     def call(self, worker: Worker, method: str, *arguments: Any) -> None:
-        """Call a method of a worker; `answers` returns its answer."""
+        """Call a method of a worker without waiting; `answers` yields the answer."""
         self._calls[getattr(worker.actor, method).remote(*arguments)] = (worker, method)
 
     def answers(self) -> Iterator[tuple[Worker, str, Any]]:
-        """Iterate over (worker, method, answer) of finished calls, waiting up to a second; a lost worker's is None."""
+        """Wait up to a second for calls to finish, and yield (worker, method, answer) of each; None if it was lost."""
         waiting = list(self._calls)
         if not waiting:
             return
-        done = self._wait(waiting, 1, _POLL_SECONDS)
-        if done:
-            done = self._wait(waiting, len(waiting), 0)
+        done = self._wait(waiting, count=1, seconds=_POLL_SECONDS)
+        if done:  # take all that have finished
+            done = self._wait(waiting, count=len(waiting), seconds=0)
         for reference in done:
             call = self._calls.pop(reference, None)
             if call is None:  # of a worker that was dropped meanwhile
@@ -220,7 +221,7 @@ class Pool:
             yield (*call, answer)
 
     def _wait(self, calls: list[Any], count: int, seconds: float | None = None) -> list[Any]:
-        """Wait until ``count`` of the calls are answered or the time is over; returns the answered ones."""
+        """Wait until ``count`` of the calls are answered or the time, if any, is over; returns the answered calls."""
         try:
             done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
         except SystemError as error:  # raised by Ray for an exception of a signal handler while it waits
@@ -230,11 +231,15 @@ class Pool:
         return done
 
     def auto_batch_size(self) -> int:
-        """The number of images that fit into memory, measured by the first worker."""
+        """Let a started worker measure the number of images that fit into its memory.
+
+        Raises:
+            RuntimeFailure: the worker was lost or failed.
+        """
         worker = next(worker for worker in self.workers if worker.started)
         try:
             call = worker.actor.auto_batch_size.remote()
-            self._wait([call], 1)
+            self._wait([call], count=1)  # raises KeyboardInterrupt for Ctrl-C, which `get` alone may not
             size = self.ray.get(call)
         except self.ray.exceptions.RayError as error:
             raise RuntimeFailure(f"{worker.name}: lost while it measured the batch size ({one_line(error)})") from error
@@ -255,7 +260,12 @@ class Pool:
         return f"Ray, {format_count(len(started), 'worker')} on {machines}{starting_text}: {device_text}"
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """Stop the workers; returns the results of `ShardWorker.stop` of those that stopped in time."""
+        """Stop the workers, and kill those that do not stop within `_STOP_TIMEOUT`.
+
+        Returns:
+            For each worker that stopped, the results of `ShardWorker.stop`: seconds per stage, and per part of the
+            network.
+        """
         calls = [worker.actor.stop.remote() for worker in self.workers if worker.work_sent]
         reports = []
         with suppress(self.ray.exceptions.RayError):
@@ -270,7 +280,7 @@ class Pool:
             self.drop(worker)
 
     def log_once(self, line: str) -> None:
-        """Log a line once."""
+        """Log a line as a warning, unless it was logged before."""
         if line not in self._logged:
             self._logged.add(line)
             log.warning("%s", line)
@@ -278,7 +288,7 @@ class Pool:
 
 @contextmanager
 def worker_pool(cluster: Cluster, make: MakeTools, timeout: float = 60.0) -> Iterator[Pool]:
-    """A `Pool` of workers on a cluster, which are stopped at the end of the block."""
+    """Context manager that yields a `Pool` on a cluster, and kills its workers at the end of the block."""
     pool = Pool(cluster, make, timeout)
     try:
         yield pool
@@ -287,6 +297,6 @@ def worker_pool(cluster: Cluster, make: MakeTools, timeout: float = 60.0) -> Ite
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of one of Ray's long error messages, or the last line of a traceback."""
+    """Shorten one of Ray's long error messages to its first line, or to the last one if it has a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if any(line.startswith("Traceback") or line.startswith("File ") for line in lines) else lines[0]

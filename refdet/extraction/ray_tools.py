@@ -1,4 +1,4 @@
-"""What a worker of `refdet.extraction.ray_engine` needs to detect: the same software, checkpoint and images."""
+"""Prepare a worker of `refdet.extraction.ray_engine`: check that it has the same software, checkpoint and images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @cache
 def software() -> str:
-    """Versions that all workers must have, with a hash of refdet's sources."""
+    """Versions that a worker must have in common with the driver, with a hash of refdet's Python sources."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
@@ -34,7 +34,7 @@ def software() -> str:
 
 
 def images_sha256(source: ImageSource, records: list[ImageRecord]) -> str:
-    """SHA-256 of the names of the files of images, and, in a zip, of their sizes."""
+    """SHA-256 of the ids of images, the names of their files and, in a zip, the sizes of the files."""
     digest, zipped = hashlib.sha256(), source.path.is_file()
     for record in records:
         name = source.find(record)
@@ -49,18 +49,18 @@ class DetectorTools:
 
     Attributes:
         checkpoint: run directory of the detector.
-        checkpoint_sha256: hash of its weights.
-        recipe: its recipe, JSON.
-        categories: its categories, (COCO id, name) each.
+        checkpoint_sha256: hash of the weights.
+        recipe: recipe of the detector, JSON.
+        categories: categories of the detector, (COCO id, name) each.
         images: folder or zip of the images.
         images_sha256: hash of the image files, from the function `images_sha256`.
         records: the images.
-        list_records: all images of their list.
+        list_records: all images of the instances file that ``records`` are from, to find the files by the same rule.
         options: what to compute.
         regions_given: whether the driver sends the regions with each shard; otherwise they are detected.
         device: "cpu" or "cuda".
         software: versions that the worker must have, from the function `software`.
-        workers: number of threads that read images; None for the default.
+        workers: number of threads that prefetch images; None for the default of the device.
     """
 
     checkpoint: Path
@@ -79,7 +79,7 @@ class DetectorTools:
 
     @classmethod
     def from_job(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
-        """The tools of the workers of an extraction."""
+        """Create the tools for the workers of an extraction."""
         return cls(
             checkpoint=job.checkpoint.absolute(),
             checkpoint_sha256=job.plan.options["checkpoint_sha256"],
@@ -104,7 +104,7 @@ class DetectorTools:
         """
         host = socket.gethostname()
         if software() != self.software:
-            raise InputError(f"{host} has {software()}, the driver {self.software}; install the same")
+            raise InputError(f"{host} has {software()}, the driver {self.software}; install the same software there")
         source = self._check_files(host)
 
         import torch
@@ -120,12 +120,12 @@ class DetectorTools:
 
         device = resolve_device(self.device)
         if device.type == "cpu":
-            torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
+            torch.set_num_threads(1)  # a slot is one CPU core, and rounding depends on the number of threads
         precision = supported_precision(self.options.precision, device)
         detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
-        self._check_checkpoint(host)  # it may have been replaced meanwhile
+        self._check_checkpoint(host)  # again, as the file may have been replaced since `_check_files`
         detector.model.profiler = profiler = Profiler(device)
-        name, _, _ = describe_device(self.device).partition(" (")
+        name, _, _ = describe_device(self.device).partition(" (")  # without details
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
             load=source.read,
@@ -141,7 +141,7 @@ class DetectorTools:
         )
 
     def _check_checkpoint(self, host: str) -> None:
-        """Compare the checkpoint with the driver's."""
+        """Raise an InputError if the checkpoint is missing or differs from the driver's."""
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
         from refdet.structures.provenance import file_sha256
 
@@ -156,7 +156,7 @@ class DetectorTools:
             raise InputError(f"`checkpoint` {self.checkpoint}: a different one on {host}; copy the same one there")
 
     def _check_files(self, host: str) -> ImageSource:
-        """The images, after comparing them and the checkpoint with the driver's."""
+        """Compare the checkpoint and the images with the driver's, and return the located images."""
         from refdet.data.image_source import ImageSource
 
         self._check_checkpoint(host)

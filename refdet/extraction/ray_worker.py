@@ -1,4 +1,4 @@
-"""A process that computes shards for `refdet.extraction.ray_engine`. No Ray, and no torch until it is started."""
+"""A process that computes shards for `refdet.extraction.ray_engine`. Does not import Ray, and torch only to start."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from refdet.errors import (
     is_disk_full,
     is_system_error,
 )
-from refdet.extraction.pipeline import BackgroundWriter, load_ahead, start_batch
+from refdet.extraction.load_ahead import load_ahead
+from refdet.extraction.pipeline import BackgroundWriter, start_batch
 from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.timing import Session
+from refdet.extraction.timing import Timer
 from refdet.extraction.workers_file import read_token
 from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
@@ -44,17 +45,18 @@ class _MachineFailure(RuntimeFailure):
 class WorkerShards(ShardSet):
     """The shards that a worker writes, to the folder of the extraction or to a temporary one.
 
-    They keep their temporary names until the driver renames one of them: two workers may compute the same shard, with
-    rounding that differs between GPUs, and the driver must not combine the rows of one with the file of the other.
+    Shards keep temporary names until the driver renames one with each number: two workers may compute the same shard,
+    with rounding that differs between GPUs, and the driver must not combine the rows of one with the file of the other.
 
     Args:
         work: the extraction.
         folder: folder to write to.
-        shared: whether it is the folder of the extraction.
+        shared: whether ``folder`` is the folder of the extraction.
         on_finished: called with the number of each finished shard.
     """
 
     def __init__(self, work: Work, folder: Path, shared: bool, on_finished: Callable[[int], object]) -> None:
+        # The first argument would be the store, which a worker does not write. It reads no shards: shard_numbers=().
         super().__init__(work.folder, work.plan, work.header, work.shards, folder, shard_numbers=())
         self.plan_hash = work.plan_hash
         self._shared, self._on_finished = shared, on_finished
@@ -69,7 +71,7 @@ class WorkerShards(ShardSet):
 
     @contextmanager
     def _temporary_file(self, path: Path) -> Iterator[Path]:
-        temporary = temporary_path(path)
+        temporary = temporary_path(path)  # unlike in the base class, kept at the end of the block
         try:
             yield temporary
             fsync(temporary)
@@ -91,18 +93,18 @@ class WorkerShards(ShardSet):
 class ShardWorker:
     """Computes shards one after the other, and loads the images of the next one meanwhile.
 
-    Its methods are called from several threads; all shards are computed in one thread.
+    Ray calls the methods from several threads; all shards are computed in one thread.
 
     Args:
-        make: loads the detector and returns the `Tools`.
+        make: checks the worker's machine, loads the detector and returns the `Tools`.
     """
 
     def __init__(self, make: MakeTools) -> None:
         self._make = make
-        self._thread = ThreadPoolExecutor(1, "compute")
-        self._given_regions: dict[int, Regions] = {}
-        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()  # shard numbers
-        self._futures: dict[int, Future[None]] = {}  # shard number -> its future
+        self._compute_thread = ThreadPoolExecutor(1, "compute")
+        self._given_regions: dict[int, Regions] = {}  # image id -> regions, of unfinished shards
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of shards to compute, and `_END`
+        self._futures: dict[int, Future[None]] = {}  # shard number -> future that is done when the shard is written
         self._error: BaseException | None = None
         self._temporary_folder: TemporaryDirectory[str] | None = None
         self._stopping = False
@@ -112,26 +114,27 @@ class ShardWorker:
     def start(self) -> Started | Failed:
         """Check what the worker needs and load the detector."""
         try:
-            self._tools = self._thread.submit(self._make, lambda record: self._given_regions[record.id]).result()
+            make = self._compute_thread.submit(self._make, lambda record: self._given_regions[record.id])
+            self._tools = make.result()
         except Exception as error:
             return _failed_message(error)
         tools = self._tools
         return Started(socket.gethostname(), os.getpid(), tools.device, tools.precision, tools.kernels)
 
     def auto_batch_size(self) -> int | Failed:
-        """The number of images that fit into memory."""
+        """Measure the number of images that fit into memory."""
 
         def measure() -> int:
             with self._tools.context():
                 return self._tools.auto_batch_size()
 
         try:
-            return self._thread.submit(measure).result()
+            return self._compute_thread.submit(measure).result()
         except Exception as error:
             return _failed_message(error)
 
     def begin(self, work: Work) -> bool | Failed:
-        """Prepare to compute shards of an extraction; returns whether the worker sees the folder of the extraction."""
+        """Start waiting for shards of an extraction; returns whether the worker can write to the folder of shards."""
         try:
             return self._begin(work)
         except OSError as error:  # for example no space for a temporary folder
@@ -142,19 +145,19 @@ class ShardWorker:
         self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
         folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)
         self._shard_set = WorkerShards(work, folder, shared, self._on_finished)
-        self._session = _UnrecordedSession(folder)
-        self._thread.submit(self._run, work.strict)
+        self._timer = _UnrecordedTimer(folder)
+        self._compute_thread.submit(self._compute_shards, work.strict)
         return shared
 
     def compute(self, number: int, given_regions: RegionsById) -> Finished | Failed:
-        """Compute a shard.
+        """Compute a shard after those of earlier calls, and wait until it is written.
 
         Args:
-            number: its number.
-            given_regions: the regions of its images; empty if they are to be detected.
+            number: number of the shard.
+            given_regions: the regions of the shard's images; empty if regions are to be detected.
 
         Returns:
-            The finished shard.
+            The finished shard, or why the worker has failed.
         """
         with self._lock:
             self._given_regions |= given_regions
@@ -164,21 +167,22 @@ class ShardWorker:
             self._todo.put(number)
         try:
             future.result()
-            done = self._shard_set.take(number)
+            finished = self._shard_set.take(number)
         except Exception as error:
             return _failed_message(error)
-        return replace(done, orientations=dict(self._tools.orientations), notes=self._notes.take())
+        return replace(finished, orientations=dict(self._tools.orientations), notes=self._notes.take())
 
     def stop(self) -> tuple[dict[str, float], dict[str, float]]:
         """Stop after the current batch; returns the seconds per stage and per part of the network."""
         self._stopping = True
         self._todo.put(_END)
-        self._thread.shutdown()
+        self._compute_thread.shutdown()
         if self._temporary_folder is not None:
             self._temporary_folder.cleanup()
-        return self._session.stages, self._tools.compute_seconds()
+        return self._timer.stages, self._tools.compute_seconds()
 
     def _on_finished(self, number: int) -> None:
+        """Let the call of `compute` with a shard return, and forget the shard's given regions."""
         with self._lock:
             for batch in self._shard_set.shards[number]:
                 for record in batch:
@@ -188,19 +192,21 @@ class ShardWorker:
             future.set_result(None)
 
     def _on_failed(self, error: BaseException) -> None:
+        """Let all calls of `compute`, now and later, return an error."""
         with self._lock:
             self._error = error
             futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.set_exception(error)
 
-    def _run(self, strict: bool) -> None:
+    def _compute_shards(self, strict: bool) -> None:
         """Compute the shards in the queue, until `_END` or an error."""
-        tools, session = self._tools, self._session
-        queued_batches: deque[list[ImageRecord]] = deque()  # loaded or being loaded
+        tools, timer = self._tools, self._timer
+        queued_batches: deque[list[ImageRecord]] = deque()  # whose images are loaded or being loaded
         shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # for the writer, which ends at _END
 
-        def batches() -> Generator[list[ImageRecord] | None, None, None]:
+        def generate_batches() -> Generator[list[ImageRecord] | None, None, None]:
+            """The batches of the shards in the queue; None when the queue is empty but there are loaded batches."""
             while True:
                 try:
                     number = self._todo.get(block=not queued_batches)
@@ -217,21 +223,21 @@ class ShardWorker:
         try:
             with (
                 tools.context(),
-                closing(load_ahead(tools.load, batches(), tools.threads)) as loaded,
+                closing(load_ahead(tools.load, generate_batches(), tools.threads)) as loaded,
                 progress_bar(None, "", "image", disable=True) as bar,
                 _ReportingWriter(
-                    self._shard_set, iter(shard_numbers.get, _END), session, bar, on_failed=self._on_failed
+                    self._shard_set, iter(shard_numbers.get, _END), timer, bar, on_failed=self._on_failed
                 ) as background,
             ):
                 try:
-                    while not self._stopping and (images := _timed_next(loaded, session)) is not None:
+                    while not self._stopping and (images := _timed_next(loaded, timer)) is not None:
                         batch = queued_batches.popleft()
                         unusable = [image for image in images if isinstance(image, str)]
                         if strict and unusable:
                             raise UnusableImageError(unusable[0])
-                        with session.timed("compute"):
+                        with timer.timed("compute"):
                             finish = start_batch(batch, images, tools.compute)
-                        with session.timed("wait"):
+                        with timer.timed("wait"):
                             background.put(finish)
                 finally:
                     shard_numbers.put(_END)
@@ -239,11 +245,12 @@ class ShardWorker:
             self._on_failed(error)
 
 
-def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | None:
+def _timed_next(loaded: Iterator[list[Any]], timer: Timer) -> list[Any] | None:
+    """The images of the next batch, None at the end; raises `_MachineFailure` if this machine cannot load them."""
     try:
-        with session.timed("load"):
+        with timer.timed("load"):
             return next(loaded, None)
-    except RuntimeFailure as error:  # of the disk, the network or memory; an unusable image raises nothing
+    except RuntimeFailure as error:  # of the disk, the network or memory; for an unusable image, its reason is returned
         raise _MachineFailure(str(error)) from error
 
 
@@ -260,15 +267,15 @@ class _ReportingWriter(BackgroundWriter):
             self._on_failed(self._error)
 
 
-class _UnrecordedSession(Session):
-    """A session that is not written to a file; the driver records its timing."""
+class _UnrecordedTimer(Timer):
+    """A timer that writes no file; the driver records the timing."""
 
     def _append_record(self) -> None:
         pass
 
 
 class _LogCollector(logging.Handler):
-    """Collects what refdet logs in this process."""
+    """Collects the warnings that refdet logs in this process, for the driver to log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -279,24 +286,26 @@ class _LogCollector(logging.Handler):
         self._messages.append(record.getMessage())
 
     def take(self) -> tuple[str, ...]:
+        """Remove and return the collected messages."""
         messages, self._messages = self._messages, []
         return tuple(messages)
 
 
 def _failed_message(error: BaseException) -> Failed:
-    """Message of an exception, without its fix: the driver adds the one for a cluster."""
+    """Convert an exception to a message for the driver, without its fix: the driver adds one."""
     if isinstance(error, RefdetError):
         message = error.message
     else:
         message = f"{type(error).__name__}: {str(error) or type(error).__name__}"
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None and len(chain) < 10:
+    while (cause := chain[-1].__cause__) is not None and len(chain) < 10:  # a chain may be a cycle
         chain.append(cause)
-    kinds: tuple[type[RefdetError], ...] = (InputError, UnusableImageError)
+    kinds: tuple[type[RefdetError], ...] = (InputError, UnusableImageError)  # others become a RuntimeFailure
     kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeFailure)
     return Failed(" ".join(message.split()), any(map(_is_machine_error, chain)), kind)
 
 
 def _is_machine_error(error: BaseException) -> bool:
-    machine = isinstance(error, _MachineFailure) or is_disk_full(error) or is_system_error(error)
-    return machine or "OutOfMemory" in type(error).__name__
+    if isinstance(error, _MachineFailure) or is_disk_full(error) or is_system_error(error):
+        return True
+    return "OutOfMemory" in type(error).__name__  # torch's, by name as this module does not import torch

@@ -1,7 +1,9 @@
-"""Extract the images of a finished store that were unusable, after their files have been repaired. No torch.
+"""Compute unusable images again, after their files have been repaired or added. No torch.
 
-Only batches with such images are computed, into shards in a folder ``F.h5.repair`` next to the store ``F.h5``; the
-other images are copied from the store. The result replaces the store atomically, so a store is always complete.
+For a complete store ``F.h5`` (`repair`), only batches with such images are computed, into shards in the folder
+``F.h5.repair``; all other images are copied from the store. The new store replaces the old one atomically, so there is
+a complete store at any time. In an unfinished extraction (`find_retries`), the finished shards with such images are
+computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_REPAIR = "repair.json"  # identifies the store and the plan of its repair
+_REPAIR = "repair.json"  # the plan of the repair, and the inode of the store to repair
 _SHARDS = "[0-9]*.shard"
 
 
@@ -57,25 +59,26 @@ class Repair(ShardSet):
 
     def __init__(self, old: Store, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
         super().__init__(old.path, plan, header, shards, repair_folder(old.path))
-        self._old, self._old_rows = old, _rows(old)
-        if old.regions:
+        self._old, self._old_rows = old, _read_rows(old)
+        if old.regions:  # without regions, a store does not know the shapes
             for name in plan.features:
                 self._shapes.setdefault(name, old.data[f"features/{name}"].shape[1:])
 
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write a new store, replace the old one with it, and remove the folder.
 
-        The new store keeps the regions of images that were usable and can no longer be read, and the information about
-        the original run; that about this run is added as "repaired".
+        The new store keeps the old regions of an image that was usable but can no longer be read. It keeps the
+        information about the original run, and has that about this run as "repaired".
 
         Args:
             records: all images, in the order of the store.
-            run: called after writing; returns the information about this run.
+            run: called after writing; returns the information about this run for the store.
 
         Raises:
             RuntimeFailure: the disk is full, or a shard is damaged.
         """
-        computed = self._by_id()
+        computed = self._images_by_id()
+        # images of the affected batches that were usable and no longer are: image id -> reason
         lost = {i: row.error for i, (row, _) in computed.items() if row.error and not self._old_rows[i].error}
         if lost:
             log.warning(
@@ -83,7 +86,7 @@ class Repair(ShardSet):
                 format_count(len(lost), "image"),
                 next(iter(lost.values())),
                 self.out,
-                "it" if len(lost) == 1 else "them",
+                "this image" if len(lost) == 1 else "these images",
             )
         for image_id in lost:
             del computed[image_id]
@@ -111,13 +114,13 @@ def repair(
     strict: bool,
     shard_images: int,
 ) -> Iterator[Repair | None]:
-    """Start or continue the repair of a finished store: computing its unusable images that can now be read.
+    """Start or continue the repair of a complete store: the computation of unusable images that can now be read.
 
-    Finished shards of another repair, of an earlier store or with other images, are discarded. They are kept if no
-    unusable image can be read now.
+    Finished shards are continued from if they are of the same store and the same images, and discarded otherwise. If no
+    unusable image can be read now, those of this store are kept for a later repair.
 
     Args:
-        out: the store, complete and with this plan, header and batches.
+        out: the store, complete and with this plan and header.
         plan: what to compute.
         header: metadata of the store.
         batches: all batches of the extraction.
@@ -141,33 +144,33 @@ def repair(
         if strict and remaining_errors:
             raise UnusableImageError(
                 remaining_errors[0],
-                fix=f"{out} has no regions of {format_count(len(old.errors), 'image')}; repair the files and run it "
-                "again with `resume=True`",
+                fix=f"{out} has no regions of {format_count(len(old.errors), 'image')}; repair the image files and run "
+                "it again with `resume=True`",
             )
         if not readable:
             if (folder / _REPAIR).is_file():
                 _clean_up(folder, out)
             yield None
             return
-        batch_size = old.run.get("batch_size", plan.batch_size)
-        if batch_size != plan.batch_size:
+        old_batch_size = old.run.get("batch_size", plan.batch_size)
+        if old_batch_size != plan.batch_size:
             raise InputError(
-                f"{out} is complete but has different settings: `batch_size` was {batch_size} and is now "
+                f"{out} is complete but has different settings: `batch_size` was {old_batch_size} and is now "
                 f"{plan.batch_size}; use the same to compute its repaired images"
             )
-        if folder.exists() and any(folder.iterdir()) and not (folder / _REPAIR).is_file():
+        if not (folder / _REPAIR).is_file() and _has_other_files(folder):
             raise InputError(f"{folder}: needed for repaired images, but contains other files; move it")
         affected = [batch for batch in batches if any(record.id in readable for record in batch)]
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
             with exclusive_lock(folder, LOCK, "wait for it to finish"):
-                work = {"inode": out.stat().st_ino, "plan": plan.to_json(shards, header)}
-                if _read_repair(folder) != json.loads(json.dumps(work)):
+                this_repair = {"inode": out.stat().st_ino, "plan": plan.to_json(shards, header)}
+                if _read_repair(folder) != json.loads(json.dumps(this_repair)):  # as on disk: lists instead of tuples
                     if any(folder.glob(_SHARDS)):
                         log.warning("note: finished shards in %s are of another repair and are discarded", folder)
                     _remove(folder, out, keep_lock=True)
-                    write_json(folder / _REPAIR, work)
+                    write_json(folder / _REPAIR, this_repair)
                 for path in (folder / out.name, *find_temporary_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
@@ -176,10 +179,10 @@ def repair(
 def find_readable(
     errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]
 ) -> set[int]:
-    """Find unusable images that can now be read, because their files were repaired or added.
+    """Find unusable images that can now be read, and report their number.
 
     Args:
-        errors: ids of the unusable images.
+        errors: a container of the ids of the unusable images.
         records: all images.
         load: loads an image, raising InputError if it is unusable.
 
@@ -199,26 +202,29 @@ def find_readable(
 def find_retries(
     shard_set: ShardSet, records: Sequence[ImageRecord], load: Callable[[ImageRecord], object], strict: bool
 ) -> set[int]:
-    """Find the unusable images in finished shards to try again.
+    """Find the unusable images in finished shards of an unfinished extraction that can now be read.
 
-    These are the images that can now be read, or all if ``strict``, so that one that is still unusable is reported. As
-    a shard is always computed as a whole, a shard in which another image can no longer be read is left out, or the
+    As a shard is always computed as a whole, a shard in which another image can no longer be read is left out, or the
     regions of that image would be lost.
 
     Args:
         shard_set: the shards.
         records: all images.
         load: loads an image, raising InputError if it is unusable.
-        strict: whether an unusable image is an error.
+        strict: fail if an image of a finished shard is still unusable, or can no longer be read.
 
     Returns:
         Ids of the images.
+
+    Raises:
+        UnusableImageError: there is such an image and ``strict`` is True; all finished shards are kept.
     """
-    if strict:
-        return set(shard_set.errors)
     errors = shard_set.errors
     readable = find_readable(errors, records, load)
-    unreadable = []  # of each shard left out, why another image cannot be read
+    kept = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
+    if strict and (still_unusable := [error for image_id, error in errors.items() if image_id not in readable]):
+        raise UnusableImageError(still_unusable[0], fix=kept)
+    reasons = []  # for each shard left out, why one of its images can no longer be read
     for number in sorted({*shard_set.missing_shards(readable)} - {*shard_set.missing_shards()}):
         images = [record for batch in shard_set.shards[number] for record in batch]
         try:
@@ -226,34 +232,46 @@ def find_retries(
                 if record.id not in errors:
                     load(record)
         except InputError as error:
+            if strict:
+                raise UnusableImageError(str(error), fix=kept) from error
             readable -= {record.id for record in images}
-            unreadable.append(str(error))
-    if unreadable:
+            reasons.append(str(error))
+    if reasons:
         log.warning(
-            "note: %s not computed again for repaired images, as others in it can no longer be read (first: %s)",
-            format_count(len(unreadable), "finished shard", "is"),
-            unreadable[0],
+            "note: %s not computed again for repaired images, as other images of the shard can no longer be read "
+            "(first: %s)",
+            format_count(len(reasons), "finished shard", verb="is"),
+            reasons[0],
         )
     return readable
 
 
 def _read_repair(folder: Path) -> Any:
-    """Contents of `_REPAIR`, None if it is missing or damaged."""
+    """Read `_REPAIR`; None if it is missing or damaged."""
     try:
         return read_small_json(folder / _REPAIR)
     except InputError:
         return None
 
 
+def _has_other_files(folder: Path) -> bool:
+    """Whether a folder has files that are not left by a repair killed before it wrote `_REPAIR`."""
+    if not folder.exists():
+        return False
+    temporary_files = set(find_temporary_files(folder))
+    return any(path.name != LOCK and path not in temporary_files for path in folder.iterdir())
+
+
 def _clean_up(folder: Path, out: Path) -> None:
-    """Remove the folder of a repair that had already replaced the store; keep the shards of an unfinished one."""
+    """Remove the folder of a repair, unless it has finished shards that a later repair of this store can use."""
     with exclusive_lock(folder, LOCK, "wait for it to finish"):
-        work = _read_repair(folder)
-        unfinished = isinstance(work, dict) and work.get("inode") == out.stat().st_ino
+        content = _read_repair(folder)
+        # a finished repair replaces the store by a file with another inode
+        unfinished = isinstance(content, dict) and content.get("inode") == out.stat().st_ino
         if unfinished and any(folder.glob(_SHARDS)):
             log.warning(
                 "note: %s is kept: it has finished shards of repaired images, which cannot be read now; run it again "
-                "with `resume=True` when they can",
+                "with `resume=True` when they can be read",
                 folder,
             )
         else:
@@ -261,7 +279,10 @@ def _clean_up(folder: Path, out: Path) -> None:
 
 
 def _remove(folder: Path, out: Path, keep_lock: bool = False) -> None:
-    """Remove the files of a repair, `_REPAIR` last, and the folder if it is then empty."""
+    """Remove the files of a repair, and the folder if it is then empty.
+
+    `_REPAIR` is removed last: a folder without it is refused if it has other files.
+    """
     names = ["sessions.jsonl", "workers.json", out.name, *([] if keep_lock else [LOCK]), _REPAIR]
     for path in (*folder.glob(_SHARDS), *find_temporary_files(folder), *(folder / name for name in names)):
         path.unlink(missing_ok=True)
@@ -269,8 +290,8 @@ def _remove(folder: Path, out: Path, keep_lock: bool = False) -> None:
         folder.rmdir()
 
 
-def _rows(old: Store) -> dict[int, ImageRow]:
-    """Read the rows of the images of a store, to write another one.
+def _read_rows(old: Store) -> dict[int, ImageRow]:
+    """Read the row of each image of a store, to write another store with the same rows.
 
     Args:
         old: the store.
@@ -291,10 +312,11 @@ def _rows(old: Store) -> dict[int, ImageRow]:
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
     except store.CORRUPTION_ERRORS as error:
         raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
+    # integers: height, width, regions, mask bytes, and channels, height and width of the feature map
     columns = np.column_stack([old.heights, old.widths, np.diff(region_start), mask_bytes, shapes]).tolist()
     return {
-        image_id: ImageRow(image_id, str(name), height, width, str(error), num_regions, num_bytes, (c, h, w))
-        for image_id, name, error, (height, width, num_regions, num_bytes, c, h, w) in zip(
+        image_id: ImageRow(image_id, str(name), height, width, str(error), regions, num_bytes, (c, h, w))
+        for image_id, name, error, (height, width, regions, num_bytes, c, h, w) in zip(
             old, old.file_names, old.image_errors, columns, strict=True
         )
     }

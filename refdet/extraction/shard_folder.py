@@ -1,6 +1,6 @@
-"""Folder of an unfinished extraction: read its plan and check whether it can be resumed.
+"""Folder of an unfinished extraction: its files, its plan, and whether the extraction can be resumed.
 
-No torch, so that mismatches are found before the detector is loaded.
+No torch, so that an extraction that cannot be resumed is refused before the detector is loaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
 LOCK, PLAN = "lock", "plan.json"
-MERGED = "merged.json"  # inode of the file merged from the shards
-_MAX_BATCH_SIZE = 4096  # largest batch size accepted from a plan
+MERGED = "merged.json"  # inodes of files merged from the shards, one of which is or becomes the store
+_MAX_BATCH_SIZE = 4096  # a larger batch size in a file is taken for damage
 _JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers)"
 # File names of an extraction; older temporary files have eight hex digits without TEMPORARY_MARK.
 OWNED_FILES = re.compile(
@@ -53,16 +53,16 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 def read_batch_size(out: Path) -> int | None:
     """Batch size of an unfinished or finished extraction into ``out``, None if unknown."""
-    plan = read_plan(shards_folder(out))
-    if plan is None and out.exists():
+    settings = read_plan(shards_folder(out))
+    if settings is None and out.exists():
         with store.open(out) as finished:
-            plan = finished.run
-    return None if plan is None else batch_size_of(plan)
+            settings = finished.run
+    return None if settings is None else batch_size_of(settings)
 
 
-def batch_size_of(plan: Mapping[str, Any]) -> int | None:
-    """Batch size in the contents of ``plan.json`` or a store's information about its run, None if it is invalid."""
-    size = plan.get("batch_size")
+def batch_size_of(settings: Mapping[str, Any]) -> int | None:
+    """Batch size in ``plan.json`` or in a store's information about its run, None if it is missing or invalid."""
+    size = settings.get("batch_size")
     return size if type(size) is int and 0 < size <= _MAX_BATCH_SIZE else None
 
 
@@ -84,7 +84,9 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise InputError(f"{path}: not a JSON object")
     except InputError as error:
-        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # another process may have removed it
+        # Missing: not started, or removed by another process since it was read. Damaged without shards: nothing is lost
+        # by starting again.
+        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):
             return None
         raise InputError(
             f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
@@ -93,10 +95,10 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def check_new(out: Path) -> None:
-    """Check that neither a store nor an unfinished extraction into it exists.
+    """Check that neither the store ``out`` nor an unfinished extraction into it exists.
 
     Raises:
-        InputError: one of them does.
+        InputError: one of them exists.
     """
     folder = shards_folder(out)
     if out.exists():
@@ -110,21 +112,21 @@ def check_resumable(
 ) -> dict[str, Any] | None:
     """Check that an extraction into ``out`` can start or, with ``resume``, continue with the same settings.
 
-    Does not compare the division into shards (`Plan.differing_shards`).
+    The division into shards is not compared; `Plan.differing_shards` does that.
 
     Args:
         out: the store.
         plan: what to compute.
         header: metadata of the store.
         resume: whether to continue an unfinished extraction.
-        ignored: options of the plan to ignore.
+        ignored: names of options that may differ.
 
     Returns:
         Contents of ``plan.json`` of the unfinished extraction, None if there is none.
 
     Raises:
-        InputError: ``out`` or its shards exist and ``resume`` is False; they have another plan or header; or the
-            folder contains other files.
+        InputError: ``out`` or an unfinished extraction exists and ``resume`` is False, or has another plan or header;
+            or the folder of the shards contains other files.
     """
     if not resume:
         check_new(out)
@@ -144,11 +146,11 @@ def check_resumable(
 
 
 def check_same_settings(folder: Path, difference: str) -> None:
-    """Raise an InputError if the plan of a folder of shards has a difference, "" for none."""
+    """Raise an InputError if ``difference``, from comparing plans with the one in a folder, is not empty."""
     if difference:
         raise InputError(
             f"{folder} was started with different settings: {difference}; use the same options and checkpoint, or "
-            "remove it"
+            "remove the folder"
         )
 
 
@@ -163,8 +165,8 @@ def _find_unexpected(folder: Path) -> str:
 def check_merged_file(out: Path) -> None:
     """Raise an InputError if there is a file at ``out`` that was not merged from its shards.
 
-    A merged file exists with its folder if removing the folder was interrupted. It is merged again, as it may be
-    incomplete on disk after a power failure.
+    A merged store exists beside its folder of shards if removing the folder was interrupted. The store is then merged
+    again, as it may be incomplete on disk after a power failure.
     """
     folder = shards_folder(out)
     if not out.exists():
@@ -174,7 +176,7 @@ def check_merged_file(out: Path) -> None:
 
 
 def _merged_inodes(folder: Path) -> list[int]:
-    """Inodes of the files that were merged from the shards in a folder."""
+    """Inodes of the files that were merged from the shards in a folder, [] if none is recorded."""
     try:
         return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
     except (InputError, ValueError, TypeError, KeyError, OverflowError):
@@ -186,7 +188,7 @@ def remove_partial_files(out: Path) -> None:
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
     partial += find_temporary_files(out.parent, out.name)
-    if not out.exists():  # a later file must not be taken for the merged one
+    if not out.exists():  # a later file at `out` could get a recorded inode and be taken for the merged store
         partial += folder.glob(MERGED)
     for path in partial:
         path.unlink()
@@ -194,7 +196,7 @@ def remove_partial_files(out: Path) -> None:
 
 def remove_owned_files(folder: Path) -> None:
     """Remove the files of an extraction, and the folder if it is then empty."""
-    # NFS keeps open files such as the lock, and so the folder, but the store is complete anyway.
+    # On NFS, an open file such as the lock keeps the folder from being removed, but the store is complete anyway.
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
             if OWNED_FILES.fullmatch(path.name):

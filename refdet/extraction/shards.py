@@ -1,8 +1,8 @@
 """Shards of an unfinished extraction in the folder ``F.h5.parts``, and merging them into ``F.h5``. No torch.
 
-``plan.json`` holds what is computed and how it is divided into shards; a folder with another plan is refused. A shard
-holds the images that the plan assigns to it, is complete or absent, and has a checksum, so the contents of a store do
-not depend on interruptions. A damaged shard is removed and computed again.
+``plan.json`` holds what is computed and how the images are divided into shards; a folder with another plan is refused.
+A shard holds the images that the plan assigns to it, is complete or absent, and has a checksum, so the contents of a
+store do not depend on interruptions. A damaged shard is removed and computed again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,24 +53,20 @@ _DISK_FULL_FIX = "finished shards are kept; free some space and continue with `r
 
 
 class ShardSet:
-    """Shards of an extraction; created by `open_extraction`.
+    """All or some shards of an extraction; created by `open_extraction`. Removes damaged shards with a warning.
 
     Args:
         out: the store.
         plan: what is computed.
         header: metadata of the store.
-        shards: batches of each shard.
+        shards: batches of each shard of the extraction.
         folder: folder of the shards, by default the `shards_folder` of ``out``.
         saved_plan: contents of the folder's ``plan.json``, if it exists.
-        shard_numbers: numbers of the shards to look for in the folder; all if None.
+        shard_numbers: numbers of the shards of this set, which are read from the folder; all if None.
 
     Attributes:
-        out: the store.
-        folder: folder of the shards.
-        plan: what is computed.
-        header: metadata of the store.
-        shards: batches of each shard.
-        plan_hash: hash of the plan, in each shard.
+        out, plan, header, shards, folder, shard_numbers: the arguments, or their defaults.
+        plan_hash: hash of the plan, written to each shard.
     """
 
     def __init__(
@@ -81,18 +77,19 @@ class ShardSet:
         shards: Sequence[Shard],
         folder: Path | None = None,
         saved_plan: Mapping[str, Any] | None = None,
-        shard_numbers: Iterable[int] | None = None,
+        shard_numbers: Sequence[int] | None = None,
     ) -> None:
         self.out, self.folder = out, folder or shards_folder(out)
         self.plan, self.header, self.shards = plan, header, shards
+        self.shard_numbers = range(len(shards)) if shard_numbers is None else shard_numbers
         self._columns = plan.columns()
-        work = plan.to_json(shards, header)
+        plan_json = plan.to_json(shards, header)
         if saved_plan is not None:  # an older refdet may have written the same recipe differently
-            work["header"] = saved_plan["header"]
-        self.plan_hash = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
-        self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
+            plan_json["header"] = saved_plan["header"]
+        self.plan_hash = hashlib.sha256(json.dumps(plan_json, sort_keys=True).encode()).hexdigest()
+        self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # number of a finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
-        for number in range(len(shards)) if shard_numbers is None else shard_numbers:
+        for number in self.shard_numbers:
             if self._path(number).exists():
                 self._load(number)
 
@@ -104,9 +101,11 @@ class ShardSet:
         return atomic_write(path)
 
     def _shard_id(self, number: int) -> dict[str, Any]:
+        """Identity of a shard, written to its file."""
         return {"plan": self.plan_hash, "shard": number}
 
     def _load(self, number: int) -> None:
+        """Add a shard in the folder to the finished ones, or remove its file if it is damaged."""
         path, rows = self._path(number), []
         if not path.is_file():
             raise InputError(f"{path}: not a file; remove it so that the shard can be written")
@@ -123,7 +122,7 @@ class ShardSet:
             self._rows[number] = rows
 
     def _matches_plan(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
-        """Whether the rows are of the images of a shard in the plan, in the same order."""
+        """Whether rows are those of the images that the plan assigns to a shard, in the same order."""
         return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
     def _check_shapes(self, image: EncodedImage, path: Path) -> None:
@@ -140,6 +139,11 @@ class ShardSet:
                 )
 
     @property
+    def images(self) -> int:
+        """Number of images in the shards of this set, finished or not."""
+        return sum(len(batch) for number in self.shard_numbers for batch in self.shards[number])
+
+    @property
     def finished_images(self) -> int:
         """Number of images in finished shards."""
         return sum(map(len, self._rows.values()))
@@ -150,17 +154,14 @@ class ShardSet:
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
     def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
-        """List the shards to compute.
+        """List the numbers of the shards to compute: the unfinished ones, and those with an image to try again.
 
         Args:
-            retry_ids: ids of images to try again; finished shards in which they were unusable are included.
-
-        Returns:
-            Shard numbers.
+            retry_ids: ids of images to try again if they were unusable.
         """
         return [
             number
-            for number in range(len(self.shards))
+            for number in self.shard_numbers
             if number not in self._rows or any(row.error and row.id in retry_ids for row, _ in self._rows[number])
         ]
 
@@ -175,7 +176,7 @@ class ShardSet:
 
         Args:
             number: number of the shard.
-            file: its file in the folder, which is renamed, or its contents.
+            file: the shard, as a file in the folder, which is renamed, or as the contents of the file.
             rows: row in the store and location in the shard of each of its images.
             shapes: feature -> shape per region.
 
@@ -194,7 +195,7 @@ class ShardSet:
         self._shapes |= shapes
 
     def encode(self, images: Sequence[Regions]) -> list[EncodedImage]:
-        """Encode images for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
+        """Encode images for `write`; thread-safe. Raises RuntimeFailure if a number is not finite."""
         return encode_all(images, self._columns)
 
     @contextmanager
@@ -205,10 +206,10 @@ class ShardSet:
             number: number of the shard.
 
         Yields:
-            A function to call with images from `encode`, in the order of the plan.
+            A function to call with encoded images, in the order of the plan.
 
         Raises:
-            RuntimeFailure: the disk is full; nothing is left behind.
+            RuntimeFailure: the disk is full; the unfinished file is removed.
         """
         path = self._path(number)
         rows: list[tuple[ImageRow, BlockLocation]] = []
@@ -242,18 +243,19 @@ class ShardSet:
 
         Raises:
             InputError: another program has created a file at the path of the store.
-            RuntimeFailure: the disk is full or a shard is damaged; the other shards are kept.
+            RuntimeFailure: the disk is full or a shard is damaged; all other shards are kept.
         """
         check_merged_file(self.out)
 
         def seal(written: Path) -> None:
             check_merged_file(self.out)
-            # A rename keeps the inode; before it the file of an earlier merge may be at the path of the store.
+            # The inode of the written file stays the same when it is renamed to the path of the store. Until then, the
+            # file of an earlier merge may be at that path.
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
 
-        by_id = self._by_id()
-        self._write_store(self.out, [by_id[record.id] for record in records], run, seal)
+        images_by_id = self._images_by_id()
+        self._write_store(self.out, [images_by_id[record.id] for record in records], run, seal)
         remove_merged(self.folder)
 
     def _write_store(
@@ -267,7 +269,12 @@ class ShardSet:
         columns = self.plan.columns(self._shapes)
         rows = [image.row for image in images]
         space = space_needed(rows, columns, self.header)
-        self._check_space(space)
+        free = shutil.disk_usage(self.folder).free
+        if free < space:
+            raise RuntimeFailure(
+                f"{self.out}: no space left on the disk (the store needs {format_missing_space(space, free)})",
+                fix=_DISK_FULL_FIX,
+            )
         with report_disk_full(path, _DISK_FULL_FIX), store.create(path, self.header, columns, rows, space) as writer:
             with closing(read_ahead(images, columns)) as groups:
                 for group in groups:
@@ -275,8 +282,8 @@ class ShardSet:
             writer.finish(run())
             seal(writer.path)
 
-    def _by_id(self) -> dict[int, ImageToMerge]:
-        """Images in finished shards by id."""
+    def _images_by_id(self) -> dict[int, ImageToMerge]:
+        """Image id -> image, of those in finished shards."""
         return {
             row.id: ImageToMerge(row, partial(self._read, number, row, location))
             for number, rows in self._rows.items()
@@ -286,23 +293,16 @@ class ShardSet:
     def _read(
         self, number: int, row: ImageRow, location: BlockLocation, reader: ImageReader
     ) -> EncodedImage | RawImage:
+        """Read an image of a finished shard; if the shard is damaged, remove it and raise RuntimeFailure."""
         path = self._path(number)
         try:
             return reader.read(path, row, location)
         except ShardError as error:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
-                f"{path}: {error}, after it was written, and removed",
+                f"{path}: {error}; removed",
                 fix="check the disk and compute its images again with `resume=True`",
             ) from None
-
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise RuntimeFailure(
-                f"{self.out}: no space left on the disk (the store needs {format_missing_space(needed, free)})",
-                fix=_DISK_FULL_FIX,
-            )
 
 
 @contextmanager
@@ -322,14 +322,14 @@ def open_extraction(
         The shards, or None if ``out`` is already complete with this plan and header.
 
     Raises:
-        InputError: as `check_resumable`; other shards; ``out`` was not made from its shards; or another process is
-            writing them.
+        InputError: as `check_resumable`; the images were divided into other shards; ``out`` exists but was not merged
+            from the shards; or another process is using them.
         RuntimeFailure: the disk is full.
     """
     folder = shards_folder(out)
     saved_plan = check_resumable(out, plan, header, resume)
     if saved_plan is None and out.exists():
-        remove_owned_files(folder)  # in case its removal was interrupted
+        remove_owned_files(folder)  # in case their removal after the merge was interrupted
         yield None
         return
     if saved_plan is not None:
@@ -339,7 +339,7 @@ def open_extraction(
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), lock_all_parts(folder):
-            current_plan = read_plan(folder)
+            current_plan = read_plan(folder)  # again, now that no other process can write it
             if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
             check_merged_file(out)

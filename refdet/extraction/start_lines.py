@@ -1,4 +1,4 @@
-"""The lines that an extraction logs when it starts."""
+"""The lines that an extraction shows when it starts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def start_lines(job: Job, device: str, kernels: str) -> list[str]:
-    """Lines about the device and precision, the images, the detector, and the size of the store.
+    """Describe the device and precision, the images, the detector, and the size of the store, a line each.
 
     Args:
         job: the extraction.
-        device: the device or devices.
-        kernels: the kernels of `refdet.ops` in use.
+        device: description of the device or devices.
+        kernels: description of the kernels of `refdet.ops` in use.
     """
     from refdet.data.transforms import input_size
 
@@ -29,13 +29,14 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     def map_size(record: ImageRecord) -> tuple[int, int]:
         size = input_size(record.height, record.width, meta.recipe.input)
         stride = meta.recipe.model.stride
-        if meta.recipe.model.backbone == "vgg16":  # its pooling rounds down
+        if meta.recipe.model.backbone == "vgg16":  # its pooling rounds sizes down, ResNet's strided convolutions up
             return max(size.height // stride, 1), max(size.width // stride, 1)
         return math.ceil(size.height / stride), math.ceil(size.width / stride)
 
     shapes = feature_shapes(meta.recipe, len(meta.categories))
     features = {name: shapes[name] for name in plan.features}
-    columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
+    # without `plan.compression`, as the estimate is of the size before compression
+    columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)
     if job.given_regions is None:
         bound = f"at most, with {format_count(options.max_regions, 'region')} per image,"
         counts = [options.max_regions] * len(job.records)

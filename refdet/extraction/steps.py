@@ -9,6 +9,6 @@ import numpy as np
 from refdet.data.coco import ImageRecord
 from refdet.structures.regions import Regions
 
-Load = Callable[[ImageRecord], np.ndarray]  # returns (H, W, 3) uint8 RGB
-Finish = Callable[[], list[Regions]]  # returns the regions of each image of a batch
-Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]  # starts to compute a batch of loaded images
+Load = Callable[[ImageRecord], np.ndarray]  # loads an image as (H, W, 3) uint8 RGB
+Finish = Callable[[], list[Regions]]  # waits for a batch to be computed, and returns the regions of each of its images
+Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]  # starts computing a batch of loaded images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refdet import store
 from refdet.errors import RuntimeFailure
-from refdet.extraction.timing import STAGES, Session, shares
+from refdet.extraction.timing import STAGES, Timer, shares
 from refdet.files.short_text import format_count
 
 
@@ -21,15 +21,15 @@ class Summary:
         regions: number of regions in the store.
         errors: number of unusable images.
         computed: number of images computed by this run.
-        seconds: duration of computing them.
+        seconds: seconds that this run spent computing images, without the merge.
         bytes: size of the store.
-        images_per_second: of this run, without the merge; 0 if nothing was computed.
+        images_per_second: ``computed / seconds``; 0 if nothing was computed.
         stages: seconds per stage: in the main thread "load" (waiting for images), "compute", and "wait" (for the
             background threads); in one background thread each "finish" and "write"; and "merge" at the end.
         batch_size: maximum number of images per batch.
         computing: seconds per part of the network, if measured (`refdet.detector.profiler`).
         merged: whether the store is written. Otherwise this process has finished its part of the extraction, and
-            ``images``, ``regions``, ``errors`` and ``bytes`` are of that part.
+            ``images``, ``regions``, ``errors`` and ``bytes`` are of the shards of that part.
     """
 
     images: int
@@ -51,13 +51,13 @@ class Summary:
 
 
 def summarize_store(
-    out: Path, session: Session | None, compute_seconds: Callable[[], dict[str, float]], batch_size: int
+    out: Path, timer: Timer | None, compute_seconds: Callable[[], dict[str, float]], batch_size: int
 ) -> Summary:
-    """Summarize a finished store and the process that finished it.
+    """Summarize a finished store and what this process computed for it.
 
     Args:
         out: the store.
-        session: the timing of the process; None if there was nothing to do.
+        timer: timing of this process; None if there was nothing to compute.
         compute_seconds: returns the seconds per part of the network.
         batch_size: maximum number of images per batch.
 
@@ -67,8 +67,8 @@ def summarize_store(
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if errors and len(errors) == images:
-        raise none_usable_error(errors, f"{out} has no regions")
-    computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
+        raise none_usable_error(errors, kept=f"{out} has no regions")
+    computed, seconds = (timer.images, timer.seconds) if timer else (0, 0.0)
     return Summary(
         images=images,
         regions=regions,
@@ -77,14 +77,19 @@ def summarize_store(
         seconds=seconds,
         bytes=out.stat().st_size,
         images_per_second=computed / seconds if computed else 0.0,
-        stages=session.stages if session else dict.fromkeys(STAGES, 0.0),
+        stages=timer.stages if timer else dict.fromkeys(STAGES, 0.0),
         batch_size=batch_size,
         computing=compute_seconds(),
     )
 
 
 def none_usable_error(errors: Mapping[int, str], kept: str) -> RuntimeFailure:
-    """The error of an extraction without usable images; ``kept`` says what it leaves behind."""
+    """Create the error of an extraction without usable images.
+
+    Args:
+        errors: image id -> reason.
+        kept: what the extraction leaves behind, such as "finished shards are kept in a.h5.parts".
+    """
     return RuntimeFailure(
         f"none of {format_count(len(errors), 'image')} could be used (first: {next(iter(errors.values()))})",
         fix=f"{kept}, check the files or `images` and run it again with `resume=True`",

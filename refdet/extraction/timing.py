@@ -1,7 +1,7 @@
-"""Timing of an extraction over all of its sessions, including killed ones. No torch.
+"""Timing of an extraction over all of its sessions: the processes that computed it, including killed ones. No torch.
 
 Whenever a shard is finished, a line with the session's timing so far is appended to ``sessions.jsonl`` next to the
-shards, or to a file of its own for each part; only the last line of a session is used.
+shards, or by part 3 to ``sessions-3.jsonl``; only the last line of a session is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _MAX_BYTES = 2**26  # larger files are ignored
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
     """Compute the fraction of time spent in each stage.
 
-    The stages of the main thread and the merge add up to almost 1; finish and write run in parallel.
+    The stages of the main thread ("load", "compute", "wait") and the merge add up to almost 1; "finish" and "write"
+    run in other threads meanwhile.
 
     Args:
         seconds: total time without the merge.
@@ -35,8 +36,8 @@ def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
     return {name: value / total if total else 0.0 for name, value in stages.items()}
 
 
-class Session:
-    """Timing of one process of an extraction, and of earlier ones.
+class Timer:
+    """Times the session of this process, and records it next to those of earlier processes.
 
     Args:
         folder: folder of the shards.
@@ -44,27 +45,27 @@ class Session:
 
     Attributes:
         stages: seconds per stage of `STAGES`.
-        images: number of images in the shards that it finished.
+        images: number of images in the shards that this process finished.
     """
 
     def __init__(self, folder: Path, part: int = 0) -> None:
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.images = 0
-        self._computing = 0.0
+        self._computing = 0.0  # seconds in `computing` blocks that have ended
         self._path = folder / _FILE_NAME.format(f"-{part}" if part else "")
-        self._earlier = _read(self._path)
+        self._earlier = _read_sessions(self._path)
         self._number = 1 + max(self._earlier, default=0)
         self._since: dict[str, float] = {}  # running stage -> start time
         self._append_record()
 
     @property
     def seconds(self) -> float:
-        """Seconds spent computing, up to now if that is still running."""
+        """Seconds in `computing` blocks, up to now if one is running."""
         return self._computing + self._elapsed("computing")
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Add the duration of the block, which contains all stages except the merge, to `seconds`."""
+        """Add the duration of the block to `seconds`; it contains all stages except the merge."""
         self._since["computing"] = time.perf_counter()
         try:
             yield
@@ -74,13 +75,13 @@ class Session:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the duration of the block to a stage, which only one thread may time."""
+        """Add the duration of the block to a stage; each stage must be timed by one thread only."""
         self._since[stage] = time.perf_counter()
         try:
             yield
         finally:
             self.stages[stage] += time.perf_counter() - self._since.pop(stage)
-            if stage == "merge":  # no shard is finished after it
+            if stage == "merge":  # the last stage: no later shard would record it
                 self._append_record()
 
     def record_shard(self, images: int) -> None:
@@ -90,9 +91,9 @@ class Session:
 
     def summary(self) -> dict[str, Any]:
         """Summary of all sessions, for the store, as JSON."""
-        others = sorted(path for path in self._path.parent.glob(_ALL_FILES) if path != self._path)  # of other parts
-        other_sessions = [session for path in others for session in _read(path).values()]
-        sessions = [*other_sessions, *self._earlier.values(), self._record()]
+        other_parts = sorted(path for path in self._path.parent.glob(_ALL_FILES) if path != self._path)
+        sessions = [session for path in other_parts for session in _read_sessions(path).values()]
+        sessions += [*self._earlier.values(), self._record()]
         images, seconds = (sum(session[name] for session in sessions) for name in ("images", "seconds"))
         stages = {name: sum(session["stages"][name] for session in sessions) for name in STAGES}
         return {
@@ -105,23 +106,25 @@ class Session:
         }
 
     def _elapsed(self, stage: str) -> float:
+        """Seconds since a stage or "computing" was entered; 0 if it is not running."""
         since = self._since.get(stage)
         return 0.0 if since is None else time.perf_counter() - since
 
     def _record(self) -> dict[str, Any]:
+        """This session's timing so far, as one line of the file."""
         stages = {name: value + self._elapsed(name) for name, value in self.stages.items()}
         return {"session": self._number, "images": self.images, "seconds": self.seconds, "stages": stages}
 
     def _append_record(self) -> None:
-        # A killed process may leave a partial line, so start a new one; losing a line is harmless.
         if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
-            return
+            return  # placed there by somebody else; do not write through a link or into a pipe
+        # A killed process may leave a partial line, so start a new one; losing a line is harmless.
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(self._record()))
 
 
-def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """Session number -> its last complete line."""
+def _read_sessions(path: Path) -> dict[int, dict[str, Any]]:
+    """Read the last complete line of each session in a file, by session number; {} if it cannot be read."""
     sessions: dict[int, dict[str, Any]] = {}
     with suppress(OSError):
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # opening a pipe would block

@@ -36,29 +36,37 @@ def read_workers(folder: Path) -> list[dict[str, Any]]:
     Returns:
         A JSON object for each process; a value is None if it is unknown or the file is damaged.
 
-        - "worker": name of the part or worker; "host" and "pid": where it runs
+        - "worker": name of the part or worker; "host" and "pid": host name and process id
         - "state": "computing", "finished" or "stopped"
         - "shards": numbers of the shards assigned to a Ray worker
         - "finished": number of finished images; "images": number of all images of a part
-        - "images_per_second": its speed
-        - "seconds_ago": seconds since it last finished a shard
+        - "images_per_second": speed of the process
+        - "seconds_ago": seconds since the process last finished a shard, or since it started
     """
-    return [_valid_fields(worker) for worker in [*read_progress_of_parts(folder), *_engine_workers(folder)]]
+    return [_checked_fields(worker) for worker in [*read_progress_of_parts(folder), *_read_engine_workers(folder)]]
 
 
 def write_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
-    """Write the workers of a Ray engine, and a token by which they check whether they see the same folder."""
+    """Write the progress of the workers of a Ray engine, if the folder exists.
+
+    Args:
+        folder: folder of the shards.
+        token: random text by which a worker recognizes that it sees this folder.
+        workers: progress of each worker, as `read_workers` returns it but with "updated", a time in seconds since the
+            epoch, instead of "seconds_ago".
+    """
     with suppress(FileNotFoundError):
         write_json(folder / WORKERS, {"token": token, "workers": list(workers)})
 
 
 def read_token(folder: Path) -> str | None:
-    """The token in a folder, None if there is none."""
+    """Read the token of the driver in a folder, None if there is none."""
     token = _read_file(folder).get("token")
     return token if isinstance(token, str) else None
 
 
-def _engine_workers(folder: Path) -> list[Any]:
+def _read_engine_workers(folder: Path) -> list[Any]:
+    """Read what `write_workers` wrote about the workers, unchecked; [] if there are none."""
     workers = _read_file(folder).get("workers")
     return workers if isinstance(workers, list) else []
 
@@ -71,8 +79,8 @@ def _read_file(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _valid_fields(worker: Any) -> dict[str, Any]:
-    """The fields of a worker, None for each that is missing or has a wrong type."""
+def _checked_fields(worker: Any) -> dict[str, Any]:
+    """The fields of a worker as `read_workers` returns them, None for each that is missing or has a wrong type."""
     worker = worker if isinstance(worker, dict) else {}
     checked = {name: worker.get(name) if type(worker.get(name)) in types else None for name, types in _FIELDS.items()}
     updated = worker.get("updated")

@@ -196,7 +196,7 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     Raises:
         ValueError: a dataset has an invalid type or shape, or is missing although another one requires it.
     """
-    images, regions = len(file["images/id"]), len(file["regions/box"])
+    images, regions = (_open_dataset(file, name).len() for name in ("images/id", "regions/box"))
     # name -> kind of dtype, and shape; the starts of images have one more value, the end
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         f"images/{name}": (kind, (images + (name == "region_start"),)) for name, kind in IMAGE_COLUMNS.items()
@@ -207,23 +207,33 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     if "ann_id" in file["regions"]:
         expected["regions/ann_id"] = ("int", (regions,))
     if "mask_counts" in file["regions"] or "mask_start" in file["regions"]:
-        expected["regions/mask_counts"] = ("uint8", file["regions/mask_counts"].shape[:1])
+        expected["regions/mask_counts"] = ("uint8", _open_dataset(file, "regions/mask_counts").shape[:1])
         expected["regions/mask_start"] = ("int", (regions + 1,))
     for name in file["features"]:
-        expected[f"features/{name}"] = ("float", (regions, *file[f"features/{name}"].shape[1:]))
+        expected[f"features/{name}"] = ("float", (regions, *_open_dataset(file, f"features/{name}").shape[1:]))
     for name in MAPS:
         if f"maps/{name}" in file:
-            expected[f"maps/{name}"] = ("float", file[f"maps/{name}"].shape[:1])
+            expected[f"maps/{name}"] = ("float", _open_dataset(file, f"maps/{name}").shape[:1])
             expected[f"maps/{name}_start"] = ("int", (images + 1,))
             expected[f"maps/{name}_shape"] = ("int", (images, 3))
             expected["maps/im_info"] = ("float32", (images, 3))
-    data = {name: file[name] for name in expected}
+    data = {name: _open_dataset(file, name) for name in expected}
     for name, (kind, shape) in expected.items():
         if data[name].dtype not in DTYPES[kind] or data[name].shape != shape:
             raise ValueError(f"{name} has dtype {data[name].dtype} and shape {data[name].shape}")
         if kind == "text" and h5py.check_string_dtype(data[name].dtype) is None:
             raise ValueError(f"{name} is not text")
     return data
+
+
+def _open_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """Open a dataset with rows; raises ValueError if it is missing, a scalar or a group."""
+    if name not in file:
+        raise ValueError(f"{name} is missing")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or not dataset.shape:
+        raise ValueError(f"{name} is not an array")
+    return dataset
 
 
 def check_starts(name: str, starts: np.ndarray, end: int) -> None:
@@ -243,7 +253,13 @@ def check_starts(name: str, starts: np.ndarray, end: int) -> None:
 
 def parse_json(file: h5py.File, name: str, kind: type) -> Any:
     """Parse an attribute that is a JSON list or object; raises ValueError if it is not."""
-    value = json.loads(file.attrs[name])
+    text = file.attrs[name]
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"attribute {name} is not text")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"attribute {name} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         raise ValueError(f"attribute {name} is not a JSON {'list' if kind is list else 'object'}")
     return value

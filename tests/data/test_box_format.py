@@ -79,7 +79,7 @@ def test_the_order_is_inferred_from_the_boxes(seed: int, unit: str, order: str) 
     corners, sizes = random_boxes(seed, 30)
     resolved, lines = resolve_box_format(unit, from_pixels(f"{unit}-{order}", corners, sizes), sizes)
     assert resolved == f"{unit}-{order}" and len(lines) == 1
-    assert lines[0].startswith("note: reading boxes as [x") and "0 of 30 do not fit" in lines[0]
+    assert lines[0].startswith("note: reading boxes as [x") and "which fits 30 of 30, rather than [x" in lines[0]
 
 
 def test_boxes_that_fit_both_orders_are_read_as_xyxy_with_a_note() -> None:

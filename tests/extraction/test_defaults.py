@@ -16,7 +16,7 @@ def test_the_batch_size_is_4_on_the_cpu_and_automatic_on_a_gpu() -> None:
 def test_the_number_of_workers_follows_from_the_cores_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, cores: int, on_gpu: int
 ) -> None:
-    monkeypatch.setattr(defaults, "_cores", lambda: cores)
+    monkeypatch.setattr(defaults, "_count_cores", lambda: cores)
     assert defaults.default_workers(CPU) == 2 and defaults.default_workers(GPU) == on_gpu
 
 

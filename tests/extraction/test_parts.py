@@ -8,7 +8,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +81,31 @@ def test_a_part_reports_its_own_images(tmp_path: Path, caplog: pytest.LogCapture
     assert "note: part 2/3 is finished; 3 of 4 shards are missing: the last part to finish writes" in caplog.text
     again = run_part(tmp_path / "a.h5", "2/3")
     assert (again.merged, again.images, again.computed) == (False, len(batch), 0)
+
+
+def test_a_strict_part_keeps_its_shards_while_an_image_is_still_unusable(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "a.h5"
+    shard = next(number for number, batch in enumerate(BATCHES) if BROKEN in {record.id for record in batch})
+    part = f"{shard + 1}/{SHARDS}"
+    run_part(out, part)
+    (path,) = folder_of(out).glob("*.shard")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeFailure, match="`strict`: .* not a readable image; finished shards are kept in "):
+        run_part(out, part, strict=True)
+    assert path.read_bytes() == before
+    with pytest.raises(RuntimeFailure, match="`strict`: lost"):  # another image of the shard can no longer be read
+        run_part(out, part, strict=True, load=_load_only(BROKEN))
+    assert path.read_bytes() == before
+    assert (run_part(out, part, strict=True, load=load_all).errors, path.exists()) == (0, True)
+
+
+def _load_only(image_id: int) -> Callable[[ImageRecord], np.ndarray]:
+    def load(record: ImageRecord) -> np.ndarray:
+        if record.id != image_id:
+            raise InputError("lost")
+        return load_all(record)
+
+    return load
 
 
 def test_parts_in_three_processes_write_the_same_store(tmp_path: Path, whole: Path) -> None:

@@ -25,7 +25,7 @@ from store_examples import HEADER, PLAN, contents, make_regions
 from refdet import store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction import pipeline
+from refdet.extraction import load_ahead, pipeline
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import split_into_shards
 from refdet.extraction.steps import Finish
@@ -246,7 +246,7 @@ def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
 
 def test_disk_space_for_the_store_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[tuple[int, int]] = []  # start and end in the file
-    monkeypatch.setattr(pipeline.Session, "summary", lambda *_: {})  # the times in the attribute "run" differ
+    monkeypatch.setattr(pipeline.Timer, "summary", lambda *_: {})  # the times in the attribute "run" differ
     with monkeypatch.context() as patch:
         patch.setattr(
             hdf5_file.os, "posix_fallocate", lambda handle, start, space: reserved.append((start, start + space))
@@ -341,7 +341,7 @@ def test_images_are_loaded_ahead_up_to_a_number_of_pixels(
     monkeypatch: pytest.MonkeyPatch, max_pixels: int, waiting: int
 ) -> None:
     """At least the next batch, of two images of 10 pixels, is loaded ahead."""
-    monkeypatch.setattr(pipeline, "_PIXELS_AHEAD", max_pixels)
+    monkeypatch.setattr(load_ahead, "_MAX_PIXELS", max_pixels)
     batches = [[ImageRecord(2 * i, "", 5, 2), ImageRecord(2 * i + 1, "", 5, 2)] for i in range(10)]
     loaded: list[int] = []
 
@@ -350,7 +350,7 @@ def test_images_are_loaded_ahead_up_to_a_number_of_pixels(
         return load(record)
 
     yielded = []
-    for number, images in enumerate(pipeline.load_ahead(recording_load, batches, 1)):
+    for number, images in enumerate(load_ahead.load_ahead(recording_load, batches, 1)):
         yielded += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
         assert len(loaded) <= 2 * number + waiting
     assert yielded == sorted(loaded) == list(range(20))

@@ -222,8 +222,8 @@ def test_commands_on_ray_and_in_parts_give_the_results_of_one_process(
 ) -> None:
     """The store and the AP are equal to the bit."""
     signal.alarm(240)  # instead of a minute, as each worker imports torch; for the same reason, only one starts
-    slots = Cluster.slots
-    monkeypatch.setattr(Cluster, "slots", lambda self: dict([*slots(self).items()][:1]))
+    count_slots = Cluster.count_slots
+    monkeypatch.setattr(Cluster, "count_slots", lambda self: dict([*count_slots(self).items()][:1]))
     folder = DetectorFolder(tmp_path / "d", 70)  # three shards
     plain, parts, on_ray = (tmp_path / name for name in ("plain.h5", "parts.h5", "ray.h5"))
     for out, *more in [

@@ -127,7 +127,7 @@ def test_regions_of_images_that_can_no_longer_be_read_are_kept(
     run((4,))
     assert run((2, 3), resume=True).errors == 0 and run.computed == [[4, 4, 4]]
     assert f"2 images beside repaired ones can no longer be read (first: {RECORDS[2].file_name}: not" in caplog.text
-    assert f"{run.out} keeps the regions it has of them" in caplog.text
+    assert f"{run.out} keeps the regions it has of these images" in caplog.text
     assert contents(run.out) == whole_contents(tmp_path, plan) and not repair_folder(run.out).exists()
     assert run((2, 3), resume=True).computed == 0
 
@@ -147,11 +147,21 @@ def test_an_interrupted_repair_is_resumed(tmp_path: Path) -> None:
     run = Extraction(tmp_path / "a.h5")
     run((0, 3, 5))
     before = run.out.read_bytes()
-    with pytest.raises(Interrupted, match="4 of 10 images .*a.h5.repair.*`resume=True`"):
+    with pytest.raises(Interrupted, match="4 of 7 images .*a.h5.repair.*`resume=True`"):
         run(resume=True, compute=interrupt_at(BATCHES[3], run.compute))
     assert run.out.read_bytes() == before and len(list(repair_folder(run.out).glob("*.shard"))) == 2
     assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
     assert contents(run.out) == whole_contents(tmp_path) and not repair_folder(run.out).exists()
+
+
+def test_a_repair_killed_as_it_starts_is_resumed(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((3,))
+    folder = repair_folder(run.out)
+    folder.mkdir()
+    for left in (folder / "lock", temporary_path(folder / "repair.json")):
+        left.touch()
+    assert run(resume=True).errors == 0 and not folder.exists()
 
 
 def test_finished_shards_are_kept_while_their_images_cannot_be_read(
@@ -294,8 +304,8 @@ def test_an_unfinished_extraction_keeps_a_shard_whose_images_can_no_longer_be_re
         run((0, 9), compute=interrupt_at(BATCHES[3], run.compute))
     assert run((1,), resume=True).errors == 1 and run.computed == [[7, 8, 9], [2, 3, 4]]
     assert (
-        "note: 1 finished shard is not computed again for repaired images, as others in it can no longer be read "
-        f"(first: {RECORDS[1].file_name}: not a readable image)" in caplog.text
+        "note: 1 finished shard is not computed again for repaired images, as other images of the shard can no longer "
+        f"be read (first: {RECORDS[1].file_name}: not a readable image)" in caplog.text
     )
     assert run((1,), resume=True).errors == 0 and run.computed == [[0, 0]]  # now the store is repaired
     assert contents(run.out) == whole_contents(tmp_path)

@@ -65,7 +65,9 @@ def test_a_plan_without_a_recipe_of_an_older_version_is_refused(tmp_path: Path) 
     older = json.loads(plan.read_text())
     del older["header"]
     plan.write_text(json.dumps(older))
-    with pytest.raises(InputError, match="started with different settings: another version of refdet; .* or remove it"):
+    with pytest.raises(
+        InputError, match="started with different settings: another version of refdet; .* or remove the folder"
+    ):
         run(out, resume=True)
 
 

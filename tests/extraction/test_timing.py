@@ -13,7 +13,7 @@ from resumable_extraction import BATCHES, interrupted_before_the_merge, run
 
 from refdet import store
 from refdet.errors import Interrupted
-from refdet.extraction.timing import STAGES, Session
+from refdet.extraction.timing import STAGES, Timer
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -75,6 +75,6 @@ def test_the_summary_has_the_share_of_each_stage(tmp_path: Path) -> None:
 
 
 def test_a_session_log_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
-    session = Session(tmp_path / "gone")
-    session.record_shard(3)
-    assert session.summary()["images"] == 3 and session.summary()["sessions"] == 1
+    timer = Timer(tmp_path / "gone")
+    timer.record_shard(3)
+    assert timer.summary()["images"] == 3 and timer.summary()["sessions"] == 1

@@ -104,6 +104,14 @@ def _column(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
     return change
 
 
+def _group(name: str) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_group(name)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -114,12 +122,13 @@ def _column(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
         (_attribute("classes", '[{"id": 1e400, "name": "a"}]'), "classes is not"),
         (_attribute("classes", f'[{{"id": {2**63}, "name": "a"}}]'), "classes is not"),
         (_attribute("classes", "{}"), "not a JSON list"),
-        (_attribute("classes", "[" * 100_000), "recursion"),
-        (_attribute("classes", b"[]\xff"), "Extra data"),
+        (_attribute("classes", "[" * 100_000), "classes is not valid JSON: .*recursion"),
+        (_attribute("classes", b"[]\xff"), "classes is not valid JSON: .*Extra data"),
         (_attribute("options", "7"), "not a JSON object"),
         (_attribute("provenance", "[]"), "not a JSON object"),
         (_attribute("run", '"x"'), "not a JSON object"),
-        (_attribute("provenance", 3), "the JSON object must be"),
+        (_attribute("provenance", 3), "attribute provenance is not text"),
+        (_attribute("options", np.zeros(2)), "attribute options is not text"),
         (_column("images/height", np.array([9, 0, 9], np.int32)), "not positive"),
         (_column("images/width", np.array([9, 7, -1], np.int32)), "not positive"),
         (_column("images/height", np.array([9, 9, 9], np.float32)), "images/height has dtype float32"),
@@ -138,7 +147,13 @@ def _column(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
         (_column("features/fc7", np.zeros((5, 2), "i4")), "features/fc7 has"),
         (_column("features/fc7", np.zeros((4, 2), "f4")), "features/fc7 has"),
         (_column("maps/head_start", np.array([0, 24, 48, 73])), "does not ascend"),
-        (lambda file: (file.__delitem__("features/fc7"), file.create_group("features/fc7")), "Group"),
+        (_group("features/fc7"), "features/fc7 is not an array"),
+        (_group("images/id"), "images/id is not an array"),
+        (_column("images/id", np.array(3)), "images/id is not an array"),
+        (_group("regions/score"), "regions/score is not an array"),
+        (_group("regions/mask_counts"), "regions/mask_counts is not an array"),
+        (_group("maps/head"), "maps/head is not an array"),
+        (lambda file: file.__delitem__("regions/mask_start"), "regions/mask_start is missing"),
         (lambda file: (file.__delitem__("regions"), file.__setitem__("regions", np.zeros(3))), "regions/box"),
     ],
 )  # fmt: skip
