@@ -161,7 +161,7 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
     tree = {"state_dict": {**given, "a": shared, "b": shared[2:], "p": torch.nn.Parameter(shared)}}
     torch.save(tree, tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
     contents = read_contents(tmp_path / "weights.pth")
-    assert contents.unsafe_class is None and {"state_dict", "conv1.weight"} <= set(contents.strings)
+    assert contents.unsafe_global is None and {"state_dict", "conv1.weight"} <= set(contents.strings)
     found = read_foreign(tmp_path / "weights.pth")
     assert all(torch.equal(found[name], value) for name, value in tree["state_dict"].items())
 
