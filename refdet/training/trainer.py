@@ -34,7 +34,7 @@ from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
 from refdet.training.pretrained import load_pretrained
-from refdet.training.processes import LostProcess, Processes
+from refdet.training.processes import LostProcess, TrainingProcess
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
 from refdet.training.selection import provenance_of_last_step
@@ -63,13 +63,13 @@ class Summary:
     loss: float | None
 
 
-def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
+def train_on(inputs: TrainingInputs, device: str | None = None, process: TrainingProcess | None = None) -> Summary:
     """Train a detector on checked inputs, in one process or in several with the same inputs."""
-    processes = processes or Processes()
-    target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
+    process = process or TrainingProcess()
+    target, recipe, out = resolve_device(process.select_device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
     batches = TrainingBatches(
-        index, inputs.source, recipe, inputs.objects, rank=processes.rank, world_size=processes.world_size
+        index, inputs.source, recipe, inputs.objects, rank=process.rank, world_size=process.world_size
     )
     provenance = inputs.provenance
     if inputs.weights is not None:
@@ -84,7 +84,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     saved_state = new_prefixes = None
     if inputs.saved_run is not None:
-        if processes.is_first:
+        if process.is_first:
             saved_state = state.newest(out)
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
@@ -104,7 +104,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     validated_on = None if inputs.validation is None else inputs.validation.provenance
     meta = dataclasses.replace(meta, provenance=provenance_of_last_step(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
-    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.is_first else None
+    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and process.is_first else None
     if saved_state is not None:
         saved_state.restore(model, sgd, average)
     start = f"starts from {meta.provenance.weights or 'random weights'}"
@@ -128,19 +128,19 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         recipe.train.batch_size,
         -(-disk_bytes // 2**20),
     )
-    check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
-    processes.check_same({"the initial weights": meta.provenance.weights})
-    with _lock(out) if processes.is_first else nullcontext():
-        if processes.is_first:
+    check_shared_memory(batches, recipe.train.workers, process.local_world_size)
+    process.check_same({"the initial weights": meta.provenance.weights})
+    with _lock(out) if process.is_first else nullcontext():
+        if process.is_first:
             if state_paths(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
             state.clean(out)
-        processes.prepare(target, out)
-        for line in start_lines(recipe, processes):
+        process.set_up(target, out)
+        for line in start_lines(recipe, process):
             log.warning("%s", line)
         with float32_arithmetic(precision):
             return _Training(
-                model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, processes, average, inputs.validation
+                model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, process, average, inputs.validation
             ).run()
 
 
@@ -166,7 +166,7 @@ class _Training:
     sgd: GuardedSGD
     new_prefixes: tuple[str, ...] | None
     data_sha256: str
-    processes: Processes
+    process: TrainingProcess
     average: WeightAverage | None  # only in the first process
     validation: ValidationData | None
     validator: Validator | None = None  # only in the first process
@@ -176,14 +176,14 @@ class _Training:
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
-        validate_first = self.validation is not None and self.processes.on_first(self._prepare_validation)
+        validate_first = self.validation is not None and self.process.run_on_first(self._prepare_validation)
         if first >= options.steps and not validate_first:
             done = format_count(first, "step", "is")
             log.warning("note: `resume`: %s done; increase train.steps to extend the run", done)
-            self.processes.on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
+            self.process.run_on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
-        self.processes.convert_norms(self.model, device)
-        passes = Passes(self.model, self.processes, list(momentum_of(self.model, self.sgd).values()))
+        self.process.convert_sync_batchnorm(self.model, device)
+        passes = Passes(self.model, self.process, list(momentum_of(self.model, self.sgd).values()))
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
         step, loss, ap_text = first, None, ""
         steps = range(first, options.steps)
@@ -192,13 +192,13 @@ class _Training:
             Stop.watch() as stop,
             freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
-            MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,
-            progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.is_first) as bar,
+            MetricsLog(self.out, first) if self.process.is_first else nullcontext() as metrics,
+            progress_bar(options.steps, "train", "step", initial=first, disable=not self.process.is_first) as bar,
             prefetch_batches(self.batches, steps, options.workers, device, stop) as prefetched,
         ):
             clock = TrainingClock(first, options.steps)
             if validate_first:
-                self.processes.on_first(self._write)  # now with the validation file in its provenance
+                self.process.run_on_first(self._write)  # now with the validation file in its provenance
                 with clock.pause(bar):
                     ap_text = self._validate(step, metrics, stop)
             while step < options.steps:
@@ -208,7 +208,7 @@ class _Training:
                 torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
                 lr = learning_rate(step, options)
                 try:
-                    with self.processes.computing():
+                    with self.process.computing():
                         new_step = start_step(self.model, self.sgd, batch, lr, options.max_grad_norm, generator, passes)
                 except LostProcess as error:
                     passes.restore_buffers()
@@ -245,7 +245,7 @@ class _Training:
     def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
         """The batch of a step; if there is an error in any process, the steps so far are saved before it is raised."""
         try:
-            return self.processes.on_all(lambda: _next_or_interrupt(prefetched, stop))
+            return self.process.run_on_all(lambda: _next_or_interrupt(prefetched, stop))
         except Interrupted as error:
             raise Interrupted(f"{error} {self._save_before_exit(step)}") from None
         except RuntimeFailure as error:
@@ -263,7 +263,7 @@ class _Training:
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.orientations
         files = {**self.batches.source.orientations, **batch.orientations}
-        return {name: value for others in self.processes.gather(files) for name, value in others.items()}
+        return {name: value for others in self.process.all_gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:
         """Prepare to validate; returns whether the step that a run resumes from still has to be validated."""
@@ -286,7 +286,7 @@ class _Training:
             return format_ap(row)
 
         try:
-            return self.processes.on_first(work)
+            return self.process.run_on_first(work)
         except Interrupted as error:
             raise Interrupted(f"{error} during validation, {self._save_before_exit(step)}") from None
         except (InputError, RuntimeFailure) as error:
@@ -294,7 +294,7 @@ class _Training:
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
         """Save a step; returns the end of a message, with ``advice`` on what to do before resuming the run."""
-        if self.processes.lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
+        if self.process.peer_lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"
@@ -316,13 +316,13 @@ class _Training:
             try:
                 self.losses.append(self.pending_step.losses())
             except RuntimeFailure as error:  # in all processes, as the values are sums over them
-                self.processes.share_error(error)
+                self.process.share_error(error)
             self.pending_step = None
 
     def _save(self, step: int) -> None:
         self._read_losses()  # weights are saved only after the losses of all their steps were checked
         self.meta = dataclasses.replace(self.meta, step=step)
-        self.processes.on_first(self._write)
+        self.process.run_on_first(self._write)
 
     def _write(self) -> None:
         state.save(self.out, self.model, self.sgd, self.meta, self.new_prefixes, self.data_sha256, self.average)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from refdet.errors import InputError
-from refdet.training.distributed import own_device
 from refdet.training.launch import Launch, repeats_usage_errors
+from refdet.training.own_device import own_device
 
 VARIABLES = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",

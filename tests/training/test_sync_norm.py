@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from refdet.training.sync_norm import convert_norms
+from refdet.training.sync_norm import convert_sync_batchnorm
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def group() -> Iterator[dist.ProcessGroup | None]:
 def test_it_is_batch_norm(group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain, synced = (nn.Sequential(nn.BatchNorm2d(8)) for _ in range(2))
-    convert_norms(synced, torch.device("cpu"), group)
+    convert_sync_batchnorm(synced, torch.device("cpu"), group)
     if dtype == torch.float64:
         plain, synced = plain.double(), synced.double()
     exact = 1e-9 if dtype == torch.float64 else 1e-5
