@@ -27,11 +27,11 @@ from refdet.training.pretrained import find_new_prefixes
 from refdet.training.processes import TrainingProcess
 from refdet.training.run_folder import IN_USE_FIX, LOCK, can_resume
 from refdet.training.saved_run import SavedRun
+from refdet.training.summary import Summary
 from refdet.training.validation import ValidationData
 
 if TYPE_CHECKING:
     from refdet.training.estimate import Estimate
-    from refdet.training.trainer import Summary
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +65,16 @@ def train(
         images: folder or zip of its images.
         out: the run directory, new unless ``resume``.
         changes: overrides of recipe keys, such as "train.steps=500".
-        weights: run directory of a detector to start from.
+        weights: run directory of a detector to start from; random weights if None.
         resume: continue the run in ``out``; if there is nothing to resume, start from the beginning, with a note.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
         crowd_as_object: train on annotations with ``iscrowd`` 1 like on others.
         val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
             weights so far are kept in ``out/best``.
-        val_images: folder or zip of its images, by default ``images``.
+        val_images: folder or zip of the images of ``val_instances``, by default ``images``.
 
     Returns:
-        The number of steps, the time and the last loss.
+        The number of steps, the time, the throughput and the last loss.
 
     Raises:
         InputError: an argument is invalid, or another process trains into ``out``.
@@ -177,7 +177,7 @@ def _check_inputs(
     val_instances: str | Path | None,
     val_images: str | Path | None,
 ) -> TrainingInputs:
-    """Check the inputs of a training, before torch is imported, and log notes about them."""
+    """Check the arguments of `train`, before torch is imported, and log notes; `out` may be None in a dry run."""
     instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
@@ -220,7 +220,7 @@ def _check_inputs(
         )
     categories = tuple(index.categories.items())
     if weights is not None and saved_run is None:
-        find_new_prefixes(weights, resolved, categories)
+        find_new_prefixes(weights, resolved, categories)  # raises InputError if the weights do not fit
     validation_sha256 = None if validation is None else validation.sha256
     process.check_same(
         {
@@ -232,7 +232,7 @@ def _check_inputs(
     if saved_run is not None and out is not None:
         saved_run.check_data(categories, provenance, data_sha256, out)
         notes += saved_run.resume_notes(resolved, out)
-    if weights is None and saved_run is None and resolved.model.width == 64:  # for which there are ImageNet weights
+    if weights is None and saved_run is None and resolved.model.width == 64:  # the width of ImageNet weights
         notes.append(
             f"recipe {resolved.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
             "those that refdet import-weights converts"
@@ -243,8 +243,8 @@ def _check_inputs(
             f"refdet audit --instances {instances} --refer-root DIR"
         )
     if crowd_as_object:
-        text = "its crowds are trained on as objects (`crowd_as_object=True`)"
-        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
+        crowd_note = "its crowds are trained on as objects (`crowd_as_object=True`)"
+        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, crowd_note))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
     return TrainingInputs(
@@ -261,7 +261,7 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
         with exclusive_lock(out, LOCK, IN_USE_FIX):
-            pass  # only checks that no other process trains into it
+            pass  # only checks that no other process trains into the folder
     return (SavedRun.newest(out) if resumes else None), note
 
 

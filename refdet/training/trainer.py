@@ -40,31 +40,21 @@ from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
 from refdet.training.selection import provenance_of_last_step
 from refdet.training.start_lines import start_lines
 from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
+from refdet.training.summary import Summary
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, format_ap
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Result of a training run.
-
-    Attributes:
-        steps: number of steps done, including those before resuming.
-        seconds: wall time of this run.
-        images_per_second: mean throughput of this run.
-        loss: mean loss over the last logging interval; None if all steps were already done.
-    """
-
-    steps: int
-    seconds: float
-    images_per_second: float
-    loss: float | None
-
-
 def train_on(inputs: TrainingInputs, device: str | None = None, process: TrainingProcess | None = None) -> Summary:
-    """Train a detector on checked inputs, in one process or in several with the same inputs."""
+    """Train a detector on checked inputs; raises the errors of `refdet.training.train.train`.
+
+    Args:
+        inputs: the inputs, the same in all processes.
+        device: device given for all processes; None for a GPU if there is one.
+        process: this process of the run; by default the only one.
+    """
     process = process or TrainingProcess()
     target, recipe, out = resolve_device(process.select_device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
@@ -79,10 +69,10 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
-    build_on_meta(recipe, len(meta.categories))  # raises InputError if it is far too large
+    build_on_meta(recipe, len(meta.categories))  # raises InputError if the network is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    saved_state = new_prefixes = None
+    saved_state = new_prefixes = None  # only the first process reads the state; `Passes` copies it to the others
     if inputs.saved_run is not None:
         if process.is_first:
             saved_state = state.newest(out)
@@ -110,11 +100,10 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
     start = f"starts from {meta.provenance.weights or 'random weights'}"
     if inputs.saved_run is not None:
         start = f"resumes from step {meta.step}"
-    disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
+    disk_bytes = state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None)
     warn_without_cuda_kernels(target)
-    precision = supported_precision(
-        "tf32" if recipe.train.tf32 else "float32", target
-    )  # of operations that do not run in bfloat16
+    # of operations that do not run in bfloat16
+    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         describe_device(device),
@@ -146,6 +135,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
+    """Context manager that creates the run directory and locks it."""
     out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out, LOCK, IN_USE_FIX):
         yield
@@ -157,10 +147,10 @@ def _concurrent_write_error(out: Path) -> InputError:
 
 @dataclass
 class _Training:
-    """State of a training in progress."""
+    """A training run in progress."""
 
     model: MaskRCNN
-    meta: CheckpointMetadata  # of the last save
+    meta: CheckpointMetadata  # of the last save, or of the state from which the run resumes
     batches: TrainingBatches
     out: Path
     sgd: GuardedSGD
@@ -176,6 +166,7 @@ class _Training:
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
+        # whether a validation is missing of the step from which the run resumes
         validate_first = self.validation is not None and self.process.run_on_first(self._prepare_validation)
         if first >= options.steps and not validate_first:
             done = format_count(first, "step", "is")
@@ -243,7 +234,7 @@ class _Training:
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; if there is an error in any process, the steps so far are saved before it is raised."""
+        """Wait for the batch of a step; an error in any process is raised after the steps so far are saved."""
         try:
             return self.process.run_on_all(lambda: _next_or_interrupt(prefetched, stop))
         except Interrupted as error:
@@ -256,23 +247,25 @@ class _Training:
             ) from error
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
-        """Files with an EXIF orientation in a batch.
+        """EXIF orientations to report after a step, counted from 1, in a run that resumed from `first`, by file name.
 
-        At the end of the run's first epoch and in the last step, all that all processes have seen so far.
+        They are those of the batch; but at the end of the first epoch and in the last step, when `OrientationNote` logs
+        them, those of all files that any process has seen.
         """
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.orientations
         files = {**self.batches.source.orientations, **batch.orientations}
-        return {name: value for others in self.process.all_gather(files) for name, value in others.items()}
+        gathered = self.process.all_gather(files)
+        return {name: orientation for files in gathered for name, orientation in files.items()}
 
     def _prepare_validation(self) -> bool:
-        """Prepare to validate; returns whether the step that a run resumes from still has to be validated."""
+        """Make the validator; returns whether the step from which the run resumes still has to be validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
         return self.validator.is_pending(self.meta)
 
     def _validate(self, step: int, metrics: MetricsLog | None, stop: Stop) -> str:
-        """Validate the saved weights of a step; returns box and mask AP for the progress bar."""
+        """Validate the weights of a step, already saved; returns box and mask AP for the progress bar."""
         device = next(self.model.parameters()).device
 
         def work() -> str:
@@ -293,7 +286,12 @@ class _Training:
             raise type(error)(f"{error} (stopped during validation, {self._save_before_exit(step)})") from error
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
-        """Save a step; returns the end of a message, with ``advice`` on what to do before resuming the run."""
+        """Save the steps done, if possible; returns where training stopped and how to continue, for an error message.
+
+        Args:
+            step: number of steps done.
+            advice: what to do before continuing, such as "replace the file and ".
+        """
         if self.process.peer_lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
@@ -303,7 +301,7 @@ class _Training:
         return f"after step {step}, which is saved; {advice}continue with `resume=True`"
 
     def _take_row(self, lr: float, clock: TrainingClock) -> dict[str, float]:
-        """Metrics of the steps since the last call: means of the losses, the learning rate and the throughput."""
+        """Row for metrics.jsonl: `lr`, and the mean losses and the throughput of the steps since the last call."""
         self._read_losses()
         steps, self.losses = self.losses, []
         terms = {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
@@ -311,20 +309,23 @@ class _Training:
         return {"loss": sum(terms.values()), **terms, "lr": lr, "images_per_second": images / clock.lap()}
 
     def _read_losses(self) -> None:
-        """Read the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
+        """Wait for the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
         if self.pending_step is not None:
             try:
                 self.losses.append(self.pending_step.losses())
-            except RuntimeFailure as error:  # in all processes, as the values are sums over them
+            except RuntimeFailure as error:
+                # All processes come here, as the losses are sums over them. The exchange raises one error in all.
                 self.process.share_error(error)
             self.pending_step = None
 
     def _save(self, step: int) -> None:
+        """Save the weights and the state after a step."""
         self._read_losses()  # weights are saved only after the losses of all their steps were checked
         self.meta = dataclasses.replace(self.meta, step=step)
         self.process.run_on_first(self._write)
 
     def _write(self) -> None:
+        """Write the state, the weights and the card; in the first process only."""
         state.save(self.out, self.model, self.sgd, self.meta, self.new_prefixes, self.data_sha256, self.average)
         self._write_card()
 
@@ -334,7 +335,7 @@ class _Training:
 
 
 def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
-    """The next batch; raises Interrupted after a signal."""
+    """Wait for the next batch; raises Interrupted after a signal."""
     try:
         if stop.requested:
             raise StopRequested
