@@ -1,4 +1,4 @@
-"""Detectors as weights of other programs: what torchvision computes of them, and what is said to differ."""
+"""Weights exported for other programs: what torchvision computes with them, and notes on differences."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,9 @@ def export(run: Path, out: Path, format: str) -> str:
     ("name", "masks"), [("torchvision-fpn-res50", True), ("torchvision-fpn-res50", False), ("fpn-res50", False)]
 )
 @torch.inference_mode()
-def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, masks: bool) -> None:
+def test_torchvision_loads_exported_weights_and_computes_the_same_proposals(
+    tmp_path: Path, name: str, masks: bool
+) -> None:
     recipe = recipes.load(name).with_changes([*SMALL, f"model.masks={str(masks).lower()}"])
     ours = run_of(tmp_path / "run", recipe)
     notes = export(tmp_path / "run", tmp_path / "out.pth", "torchvision")
@@ -74,7 +76,7 @@ def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, m
 
 
 @pytest.mark.parametrize("name", ["d2-fpn-res50", "d2-c4-res50"])
-def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
+def test_weights_exported_for_detectron2_can_be_imported_again(tmp_path: Path, name: str) -> None:
     recipe = recipes.load(name)
     ours = run_of(tmp_path / "run", recipe)
     assert "note" not in export(tmp_path / "run", tmp_path / "out.pth", "detectron2")
@@ -89,7 +91,7 @@ def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
     assert written["MODEL"]["ROI_BOX_HEAD"]["POOLER_SAMPLING_RATIO"] == 0 and written["INPUT"]["FORMAT"] == "BGR"
 
 
-def test_what_cannot_be_exported(tmp_path: Path) -> None:
+def test_unsupported_networks_and_arguments_are_rejected(tmp_path: Path) -> None:
     run_of(tmp_path / "run", recipes.load("c4-res18").with_changes(["model.norm=frozen", "model.width=8"]))
     for format, says in (
         ("torchvision", "torchvision has no network with model.neck=c4, model.width=8, model.pooler_resolution=7"),
@@ -116,7 +118,7 @@ NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.f
         ("c4-res18", ["model.pooler_resolution=14"], "detectron2", "model.width=8, model.depth=18 and model.neck=c4"),
     ],
 )
-def test_networks_that_only_look_the_same_are_refused(
+def test_networks_that_would_compute_differently_are_rejected(
     tmp_path: Path, name: str, changes: list[str], format: str, says: str
 ) -> None:
     """torchvision has the strides in 3x3 convolutions, and detectron2's C4 heads always have bottlenecks."""
@@ -140,7 +142,7 @@ def notes_of(tmp_path: Path, changes: list[str], format: str, ids: Sequence[int]
     return export(tmp_path / "run", tmp_path / "o.pth", format)
 
 
-def test_what_torchvision_must_be_built_with_is_noted(tmp_path: Path) -> None:
+def test_the_arguments_that_torchvision_needs_are_noted(tmp_path: Path) -> None:
     changes = [
         "model.sampling_ratio=0",
         "model.pooling=align_legacy",

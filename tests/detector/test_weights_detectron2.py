@@ -1,4 +1,4 @@
-"""Weights of detectron2 and Caffe2: pickles of arrays, which network they are, and what is refused."""
+"""Weights of detectron2 and Caffe2: reading pickles of arrays, identifying the network, and what is rejected."""
 
 import pickle
 from collections import OrderedDict
@@ -55,7 +55,7 @@ def test_each_network_of_the_model_zoo_is_recognized(name: str, masks: bool) -> 
         assert torch.equal(found.tensors[key], value), key
 
 
-def test_the_order_of_anchors_and_classes() -> None:
+def test_anchors_and_classes_are_reordered() -> None:
     _, theirs = weights("d2-c4-res50", classes=3)
     # sizes outer, ratios inner; the background last, without boxes
     order = theirs["proposal_generator.rpn_head.objectness_logits.bias"]
@@ -66,7 +66,7 @@ def test_the_order_of_anchors_and_classes() -> None:
     assert theirs["roi_heads.box_predictor.bbox_pred.weight"].shape == (12, 2048)
 
 
-def test_lvis_differs_by_its_head_alone() -> None:
+def test_an_lvis_detector_is_recognized_by_its_number_of_classes() -> None:
     _, theirs = weights("d2-fpn-res101", classes=1230)
     assert identify_checkpoint(theirs).classes == 1230
 
@@ -79,7 +79,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_another_head_is_named(tmp_path: Path, what: str) -> None:
+def test_unsupported_heads_are_named(tmp_path: Path, what: str) -> None:
     _, theirs = weights("d2-fpn-res50", classes=2)
     small = {key: value[:1].clone() for key, value in theirs.items()} | {key: torch.ones(1) for key in OTHERS[what]}
     torch.save({"model": small}, tmp_path / "model.pth")
@@ -87,7 +87,7 @@ def test_another_head_is_named(tmp_path: Path, what: str) -> None:
     refused(done, f"{tmp_path / 'model.pth'}: {what}, which cannot be imported; supported are Mask and Faster R-CNN")
 
 
-def test_other_norms_and_class_agnostic_boxes_are_named() -> None:
+def test_unsupported_norms_and_class_agnostic_boxes_are_named() -> None:
     _, theirs = weights("d2-fpn-res50", classes=3)
     for name in ("backbone.fpn_lateral2.norm.weight", "roi_heads.mask_head.mask_fcn1.norm.bias"):
         with pytest.raises(InputError, match=r"norms in its pyramid or heads \(GN or SyncBN\); supported are Mask"):
@@ -96,7 +96,7 @@ def test_other_norms_and_class_agnostic_boxes_are_named() -> None:
         identify_checkpoint({**theirs, "roi_heads.box_predictor.bbox_pred.weight": torch.ones(4, 1024)})
 
 
-def test_another_backbone_is_named() -> None:
+def test_unsupported_backbones_are_named() -> None:
     _, theirs = weights("d2-fpn-res101")
     wide = {**theirs, "backbone.bottom_up.res2.0.conv1.weight": torch.ones(256, 64, 1, 1)}
     with pytest.raises(InputError, match="ResNeXt or another width; supported are"):
@@ -108,7 +108,7 @@ def test_another_backbone_is_named() -> None:
         identify_checkpoint({**theirs, "backbone.bottom_up.res3.0.conv2_offset.weight": torch.ones(18, 128, 3, 3)})
 
 
-def test_other_preprocessing_is_named() -> None:
+def test_unsupported_pixel_statistics_are_named() -> None:
     """Of ResNets from torchvision, which also have their strides elsewhere."""
     _, theirs = weights("d2-c4-res50", classes=3)
     others = {
@@ -149,7 +149,7 @@ def caffe2(depth: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("depth", "blobs"), [(50, True), (101, False)])
-def test_backbones_of_caffe2(tmp_path: Path, depth: int, blobs: bool) -> None:
+def test_backbones_of_caffe2_are_converted(tmp_path: Path, depth: int, blobs: bool) -> None:
     arrays = caffe2(depth)
     path = tmp_path / "R.pkl"
     path.write_bytes(pickle.dumps({"blobs": arrays} if blobs else arrays, protocol=2))
@@ -174,7 +174,7 @@ ARRAYS = {
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_arrays_of_every_protocol(tmp_path: Path, protocol: int, kind: str) -> None:
+def test_arrays_are_read_from_every_pickle_protocol(tmp_path: Path, protocol: int, kind: str) -> None:
     path = tmp_path / "model.pkl"
     state = {"a.weight": ARRAYS[kind], "b.bias": np.ones(2, np.float32)}
     path.write_bytes(pickle.dumps({"model": state, "__author__": "me", "iteration": np.int64(3)}, protocol=protocol))
@@ -204,14 +204,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_array_is_refused(tmp_path: Path, kind: str) -> None:
+def test_values_that_are_no_arrays_are_rejected(tmp_path: Path, kind: str) -> None:
     code, says = REFUSED[kind]
     (tmp_path / "model.pkl").write_bytes(code)
     done = call("import-weights", "--from", tmp_path / "model.pkl", "--out", tmp_path / "run")
     refused(done, str(tmp_path / "model.pkl"), says)
 
 
-def test_bytes_that_are_arrays_again_and_again(tmp_path: Path) -> None:
+def test_many_arrays_that_share_bytes_are_rejected(tmp_path: Path) -> None:
     numeric = pytest.importorskip("numpy._core.numeric")
     content = np.ones(10_000, np.float32).tobytes()  # written once, and then taken from the memo
 
@@ -225,7 +225,7 @@ def test_bytes_that_are_arrays_again_and_again(tmp_path: Path) -> None:
         read_foreign(tmp_path / "model.pkl")
 
 
-def test_text_that_is_encoded_again_and_again(tmp_path: Path) -> None:
+def test_text_that_is_encoded_many_times_is_rejected(tmp_path: Path) -> None:
     """Of one long text in the memo, as bytes as often as the file asks for."""
     text = b"X" + (100_000).to_bytes(4, "little") + b"a" * 100_000
     start = ONE[:-1] + b"0(" + text + b"q\xf0c_codecs\nencode\nq\xf10"
@@ -234,7 +234,7 @@ def test_text_that_is_encoded_again_and_again(tmp_path: Path) -> None:
         read_foreign(tmp_path / "model.pkl")
 
 
-def test_ordered_dictionaries_of_python_2(tmp_path: Path) -> None:
+def test_ordered_dictionaries_of_python_2_are_read(tmp_path: Path) -> None:
     """Python 2 passes their items as an argument, Python 3 sets them afterwards."""
 
     class Python2(pickle.Pickler):

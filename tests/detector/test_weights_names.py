@@ -1,4 +1,4 @@
-"""Names in other programs' weights: tensors that are there twice, and the category of each label."""
+"""Names in other programs' weights: duplicate tensors, and the category of each label."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ DUPLICATES = [  # names of the same tensor, and then of others by which the prog
 
 
 @pytest.mark.parametrize("names", DUPLICATES)
-def test_two_tensors_for_one_are_refused(names: tuple[str, ...]) -> None:
+def test_two_tensors_with_the_same_converted_name_are_rejected(names: tuple[str, ...]) -> None:
     """Whichever of them would be taken, the detector could be a mixture of two."""
     with pytest.raises(InputError, match=f"^{names[0]} and {names[1]} are the same tensor of the network; save"):
         identify_checkpoint(dict.fromkeys(names, torch.ones(1)))
 
 
-def test_both_tensors_of_caffe2s_classifier_are_dropped() -> None:
+def test_caffe2s_classifier_is_dropped_under_either_name() -> None:
     tensors = {name: torch.ones(1) for name in ("fc1000_w", "fc1000_b", "pred_b", "stem.fc.weight", "conv1_w")}
     assert list(detectron2.to_torchvision_names(tensors)) == ["conv1.weight"]
 
 
-def test_a_parallel_model_is_the_same() -> None:
+def test_the_module_prefix_of_data_parallel_is_removed() -> None:
     plain = of_one_number(resnet_shapes(18))
     parallel = identify_checkpoint({f"module.{name}": value for name, value in plain.items()}).tensors
     assert parallel.keys() == identify_checkpoint(plain).tensors.keys()
@@ -69,7 +69,7 @@ def instances(path: Path, ids: list[int]) -> CocoIndex:
         ("ids", 90, [44, 3], list(range(1, 91))),
     ],
 )
-def test_labels_have_the_categories_of_the_program(
+def test_labels_are_numbered_as_in_the_program_that_trained_them(
     tmp_path: Path, label_order: LabelOrder, classes: int, ids: list[int], expected: list[int]
 ) -> None:
     """detectron2 sorts the categories of a file by id; torchvision's labels are the ids, if they can be."""
@@ -79,7 +79,9 @@ def test_labels_have_the_categories_of_the_program(
 
 
 @pytest.mark.parametrize(("label_order", "classes"), [("ids", 5), ("file", 5), ("ascending_ids", 90)])
-def test_a_file_of_other_categories_is_refused(tmp_path: Path, label_order: LabelOrder, classes: int) -> None:
+def test_an_instances_file_with_another_number_of_categories_is_rejected(
+    tmp_path: Path, label_order: LabelOrder, classes: int
+) -> None:
     index = instances(tmp_path / "instances.json", [1, 2, 3])
     with pytest.raises(InputError, match=rf"instances\.json: 3 categories, weights\.pth has {classes}"):
         label_categories(converted(classes, label_order), SOURCE, index)
@@ -87,7 +89,7 @@ def test_a_file_of_other_categories_is_refused(tmp_path: Path, label_order: Labe
         label_categories(converted(classes, label_order), SOURCE, None)
 
 
-def test_cocos_categories_without_a_file() -> None:
+def test_without_an_instances_file_the_categories_are_cocos() -> None:
     assert len(label_categories(converted(80, "ascending_ids"), SOURCE, None)) == 80
     by_id = dict(label_categories(converted(90, "ids"), SOURCE, None))
     assert (by_id[90], by_id[12]) == ("toothbrush", "N/A 12") and len(by_id) == 90

@@ -1,4 +1,4 @@
-"""Weights of other programs: what they are taken for, and where each tensor goes."""
+"""Weights of other programs: which network is identified, and the name that each tensor gets."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from refdet.detector.weights.import_weights import import_weights
         (152, 12, True, "reference-c4-res152"),
     ],
 )
-def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool, name: str) -> None:
+def test_every_tensor_of_the_reference_is_converted(depth: int, anchors: int, masks: bool, name: str) -> None:
     given = seed_weights(depth, anchors, masks=masks)
     found = identify_checkpoint({f"module.{key}": value for key, value in given.items()})
     assert found.kind == f"the reference's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
@@ -52,7 +52,7 @@ def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool,
         assert torch.equal(value, given[theirs + ours[len(beginning) :]]), ours
 
 
-def test_imagenet_styles_are_told_apart() -> None:
+def test_caffe_and_torchvision_style_are_distinguished() -> None:
     ours, caffe = identify_checkpoint(resnet50_of_inputs(1.0)), identify_checkpoint(resnet50_of_inputs(60.0))
     assert (ours.kind, caffe.kind) == (
         "an ImageNet ResNet-50 in torchvision style",
@@ -70,7 +70,7 @@ def test_imagenet_styles_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("depth", [18, 50, 101])
-def test_torchvision_files_of_all_ages(depth: int) -> None:
+def test_torchvision_files_of_every_version_are_converted(depth: int) -> None:
     torch.manual_seed(2)
     old = {**of_one_number(resnet_shapes(depth)), "conv1.weight": torch.randn(64, 3, 7, 7) * 0.1}
     counts = {f"{name.removesuffix('running_var')}num_batches_tracked": torch.tensor(7)
@@ -85,7 +85,7 @@ def test_torchvision_files_of_all_ages(depth: int) -> None:
 
 
 @torch.inference_mode()
-def test_an_imported_resnet_computes_what_torchvision_does(tmp_path: Path) -> None:
+def test_an_imported_resnet_computes_the_same_as_torchvisions(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs = models.resnet50().eval()
     for name, norm in theirs.named_modules():

@@ -1,4 +1,4 @@
-"""Weights that are not numbers, or not of use: an error when they are loaded, never a store without regions."""
+"""Weights that are not finite or not usable: an error on loading, never a store without regions."""
 
 import json
 import math
@@ -55,20 +55,20 @@ def with_value(run: Path, out: Path, name: str, value: float) -> Path:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2 * MAX_WEIGHT])
 @pytest.mark.parametrize("name", ["backbone.conv1.weight", "backbone.bn1.running_var", "rpn.score.bias",
                                   "head.fc7.weight", "head.mask.logits.weight"])  # fmt: skip
-def test_absurd_weights_are_refused(run: Path, tmp_path: Path, name: str, value: float) -> None:
+def test_unusable_weights_are_rejected(run: Path, tmp_path: Path, name: str, value: float) -> None:
     bad = with_value(run, tmp_path / "bad", name, value)
     with pytest.raises(InputError, match=rf"bad/model\.safetensors: {name} contains NaN, inf.* another checkpoint"):
         loading.load(bad)
 
 
-def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Path, tmp_path: Path) -> None:
+def test_negative_variances_are_rejected_and_large_usable_weights_accepted(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"backbone\.bn1\.running_var contains .* negative variance"):
         loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
     loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
     assert find_unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
 
 
-def test_weights_and_metadata_of_different_steps_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_and_metadata_of_different_steps_are_rejected(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, out := tmp_path / "run")
     meta = replace(META, step=4)
     (out / checkpoint.META).write_text(json.dumps(meta.to_json()))  # as between the two writes of `save`
@@ -81,7 +81,7 @@ def test_weights_and_metadata_of_different_steps_are_refused(run: Path, tmp_path
     assert loading.load(out).meta.step == 4
 
 
-def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
+def test_loaded_weights_are_exact_copies(run: Path) -> None:
     loaded = loading.load(run)
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     assert str(run / checkpoint.MODEL) not in mapped
@@ -94,7 +94,7 @@ def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> No
 
 @pytest.mark.parametrize("name", ["rpn.score.weight", "rpn.delta.bias", "head.box.score.weight", "head.fc7.bias",
                                   "head.mask.logits.bias", "backbone.bn1.weight"])  # fmt: skip
-def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
+def test_overflowing_outputs_are_an_error(run: Path, name: str) -> None:
     model = loading.load(run).model
     with torch.no_grad():
         model.get_parameter(name).fill_(math.nan)
@@ -108,7 +108,7 @@ def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
             describe_boxes(model, [IMAGE], [box], labels=[np.array([1])])
 
 
-def test_a_store_is_not_completed_from_outputs_that_overflow(
+def test_extraction_with_overflowing_outputs_completes_no_store(
     run: Path, tmp_path: Path, shapes_root: Path, instances: Path
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
@@ -122,7 +122,7 @@ def test_a_store_is_not_completed_from_outputs_that_overflow(
     assert not (tmp_path / "x.h5").exists()
 
 
-def test_a_network_of_another_width_is_refused_before_it_is_made(
+def test_a_network_of_another_width_is_rejected_before_it_is_built(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
@@ -140,7 +140,7 @@ def test_a_network_of_another_width_is_refused_before_it_is_made(
     assert made and all(made)
 
 
-def test_the_largest_recipe_is_too_large() -> None:
+def test_a_network_beyond_the_size_limit_is_rejected() -> None:
     largest = {part: {} for part in ("model",)}
     for key in ("width", "fpn_channels", "fpn_hidden", "mask_channels", "rpn_channels"):
         largest["model"][key] = int(LIMITS[f"model.{key}"].high)
@@ -151,7 +151,7 @@ def test_the_largest_recipe_is_too_large() -> None:
     assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_VALUES
 
 
-def test_integers_are_no_weights(run: Path) -> None:
+def test_integer_weights_are_rejected(run: Path) -> None:
     tensors = load_file(run / checkpoint.MODEL)
     tensors["rpn.score.bias"] = tensors["rpn.score.bias"].to(torch.int32)
     with pytest.raises(InputError, match=r"rpn\.score\.bias is torch\.int32, not floating point"):
@@ -174,14 +174,14 @@ GOOD = json.dumps(META.to_json())
     [("{", "null", "malformed JSON"), ("[" * 9999, "null", "nested too deeply"), ("[]", "null", "an object is needed"),
      (GOOD, "3", "fresh: a list of names"), (GOOD, "[1]", "fresh: a list of names"), (GOOD, "nul", "malformed JSON")],
 )  # fmt: skip
-def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says: str) -> None:
+def test_a_damaged_state_is_reported_in_one_line(tmp_path: Path, meta: str, fresh: str, says: str) -> None:
     state_file(tmp_path / "state" / "step-00000003.safetensors", meta, fresh)
     with pytest.raises(InputError, match="step-00000003.safetensors: damaged .not the state of a run") as caught:
         newest(tmp_path)
     assert says in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
+def test_momentum_of_another_network_is_rejected(tmp_path: Path) -> None:
     model = MaskRCNN(TINY, 2)
     path = state_file(tmp_path / "state" / "step-00000003.safetensors", GOOD, momentum=math.nan)
     state, sgd = newest(tmp_path), build_optimizer(model, TINY.train)
@@ -197,7 +197,7 @@ def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
             replace(state, tensors=others).restore(model, sgd)
 
 
-def test_imported_weights_are_numbers_too(tmp_path: Path) -> None:
+def test_unusable_weights_are_rejected_on_import(tmp_path: Path) -> None:
     for value in (math.nan, 1e30):
         given: Tensors = of_one_number(resnet_shapes(18))
         given["layer4.1.bn2.running_mean"] = torch.full((512,), value)

@@ -1,4 +1,4 @@
-"""Files as Python 2.7 and PyTorch 0.2 wrote them, as the published checkpoints are."""
+"""Files in the format of Python 2.7 and PyTorch 0.2, in which the reference's checkpoints were published."""
 
 import pickle
 import struct
@@ -82,7 +82,7 @@ def old_checkpoint(path: Path, tensors: Tensors, kind: type, location: str) -> N
 @pytest.mark.parametrize(
     ("kind", "location"), [(torch.FloatStorage, "cpu"), (torch.cuda.FloatStorage, "cuda:0")], ids=["cpu", "cuda"]
 )
-def test_the_published_format_is_read(tmp_path: Path, kind: type, location: str) -> None:
+def test_files_of_python_2_and_pytorch_0_2_are_read(tmp_path: Path, kind: type, location: str) -> None:
     whole = torch.arange(24.0) * 0.3
     tensors = {"plain": whole.reshape(2, 3, 4), "turned": whole.reshape(2, 3, 4).permute(2, 0, 1), "part": whole[5:9],
                "wide": torch.tensor(0.7).expand(2, 3), "alone": torch.randn(3, 1, 2, 2), "none": torch.zeros(1)[:0],
@@ -100,7 +100,7 @@ def test_the_published_format_is_read(tmp_path: Path, kind: type, location: str)
         assert found[name].device.type == "cpu"
 
 
-def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None:
+def test_such_a_file_is_imported_as_a_run_directory(instances: Path, tmp_path: Path) -> None:
     """Of as many classes as the split that its user knows it was trained on."""
     index = CocoIndex.load(instances)
     given = seed_weights(50, classes=len(index.categories))

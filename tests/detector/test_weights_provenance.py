@@ -1,4 +1,4 @@
-"""Published files: what is known of the images that they were trained on, and what audit says."""
+"""Published weights: what is known about the images they were trained on, and what the audit reports."""
 
 import hashlib
 import json
@@ -33,7 +33,9 @@ def know(monkeypatch: pytest.MonkeyPatch, path: Path, known: KnownFile) -> None:
     monkeypatch.setitem(known_weights._TORCHVISION, start, known)
 
 
-def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_coco_detector_is_known_to_leak(
+    source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     know(monkeypatch, source, KnownFile("somebody's detector", COCO))
     done = call("import-weights", "--from", source, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -52,7 +54,7 @@ def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, mon
     assert tree["clean"] is False
 
 
-def test_imagenet_has_no_image_of_coco(
+def test_a_published_imagenet_network_is_known_not_to_leak(
     source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
@@ -63,7 +65,7 @@ def test_imagenet_has_no_image_of_coco(
 
 
 @pytest.mark.parametrize("images", [(1,), (1, 2)])
-def test_no_file_of_coco_proves_anything_about_imagenet(
+def test_an_instances_file_proves_nothing_about_imagenet_weights(
     source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: tuple[int, ...]
 ) -> None:
     know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
@@ -79,7 +81,7 @@ def test_no_file_of_coco_proves_anything_about_imagenet(
 
 
 @pytest.mark.parametrize(("training_set", "leaks"), [(COCO, True), (LVIS, True), (IMAGENET, False)])
-def test_a_leak_of_a_published_file_is_kept_beside_the_word_of_its_user(
+def test_a_published_files_leak_is_noted_beside_the_users_instances_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training_set: TrainingSet, leaks: bool
 ) -> None:
     know(monkeypatch, source, KnownFile("somebody's detector", training_set))
@@ -95,12 +97,12 @@ def test_a_leak_of_a_published_file_is_kept_beside_the_word_of_its_user(
     assert (known in done.stderr) == leaks == any(known in line for line in load_meta(tmp_path / "run").warnings())
 
 
-def test_another_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
+def test_a_different_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
     path = source.rename(tmp_path / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
     assert identify_known_file(path, hashlib.sha256(path.read_bytes()).hexdigest()) is None
 
 
-def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_zoo_files_are_known_by_their_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.pkl").write_bytes(b"weights")
     start = hashlib.md5(b"weights", usedforsecurity=False).hexdigest()[:6]
     for config, data in (("COCO-Detection/x", COCO), ("LVISv0.5-InstanceSegmentation/x", known_weights.LVIS)):

@@ -1,4 +1,4 @@
-"""Files that are hostile, damaged, or of another network: what is refused, and with which words."""
+"""Files that are malicious, damaged, or of an unsupported network: rejected, with an error that says why."""
 
 import io
 import pickle
@@ -62,7 +62,7 @@ def zipped(path: Path, code: bytes) -> None:
 
 @pytest.mark.parametrize("container", [whole, legacy, zipped])
 @pytest.mark.parametrize("flavour", [*NAMED, *UNNAMED])
-def test_nothing_in_a_file_is_run(
+def test_no_code_in_a_file_is_run(
     tmp_path: Path, container: Callable[[Path, bytes], None], flavour: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     canary, path = tmp_path / "canary", tmp_path / "weights.pth"
@@ -76,7 +76,7 @@ def test_nothing_in_a_file_is_run(
         assert "refused to load " in text and NAMED[flavour] in text
 
 
-def test_the_canary_would_sing(tmp_path: Path) -> None:
+def test_the_code_would_run_in_an_ordinary_unpickler(tmp_path: Path) -> None:
     for flavour in ("reduce", "inst", "stack global"):
         pickle.loads(opcodes(f"touch '{tmp_path / flavour}'".replace("'", '"'), flavour))
         assert (tmp_path / flavour).exists()
@@ -119,7 +119,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_file_is_reported_in_one_line(tmp_path: Path, kind: str) -> None:
     make, says = UNREADABLE[kind]
     path, out = tmp_path / "weights.pth", tmp_path / "run"
     make(path)
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_files_cut_short(tmp_path: Path, new: bool) -> None:
+def test_truncated_files_are_rejected(tmp_path: Path, new: bool) -> None:
     memory = io.BytesIO()
     torch.save(of_one_number(resnet_shapes(18)), memory, _use_new_zipfile_serialization=new)
     data, path = memory.getvalue(), tmp_path / "weights.pth"
@@ -196,7 +196,7 @@ def seed50() -> Tensors:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> None:
+def test_the_error_says_what_is_wrong_with_a_network(seed50: Tensors, kind: str) -> None:
     change, says = WRONG[kind]
     with pytest.raises(InputError) as refusal:
         identify_checkpoint(change(seed50))
@@ -207,12 +207,12 @@ def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> Non
     ("name", "value"),
     [("conv1.weight", torch.ones(())), ("bn1.running_var", torch.ones(63)), ("bn1.running_var", NAN.expand(64))],
 )
-def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> None:
+def test_damaged_first_layers_are_reported_whatever_the_style(name: str, value: Tensor) -> None:
     with pytest.raises(InputError, match=rf"looks like the weights of .*-res50, but {name} (is|contains) "):
         identify_checkpoint({**of_one_number(resnet_shapes(50)), name: value})
 
 
-def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
+def test_a_weight_format_that_does_not_apply_is_rejected(seed50: Tensors) -> None:
     with pytest.raises(InputError, match="`weight_format` caffe: this is a detector"):
         identify_checkpoint(seed50, "caffe")
     with pytest.raises(InputError, match="an ImageNet ResNet-(18|34) in Caffe style, for which there is no recipe; if"):

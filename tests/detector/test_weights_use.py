@@ -1,4 +1,4 @@
-"""The import as a command, and trainings that start from one."""
+"""The command import-weights, and training that starts from imported weights."""
 
 import json
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def imagenet(resnet18: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield folder
 
 
-def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) -> None:
+def test_the_command_describes_the_identified_network(imagenet: Path, tmp_path: Path) -> None:
     source = imagenet / "resnet18.safetensors"
     done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
@@ -73,7 +73,7 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
-def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
+def test_damaged_safetensors_are_rejected(imagenet: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes((imagenet / "resnet18.safetensors").read_bytes()[:5000])
     with pytest.raises(InputError, match=r"cut\.safetensors: not a readable safetensors file"):
@@ -84,7 +84,7 @@ def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model"])
-def test_wrapped_weights(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
+def test_weights_nested_in_a_checkpoint_are_found(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
     tree = {"epoch": 3, wrap: {f"module.{name}": nn.Parameter(v.float()) for name, v in resnet18.items()}}
     torch.save(tree, tmp_path / "weights.pth", _use_new_zipfile_serialization=wrap == "model")
     found = identify_checkpoint(read_foreign(tmp_path / "weights.pth")).tensors
@@ -101,7 +101,7 @@ def parameters(run: Path) -> Tensors:
 
 
 @pytest.mark.parametrize("neck", ["c4", "fpn"])
-def test_a_training_starts_from_an_imagenet_resnet(
+def test_training_starts_from_an_imagenet_resnet(
     imagenet: Path, resnet18: Tensors, shapes_root: Path, instances: Path, tmp_path: Path, neck: str
 ) -> None:
     """Whose layers it takes, whatever the classes are, and learns on, while the rest begins anew."""
@@ -127,7 +127,7 @@ def test_a_training_starts_from_an_imagenet_resnet(
     assert meta.warnings() == [f"detector: started from {weights}"]
 
 
-def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, instances: Path, tmp_path: Path) -> None:
+def test_weights_of_another_style_are_rejected_with_the_fix(shapes_root: Path, instances: Path, tmp_path: Path) -> None:
     quiet = {name: value if name.startswith(("conv1", "bn1")) or "running_var" in name else value[..., :1] * 0
              for name, value in resnet50_of_inputs(60.0).items()}  # fmt: skip
     torch.save({name: quiet[name].expand(shape) for name, shape in resnet_shapes(50).items()}, tmp_path / "res50.pth")
@@ -190,7 +190,7 @@ def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instanc
     )
 
 
-def test_such_a_run_resumed_is_the_same_run(
+def test_a_run_from_imported_weights_resumes_exactly(
     frcn: Path, shapes_root: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, **more: Any) -> None:
