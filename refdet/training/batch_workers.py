@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing as processes
+from torch import multiprocessing as torch_multiprocessing
 
 from refdet.data.training_batches import Batch, TrainingBatches, max_image_bytes
 from refdet.errors import RuntimeFailure
@@ -31,10 +31,10 @@ from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested, ignore_signals
 
 SHARED_MEMORY = Path("/dev/shm")  # holds tensors sent between processes
-_FIX = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
+_SHARED_MEMORY_FIX = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
 _PREFETCH_FACTOR = 2  # batches prefetched per worker
 _POLL_SECONDS = 0.2  # between checks for a signal
-_JOIN_SECONDS = 1.0  # before a worker is killed
+_JOIN_SECONDS = 1.0  # for a worker to exit before it is killed
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def prefetch_batches(
         batches: makes the batch of a step.
         steps: the steps, in order.
         workers: number of processes; 0 to make the batches in this one.
-        device: device of the training; batches for a GPU are pinned.
+        device: device to train on; batches for a GPU are pinned.
         stop: a signal interrupts waiting for a batch with StopRequested.
 
     Raises:
@@ -55,7 +55,7 @@ def prefetch_batches(
         RuntimeFailure: from the iterator: a worker died or cannot send its batches.
     """
     if workers == 0:
-        yield _in_main_process(batches, steps, device, stop)
+        yield _make_in_this_process(batches, steps, device, stop)
         return
     pool = _WorkerPool(batches, steps, workers, device)
     try:
@@ -77,7 +77,7 @@ def freeze_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
+def _make_in_this_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
     for step in steps:
         with stop.interrupt_waits():
             batch = _pin(_batch_or_raise(batches[step]), device)
@@ -89,6 +89,7 @@ def _pin(batch: Batch, device: torch.device) -> Batch:
 
 
 def _batch_or_raise(result: Batch | BaseException) -> Batch:
+    """Return a batch; raise an error, which `TrainingBatches` returns if an image cannot be used."""
     if isinstance(result, Batch):
         return result
     raise result
@@ -102,10 +103,12 @@ class _Worker:
     """One worker process and the pipe to it."""
 
     def __init__(self, batches: TrainingBatches) -> None:
-        self.pipe, child = processes.Pipe()
-        self.process = processes.Process(target=_work, args=(batches, child, self.pipe), daemon=True)
+        self.pipe, worker_end = torch_multiprocessing.Pipe()
+        self.process = torch_multiprocessing.Process(
+            target=_serve_batches, args=(batches, worker_end, self.pipe), daemon=True
+        )
         self.process.start()
-        child.close()  # so that the pipe closes with the worker
+        worker_end.close()  # so that only the worker has it open, and the pipe closes with the worker
 
     def request(self, step: int) -> None:
         """Queue the batch of a step."""
@@ -126,12 +129,16 @@ class _Worker:
 
 
 class _WorkerPool:
-    """The workers of a training, and the thread that receives their batches."""
+    """The workers of a training run, and the thread that receives their batches.
+
+    A *position* is an index into `steps`. The workers take turns: worker i of n makes the batches at positions i,
+    i + n, and so on.
+    """
 
     def __init__(self, batches: TrainingBatches, steps: range, workers: int, device: torch.device) -> None:
         self._steps, self._device = steps, device
         # not SimpleQueue, which waits forever if a signal arrives just as a timeout ends (CPython 3.11)
-        self._received: queue.Queue[Batch | BaseException] = queue.Queue()
+        self._received: queue.Queue[Batch | BaseException] = queue.Queue()  # in order; ends after an exception
         self._workers: list[_Worker] = []
         multiprocessing.util.get_temp_dir()  # shared by all workers; a killed worker would leave its own behind
         for _ in range(min(workers, max(len(steps), 1))):
@@ -150,6 +157,7 @@ class _WorkerPool:
             self._worker_of(position).request(self._steps[position])
 
     def _receive(self) -> None:
+        """Receive all batches, one after the other, until the first error."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is per thread
         for position in range(len(self._steps)):
@@ -164,14 +172,15 @@ class _WorkerPool:
                 return
 
     def batches(self, stop: Stop) -> Iterator[Batch]:
-        """The batches in order."""
+        """Iterate over the batches in order."""
         for position in range(len(self._steps)):
             batch = _batch_or_raise(self._next(stop))
             self._request(position + _PREFETCH_FACTOR * len(self._workers))  # only now, to bound the memory
             yield batch
-            del batch
+            del batch  # frees its memory while the next one is awaited
 
     def _next(self, stop: Stop) -> Batch | BaseException:
+        """Wait for the next batch or error; raises StopRequested after a signal."""
         while not stop.requested:
             try:
                 return self._received.get(timeout=_POLL_SECONDS)
@@ -193,8 +202,12 @@ class _WorkerPool:
         self._thread.join(_JOIN_SECONDS)
 
 
-def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -> None:
-    """Main loop of a worker process; ends on None or when the parent dies."""
+def _serve_batches(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -> None:
+    """Main loop of a worker process, which answers each step with its batch; ends on None or when the parent dies.
+
+    If an image cannot be used, the answer is the RefdetError that `TrainingBatches` returns for it. For an unexpected
+    error, it is the error and its traceback.
+    """
     ignore_signals()
     parent_pipe.close()  # an inherited copy would keep the pipe open after the parent's death
     torch.set_num_threads(1)
@@ -215,7 +228,7 @@ def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -
 def _cause_of_death(code: int | None) -> str:
     """Error message for a worker that died."""
     if code == -signal.SIGBUS:
-        return f"worker process: died of SIGBUS, probably as {SHARED_MEMORY} is full; {_FIX.format(1024)}"
+        return f"worker process: died of SIGBUS, probably as {SHARED_MEMORY} is full; {_SHARED_MEMORY_FIX.format(1024)}"
     if code == -signal.SIGKILL:
         return (
             "worker process: killed, possibly because memory ran out (see dmesg); lower train.workers or "
@@ -226,34 +239,38 @@ def _cause_of_death(code: int | None) -> str:
 
 
 def _send_failure(error: Exception) -> str:
+    """Error message for a batch that could not be sent."""
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
-        return _shared_memory_message("no room for a batch of a worker process")
+        return _shared_memory_failure("no room for a batch of a worker process")
     return f"worker process: cannot send its batch ({text}); use `train.workers=0` to avoid worker processes"
 
 
-def check_shared_memory(batches: TrainingBatches, workers: int, processes: int = 1) -> None:
-    """Check that the prefetched batches fit into /dev/shm, which `processes` of this machine share.
+def check_shared_memory(batches: TrainingBatches, workers: int, local_world_size: int = 1) -> None:
+    """Check that the prefetched batches fit into /dev/shm.
+
+    Args:
+        batches: the batches.
+        workers: number of worker processes of each training process.
+        local_world_size: number of training processes on this machine, which share its /dev/shm.
 
     Raises:
-        RuntimeFailure: they do not.
+        RuntimeFailure: they do not fit.
     """
     free = _free_bytes()
     if free is None or workers == 0:
         return
     sizes = _image_bytes(batches)
-    per_image = _PREFETCH_FACTOR * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
-    needed = int(per_image) * batches.recipe.train.batch_size // batches.world_size * processes
+    # for each image of a step: one in each prefetched batch, of typical size, and one in the current batch
+    bytes_per_image = int(_PREFETCH_FACTOR * workers * statistics.median(sizes) + max(sizes))
+    needed = bytes_per_image * batches.recipe.train.batch_size // batches.world_size * local_world_size
     if free < needed:
-        raise RuntimeFailure(
-            _shared_memory_message(
-                f"batches of {format_count(workers * processes, 'worker')} need about {_mib(needed)}", needed
-            )
-        )
+        all_workers = format_count(workers * local_world_size, "worker")
+        raise RuntimeFailure(_shared_memory_failure(f"batches of {all_workers} need about {_mib(needed)}", needed))
 
 
 def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
-    """Maximum size of each image in a batch, in bytes."""
+    """The largest size in bytes that each training image can have in a batch."""
     options = batches.recipe.input
     bytes_of_shape: dict[tuple[int, int], int] = {}
     for record in batches.records:
@@ -262,15 +279,16 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     return [bytes_of_shape[record.height, record.width] for record in batches.records]
 
 
-def _shared_memory_message(what: str, need: int = 1 << 29) -> str:
+def _shared_memory_failure(reason: str, needed: int = 2**29) -> str:
+    """Error message for too little shared memory, which suggests twice the bytes needed, in whole MiB."""
     free = _free_bytes()
     free_text = "" if free is None else f", {_mib(free)} are free"
-    suggested = -(-2 * need // 2**20)
-    return f"{SHARED_MEMORY} is too small: {what}{free_text}; {_FIX.format(suggested)}"
+    suggested = -(-2 * needed // 2**20)
+    return f"{SHARED_MEMORY} is too small: {reason}{free_text}; {_SHARED_MEMORY_FIX.format(suggested)}"
 
 
 def _free_bytes() -> int | None:
-    """Free bytes of shared memory; None if there is none."""
+    """Free bytes of shared memory; None on systems without /dev/shm."""
     try:
         stats = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -278,5 +296,5 @@ def _free_bytes() -> int | None:
     return stats.f_bavail * stats.f_frsize
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"

@@ -19,7 +19,8 @@ from refdet.files.strict_json import strict_json
 from refdet.training.run_card import write_card
 
 _MAX_BYTES = 2**16  # of validation.json
-_PREVIOUS = f".{BEST}.00000000.{TEMPORARY_MARK}"  # temporary name of the folder being replaced
+# temporary name of the folder being replaced, always the same so that `recover_best` finds it
+_PREVIOUS = f".{BEST}.00000000.{TEMPORARY_MARK}"
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class ValidationRecord:
 
     Attributes:
         metric: name of the metric by which the weights were selected.
-        value: its value, 0..1.
+        value: value of that metric, 0..1.
         step: training step of the weights.
-        instances: name of the instances file they were validated on.
-        images: number of its images.
+        instances: name of the instances file that the weights were validated on.
+        images: number of images in that file.
         data_sha256: hash of the validation data, so that values on different data are not compared.
-        rates: all metrics of the validation.
+        rates: name -> value of all metrics of the validation.
     """
 
     metric: str
@@ -46,7 +47,7 @@ class ValidationRecord:
 
 
 def read_best(out: Path) -> ValidationRecord | None:
-    """Read the validation of the best weights of a run; None if there are none yet.
+    """Read the validation of a run's best weights; None if no weights were validated yet.
 
     Raises:
         InputError: ``validation.json`` is damaged.
@@ -72,7 +73,15 @@ def read_best(out: Path) -> ValidationRecord | None:
 def write_best(
     out: Path, weights: HasStateDict, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
 ) -> None:
-    """Replace ``best/``; if the process is killed, `recover` restores the previous or the new folder."""
+    """Replace ``best/``; if the process is killed meanwhile, `recover_best` completes or undoes this.
+
+    Args:
+        out: the run directory.
+        weights: the new best weights.
+        meta: metadata of the weights.
+        record: validation of the weights.
+        validated_on: the validation data, as in `write_card`.
+    """
     new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{TEMPORARY_MARK}", out / _PREVIOUS, out / BEST
     try:
         checkpoint.save(new, weights, meta)
@@ -83,12 +92,12 @@ def write_best(
         os.replace(new, best)
         fsync(out)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)  # after an error; otherwise it was renamed
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(out: Path) -> None:
-    """Clean up after a process that was killed while replacing ``best/``."""
+def recover_best(out: Path) -> None:
+    """Clean up after a process that was killed in `write_best`; ``best/`` is then the previous or the new folder."""
     if (out / _PREVIOUS).exists() and not (out / BEST).exists():
         os.replace(out / _PREVIOUS, out / BEST)
     for folder in find_temporary_files(out, BEST):

@@ -13,10 +13,10 @@ from refdet.files.progress import exclude_pause
 
 
 class TrainingClock:
-    """Clock of a run, which starts when it is created.
+    """Clock of a run. It starts when it is created; its *pauses* are the validations.
 
     Args:
-        first: the step from which the run starts or resumes.
+        first: number of steps done before, from which the run resumes; 0 for a new run.
         steps: number of steps of the whole run.
     """
 
@@ -54,14 +54,14 @@ class TrainingClock:
             exclude_pause(bar, pause_seconds)
 
     def time_left(self, step: int, pauses: int) -> str:
-        """Estimated time until the end of the run, such as "1:02:03".
+        """Estimate the time until the end of the run, such as "1:02:03".
 
         Args:
             step: number of steps done.
             pauses: number of validations still to come.
 
         Returns:
-            The time; "" before the first step, or before the first validation if there are any.
+            The time; "" if this run has done no step yet, or has validations to come but has done none yet.
         """
         if step == self._first or (pauses and not self._pauses):
             return ""

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Exponential moving average of the parameters and the buffers of norms over the steps.
+    """Exponential moving average, over the steps, of a network's parameters and the running statistics of its norms.
 
-    In the first steps the decay is lower, ``(1 + step) / (10 + step)``, so that the random initial weights are soon
-    forgotten. Integers, such as the batch counters of norms, are those of the last step.
+    Each step replaces the average by decay * average + (1 - decay) * current values. In the first steps the decay is
+    lower, ``(1 + step) / (10 + step)``, so that the random initial weights are soon forgotten. Integers, such as the
+    batch counters of norms, are not averaged but copied.
 
     Args:
         model: the network; the average starts from its weights.
-        decay: weight of the average before a step; the weights after the step have 1 - decay.
+        decay: decay after the first steps, in 0..1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,4 +1,4 @@
-"""`estimate`: the time, memory and disk space that a training will take, from a few of its steps. Writes nothing."""
+"""`estimate`: time, memory and disk space that a training run will take, from a few of its steps. Writes nothing."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from refdet.training.pretrained import load_pretrained
 from refdet.training.step import start_step, step_seed, uses_bfloat16
 from refdet.training.validation import validations_after
 
-MEASURED_STEPS = 3  # after a step on the largest images, in which libraries choose their kernels
-_VALIDATION_IMAGES = 4  # a batch
+MEASURED_STEPS = 3  # after an unmeasured step on the largest images, in which libraries choose their kernels
+_VALIDATION_IMAGES = 4  # one batch
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a training.
+    """Estimated cost of a training run.
 
     Attributes:
         recipe: the recipe, with its norm resolved to frozen or batch.
@@ -49,7 +49,7 @@ class Estimate:
         objects: number of objects.
         classes: number of classes.
         steps: number of remaining steps.
-        epochs: passes over the images in these steps.
+        epochs: how often the remaining steps go through all images.
         device: the device, and why it was chosen.
         arithmetic: "float32", "tf32" or "bfloat16".
         step_seconds: median time of the measured steps.
@@ -80,7 +80,7 @@ class Estimate:
 
 
 def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
-    """Measure a few steps of a training, and a batch of its validation.
+    """Measure a few steps of a training run, and a batch of its validation.
 
     Raises:
         InputError: the device cannot be used, the network is far too large, or an image cannot be used.
@@ -89,7 +89,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
     """
     target, recipe, index = resolve_device(device), inputs.recipe, inputs.objects.index
     categories = tuple(index.categories.items())
-    loading.build_on_meta(recipe, len(categories))  # raises InputError if it is far too large
+    loading.build_on_meta(recipe, len(categories))  # raises InputError if the network is far too large
     batches = TrainingBatches(index, inputs.source, recipe, inputs.objects)
     check_shared_memory(batches, recipe.train.workers)
     first_step = inputs.saved_run.meta.step if inputs.saved_run else 0
@@ -128,7 +128,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
         validation_images,
         steps_left * step_seconds + validations * validation_images * image_seconds,
         memory,
-        state.max_disk_bytes(model, recipe.train, inputs.validation is not None),
+        state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None),
     )
 
 
@@ -164,12 +164,12 @@ def _measure_steps(
                 batch = next(prefetched) if position else largest
                 generator.manual_seed(step_seed(options.seed, step))
                 lr = learning_rate(min(step, options.steps - 1), options)
-                start_step(model, sgd, batch, lr, options.max_grad_norm, generator).losses()
+                start_step(model, sgd, batch, lr, options.max_grad_norm, generator).losses()  # waits for the device
                 seconds.append(time.perf_counter() - started)
                 bar.update()
     except StopRequested:
         raise Interrupted(f"stopped by {stop.name}; nothing was written") from None
-    return model, seconds[1:]
+    return model, seconds[1:]  # without the step on the largest images
 
 
 def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> float:
@@ -187,4 +187,5 @@ def _peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: reserved by PyTorch on a GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit

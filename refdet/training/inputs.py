@@ -1,4 +1,4 @@
-"""The checked inputs of a training. No torch."""
+"""The checked inputs of a training run. No torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from refdet.training.validation import ValidationData
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Checked inputs of a training, made by `refdet.training.train.train`.
+    """Checked inputs of a training run, made by `refdet.training.train`.
 
     Attributes:
         recipe: the recipe, with its norm resolved to frozen or batch.
         objects: annotated objects and their instances file.
         source: folder or zip of the images.
         provenance: provenance of the instances file.
-        out: the run directory.
+        out: the run directory; the current folder in a dry run without one, which writes nothing.
         weights: run directory of a detector to start from, or None.
         saved_run: the state in `out` to resume from, or None.
-        data_sha256: `TrainingObjects.sha256` of the objects.
+        data_sha256: `objects.sha256()`, saved to check that a resumed run has the same data.
         validation: images to validate on, or None.
     """
 

@@ -9,14 +9,16 @@ from functools import wraps
 from typing import Any
 
 from refdet.training.launch import Launch
-from refdet.training.processes import Processes
+from refdet.training.processes import TrainingProcess
 
-_CURRENT: ContextVar[Processes | None] = ContextVar("processes", default=None)
+_CURRENT: ContextVar[TrainingProcess | None] = ContextVar("training process", default=None)
 
 
 @contextmanager
-def join_processes() -> Iterator[Processes]:
-    """Context manager that yields the processes that train together; nested calls yield the same object.
+def join_processes() -> Iterator[TrainingProcess]:
+    """Context manager that joins this process to the others that train with it, and yields it.
+
+    Under torchrun, nested calls yield the same object; otherwise the process is the only one.
 
     Raises:
         InputError: the environment variables of torchrun are incomplete.
@@ -26,24 +28,24 @@ def join_processes() -> Iterator[Processes]:
     if current is None:
         launch = Launch.from_environment()
     if launch is None:
-        yield current or Processes()
+        yield current or TrainingProcess()
         return
-    from refdet.training.distributed import join_group  # imports torch, which takes seconds
+    from refdet.training.distributed import join_torchrun  # imports torch, which takes seconds
 
-    with join_group(launch) as group:
-        token = _CURRENT.set(group)
+    with join_torchrun(launch) as process:
+        token = _CURRENT.set(process)
         try:
-            yield group
+            yield process
         finally:
             _CURRENT.reset(token)
 
 
-def in_all_processes(work: Callable[..., Any]) -> Callable[..., Any]:
+def in_all_processes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that runs a function within `join_processes`, so that an error in one process is raised in all."""
 
-    @wraps(work)
-    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         with join_processes():
-            return work(*arguments, **keywords)
+            return function(*args, **kwargs)
 
     return wrapper

@@ -11,7 +11,7 @@ from pathlib import Path
 from refdet.errors import InputError
 
 _REQUIRED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NO_ID = ("", "none")  # torchrun's run id if none is given
+_NO_RUN_ID = ("", "none")  # values of TORCHELASTIC_RUN_ID if the user gave no id
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Launch:
         world_size: number of processes on all machines.
         local_rank: number of this process among those on its machine.
         local_world_size: number of processes on its machine.
-        restarts: how often torchrun has restarted the processes; None if torchrun did not start them.
-        run_id: ``--rdzv-id``, "" if it was not given.
+        restarts: how often torchrun has restarted the processes; None if something else set the variables.
+        run_id: torchrun's ``--rdzv-id``; "" if it was not given.
     """
 
     rank: int
@@ -36,10 +36,11 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch | None:
-        """Read the variables; None outside torchrun.
+        """Read the variables; None if they are incomplete and there is at most one process.
 
         Raises:
-            InputError: there are several processes, but variables they need to find each other are missing.
+            InputError: there are several processes, but variables they need to find each other are missing; or a
+                variable is not a valid number.
         """
         count = environment.get("WORLD_SIZE", "")
         missing = [name for name in _REQUIRED if not environment.get(name)]
@@ -55,33 +56,41 @@ class Launch:
             if not environment[name].isdecimal():
                 raise InputError(f"{name}: must be a number, not {environment[name]!r}; start with torchrun")
             numbers.append(int(environment[name]))
-        if numbers[0] >= numbers[1]:
-            raise InputError(f"RANK: is {numbers[0]} of {numbers[1]} processes (WORLD_SIZE); start with torchrun")
-        restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
         rank, world_size, local_rank, local_world_size = numbers
+        if rank >= world_size:
+            raise InputError(f"RANK: is {rank} of {world_size} processes (WORLD_SIZE); start with torchrun")
+        restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
         restart_count = int(restarts) if restarts.isdecimal() else None
-        return cls(rank, world_size, local_rank, local_world_size, restart_count, "" if run_id in _NO_ID else run_id)
+        return cls(
+            rank, world_size, local_rank, local_world_size, restart_count, "" if run_id in _NO_RUN_ID else run_id
+        )
 
     def job(self) -> dict[str, str]:
-        """Identify the torchrun job: its run id, torchrun's own process on this machine, and this process.
+        """Contents of the job file, by which a later process can tell whether torchrun started it to replace this one.
 
-        torchrun's own process (the agent) stays the same when it restarts the others.
+        The "agent" is torchrun's own process on this machine, which stays the same when it restarts the others.
         """
         return {"run_id": self.run_id, "agent": _identity(os.getppid()), "process": _identity(os.getpid())}
 
     def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
-        """Whether this process replaces the one that wrote a `job`, given the most restarts on any machine."""
-        this = self.job()
-        if self.restarts is None or job.get("process") == this["process"]:
+        """Whether torchrun started this process to replace the one that wrote a job file.
+
+        Args:
+            job: contents of the file.
+            restarts: the largest `restarts` of all processes, as a machine that joined late has had fewer.
+        """
+        own = self.job()
+        if self.restarts is None or job.get("process") == own["process"]:
             return False
-        same_id = this["run_id"] != "" and job.get("run_id") == this["run_id"]
-        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # a later job may have the same id
+        same_id = own["run_id"] != "" and job.get("run_id") == own["run_id"]
+        # without a restart, the same id is that of a later job
+        return job.get("agent") == own["agent"] or (same_id and restarts > 0)
 
 
 def _identity(pid: int) -> str:
     """An identifier of a process, unique across machines and over time: host name, process id and start time."""
     try:
-        # field 22 of proc(5), in clock ticks since boot; fields are counted after the name, which may contain spaces
+        # field 22 of proc(5), in clock ticks since boot: the 20th after field 2, the name in parentheses
         started = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         started = ""
@@ -89,5 +98,8 @@ def _identity(pid: int) -> str:
 
 
 def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process on this machine has the same command line, and so reports the same usage errors."""
+    """Whether another process on this machine has the same command line and reports its usage errors.
+
+    This is so in all processes of torchrun but the first of each machine.
+    """
     return environment.get("LOCAL_RANK", "0") != "0" and "LOCAL_WORLD_SIZE" in environment

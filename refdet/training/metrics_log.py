@@ -25,13 +25,13 @@ _EVENTS = "events.out.tfevents.*"
 
 
 class MetricsLog:
-    """Context manager that logs the metrics of steps.
+    """Context manager that logs the metrics of steps and validations.
 
     Rows of steps after `first`, left by a killed run, are dropped, in TensorBoard too.
 
     Args:
         folder: the run directory, locked by the caller.
-        first: the step from which the run resumes, or 0.
+        first: number of steps done before, from which the run resumes; 0 for a new run.
 
     Raises:
         InputError: ``metrics.jsonl`` is not a regular file or too large.
@@ -48,8 +48,8 @@ class MetricsLog:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Log the metrics of a step, counted from 1."""
-        old = {LOSSES[name]: value for name, value in row.items() if name in LOSSES}
-        self._file.write(json.dumps({"step": step, **row, **old}) + "\n")
+        old_names = {LOSSES[name]: value for name, value in row.items() if name in LOSSES}  # for older readers
+        self._file.write(json.dumps({"step": step, **row, **old_names}) + "\n")
         self._file.flush()
         for name, value in row.items():
             self._board.add_scalar(f"train/{name}", value, step)
@@ -73,14 +73,17 @@ class MetricsLog:
 
 
 def _wait_for_new_timestamp(folder: Path) -> None:
-    """Wait until a new event file would sort last: TensorBoard orders files by name, which has the time in seconds."""
-    seconds = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
-    if seconds:
-        time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
+    """Wait until the name of a new event file would sort last, as TensorBoard reads the files in the order of names.
+
+    The name has the time in seconds. Waits for a second at most, even if a file is of the future.
+    """
+    times = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
+    if times:
+        time.sleep(min(max(max(times) + 1 - time.time(), 0), 1))
 
 
 def _truncate_after(metrics: Path, step: int) -> None:
-    """Drop the rows of later steps, and damaged rows with a warning."""
+    """Drop the rows after a step, and damaged rows with a warning."""
     if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return
     kept, damaged = [], 0

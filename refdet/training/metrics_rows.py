@@ -19,7 +19,7 @@ DATA_HASH_KEY = "data_sha256"
 
 
 def parse_row(line: str) -> dict[str, Any] | None:
-    """Parse a row, which must have an int step; None if the line is damaged."""
+    """Parse a line of metrics.jsonl, an object with an integer "step"; None if the line is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -28,7 +28,7 @@ def parse_row(line: str) -> dict[str, Any] | None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The undamaged rows of a run directory, in order; [] without a log."""
+    """Read the undamaged rows of a run directory's metrics.jsonl, in order; [] without such a file."""
     path = folder / METRICS
     if not path.is_file():
         return []
@@ -37,9 +37,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def finite_number(row: Mapping[str, Any], name: str) -> float | None:
-    """A number in a row; None if it is missing or not finite."""
+    """The value of a row's key; None if it is missing, not a number, not finite or huge."""
     value = row.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:  # a huge int has no float
+    # the limit is for an int that float() cannot convert
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
         return None
     return float(value) if math.isfinite(value) else None
 

@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
     from refdet.detector.mask_rcnn import MaskRCNN
 
-Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
+Categories = tuple[tuple[int, str], ...]  # (category id, name) of label 1, 2, ...
 
 # prefixes of the layers that depend on the classes, which `train.reset_predictors` reinitializes
 PREDICTORS = ("head.box.", "head.mask.logits.")
-MASK_BRANCH = "head.mask."
+MASK_BRANCH = "head.mask."  # prefix of the mask branch
 # options that change the inputs of a trained RPN or head, but not the shapes of its weights
 DETECTOR_OPTIONS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
 
 
 def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
-    """Prefixes of the names of the parameters that pretrained weights do not provide.
+    """Prefixes of the names of the parameters that pretrained weights do not provide, and which therefore start random.
 
-    All trained parameters are loaded, such as the convolutions of an ImageNet network, or everything except the mask
-    branch from a Faster R-CNN. Classes must be the same unless the layers that depend on them are reinitialized.
+    All others are loaded, such as the convolutions of an ImageNet network, or everything except the mask branch from a
+    Faster R-CNN. Classes must be the same unless the layers that depend on them are reinitialized.
 
     Raises:
         InputError: the weights have other classes, another network or another input format.
@@ -55,7 +55,10 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
 
 
 def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> tuple[str, ...]:
-    """Load the weights of a run directory into a new model; returns the prefixes of `find_new_prefixes`.
+    """Load the weights of a run directory into a new model, except those that `find_new_prefixes` returns.
+
+    Returns:
+        The prefixes of `find_new_prefixes`.
 
     Raises:
         InputError: the weights have other classes, another network or another input format.
@@ -72,8 +75,8 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
     return new_prefixes
 
 
-def describe_difference(saved: tuple, current: tuple) -> str:
-    """Human-readable difference between the categories of a checkpoint and of an instances file."""
+def describe_difference(saved: Categories, current: Categories) -> str:
+    """Describe for the user how the categories of a checkpoint and of an instances file differ."""
     if len(saved) != len(current):
         return f"the checkpoint has {format_count(len(saved), 'class')}, the instances file {len(current)}"
     first = next((a, b) for a, b in zip(saved, current, strict=True) if a != b)
@@ -86,7 +89,10 @@ def _move_conv5_to_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_only: bool) -> None:
-    """Raise InputError for a different backbone, depth, width or neck; clearer than a list of mismatched tensors."""
+    """Raise InputError for a different backbone, depth, width or neck.
+
+    The shapes of the tensors would show this too, but the message is clearer.
+    """
     keys = ["backbone", "width"]
     if current.model.backbone == "resnet":
         keys.append("depth")
@@ -106,7 +112,7 @@ def _network(recipe: Recipe) -> str:
 
 
 def _check_input_format(pretrained: Recipe, current: Recipe, weights: Path, backbone_only: bool) -> None:
-    """Raise InputError for a different input format or other option that the shapes of tensors do not show."""
+    """Raise InputError for a different input format, or another option that the shapes of tensors do not show."""
     fixes = []
     for part, key in (
         ("input", "order"),
@@ -117,7 +123,7 @@ def _check_input_format(pretrained: Recipe, current: Recipe, weights: Path, back
         *(() if backbone_only else DETECTOR_OPTIONS),
     ):
         old, new = (getattr(getattr(options, part), key) for options in (pretrained, current))
-        # this is the stride of conv5, and matters only if both networks have a C4 head and it is trained
+        # this decides the stride of conv5, and matters only if both networks have a C4 head and it was trained
         if key == "pooler_resolution" and (backbone_only or {pretrained.model.neck, current.model.neck} != {"c4"}):
             continue
         if old != new:

@@ -1,4 +1,4 @@
-"""`Processes`: interface to the processes that train together, implemented here for one. Does not import torch."""
+"""`TrainingProcess`: what a process needs to train together with others. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class ReportedElsewhere(RefdetError):
-    """Raised in every process but the first if training ends with an error, which the first process reports.
+    """Raised in every process but the first if training ends with an error: the first process reports it to the user.
 
     Attributes:
         exit_code: exit code of the first process.
@@ -34,20 +34,21 @@ class LostProcess(RuntimeFailure):
     """Another process of the training run ended without sharing an error, for example because it was killed."""
 
 
-class Processes:
-    """The single process of a training run; `refdet.training.distributed.ProcessGroup` is one of several.
+class TrainingProcess:
+    """This process of a training run, if it is the only one.
 
-    The images of a step are divided among the processes, and counts, losses and gradients are summed. All processes
-    must call the methods in the same order.
+    The subclass `refdet.training.distributed.TorchrunProcess` is one of the processes that torchrun started. They
+    divide the images of each step among them, and sum their counts, losses and gradients. All processes must call the
+    methods in the same order.
 
     Attributes:
         rank: number of this process, from 0.
         world_size: number of processes.
         local_world_size: number of processes on this machine.
-        lost: whether another process has ended without sharing an error.
+        peer_lost: whether another process has ended without sharing an error.
     """
 
-    rank, world_size, local_world_size, lost = 0, 1, 1, False
+    rank, world_size, local_world_size, peer_lost = 0, 1, 1, False
 
     @property
     def is_first(self) -> bool:
@@ -55,58 +56,76 @@ class Processes:
         return self.rank == 0
 
     def share_error(self, error: Exception | None = None) -> None:
-        """Raise an error that any of the processes has, in all of them."""
+        """Raise an error in all processes if `error` is given in any of them."""
         if error is not None:
             raise error
 
-    def on_all(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """Run `work` in every process; an error in one of them is raised in all."""
         return work()
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process only; all processes return its result or raise its error."""
         return work()
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
         return [value]
 
     def check_same(self, values: Mapping[str, object]) -> None:
-        """Raise InputError if a value differs between processes; the keys describe the values."""
+        """Raise InputError if a value differs between processes; the keys name the values in the message."""
 
-    def restarted(self, out: Path) -> bool:
-        """Whether torchrun restarted these processes in place of others that trained into `out`."""
+    def is_restart(self, out: Path) -> bool:
+        """Whether torchrun restarted all processes after one of them had failed while training into `out`."""
         return False
 
-    def device(self, name: str | None) -> str | None:
-        """The name of this process's device, from the name given for all processes."""
+    def select_device(self, name: str | None) -> str | None:
+        """Return the name of this process's device, given that for all processes, such as "cuda"; None is automatic."""
         return name
 
-    def prepare(self, device: torch.device, out: Path) -> None:
-        """Prepare to compute, once the run directory exists and is locked."""
+    def set_up(self, device: torch.device, out: Path) -> None:
+        """Set up what several processes need: communication between their devices, and their logs in `out`.
+
+        Args:
+            device: device of this process.
+            out: the run directory, which exists and is locked by the first process.
+        """
 
     def describe(self) -> str:
-        """Human-readable description of the processes, machines, devices and backend; "" without torchrun."""
+        """Describe the processes, machines, devices and backend for the user; "" without torchrun."""
         return ""
 
-    def wrap(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
-        """Wrap a network so that its weights, momentum and gradients are the same in all processes."""
+    def make_data_parallel(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
+        """Wrap a network in DistributedDataParallel if there are several processes.
+
+        Args:
+            network: the network; the weights of the first process are copied to all.
+            momentum: momentum buffers of the optimizer, copied likewise, as only the first process has read the saved
+                state of a resumed run.
+
+        Returns:
+            The module to call in the forward pass.
+        """
         return network
 
-    def convert_norms(self, model: nn.Module, device: torch.device) -> None:
-        """Replace batch norms by norms over the images of all processes."""
+    def convert_sync_batchnorm(self, model: nn.Module, device: torch.device) -> None:
+        """Replace the batch norms of a model by SyncBatchNorm if there are several processes."""
 
     def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Context manager for a pass whose gradients are accumulated, to be summed over processes in a later pass."""
+        """Context manager for passes that only accumulate gradients; the first pass after them sums over processes."""
         return nullcontext()
 
     def computing(self) -> AbstractContextManager[None]:
-        """Context manager for a step; raises LostProcess if another process ends during it."""
+        """Context manager for communication between devices, as in a step.
+
+        Raises:
+            LostProcess: another process ended meanwhile.
+        """
         return nullcontext()
 
     def sum_counts(self, counts: LossCounts) -> LossCounts:
         """Sum counts over the processes."""
         return counts
 
-    def sum_(self, values: Tensor) -> None:
+    def all_reduce(self, values: Tensor) -> None:
         """Sum values over the processes, in place."""

@@ -13,14 +13,16 @@ from torch.distributed.rendezvous import rendezvous
 from refdet.training.launch import Launch
 
 _POLL_SECONDS = 0.02  # between reads of the store
+# keys in the store: token of a rank; the tokens of all ranks, by the first; answer of a rank to the first's token
 _TOKEN, _CALL, _ANSWER = "refdet/here/{}", "refdet/call", "refdet/answer/{}/{}"
 
 
-def rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
-    """A store without entries of earlier processes.
+def open_rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
+    """Open a store that all processes share, without entries of earlier processes.
 
     torchrun may keep one store across restarts, in which processes would find the addresses of those that have ended.
-    So each process makes a token, and the first process calls the others by their tokens until all have answered.
+    So each process makes a token, and the first process calls the others by their tokens until all have answered. Its
+    token is the prefix of all keys in the returned store.
 
     Raises:
         RuntimeError: a process did not answer in time.

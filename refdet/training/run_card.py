@@ -15,7 +15,8 @@ from refdet.structures.provenance import Selection
 from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, finite_number, is_validation
 
 CARD = "README.md"
-_MAX_CURVE_LINES = 12  # of the learning curve
+_MAX_CURVE_LINES = 12  # in the learning curve
+_BAR_CHARACTERS = 40  # width of its longest bar
 _BOX_AP = f"{VALIDATION_PREFIX}bbox_AP"
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MARKER = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
@@ -36,7 +37,7 @@ def write_card(
     try:
         if path.exists() and not _is_generated(path):
             return
-    except OSError:
+    except OSError:  # not readable: it may be the user's
         return
     with atomic_write(path) as temporary:
         temporary.write_text(_text(meta, rows, validated_on), encoding="utf-8", errors="backslashreplace")
@@ -50,11 +51,12 @@ def _is_generated(path: Path) -> bool:
         return file.read(len(_MARKER)) == _MARKER.encode()
 
 
-def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_on: str) -> str:
+def _text(meta: CheckpointMetadata, rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
+    """The card, in Markdown."""
     provenance, recipe = meta.provenance, meta.recipe
     layout = f", {recipe.model.neck.upper()}" if recipe.model.backbone == "resnet" else ""
     model = f"{network_name(recipe.model)}{layout}, {'with' if recipe.model.masks else 'without'} masks"
-    rows = [
+    facts = [
         ("recipe", f"{recipe.name} ({model})"),
         ("steps", f"{meta.step} of {recipe.train.steps}, batch size {recipe.train.batch_size}"),
         ("weights", _weights(meta)),
@@ -65,14 +67,14 @@ def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_
         ("selection", _selection(provenance.selection)),
         ("leaks", _leaks(meta)),
     ]
-    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts)
     return f"""{_MARKER}
 # refdet detector
 
 | | |
 |---|---|
 {table}
-{_accuracy(log, validated_on)}{_curve(log)}
+{_accuracy(rows, validated_on)}{_curve(rows)}
 ## How to use it
 
 Detect objects, measure AP, train on from these weights:
@@ -96,7 +98,7 @@ def _weights(meta: CheckpointMetadata) -> str:
 
 
 def _validations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The validations on the same data as the last one, as AP on different data is not comparable."""
+    """The rows of the validations on the same data as the last one, as AP on different data is not comparable."""
     validations = [row for row in rows if is_validation(row)]
     return [row for row in validations if row.get(DATA_HASH_KEY) == validations[-1].get(DATA_HASH_KEY)]
 
@@ -122,26 +124,29 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The loss as bars of text, with the box AP of the last validation up to each line; "" with too few losses."""
+    """The loss at up to `_MAX_CURVE_LINES` steps as bars of text; "" with fewer than two losses.
+
+    Each line also has the box AP of the last validation since the line before.
+    """
     losses = [(row["step"], loss) for row in rows if (loss := finite_number(row, "loss")) is not None]
-    rates = [(row["step"], finite_number(row, _BOX_AP)) for row in _validations(rows)]
+    box_aps = [(row["step"], finite_number(row, _BOX_AP)) for row in _validations(rows)]
     if len(losses) < 2:
         return ""
-    max_loss = max(max(loss for _, loss in losses), 1e-9)
-    heading, lines, previous = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
+    max_loss = max(max(loss for _, loss in losses), 1e-9)  # not 0, by which the bars could not be divided
+    heading, lines, previous_step = f"    {'step':>9}  {'loss':>8}  {'':<{_BAR_CHARACTERS}}", [], 0
     last = len(losses) - 1
     for index in sorted({round(i * last / (_MAX_CURVE_LINES - 1)) for i in range(_MAX_CURVE_LINES)}):
         step, loss = losses[index]
-        reached = [f"{rate:.3f}" for rate_step, rate in rates if previous < rate_step <= step]
-        bar = "#" * min(max(round(40 * loss / max_loss), 1), 40)
-        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<40}  {''.join(reached[-1:])}".rstrip())
-        previous = step
-    heading = f"{heading}  box AP" if rates else heading.rstrip()
+        measured = [f"{ap:.3f}" for ap_step, ap in box_aps if previous_step < ap_step <= step]
+        bar = "#" * min(max(round(_BAR_CHARACTERS * loss / max_loss), 1), _BAR_CHARACTERS)
+        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<{_BAR_CHARACTERS}}  {''.join(measured[-1:])}".rstrip())
+        previous_step = step
+    heading = f"{heading}  box AP" if box_aps else heading.rstrip()
     return "\n".join(["", "## Learning curve", "", heading, *lines]) + "\n"
 
 
 def _leaks(meta: CheckpointMetadata) -> str:
-    """What is known about leaks of held-out images, and how to check."""
+    """What is known about REFER's val and test images in the training data, and how to check."""
     provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
     if not provenance.excluded:
         why = provenance.note or "no known exclusions"

@@ -1,4 +1,4 @@
-"""Checks of the output folder of a training: new, empty, or a run to resume. No torch."""
+"""Checks of the output folder of a training run: new, empty, or a run to resume. No torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so that its presence marks a run directory
-IN_USE_FIX = "wait for it to finish or choose another `out`"
-MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
+IN_USE_FIX = "wait for it to finish or choose another `out`"  # the fix if another process holds the lock
+MAX_LOG_BYTES = 2**28  # of metrics.jsonl; the longest run writes a twentieth of this
 
 
 def state_paths(out: Path) -> list[Path]:
@@ -19,10 +19,11 @@ def state_paths(out: Path) -> list[Path]:
 
 
 def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
-    """Whether there is a state to resume from, and a note if ``resume`` finds none.
+    """Whether there is a state to resume from, and a note for the user if there is none although `resume` was given.
 
     Raises:
-        InputError: ``out`` exists without `resume`, is not a folder, or is not a run directory.
+        InputError: `out` is not a folder; it is not empty and `resume` was not given; or it is not a run directory that
+            can be resumed.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"`out` {out}: is a file; give a folder for the run directory")

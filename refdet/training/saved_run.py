@@ -21,9 +21,8 @@ from refdet.structures.provenance import NAMES_DIFFER, Provenance
 from refdet.training.pretrained import Categories, describe_difference
 from refdet.training.run_folder import state_paths
 
-# options that may change on resuming; train.steps is checked separately
+# keys of the recipe's "train" that may change on resuming; `check_recipe` checks steps separately
 _MAY_CHANGE = ("workers", "checkpoint_interval", "log_every", "steps", "accumulate", "keep", "eval_every")
-_MUTABLE = {("train", key) for key in _MAY_CHANGE}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SavedRun:
         """Read the metadata of the newest state in a run directory that has one.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the state is damaged.
         """
         path = state_paths(out)[-1]
         try:
@@ -62,7 +61,7 @@ class SavedRun:
 
     @classmethod
     def parse(cls, path: Path, metadata: Mapping[str, str]) -> SavedRun:
-        """Parse the metadata of a state. Raises InputError if it is damaged."""
+        """Parse the metadata of the state at `path`; raises InputError if they are damaged."""
         try:
             if "meta" not in metadata:
                 raise InputError("its metadata has no 'meta'")
@@ -75,27 +74,36 @@ class SavedRun:
         return SavedRun(path, meta, new_prefixes, metadata.get("training_data_sha256"))
 
     def with_older_defaults(self, recipe: Recipe, out: Path) -> tuple[Recipe, list[str]]:
-        """The recipe with the defaults the run was started with, where these have changed; and notes for the user."""
+        """Give a recipe the defaults with which the run was started, where the defaults of recipes have changed since.
+
+        Args:
+            recipe: the recipe with which the run is resumed.
+            out: the run directory, for the notes.
+
+        Returns:
+            The recipe, and notes for the user on defaults that affect the result.
+        """
         saved, current = self.meta.recipe, recipe
         changes: list[tuple[str, object, object]] = []
-        if saved.input.size_divisibility == 0:  # saved before this key existed
+        if saved.input.size_divisibility == 0:  # in all runs before this key existed
             changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
         if saved.input.short_side_per == "step":  # in all runs before this key existed
             changes.append(("input.short_side_per", "step", current.input.short_side_per))
         network = (current.model.neck, current.model.depth)
         if network == ("fpn", 50) and not saved.train.bf16:  # fpn-res50 was trained in float32
             changes.append(("train.bf16", False, current.train.bf16))
-        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # the same in all recipes
+        for part, old_default in (("proposals", 1 / 9), ("head", 1.0)):  # of all recipes
             old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
-            if old_beta == older:
+            if old_beta == old_default:
                 changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
-        same: list[tuple[str, object]] = [("input.size_divisibility", 1)]  # equivalent to 0
-        if len(saved.input.min_sizes) == 1 or saved.input.crop_size:
-            same.append(("input.short_side_per", "image"))
+        # new values with the same result as the old ones
+        equivalent: list[tuple[str, object]] = [("input.size_divisibility", 1)]
+        if len(saved.input.min_sizes) == 1 or saved.input.crop_size:  # nothing is drawn
+            equivalent.append(("input.short_side_per", "image"))
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
             for key, old, new in changes
-            if new != old and (key, new) not in same
+            if new != old and (key, new) not in equivalent
         ]
         if saved.model.zero_init_residual:  # without a note, as weights are initialized once
             changes.append(("model.zero_init_residual", True, current.model.zero_init_residual))
@@ -110,7 +118,7 @@ class SavedRun:
         old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
         for part, options in old.items():
             for key in options if isinstance(options, dict) else ():
-                if options[key] != new[part][key] and (part, key) not in _MUTABLE:
+                if options[key] != new[part][key] and not (part == "train" and key in _MAY_CHANGE):
                     before, now = _format_value(options[key]), _format_value(new[part][key])
                     raise InputError(
                         f"`resume` {out}: {part}.{key} was {before} and is now {now}; "
@@ -126,7 +134,7 @@ class SavedRun:
         """Check that the training data is the same as when the run was started.
 
         Raises:
-            InputError: it differs.
+            InputError: the data differs.
         """
         saved = self.meta
         if saved.categories != categories:
@@ -142,12 +150,12 @@ class SavedRun:
             )
 
     def provenance_with_data(self, data: Provenance) -> Provenance:
-        """The run's own provenance, which may name the weights it started from.
+        """The saved provenance, which may name the run's initial weights, with what older versions did not record.
 
-        It notes file names that do not match the image ids, which older versions did not record.
+        That is the note on file names that do not match the image ids.
 
         Args:
-            data: provenance of the training file, which `check_data` has checked.
+            data: provenance of the instances file, which `check_data` has checked.
         """
         saved = self.meta.provenance
         if NAMES_DIFFER not in data.note or NAMES_DIFFER in saved.note:
@@ -164,16 +172,16 @@ class SavedRun:
             )
         if new_steps != old_steps:
             cosine = recipe.train.schedule == "cosine"
-            rate = "the cosine (train.schedule)" if cosine else "the learning rate milestones (train.lr_milestones)"
+            schedule = "the cosine (train.schedule)" if cosine else "the learning rate milestones (train.lr_milestones)"
             lines.append(
-                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {rate} are "
+                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {schedule} are "
                 "fractions of the new number"
             )
         return lines
 
 
 def damaged_state(path: Path, why: str) -> InputError:
-    """The error of a damaged state, with the fix."""
+    """The error of a damaged state, which says whether there is an older one."""
     others = [other for other in state_paths(path.parent.parent) if other != path]
     fix = (
         f"remove it: `resume=True` then continues from {others[-1].name}"

@@ -16,7 +16,7 @@ from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
 from refdet.files.atomic import find_temporary_files
 from refdet.files.short_text import shorten
-from refdet.training.best import recover
+from refdet.training.best import recover_best
 from refdet.training.ema import WeightAverage
 from refdet.training.metrics_rows import METRICS
 from refdet.training.optim import momentum_of, restore_momentum
@@ -40,7 +40,7 @@ class State(SavedRun):
         """Load the tensors into a model, its optimizer and, if given, the moving average of its weights.
 
         Raises:
-            InputError: they do not match the model.
+            InputError: the tensors do not match the model, or contain NaN or inf.
         """
         momentum = self._part("momentum/")
         parameters = dict(model.named_parameters())
@@ -53,9 +53,11 @@ class State(SavedRun):
         restore_momentum(model, sgd, momentum)
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors with a prefix, by their names without it."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def _check(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complete: bool) -> None:
+        """Raise InputError for wrong shapes, NaN or inf, unexpected tensors and, if `complete`, missing tensors."""
         for name in expected if complete else actual:
             if name not in actual or name not in expected:
                 raise self._damaged(f"{shorten(name)} is {'missing' if name in expected else 'not in this network'}")
@@ -75,7 +77,7 @@ def newest(out: Path) -> State:
     """Read the newest state of a run directory that has one.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the state is damaged.
     """
     path = state_paths(out)[-1]
     try:
@@ -98,6 +100,15 @@ def save(
     """Write the state, then the weights (or their average), then remove old states beyond ``train.keep``.
 
     The state alone is enough to resume, so a process may be killed at any point.
+
+    Args:
+        out: the run directory.
+        model: the network.
+        sgd: its optimizer.
+        meta: metadata of the weights, with the step.
+        new_prefixes: as in `SavedRun`.
+        data_sha256: as in `SavedRun`.
+        average: moving average of the weights, which is then written as the weights; None without ``train.ema``.
     """
     folder = out / checkpoint.STATE
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
@@ -107,7 +118,7 @@ def save(
     path = folder / f"step-{meta.step:08d}.safetensors"
     metadata = {
         "meta": json.dumps(meta.to_json()),
-        "fresh": json.dumps(new_prefixes),
+        "fresh": json.dumps(new_prefixes),  # the key keeps its first name
         "training_data_sha256": data_sha256,
     }
     checkpoint.write_tensors(path, tensors, metadata)
@@ -118,23 +129,30 @@ def save(
 
 
 def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
-    """Largest size of a run directory in bytes; each file exists twice while it is replaced.
+    """Largest size of a run directory in bytes.
 
-    Counts the weights, the states (weights, momentum and perhaps an average) and the weights in ``best/``.
+    Counts the weights and the weights in ``best/``, each of which exists twice while it is replaced; and the states, of
+    which the newest is written before an old one is removed.
+
+    Args:
+        model: the network.
+        options: options of the run.
+        validated: whether the run is validated.
     """
     saves = -(-options.steps // options.checkpoint_interval)
     if validated and options.eval_every:
         saves += options.steps // options.eval_every
     states = min(options.keep or saves, saves) + 1
-    copies = 2 + states * (3 if options.ema else 2) + 2 * validated
+    copies_per_state = 3 if options.ema else 2  # weights, momentum and perhaps the average
+    copies = 2 + states * copies_per_state + (2 if validated else 0)
     return copies * sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def clean(out: Path) -> None:
-    """Remove temporary files of a run that was killed while saving."""
+    """Remove the temporary files of a run that was killed while saving, and recover ``best/``."""
     leftovers = find_temporary_files(out / checkpoint.STATE)
     for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
         leftovers += find_temporary_files(out, name)
     for path in leftovers:
         path.unlink()
-    recover(out)
+    recover_best(out)

@@ -1,7 +1,7 @@
 """A training step: its forward and backward passes, and the update of the weights.
 
 A step has one or more passes (gradient accumulation), each over a part of this process's images. The losses are divided
-by the counts of samples of all images of the step, which must be known before the first gradient is computed. So with
+by the numbers of samples in all images of the step, which must be known before the first gradient is computed. So with
 several passes, all but the first run twice: once up to sampling, to count the samples, and once for the gradients.
 
 Nothing waits for the GPU: the losses are copied to the host asynchronously and read later.
@@ -25,7 +25,9 @@ from refdet.detector.sampling import image_seeds
 from refdet.device import supported_precision, to_cpu_async
 from refdet.errors import RuntimeFailure
 from refdet.training.optim import GuardedSGD, set_lr
-from refdet.training.processes import Processes
+from refdet.training.processes import TrainingProcess
+
+_SEEDS_PER_IMAGE = 2  # that `MaskRCNN` draws: for sampling anchors and for sampling RoIs
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class PendingStep:
 
     Attributes:
         names: names of the loss terms.
-        wait: waits for and returns the terms and the gradient norm, (terms + 1,) float32.
+        wait: waits for the device, and returns the loss terms and the gradient norm, (terms + 1,) float32.
         image_ids: COCO ids of the step's images, in all processes.
     """
 
@@ -43,11 +45,11 @@ class PendingStep:
     image_ids: Sequence[int]
 
     def losses(self) -> dict[str, float]:
-        """Wait for the loss terms.
+        """Wait for the loss terms, and return them by name.
 
         Raises:
-            RuntimeFailure: a term or the gradient is not finite; neither this step nor a later one has changed the
-                weights.
+            RuntimeFailure: a term or the gradient is not finite. Neither this step nor a later one has changed the
+                weights (see `GuardedSGD`).
         """
         *values, norm = self.wait().tolist()
         terms = dict(zip(self.names, values, strict=True))
@@ -91,7 +93,7 @@ def start_step(
     set_lr(sgd, lr)
     sgd.zero_grad(set_to_none=True)
     names, terms = (passes or Passes(model)).backward(batch, generator)
-    # with inf it only measures the norm, which `guard` needs
+    # with a maximum of inf it only measures the norm, which `guard` needs
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))  # one tensor, for a single copy to the host
     sgd.guard(results)
@@ -100,7 +102,7 @@ def start_step(
 
 
 class LossNetwork(nn.Module):
-    """A network with `compute_losses` as its forward, which DistributedDataParallel needs."""
+    """A network whose forward is `MaskRCNN.compute_losses`, as DistributedDataParallel hooks only into `forward`."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
@@ -112,25 +114,25 @@ class LossNetwork(nn.Module):
 
 
 class Passes:
-    """Computes the gradients of steps, in one or more forward and backward passes each.
+    """The forward and backward passes that compute the gradients of each step.
 
     Args:
         model: the network, in training mode.
-        processes: the processes among which the images of a step are divided.
+        process: this process, among those that divide the images of a step; by default the only one.
         momentum: momentum buffers of the optimizer; all processes start with those of the first.
     """
 
     def __init__(
-        self, model: MaskRCNN, processes: Processes | None = None, momentum: list[Tensor] | None = None
+        self, model: MaskRCNN, process: TrainingProcess | None = None, momentum: list[Tensor] | None = None
     ) -> None:
         options = model.recipe.train
-        self.model, self.processes, self._passes = model, processes or Processes(), options.accumulate
-        self._images_before = self.processes.rank * (options.batch_size // self.processes.world_size)
-        # on a GPU, an abandoned step cannot be undone
+        self.model, self.process, self._passes = model, process or TrainingProcess(), options.accumulate
+        self._images_before = self.process.rank * (options.batch_size // self.process.world_size)
+        # for `restore_buffers`; on a GPU, an abandoned step cannot be undone
         on_cpu = not next(model.parameters()).is_cuda
-        self._saves_buffers = on_cpu and self.processes.world_size > 1 and model.recipe.model.norm == "batch"
+        self._saves_buffers = on_cpu and self.process.world_size > 1 and model.recipe.model.norm == "batch"
         self._saved_buffers: list[Tensor] = []
-        self._network = self.processes.wrap(LossNetwork(model), momentum or [])
+        self._network = self.process.make_data_parallel(LossNetwork(model), momentum or [])
 
     def backward(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor]:
         """Compute the gradients of a step.
@@ -145,33 +147,41 @@ class Passes:
         if self._saves_buffers:
             self._saved_buffers = [buffer.clone() for buffer in self.model.buffers()]
         if self._images_before:
-            image_seeds(self._images_before, 2, generator)  # skips the seeds of images in processes before this one
+            image_seeds(self._images_before, _SEEDS_PER_IMAGE, generator)  # skip those of processes before this one
         parts = batch.chunk(self._passes)
         reduce_counts = self._reduce_counts(parts, generator)
         names: list[str] = []
         values: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else self.processes.no_sync(self._network):
+            with nullcontext() if number == len(parts) else self.process.no_sync(self._network):
                 losses = self._apply(self._network, part, generator, reduce_counts)
                 stacked = torch.stack(list(losses.values()))
                 stacked.sum().backward()
             names = list(losses)
             values.append(stacked.detach())
         terms = sum(values[1:], start=values[0])
-        self.processes.sum_(terms)
+        self.process.all_reduce(terms)
         return names, terms
 
     def restore_buffers(self) -> None:
-        """After another process was lost in a step on a CPU, restore the norms' running statistics before the step."""
+        """Undo the last step's changes to the running statistics of norms, after another process was lost in the step.
+
+        Does nothing on a GPU.
+        """
         for buffer, saved in zip(self.model.buffers(), self._saved_buffers, strict=False):
             buffer.copy_(saved)
 
     def _reduce_counts(self, parts: list[Batch], generator: torch.Generator) -> ReduceCounts:
-        """Make a function that sums counts over all passes and processes; its first call must be in the first pass."""
+        """Make the function that `compute_losses` calls to sum the counts of samples over all passes and processes.
+
+        In the first pass, it is called with the counts of that pass, to which it adds those of the later passes. In the
+        later passes, it returns the same sum.
+        """
         if len(parts) == 1:
-            return self.processes.sum_counts
+            return self.process.sum_counts
         state = generator.get_state()
-        image_seeds(len(parts[0].sizes), 2, generator)  # skips those of the first pass, which counts its own samples
+        # skip the seeds of the first pass, which counts its own samples
+        image_seeds(len(parts[0].sizes), _SEEDS_PER_IMAGE, generator)
         with _frozen_running_stats(self.model):
             later = [self._apply(self.model.count_samples, part, generator) for part in parts[1:]]
         generator.set_state(state)
@@ -179,13 +189,13 @@ class Passes:
 
         def reduce_counts(counts: LossCounts) -> LossCounts:
             if not summed:
-                summed.append(self.processes.sum_counts(sum(later, start=counts)))
+                summed.append(self.process.sum_counts(sum(later, start=counts)))
             return summed[0]
 
         return reduce_counts
 
     def _apply(self, work, part: Batch, generator: torch.Generator, *extra: object):  # type: ignore[no-untyped-def]
-        """Call `MaskRCNN.compute_losses` or `count_samples` with the images of a pass."""
+        """Call `work`, which is `LossNetwork` or `MaskRCNN.count_samples`, with the images of a pass."""
         device = next(self.model.parameters()).device
         images = part.inputs(self.model.recipe.input, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.model, device)):
@@ -193,7 +203,10 @@ class Passes:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Random seed of a step, counted from 0, so that a resumed run samples like an uninterrupted one."""
+    """Random seed of a step, counted from 0, so that a resumed run samples like an uninterrupted one.
+
+    The factor is larger than the number of steps of most runs, so that runs with different seeds share no step's seed.
+    """
     return seed * 1_000_003 + step
 
 

@@ -17,25 +17,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_DIMS = (0, 2, 3)
+_DIMS = (0, 2, 3)  # all but the channels
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over the images of all processes in training, for CPUs.
+    """BatchNorm2d whose statistics in training are over the images of all processes, for CPUs.
 
     PyTorch's SyncBatchNorm needs a GPU.
 
     Attributes:
-        group: the process group; None for all processes.
+        group: process group of the processes; None for the default group.
     """
 
     group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a map (N, C, H, W)."""
+        """Normalize a map (N, C, H, W); its type is that of the result."""
         if not self.training:
             return super().forward(x)
-        # in float32, as in BatchNorm2d: bfloat16 is too coarse for the mean and number of many values
+        # in float32, as in BatchNorm2d: bfloat16 cannot hold the number of values, nor the mean of many
         wide = x.float() if x.dtype == torch.bfloat16 else x
         y, mean, variance, count = _BatchNormFunction.apply(wide, self.weight, self.bias, self.eps, self.group)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
@@ -55,7 +55,7 @@ class _BatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y, the mean (C,), the biased variance (C,) and the number of values of a channel."""
+        """Return y (N, C, H, W), the mean (C,), the biased variance (C,) and the number of values per channel ()."""
         channels, local_count = x.shape[1], x.numel() // x.shape[1]
         mean = x.sum(_DIMS) / max(local_count, 1)
         squares = (x - mean[:, None, None]).square().sum(_DIMS)
@@ -76,7 +76,7 @@ class _BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of x, weight and bias; weight and bias get only the gradient of this process."""
+        """Gradients of x, weight and bias; those of weight and bias are of this process, and DDP sums them."""
         normalized, weight, scale, count = ctx.saved_tensors
         grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalized).sum(_DIMS)
         means = torch.cat((grad_bias, grad_weight)) / count
@@ -86,17 +86,22 @@ class _BatchNormFunction(torch.autograd.Function):
         return grad_input * (weight * scale)[:, None, None], grad_weight, grad_bias, None, None
 
 
-def convert_norms(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
+def convert_sync_batchnorm(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
     """Replace each BatchNorm2d of a model by a norm over all processes, with the same parameters and buffers.
 
     Uses PyTorch's SyncBatchNorm on a GPU and `SyncedBatchNorm` elsewhere.
+
+    Args:
+        model: the model, changed in place.
+        device: device of the model.
+        group: process group of the processes; None for the default group.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if type(child) is nn.BatchNorm2d:  # not a subclass, such as SyncedBatchNorm
                 synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum)
                 synced.group = group
                 synced._parameters, synced._buffers = child._parameters, child._buffers

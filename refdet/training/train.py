@@ -24,14 +24,14 @@ from refdet.files.short_text import format_count
 from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
-from refdet.training.processes import Processes
+from refdet.training.processes import TrainingProcess
 from refdet.training.run_folder import IN_USE_FIX, LOCK, can_resume
 from refdet.training.saved_run import SavedRun
+from refdet.training.summary import Summary
 from refdet.training.validation import ValidationData
 
 if TYPE_CHECKING:
     from refdet.training.estimate import Estimate
-    from refdet.training.trainer import Summary
 
 log = logging.getLogger(__name__)
 
@@ -65,25 +65,25 @@ def train(
         images: folder or zip of its images.
         out: the run directory, new unless ``resume``.
         changes: overrides of recipe keys, such as "train.steps=500".
-        weights: run directory of a detector to start from.
+        weights: run directory of a detector to start from; random weights if None.
         resume: continue the run in ``out``; if there is nothing to resume, start from the beginning, with a note.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
         crowd_as_object: train on annotations with ``iscrowd`` 1 like on others.
         val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
             weights so far are kept in ``out/best``.
-        val_images: folder or zip of its images, by default ``images``.
+        val_images: folder or zip of the images of ``val_instances``, by default ``images``.
 
     Returns:
-        The number of steps, the time and the last loss.
+        The number of steps, the time, the throughput and the last loss.
 
     Raises:
         InputError: an argument is invalid, or another process trains into ``out``.
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
-    with join_processes() as processes:
+    with join_processes() as process:
         inputs = _check_inputs(
-            processes,
+            process,
             recipe,
             instances,
             images,
@@ -99,7 +99,7 @@ def train(
         from refdet.training.trainer import train_on  # imports torch, which takes seconds
 
         with report_disk_full(inputs.out, "what was saved is kept: free some space, then continue with `resume=True`"):
-            return train_on(inputs, device, processes)
+            return train_on(inputs, device, process)
 
 
 def dry_run(
@@ -141,11 +141,11 @@ def dry_run(
     """
     if resume and out is None:
         raise InputError("`resume`: without `out` there is no run to resume; give its run directory")
-    with join_processes() as processes:
-        if processes.world_size > 1:
+    with join_processes() as process:
+        if process.world_size > 1:
             raise InputError("torchrun: a dry run measures the steps of one process; start it without torchrun")
         inputs = _check_inputs(
-            processes,
+            process,
             recipe,
             instances,
             images,
@@ -164,7 +164,7 @@ def dry_run(
 
 
 def _check_inputs(
-    processes: Processes,
+    process: TrainingProcess,
     recipe: Recipe | str | Path,
     instances: str | Path,
     images: str | Path,
@@ -177,20 +177,20 @@ def _check_inputs(
     val_instances: str | Path | None,
     val_images: str | Path | None,
 ) -> TrainingInputs:
-    """Check the inputs of a training, before torch is imported, and log notes about them."""
+    """Check the arguments of `train`, before torch is imported, and log notes; `out` may be None in a dry run."""
     instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
-    check_divisible(resolved, processes.world_size)
+    check_divisible(resolved, process.world_size)
     notes: list[str] = []
     saved_run = None
     if out is not None:
-        if not resume and processes.restarted(out):
+        if not resume and process.is_restart(out):
             resume = True
             log.warning(
                 "note: torchrun has started the processes again: they continue with the newest state in %s", out
             )
-        saved_run, note = processes.on_first(lambda: _find_saved_run(out, resume))
+        saved_run, note = process.run_on_first(lambda: _find_saved_run(out, resume))
         notes += [note] if note else []
     pretrained = None if weights is None else load_meta(weights)
     if weights is not None and pretrained is not None and pretrained.provenance.is_unknown:
@@ -220,9 +220,9 @@ def _check_inputs(
         )
     categories = tuple(index.categories.items())
     if weights is not None and saved_run is None:
-        find_new_prefixes(weights, resolved, categories)
+        find_new_prefixes(weights, resolved, categories)  # raises InputError if the weights do not fit
     validation_sha256 = None if validation is None else validation.sha256
-    processes.check_same(
+    process.check_same(
         {
             "the hash of `instances`": data_sha256,
             "the hash of `val_instances`": validation_sha256,
@@ -232,7 +232,7 @@ def _check_inputs(
     if saved_run is not None and out is not None:
         saved_run.check_data(categories, provenance, data_sha256, out)
         notes += saved_run.resume_notes(resolved, out)
-    if weights is None and saved_run is None and resolved.model.width == 64:  # for which there are ImageNet weights
+    if weights is None and saved_run is None and resolved.model.width == 64:  # the width of ImageNet weights
         notes.append(
             f"recipe {resolved.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
             "those that refdet import-weights converts"
@@ -243,8 +243,8 @@ def _check_inputs(
             f"refdet audit --instances {instances} --refer-root DIR"
         )
     if crowd_as_object:
-        text = "its crowds are trained on as objects (`crowd_as_object=True`)"
-        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
+        crowd_note = "its crowds are trained on as objects (`crowd_as_object=True`)"
+        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, crowd_note))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
     return TrainingInputs(
@@ -261,7 +261,7 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
         with exclusive_lock(out, LOCK, IN_USE_FIX):
-            pass  # only checks that no other process trains into it
+            pass  # only checks that no other process trains into the folder
     return (SavedRun.newest(out) if resumes else None), note
 
 
@@ -285,13 +285,13 @@ def _flatten(recipe: Recipe) -> dict[str, object]:
     return {f"{name}.{key}": value for name, options in sections.items() for key, value in options.items()}
 
 
-def check_divisible(recipe: Recipe, processes: int) -> None:
+def check_divisible(recipe: Recipe, world_size: int) -> None:
     """Raise InputError if the images of a step cannot be divided among the processes and the passes of each."""
     options = recipe.train
-    if options.batch_size % (processes * options.accumulate):
+    if options.batch_size % (world_size * options.accumulate):
         passes = f", each in {options.accumulate} passes (train.accumulate)" if options.accumulate > 1 else ""
         raise InputError(
             f"train.batch_size: {format_count(options.batch_size, 'image')} cannot be divided among "
-            f"{format_count(processes, 'process')}{passes}; "
-            f"give a multiple of {processes * options.accumulate}"
+            f"{format_count(world_size, 'process')}{passes}; "
+            f"give a multiple of {world_size * options.accumulate}"
         )

@@ -34,42 +34,32 @@ from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
 from refdet.training.pretrained import load_pretrained
-from refdet.training.processes import LostProcess, Processes
+from refdet.training.processes import LostProcess, TrainingProcess
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
 from refdet.training.selection import provenance_of_last_step
 from refdet.training.start_lines import start_lines
 from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
+from refdet.training.summary import Summary
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, format_ap
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Result of a training run.
+def train_on(inputs: TrainingInputs, device: str | None = None, process: TrainingProcess | None = None) -> Summary:
+    """Train a detector on checked inputs; raises the errors of `refdet.training.train.train`.
 
-    Attributes:
-        steps: number of steps done, including those before resuming.
-        seconds: wall time of this run.
-        images_per_second: mean throughput of this run.
-        loss: mean loss over the last logging interval; None if all steps were already done.
+    Args:
+        inputs: the inputs, the same in all processes.
+        device: device given for all processes; None for a GPU if there is one.
+        process: this process of the run; by default the only one.
     """
-
-    steps: int
-    seconds: float
-    images_per_second: float
-    loss: float | None
-
-
-def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
-    """Train a detector on checked inputs, in one process or in several with the same inputs."""
-    processes = processes or Processes()
-    target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
+    process = process or TrainingProcess()
+    target, recipe, out = resolve_device(process.select_device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
     batches = TrainingBatches(
-        index, inputs.source, recipe, inputs.objects, rank=processes.rank, world_size=processes.world_size
+        index, inputs.source, recipe, inputs.objects, rank=process.rank, world_size=process.world_size
     )
     provenance = inputs.provenance
     if inputs.weights is not None:
@@ -79,12 +69,12 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
-    build_on_meta(recipe, len(meta.categories))  # raises InputError if it is far too large
+    build_on_meta(recipe, len(meta.categories))  # raises InputError if the network is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    saved_state = new_prefixes = None
+    saved_state = new_prefixes = None  # only the first process reads the state; `Passes` copies it to the others
     if inputs.saved_run is not None:
-        if processes.is_first:
+        if process.is_first:
             saved_state = state.newest(out)
             if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
                 raise _concurrent_write_error(out)
@@ -104,17 +94,16 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     validated_on = None if inputs.validation is None else inputs.validation.provenance
     meta = dataclasses.replace(meta, provenance=provenance_of_last_step(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
-    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.is_first else None
+    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and process.is_first else None
     if saved_state is not None:
         saved_state.restore(model, sgd, average)
     start = f"starts from {meta.provenance.weights or 'random weights'}"
     if inputs.saved_run is not None:
         start = f"resumes from step {meta.step}"
-    disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
+    disk_bytes = state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None)
     warn_without_cuda_kernels(target)
-    precision = supported_precision(
-        "tf32" if recipe.train.tf32 else "float32", target
-    )  # of operations that do not run in bfloat16
+    # of operations that do not run in bfloat16
+    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         describe_device(device),
@@ -128,24 +117,25 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         recipe.train.batch_size,
         -(-disk_bytes // 2**20),
     )
-    check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
-    processes.check_same({"the initial weights": meta.provenance.weights})
-    with _lock(out) if processes.is_first else nullcontext():
-        if processes.is_first:
+    check_shared_memory(batches, recipe.train.workers, process.local_world_size)
+    process.check_same({"the initial weights": meta.provenance.weights})
+    with _lock(out) if process.is_first else nullcontext():
+        if process.is_first:
             if state_paths(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
             state.clean(out)
-        processes.prepare(target, out)
-        for line in start_lines(recipe, processes):
+        process.set_up(target, out)
+        for line in start_lines(recipe, process):
             log.warning("%s", line)
         with float32_arithmetic(precision):
             return _Training(
-                model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, processes, average, inputs.validation
+                model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, process, average, inputs.validation
             ).run()
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
+    """Context manager that creates the run directory and locks it."""
     out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out, LOCK, IN_USE_FIX):
         yield
@@ -157,16 +147,16 @@ def _concurrent_write_error(out: Path) -> InputError:
 
 @dataclass
 class _Training:
-    """State of a training in progress."""
+    """A training run in progress."""
 
     model: MaskRCNN
-    meta: CheckpointMetadata  # of the last save
+    meta: CheckpointMetadata  # of the last save, or of the state from which the run resumes
     batches: TrainingBatches
     out: Path
     sgd: GuardedSGD
     new_prefixes: tuple[str, ...] | None
     data_sha256: str
-    processes: Processes
+    process: TrainingProcess
     average: WeightAverage | None  # only in the first process
     validation: ValidationData | None
     validator: Validator | None = None  # only in the first process
@@ -176,14 +166,15 @@ class _Training:
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
-        validate_first = self.validation is not None and self.processes.on_first(self._prepare_validation)
+        # whether a validation is missing of the step from which the run resumes
+        validate_first = self.validation is not None and self.process.run_on_first(self._prepare_validation)
         if first >= options.steps and not validate_first:
             done = format_count(first, "step", "is")
             log.warning("note: `resume`: %s done; increase train.steps to extend the run", done)
-            self.processes.on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
+            self.process.run_on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
-        self.processes.convert_norms(self.model, device)
-        passes = Passes(self.model, self.processes, list(momentum_of(self.model, self.sgd).values()))
+        self.process.convert_sync_batchnorm(self.model, device)
+        passes = Passes(self.model, self.process, list(momentum_of(self.model, self.sgd).values()))
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
         step, loss, ap_text = first, None, ""
         steps = range(first, options.steps)
@@ -192,13 +183,13 @@ class _Training:
             Stop.watch() as stop,
             freeze_gc(),
             OrientationNote(self.batches.source, self.batches.steps_per_epoch) as orientations,
-            MetricsLog(self.out, first) if self.processes.is_first else nullcontext() as metrics,
-            progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.is_first) as bar,
+            MetricsLog(self.out, first) if self.process.is_first else nullcontext() as metrics,
+            progress_bar(options.steps, "train", "step", initial=first, disable=not self.process.is_first) as bar,
             prefetch_batches(self.batches, steps, options.workers, device, stop) as prefetched,
         ):
             clock = TrainingClock(first, options.steps)
             if validate_first:
-                self.processes.on_first(self._write)  # now with the validation file in its provenance
+                self.process.run_on_first(self._write)  # now with the validation file in its provenance
                 with clock.pause(bar):
                     ap_text = self._validate(step, metrics, stop)
             while step < options.steps:
@@ -208,7 +199,7 @@ class _Training:
                 torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
                 lr = learning_rate(step, options)
                 try:
-                    with self.processes.computing():
+                    with self.process.computing():
                         new_step = start_step(self.model, self.sgd, batch, lr, options.max_grad_norm, generator, passes)
                 except LostProcess as error:
                     passes.restore_buffers()
@@ -243,9 +234,9 @@ class _Training:
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; if there is an error in any process, the steps so far are saved before it is raised."""
+        """Wait for the batch of a step; an error in any process is raised after the steps so far are saved."""
         try:
-            return self.processes.on_all(lambda: _next_or_interrupt(prefetched, stop))
+            return self.process.run_on_all(lambda: _next_or_interrupt(prefetched, stop))
         except Interrupted as error:
             raise Interrupted(f"{error} {self._save_before_exit(step)}") from None
         except RuntimeFailure as error:
@@ -256,23 +247,25 @@ class _Training:
             ) from error
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
-        """Files with an EXIF orientation in a batch.
+        """EXIF orientations to report after a step, counted from 1, in a run that resumed from `first`, by file name.
 
-        At the end of the run's first epoch and in the last step, all that all processes have seen so far.
+        They are those of the batch; but at the end of the first epoch and in the last step, when `OrientationNote` logs
+        them, those of all files that any process has seen.
         """
         if step - first != self.batches.steps_per_epoch and step != self.meta.recipe.train.steps:
             return batch.orientations
         files = {**self.batches.source.orientations, **batch.orientations}
-        return {name: value for others in self.processes.gather(files) for name, value in others.items()}
+        gathered = self.process.all_gather(files)
+        return {name: orientation for files in gathered for name, orientation in files.items()}
 
     def _prepare_validation(self) -> bool:
-        """Prepare to validate; returns whether the step that a run resumes from still has to be validated."""
+        """Make the validator; returns whether the step from which the run resumes still has to be validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
         return self.validator.is_pending(self.meta)
 
     def _validate(self, step: int, metrics: MetricsLog | None, stop: Stop) -> str:
-        """Validate the saved weights of a step; returns box and mask AP for the progress bar."""
+        """Validate the weights of a step, already saved; returns box and mask AP for the progress bar."""
         device = next(self.model.parameters()).device
 
         def work() -> str:
@@ -286,15 +279,20 @@ class _Training:
             return format_ap(row)
 
         try:
-            return self.processes.on_first(work)
+            return self.process.run_on_first(work)
         except Interrupted as error:
             raise Interrupted(f"{error} during validation, {self._save_before_exit(step)}") from None
         except (InputError, RuntimeFailure) as error:
             raise type(error)(f"{error} (stopped during validation, {self._save_before_exit(step)})") from error
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
-        """Save a step; returns the end of a message, with ``advice`` on what to do before resuming the run."""
-        if self.processes.lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
+        """Save the steps done, if possible; returns where training stopped and how to continue, for an error message.
+
+        Args:
+            step: number of steps done.
+            advice: what to do before continuing, such as "replace the file and ".
+        """
+        if self.process.peer_lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"
@@ -303,7 +301,7 @@ class _Training:
         return f"after step {step}, which is saved; {advice}continue with `resume=True`"
 
     def _take_row(self, lr: float, clock: TrainingClock) -> dict[str, float]:
-        """Metrics of the steps since the last call: means of the losses, the learning rate and the throughput."""
+        """Row for metrics.jsonl: `lr`, and the mean losses and the throughput of the steps since the last call."""
         self._read_losses()
         steps, self.losses = self.losses, []
         terms = {name: sum(losses[name] for losses in steps) / len(steps) for name in steps[0]}
@@ -311,20 +309,23 @@ class _Training:
         return {"loss": sum(terms.values()), **terms, "lr": lr, "images_per_second": images / clock.lap()}
 
     def _read_losses(self) -> None:
-        """Read the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
+        """Wait for the losses of the pending step, if any; raises RuntimeFailure if they are not finite."""
         if self.pending_step is not None:
             try:
                 self.losses.append(self.pending_step.losses())
-            except RuntimeFailure as error:  # in all processes, as the values are sums over them
-                self.processes.share_error(error)
+            except RuntimeFailure as error:
+                # All processes come here, as the losses are sums over them. The exchange raises one error in all.
+                self.process.share_error(error)
             self.pending_step = None
 
     def _save(self, step: int) -> None:
+        """Save the weights and the state after a step."""
         self._read_losses()  # weights are saved only after the losses of all their steps were checked
         self.meta = dataclasses.replace(self.meta, step=step)
-        self.processes.on_first(self._write)
+        self.process.run_on_first(self._write)
 
     def _write(self) -> None:
+        """Write the state, the weights and the card; in the first process only."""
         state.save(self.out, self.model, self.sgd, self.meta, self.new_prefixes, self.data_sha256, self.average)
         self._write_card()
 
@@ -334,7 +335,7 @@ class _Training:
 
 
 def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
-    """The next batch; raises Interrupted after a signal."""
+    """Wait for the next batch; raises Interrupted after a signal."""
     try:
         if stop.requested:
             raise StopRequested

@@ -1,4 +1,4 @@
-"""Validation data of a training, read and compared with the training images before the first step. No torch."""
+"""Validation data of a training run, read and compared with the training images before the first step. No torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BEST_METRIC = "val_bbox_AP"
 
 @dataclass(frozen=True)
 class ValidationData:
-    """Images and annotations that a training is validated on.
+    """Images and annotations that a training run is validated on.
 
     Attributes:
         data: the images and annotations.
         sha256: SHA-256 of what the metrics depend on: names of the images, boxes, masks, categories and crowds.
         provenance: provenance of the instances file, recorded with the weights selected on it.
-        notes: human-readable notes.
+        notes: notes for the user, one line each.
     """
 
     data: EvaluationData
@@ -54,15 +54,15 @@ class ValidationData:
 
         Args:
             instances: COCO instances JSON.
-            images: folder or zip of its images.
-            recipe: the recipe of the training.
+            images: folder or zip of the images.
+            recipe: the recipe of the run.
             training_objects: images and objects of the training data.
             trained_on: provenance of the training data.
-            crowd_as_object: take annotations with ``iscrowd`` 1 as objects.
+            crowd_as_object: whether annotations with ``iscrowd`` 1 are objects like others.
 
         Raises:
-            InputError: the file is invalid, has other categories than the training data, has no objects, or has images
-                that are missing.
+            InputError: the file is invalid, its categories are not those of the training data, it has no objects, or
+                images are missing.
         """
         data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object, "val_images")
         data.check_categories(tuple(training_objects.index.categories.items()), str(training_objects.index.path))
@@ -81,7 +81,7 @@ class ValidationData:
         return cls(data, _sha256(data), provenance, tuple(notes))
 
     def describe(self, options: TrainOptions) -> str:
-        """What is validated and when, for the first lines of a run."""
+        """Describe what is validated and when, for the first lines of a run."""
         every = f"every {format_count(options.eval_every, 'step')} and " if options.eval_every else ""
         weights = "the average of the weights (train.ema)" if options.ema else "the weights"
         return (
@@ -96,7 +96,7 @@ def is_due(step: int, options: TrainOptions) -> bool:
 
 
 def validations_after(step: int, options: TrainOptions) -> int:
-    """Number of validations after later steps."""
+    """Number of validations that are due after later steps than this one, counted from 1; 0 is before the first."""
     if step >= options.steps:
         return 0
     every = options.eval_every or options.steps
@@ -104,12 +104,17 @@ def validations_after(step: int, options: TrainOptions) -> int:
 
 
 def _image_keys(records: Iterable[ImageRecord]) -> set[int | str]:
-    """Keys of images: the COCO id in their file names, which can have several forms, or else the name itself."""
+    """Keys by which images of two files can be compared.
+
+    A key is the COCO id in the file name, as the same image has different names in COCO 2014 and 2017, or else the name
+    without its folder.
+    """
     names = ((record.file_name or str(record.id)) for record in records)
     return {number if (number := coco_number(name)) is not None else PurePosixPath(name).name for name in names}
 
 
 def _sha256(data: EvaluationData) -> str:
+    """Hash of what the metrics depend on; see `ValidationData.sha256`."""
     digest = hashlib.sha256()
     for record in data.records:
         objects = [[a.category_id, a.box, a.iscrowd, a.segmentation] for a in data.index.annotations[record.id]]

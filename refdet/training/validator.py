@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Validates weights and keeps the best; used in one of the training processes only.
+    """Validates weights and keeps the best; used in the first training process only.
 
     Args:
         validation: the validation data.
@@ -53,7 +53,11 @@ class Validator:
         return f"{format_count(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
-        """Whether validation of the step that a resumed run continues from is due, but not logged on these data yet."""
+        """Whether the step from which a run resumes is to be validated, but has no row in the log for these data yet.
+
+        Args:
+            meta: metadata of the saved weights; its step is 0 in a new run.
+        """
         if meta.step == 0 or not is_due(meta.step, meta.recipe.train):
             return False
         if self._best is None:  # nothing was validated on these data yet
@@ -95,31 +99,31 @@ class Validator:
         results = detection_ap(
             detector, self._validation.data, workers=self._workers, desc="validate", leave=False, on_image=check_stop
         )
-        rates = {
-            f"{VALIDATION_PREFIX}{kind}_{name}": rate
+        metrics = {
+            f"{VALIDATION_PREFIX}{kind}_{name}": value
             for kind, values in results.items()
-            for name, rate in (values or {}).items()
-            if rate is not None
+            for name, value in (values or {}).items()
+            if value is not None
         }
-        value, index = rates[BEST_METRIC], self._validation.data.index
+        value, index = metrics[BEST_METRIC], self._validation.data.index
         is_best = self._best is None or value > self._best.value
         if is_best:
             images, sha256 = len(index.images), self._validation.sha256
-            self._best = ValidationRecord(BEST_METRIC, value, meta.step, index.path.name, images, sha256, rates)
-            chosen = Selection(by_validation=True, validated_on=(self._validation.provenance,))
-            provenance = dataclasses.replace(meta.provenance, selection=chosen)
+            self._best = ValidationRecord(BEST_METRIC, value, meta.step, index.path.name, images, sha256, metrics)
+            selection = Selection(by_validation=True, validated_on=(self._validation.provenance,))
+            provenance = dataclasses.replace(meta.provenance, selection=selection)
             best_meta = dataclasses.replace(meta, provenance=provenance)
             write_best(self._out, weights, best_meta, self._best, self.validated_on)
         assert self._best is not None
         best = "the best so far" if is_best else f"the best is {self._best.value:.3f} at step {self._best.step}"
-        log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
-        extra = {DATA_HASH_KEY: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
-        return {**rates, **extra}
+        log.warning("validation after step %d: %s; %s", meta.step, format_ap(metrics), best)
+        row: dict[str, float | str] = {**metrics, DATA_HASH_KEY: self._validation.sha256}
+        return row | {"weights": "ema"} if meta.recipe.train.ema else row
 
 
 def format_ap(row: Mapping[str, Any]) -> str:
-    """Box and mask AP of a row: "box AP 0.412, mask AP 0.371"."""
-    names: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
+    """Format the box and mask AP of a row of metrics.jsonl: "box AP 0.412, mask AP 0.371"."""
+    nouns: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
     return ", ".join(
-        f"{name} AP {row[key]:.3f}" for kind, name in names if (key := f"{VALIDATION_PREFIX}{kind}_AP") in row
+        f"{noun} AP {row[key]:.3f}" for kind, noun in nouns if (key := f"{VALIDATION_PREFIX}{kind}_AP") in row
     )

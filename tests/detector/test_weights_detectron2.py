@@ -1,4 +1,4 @@
-"""Weights of detectron2 and Caffe2: pickles of arrays, which network they are, and what is refused."""
+"""Weights of detectron2 and Caffe2: reading pickles of arrays, identifying the network, and what is rejected."""
 
 import pickle
 from collections import OrderedDict

@@ -36,7 +36,7 @@ def test_two_names_of_the_same_tensor_are_refused(names: tuple[str, ...]) -> Non
         identify_checkpoint(dict.fromkeys(names, torch.ones(1)))
 
 
-def test_both_tensors_of_caffe2s_classifier_are_dropped() -> None:
+def test_caffe2s_classifier_is_dropped_under_either_name() -> None:
     tensors = {name: torch.ones(1) for name in ("fc1000_w", "fc1000_b", "pred_b", "stem.fc.weight", "conv1_w")}
     assert list(detectron2.to_torchvision_names(tensors)) == ["conv1.weight"]
 
@@ -81,7 +81,9 @@ def test_labels_get_categories_in_the_order_of_the_program(
 
 
 @pytest.mark.parametrize(("label_order", "classes"), [("ids", 5), ("file", 5), ("ascending_ids", 90)])
-def test_a_file_of_other_categories_is_refused(tmp_path: Path, label_order: LabelOrder, classes: int) -> None:
+def test_an_instances_file_with_another_number_of_categories_is_rejected(
+    tmp_path: Path, label_order: LabelOrder, classes: int
+) -> None:
     index = instances(tmp_path / "instances.json", [1, 2, 3])
     with pytest.raises(InputError, match=rf"instances\.json: 3 categories, weights\.pth has {classes}"):
         label_categories(detector_weights(classes, label_order), SOURCE, index)

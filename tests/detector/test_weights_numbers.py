@@ -68,7 +68,7 @@ def test_negative_variances_are_refused_and_large_ones_are_not(run: Path, tmp_pa
     assert find_unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
 
 
-def test_weights_and_metadata_of_different_steps_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_and_metadata_of_different_steps_are_rejected(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, out := tmp_path / "run")
     meta = replace(META, step=4)
     (out / checkpoint.META).write_text(json.dumps(meta.to_json()))  # as between the two writes of `save`
@@ -140,7 +140,7 @@ def test_a_network_of_another_width_is_refused_before_it_is_allocated(
     assert made and all(made)
 
 
-def test_the_largest_recipe_is_too_large() -> None:
+def test_a_network_beyond_the_size_limit_is_rejected() -> None:
     largest = {part: {} for part in ("model",)}
     for key in ("width", "fpn_channels", "fpn_hidden", "mask_channels", "rpn_channels"):
         largest["model"][key] = int(LIMITS[f"model.{key}"].high)

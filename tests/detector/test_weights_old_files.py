@@ -82,7 +82,7 @@ def write_old_checkpoint(path: Path, tensors: Tensors, kind: type, location: str
 @pytest.mark.parametrize(
     ("kind", "location"), [(torch.FloatStorage, "cpu"), (torch.cuda.FloatStorage, "cuda:0")], ids=["cpu", "cuda"]
 )
-def test_the_published_format_is_read(tmp_path: Path, kind: type, location: str) -> None:
+def test_files_of_python_2_and_pytorch_0_2_are_read(tmp_path: Path, kind: type, location: str) -> None:
     whole = torch.arange(24.0) * 0.3
     tensors = {"plain": whole.reshape(2, 3, 4), "turned": whole.reshape(2, 3, 4).permute(2, 0, 1), "part": whole[5:9],
                "wide": torch.tensor(0.7).expand(2, 3), "alone": torch.randn(3, 1, 2, 2), "none": torch.zeros(1)[:0],

@@ -103,7 +103,7 @@ def parameters(run: Path) -> Tensors:
 
 
 @pytest.mark.parametrize("neck", ["c4", "fpn"])
-def test_a_training_starts_from_an_imagenet_resnet(
+def test_training_starts_from_an_imagenet_resnet(
     imagenet: Path, resnet18: Tensors, shapes_root: Path, instances: Path, tmp_path: Path, neck: str
 ) -> None:
     """It takes the layers of the ResNet and trains them, except for frozen ones; the other layers are new."""

@@ -11,8 +11,8 @@ from PIL import Image
 
 from refdet.config import recipe
 from refdet.config.recipe import Recipe
+from refdet.training.summary import Summary
 from refdet.training.train import train
-from refdet.training.trainer import Summary
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16",
         "model.fpn_hidden=32", "train.batch_size=2", "train.workers=0", "head.batch_size_per_image=8",

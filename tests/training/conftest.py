@@ -1,4 +1,4 @@
-"""Fixtures of trainings in several processes."""
+"""Fixtures for training in several processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from process_groups import Launcher
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
-    """Starts trainings in several processes."""
-    with Launcher() as started:
-        yield started
+    """A launcher of training runs in several processes, shared as it takes seconds to start."""
+    with Launcher() as launcher:
+        yield launcher
 
 
 @pytest.fixture(scope="session")
 def noise(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, instances, and a detector "weights" to start from."""
+    """A folder with ``images``, ``instances.json``, and a run directory ``weights`` to start from."""
     root = tmp_path_factory.mktemp("noise")
     noise_images(root)
     trained(launcher, root, "weights", 1, "train.steps=3", "model.norm=batch")

@@ -1,4 +1,4 @@
-"""The average of the weights, the schedules of the learning rate, and how many states stay."""
+"""The moving average of the weights, learning rate schedules, the number of states kept, and the time left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refdet.training.optim import learning_rate
 from refdet.training.run_folder import state_paths
 
 
-def test_the_average_is_the_sum_of_weighted_steps_and_counts_with_the_model() -> None:
+def test_the_average_weights_each_step_and_copies_batch_counters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     average, expected = WeightAverage(model, 0.6), model.state_dict()["0.weight"].double()
@@ -26,7 +26,7 @@ def test_the_average_is_the_sum_of_weighted_steps_and_counts_with_the_model() ->
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()
-        model(torch.randn(2, 3, 5, 5))  # which moves the norm's statistics
+        model(torch.randn(2, 3, 5, 5))  # updates the norm's running statistics
         decay = min(0.6, (1 + step) / (10 + step))
         expected = expected * decay + model.state_dict()["0.weight"].double() * (1 - decay)
         average.update(model, step)
@@ -34,12 +34,12 @@ def test_the_average_is_the_sum_of_weighted_steps_and_counts_with_the_model() ->
     torch.testing.assert_close(found["0.weight"].double(), expected)
     assert found["1.num_batches_tracked"] == 8 and not torch.equal(found["1.running_mean"], model[1].running_mean)
     assert found.keys() == model.state_dict().keys()
-    other = WeightAverage(model, 0.6)
-    other.load_state_dict(found)
-    assert all(torch.equal(other.state_dict()[name], value) for name, value in found.items())
+    restored = WeightAverage(model, 0.6)
+    restored.load_state_dict(found)
+    assert all(torch.equal(restored.state_dict()[name], value) for name, value in found.items())
 
 
-def test_the_cosine_falls_from_the_whole_rate_to_nothing() -> None:
+def test_the_cosine_schedule_falls_from_the_full_learning_rate_to_zero() -> None:
     options = tiny("train.schedule=cosine", "train.steps=100", "train.warmup_steps=10", "train.lr=0.5").train
     rates = [learning_rate(step, options) for step in range(101)]
     assert rates[0] == pytest.approx(0.05) and rates[50] == pytest.approx(0.25) and rates[100] == pytest.approx(0)
@@ -51,31 +51,31 @@ def test_the_cosine_falls_from_the_whole_rate_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [("train.schedule=linear", "step, cosine"), ("train.ema=1", "train.ema: must be"), ("train.keep=-1", "train.keep")],
 )
-def test_values_out_of_range_are_refused(change: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_values_are_rejected(change: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         tiny(change)
 
 
-def test_recipes_of_before_have_none_of_them() -> None:
+def test_recipes_leave_out_keys_that_have_their_default() -> None:
     tree = load("demo").to_dict()
     assert not {"schedule", "keep", "eval_every", "ema"} & tree["train"].keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("keep", "kept"), [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5])])
-def test_as_many_states_stay_as_were_asked_for(tmp_path: Path, keep: int, kept: list[int]) -> None:
+def test_train_keep_is_the_number_of_states_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
     squares(tmp_path)
-    every = ["train.checkpoint_interval=1", f"train.keep={keep}"]
-    run(tmp_path, *every, "train.steps=3")
-    run(tmp_path, *every, "train.steps=5", resume=True)
+    changes = ["train.checkpoint_interval=1", f"train.keep={keep}"]
+    run(tmp_path, *changes, "train.steps=3")
+    run(tmp_path, *changes, "train.steps=5", resume=True)
     assert [int(path.stem.removeprefix("step-")) for path in state_paths(tmp_path / "run")] == kept
 
 
 @pytest.mark.slow
-def test_another_average_is_another_run(tmp_path: Path) -> None:
+def test_resuming_with_another_average_or_schedule_is_rejected(tmp_path: Path) -> None:
     squares(tmp_path)
     run(tmp_path, "train.ema=0.9")
     with pytest.raises(InputError, match="train.ema was 0.9 and is now 0.5"):
@@ -84,14 +84,16 @@ def test_another_average_is_another_run(tmp_path: Path) -> None:
         run(tmp_path, "train.ema=0.9", "train.schedule=cosine", "train.steps=3", resume=True)
 
 
-def test_the_time_left_counts_the_validations_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_includes_the_validations_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("refdet.training.clock.time.perf_counter", lambda: now[0])
 
-    class Bar:
+    class FakeBar:
+        """The attributes of a tqdm bar that a pause moves."""
+
         disable, start_t, last_print_t = False, 5.0, 7.0
 
-    clock, bar = TrainingClock(10, 50), Bar()
+    clock, bar = TrainingClock(10, 50), FakeBar()
     assert clock.time_left(10, 0) == ""
     now[0] += 20  # ten steps
     assert clock.time_left(20, 0) == "01:00" and clock.time_left(20, 2) == ""

@@ -1,4 +1,4 @@
-"""Worker processes that die, hang or have no room: training always ends, in one line, with its last step saved."""
+"""Worker processes that die, hang or lack shared memory: training ends with one error line and its last step saved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-CODE = (
+TRAIN_SCRIPT = (
     "import sys; from pathlib import Path; from refdet.cli.main import main; from training_examples import TINY\n"
     "root, *more = sys.argv[1:]\n"
     "words = [w for change in [*TINY, *more] for w in ('--set', change)]\n"
@@ -42,58 +42,61 @@ CODE = (
 )
 
 
-class Batches(TrainingBatches):
-    """Batches of which one, made in a worker, has something happen to it."""
+class FaultyBatches(TrainingBatches):
+    """Batches of the `squares`, of which the one at step `at` calls `fault` when it is made; -1 for none."""
 
-    def __init__(self, root: Path, at: int, happens: Callable[[], object], *changes: str) -> None:
+    def __init__(self, root: Path, at: int, fault: Callable[[], object], *changes: str) -> None:
         recipe = tiny("train.steps=6", *changes)
         super().__init__(CocoIndex.load(squares(root)), ImageSource.open(root / "images"), recipe)
-        self.at, self.happens = at, happens
+        self.at, self.fault = at, fault
 
     def __getitem__(self, step: int):  # type: ignore[no-untyped-def]
         if step == self.at:
-            self.happens()
+            self.fault()
         return super().__getitem__(step)
 
 
-def kill(number: signal.Signals) -> Callable[[], object]:
-    def dies() -> None:
+def send_signal(number: signal.Signals) -> Callable[[], object]:
+    """A fault that sends a signal to the process in which it is called."""
+
+    def send() -> None:
         faulthandler.disable()  # pytest's, which would print a long report
         os.kill(os.getpid(), number)
 
-    return dies
+    return send
 
 
-def take(batches: Batches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
+def image_ids_of(batches: FaultyBatches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
+    """The ids of the images in each of six batches."""
     with prefetch_batches(batches, range(6), workers, CPU, stop or Stop()) as ahead:
         return [batch.image_ids for batch in ahead]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 9])
-def test_the_batches_are_those_of_their_steps_in_order(tmp_path: Path, workers: int) -> None:
-    batches = Batches(tmp_path, -1, lambda: None)
-    assert take(batches, workers) == [batches[step].image_ids for step in range(6)]
+def test_batches_come_in_the_order_of_their_steps(tmp_path: Path, workers: int) -> None:
+    batches = FaultyBatches(tmp_path, -1, lambda: None)
+    assert image_ids_of(batches, workers) == [batches[step].image_ids for step in range(6)]
 
 
 @pytest.mark.parametrize(
-    ("happens", "said"),
+    ("fault", "message"),
     [
-        (kill(signal.SIGKILL), "worker process: killed, possibly because memory ran out"),
-        (kill(signal.SIGBUS), "SIGBUS, probably as /dev/shm is full; .*--shm-size=1024m.*`train.workers=0`"),
-        (kill(signal.SIGSEGV), "worker process: ended by SIGSEGV"),
+        (send_signal(signal.SIGKILL), "worker process: killed, possibly because memory ran out"),
+        (send_signal(signal.SIGBUS), "SIGBUS, probably as /dev/shm is full; .*--shm-size=1024m.*`train.workers=0`"),
+        (send_signal(signal.SIGSEGV), "worker process: ended by SIGSEGV"),
         (lambda: os._exit(3), "worker process: ended with exit code 3"),
     ],
 )
 @pytest.mark.parametrize("at", [0, 3])
-def test_a_worker_that_dies_is_an_error(tmp_path: Path, happens: Callable[[], object], said: str, at: int) -> None:
-    with pytest.raises(RuntimeFailure, match=said):
-        take(Batches(tmp_path, at, happens))
+def test_a_dead_worker_is_an_error(tmp_path: Path, fault: Callable[[], object], message: str, at: int) -> None:
+    with pytest.raises(RuntimeFailure, match=message):
+        image_ids_of(FaultyBatches(tmp_path, at, fault))
     assert not multiprocessing.active_children()
 
 
 @contextmanager
 def few_open_files(more: int) -> Iterator[None]:
-    """Let this process, and those that it starts, open so many more files."""
+    """Context manager that lets this process, and those that it starts, open only this many more files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(map(int, os.listdir("/proc/self/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
@@ -104,42 +107,44 @@ def few_open_files(more: int) -> Iterator[None]:
 
 
 def test_batches_of_many_images_need_few_open_files(tmp_path: Path) -> None:
-    batches = Batches(tmp_path, -1, lambda: None, "train.batch_size=60")
+    batches = FaultyBatches(tmp_path, -1, lambda: None, "train.batch_size=60")
     with few_open_files(40):
-        assert list(map(len, take(batches))) == [60] * 6
+        assert list(map(len, image_ids_of(batches))) == [60] * 6
 
 
-def fail(error: Exception) -> Callable[[], object]:
+def raise_in_worker(error: Exception) -> Callable[[], object]:
+    """A fault that raises an error."""
+
     def raises() -> None:
         raise error
 
     return raises
 
 
-def test_an_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
+def test_an_unexpected_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="by design") as caught:
-        take(Batches(tmp_path, 3, fail(ZeroDivisionError("by design"))))
+        image_ids_of(FaultyBatches(tmp_path, 3, raise_in_worker(ZeroDivisionError("by design"))))
     assert "in raises" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_wait_for_a_batch_that_never_comes(
+def test_a_signal_interrupts_waiting_for_a_batch_that_never_comes(
     tmp_path: Path, workers: int, number: signal.Signals
 ) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it waits for a writer
     begun = tmp_path / "begun"
-    batches = Batches(tmp_path, 2, lambda: (begun.touch(), open(tmp_path / "pipe").read()))  # noqa: SIM115
-    thread = threading.Thread(target=signal_once_begun, args=(begun, number))
+    batches = FaultyBatches(tmp_path, 2, lambda: (begun.touch(), open(tmp_path / "pipe").read()))  # noqa: SIM115
+    thread = threading.Thread(target=send_signal_once_begun, args=(begun, number))
     with Stop.watch() as stop:
         thread.start()
         with pytest.raises(StopRequested):
-            take(batches, workers, stop)
-    assert not multiprocessing.active_children()  # though one of them hangs
+            image_ids_of(batches, workers, stop)
+    assert not multiprocessing.active_children()  # the hanging worker too
     thread.join()
 
 
-def test_signals_at_the_end_of_a_timeout_do_not_make_it_endless(
+def test_a_signal_at_the_end_of_a_timeout_does_not_wait_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_workers, "_POLL_SECONDS", 0.004)
@@ -157,7 +162,7 @@ def test_signals_at_the_end_of_a_timeout_do_not_make_it_endless(
     before = signal.signal(signal.SIGALRM, count)
     try:
         with Stop.watch() as stop:
-            batches = Batches(tmp_path, 0, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
+            batches = FaultyBatches(tmp_path, 0, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
             with prefetch_batches(batches, range(6), 1, CPU, stop) as ahead, pytest.raises(StopRequested):
                 signal.setitimer(signal.ITIMER_REAL, 0.004, 0.004)
                 next(ahead)
@@ -166,42 +171,43 @@ def test_signals_at_the_end_of_a_timeout_do_not_make_it_endless(
         signal.signal(signal.SIGALRM, before)
 
 
-def signal_once_begun(begun: Path, number: signal.Signals) -> None:
+def send_signal_once_begun(begun: Path, number: signal.Signals) -> None:
+    """Send a signal to this process once the file `begun` exists."""
     while not begun.exists():
         time.sleep(0.01)
-    time.sleep(0.2)  # by then the wait has begun as well
-    kill(number)()
+    time.sleep(0.2)  # by then the main thread waits as well
+    send_signal(number)()
 
 
-def test_a_worker_that_was_killed_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squares(tmp_path)
-    made = TrainingBatches.__getitem__
+    original = TrainingBatches.__getitem__
 
-    def dies(self: TrainingBatches, step: int) -> object:
+    def make_batch(self: TrainingBatches, step: int) -> object:
         if step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        return made(self, step)
+        return original(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "__getitem__", dies)
+        patch.setattr(TrainingBatches, "__getitem__", make_batch)
         with pytest.raises(RuntimeFailure, match=r"killed.*\(training stopped after step 4, which is saved"):
             run(tmp_path, "train.steps=6", "train.workers=1")
     assert checkpoint.load_meta(tmp_path / "run").step == 4
     run(tmp_path, "train.steps=6", "train.workers=1", resume=True)
     run(tmp_path, "train.steps=6", out="whole")
-    kept, whole = (checkpoint.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("run", "whole"))
-    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+    resumed, whole = (checkpoint.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squares(tmp_path)
 
-    def stops(self: TrainingBatches, step: int) -> object:
+    def make_batch(self: TrainingBatches, step: int) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal should have ended this")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "__getitem__", stops)
+        patch.setattr(TrainingBatches, "__getitem__", make_batch)
         with pytest.raises(
             Interrupted, match="stopped by SIGTERM before the first step; start again with `resume=True`"
         ):
@@ -210,12 +216,14 @@ def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert run(tmp_path, resume=True).steps == 2
 
 
-def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = Batches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 uint8: 36,864 bytes
-    need = 5 * 36864
-    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: need)
+def test_too_little_shared_memory_is_reported_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = FaultyBatches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 uint8: 36,864 bytes
+    needed = 5 * 36864  # two batches for each of two workers, and the current one
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: needed)
     check_shared_memory(batches, workers=2)
-    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: need - 1)
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: needed - 1)
     check_shared_memory(batches, workers=0)
     with pytest.raises(
         RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=1m, or train with `train.workers=0`"
@@ -224,20 +232,20 @@ def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monke
     with pytest.raises(RuntimeFailure, match="/dev/shm"):
         run(tmp_path, "train.workers=2")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: None)  # a system that has no such place
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: None)  # a system without /dev/shm
     check_shared_memory(batches, workers=2)
 
 
-def test_a_shared_memory_that_is_really_small() -> None:
-    """Where others take it after it was checked, which a worker finds when it hands over a batch."""
+def test_shared_memory_that_fills_up_while_training_is_reported() -> None:
+    """As if another program used it after the check: a worker cannot send its batch."""
     mount = "mount -t tmpfs -o size=64k none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     unchecked = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
     paths = os.pathsep.join([str(Path(training_examples.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # the usual one may be in /dev/shm
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # not the default, which may be in /dev/shm
         squares(Path(folder))
-        Path(folder, "code.py").write_text(unchecked + CODE)
+        Path(folder, "code.py").write_text(unchecked + TRAIN_SCRIPT)
         command = f"{mount} && exec timeout 60 {sys.executable} {folder}/code.py {folder} train.workers=2"
         done = subprocess.run(
             ["unshare", "-rm", "sh", "-c", command], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,

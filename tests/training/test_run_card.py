@@ -1,4 +1,4 @@
-"""The model card: AP of different validation data is never compared."""
+"""The model card: AP on different validation data is never compared."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ META = CheckpointMetadata(tiny(), ((3, "a"),), Provenance("split.json", "ab", 4,
 
 
 @pytest.mark.parametrize("first", ["ab", None])
-def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: str | None) -> None:
-    """`first` is the hash of other data; older rows have none."""
+def test_the_best_ap_is_among_validations_on_the_same_data_as_the_last(tmp_path: Path, first: str | None) -> None:
+    """`first` is the hash of the first row's data; rows of older versions have none."""
     other = {} if first is None else {DATA_HASH_KEY: first}
     rows = [
         {"step": 2, "val_bbox_AP": 0.9, **other},
@@ -30,7 +30,7 @@ def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: s
     assert "0.900" not in card
 
 
-def test_the_learning_curve_has_ap_on_the_data_of_the_last_validation(tmp_path: Path) -> None:
+def test_the_learning_curve_shows_ap_on_the_same_data_as_the_last_validation(tmp_path: Path) -> None:
     rows = [{"step": step, "loss": 2.0} for step in (2, 4)]
     validated = [
         {"step": 2, "val_bbox_AP": 0.9, DATA_HASH_KEY: "ab"},

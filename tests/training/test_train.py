@@ -1,4 +1,4 @@
-"""Training on the embedded dataset, at a size that takes seconds."""
+"""Training on the synthetic dataset, at a size that takes seconds."""
 
 import json
 import multiprocessing
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import refdet.training.trainer as train_module
 from refdet.config import recipe
 from refdet.config.recipe import Recipe
 from refdet.config.renamed_keys import LOSSES
@@ -23,10 +22,11 @@ from refdet.detector.checkpoint import read_tensors
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.evaluation.detection import evaluate
+from refdet.training import trainer
 from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.step import PendingStep
+from refdet.training.summary import Summary
 from refdet.training.train import train
-from refdet.training.trainer import Summary
 
 pytestmark = pytest.mark.slow
 
@@ -47,13 +47,13 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: Path) -> None:
+def test_other_commands_can_use_a_run_directory(shapes_root: Path, tmp_path: Path) -> None:
     summary = run(shapes_root, tmp_path / "run", "train.steps=4")
     assert summary.steps == 4 and summary.loss > 0
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [2, 4]
-    new = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
-    assert {"loss", "lr", "images_per_second"} | new <= set(rows[0])
+    loss_names = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    assert {"loss", "lr", "images_per_second"} | loss_names <= set(rows[0])
     assert all(row[old] == row[name] for row in rows for name, old in LOSSES.items())
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     loaded = loading.load(tmp_path / "run")
@@ -69,32 +69,33 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
     assert 0 <= found["bbox"]["AP50"] <= 1 and 0 <= found["segm"]["AP50"] <= 1  # type: ignore[index]
 
 
-# Step 5 of 6 meets an image that has gone bad: the steps before are saved or, as if the process was killed, step 3 is.
+# Step 5 of 6 reads a damaged image. Then the 4 steps before are saved or, as if the process was killed, only the
+# regular save after step 3 remains.
 @pytest.mark.parametrize(("workers", "saved"), [(0, 4), (1, 4), (0, 3)])
-def test_a_resumed_run_is_the_same_run(
+def test_a_resumed_run_gives_the_same_weights_as_an_uninterrupted_one(
     shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, saved: int
 ) -> None:
     run(shapes_root, tmp_path / "whole", "train.steps=6", "train.checkpoint_interval=3")
     shutil.copytree(shapes_root / "val2014", tmp_path / "images")
-    broken = sorted((tmp_path / "images").glob("*.jpg"))
+    paths = sorted((tmp_path / "images").glob("*.jpg"))
     instances = shapes_root / "annotations" / "instances_val2014.json"
     changes = tiny_recipe("train.steps=6", "train.checkpoint_interval=3", f"train.workers={workers}")
 
     batches = TrainingBatches(CocoIndex.load(instances), ImageSource.open(tmp_path / "images"), changes)
     early = {i for step in range(4) for i in batches[step].image_ids}
     late = [i for step in (4, 5) for i in batches[step].image_ids if i not in early]
-    victim = next(p for p in broken if int(p.stem.split("_")[-1]) == late[0])
-    good = victim.read_bytes()
-    victim.write_bytes(b"gone")
-    said = rf"{victim.name}: .*\(training stopped after step 4, which is saved; replace the file and continue with"
+    bad_path = next(p for p in paths if int(p.stem.split("_")[-1]) == late[0])
+    good = bad_path.read_bytes()
+    bad_path.write_bytes(b"gone")
+    message = rf"{bad_path.name}: .*\(training stopped after step 4, which is saved; replace the file and continue with"
     with monkeypatch.context() as patch:
         if saved == 3:
-            patch.setattr(train_module._Training, "_save_before_exit", lambda self, step, first: "without saving")
-            said = f"{victim.name}: .*without saving"
-        with pytest.raises(InputError, match=said):
+            patch.setattr(trainer._Training, "_save_before_exit", lambda self, step, first: "without saving")
+            message = f"{bad_path.name}: .*without saving"
+        with pytest.raises(InputError, match=message):
             train(changes, instances, tmp_path / "images", tmp_path / "halves", device="cpu")
     assert checkpoint.load_meta(tmp_path / "halves").step == saved
-    victim.write_bytes(good)
+    bad_path.write_bytes(good)
     train(changes, instances, tmp_path / "images", tmp_path / "halves", resume=True, device="cpu")
 
     whole, _ = read_tensors(tmp_path / "whole" / "model.safetensors")
@@ -107,28 +108,33 @@ def test_a_resumed_run_is_the_same_run(
 
 
 @pytest.mark.parametrize(
-    ("number", "said", "workers"),
+    ("number", "name", "workers"),
     [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGTERM, "SIGTERM", 1), (signal.SIGINT, "Ctrl-C", 1),
      (signal.SIGHUP, "SIGHUP", 0)],
 )  # fmt: skip
-def test_a_signal_saves_what_was_done(
-    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str, workers: int
+def test_a_signal_saves_the_steps_done(
+    shapes_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    name: str,
+    workers: int,
 ) -> None:
-    steps, calls = train_module.start_step, []
+    original, calls = trainer.start_step, []
 
-    def with_notice(*given: object) -> PendingStep:
-        calls.append(given)
-        if len(calls) == 3:  # as a scheduler does it: to every process of the job
+    def start_step(*args: object) -> PendingStep:
+        calls.append(args)
+        if len(calls) == 3:  # to every process of the job, as a scheduler does
             for process in multiprocessing.active_children():
                 os.kill(process.pid, number)  # type: ignore[arg-type]
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # and again, as the impatient do
-        return steps(*given)  # type: ignore[arg-type]
+            os.kill(os.getpid(), number)  # and again, as impatient users do
+        return original(*args)  # type: ignore[arg-type]
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(train_module, "start_step", with_notice)
+    monkeypatch.setattr(trainer, "start_step", start_step)
     changes = ["train.steps=6", "train.checkpoint_interval=5000", f"train.workers={workers}"]
-    with pytest.raises(Interrupted, match=rf"stopped by {said} after step 3, which is saved"):
+    with pytest.raises(Interrupted, match=rf"stopped by {name} after step 3, which is saved"):
         run(shapes_root, tmp_path / "run", *changes)
     assert checkpoint.load_meta(tmp_path / "run").step == 3
     assert signal.getsignal(number) == before and not multiprocessing.active_children()
@@ -138,54 +144,55 @@ def test_a_signal_saves_what_was_done(
     assert run(shapes_root, tmp_path / "run", *changes, resume=True).steps == 6
 
 
-def test_resume_before_the_first_save_starts_from_the_weights_given(shapes_root: Path, tmp_path: Path) -> None:
+def test_resuming_before_the_first_save_starts_from_the_given_weights(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "first", "train.steps=2")
-    still = ["train.steps=1", "train.lr=1e-9"]
-    run(shapes_root, tmp_path / "second", *still, weights=tmp_path / "first", resume=True)
+    nearly_unchanged = ["train.steps=1", "train.lr=1e-9"]
+    run(shapes_root, tmp_path / "second", *nearly_unchanged, weights=tmp_path / "first", resume=True)
     before, _ = read_tensors(tmp_path / "first" / "model.safetensors")
     after, _ = read_tensors(tmp_path / "second" / "model.safetensors")
     torch.testing.assert_close(after["head.fc6.weight"], before["head.fc6.weight"], atol=1e-5, rtol=0)
 
 
-def test_a_finished_run_resumed_is_finished(shapes_root: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "run", "train.steps=2")
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert run(shapes_root, tmp_path / "run", "train.steps=2", resume=True).steps == 2
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
-def infinite(model: MaskRCNN, term: torch.Tensor) -> torch.Tensor:
+def make_infinite(model: MaskRCNN, term: torch.Tensor) -> torch.Tensor:
     return term * float("inf")
 
 
-def steep(model: MaskRCNN, term: torch.Tensor) -> torch.Tensor:
-    """The same value, but the slope of a square root at 0."""
+def make_gradient_nonfinite(model: MaskRCNN, term: torch.Tensor) -> torch.Tensor:
+    """Add 0 as a square root, whose slope at 0 is infinite."""
     weight = model.rpn.conv.weight
     return term + (weight - weight.detach()).abs().sqrt().sum()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"), [(infinite, r"loss is not finite \(loss_box_reg\)"), (steep, "gradient is not finite")]
+    ("spoil", "message"),
+    [(make_infinite, r"loss is not finite \(loss_box_reg\)"), (make_gradient_nonfinite, "gradient is not finite")],
 )
-def test_what_is_not_finite_stops_the_run_and_leaves_the_weights(
-    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable, said: str
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable, message: str
 ) -> None:
-    losses, calls = MaskRCNN.compute_losses, []
+    original, calls = MaskRCNN.compute_losses, []
 
-    def spoilt(self: MaskRCNN, *given: object) -> dict:
-        calls.append(given)
-        terms = losses(self, *given)  # type: ignore[arg-type]
+    def compute_losses(self: MaskRCNN, *args: object) -> dict:
+        calls.append(args)
+        terms = original(self, *args)  # type: ignore[arg-type]
         return {**terms, "loss_box_reg": spoil(self, terms["loss_box_reg"])} if len(calls) == 4 else terms
 
-    monkeypatch.setattr(MaskRCNN, "compute_losses", spoilt)
-    with pytest.raises(RuntimeFailure, match=rf"{said} on images \d+, \d+;"):
+    monkeypatch.setattr(MaskRCNN, "compute_losses", compute_losses)
+    with pytest.raises(RuntimeFailure, match=rf"{message} on images \d+, \d+;"):
         run(shapes_root, tmp_path / "run", "train.steps=6", "train.checkpoint_interval=3")
     assert checkpoint.load_meta(tmp_path / "run").step == 3
     kept, _ = read_tensors(tmp_path / "run" / "model.safetensors")
     assert all(t.isfinite().all() for t in kept.values())
 
 
-def test_what_does_not_fit_is_refused(shapes_root: Path, tmp_path: Path) -> None:
+def test_data_that_does_not_fit_the_run_or_weights_is_rejected(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "run", "train.steps=2")
     with pytest.raises(InputError, match="exists; choose another"):
         run(shapes_root, tmp_path / "run", "train.steps=2")
@@ -211,7 +218,7 @@ def test_what_does_not_fit_is_refused(shapes_root: Path, tmp_path: Path) -> None
     assert not [name for name in read_tensors(tmp_path / "b" / "model.safetensors")[0] if "mask" in name]
 
 
-def test_weights_start_a_run_and_stand_in_its_provenance(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_weights_and_records_them_in_its_provenance(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "first", "train.steps=2")
     run(shapes_root, tmp_path / "second", "train.steps=1", "train.lr=1e-9", weights=tmp_path / "first")
     before, _ = read_tensors(tmp_path / "first" / "model.safetensors")
@@ -226,13 +233,13 @@ def test_weights_start_a_run_and_stand_in_its_provenance(shapes_root: Path, tmp_
     torch.testing.assert_close(third["backbone.conv1.weight"], before["backbone.conv1.weight"], atol=1e-5, rtol=0)
 
 
-def test_frozen_layers_need_weights(shapes_root: Path, tmp_path: Path) -> None:
+def test_frozen_norms_need_weights(shapes_root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.norm=frozen .*`weights=RUN_DIR`"):
         run(shapes_root, tmp_path / "run", "train.steps=1", "model.norm=frozen")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_state_of_before_the_rates_of_loaded_layers_resumes(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_state_without_the_prefixes_of_new_layers_resumes(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "run", "train.steps=1")
     (state,) = (tmp_path / "run" / "state").glob("*.safetensors")
     tensors, metadata = read_tensors(state)
@@ -256,7 +263,7 @@ def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> Non
         loading.load(tmp_path / "run")
 
 
-def test_learning_rate() -> None:
+def test_the_learning_rate_warms_up_and_falls_at_milestones() -> None:
     options = tiny_recipe(
         "train.lr=1", "train.steps=100", "train.warmup_steps=10", "train.lr_milestones=[0.5, 0.75]"
     ).train
@@ -266,9 +273,9 @@ def test_learning_rate() -> None:
     assert [round(learning_rate(step, short), 6) for step in (0, 1, 2, 8, 9)] == [0.1, 0.55, 1, 1, 0.1]
 
 
-def test_biases_and_norms_do_not_decay() -> None:
+def test_biases_and_norms_have_no_weight_decay() -> None:
     model = MaskRCNN(tiny_recipe(), 3)
-    decayed, free = build_optimizer(model, tiny_recipe().train).param_groups
-    assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    with_decay, without = build_optimizer(model, tiny_recipe().train).param_groups
+    assert with_decay["weight_decay"] > 0 and without["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in with_decay["params"]) and all(p.ndim == 1 for p in without["params"])
+    assert len(with_decay["params"]) + len(without["params"]) == len(list(model.parameters()))

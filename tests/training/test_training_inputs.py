@@ -1,4 +1,4 @@
-"""Mistakes in what `refdet train` is given: found before torch is imported."""
+"""Mistakes in the arguments of `refdet train`, reported before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from training_examples import TINY, run, squares, tiny
 from refdet.cli.main import main
 from refdet.training.train import train
 
-ON = {"--resume": (), "--out": "run", "--set": TINY}  # goes on with the finished run of two steps
+RESUME = {"--resume": (), "--out": "run", "--set": TINY}  # resume the finished run of two steps
 MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
     "no such device": ({"--device": "gpu"}, "--device gpu: not a device; give cpu, cuda"),
     "another recipe": (
-        ON | {"--set": [*TINY, "head.batch_size_per_image=9"]},
+        RESUME | {"--set": [*TINY, "head.batch_size_per_image=9"]},
         "--resume run: head.batch_size_per_image was 8 and is now 9",
     ),
     "another recipe of other data": (
-        ON | {"--set": [*TINY, "train.seed=5"], "--instances": "other.json"},
+        RESUME | {"--set": [*TINY, "train.seed=5"], "--instances": "other.json"},
         "train.seed was 0 and is now 5",
     ),
-    "fewer steps": (ON | {"--set": [*TINY, "train.steps=1"]}, "train.steps=1, but 2 steps are done"),
-    "classes of another file": (ON | {"--instances": "other.json"}, "the checkpoint has class (5, 'b') where"),
-    "boxes of another file": (ON | {"--instances": "moved.json"}, "started with other boxes, masks"),
-    "images of another file": (ON | {"--instances": "fewer.json"}, "with the images of another instances file"),
-    "a damaged state": (ON | {"--out": "damaged"}, "step-00000002.safetensors: damaged ("),
+    "fewer steps": (RESUME | {"--set": [*TINY, "train.steps=1"]}, "train.steps=1, but 2 steps are done"),
+    "classes of another file": (RESUME | {"--instances": "other.json"}, "the checkpoint has class (5, 'b') where"),
+    "boxes of another file": (RESUME | {"--instances": "moved.json"}, "started with other boxes, masks"),
+    "images of another file": (RESUME | {"--instances": "fewer.json"}, "with the images of another instances file"),
+    "a damaged state": (RESUME | {"--out": "damaged"}, "step-00000002.safetensors: damaged ("),
     "no instances": ({"--instances": "no.json"}, "--instances no.json: no such file"),
     "no images": ({"--images": "no"}, "--images no: no such file or folder; give a folder or zip of images"),
     "no weights": ({"--weights": "no"}, "--weights no: no such file or folder"),
@@ -76,6 +76,7 @@ MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps, its data, and the files named in `MISTAKES`."""
     root = tmp_path_factory.mktemp("inputs")
     squares(root, lambda tree: tree["categories"][1].update(name="c")).rename(root / "other.json")
     squares(root, lambda tree: tree["annotations"][0].update(bbox=[9, 8, 30, 30])).rename(root / "moved.json")
@@ -92,29 +93,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def words(changes: dict[str, str | Sequence[str]]) -> list[str]:
+def command_line(changes: dict[str, str | Sequence[str]]) -> list[str]:
+    """Arguments of ``refdet train``; the changes are values of options: a text, several, or () for a flag."""
     given = {"--recipe": "demo", "--instances": "instances.json", "--images": "images", "--out": "new", **changes}
-    line = ["train"]
+    arguments = ["train"]
     for option, value in given.items():
         if value == ():  # a flag
-            line.append(option)
-        for one in [value] if isinstance(value, str) else value:
-            line += [option, one]
-    return line
+            arguments.append(option)
+        for item in [value] if isinstance(value, str) else value:
+            arguments += [option, item]
+    return arguments
 
 
-@pytest.mark.parametrize(("changes", "said"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_one_line(
-    folder: Path, changes: dict[str, str | Sequence[str]], said: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_reported_in_one_line(
+    folder: Path, changes: dict[str, str | Sequence[str]], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    done = CliRunner().invoke(main, words(changes))
+    done = CliRunner().invoke(main, command_line(changes))
     assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert said in done.stderr and not (folder / "new").exists()
+    assert message in done.stderr and not (folder / "new").exists()
 
 
-def test_no_mistake_waits_for_torch(folder: Path) -> None:
-    lines = [words(changes) for changes, _ in MISTAKES.values()]
+def test_mistakes_are_reported_before_torch_is_imported(folder: Path) -> None:
+    lines = [command_line(changes) for changes, _ in MISTAKES.values()]
     code = (
         "import sys\nfrom refdet.cli.main import main\n"
         f"for line in {lines!r}:\n"
@@ -126,7 +128,7 @@ def test_no_mistake_waits_for_torch(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_line_of_a_run_describes_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(folder, out="line", weights=folder / "run")
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train: ")]
     for part in ("cpu (", "float32, kernels ", "4 images of instances.json", "recipe demo", "starts from run (",
@@ -135,7 +137,7 @@ def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.Log
     assert "refdet audit --instances" in caplog.text and "was not checked" in caplog.text
 
 
-def test_a_recipe_may_be_a_path(tmp_path: Path) -> None:
+def test_the_recipe_can_be_a_path(tmp_path: Path) -> None:
     squares(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("train.steps=1").to_dict()))
     done = train(

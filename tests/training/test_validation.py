@@ -1,4 +1,4 @@
-"""Validation while training: what it measures, what it keeps, and how a run goes on that was stopped meanwhile."""
+"""Validation during training: what it measures, what it keeps, and resuming a run that was stopped during it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LEARNS = ["train.lr=0.02", "model.anchor_sizes=[8,16,32,48,64]"]
 EVERY_2 = [*LEARNS, "train.steps=6", "train.eval_every=2", "train.log_every=2"]
 
 
-def drawn(root: Path, images: int) -> None:
-    """The `squares`, so drawn that they can be learnt."""
+def learnable_squares(root: Path, images: int) -> None:
+    """Write the `squares`, with visible objects that a detector can learn."""
     squares(root, images=images)
     for path in (root / "images").iterdir():
         with Image.open(path) as picture:
@@ -44,32 +44,33 @@ def drawn(root: Path, images: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training images, others to validate on under ``val``, and weights that find some of their objects, ``start``."""
+def trained_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training images; validation images under ``val``; and a run ``start``, whose weights find some of the objects."""
     root = tmp_path_factory.mktemp("validation")
-    drawn(root, 4)
-    drawn(root / "val", 3)
+    learnable_squares(root, 4)
+    learnable_squares(root / "val", 3)
     run(root, *LEARNS, "train.steps=60", out="start")
     return root
 
 
 @pytest.fixture
-def data(learnt: Path, tmp_path: Path) -> Path:
-    """A copy of the images, to change them and to train beside them."""
-    shutil.copytree(learnt, tmp_path / "data", ignore=shutil.ignore_patterns("whole*"))
+def data(trained_data: Path, tmp_path: Path) -> Path:
+    """A copy of `trained_data` that a test may change and train in."""
+    shutil.copytree(trained_data, tmp_path / "data", ignore=shutil.ignore_patterns("whole*"))
     return tmp_path / "data"
 
 
 def train(root: Path, *changes: str, out: str = "run", **more: Any) -> Path:
+    """Train from ``start`` with validation; returns the run directory."""
     val = {"val_instances": root / "val/instances.json", "val_images": root / "val/images"}
     run(root, *changes, out=out, **{"weights": root / "start", **val, **more})
     return root / out
 
 
 @pytest.fixture(scope="module")
-def whole(learnt: Path) -> Callable[[float], Path]:
-    """Runs of 6 steps that nothing stopped, by their ``train.ema``."""
-    return functools.cache(lambda ema: train(learnt, *EVERY_2, f"train.ema={ema}", out=f"whole-{ema}"))
+def whole(trained_data: Path) -> Callable[[float], Path]:
+    """Uninterrupted runs of 6 steps: a function from ``train.ema`` to the run directory."""
+    return functools.cache(lambda ema: train(trained_data, *EVERY_2, f"train.ema={ema}", out=f"whole-{ema}"))
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -80,14 +81,14 @@ def validations(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows(out) if "val_bbox_AP" in row]
 
 
-def measured(root: Path, checkpoint: Path) -> dict[str, float]:
-    """What ``refdet evaluate`` measures, by the names of metrics.jsonl."""
-    found = evaluate(checkpoint, root / "val/instances.json", root / "val/images", device="cpu")
+def evaluate_run(root: Path, checkpoint: Path) -> dict[str, float]:
+    """Metrics by ``refdet evaluate``, under their names in metrics.jsonl."""
+    results = evaluate(checkpoint, root / "val/instances.json", root / "val/images", device="cpu")
     return {
-        f"val_{kind}_{name}": rate
-        for kind, rates in found.items()
-        for name, rate in (rates or {}).items()
-        if rate is not None
+        f"val_{kind}_{name}": value
+        for kind, values in results.items()
+        for name, value in (values or {}).items()
+        if value is not None
     }
 
 
@@ -97,17 +98,19 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 @pytest.mark.parametrize("ema", [0, 0.5])
-def test_it_measures_what_evaluate_does_and_keeps_the_best(learnt: Path, whole: Callable, ema: float) -> None:
+def test_validation_measures_the_same_as_evaluate_and_keeps_the_best(
+    trained_data: Path, whole: Callable, ema: float
+) -> None:
     out = whole(ema)
-    found = validations(out)
-    assert len({row["val_bbox_AP"] for row in found}) > 1 and found[-1]["val_segm_AP"] > 0
-    assert [row["step"] for row in found] == [2, 4, 6]
-    assert all(row.get("weights") == ("ema" if ema else None) for row in found)
-    rates = {name: value for name, value in found[-1].items() if name.startswith("val_")}
-    assert rates == measured(learnt, out)  # to the bit
+    validation_rows = validations(out)
+    assert len({row["val_bbox_AP"] for row in validation_rows}) > 1 and validation_rows[-1]["val_segm_AP"] > 0
+    assert [row["step"] for row in validation_rows] == [2, 4, 6]
+    assert all(row.get("weights") == ("ema" if ema else None) for row in validation_rows)
+    metrics = {name: value for name, value in validation_rows[-1].items() if name.startswith("val_")}
+    assert metrics == evaluate_run(trained_data, out)  # exactly
     kept = read_best(out)
-    assert kept is not None and kept.value == max(row["val_bbox_AP"] for row in found)
-    assert kept.rates == measured(learnt, out / "best")
+    assert kept is not None and kept.value == max(row["val_bbox_AP"] for row in validation_rows)
+    assert kept.rates == evaluate_run(trained_data, out / "best")
     assert checkpoint.load_meta(out / "best").step == kept.step
     board = EventAccumulator(str(out))
     board.Reload()
@@ -118,29 +121,29 @@ def test_it_measures_what_evaluate_does_and_keeps_the_best(learnt: Path, whole: 
     assert ("an exponential average over the steps (train.ema=0.5)" in card) == bool(ema)
 
 
-def test_validation_changes_nothing_of_the_training(data: Path, whole: Callable) -> None:
+def test_validation_does_not_change_the_weights(data: Path, whole: Callable) -> None:
     run(data, *EVERY_2, out="alone", weights=data / "start")
     assert same_weights(whole(0), data / "alone")
     assert not (data / "alone/best").exists()
 
 
 @pytest.mark.parametrize(("step", "ema"), [(3, 0), (2, 0.5), (3, 0.5)])
-def test_a_run_resumed_in_the_middle_is_the_same(
+def test_a_resumed_run_gives_the_same_weights_and_validations(
     data: Path, whole: Callable, step: int, ema: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = [*EVERY_2, f"train.ema={ema}"]
     from refdet.training import trainer
 
-    started, calls = trainer.start_step, []
+    original, calls = trainer.start_step, []
 
-    def stopping(*given: Any) -> Any:
-        calls.append(given)
+    def start_step(*args: Any) -> Any:
+        calls.append(args)
         if len(calls) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return started(*given)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "start_step", stopping)
+        patch.setattr(trainer, "start_step", start_step)
         with pytest.raises(Interrupted, match=f"after step {step}, which is saved"):
             train(data, *changes, out="halves")
     train(data, *changes, out="halves", resume=True)
@@ -153,57 +156,63 @@ def test_a_run_resumed_in_the_middle_is_the_same(
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing is written any more, not even what `finally` would."""
+    """Stands for SIGKILL. The code patched with it must not clean up in a `finally` clause either."""
 
 
 def raise_killed(*given: object, **more: object) -> None:
     raise Killed
 
 
-Break = Callable[[pytest.MonkeyPatch], None]
+Kill = Callable[[pytest.MonkeyPatch], None]  # patches a function so that it raises Killed
 
 
-def while_measuring(patch: pytest.MonkeyPatch) -> None:
+def kill_while_measuring(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(validator, "detection_ap", raise_killed)
 
 
-def while_writing(patch: pytest.MonkeyPatch) -> None:
+def kill_while_writing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(best, "write_json", raise_killed)
     patch.setattr(shutil, "rmtree", lambda *given, **more: None)
 
 
-def between_the_renames(patch: pytest.MonkeyPatch) -> None:
+def kill_between_renames(patch: pytest.MonkeyPatch) -> None:
     original = os.replace
 
-    def replaced(source: Path, target: Path) -> None:
+    def replace_or_die(source: Path, target: Path) -> None:
         if Path(target).name == "best" and "refdet-tmp" in Path(source).name:
             raise Killed
         original(source, target)
 
-    patch.setattr(best.os, "replace", replaced)
+    patch.setattr(best.os, "replace", replace_or_die)
     patch.setattr(shutil, "rmtree", lambda *given, **more: None)
 
 
-def before_the_row(patch: pytest.MonkeyPatch) -> None:
+def kill_before_the_row(patch: pytest.MonkeyPatch) -> None:
     from refdet.training.metrics_log import MetricsLog
 
     patch.setattr(MetricsLog, "write_validation", raise_killed)
 
 
 @pytest.mark.parametrize(
-    ("broken", "at"),
-    [(while_measuring, 2), (while_writing, 6), (between_the_renames, 2), (between_the_renames, 6), (before_the_row, 6)],
+    ("kill", "at"),
+    [
+        (kill_while_measuring, 2),
+        (kill_while_writing, 6),
+        (kill_between_renames, 2),
+        (kill_between_renames, 6),
+        (kill_before_the_row, 6),
+    ],
 )
-def test_killed_during_a_validation_nothing_is_lost(
-    data: Path, whole: Callable, broken: Break, at: int, monkeypatch: pytest.MonkeyPatch
+def test_a_run_killed_during_a_validation_loses_nothing(
+    data: Path, whole: Callable, kill: Kill, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = validator.Validator.validate
 
     def validate(self: Any, weights: Any, meta: Any, *given: Any) -> Any:
         if meta.step == at:
-            if self._best is not None and broken in (while_writing, between_the_renames):
-                self._best = replace(self._best, value=-1.0)  # so that it is replaced
-            broken(patch)
+            if self._best is not None and kill in (kill_while_writing, kill_between_renames):
+                self._best = replace(self._best, value=-1.0)  # so that this validation replaces the best
+            kill(patch)
         return original(self, weights, meta, *given)
 
     with monkeypatch.context() as patch:
@@ -215,20 +224,20 @@ def test_killed_during_a_validation_nothing_is_lost(
     assert validations(data / "halves") == validations(whole(0))
     assert same_weights(data / "halves", whole(0))
     kept = read_best(data / "halves")
-    assert kept is not None and kept.rates == measured(data, data / "halves/best")
+    assert kept is not None and kept.rates == evaluate_run(data, data / "halves/best")
     assert kept.value == max(row["val_bbox_AP"] for row in validations(whole(0)))
     assert not [path for path in (data / "halves").iterdir() if "refdet-tmp" in path.name]
 
 
-def test_a_signal_ends_a_validation_and_resuming_repeats_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_stops_a_validation_and_resuming_repeats_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = validator.detection_ap
 
-    def signalled(*given: Any, **more: Any) -> Any:
+    def detection_ap(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*given, **more)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(validator, "detection_ap", signalled)
+        patch.setattr(validator, "detection_ap", detection_ap)
         with pytest.raises(
             Interrupted, match="stopped by SIGTERM during validation, after step 2, which is saved; continue with"
         ):
@@ -238,18 +247,18 @@ def test_a_signal_ends_a_validation_and_resuming_repeats_it(data: Path, monkeypa
     assert [row["step"] for row in validations(data / "run")] == [2, 4, 6]
 
 
-def test_a_finished_run_is_validated_later(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_can_be_validated_later(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(data, *LEARNS, "train.steps=2", weights=data / "start")
     train(data, *LEARNS, "train.steps=2", resume=True)
     (row,) = validations(data / "run")
-    assert row["step"] == 2 and measured(data, data / "run")["val_bbox_AP"] == row["val_bbox_AP"]
+    assert row["step"] == 2 and evaluate_run(data, data / "run")["val_bbox_AP"] == row["val_bbox_AP"]
     train(data, *LEARNS, "train.steps=2", resume=True)
     assert len(validations(data / "run")) == 1 and "2 steps are done" in caplog.text
     run(data, *LEARNS, "train.steps=4", resume=True)
     assert "was validated before, but is not now; give `val_instances`" in caplog.text
 
 
-def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_validation_data_replaces_the_best(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(data, *LEARNS, "train.steps=2")
     squares(data / "val", images=2)
     train(data, *LEARNS, "train.steps=3", resume=True)
@@ -267,13 +276,13 @@ def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCapture
         train(data, *LEARNS, "train.steps=4", resume=True)
 
 
-def test_killed_during_the_first_validation_on_other_data_nothing_is_lost(
+def test_a_run_killed_during_its_first_validation_on_other_data_loses_nothing(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(data, *LEARNS, "train.steps=2")
     squares(data / "val", images=2)
     with monkeypatch.context() as patch:
-        before_the_row(patch)
+        kill_before_the_row(patch)
         with pytest.raises(Killed):
             train(data, *LEARNS, "train.steps=2", resume=True)
     train(data, *LEARNS, "train.steps=2", resume=True)
@@ -291,15 +300,15 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES.keys())
-def test_what_cannot_be_validated_on_is_refused_before_the_first_step(data: Path, change: Callable, said: str) -> None:
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
+def test_invalid_validation_data_is_rejected_before_the_first_step(data: Path, change: Callable, message: str) -> None:
     squares(data / "val", change)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         train(data, *EVERY_2)
     assert not (data / "run").exists()
 
 
-def test_images_that_are_trained_on_are_counted(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_validation_images_that_are_trained_on_are_counted(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     squares(data / "val", lambda tree: tree["images"][0].update(file_name="1.png"), images=3)
     train(data, *LEARNS, "train.steps=1")
     assert "3 of 3 images are trained on too, by file name" in caplog.text
@@ -309,7 +318,7 @@ def test_images_that_are_trained_on_are_counted(data: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize(("steps", "every", "due"), [(6, 2, [2, 4, 6]), (7, 3, [3, 6, 7]), (5, 0, [5]), (3, 9, [3])])
-def test_when_it_is_due(steps: int, every: int, due: list[int]) -> None:
+def test_validations_are_due_at_each_interval_and_at_the_end(steps: int, every: int, due: list[int]) -> None:
     from training_examples import tiny
 
     options = tiny(f"train.steps={steps}", f"train.eval_every={every}").train

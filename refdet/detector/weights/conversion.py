@@ -42,16 +42,16 @@ class ConvertedWeights:
 
 
 class Layout(Protocol):
-    """How the rows (the first axis) of another program's tensor correspond to those of refdet's."""
+    """How the rows (the first axis) of another program's tensor, the *foreign* one, correspond to those of refdet's."""
 
     def foreign_rows(self, rows: int) -> int:
-        """Number of rows of the other program's tensor if refdet's has `rows`."""
+        """Number of rows of the foreign tensor if refdet's has `rows`."""
 
     def to_refdet(self, value: Tensor) -> Tensor:
-        """Convert the other program's tensor to refdet's layout."""
+        """Convert a foreign tensor to refdet's layout."""
 
     def to_foreign(self, value: Tensor) -> Tensor:
-        """The inverse of `to_refdet`, where it has one."""
+        """The inverse of `to_refdet`; see `LogitPairs` for the layout that has none."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ class SameLayout:
 
 @dataclass(frozen=True)
 class LogitPairs(SameLayout):
-    """Two logits per anchor, all background logits first; a softmax over two is the sigmoid of their difference."""
+    """Two logits per anchor, all background logits first; a softmax over two is the sigmoid of their difference.
+
+    Import only: the two logits cannot be recovered from their difference.
+    """
 
     def foreign_rows(self, rows: int) -> int:
         """Number of rows of the other program's tensor."""
@@ -202,7 +205,7 @@ def convert_tensors(
         recipe: the network.
         classes: number of object classes.
         state_dict: the other program's tensors.
-        mapping: its names and layouts.
+        mapping: that program's names and layouts.
         ignored: names in `state_dict` that a detector does not use; batch counters are ignored too.
         missing_prefixes: prefixes of refdet's names that `state_dict` need not have.
 
@@ -245,16 +248,16 @@ def describe_mismatch(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     return "; ".join(parts)
 
 
-def _list_first(texts: Sequence[str], count: int) -> str:
-    """The first texts, separated by commas, and the number of the others."""
-    more = f" and {len(texts) - count} more" if len(texts) > count else ""
-    return ", ".join(texts[:count]) + more
+def _list_first(texts: Sequence[str], limit: int) -> str:
+    """The first texts, separated by commas, and how many more there are."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:
     """Number of distinct indices after a prefix of the keys, such as the blocks of a ResNet stage."""
     indices = {key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)}
-    return len([index for index in indices if index.isdigit()])
+    return sum(index.isdigit() for index in indices)
 
 
 def find_resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int | None:
@@ -268,6 +271,9 @@ def find_resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int | No
 
 
 def num_rows(state_dict: Mapping[str, Tensor], key: str, default: int) -> int:
-    """Size of the first axis of a tensor; `default` if the tensor is missing."""
+    """Size of the first axis of a tensor, 0 for a scalar; `default` if the tensor is missing.
+
+    Callers give the usual size as the default, as `convert_tensors` reports missing tensors.
+    """
     shape = state_dict[key].shape if key in state_dict else (default,)
     return shape[0] if shape else 0

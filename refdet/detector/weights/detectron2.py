@@ -1,8 +1,9 @@
 """Detectors and ImageNet backbones of detectron2, and Caffe2's ImageNet backbones.
 
-Supports Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred from
-the names and shapes of its tensors. The file does not say where a block has its stride, nor the order of the channels,
-and files since detectron2 0.3 not how pixels are normalized; all are assumed to be as in the model zoo.
+Supports Mask and Faster R-CNN of the model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred from
+the names and shapes of its tensors. The file does not say which convolution of a block has the stride, nor the order of
+the color channels; files since detectron2 0.3 do not say how pixels are normalized either. All this is assumed to be as
+in the model zoo.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from refdet.detector.weights.conversion import (
 from refdet.errors import InputError
 from refdet.files.short_text import short_repr
 
+# constants of the model, which refdet takes from the recipe
 _IGNORED = re.compile(r"pixel_(mean|std)$|(proposal_generator\.)?anchor_generator\.cell_anchors\.\d+$")
 _OTHER_HEADS = {
     "roi_heads.keypoint_head.": "a detectron2 Keypoint R-CNN",
@@ -42,6 +44,7 @@ _OTHER_HEADS = {
 _UNSUPPORTED_NORMS = re.compile(r"backbone\.fpn_\w+\.norm\.|roi_heads\.(box|mask)_head\.\w+\.norm\.")
 _SCORES = "roi_heads.box_predictor.cls_score.weight"
 SUPPORTED = "supported are Mask and Faster R-CNN with ResNet-50 or 101 as C4, DC5 or FPN"
+# Caffe2's names of ImageNet backbones -> detectron2's
 _CAFFE2 = (
     (r"^res_conv1_bn_", "stem.conv1.norm."),
     (r"^conv1_", "stem.conv1."),
@@ -52,7 +55,7 @@ _CAFFE2 = (
 )
 # the classifier, and Caffe2's optimizer state
 _UNUSED_BY_BACKBONE = re.compile(r"stem\.fc\.|(fc1000|pred)_[wb]$|.*_momentum$")
-_CAFFE2_LETTERS = {"a": "1", "b": "2", "c": "3"}
+_CAFFE2_CONVS = {"a": "1", "b": "2", "c": "3"}
 _CAFFE2_SUFFIXES = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
@@ -97,7 +100,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
 
 
 def _check_normalization(state_dict: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Raise InputError for other means and standard deviations of pixels than the recipe's, if the file has them."""
+    """Raise InputError if the file has means or standard deviations of pixels, and they are not the recipe's."""
     for name, expected in (("pixel_mean", recipe.input.mean), ("pixel_std", recipe.input.std)):
         values = state_dict.get(name, torch.tensor(expected)).flatten().tolist()
         if len(values) != 3 or not all(abs(a - b) < 0.01 for a, b in zip(values, expected, strict=True)):  # NaN too
@@ -152,7 +155,16 @@ def _block_name(name: str) -> str:
 
 
 def _depth(state_dict: Mapping[str, Tensor], backbone: str, res5: str) -> int:
-    """Depth of the ResNet from its number of blocks per stage, given the prefixes of the backbone and of res5."""
+    """Depth of the ResNet from its number of blocks per stage.
+
+    Args:
+        state_dict: name -> tensor.
+        backbone: prefix of the backbone's names.
+        res5: prefix of res5's names, which is in the heads of a C4 network.
+
+    Raises:
+        InputError: an unsupported backbone.
+    """
     stages = [f"{backbone}res2.", f"{backbone}res3.", f"{backbone}res4.", res5]
     blocks = tuple(count_blocks(state_dict, stage) for stage in stages)
     depth = next((depth for depth in (50, 101) if BLOCKS[depth] == blocks), None)
@@ -202,7 +214,7 @@ def _from_caffe2(name: str) -> str:
     for expression, replacement in _CAFFE2:
         changed, replacements = re.subn(expression, replacement, name)
         if replacements:
-            changed = re.sub(r"conv([abc])\.", lambda match: f"conv{_CAFFE2_LETTERS[match[1]]}.", changed)
+            changed = re.sub(r"conv([abc])\.", lambda match: f"conv{_CAFFE2_CONVS[match[1]]}.", changed)
             start, _, end = changed.rpartition(".")
             return f"{start}.{_CAFFE2_SUFFIXES.get(end, end)}"
     return name

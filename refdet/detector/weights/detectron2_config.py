@@ -1,4 +1,4 @@
-"""detectron2's configuration of a network, written next to its exported weights."""
+"""Configuration of a network for detectron2, written next to its exported weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refdet.detector.roi_heads import POOL_SIZE
 
 
 def detectron2_config(recipe: Recipe, classes: int) -> dict[str, Any]:
-    """detectron2's configuration of a network, to be merged into its defaults.
+    """Make the configuration of a network for detectron2, to be merged into detectron2's defaults.
 
     Args:
         recipe: the network and its inputs.
@@ -35,7 +35,7 @@ def detectron2_config(recipe: Recipe, classes: int) -> dict[str, Any]:
         "RES5_DILATION": 2 if model.neck == "dc5" else 1,
     }
     if model.depth < 50:
-        resnets["RES2_OUT_CHANNELS"] = 64
+        resnets["RES2_OUT_CHANNELS"] = 64  # detectron2's default, 256, is for bottleneck blocks
     model_config: dict[str, Any] = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         "MASK_ON": model.masks,

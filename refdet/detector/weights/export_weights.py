@@ -21,7 +21,7 @@ from refdet.errors import ArgumentError, InputError
 from refdet.files.atomic import atomic_write
 
 FORMATS = ("detectron2", "torchvision")
-# format -> recipe value that reproduces the program's behavior
+# format -> value of input.resize and of model.mask_pasting with which refdet does what that program does
 _RESIZE = {"detectron2": "pillow", "torchvision": "torchvision"}
 _MASK_PASTING = {"detectron2": "padded", "torchvision": "torchvision"}
 
@@ -123,9 +123,9 @@ def _notes(meta: CheckpointMetadata, format: str) -> tuple[str, ...]:
         notes.append(f"{format} resizes images differently from input.resize={recipe.input.resize}")
     if model.masks and model.mask_pasting != _MASK_PASTING[format]:
         notes.append(f"{format} pastes masks differently within half a cell of the edges of their boxes")
-    padding, their_padding = max(recipe.input.size_divisibility, 1), 32 if model.neck == "fpn" else 1
-    if padding != their_padding:
-        notes.append(f"{format} pads images to multiples of {their_padding} pixels, this network of {padding}")
+    padding, format_padding = max(recipe.input.size_divisibility, 1), 32 if model.neck == "fpn" else 1
+    if padding != format_padding:
+        notes.append(f"{format} pads images to multiples of {format_padding} pixels, this network of {padding}")
     ids = [id_ for id_, _ in meta.categories]
     if format == "detectron2":
         if ids != sorted(ids):
@@ -165,18 +165,22 @@ def _torchvision_arguments(recipe: Recipe) -> dict[str, str]:
         sizes = tuple((size,) for size in model.anchor_sizes)
         arguments["rpn_anchor_generator"] = f"AnchorGenerator({sizes}, ({model.anchor_ratios},) * {len(sizes)})"
     if model.sampling_ratio != defaults.sampling_ratio:
-        resolutions = {"box_roi_pool": 7, "mask_roi_pool": 14} if model.masks else {"box_roi_pool": 7}
-        for name, cells in resolutions.items():
-            arguments[name] = f"MultiScaleRoIAlign(['0', '1', '2', '3'], {cells}, {model.sampling_ratio})"
+        output_sizes = {"box_roi_pool": 7, "mask_roi_pool": 14} if model.masks else {"box_roi_pool": 7}
+        for name, size in output_sizes.items():
+            arguments[name] = f"MultiScaleRoIAlign(['0', '1', '2', '3'], {size}, {model.sampling_ratio})"
     return arguments
 
 
 def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adjust the deltas for anchors at the corners of cells, as in torchvision, instead of at `anchor_offset`."""
+    """Adjust the RPN's deltas for torchvision's anchors, which have no `model.anchor_offset`.
+
+    Raises:
+        InputError: the anchors of the levels would need different adjustments.
+    """
     model = recipe.model
     if not model.anchor_offset:
         return tensors
-    strides = (4, 8, 16, 32, 64)
+    strides = (4, 8, 16, 32, 64)  # of the levels of the pyramid
     strides_per_size = [stride / size for stride, size in zip(strides, model.anchor_sizes, strict=True)]
     if max(strides_per_size) - min(strides_per_size) > 1e-6:
         raise InputError(
@@ -190,6 +194,7 @@ def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write a file that replaces `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         write(Path(temporary))

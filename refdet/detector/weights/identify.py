@@ -1,6 +1,7 @@
 """Identify the network of another program's weights and convert them.
 
-Supports ImageNet ResNets in Caffe and torchvision style, and the networks of the other modules in this package.
+Supports ImageNet ResNets in Caffe and torchvision style, and the networks that `reference`, `detectron2`, `torchvision`
+and `imagenet` of this package identify.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from refdet.detector.weights.reference import IMAGENET_CLASSIFIER, resnet_depth
 from refdet.errors import InputError
 
 RESNET_PREFIXES = {"head.conv5.": "layer4.", "backbone.": ""}
-# Output variance / squared norm of the filters of the first convolution, which is proportional to the variance of the
-# input: hundreds or more for Caffe's (0..255, variance 58 ** 2), a few for torchvision's (normalized, variance 1).
-CAFFE_GAIN = 100.0
+# The first convolution's output variance / squared norm of its filters, which is proportional to the variance of the
+# network's input: hundreds or more for Caffe's (0..255, variance 58 ** 2), a few for torchvision's (normalized,
+# variance 1). Above this value, the weights are taken for Caffe's.
+MIN_CAFFE_GAIN = 100.0
 
 
 def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None = None) -> ConvertedWeights:
-    """Identify the network of another program's tensors.
+    """Identify the network of another program's tensors and convert them.
 
     Args:
         tensors: name -> tensor.
@@ -33,7 +35,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None
     Raises:
         InputError: unknown network; the message lists missing and unexpected tensors.
     """
-    state_dict = rename_tensors(tensors, lambda name: name.removeprefix("module."))  # of DataParallel
+    state_dict = rename_tensors(tensors, lambda name: name.removeprefix("module."))  # DataParallel adds the prefix
     if reference.is_detector(state_dict):
         if weight_format not in (None, *reference.WEIGHT_FORMATS):
             raise InputError(
@@ -44,7 +46,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None
     if weight_format in reference.WEIGHT_FORMATS:
         raise InputError(f"`weight_format` {weight_format}: the tensors do not have the names of its detectors")
     if detectron2.is_backbone(state_dict):
-        return _resnet(detectron2.to_torchvision_names(state_dict), weight_format, caffe_recipe="d2-c4")
+        return _convert_resnet(detectron2.to_torchvision_names(state_dict), weight_format, caffe_recipe="d2-c4")
     for program in (detectron2, torchvision):
         if program.is_detector(state_dict):
             if weight_format is not None:
@@ -52,15 +54,22 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], weight_format: str | None
             return program.identify(state_dict)
     if imagenet.is_network(state_dict):
         return imagenet.identify(state_dict, weight_format)
-    return _resnet(state_dict, weight_format)
+    return _convert_resnet(state_dict, weight_format)
 
 
-def _resnet(
+def _convert_resnet(
     state_dict: dict[str, Tensor], weight_format: str | None, caffe_recipe: str = "reference-c4"
 ) -> ConvertedWeights:
-    """Convert an ImageNet ResNet; in Caffe style, its recipe is `caffe_recipe` with the depth appended."""
+    """Convert an ImageNet ResNet.
+
+    Args:
+        state_dict: tensors with torchvision's names.
+        weight_format: "caffe" or "torchvision"; None to detect it.
+        caffe_recipe: recipe for Caffe style, without the "-res" and depth at the end of its name.
+    """
     depth = resnet_depth(state_dict, "")
-    weight_format = weight_format or ("torchvision" if depth < 50 else _detect_weight_format(state_dict))
+    if weight_format is None:  # Caffe's ResNets have 50 layers or more
+        weight_format = "torchvision" if depth < 50 else _detect_weight_format(state_dict)
     if weight_format == "caffe":
         if f"{caffe_recipe}-res{depth}" not in recipes.names():
             raise InputError(
@@ -79,10 +88,10 @@ def _resnet(
 
 
 def _detect_weight_format(state_dict: Mapping[str, Tensor]) -> str:
-    """Caffe or torchvision style, whose tensors have the same names and shapes.
+    """Tell Caffe from torchvision style, whose tensors have the same names and shapes.
 
-    Batch norms have a batch counter since PyTorch 0.4, which is later than the conversions from Caffe. Without one, the
-    variances of the first norm show the range of the input (`CAFFE_GAIN`).
+    Batch norms have a batch counter since PyTorch 0.4, which is later than the conversions from Caffe. Without a
+    counter, the variances of the first norm show the range of the input (`MIN_CAFFE_GAIN`).
     """
     if any(name.endswith("num_batches_tracked") for name in state_dict):
         return "torchvision"
@@ -91,5 +100,5 @@ def _detect_weight_format(state_dict: Mapping[str, Tensor]) -> str:
         return "caffe"  # an invalid file, which is reported later
     filters = weight.float().flatten(1).square().sum(1)
     gain = (variance.float() / filters.clamp(min=1e-12)).median().item()
-    is_initial = bool((variance == 1).all())
-    return "caffe" if gain > CAFFE_GAIN or is_initial else "torchvision"
+    has_no_variance = bool((variance == 1).all())  # as from `detectron2.to_torchvision_names`: Caffe2's norms have none
+    return "caffe" if gain > MIN_CAFFE_GAIN or has_no_variance else "torchvision"

@@ -12,7 +12,7 @@ from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, co
 from refdet.detector.weights.reference import mobilenet_changes, mobilenet_prefixes, vgg_changes, vgg_prefixes
 from refdet.errors import InputError
 
-# a tensor that identifies the network
+# for each network, a tensor that only it has
 _VGG, _MOBILENET = "features.26.weight", "Conv2d_13.pointwise.0.weight"
 _TORCHVISION_INPUT = (  # changes to the reference's recipe
     "input.order=rgb",
@@ -27,7 +27,7 @@ def is_network(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
-    """Identify a VGG-16 or a MobileNet v1.
+    """Identify a VGG-16 or a MobileNet v1 and convert its weights.
 
     Args:
         state_dict: name -> tensor.
@@ -37,7 +37,7 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
         InputError: missing or unexpected tensors, or a weight format that cannot be detected.
     """
     if _VGG in state_dict:
-        return _vgg(state_dict, weight_format)
+        return _convert_vgg(state_dict, weight_format)
     if weight_format == "torchvision":
         raise InputError("`weight_format='torchvision'`: torchvision has no MobileNet v1")
     prefix = "features." if f"features.{_MOBILENET}" in state_dict else ""
@@ -53,10 +53,10 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
     return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEAD_PREFIXES)
 
 
-def _vgg(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
-    fc6 = (
-        1 if "classifier.1.weight" in state_dict else 0
-    )  # in conversions from Caffe, layer 0 of the classifier flattens
+def _convert_vgg(state_dict: Mapping[str, Tensor], weight_format: str | None) -> ConvertedWeights:
+    """Convert a VGG-16; raises InputError if its weight format is not given and cannot be detected."""
+    # index of the first linear layer in the classifier: in conversions from Caffe, layer 0 flattens
+    fc6 = 1 if "classifier.1.weight" in state_dict else 0
     weight_format = weight_format or ("caffe" if fc6 == 1 else None)
     if weight_format is None:
         raise InputError(

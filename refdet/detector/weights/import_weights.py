@@ -19,7 +19,7 @@ from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights.conversion import ConvertedWeights
 from refdet.detector.weights.identify import identify_checkpoint
-from refdet.detector.weights.numpy_pickles import UnsafeImport, has_arrays, read_pickle
+from refdet.detector.weights.numpy_pickles import UnsafeGlobal, has_arrays, read_pickle
 from refdet.detector.weights.torch_files import DAMAGED, OLD_TAR, TORCHSCRIPT, read_contents
 from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
@@ -43,7 +43,7 @@ REAL_DTYPES = (
     torch.int64,
 )
 NUM_COCO_LABELS = 90  # classes of a detector whose labels are COCO's category ids
-MAX_SHARED_NUMBERS = 2**27  # values in tensors that share storage; the largest network has half as many
+MAX_SHARED_NUMBERS = 2**27  # in tensors that share storage; the largest network has half as many
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ImportedWeights:
         kind: human-readable description.
         recipe: name of the recipe.
         classes: number of categories.
-        numbers: number of values in the parameters and buffers imported.
+        numbers: how many numbers the imported parameters and buffers have together.
         untrained: prefixes of the parameters that the file does not have.
         provenance: the training data, if known.
     """
@@ -126,20 +126,20 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         reject_unsupported(path, tensors)
         return _check_tensors(tensors, path)
     is_zip = start[:2] == b"PK"
-    description = None if is_zip else describe_file(path)
+    description = None if is_zip else describe_file(path)  # a zip is described by its contents, below
     if description is not None and "PyTorch" not in description:
         raise InputError(f"{path}: {description}, not weights of another program")
-    if start[257:262] == b"ustar":
+    if start[257:262] == b"ustar":  # the magic of a tar header
         raise InputError(f"{path}: {OLD_TAR}")
     try:
         contents = read_contents(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    reject_unsupported(path, contents.strings, contents.classes)
-    if has_arrays(contents.classes) and not is_zip:
+    reject_unsupported(path, contents.strings, [used.name for used in contents.globals if not used.guessed])
+    if has_arrays(used.name for used in contents.globals) and not is_zip:
         tree = _read_arrays(path)
-    elif contents.unsafe_class is not None:
-        raise InputError(f"{path}: {_unsafe_message(contents.unsafe_class)}")
+    elif contents.unsafe_global is not None:
+        raise InputError(f"{path}: {_unsafe_message(contents.unsafe_global)}")
     else:
         tree = _torch_load(path)
     return _check_tensors(_find_weights(tree, path), path)
@@ -154,7 +154,7 @@ def _torch_load(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # torch.load can raise anything on a damaged file
-        raise InputError(f"{path}: {_refusal_message(error)}") from error
+        raise InputError(f"{path}: {_load_failure(error)}") from error
 
 
 def _read_arrays(path: Path) -> Any:
@@ -163,7 +163,7 @@ def _read_arrays(path: Path) -> Any:
         return read_pickle(path)
     except MemoryError:
         raise
-    except UnsafeImport as error:
+    except UnsafeGlobal as error:
         raise InputError(f"{path}: {_unsafe_message(str(error))}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -192,12 +192,18 @@ def _why_not_a_file(path: Path) -> str:
     return "a folder; give a file"
 
 
-def reject_unsupported(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
-    """Raise InputError if the names are those of a checkpoint that is known but not supported."""
+def reject_unsupported(path: Path, names: Iterable[str], global_names: Iterable[str] = ()) -> None:
+    """Raise InputError if a checkpoint is of a known program or network that cannot be imported.
+
+    Args:
+        path: the file.
+        names: names of its tensors, possibly among other strings.
+        global_names: dotted names of the classes and functions that its pickle imports.
+    """
     names = list(names)
     if has_all(names, TRAINING_STATE) or has_all(names, REFDET):
         raise InputError(f"{path}: {describe_file(path)}; it needs no import")
-    description = describe_checkpoint(names, classes)
+    description = describe_checkpoint(names, global_names)
     if description is not None and description not in IMPORTABLE:
         raise InputError(
             f"{path}: {description}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
@@ -228,6 +234,7 @@ def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _is_dense_real(value: Tensor) -> bool:
+    """Whether a tensor is a plain array of real numbers in this process's memory."""
     return (
         value.dtype in REAL_DTYPES
         and value.layout == torch.strided
@@ -236,7 +243,7 @@ def _is_dense_real(value: Tensor) -> bool:
     )
 
 
-def _refusal_message(error: Exception) -> str:
+def _load_failure(error: Exception) -> str:
     """Why torch.load failed, without its advice to load the file unsafely."""
     text = str(error)
     if "TorchScript archives" in text:
@@ -253,6 +260,7 @@ def _refusal_message(error: Exception) -> str:
 
 
 def _unsafe_message(name: str) -> str:
+    """The error of a file that imports an unsafe global."""
     return (
         f"refused to load {short_repr(name)}, which is not a tensor and could run any code; save the model's state_dict"
     )
@@ -275,16 +283,20 @@ def label_categories(converted: ConvertedWeights, source: Path, index: CocoIndex
 
 
 def _are_labels(ids: Iterable[int], classes: int) -> bool:
-    """Whether category ids can be the labels of a detector: from 1 to its last label, or to less in COCO's numbering.
+    """Whether category ids can be the labels of a detector with this number of classes.
 
-    A file with some of COCO's categories may lack the last.
+    They must lie in 1..classes. The highest must be `classes`, except in COCO's numbering: a file with some of COCO's
+    categories may lack the last.
     """
     lowest, highest = min(ids, default=0), max(ids, default=0)
     return lowest >= 1 and (highest == classes or highest <= classes == NUM_COCO_LABELS)
 
 
 def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
-    """Training data of the weights: the user's word, or that of a published file; both if the latter leaks."""
+    """Provenance of the weights: the user's instances file if given, else what is known about a published file.
+
+    If the published file was trained on images of REFER, this is noted beside the user's file.
+    """
     if index is None:
         return Provenance.imported(source.name, sha256, known)
     weights = f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"

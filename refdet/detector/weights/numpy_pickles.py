@@ -1,8 +1,8 @@
 """Read pickles of NumPy arrays and plain values, such as detectron2's ``.pkl``, without running code from them.
 
 `torch_files.read_contents` must check a file first: that lengths do not exceed the file, that it does not repeat
-itself, and that memo indices are small. Names that such pickles import are resolved to classes of this module, which
-only store their arguments; tensors are created once the whole file is read.
+itself, and that memo indices are small. The globals of such pickles (the classes and functions that they import) are
+resolved to classes of this module, which only store their arguments; tensors are created once the whole file is read.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from refdet.files.short_text import format_count, short_repr
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
-_CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+_NUMERIC_DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+_MAX_DEPTH = 4  # of nested dictionaries whose arrays become tensors; weights are not nested deeper
 
 
-class UnsafeImport(pickle.UnpicklingError):
-    """The pickle imports something other than arrays; the message is its name."""
+class UnsafeGlobal(pickle.UnpicklingError):
+    """The pickle imports a global that arrays and plain values do not need; the message is its name."""
 
 
-def has_arrays(classes: Iterable[str]) -> bool:
-    """Whether the imports of a pickle include NumPy's arrays."""
-    return any(name.lstrip(".").startswith((*_ARRAY_MODULES, *_BUFFER_MODULES)) for name in classes)
+def has_arrays(names: Iterable[str]) -> bool:
+    """Whether the globals of a pickle, by their dotted names, include those of NumPy's arrays."""
+    return any(name.startswith((*_ARRAY_MODULES, *_BUFFER_MODULES)) for name in names)
 
 
 def read_pickle(path: Path) -> Any:
@@ -42,16 +43,17 @@ def read_pickle(path: Path) -> Any:
         path: the file.
 
     Raises:
-        UnsafeImport: the pickle imports anything but arrays and plain types.
-        InputError: an array is not numeric, or its shape does not match its number of bytes. The message has no file
-            name.
+        UnsafeGlobal: the pickle imports a global that arrays and plain values do not need.
+        InputError: an array is not numeric, or its shape does not match its number of bytes; or arrays share bytes.
+            The message has no file name.
     """
     with path.open("rb") as file:
         value = _Reader(file).load()
-        # arrays that share bytes become separate tensors, so a small file could take much memory
-        if sum(len(array.bytes) for array in _iter_arrays(value, 4)) > 2 * file.tell():
+        # Arrays that share bytes become separate tensors, so a small file could take much memory. Twice the size of the
+        # file leaves room for a few that share.
+        if sum(len(array.bytes) for array in _iter_arrays(value, _MAX_DEPTH)) > 2 * file.tell():
             raise InputError("damaged: it repeats itself")
-        return _to_tensors(value, 4)
+        return _to_tensors(value, _MAX_DEPTH)
 
 
 class _ReadOnlyCallable:
@@ -75,7 +77,7 @@ class _DType:
     __slots__ = ("dtype",)
 
     def __init__(self, code: str) -> None:
-        if not isinstance(code, str) or code not in _CODES:
+        if not isinstance(code, str) or code not in _NUMERIC_DTYPES:
             raise InputError(f"holds an array of {short_repr(code)}, not of numbers; save the model's tensors alone")
         self.dtype = np.dtype(code)
 
@@ -124,15 +126,15 @@ class _OrderedDict(dict):
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler that allows only the names in `find_class`."""
+    """An unpickler that allows only the globals in `find_class`."""
 
     def __init__(self, file: Any) -> None:
-        limited = BoundedReader(file)
-        self._budget = 2 * limited.left  # characters that may still be encoded as bytes
-        super().__init__(limited, encoding="latin1")
+        reader = BoundedReader(file)
+        self._encodable = 2 * reader.left  # characters that may still be encoded; the same text may be encoded again
+        super().__init__(reader, encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Resolve a name in the pickle to a class or function of this module."""
+        """Resolve a global to a callable of this module that takes the same arguments."""
         if module in _ARRAY_MODULES and name == "_reconstruct":
             return _ReadOnlyCallable(lambda *_: _TextArray(self))
         if module in _ARRAY_MODULES and name == "scalar":
@@ -149,18 +151,19 @@ class _Reader(pickle.Unpickler):
             return _ReadOnlyCallable(lambda: b"")  # how protocol 2 stores empty bytes
         if (module, name) == ("collections", "OrderedDict"):
             return _ReadOnlyCallable(_OrderedDict)
-        raise UnsafeImport(f"{module}.{name}")
+        raise UnsafeGlobal(f"{module}.{name}")
 
     def encode(self, text: Any, encoding: str = "latin1") -> bytes:
-        """Decode bytes that old protocols store as text."""
+        """Encode the text as which old protocols store bytes."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError("not bytes as text")
-        self._budget -= len(text)
-        if self._budget < 0:
+        self._encodable -= len(text)
+        if self._encodable < 0:
             raise InputError("damaged: it repeats itself")
         return text.encode("latin1")
 
     def _scalar(self, kind: Any, content: Any = b"") -> Any:
+        """The number of a NumPy scalar, from its dtype and bytes."""
         content = self.encode(content) if isinstance(content, str) else content
         return _Array().fill(content, kind, (), "C").tensor().item()
 
@@ -189,7 +192,7 @@ def _iter_arrays(value: Any, depth: int) -> Iterator[_Array]:
 
 
 def _to_tensors(value: Any, depth: int) -> Any:
-    """Convert arrays to tensors, in dictionaries nested up to a depth; weights are not nested deeper."""
+    """Convert arrays to tensors, in dictionaries nested up to a depth."""
     if isinstance(value, _Array):
         return value.tensor()
     if isinstance(value, Mapping) and depth:

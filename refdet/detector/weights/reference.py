@@ -43,8 +43,8 @@ _PREFIXES = {
     "head.mask.hidden.0.": "mask_up_sampling.",
     "head.mask.logits.": "mask_pred_net.",
 }
-_ANCHORS = (9, 12, 15)  # per cell: three ratios of 3, 4 or 5 sizes, the largest 512
-_SIZES_OF_9_ANCHORS = [128, 256, 512]  # of the others, the recipes have the sizes
+_ANCHORS_PER_CELL = (9, 12, 15)  # three ratios of 3, 4 or 5 sizes, the largest 512
+_SIZES_OF_9_ANCHORS = [128, 256, 512]  # for 12 and 15 anchors, recipes have the sizes
 
 
 def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
@@ -69,7 +69,7 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
     masks = any(name.startswith("mask_") for name in state_dict)
     if masks and prefix == "vgg.":
         raise InputError("a VGG-16 with a mask branch, which cannot be imported; only a Faster R-CNN with VGG-16 can")
-    anchors = num_rows(state_dict, "rpn_cls_score_net.weight", 24) // 2
+    anchors = num_rows(state_dict, "rpn_cls_score_net.weight", 24) // 2  # two logits each
     classes = max(num_rows(state_dict, "cls_score_net.weight", 81) - 1, 1)
     if classes > MAX_CATEGORIES:
         raise InputError(f"cls_score_net.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
@@ -90,17 +90,17 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
 
 
 def name_mapping(recipe: Recipe) -> NameMapping:
-    """These programs' names and layouts for the tensors of a network."""
-    parts = {
+    """Names and layouts that the three programs use for the tensors of a network."""
+    backbone_prefixes = {
         "vgg16": vgg_prefixes("vgg."),
         "mobilenet_v1": mobilenet_prefixes("mobilenet."),
         "resnet": {"head.conv5.": "resnet.layer4.", "backbone.": "resnet."},
     }
-    return NameMapping(_PREFIXES | parts[recipe.model.backbone], {"rpn.score.": LogitPairs()})
+    return NameMapping(_PREFIXES | backbone_prefixes[recipe.model.backbone], {"rpn.score.": LogitPairs()})
 
 
 def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
-    """Prefixes of refdet for a VGG-16 -> torchvision's, whose indices also count ReLUs, poolings and dropouts.
+    """Refdet's prefixes for a VGG-16 -> torchvision's, whose indices also count ReLUs, pooling layers and dropouts.
 
     Args:
         prefix: start of torchvision's names.
@@ -116,14 +116,14 @@ def vgg_prefixes(prefix: str, fc6: int = 0) -> dict[str, str]:
 
 
 def mobilenet_prefixes(prefix: str) -> dict[str, str]:
-    """Prefixes of refdet for a MobileNet v1 -> those of these programs and of TensorFlow."""
-    first = 1 + len(LAYERS) - NUM_ROI_LAYERS
+    """Refdet's prefixes for a MobileNet v1 -> those of the three programs, which are TensorFlow's."""
+    first = 1 + len(LAYERS) - NUM_ROI_LAYERS  # number of the first layer in the head; layer 0 is not in `LAYERS`
     prefixes = {f"backbone.layers.{number}.": f"{prefix}Conv2d_{number}." for number in range(first)}
     return prefixes | {f"head.conv5.{number}.": f"{prefix}Conv2d_{first + number}." for number in range(NUM_ROI_LAYERS)}
 
 
 def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> list[str]:
-    """Recipe changes (``key=value``) for widths that differ from the recipe's."""
+    """Recipe changes (``key=value``) for a VGG-16 whose widths differ from the recipe's."""
     width = num_rows(state_dict, f"{prefix}features.0.weight", 64)
     hidden = num_rows(state_dict, f"{prefix}classifier.{fc6}.weight", 4096)
     changes = []
@@ -135,7 +135,7 @@ def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> 
 
 
 def mobilenet_changes(state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Recipe changes (``key=value``) for a depth multiplier that differs from the recipe's."""
+    """Recipe changes (``key=value``) for a MobileNet v1 whose depth multiplier differs from the recipe's."""
     width = num_rows(state_dict, f"{prefix}Conv2d_0.0.weight", MOBILENET_WIDTH)
     return [] if width == MOBILENET_WIDTH else [f"model.width={width}"]
 
@@ -157,12 +157,21 @@ def resnet_depth(state_dict: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _identify_recipe(state_dict: Mapping[str, Tensor], prefix: str, anchors: int) -> Recipe:
-    """The recipe for a network and its anchors; `model.masks` is set by the caller."""
+    """The recipe for a network and its anchors; the caller sets `model.masks`.
+
+    Args:
+        state_dict: name -> tensor.
+        prefix: prefix of the backbone's names: "resnet.", "vgg." or "mobilenet.".
+        anchors: anchors per cell.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
     depth = resnet_depth(state_dict, prefix) if prefix == "resnet." else 0
     name = {"vgg.": "reference-vgg16", "mobilenet.": "reference-mobilenet-v1"}.get(prefix, f"reference-c4-res{depth}")
     if anchors == 15:
         name += "-lg"
-    if name not in recipes.names() or anchors not in _ANCHORS:
+    if name not in recipes.names() or anchors not in _ANCHORS_PER_CELL:
         network = f"ResNet-{depth}" if depth else prefix.removesuffix(".")
         raise InputError(
             f"rpn_cls_score_net.weight: {anchors} anchors per cell with a {network} match no recipe; supported are "

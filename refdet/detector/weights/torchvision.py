@@ -21,7 +21,7 @@ from refdet.detector.weights.conversion import (
 )
 from refdet.errors import InputError
 
-EPS = 1e-5  # of its norms and refdet's
+EPS = 1e-5  # of torchvision's norms and refdet's
 SUPPORTED = "supported are Mask and Faster R-CNN with a ResNet and a pyramid"
 # names before torchvision 0.13 -> names since then
 _RENAMED = (
@@ -32,6 +32,7 @@ _RENAMED = (
     (r"^roi_heads\.mask_head\.mask_fcn3\.", "roi_heads.mask_head.2.0."),
     (r"^roi_heads\.mask_head\.mask_fcn4\.", "roi_heads.mask_head.3.0."),
 )
+# running variances of the norms after convolutions of the neck and heads, which only version 2 has
 _FOLDABLE_NORM = re.compile(r"(backbone\.fpn\.\w+|roi_heads\.(box|mask)_head)\.\d\.1\.running_var$")
 
 
@@ -41,7 +42,7 @@ def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
-    """Identify a detector of torchvision.
+    """Identify a detector of torchvision and convert its weights.
 
     Raises:
         InputError: an unsupported head or backbone; the message says which, and what is supported.
@@ -111,6 +112,7 @@ def unfold_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted[name] = value
             continue
         ones = torch.ones_like(value)
+        # a norm that only adds its bias
         norm = {"weight": (ones + EPS).sqrt(), "bias": value, "running_mean": 0 * ones, "running_var": ones}
         converted |= {f"{convolution}.1.{key}": tensor for key, tensor in norm.items()}
         converted[f"{convolution}.1.num_batches_tracked"] = torch.tensor(0)
@@ -135,7 +137,7 @@ def _fold_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [state_dict.get(norm + end) for end in ("weight", "bias", "running_mean", "running_var")]
         weight = state_dict.get(f"{convolution}weight")
         if weight is None or weight.dim() != 4 or any(p is None or p.shape != weight.shape[:1] for p in parts):
-            continue  # reported as unexpected
+            continue  # `convert_tensors` reports the norm's tensors as unexpected
         scale, shift, mean, variance = (part.double() for part in parts if part is not None)
         scale = scale / (variance + EPS).sqrt()
         converted[f"{convolution}weight"] = (weight.double() * scale[:, None, None, None]).float()
@@ -146,6 +148,7 @@ def _fold_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _depth(state_dict: Mapping[str, Tensor]) -> int:
+    """Depth of the backbone; raises InputError if it is not a ResNet of the standard width."""
     depth = find_resnet_depth(state_dict, "backbone.body.")
     if depth is None:
         raise InputError(f"a torchvision detector with a backbone other than a ResNet; {SUPPORTED}")
