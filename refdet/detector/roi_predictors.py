@@ -60,12 +60,11 @@ class MaskPredictor(nn.Module):
         layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.logits = Conv2d(channels, classes + 1, 1)
-        for layer in self.hidden:
+        for layer in (*self.hidden, self.logits):  # those of logits are drawn again, so that seeds give the same weights
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.logits.weight, std=0.001)
-        nn.init.zeros_(self.logits.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """X (K, C, s, s), labels (K,), 1..classes -> mask logits (K, 2s, 2s) of these classes, in float32."""
