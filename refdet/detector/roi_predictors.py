@@ -60,7 +60,7 @@ class MaskPredictor(nn.Module):
         layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.logits = Conv2d(channels, classes + 1, 1)
-        for layer in (*self.hidden, self.logits):  # those of logits are drawn again, so that seeds give the same weights
+        for layer in (*self.hidden, self.logits):  # logits too, so that a seed gives the weights it always gave
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
