@@ -199,20 +199,20 @@ def check_new_file(option: str, path: Path, example: str, may_exist: bool = Fals
     _check_parent(option, path.absolute().parent)
 
 
-def check_new_folder(option: str, path: Path, empty: bool = True) -> None:
+def check_writable_folder(option: str, path: Path, must_be_empty: bool = True) -> None:
     """Check that a folder can be written to.
 
     Args:
         option: the option, for error messages.
         path: the folder.
-        empty: whether it must be empty or missing.
+        must_be_empty: whether it must be empty or missing.
 
     Raises:
-        InputError: the path is a file, cannot be written to, or is not empty although ``empty`` says that it must be.
+        InputError: the path is a file, cannot be written to, or is not empty although ``must_be_empty``.
     """
     _check_name(option, path)
     is_file = os.path.lexists(path) and not path.is_dir()
-    if empty and (is_file or (path.is_dir() and any(path.iterdir()))):
+    if must_be_empty and (is_file or (path.is_dir() and any(path.iterdir()))):
         raise InputError(f"{option} {path}: exists and is not an empty folder; choose another {option} or remove it")
     if is_file:
         raise InputError(f"{option} {path}: a file, not a folder; choose another {option}")

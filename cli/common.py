@@ -148,7 +148,7 @@ def box_format_option(option: str) -> Callable[[F], F]:
         show_default=True,
         metavar="FORMAT",
         help=f"Format of the boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of "
-        "the image size, with -xyxy or -xywh; without these, in the order that fits more boxes.",
+        "the image size, followed by -xyxy or -xywh; otherwise by whichever of the two more boxes fit.",
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_new_folder, check_text_file
+from .arguments import check_text_file, check_writable_folder
 from .common import echo_json, echo_line, echo_table, json_option, note
 from .option_names import as_options
 
@@ -60,7 +60,7 @@ def command(
     refcoco.json or lists of its examples, and JSON lists of boxes and expressions, such as LLaVA's. The result is
     compared with the published size.
     """
-    check_new_folder("--out", Path(out), empty=False)
+    check_writable_folder("--out", Path(out), must_be_empty=False)
     if instances is not None:
         check_text_file("--instances", Path(instances), "a COCO instances file")
 

@@ -11,7 +11,7 @@ import click
 from refdet.errors import InputError
 from refdet.files.short_text import format_share
 
-from .arguments import check_new_folder, check_not_empty, check_refer_root, check_store, check_text_file
+from .arguments import check_not_empty, check_refer_root, check_store, check_text_file, check_writable_folder
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ TITLES = {
 @json_option
 def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
-    check_new_folder("--out", out, empty=False)
+    check_writable_folder("--out", out, must_be_empty=False)
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_new_folder, check_not_empty
+from .arguments import check_not_empty, check_writable_folder
 from .common import echo_json, echo_line, echo_table, json_option
 
 
@@ -36,7 +36,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
     if list_items:
         _list_items(Path(out), only, as_json)
         return
-    check_new_folder("--out", Path(out), empty=False)
+    check_writable_folder("--out", Path(out), must_be_empty=False)
 
     from refdet.data.fetch.fetch import fetch_data
 
@@ -93,14 +93,14 @@ def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     rows: list[tuple[str, ...]] = [
         (
             item.name,
-            "present" if is_fetched(out, item) else "default" if item.default else "",
+            "present" if is_fetched(out, item) else "fetched by default" if item.default else "",
             "unknown" if item.size is None else format_bytes(item.size),
             (item.checksum or "none").partition(":")[0],
             item.contents,
         )
         for item in items
     ]
-    echo_table(rows, ("name", "status", "size", "checksum", "contents"))
+    echo_table(rows, ("name", "status", "size", "verified by", "contents"))
     for item in items:
         echo_line()
         echo_line(f"{item.name}:")

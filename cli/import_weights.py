@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_new_folder, check_text_file, check_weights
+from .arguments import check_text_file, check_weights, check_writable_folder
 from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
@@ -32,7 +32,7 @@ def command(source: Path, out: Path, trained_on: Path | None, weight_format: str
     from dataclasses import asdict
 
     check_weights("--from", source)
-    check_new_folder("--out", out)
+    check_writable_folder("--out", out)
     if trained_on is not None:
         check_text_file("--trained-on", trained_on, "an instances JSON")
 

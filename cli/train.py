@@ -9,7 +9,7 @@ import click
 
 from refdet.training.joining import in_all_processes
 
-from .arguments import check_device, check_images, check_new_folder, check_run_directory, check_text_file
+from .arguments import check_device, check_images, check_run_directory, check_text_file, check_writable_folder
 from .common import echo_json, echo_table, exif_option, json_option
 from .estimate_table import print_estimate
 
@@ -63,7 +63,7 @@ def command(
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
     if out is not None:
-        check_new_folder("--out", out, empty=False)
+        check_writable_folder("--out", out, must_be_empty=False)
     check_text_file("--instances", instances, "an instances JSON")
     check_images("--images", images)
     if val_instances is not None:

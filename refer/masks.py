@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .errors import ReferDataError
-from .rle import covered_pixels
+from .rle import total_run_lengths
 
 _MAX_PIXELS = 2**28
 # pycocotools stores every step of a fifth of a pixel along the edges of a polygon, so distant or very long polygons
@@ -108,11 +108,11 @@ def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
 
 
 def rle_pixels(counts: str | bytes) -> int:
-    """Number of pixels that a compressed RLE covers, inside and outside its mask; -1 if it is invalid.
+    """Sum of the runs of a compressed RLE, inside and outside the mask: the pixels of its image; -1 if it is invalid.
 
     To be compared with the size of the image before decoding: pycocotools decodes an RLE of another size to garbage, or
     writes out of bounds.
     """
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
-    covered = covered_pixels(np.frombuffer(data, np.uint8), np.array([0, len(data)]))
-    return -1 if covered is None else int(covered[0])
+    totals = total_run_lengths(np.frombuffer(data, np.uint8), np.array([0, len(data)]))
+    return -1 if totals is None else int(totals[0])

@@ -1,4 +1,4 @@
-"""Validate many of COCO's compressed RLEs at once and count the pixels they cover.
+"""Validate many of COCO's compressed RLEs at once and add up their runs.
 
 The encoding is that of rleFrString in COCO's maskApi.c: groups of five bits, lowest first, as characters from "0", with
 the sixth bit set if more groups follow. From the fourth number of a mask on, each is the difference from the number two
@@ -13,8 +13,8 @@ _MAX_GROUPS = 7  # of five bits; numbers have 32 bits in maskApi.c
 _LIMIT = 2**32
 
 
-def covered_pixels(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
-    """Count the pixels that each of N compressed RLEs covers, inside and outside its mask.
+def total_run_lengths(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
+    """Add up the runs of each of N compressed RLEs, inside and outside the mask: the pixels of its image.
 
     To be compared with the size of the image before decoding: pycocotools decodes an RLE of another size to garbage, or
     writes out of bounds. Vectorized over all masks of an image.

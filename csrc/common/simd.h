@@ -35,7 +35,7 @@ constexpr int64_t kLanes = 16;  // channels in a vector
 
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+using UInt16s = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 // A scalar, for the remaining channels.
 template <typename T>
@@ -51,7 +51,7 @@ REFDET_INLINE void store(const float& from, T* to) {
 REFDET_INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
 
 REFDET_INLINE void load(const c10::BFloat16* from, Floats& to) {
-  Halves bits;
+  UInt16s bits;
   std::memcpy(&bits, from, sizeof bits);
   const Words wide = __builtin_convertvector(bits, Words) << 16;
   std::memcpy(&to, &wide, sizeof to);
@@ -65,7 +65,7 @@ REFDET_INLINE void store(const Floats& from, c10::BFloat16* to) {
   std::memcpy(&bits, &from, sizeof bits);
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const Words is_number = from == from;  // all ones, or 0 for NaN
-  const Halves narrow = __builtin_convertvector((rounded & is_number) | (~is_number & 0x7fc0), Halves);
+  const UInt16s narrow = __builtin_convertvector((rounded & is_number) | (~is_number & 0x7fc0), UInt16s);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -89,7 +89,7 @@ inline bool has_float16() {
 REFDET_INLINE void store(const Floats& from, uint32_t* to) {
   using Float16s = _Float16 __attribute__((vector_size(kLanes * sizeof(_Float16))));
   const Float16s narrow = __builtin_convertvector(from, Float16s);
-  Halves bits;
+  UInt16s bits;
   std::memcpy(&bits, &narrow, sizeof bits);
   Words twice = __builtin_convertvector(bits, Words);
   twice |= twice << 16;

@@ -9,13 +9,15 @@
 
 namespace refdet {
 
-// The largest magnitude of bfloat16 values in each lane, as bits: those of magnitudes sort like the magnitudes.
+// The largest magnitude of bfloat16 values in each lane, as bit patterns, which sort like the nonnegative values that they
+// encode.
 struct MaxMagnitude {
-  Halves bits{};
+  UInt16s bits{};
 
+  // `count` is a multiple of kLanes.
   REFDET_INLINE void update(const c10::BFloat16* values, int64_t count) {
     for (int64_t c = 0; c < count; c += kLanes) {
-      Halves other;
+      UInt16s other;
       std::memcpy(&other, values + c, sizeof other);
       other &= 0x7fff;
       bits = other > bits ? other : bits;
@@ -23,8 +25,8 @@ struct MaxMagnitude {
   }
 };
 
-// The power of two that scales a value to at most `bound`, also a power of two, and at least half of it. 1 if the value
-// is not finite, so that its results are not finite either; at most 2^100, for values near 0.
+// The power of two that scales the largest magnitude into [bound / 2, bound], where `bound` is a power of two. 1 if the
+// magnitude is not finite, so that its results are not finite either; at most 2^100, for magnitudes near 0.
 REFDET_INLINE float scale_to(float bound, const MaxMagnitude& magnitude) {
   int bits = 0, bound_bits;
   for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, static_cast<int>(magnitude.bits[lane]));

@@ -1,4 +1,4 @@
-// Lists the RoIs of each image, so that the backward pass of a position reads only the RoIs of its image.
+// Lists the RoIs of each image, so that in the backward pass each position of a feature map reads only those of its image.
 #pragma once
 
 #include <cstdint>

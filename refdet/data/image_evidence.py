@@ -65,7 +65,7 @@ class Evidence:
         """COCO ids that the image may have; the image is held out if any of them is."""
         return self.coco_numbers | self.bare_numbers | self.possible_ids | _coco_range([self.lookup_number])
 
-    def is_understood(self, ids_confirmed: bool) -> bool:
+    def is_identified(self, ids_confirmed: bool) -> bool:
         """Whether the entry identifies a COCO image, or says that it is not one.
 
         Args:

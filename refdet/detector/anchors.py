@@ -84,8 +84,8 @@ class AnchorGenerator(nn.Module):
             stride_y, stride_x = stride, stride
             if self.torchvision:
                 stride_y, stride_x = (
-                    self.strides[0] * padded_side // side
-                    for padded_side, side in zip(maps[0].shape[-2:], (height, width), strict=True)
+                    self.strides[0] * finest_side // side
+                    for finest_side, side in zip(maps[0].shape[-2:], (height, width), strict=True)
                 )
             ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * stride_y
             xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * stride_x

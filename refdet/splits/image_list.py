@@ -150,7 +150,7 @@ def identify_images(images: Sequence[ImageEntry]) -> list[ImageEntry]:
     for image in images:
         coco_ids = image.evidence.coco_ids
         id_ = min(coco_ids, default=None) if image.id is None else image.id
-        unknown = not image.evidence.is_understood(confirmed)
+        unknown = not image.evidence.is_identified(confirmed)
         identified.append(image._replace(id=id_, coco_ids=coco_ids, unknown=unknown))
     return identified
 

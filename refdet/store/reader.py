@@ -32,7 +32,7 @@ from refdet.store.schema import (
 )
 from refdet.store.writer import StoreWriter, create
 from refdet.structures.regions import Regions
-from refer.rle import covered_pixels
+from refer.rle import total_run_lengths
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ class Store:
         options: options of the extraction.
         run: information about the run that wrote the file, {} if it is not recorded.
         feature_names: names of the features.
-        map_names: names of the maps of whole images.
+        map_names: names of the feature maps of whole images.
         has_masks: whether regions have masks.
         has_ann_ids: whether regions have annotation ids.
         file: the h5py file.
@@ -235,19 +235,21 @@ class Store:
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
-            raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
+            raise ValueError(
+                f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend, or is out of range"
+            )
         masks: np.ndarray = counts[int(starts[0]) : int(starts[-1])]
         # pycocotools would write out of bounds for an RLE that does not match its image
-        covered = covered_pixels(masks, starts - starts[0])
-        if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
+        totals = total_run_lengths(masks, starts - starts[0])
+        if totals is None or (totals != int(self.heights[i]) * int(self.widths[i])).any():
             raise ValueError(
-                f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
+                f"regions/mask_counts: a mask of image {self.image_ids[i]} is invalid, or its runs do not add up to "
                 f"{self.widths[i]}x{self.heights[i]} pixels"
             )
         return masks, np.diff(starts).tolist()
 
     def _read_map(self, name: str, i: int) -> np.ndarray:
-        """A map of the image at position ``i``, (C, H, W)."""
+        """A feature map of the image at position ``i``, (C, H, W)."""
         first, last = self._map_starts[name][i : i + 2].tolist()
         values: np.ndarray = self.data[f"maps/{name}"][first:last]
         shape = self._map_shapes[name][i].tolist()

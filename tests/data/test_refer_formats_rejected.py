@@ -1,4 +1,8 @@
-"""Converting REFER from other formats: names of datasets and splits, and input that is refused with a reason."""
+"""Converting REFER from other formats: names of datasets and splits, and input that is refused with a reason.
+
+`jxu124` and `lmms` (lmms-lab) are accounts at Hugging Face with copies of REFER. A division is what REFER calls a
+`split_by`: one of several ways to divide a dataset into splits.
+"""
 
 import json
 import pickle
@@ -116,6 +120,7 @@ def test_two_divisions_in_one_list_are_separated_by_their_sizes(google_first: bo
     assert part == unc and note == "split 'val' also has the 5,000 refs of refcoco/google/val; they are left out"
     part, note = refs_of_division("refcoco", "google", "val", both)
     assert part == google and "the 3,811 refs of refcoco/unc/val" in note
+    # interleaved, the two cannot be told apart
     assert refs_of_division("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
     assert refs_of_division("refcoco", "unc", "val", unc) == (unc, "")
     test = published_refs(COUNTS["refcoco", "google"]["test"], "test", 0)

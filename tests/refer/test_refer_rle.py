@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from refer.masks import rle_pixels
-from refer.rle import covered_pixels
+from refer.rle import total_run_lengths
 
 INVALID = [b"", b"o", b"\0", b"0\0", b"/", b"p", b"\xff", b"1O", b"N", b"PPPPPPP1", b"oooooo7",
            b"PPPPPP41PPPPPP4"]  # fmt: skip
@@ -37,7 +37,7 @@ def decode_pixels(counts: bytes) -> int:
 def count_pixels(rles: list[bytes]) -> list[int] | None:
     """The number of pixels of each RLE by the vectorized check; None if any is invalid."""
     starts = np.cumsum([0, *map(len, rles)])
-    found = covered_pixels(np.frombuffer(b"".join(rles), np.uint8), starts)
+    found = total_run_lengths(np.frombuffer(b"".join(rles), np.uint8), starts)
     return None if found is None else found.tolist()
 
 
@@ -83,9 +83,9 @@ def test_a_boundary_within_a_number_is_detected() -> None:
     """If the boundary is one byte off, both RLEs end in the middle of a number."""
     counts = np.frombuffer(encoded([100, 200]) + encoded([300]), np.uint8)
     good = len(encoded([100, 200]))
-    assert covered_pixels(counts, np.array([0, good, len(counts)])) is not None
-    assert covered_pixels(counts, np.array([0, good + 1, len(counts)])) is None
-    assert covered_pixels(counts, np.array([0, 0, len(counts)])) is None
+    assert total_run_lengths(counts, np.array([0, good, len(counts)])) is not None
+    assert total_run_lengths(counts, np.array([0, good + 1, len(counts)])) is None
+    assert total_run_lengths(counts, np.array([0, 0, len(counts)])) is None
 
 
 def test_a_run_beyond_32_bits_is_invalid() -> None:

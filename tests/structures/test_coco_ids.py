@@ -72,6 +72,7 @@ def test_coco_ids_of_an_entry() -> None:
     assert numbers_of({"id": 1, "coco_id": 7, "url": "https://x/VG_100K_2/1.jpg"}, 1) == {7}
     assert numbers_of({"id": 1, "coco_id": None, "url": "https://x/VG_100K_2/1.jpg"}, 1) == frozenset()
     assert numbers_of({"id": 1, "coco_id": None, "file_name": "000000000009.jpg"}, 1) == {9}  # a name of COCO
+    # a coco_id does not say which file is read, so next to a file name without a number the id counts too
     assert numbers_of({"id": 1, "coco_id": None, "file_name": "x.jpg"}, 1) == {1}
     assert numbers_of({"id": 1, "cocoid": 7, "filename": "000000000007.jpg"}, 1) == {7}  # the keys of Karpathy's splits
     assert numbers_of({"id": 1, "coco_id": 7}, 1) == {7}
@@ -100,24 +101,25 @@ def test_a_file_name_is_found_anywhere_in_an_entry(entry: Any, name: str) -> Non
     assert found.coco_ids == (set() if in_sentence and name == "9.jpg" else {9})  # a bare number could be any number
 
 
-def test_an_entry_is_understood_if_each_of_its_images_is() -> None:
-    def is_understood(entry: Any, confirmed: bool = True) -> bool:
-        return evidence_of(entry).is_understood(confirmed)
+def test_an_entry_is_identified_if_each_of_its_images_is() -> None:
+    def is_identified(entry: Any, confirmed: bool = True) -> bool:
+        return evidence_of(entry).is_identified(confirmed)
 
-    assert is_understood({"image": ["000000000009.jpg", "000000000025.jpg"]})
-    assert not is_understood({"image": ["000000000009.jpg", "kitchen.jpg"]})
-    assert is_understood(
+    assert is_identified({"image": ["000000000009.jpg", "000000000025.jpg"]})
+    assert not is_identified({"image": ["000000000009.jpg", "kitchen.jpg"]})
+    assert is_identified(
         {"file_name": "kitchen.jpg", "coco_url": "http://x/000000000009.jpg"}
     )  # two names of one image
-    assert not is_understood({"id": 9, "image": "kitchen.jpg"})
-    assert not is_understood({"id": 9, "image_path": ["a.png"]})
-    assert is_understood({"id": 9, "caption": "a cat"})
-    assert not is_understood({"id": 9, "caption": "a cat"}, confirmed=False)
-    assert is_understood({"coco_id": None, "file_name": "kitchen.jpg"})
-    assert not is_understood({"caption": "a cat"})
-    assert not is_understood({"coco_id": "nine", "file_name": "kitchen.jpg"})
-    assert is_understood({"coco_id": -1}) and is_understood({"coco_id": 3})
-    assert is_understood(9) and is_understood("9") and not is_understood("kitchen.jpg")
+    assert not is_identified({"id": 9, "image": "kitchen.jpg"})
+    assert not is_identified({"id": 9, "image_path": ["a.png"]})
+    assert is_identified({"id": 9, "caption": "a cat"})
+    assert not is_identified({"id": 9, "caption": "a cat"}, confirmed=False)
+    # null and negative numbers say that an image is not one of COCO
+    assert is_identified({"coco_id": None, "file_name": "kitchen.jpg"})
+    assert not is_identified({"caption": "a cat"})
+    assert not is_identified({"coco_id": "nine", "file_name": "kitchen.jpg"})
+    assert is_identified({"coco_id": -1}) and is_identified({"coco_id": 3})
+    assert is_identified(9) and is_identified("9") and not is_identified("kitchen.jpg")
 
 
 def test_ids_are_confirmed_by_names_in_the_same_file() -> None:
@@ -128,7 +130,7 @@ def test_ids_are_confirmed_by_names_in_the_same_file() -> None:
 
     assert confirm((9, 9), (25, None)) and confirm((9, 9), (25, 25), (3, 30))
     assert not confirm((1, None), (2, None))  # no entry has a COCO id
-    # running numbers, as in MDETR's files
+    # sequential ids, as in MDETR's files: not more than half of the entries agree
     assert not confirm((1, 9), (2, 25)) and not confirm((9, 9), (2, 25), (3, 30))
 
 
@@ -147,7 +149,7 @@ def test_ids_are_confirmed_by_names_in_the_same_file() -> None:
         ({"coco_id": None}, None),
         ({"coco_id": 9}, None),
         ({"url": "http://x/VG_100K/7.jpg"}, None),
-        ({"regions": []}, None),
+        ({"regions": []}, None),  # an entry of Visual Genome
     ],
 )
 def test_the_number_that_training_looks_up_is_always_audited(entry: dict[str, Any], number: int | None) -> None:
