@@ -7,12 +7,12 @@
 namespace refdet {
 
 using Bits = unsigned long long;
-constexpr int kChunk = 64;      // candidates processed together: one for each bit of a word
-constexpr int kThreads = 1024;  // per block, a multiple of kChunk
+constexpr int kChunk = 64;                  // candidates processed together: one for each bit of a word
+constexpr int kThreads = 1024;              // per block, a multiple of kChunk
 constexpr int kSlices = kThreads / kChunk;  // threads that share the comparisons of one candidate
-constexpr int kSharedKept = 1024;        // kept boxes of an image that are held in shared memory
-constexpr int64_t kNoImage = INT64_MAX;  // key of a box whose image is not in the batch; sorts it behind all others
-constexpr int64_t kUnpadded = -1;        // a special value of kept_stride; see greedy_kernel
+constexpr int kSharedKept = 1024;           // kept boxes of an image that are held in shared memory
+constexpr int64_t kNoImage = INT64_MAX;     // key of a box whose image is not in the batch; sorts it last
+constexpr int64_t kUnpadded = -1;           // a special value of kept_stride; see greedy_kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Sort keys, whose ascending order is by image (the upper 32 bits), then by descending score (the lower 32 bits). -0
@@ -62,7 +62,8 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
 
 // The candidates of all blocks of a launch: all boxes, in the order in which the blocks visit them. `order` has the
 // indices of the boxes by ascending key: by image, then by descending score. Candidate i is the box
-// order[positions[i]], or, if `positions` is null, order[i]. A box suppresses only boxes of its own group (its class).
+// order[positions[i]], or, if `positions` is null, order[i]. A box suppresses only boxes of its own group, such as a
+// class.
 struct Candidates {
   const float4* boxes;
   const int64_t* groups;  // of each box; null if the boxes of a block are all of one group
@@ -73,7 +74,7 @@ struct Candidates {
 };
 
 // NMS of the candidates begin to end - 1, best first, until `limit` are kept; all kThreads threads of a block call it.
-// Writes the indices of the kept boxes to `kept`, one after another, and, unless `kept_by_position` is null, also there,
+// Writes the indices of the kept boxes to `kept`, one after another, and, if `kept_by_position` is not null, there too,
 // each at the position of the box in `order`. Returns the number of kept boxes.
 inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, int64_t end, int64_t limit, int64_t* kept,
                                         int64_t* kept_by_position) {
