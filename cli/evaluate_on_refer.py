@@ -73,10 +73,13 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     write_recall_figure(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
-        for group, noun in (("comprehension", "sentence"), ("generalized", "sentence"), ("language", "ref")):
-            missing = values.get(group, {}).get("missing", 0)
-            if missing:
-                note(f"{split}: {format_share(missing, values[f'{noun}s'], noun, 'has')} no answer, counted as wrong")
+        for group in ("comprehension", "generalized"):
+            if missing := values.get(group, {}).get("missing", 0):
+                share = format_share(missing, values["sentences"], "sentence", "has")
+                note(f"{split}: {share} no answer, counted as wrong")
+        if missing := values.get("language", {}).get("missing", 0):
+            share = format_share(missing, values["language"]["refs"], "ref", "has")
+            note(f"{split}: {share} no generated expression, scored as an empty one")
         if "language" in values and values["language"]["METEOR"] is None:  # only without Java
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:

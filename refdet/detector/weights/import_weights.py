@@ -51,7 +51,7 @@ class ImportedWeights:
     """Result of an import.
 
     Attributes:
-        kind: human-readable description of the network and of the program that wrote the file.
+        kind: human-readable description of the network and its format.
         recipe: name of the recipe.
         classes: number of object classes.
         numbers: how many numbers the imported parameters and buffers have together.
