@@ -17,7 +17,7 @@ from .common import box_format_option, echo_json, echo_line, echo_table, json_op
 if TYPE_CHECKING:
     import pandas as pd
 
-TITLES = {
+TITLES = {  # group of metrics -> title of its table
     "recall@k": "recall@0.5 with the top k regions",
     "recall@k_with_category": "recall@0.5 with the top k regions, correct category",
     "comprehension": "comprehension: boxes",
@@ -48,9 +48,9 @@ TITLES = {
 def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_writable_folder("--out", out, must_be_empty=False)
-    path = out / "metrics.json"
-    if path.exists():
-        raise InputError(f"{path} exists; choose another --out or remove it")
+    metrics_path = out / "metrics.json"
+    if metrics_path.exists():
+        raise InputError(f"{metrics_path} exists; choose another --out or remove it")
     check_store("--store", options["store"])
     check_refer_root(options["refer_root"], options["dataset"])
     check_not_empty("--split", options["splits"])
@@ -73,10 +73,13 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     write_recall_figure(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
-        for group, noun in (("comprehension", "sentence"), ("generalized", "sentence"), ("language", "ref")):
-            missing = values.get(group, {}).get("missing", 0)
-            if missing:
-                note(f"{split}: {format_share(missing, values[f'{noun}s'], noun, 'has')} no answer, counted as wrong")
+        for group in ("comprehension", "generalized"):
+            if missing := values.get(group, {}).get("missing", 0):
+                share = format_share(missing, values["sentences"], "sentence", "has")
+                note(f"{split}: {share} no answer, counted as wrong")
+        if missing := values.get("language", {}).get("missing", 0):
+            share = format_share(missing, values["language"]["refs"], "ref", "has")
+            note(f"{split}: {share} no generated expression, scored as an empty one")
         if "language" in values and values["language"]["METEOR"] is None:  # only without Java
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
@@ -97,7 +100,7 @@ def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]],
 
     recall = by_group["referent_recall"]
     columns = {
-        **by_group["counts"],
+        **by_group["counts"],  # its columns: images, refs and so on
         "box AP": by_group["detection.bbox"]["AP"],
         "AP50": by_group["detection.bbox"]["AP50"],
         "mask AP": by_group["detection.segm"]["AP"] if "detection.segm" in by_group else float("nan"),
@@ -110,13 +113,13 @@ def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]],
 
 
 def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header, for `echo_table`, of a table with a row per split; a dash stands for NaN, an undefined value."""
-    counts = {"images", "unusable", "refs", "sentences", "missing", "no_target"}
+    """Rows and header, for `echo_table`, of a table with a row per split; a dash for NaN, an undefined metric."""
+    integer_columns = {"images", "unusable", "refs", "sentences", "missing", "no_target"}
 
     def format_cell(column: str, value: float) -> str:
         if math.isnan(value):
             return "-"
-        return f"{value:.0f}" if column in counts else f"{value:.3f}"
+        return f"{value:.0f}" if column in integer_columns else f"{value:.3f}"
 
     rows = [
         (str(split), *(format_cell(str(column), value) for column, value in row.items()))

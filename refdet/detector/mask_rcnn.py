@@ -3,8 +3,8 @@
 Shape shorthand in this module:
 
     B: images in the batch, padded to height H and width W
-    P, K, N: proposals, RoIs and boxes (detections or given boxes) of all images
-    n: boxes of an image
+    P, K, N: proposals, RoIs and boxes (detections or given boxes) of all images together
+    n: boxes of one image
     C, Hi, Wi: channels, height and width of feature map i
 
 Proposals and RoIs are in pixels of the network's input; detections and given boxes in pixels of the original image.
@@ -45,9 +45,9 @@ from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth, PaddedGroundTruth
 
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of dx, dy, dw and dh, of the second stage
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # factors of dx, dy, dw and dh in the second stage
 DEFAULT_FEATURES = ("pool5", "fc7")
-NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})  # features that the box head computes
+NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})  # other features need only the feature maps
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
@@ -56,7 +56,7 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padd
 class _SampledBatch:
     """Intermediate results from which the losses of a batch are computed."""
 
-    maps: list[Tensor]  # (B, C, Hi, Wi)
+    maps: list[Tensor]  # feature maps (B, C, Hi, Wi)
     rpn_sums: dict[str, Tensor]  # sum of each loss term of the RPN
     sampled: SampledRois
     mask_rois: PositiveRois  # positive RoIs whose object has a mask
@@ -67,7 +67,7 @@ class MaskRCNN(nn.Module):
     """Mask R-CNN: `compute_losses` in training; `predict` and `extract_features` in eval mode.
 
     Args:
-        recipe: architecture; ``recipe.model.norm`` must be frozen or batch.
+        recipe: architecture; ``recipe.model.norm`` must be frozen or batch, no longer auto.
         classes: number of object classes, without background.
     """
 
@@ -80,7 +80,7 @@ class MaskRCNN(nn.Module):
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
         self.backbone = build_backbone(model, norm)
-        channels = self.backbone.channels
+        channels = self.backbone.channels  # of the stages: conv2 to conv5 of a ResNet
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
             levels: list[tuple[float, ...]] = [(size,) for size in model.anchor_sizes]
@@ -94,11 +94,11 @@ class MaskRCNN(nn.Module):
         self.rpn = RegionProposalNetwork(map_channels, model, anchors, recipe.proposals, self.convention)
         self.head: RoiHead
         if model.neck != "c4":
-            self.head = StandardHead(map_channels, model, classes, map_strides[:4])
+            self.head = StandardHead(map_channels, model, classes, map_strides[:4])  # ignores a fifth map
         elif model.backbone == "vgg16":
             self.head = VGGHead(map_channels, model, classes)
         else:
-            conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
+            conv5 = self.backbone.get_submodule("layer4")  # moves to the head, which applies it to RoIs
             delattr(self.backbone, "layer4")
             self.head = C4Head(conv5, channels[3], model, classes)
         if model.norm == "frozen":  # freeze the first layers too, as detectron2 does with FREEZE_AT=2
@@ -106,7 +106,7 @@ class MaskRCNN(nn.Module):
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> maps (B, C, Hi, Wi): conv4, the dilated conv5, or the pyramid's five levels."""
+        """Images (B, 3, H, W) -> maps (B, C, Hi, Wi): the one of c4 or dc5, or the five of the pyramid."""
         if self.neck is None:
             return [self.backbone(images, 4 if self.recipe.model.neck == "dc5" else 3)[-1]]
         return self.neck(self.backbone(images, 4))
@@ -127,9 +127,9 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalized and zero-padded at the bottom and right.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
             targets: annotated objects of each image, on the CPU.
-            generator: source of two seeds per image, for sampling anchors and RoIs. A generator on the CPU gives the
-                same samples on every device.
-            reduce_counts: sums the counts, by which the terms are divided, over all batches of a step.
+            generator: source of two seeds per image, for sampling anchors and RoIs; None for PyTorch's global one. A
+                generator on the CPU gives the same samples on every device.
+            reduce_counts: sums the counts that the terms are divided by over all batches of a training step.
         """
         batch = self._sample(images, sizes, targets, generator)
         maps, rois, labels = batch.maps, batch.sampled.rois, batch.sampled.labels
@@ -158,7 +158,7 @@ class MaskRCNN(nn.Module):
     def _sample(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
     ) -> _SampledBatch:
-        """Compute the first stage and its losses, and sample the RoIs of the second stage."""
+        """Compute the first stage (the RPN) and its losses, and sample the RoIs of the second stage."""
         truth = PaddedGroundTruth.pad(targets, images.device)
         anchor_seeds, roi_seeds = to_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
@@ -173,11 +173,11 @@ class MaskRCNN(nn.Module):
     def _mask_loss(
         self, pooling_rois: Tensor, features: RoiFeatures, batch: _SampledBatch, targets: Sequence[GroundTruth]
     ) -> Tensor:
-        """Sum of the binary cross entropy over the mask pixels of positive RoIs, in the masks of their classes."""
+        """Binary cross entropy, summed over the pixels of the mask of each positive RoI's own class."""
         positive, size = batch.mask_rois, self.head.mask_size
         rows = to_device(positive.row, pooling_rois.device)
         logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
-        # computed on the host while the GPU works
+        # computed on the CPU while the GPU computes the logits
         image_targets = [
             compute_mask_targets(boxes, objects, target, size, self.convention)
             for (boxes, objects), target in zip(positive.split_by_image(len(targets)), targets, strict=True)
@@ -294,7 +294,7 @@ class MaskRCNN(nn.Module):
         labels: Tensor | None,
         names: Sequence[str],
     ) -> BatchFeatures:
-        """`extract_features` of all boxes (N, 4) and labels (N,), from the maps of `RoiHead.precompute`."""
+        """`extract_features` of all boxes (N, 4) and labels (N,), from maps that may be of `RoiHead.precompute`."""
         with self.timed("features and masks"):
             image_index = _image_indices(counts, images.device)
             scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image_index])
@@ -321,10 +321,10 @@ class MaskRCNN(nn.Module):
         return BatchFeatures(counts, features, masks, feature_map, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """RoIs (K, 5) as the recipe's pooling takes them, from half-open rois (K, 5)."""
+        """RoIs (K, 5) with corners as the recipe's pooling takes them, from half-open rois (K, 5)."""
         corners = self.convention.pooling_corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
-            # the reference (lichengunc/mask-faster-rcnn) maps the first and last pixel to the first and last position
+            # lichengunc/mask-faster-rcnn maps the image's first and last pixel to the map's; pooling divides by stride
             scale_y, scale_x = (
                 (positions - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for positions, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
@@ -344,7 +344,7 @@ def _to_rois(image_index: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (x, y) (B, 2) and original sizes (width, height) (B, 2), in the dtype and on the device of `like`."""
+    """Scales (x, y) and original sizes (width, height), (B, 2) each, in the dtype and on the device of `like`."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
     scales, limits = to_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
     return scales, limits

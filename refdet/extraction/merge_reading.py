@@ -21,7 +21,7 @@ from refdet.structures.regions import Regions
 _GROUP_BYTES, _GROUP_IMAGES = 2**23, 32
 _GROUPS_AHEAD = 1  # groups that are read while one is written
 
-ReadImage = Regions | EncodedImage | RawImage
+ReadImage = Regions | EncodedImage | RawImage  # what `ImageToMerge.read` returns
 
 
 class ImageToMerge(NamedTuple):
@@ -29,7 +29,7 @@ class ImageToMerge(NamedTuple):
 
     Attributes:
         row: row of the image in the new store.
-        read: reads the image, with the given reader if it is in a shard.
+        read: reads the image; uses the given reader, which reuses memory, if the image is in a shard.
     """
 
     row: ImageRow
@@ -44,7 +44,7 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
         columns: columns of the store.
 
     Yields:
-        The images of the next group; their arrays are valid until the group after it is requested.
+        The images of the next group. Requesting another group may overwrite their arrays.
     """
     reader = ImageReader(columns, _GROUP_BYTES, _GROUPS_AHEAD + 1)
 
@@ -67,6 +67,7 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
 
 
 def _split_into_groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
+    """Split images into consecutive groups within the limits above."""
     bytes_per_region, itemsize = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
     group: list[ImageToMerge] = []
     group_bytes = 0

@@ -3,8 +3,9 @@
 Which shards a part computes depends only on its number and the number of parts, a shard is written atomically, and a
 shard has the same contents whichever process computes it, so the store is correct even on file systems without locks.
 Where there are locks, they keep two processes from computing the same part, and a part from starting during a merge: a
-part holds its own lock as long as it runs, and the lock of the folder for a moment when it starts, and while it merges.
-While one process holds the lock of the folder, others can only add shards, so once all shards exist none is computing.
+part holds its own lock as long as it runs, and the lock of the folder while it starts, while it removes shards to
+compute them again, and while it merges. While one process holds the lock of the folder, the others can only add shards,
+so if all shards exist, no other process is computing any.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from refdet.store import Header
 
 log = logging.getLogger(__name__)
 
-MERGING = "merging.json"  # names the merging part; keeps others from merging on file systems without locks
+MERGING = "merging.json"  # says which part merges; on file systems without locks it keeps the others from merging
 _LOCK_TIMEOUT = 60.0  # seconds to wait while another part starts or merges
-_SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # file name of a finished or, with a dot, of a temporary shard
+_SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # file name of a finished shard or, with a dot, a temporary one
 
 MakeBatches = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
 
@@ -93,7 +94,7 @@ def extract_part(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of the network.
+        compute_seconds: called at the end; returns the seconds that each stage of the network took.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -104,7 +105,7 @@ def extract_part(
         RuntimeFailure: as `refdet.extraction.pipeline.extract`; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    timer: PartTimer | None = None  # stays None if the store is complete
+    timer: PartTimer | None = None  # stays None if the store was complete before
     with open_part(out, plan, header, make_batches, part, fixed_batch_size, shard_images) as shard_set:
         if shard_set is not None:
             timer = PartTimer(shard_set)
@@ -162,14 +163,15 @@ def open_part(
                 return
             part.record_count(folder)
             check_merged_file(out)
-            if not out.exists():  # a later file at `out` could get a recorded inode and be taken for the merged store
+            # Forget the inodes of merged files: a new file at `out` could get one and be taken for the merged store.
+            if not out.exists():
                 (folder / MERGED).unlink(missing_ok=True)
             plan, shards, saved_plan = _agree_on_plan(folder, plan, header, make_batches, shard_images)
-            for path in folder.glob(".*.shard"):  # left by a process that was killed
+            for path in folder.glob(".*.shard"):  # temporary files of a process that was killed
                 match = _SHARD.fullmatch(path.name)
                 if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in part.shards(len(shards)):
                     path.unlink(missing_ok=True)
-        # Without the folder's lock, so that other parts can start while all finished shards are read.
+        # The folder is unlocked by now, so that other parts can start while this one reads its finished shards.
         try:
             shard_set: PartShards | None = PartShards(out, plan, header, shards, saved_plan, part)
         except (OSError, InputError):  # expected only if another part merges and removes the shards meanwhile
@@ -217,9 +219,9 @@ def _agree_on_plan(
 
 
 def _claim_shards(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
-    """List the shards of a part to compute: missing ones, and those with images to try again.
+    """List the shards that a part must compute: missing ones, and finished ones with images to try again.
 
-    The latter are removed from the folder, so that no other part merges them meanwhile.
+    Removes the finished ones from the folder, so that no other part merges them meanwhile.
     """
     numbers = shard_set.missing_shards(retry_ids)
     if retry_ids:
@@ -257,11 +259,11 @@ def _merge_if_last(
                 )
                 return False
             merging_process = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
-            # With the lock, the file can only be left by a process that was killed.
+            # With the lock, a file that exists already is left from a process that was killed, and means nothing.
             if not write_json_once(folder / MERGING, merging_process) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
-            # left by processes that were killed
+            # temporary files of processes that were killed while they merged
             for path in find_temporary_files(out.parent, out.name) if locked else ():
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
@@ -275,7 +277,7 @@ def _merge_if_last(
                     lambda: run_information(shard_set, timer, compute_seconds) | {"parts": shard_set.part.count},
                 )
             return True
-    except Locked:  # until the timeout, so another part is merging
+    except Locked:  # for longer than a part takes to start, so another part is merging
         log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
         return False
     except FileNotFoundError:
@@ -285,7 +287,7 @@ def _merge_if_last(
 
 
 def _damaged_shards_error(folder: Path, damaged: Sequence[int], part_count: int) -> RuntimeFailure:
-    """The error of a merge that found and removed damaged shards, with the parts to run again."""
+    """The error of a merge that found damaged shards, which are removed by now; names the parts to run again."""
     parts = [Part(number, part_count) for number in sorted({1 + shard % part_count for shard in damaged})]
     return RuntimeFailure(
         f"{folder}: {format_count(len(damaged), 'damaged shard')} removed; check the disk, and run part "

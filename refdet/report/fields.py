@@ -16,12 +16,12 @@ GENERALIZED = ("N-acc", "T-acc", "precision@F1=1,IoU>=0.5", "gIoU", "cIoU")
 
 
 def field(tree: Any, key: str, where: str) -> Any:
-    """The value of a key.
+    """The value at a key.
 
     Args:
         tree: a JSON object.
         key: the key.
-        where: the file and the position in it, for error messages.
+        where: the file and the place in it, with which error messages start.
 
     Raises:
         InputError: ``tree`` is not an object, or lacks the key.
@@ -48,7 +48,7 @@ def count(tree: Any, key: str, where: str) -> int:
 
 
 def optional_number(tree: Any, key: str, where: str) -> float | None:
-    """The finite number at a key, or None for null, which stands for an undefined metric; InputError otherwise."""
+    """The finite number at a key, or None if it is null, for an undefined metric; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
         raise InputError(f"{where}: {shorten(key)!r} must be a number, not {short_repr(value)}")
@@ -84,6 +84,7 @@ def check_metrics(metrics: Any, where: str) -> None:
         raise InputError(f"{where}: 'splits' must be an object with at least one split, not {short_repr(splits)}")
     for name, values in splits.items():
         _check_split(values, f"{where}, split {shorten(name)}")
+    # the keys of recall@k are numbers of regions
     region_counts = [list(values["recall@k"]) for values in splits.values()]
     if any(other != region_counts[0] for other in region_counts):
         raise InputError(f"{where}: 'recall@k' must have the same numbers of regions in every split")

@@ -1,4 +1,4 @@
-"""Opened stores with their REFER datasets and metrics."""
+"""Pair stores with metrics of evaluate-on-refer, and open each pair (a part of the report) with its REFER dataset."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenPart:
-    """An opened `ReferPart`.
+    """A `ReferPart` whose store and REFER dataset are open.
 
     Attributes:
         store: the store, None for metrics alone.
-        refer: the REFER dataset of the store; None if the store has none, or the REFER data was not given.
+        refer: the REFER dataset of the store; None without a store, if the store has none, or if the REFER data was not
+            given.
         dataset: dataset and split_by, such as "refcoco/unc", of the store or the metrics; "" without a dataset.
-        splits: the splits to show.
+        splits: the splits to show: those of the metrics, or those whose images are all in the store.
         metrics: the metrics of evaluate-on-refer, None if there are none.
         predictions: JSON of a model's answers, None if there are none.
         protocol: how the metrics compare boxes.
@@ -51,11 +52,11 @@ class OpenPart:
 
     @property
     def has_scenes(self) -> bool:
-        """Whether refs can be shown, which needs one object per ref, unlike in gRefCOCO."""
+        """Whether refs can be drawn on their images. Those of gRefCOCO cannot, as they have any number of objects."""
         return self.store is not None and self.refer is not None and not targets.is_generalized(self.refer.data["refs"])
 
     def count_refs(self) -> int:
-        """Number of refs in `splits`, whether their images are usable or not; 0 without a REFER dataset."""
+        """Number of refs in `splits`, including those on unusable images; 0 without a REFER dataset."""
         return 0 if self.refer is None else sum(ref["split"] in self.splits for ref in self.refer.data["refs"])
 
 
@@ -67,8 +68,9 @@ def pair_up(
     Args:
         paths: the stores.
         metrics: contents of metrics.json files of evaluate-on-refer.
-        predictions: answers that refer to the first store.
-        dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for what each was extracted for.
+        predictions: a model's answers, whose regions are those of the first store; None if there are none.
+        dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for that which each was extracted
+            for.
 
     Raises:
         InputError: a store is missing, or a store or metrics are damaged.
@@ -81,11 +83,12 @@ def pair_up(
         with stores.open(path) as store:
             names.append(dataset or dataset_of(store))
             provenances.append(store.provenance)
-    chosen: dict[int, Mapping[str, Any]] = {}  # index of a store -> its metrics
+    chosen: dict[int, Mapping[str, Any]] = {}  # index of a store -> the metrics paired with it
     # a single store and its metrics belong together, even if the store does not say for which dataset it was extracted
     if len(paths) == len(metrics) == 1 and dataset in ("", _dataset_name(unpaired[0])):
         chosen[0] = unpaired.pop()
-    # first pair metrics with a store of their own detector, so that no other store of the dataset takes them
+    # Pair metrics with stores of the same detector first, so that no other store of the dataset takes them. Then
+    # pair the rest by the dataset alone.
     for same_detector_only in (True, False):
         for index, (name, provenance) in enumerate(zip(names, provenances, strict=True)):
             for entry in unpaired:
@@ -112,7 +115,7 @@ def dataset_of(store: Store) -> str:
 
 
 def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
-    """Open the store of a part, and evaluate it on REFER if it has no metrics yet and that is possible.
+    """Open the store of a part, and evaluate it on REFER where possible if it lacks metrics, or metrics of its answers.
 
     Args:
         stack: exit stack that closes the store.
@@ -120,7 +123,8 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         refer_root: folder of the REFER data, None if not given.
 
     Raises:
-        InputError: a file is missing or damaged, or predictions come without their store or refs.
+        InputError: a file is missing or damaged; or there are predictions, but no store, no REFER dataset or no split
+            to evaluate them on.
         refer.ReferError: the refs cannot be read.
     """
     store = None if part.store is None else stack.enter_context(stores.open(part.store))
@@ -143,14 +147,14 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
     if metrics is None and part.predictions is None and not (refer_root / dataset).is_dir():
-        # the store's image list is named like a dataset but is none: "a/b/c"
+        # the store was extracted for a list of images whose name, such as "a/b/c", only looks like a dataset's
         return OpenPart(store, None, name, (), None, None)
     refer = REFER(refer_root, dataset, split_by)
     splits = split_names(metrics) if metrics else _complete_splits(store, refer)
     if part.predictions is not None and not splits:
         raise InputError(
-            f"{part.predictions}: {store.path} has all images of no split of {name} but train, so its answers cannot "
-            "be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
+            f"{part.predictions}: {store.path} lacks images of every split of {name} except train, so the answers "
+            "cannot be evaluated; give the metrics of evaluate-on-refer for the splits that it has"
         )
     protocol: Protocol = metrics.get("protocol", "standard") if metrics else "standard"
     box_format: str = metrics.get("box_format", DEFAULT_FORMAT) if metrics else DEFAULT_FORMAT
@@ -174,12 +178,12 @@ def _has_answers(metrics: Mapping[str, Any]) -> bool:
 
 
 def _is_of_another_detector(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
-    """Whether metrics have a provenance, but not that of a store."""
+    """Whether metrics have a provenance that differs from the store's."""
     return metrics.get("provenance", provenance) != provenance
 
 
 def _complete_splits(store: Store, refer: REFER) -> list[str]:
-    """The splits, except train, whose images are all in a store; val first."""
+    """The splits other than train whose images are all in the store; val first."""
     refs = refer.data["refs"]
     incomplete = {ref["split"] for ref in refs if ref["image_id"] not in store}
     complete = {ref["split"] for ref in refs} - incomplete - {"train"}

@@ -40,7 +40,7 @@ def test_export_to_mattnet_records_its_sources_and_can_reuse_data_json(tmp_path:
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["files"] == ["ann_feats.h5", "data.h5", "data.json", "det_feats.h5", "dets.json", "masks.json"]
-    assert "has no attribute words" in result.stderr
+    assert "has no attribute words" in result.stderr  # a note
     record = json.loads((out / "provenance.json").read_text())
     assert record["export"] == printed and record["options"]["dataset"] == "refcoco"
     for name, path in (("features", detections), ("annotations", annotations)):
@@ -59,6 +59,7 @@ def test_export_to_npz_creates_the_folder_and_records_the_options(tmp_path: Path
     out = tmp_path / "new" / "out"
     detections = write_store(tmp_path / "d.h5", DETECTIONS)
     result = run("--store", detections, "--format", "npz", "--out", out, "--names", "id", "--feature", "pool5")
+    # format, images, regions and files
     assert (result.exit_code, result.stdout.splitlines()[1].split()) == (0, ["npz", "3", "5", "*.npz"])
     assert {path.name for path in out.iterdir()} == {"3.npz", "4.npz", "5.npz", "provenance.json"}
     options = json.loads((out / "provenance.json").read_text())["options"]
@@ -100,9 +101,9 @@ def test_an_existing_out_folder_must_be_empty(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert run("--store", detections, "--format", "npz", "--out", out).exit_code == 0
-    kept = sorted(out.iterdir())
+    exported = sorted(out.iterdir())
     result = run("--store", detections, "--format", "npz", "--out", out)
-    assert result.exit_code == 2 and "not an empty folder" in result.stderr and sorted(out.iterdir()) == kept
+    assert result.exit_code == 2 and "not an empty folder" in result.stderr and sorted(out.iterdir()) == exported
     assert "not an empty folder" in run("--store", detections, "--format", "npz", "--out", detections).stderr
     assert "no such file" in run("--store", tmp_path / "no.h5", "--format", "npz", "--out", tmp_path / "o").stderr
 

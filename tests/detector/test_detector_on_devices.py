@@ -1,4 +1,7 @@
-"""The whole detector on a GPU equals that on the CPU: regions, given boxes, losses and gradients; and is repeatable."""
+"""The whole detector computes the same on a GPU as on the CPU, and the same each time.
+
+Compared are detections, features of given boxes, losses and gradients.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from detector_examples import PYRAMID, VARIANTS, ground_truth, small_model, some
 from devices import is_gpu, on_devices, runs, variants_on_devices
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from trained_models import VARIANTS as TRAINED
+from trained_models import VARIANTS as TRAINED_VARIANTS
 from trained_models import saved_model
 
 import refdet
@@ -34,19 +37,20 @@ IMAGES = [*some_images(3), *some_images(2, 60, 50), *some_images(1, 200, 130)]
 
 
 @pytest.fixture(scope="module")
-def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run directory of a variant of `TRAINED`."""
+def run_folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that returns the run directory of a variant of `TRAINED_VARIANTS`."""
     made: dict[str, Path] = {}
 
-    def run(variant: str) -> Path:
+    def run_folder(variant: str) -> Path:
         if variant not in made:
-            made[variant] = saved_model(tmp_path_factory.mktemp(variant) / "run", *TRAINED[variant][0])
+            made[variant] = saved_model(tmp_path_factory.mktemp(variant) / "run", *TRAINED_VARIANTS[variant][0])
         return made[variant]
 
-    return run
+    return run_folder
 
 
 def features_of(variant: str) -> tuple[str, ...]:
+    """The features that are compared: all that the variant has, but of a pyramid only those of a vector per box."""
     names = FEATURES[:3] if variant == "fpn" else FEATURES
     return tuple(name for name in names if (variant, name) != ("vgg16", "spatial_fc7"))  # its fc7 is a linear layer
 
@@ -68,10 +72,10 @@ def assert_same_bits(found: Sequence[refdet.Regions], expected: Sequence[refdet.
             np.testing.assert_array_equal({**one.features, **one.maps}[name], values)
 
 
-@variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
-def test_detections_equal_those_of_the_cpu(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+@variants_on_devices(TRAINED_VARIANTS, {"basic-blocks", "fpn"})
+def test_detections_equal_those_of_the_cpu(device: str, variant: str, run_folder_of: Callable[[str], Path]) -> None:
     def detect(where: str) -> list[refdet.Regions]:
-        detector = refdet.load_detector(runs_of(variant), device=where)
+        detector = refdet.load_detector(run_folder_of(variant), device=where)
         return detector.detect(IMAGES, score_threshold=0.1, max_regions=50, features=features_of(variant))
 
     expected, (found, again, on_side_stream) = detect("cpu"), runs(lambda: detect(device), device)
@@ -81,30 +85,30 @@ def test_detections_equal_those_of_the_cpu(device: str, variant: str, runs_of: C
     assert_same_bits(on_side_stream, found)
 
 
-@variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
+@variants_on_devices(TRAINED_VARIANTS, {"basic-blocks", "fpn"})
 def test_features_of_given_boxes_equal_those_of_the_cpu(
-    device: str, variant: str, runs_of: Callable[[str], Path]
+    device: str, variant: str, run_folder_of: Callable[[str], Path]
 ) -> None:
     def describe(where: str) -> list[refdet.Regions]:
-        detector, labels = refdet.load_detector(runs_of(variant), device=where), [[1, 3, 7, 44], [3]]
+        detector, labels = refdet.load_detector(run_folder_of(variant), device=where), [[1, 3, 7, 44], [3]]
         return detector.describe(IMAGES[:2], [BOXES, BOXES[:1]], category_ids=labels, features=features_of(variant))
 
     expected, (found, again, _) = describe("cpu"), runs(lambda: describe(device), device)
     for ours, theirs in zip(found, expected, strict=True):
         for name in features_of(variant):
             one, other = ({**r.features, **r.maps}[name] for r in (ours, theirs))
-            assert row_difference(*map(torch.from_numpy, (one, other))) <= MAX_DIFFERENCE, (
-                name
-            )  # rows are boxes, or channels of the map
+            # the rows are boxes, or channels of the map
+            assert row_difference(*map(torch.from_numpy, (one, other))) <= MAX_DIFFERENCE, name
         for mask, other in zip(ours.rles(), theirs.rles(), strict=True):
+            # in a small mask, one pixel that lies on the threshold changes the IoU a lot
             assert coco_mask.iou([mask], [other], [0])[0, 0] > 0.99 or coco_mask.area(other) < 50
     assert_same_bits(again, found)
 
 
 @pytest.mark.parametrize("variant", ["basic-blocks", "crop", "fpn"])
-def test_features_of_boxes_off_by_a_tenth_of_a_pixel_differ(variant: str, runs_of: Callable[[str], Path]) -> None:
+def test_features_of_boxes_off_by_a_tenth_of_a_pixel_differ(variant: str, run_folder_of: Callable[[str], Path]) -> None:
     """So the comparison above detects a kernel that samples the map at slightly wrong positions."""
-    detector, names = refdet.load_detector(runs_of(variant), device="cpu"), ("pool5", "fc7")
+    detector, names = refdet.load_detector(run_folder_of(variant), device="cpu"), ("pool5", "fc7")
     moved = np.array(BOXES[:2]) + [[0.1, 0, 0.1, 0]]
     found, expected = (detector.describe(IMAGES[0], boxes, features=names) for boxes in (moved, BOXES[:2]))
     for name in names:
@@ -113,8 +117,8 @@ def test_features_of_boxes_off_by_a_tenth_of_a_pixel_differ(variant: str, runs_o
 
 @on_devices
 @pytest.mark.parametrize("count", [0, 1])
-def test_images_without_boxes(device: str, count: int, runs_of: Callable[[str], Path]) -> None:
-    detector = refdet.load_detector(runs_of("c4"), device=device)
+def test_images_without_boxes(device: str, count: int, run_folder_of: Callable[[str], Path]) -> None:
+    detector = refdet.load_detector(run_folder_of("c4"), device=device)
     none, some = detector.describe(IMAGES[:2], [[], BOXES[:count]])
     assert len(none) == 0 and len(some) == count and none.features["fc7"].shape == (0, some.features["fc7"].shape[1])
     assert [len(found) for found in detector.detect(IMAGES[:2], score_threshold=1.0)] == [0, 0]
@@ -124,10 +128,10 @@ def test_images_without_boxes(device: str, count: int, runs_of: Callable[[str], 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["c4", "fpn"])
 def test_other_precisions_are_close_to_float32(
-    device: str, precision: str, variant: str, runs_of: Callable[[str], Path]
+    device: str, precision: str, variant: str, run_folder_of: Callable[[str], Path]
 ) -> None:
-    exact = refdet.load_detector(runs_of(variant), device="cpu").describe(IMAGES[0], BOXES[:3])
-    rough = refdet.load_detector(runs_of(variant), device=device, precision=precision)
+    exact = refdet.load_detector(run_folder_of(variant), device="cpu").describe(IMAGES[0], BOXES[:3])
+    rough = refdet.load_detector(run_folder_of(variant), device=device, precision=precision)
     assert not is_gpu(device) or rough.precision == precision
     one, other = exact.features["fc7"], rough.describe(IMAGES[0], BOXES[:3]).features["fc7"]
     cosine = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
@@ -137,8 +141,8 @@ def test_other_precisions_are_close_to_float32(
 
 
 @on_devices
-def test_weights_that_yield_nan_are_an_error(device: str, runs_of: Callable[[str], Path]) -> None:
-    detector = refdet.load_detector(runs_of("c4"), device=device)
+def test_weights_that_yield_nan_are_an_error(device: str, run_folder_of: Callable[[str], Path]) -> None:
+    detector = refdet.load_detector(run_folder_of("c4"), device=device)
     for parameter in detector._model.rpn.parameters():
         parameter.data.fill_(float("nan"))
     with pytest.raises(RuntimeFailure, match="contain NaN or inf"):
@@ -146,19 +150,19 @@ def test_weights_that_yield_nan_are_an_error(device: str, runs_of: Callable[[str
 
 
 @pytest.mark.gpu(count=2)
-def test_detectors_on_two_gpus_used_in_turn(runs_of: Callable[[str], Path]) -> None:
+def test_detectors_on_two_gpus_used_in_turn(run_folder_of: Callable[[str], Path]) -> None:
     """Each detector computes on its own GPU, whichever is the current one."""
-    detectors = [refdet.load_detector(runs_of("c4"), device=name) for name in ("cuda:0", "cuda:1")]
-    assert torch.cuda.current_device() == 1
+    detectors = [refdet.load_detector(run_folder_of("c4"), device=name) for name in ("cuda:0", "cuda:1")]
+    assert torch.cuda.current_device() == 1  # the one of the detector loaded last
     for _ in range(2):
         first, second = (detector.describe(IMAGES[0], BOXES) for detector in detectors)
         np.testing.assert_allclose(first.features["fc7"], second.features["fc7"], rtol=1e-4, atol=1e-5)
 
 
 def truths() -> list[GroundTruth]:
-    """One object, two objects and none, each beside a crowd."""
+    """The objects of three images: one object, two and none, each beside a crowd."""
     objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)], []], [[2], [4, 1], []]
-    return [ground_truth(boxes, of_image, [[0, 0, 9, 9]]) for boxes, of_image in zip(objects, labels, strict=True)]
+    return [ground_truth(*pair, crowds=[[0, 0, 9, 9]]) for pair in zip(objects, labels, strict=True)]
 
 
 def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

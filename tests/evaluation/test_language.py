@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from evaluate_examples import regions, write_refer, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refdet.cli.main import main
 from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation import language
 from refdet.evaluation.language import Scorers, load_expressions
@@ -127,6 +129,11 @@ def test_expressions_are_scored_per_split(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["val"]["language"]["BLEU-2"] == pytest.approx(1) and found["val"]["language"]["missing"] == 0
     assert found["testA"]["language"]["BLEU-1"] < 1e-6 and found["testA"]["language"]["missing"] == 1
     assert "comprehension" not in found["val"]
+    arguments = ["--store", tmp_path / "a.h5", "--refer-root", root, "--dataset", "toy", "--split-by", "me",
+                 "--expressions", path, "--out", tmp_path / "out"]  # fmt: skip
+    result = CliRunner().invoke(main, ["evaluate-on-refer", *map(str, arguments)], catch_exceptions=False)
+    assert "testA: 1 of 1 ref has no generated expression, scored as an empty one" in result.stderr
+    assert "counted as wrong" not in result.stderr
 
 
 @pytest.mark.parametrize(

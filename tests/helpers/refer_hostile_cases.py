@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from refer_examples import GREFS, INSTANCES, REFS, ref
 
-CANARY = "canary"  # file in the working directory that the code in the pickles would create
+CANARY = "canary"  # file in the working directory that the pickles would create if their code ran
 COMMAND = f"touch {CANARY}"
 
 
@@ -19,12 +19,12 @@ class Case(NamedTuple):
     """Files and their expected result.
 
     Attributes:
-        refs: value or bytes of the refs file.
-        instances: value or bytes of instances.json.
+        refs: the refs file: its bytes, or a value to write to it.
+        instances: instances.json: its bytes, or a value to write to it.
         refs_good: whether reading the refs must succeed.
         good: whether reading the whole dataset must succeed.
         name: name of the refs file.
-        protocol: protocol of the pickle.
+        protocol: protocol of the pickle, if ``refs`` is a value.
         says: text that the error must contain.
     """
 
@@ -38,6 +38,7 @@ class Case(NamedTuple):
 
 
 def text(string: str) -> bytes:
+    """The pickle opcode SHORT_BINUNICODE, which pushes a short string."""
     return b"\x8c" + bytes([len(string)]) + string.encode()
 
 
@@ -77,6 +78,7 @@ def pickles_with_code() -> Iterator[tuple[str, Case]]:
             }  # fmt: skip
         for flavour, data in flavours.items():
             yield f"{module}.{name} {flavour}", Case(data, says=says)
+    # the fixture `folder` of the test registers os.system as extension 0xf0
     for flavour, data in {
         "EXT1": b"\x82\xf0" + argument + b"\x85R.", "EXT2": b"\x83\xf0\x00" + argument + b"\x85R.",
         "EXT4": b"\x84\xf0\x00\x00\x00" + argument + b"\x85R.", "PERSID": b"P" + COMMAND.encode() + b"\n.",
@@ -87,6 +89,7 @@ def pickles_with_code() -> Iterator[tuple[str, Case]]:
 
 
 def cut_files() -> Iterator[tuple[str, Case]]:
+    """The beginnings of good files."""
     for protocol in range(6):
         whole = pickle.dumps(REFS, protocol)
         for tenth in range(10):
@@ -101,15 +104,18 @@ def cut_files() -> Iterator[tuple[str, Case]]:
             )
 
 
+# name -> a value that is wrong for most fields; as a signed integer, 2**64 - 1 has 65 bits, and 72 in a pickle's bytes
 WRONG = {"nothing": None, "text": "3", "a fraction": 3.0, "true": True, "a list": [3], "an empty list": [],
          "a dictionary": {}, "bytes": b"3", "a tuple": (3,), "a set": {3}, "65 bits": 2**64 - 1}  # fmt: skip
 
 
 def wrong_types() -> Iterator[tuple[str, Case]]:
+    """Fields of refs and sentences, and whole refs and sentences, that have the wrong type or are missing."""
     fields = {"ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list,
               "file_name": str, "sent_ids": list}  # fmt: skip
     for field, kind in fields.items():
         for name, value in WRONG.items():
+            # the text and the empty list are right where text or a list is expected
             right = type(value) is kind and value in ("3", [])
             if not (right or (name, field) == ("a list", "sent_ids")):
                 yield f"ref {field} is {name}", Case([REFS[0], REFS[1] | {field: value}], says="ref", protocol=4)
@@ -135,6 +141,7 @@ def wrong_types() -> Iterator[tuple[str, Case]]:
 
 
 def strange_structures() -> Iterator[tuple[str, Case]]:
+    """Recursive, repeated, deep and huge values."""
     itself: list[Any] = []
     itself.append(itself)
     loop = dict(REFS[0])
@@ -143,7 +150,7 @@ def strange_structures() -> Iterator[tuple[str, Case]]:
     extra["extra"] = extra
     inside = dict(REFS[0])
     inside["split"] = inside
-    laughs: list[Any] = ["ha"]
+    laughs: list[Any] = ["ha"]  # small in a pickle, which writes a repeated list once, but 2**60 strings in full
     for _ in range(60):
         laughs = [laughs, laughs]
     deep: dict[str, Any] = {}
@@ -183,6 +190,7 @@ def strange_structures() -> Iterator[tuple[str, Case]]:
 
 
 def strange_encodings() -> Iterator[tuple[str, Case]]:
+    """Files that are compressed, encoded or formatted in other ways than usual."""
     whole = pickle.dumps(REFS, 2)
     yield "gzip", Case(gzip.compress(whole), says="unknown opcode 0x1f")
     yield "a web page", Case(b"<!DOCTYPE html>\n<title>404</title>", says="not a readable pickle")
@@ -216,7 +224,10 @@ def strange_encodings() -> Iterator[tuple[str, Case]]:
 
 
 def ids_and_instances() -> Iterator[tuple[str, Case]]:
+    """Broken instances.json, and unusual ids."""
+
     def case(change: Callable[[dict[str, Any]], Any], good: bool = False, says: str = "") -> Case:
+        """Good refs with instances that a function changes in place."""
         instances = json.loads(json.dumps(INSTANCES))
         change(instances)
         return Case(instances=instances, refs_good=True, good=good, says=says)

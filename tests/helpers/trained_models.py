@@ -17,7 +17,7 @@ SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "inp
          "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
 CROP = ["model.stride_in_1x1=true", "model.legacy_plus_one=true", "model.legacy_tie_order=true", "input.resize=opencv"]
-# recipe changes, and whether `SplitRes5` replaces res5
+# name -> recipe changes, and whether `SplitRes5` computes conv5 in inference
 VARIANTS: dict[str, tuple[list[str], bool]] = {
     "c4": ([], True),
     "frozen": (["model.norm=frozen"], True),
@@ -40,26 +40,30 @@ def trained_model(*changes: str) -> MaskRCNN:
     with torch.no_grad():
         for name, norm in model.named_modules():
             if isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d)):
+                # the last norms of residual blocks scale less, so that activations do not grow from block to block
                 last = name.endswith(("bn3", "downsample.1"))
                 norm.weight.uniform_(*((0.2, 0.4) if last else (0.8, 1.2)))
                 norm.bias.uniform_(-0.2, 0.2)
                 norm.running_mean.uniform_(-0.3, 0.3)
                 norm.running_var.uniform_(0.5, 2)
         for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
-            layer.weight.mul_(8)
+            layer.weight.mul_(8)  # so that scores and boxes differ clearly from region to region
     return model.eval()
 
 
 def saved_model(folder: Path, *changes: str) -> Path:
     """Write the run directory of a `trained_model`."""
     model = trained_model(*changes)
-    provenance = Provenance("split.json", "", 12, 40, "ab" * 32)
+    provenance = Provenance("split.json", "", images=12, annotations=40, image_ids_sha256="ab" * 32)
     folder.mkdir(parents=True)
-    checkpoint.save(folder, model, checkpoint.CheckpointMetadata(model.recipe, tuple(NAMES.items()), provenance, 5))
+    checkpoint.save(
+        folder, model, checkpoint.CheckpointMetadata(model.recipe, tuple(NAMES.items()), provenance, step=5)
+    )
     return folder
 
 
 def some_images() -> tuple[list[np.ndarray], list[ImageRecord]]:
+    """Two images of noise and their records."""
     random = np.random.default_rng(0)
     images = [random.integers(0, 255, (96, 128, 3), dtype=np.uint8) for _ in range(2)]
     return images, [ImageRecord(i, f"{i}.jpg", 96, 128) for i in range(2)]

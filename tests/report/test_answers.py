@@ -120,7 +120,7 @@ def test_answers_that_cannot_be_evaluated_are_an_error(folder: Path) -> None:
     """The store lacks an image of every split, or there is no such dataset."""
     (folder / "a.h5").unlink()
     write_store(folder / "a.h5", [regions(1, [[10, 10, 30, 30]])], False)
-    for dataset, error, message in (("toy/me", InputError, "has all images of no split"), ("x/y", ReferError, "'x'")):
+    for dataset, error, message in (("toy/me", InputError, "lacks images of every split"), ("x/y", ReferError, "'x'")):
         with ExitStack() as stack, pytest.raises(error, match=message):
             open_part(stack, ReferPart(folder / "a.h5", None, folder / "p.json", dataset), folder / "refer")
 

@@ -31,8 +31,8 @@ from refdet.structures.coco_categories import coco_categories, unused_label_name
 from refdet.structures.known_weights import KnownFile, identify_known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
-WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that also hold other data
-REAL_DTYPES = (
+WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold other data too
+REAL_DTYPES = (  # dtypes that tensors may have
     torch.float32,
     torch.float16,
     torch.bfloat16,
@@ -43,7 +43,7 @@ REAL_DTYPES = (
     torch.int64,
 )
 NUM_COCO_LABELS = 90  # classes of a detector whose labels are COCO's category ids
-MAX_SHARED_NUMBERS = 2**27  # in tensors that share storage; the largest network has half as many
+MAX_SHARED_NUMBERS = 2**27  # of tensors with more numbers than the file has bytes; the largest network has half as many
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class ImportedWeights:
     """Result of an import.
 
     Attributes:
-        kind: human-readable description.
+        kind: human-readable description of the network and its format.
         recipe: name of the recipe.
-        classes: number of categories.
+        classes: number of object classes.
         numbers: how many numbers the imported parameters and buffers have together.
         untrained: prefixes of the parameters that the file does not have.
         provenance: the training data, if known.
@@ -75,13 +75,13 @@ def import_weights(
     Args:
         source: a ``.pth`` written by torch.save, a ``.pkl`` of detectron2, or safetensors.
         out: the run directory to create.
-        trained_on: the split the weights were trained on, if known.
+        trained_on: instances file of the images that the weights were trained on, if known.
         weight_format: "caffe" or "torchvision" for an ImageNet network, "tf-faster-rcnn" or "pytorch-faster-rcnn" for a
             detector with the reference's names; None to detect it.
 
     Raises:
-        InputError: the file cannot be read, is not a state dict, or is an unknown network; `out` exists; or the
-            classes differ from those of `trained_on`.
+        InputError: the file cannot be read, is not a state dict, or is an unknown network; `out` exists and is
+            not an empty folder; or the number of classes does not fit the categories of `trained_on`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"`out` {out} exists; choose another or remove it")
@@ -99,7 +99,7 @@ def import_weights(
     categories = label_categories(converted, source, index)
     provenance = _provenance(source, sha256, known, index)
     meta = CheckpointMetadata(converted.recipe, categories, provenance, 0, converted.missing_prefixes)
-    torch.manual_seed(converted.recipe.train.seed)  # missing tensors start as they would in training
+    torch.manual_seed(converted.recipe.train.seed)  # missing tensors get the values that training would start with
     model = MaskRCNN(converted.recipe, len(categories))
     model.load_state_dict({**model.state_dict(), **converted.tensors})
     out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         reject_unsupported(path, tensors)
         return _check_tensors(tensors, path)
     is_zip = start[:2] == b"PK"
-    description = None if is_zip else describe_file(path)  # a zip is described by its contents, below
+    # The contents of a zip, which are checked below, say more than its first bytes. A pickle is described as PyTorch's.
+    description = None if is_zip else describe_file(path)
     if description is not None and "PyTorch" not in description:
         raise InputError(f"{path}: {description}, not weights of another program")
     if start[257:262] == b"ustar":  # the magic of a tar header
@@ -135,6 +136,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         contents = read_contents(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    # the strings include the names of the tensors
     reject_unsupported(path, contents.strings, [used.name for used in contents.globals if not used.guessed])
     if has_arrays(used.name for used in contents.globals) and not is_zip:
         tree = _read_arrays(path)
@@ -146,7 +148,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 
 
 def _torch_load(path: Path) -> Any:
-    """Read a checked file of torch.save."""
+    """Read a file of torch.save whose pickle imports only what torch.load itself checks."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about old file formats
@@ -158,7 +160,7 @@ def _torch_load(path: Path) -> Any:
 
 
 def _read_arrays(path: Path) -> Any:
-    """Read a pickle of arrays."""
+    """Read a pickle of NumPy arrays, such as detectron2's."""
     try:
         return read_pickle(path)
     except MemoryError:
@@ -172,7 +174,7 @@ def _read_arrays(path: Path) -> Any:
 
 
 def _find_weights(tree: Any, path: Path) -> Mapping[Any, Any]:
-    """The named tensors of a checkpoint that may also hold other data."""
+    """The named tensors of a checkpoint, which may also hold other data."""
     for wrapper in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
@@ -182,7 +184,7 @@ def _find_weights(tree: Any, path: Path) -> Mapping[Any, Any]:
 
 
 def _why_not_a_file(path: Path) -> str:
-    """Why a path is not a file, and the fix."""
+    """Why a path is not a file, and what to do about it."""
     if is_url(path):
         return "a URL; download the file and give its path"
     if not path.is_dir():
@@ -267,8 +269,17 @@ def _unsafe_message(name: str) -> str:
 
 
 def label_categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the labels 1, 2, ..., from the instances file that the detector was trained on, or COCO's."""
-    if converted.classes is None:
+    """The category (id, name) of each label 1, 2, ..., in order.
+
+    Args:
+        converted: the weights, whose ``label_order`` says how labels and categories correspond.
+        source: file of the weights, for error messages.
+        index: the instances file that the detector was trained on; None for COCO's categories.
+
+    Raises:
+        InputError: the number of classes does not fit the categories.
+    """
+    if converted.classes is None:  # a network without a detector's classes, such as ImageNet's
         return coco_categories()
     names, classes = dict(coco_categories()) if index is None else index.categories, converted.classes
     if converted.label_order == "ids" and _are_labels(names, classes):
