@@ -41,7 +41,7 @@ class ResumingDownloader:
 
     A later download of the same URL continues it if the server's file has not changed. With ``same_bytes``, a download
     of another URL continues it too; otherwise that download replaces it as soon as its first bytes arrive. The URL,
-    version and total size of the partial download are in a ``.part.json`` file.
+    version and total size of the partial download, and whether it is ``mixed``, are in a ``.part.json`` file.
 
     Args:
         part: the ``.part`` file.
@@ -106,7 +106,7 @@ class ResumingDownloader:
         return self._part.stat().st_size if self._part.exists() else 0
 
     def _read_record(self) -> dict[str, Any]:
-        """URL, version and total size of the partial download, as `_resume` wrote them; {} if there are none."""
+        """What `_resume` wrote about the partial download; {} if there is nothing."""
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -121,6 +121,7 @@ class ResumingDownloader:
         """Request the bytes from ``offset`` and append them; False means that the file is incomplete: try again."""
         record = self._read_record()
         same_url = record.get("url") == url
+        is_mixed = self.mixed or not same_url or record.get("mixed") is True  # if resumed
         headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges refer to the file itself
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -129,6 +130,7 @@ class ResumingDownloader:
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             if response.status_code == 416:  # no such range: the server's file ends at `offset`, or is shorter
                 if record.get("total") == offset:
+                    self.mixed = is_mixed
                     return True
                 if not same_url:
                     raise DownloadFailure(f"{url}: 416 {response.reason}")
@@ -154,11 +156,12 @@ class ResumingDownloader:
                 if not chunk:  # nothing to replace it with yet
                     return False
                 self._discard()
-            self.mixed = start > 0 and (self.mixed or not same_url)
+            self.mixed = start > 0 and is_mixed
             version = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if version is not None and version.startswith("W/"):  # a weak ETag, which If-Range does not accept
                 version = response.headers.get("Last-Modified")
-            self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
+            record = {"url": url, "version": version, "total": total, "mixed": self.mixed}
+            self._record.write_text(json.dumps(record), encoding="utf-8")
             with (
                 progress_bar(total, self._part.stem, "byte", initial=start, scale=True) as bar,
                 self._part.open("ab") as file,
