@@ -57,8 +57,8 @@ def comprehension(
         - random_baseline@0.5: the accuracy to expect if a random region of the image is the answer;
         - precision@0.5 ... 0.9: the accuracy at these thresholds;
         - mean_iou: mean IoU of the first answers, never the generalized IoU of the protocol "mdetr";
-        - P@1, P@5 and P@10, only if any prediction is ranked: share of the sentences with an overlap of at least 0.5
-          among the first 1, 5 and 10 answers.
+        - P@1, P@5 and P@10, only if any of ``predictions`` is ranked: share of the sentences with an overlap of at
+          least 0.5 among the first 1, 5 and 10 answers.
 
         "segmentation" has `segmentation_scores`, and missing: number of sentences without a mask, which count as wrong.
         It is None if no prediction has a mask.
