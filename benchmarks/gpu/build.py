@@ -1,4 +1,4 @@
-"""Step: build the kernels in place for this GPU. A rehearsal uses the existing ones."""
+"""Step: build the kernels in place for this GPU. A rehearsal (without a GPU) uses the existing ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from results import Step, run
 
 ROOT = Path(__file__).resolve().parents[2]
-STATE = "import refdet.ops._library as l; print(','.join(sorted(l.DEVICES)))"
+# prints the devices that have kernels, such as "cpu,cuda", in a process that has not loaded the old ones
+PRINT_DEVICES = "import refdet.ops._library as l; print(','.join(sorted(l.DEVICES)))"
 
 
 def capability() -> str:
@@ -39,7 +40,7 @@ def work(step: Step) -> None:
         done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment)
         step.put("build_seconds", time.monotonic() - start)
         step.check("the extension builds", done.returncode == 0, status=done.returncode)
-    found = subprocess.run([sys.executable, "-c", STATE], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", PRINT_DEVICES], cwd=ROOT, capture_output=True, text=True)
     devices = found.stdout.strip().split(",")
     step.put("kernels", devices)
     if not step.small:
@@ -47,4 +48,4 @@ def work(step: Step) -> None:
 
 
 if __name__ == "__main__":
-    run(work, "env")
+    run(work, group="env")

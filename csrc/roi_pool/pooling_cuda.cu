@@ -1,19 +1,19 @@
 // RoI pooling on CUDA, forward and backward: the same sums as csrc/roi_pool/pooling_cpu.cpp, with the same find_taps.
 //
-// tap_kernel writes the positions and weights of each RoI, axis and cell. pool_kernel sums over the positions of each
-// cell, mean_kernel over those of the whole RoI. group_kernel lists the RoIs of each image in order, and
-// pool_backward_kernel sums, for each position of the map, over the RoIs of its image in that order and their cells
-// that read it. Sums and means are float32, without atomics, so results are deterministic. A RoI with an image index
-// out of range gets NaN and no gradient, as raising an error would need a synchronization.
+// A tap is a position that a cell reads along one axis, with its weight; the weights of both axes are multiplied.
+// tap_kernel writes the taps of each RoI, axis and cell. pool_kernel sums over the taps of each cell, mean_kernel over
+// those of the whole RoI. group_kernel (roi_groups.cuh) lists the RoIs of each image in order, and pool_backward_kernel
+// sums, for each position of the map, over the RoIs of its image in that order and their cells that read it. Sums and
+// means are float32, without atomics, so results are deterministic. A RoI with an image index out of range gets NaN and
+// no gradient, as raising an error would need a synchronization.
 //
-// Cost: the forward pass writes each cell once and reads the map from global memory once, with shared positions from
-// the cache. The backward pass writes each position once, and reads a cell once per position in it, mostly from the
-// cache; each warp also scans the windows of the RoIs of its image, 32 at a time, so that a batch costs no more than
-// its images one by one.
+// Cost: the forward pass writes each cell once and reads each position from global memory once, for further cells from
+// the cache. The backward pass writes each position once, and reads a cell once per position of its taps, mostly from
+// the cache; each warp also scans the windows of the RoIs of its own image only, 32 at a time.
 //
-// Speed: in channels_last a warp reads and writes 512 bytes of a position at once, 16 per thread. A block processes all
-// cells of a RoI for one slice of channels, so that what they share is in the L1 cache of its SM. The taps are computed
-// once for all channels. The backward pass accumulates in registers, without a zeroed map or a float32 copy.
+// Speed: if alignment allows, a warp reads and writes 512 bytes of a channels_last position at once, 16 per thread. A
+// block processes all cells of a RoI for one slice of channels, so that the positions they share stay in the L1 cache.
+// Taps are computed once for all channels. The backward pass needs no zeroed map or float32 copy: it sums in registers.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -36,27 +36,27 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 
-// The taps of all RoIs: a list for each RoI, axis and cell. List number (roi * 2 + axis) * cells + cell, with axis 0
-// for x, begins at element number * capacity of `position` and `weight`, and has count[number] taps.
+// The taps of all RoIs: a list for each RoI, axis and cell. List n = (roi * 2 + axis) * cells + cell, where axis 0 is
+// x, begins at element n * capacity of `position` and `weight`, and has count[n] taps.
 struct Lists {
   int32_t *position, *count;
   float* weight;
-  int4* window;    // of each RoI the first and last column and the first and last row it reads; none: first > last
+  int4* window;    // first and last column, first and last row that each RoI reads; first > last if it reads none
   int64_t* image;  // image index of each RoI, or -1 if it is out of range
-  int64_t capacity, cells;  // taps of a list, cells on a side of a RoI
+  int64_t capacity, cells;  // room for taps in a list; cells on a side of a RoI, 1 for the mean
 };
 
-// A map or its gradient: sizes, and strides of images, rows and columns.
+// A map or its gradient: sizes, and strides of images, rows and columns in elements. The stride of channels is 1.
 struct Shape {
   int64_t batch, channels, height, width, image_stride, row_stride, column_stride;
 };
 
 template <typename T, int vec_size>
 struct alignas(sizeof(T) * vec_size) Pack {
-  T value[vec_size];
+  T value[vec_size];  // channels that a thread reads or writes at once
 };
 
-// Fills the lists, the window and the image of one RoI per block.
+// Fills the lists, the window and the image of one RoI per block. A RoI is (image index, x1, y1, x2, y2).
 __global__ void tap_kernel(const float* rois, Sampling sampling, Shape map, Lists lists) {
   __shared__ int first[2], last[2];
   const int64_t roi = blockIdx.x;
@@ -82,8 +82,8 @@ __global__ void tap_kernel(const float* rois, Sampling sampling, Shape map, List
   }
 }
 
-// Adds the taps (row, column) of one cell to `sum`, those in rows begin, begin + step and so on. `x` and `y` are the
-// numbers of the cell's lists.
+// Adds the weighted values of the positions that one cell reads to `sum`. `x` and `y` are the numbers of the cell's
+// lists; of the rows in list y, only those with index begin, begin + step and so on are added.
 template <typename T, int vec_size>
 __device__ void add_taps(const T* image, const Shape& map, const Lists& lists, int64_t x, int64_t y, int begin,
                          int step, float* sum) {
@@ -126,7 +126,7 @@ __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   }
 }
 
-// The same for the mean, without rounding cells: each warp sums every kWarps-th row.
+// The same for the mean over all cells, in float32, from one list per axis: each warp sums every kWarps-th row.
 template <typename T, int vec_size>
 __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   __shared__ float parts[kWarps][kWarp * vec_size];
@@ -147,8 +147,8 @@ __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   write<float, vec_size>(out + roi * map.channels + channel, sum);
 }
 
-// The weight with which a list reads a position, or 0. The positions of a list ascend, so the index of `wanted` is at
-// most `wanted` minus the first position.
+// The weight of position `wanted` in a list, or 0 if it is not there. As the positions of a list ascend, its index is
+// at most `wanted` minus the first position.
 __device__ float weight_at(const Lists& lists, int64_t list, int32_t wanted) {
   const int32_t count = lists.count[list], *position = lists.position + list * lists.capacity;
   if (count == 0 || wanted < position[0]) return 0;
@@ -157,12 +157,13 @@ __device__ float weight_at(const Lists& lists, int64_t list, int32_t wanted) {
   return position[index] == wanted ? lists.weight[list * lists.capacity + index] : 0;
 }
 
-// A warp processes one position of the map for one slice of channels.
+// A warp computes the gradient of one position of the map, for one slice of channels, from `pooled`, the gradient of
+// the cells. In a ballot each lane tests one RoI, row or column of cells; the warp then goes through the set bits.
 template <typename T, int vec_size>
 __global__ void pool_backward_kernel(const T* pooled, Shape map, Lists lists, Groups groups, T* out) {
   const int lane = threadIdx.x % kWarp;
   const int64_t position = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
-  if (position >= map.batch * map.height * map.width) return;  // the whole warp
+  if (position >= map.batch * map.height * map.width) return;  // all lanes of the warp
   const int64_t channel = (blockIdx.y * int64_t{kWarp} + lane) * vec_size, image = position / (map.height * map.width);
   const auto x = static_cast<int32_t>(position % map.width),
              y = static_cast<int32_t>(position / map.width % map.height);
@@ -193,7 +194,7 @@ __global__ void pool_backward_kernel(const T* pooled, Shape map, Lists lists, Gr
               const float weight =
                   __shfl_sync(kAllLanes, row_weight, at_row) * __shfl_sync(kAllLanes, column_weight, at_column);
               const int64_t cell = (roi * cells + row + at_row) * cells + column + at_column;
-              if (!in_range) continue;
+              if (!in_range) continue;  // not before, as every lane takes part in ballots and shuffles
               const auto values = *reinterpret_cast<const Pack<T, vec_size>*>(pooled + cell * map.channels + channel);
               for (int v = 0; v < vec_size; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
             }
@@ -207,8 +208,8 @@ __global__ void pool_backward_kernel(const T* pooled, Shape map, Lists lists, Gr
 
 // ---- host code
 
-// The taps of all RoIs, computed on the device, and their memory: a single tensor, as each allocation costs the host
-// microseconds.
+// Computes the lists of all RoIs on the device, and holds their memory: a single tensor, as each allocation costs the
+// host microseconds.
 struct Tables {
   at::Tensor memory;
   Lists lists;
@@ -219,7 +220,7 @@ struct Tables {
     const int64_t list_count = count * 2 * cells;
     static_assert(sizeof(int4) == 4 * sizeof(int32_t) && sizeof(int64_t) == 2 * sizeof(int32_t));
     memory = at::empty({count * (4 + 2) + list_count * (2 * capacity + 1)}, rois.options().dtype(at::kInt));
-    int32_t* const windows = memory.mutable_data_ptr<int32_t>();  // in descending order of alignment
+    int32_t* const windows = memory.mutable_data_ptr<int32_t>();  // arrays in descending order of alignment
     int32_t *const images = windows + 4 * count, *const positions = images + 2 * count;
     int32_t *const weights = positions + list_count * capacity, *const counts = weights + list_count * capacity;
     lists = {positions,
@@ -236,13 +237,13 @@ struct Tables {
   }
 };
 
-// Whether every position of a map is aligned to 16 bytes and its size a multiple of 16.
+// Whether the channels of every position can be read as packs of 16 bytes: `vec_size` elements, aligned to 16 bytes.
 bool fits_packs(const at::Tensor& map, int64_t vec_size) {
   return map.size(1) % vec_size == 0 && map.stride(0) % vec_size == 0 && map.stride(2) % vec_size == 0 &&
          map.stride(3) % vec_size == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
 }
 
-// Number of blocks for `work` items, `each` per block; raises an error if the grid would be too large.
+// Number of blocks for `work` items, with `each` items per block; raises an error if the grid would be too large.
 unsigned blocks(int64_t work, int64_t each) {
   const int64_t count = (work + each - 1) / each;
   TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "RoI pooling: ", work, " exceeds the limit of one call");

@@ -1,4 +1,4 @@
-"""Download large files over HTTP, resuming where a connection or a process ended."""
+"""Download large files over HTTP, resuming downloads whose connection was lost or whose process was killed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from refdet.files.short_text import format_missing_space, shorten
 RESERVED_BYTES = 2**26  # disk space to leave free
 _CHUNK_BYTES = 2**20
 _TIMEOUT = (20, 60)  # seconds to connect, and between two packets
-_MAX_TRIES = 6  # consecutive tries without receiving a byte
+_MAX_TRIES = 6  # consecutive tries without receiving a byte, after which a download fails
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+# the start of an error or login page; some file servers send errors as XML
 _HTML = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
 
 
@@ -38,18 +39,19 @@ class WrongDownload(InputError):
 class ResumingDownloader:
     """Downloader for pooch that keeps a partial download in a ``.part`` file next to the destination.
 
-    A later download of the same URL resumes there if the server's file has not changed. A download of another URL also
-    resumes there if ``same_bytes``; otherwise its first data replace the partial download.
+    A later download of the same URL continues it if the server's file has not changed. With ``same_bytes``, a download
+    of another URL continues it too; otherwise that download replaces it as soon as its first bytes arrive. The URL,
+    version and total size of the partial download, and whether it is ``mixed``, are in a ``.part.json`` file.
 
     Args:
         part: the ``.part`` file.
         size: size in bytes that the file must have, None if unknown.
-        wait: seconds before the retry after a first try without data, twice as many after a second one, and so on; a
-            try that received data is repeated at once.
-        same_bytes: whether every URL must serve the same bytes, which the caller checks.
+        wait: seconds to wait after the first of consecutive tries without data; twice as many after the second, three
+            times after the third, and so on. After a try that received data, the next one follows at once.
+        same_bytes: whether all URLs serve the same file, such as mirrors; the caller checks the result.
 
     Attributes:
-        mixed: whether the start of the file is from another URL.
+        mixed: whether the start of the file is from another URL than the rest.
     """
 
     def __init__(self, part: Path, size: int | None = None, wait: float = 1.0, same_bytes: bool = False) -> None:
@@ -58,11 +60,16 @@ class ResumingDownloader:
         self._record = part.with_name(part.name + ".json")
 
     def __call__(self, url: str, output_file: Any, _pooch: Any) -> None:
-        """Download ``url`` and move the file to ``output_file``; pooch also passes its own object, which is not used.
+        """Download ``url`` to the ``.part`` file, and move that to ``output_file`` when it is complete.
+
+        Args:
+            url: http or https address.
+            output_file: the file to write.
+            _pooch: pooch's own object, which every downloader gets; not used.
 
         Raises:
             DownloadFailure: the server cannot be reached, does not have the file, or keeps closing the connection.
-            WrongDownload: the server sent an HTML page, or a file of another size.
+            WrongDownload: the server sent an HTML or XML page, or a file of another size.
             RuntimeFailure: not enough disk space.
         """
         self._part.parent.mkdir(parents=True, exist_ok=True)
@@ -89,16 +96,17 @@ class ResumingDownloader:
         os.replace(self._part, output_file)
 
     def _resumable_bytes(self, url: str) -> int:
-        """Number of bytes that a download of this URL can resume from."""
+        """Number of downloaded bytes that need not be downloaded again from this URL."""
         record = self._read_record()
         is_usable = record.get("url") == url or (self._same_bytes and "url" in record)
         return self._downloaded_bytes() if is_usable else 0
 
     def _downloaded_bytes(self) -> int:
+        """Size of the partial download, whichever URL it is from."""
         return self._part.stat().st_size if self._part.exists() else 0
 
     def _read_record(self) -> dict[str, Any]:
-        """URL, version and total size of the partial download, as `_resume` wrote them; {} if there are none."""
+        """What `_resume` wrote about the partial download; {} if there is nothing."""
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -110,17 +118,19 @@ class ResumingDownloader:
         self._record.unlink(missing_ok=True)
 
     def _resume(self, url: str, offset: int) -> bool:
-        """Request the bytes from ``offset`` and append them; returns whether the file is complete, else try again."""
+        """Request the bytes from ``offset`` and append them; False means that the file is incomplete: try again."""
         record = self._read_record()
         same_url = record.get("url") == url
+        is_mixed = self.mixed or not same_url or record.get("mixed") is True  # if resumed
         headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges refer to the file itself
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if same_url and isinstance(record.get("version"), str):
                 headers["If-Range"] = record["version"]
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-            if response.status_code == 416:  # the range is not in the file: it ends at `offset`, or is shorter
+            if response.status_code == 416:  # no such range: the server's file ends at `offset`, or is shorter
                 if record.get("total") == offset:
+                    self.mixed = is_mixed
                     return True
                 if not same_url:
                     raise DownloadFailure(f"{url}: 416 {response.reason}")
@@ -131,7 +141,7 @@ class ResumingDownloader:
             if response.status_code not in (200, 206):
                 raise DownloadFailure(f"{url}: {response.status_code} {response.reason}")
             start, total = _content_range(response)
-            if start not in (0, offset):  # not the requested range
+            if start not in (0, offset):  # not the requested range: request the whole file next
                 self._discard()
                 return False
             chunk = response.raw.read1(_CHUNK_BYTES)  # iter_content would lose data received before a disconnection
@@ -140,16 +150,18 @@ class ResumingDownloader:
                 self._discard()  # the file has changed, or the two URLs serve different files
                 return False
             downloaded = self._downloaded_bytes()
+            # even a partial download that is discarded below frees its space
             self._check_space(url, None if total is None else total - downloaded)
-            if start == 0 and downloaded:  # the server sends the whole file again
-                if not chunk:
+            if start == 0 and downloaded:  # the server sends the whole file, which replaces the partial download
+                if not chunk:  # nothing to replace it with yet
                     return False
                 self._discard()
-            self.mixed = start > 0 and (self.mixed or not same_url)
+            self.mixed = start > 0 and is_mixed
             version = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if version is not None and version.startswith("W/"):  # a weak ETag, which If-Range does not accept
                 version = response.headers.get("Last-Modified")
-            self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
+            record = {"url": url, "version": version, "total": total, "mixed": self.mixed}
+            self._record.write_text(json.dumps(record), encoding="utf-8")
             with (
                 progress_bar(total, self._part.stem, "byte", initial=start, scale=True) as bar,
                 self._part.open("ab") as file,
@@ -163,10 +175,10 @@ class ResumingDownloader:
         return expected_size is None or self._downloaded_bytes() >= expected_size
 
     def _check_response(self, url: str, response: requests.Response, first_bytes: bytes, total: int | None) -> None:
-        """Raise WrongDownload if a response is an HTML page, or a file of another total size.
+        """Raise WrongDownload if a response is an HTML or XML page, or a file of another total size.
 
         Args:
-            url: its URL, for the message.
+            url: the URL, for the message.
             response: the response.
             first_bytes: the first bytes of the file; empty if the response starts later in the file.
             total: total size of the file in bytes, None if unknown.
@@ -181,7 +193,7 @@ class ResumingDownloader:
         return WrongDownload(f"{url}: another file, of {size:,} bytes instead of {self._size:,}")
 
     def _check_space(self, url: str, needed: int | None) -> None:
-        """Raise RuntimeFailure if there is less disk space than the needed bytes; None if the size is unknown."""
+        """Raise RuntimeFailure if the disk lacks space for ``needed`` bytes; None, if unknown, passes."""
         free = shutil.disk_usage(self._part.parent).free
         if needed is not None and free < needed + RESERVED_BYTES:
             missing = format_missing_space(needed + RESERVED_BYTES, free)
@@ -196,7 +208,8 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
     Args:
         url: http or https address.
-        destination: the file to write, which appears only when it is complete and correct.
+        destination: the file to write; it appears when it is complete, and is removed if its checksum is wrong. If it
+            exists, it is checked but not downloaded again.
         checksum: in pooch's format, "sha256:..." or "md5:..."; None if unknown.
         size: size in bytes, None if unknown.
         wait: as in `ResumingDownloader`.
@@ -206,12 +219,12 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
     Raises:
         DownloadFailure: the server or the network failed; the partial download is kept.
-        WrongDownload: an HTML page or a file whose announced size is wrong (a partial download is kept), or a file
+        WrongDownload: a web page or a file whose announced size is wrong (a partial download is kept), or a file
             whose actual size or checksum is wrong (nothing is kept).
         RuntimeFailure: not enough disk space.
     """
     part = destination.with_name(destination.name + ".part")
-    # the parts of two mirrors may be joined, as the checksum of the whole file decides
+    # the start from one mirror and the rest from another may be joined, as the checksum of the whole file decides
     same_bytes = (checksum or "").startswith("sha256:")
     pooch.get_logger().setLevel("ERROR")
     while True:
@@ -232,7 +245,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
 
 def check_file(path: Path, name: str, checksum: str | None, remove: bool = False) -> str:
-    """Check the checksum of a file.
+    """Check a file against its checksum.
 
     Args:
         path: the file.

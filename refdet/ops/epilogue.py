@@ -1,10 +1,10 @@
 """The epilogue of a convolution on a GPU: bias, shortcut and ReLU, in one pass or in the convolution itself.
 
 As separate operators these are up to three passes over the output, which in bfloat16 together take as long as the
-convolution itself. There are three ways to avoid these passes, with plain PyTorch as the fallback:
+convolution itself. There are three ways to avoid these passes, besides plain PyTorch:
 
-    kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
-        the same numbers as plain PyTorch.
+    kernel: a convolution without bias, then `bias_relu`, which reads and writes the output once. In float32, bfloat16
+        and float16 (other dtypes use plain PyTorch); in float32 the same numbers as plain PyTorch.
     library: 1x1 convolutions as matrix products fused with bias and ReLU (cuBLASLt), and the last convolution of a
         bottleneck fused with bias, shortcut and ReLU (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for
         exact float32. The ReLU of these libraries turns NaN into 0. Other convolutions use the kernel, as cuDNN's
@@ -35,7 +35,7 @@ KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 class Epilogue(Enum):
-    """How bias, shortcut and ReLU are applied after a convolution."""
+    """How bias, shortcut and ReLU are applied after a convolution, as described above; PLAIN is plain PyTorch."""
 
     PLAIN = "plain"
     KERNEL = "kernel"
@@ -44,10 +44,10 @@ class Epilogue(Enum):
 
 
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
-    """The fastest epilogue on a device: library for bfloat16 and float16, kernel for float32; on CPUs, plain PyTorch.
+    """The fastest epilogue on a device: on a GPU, library for bfloat16 and float16 and kernel for float32; else plain.
 
-    If cuDNN fails a small trial convolution with a shortcut, the kernel is used for bfloat16 and float16 too. Without
-    compiled CUDA kernels, plain PyTorch is used in place of the kernel.
+    If cuDNN fails a small trial convolution with a shortcut, it is the kernel for bfloat16 and float16 too. Without
+    compiled CUDA kernels, it is plain PyTorch in place of the kernel.
     """
     if device.type != "cuda":
         return Epilogue.PLAIN
@@ -69,7 +69,7 @@ def _cudnn_fuses_shortcut(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(x + bias + shortcut)``.
+    """``relu(x + bias + shortcut)``, by the kernel if it is compiled and accepts the tensors, else in plain PyTorch.
 
     Args:
         x: (N, K, H, W); overwritten if it is contiguous in channels_last.
@@ -103,9 +103,9 @@ def supports(x: Tensor, shortcut: Tensor | None = None) -> bool:
 def _has_kernel_layout(x: Tensor) -> bool:
     """Whether the channels of a position are contiguous and positions have a constant stride, as the kernel needs."""
     images, channels, height, width = x.shape
-    # from one position to the next; the stride of a dimension of size 1 is arbitrary
+    # from one position to the next, in the first dimension with more than one, as that of a dimension of 1 is arbitrary
     stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if images > 1 else channels
-    dimensions = (
+    dimensions = (  # size, actual stride and expected stride
         (channels, x.stride(1), 1),
         (height, x.stride(2), width * stride),
         (images, x.stride(0), height * width * stride),
@@ -130,7 +130,7 @@ def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> 
     if bias is None:
         y = torch.mm(rows, weight.t())
     elif relu:
-        y = torch.ops.aten._addmm_activation(bias, rows, weight.t())
+        y = torch.ops.aten._addmm_activation(bias, rows, weight.t())  # the activation is ReLU by default
     else:
         y = torch.addmm(bias, rows, weight.t())
     return y.view(images, height, width, len(weight)).permute(0, 3, 1, 2)
@@ -165,6 +165,7 @@ def _cudnn_conv_add_relu(
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
 ) -> Tensor:
+    # 1.0 is the factor of the shortcut, (1, 1) the dilation, 1 the number of groups
     return torch.ops.aten.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, stride, padding, (1, 1), 1)
 
 
@@ -172,4 +173,4 @@ if DEVICES:
 
     @torch.library.register_fake("refdet::bias_relu")
     def _bias_relu_fake(x: Tensor, bias: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
-        return None
+        return None  # the operator writes into `out`

@@ -1,4 +1,4 @@
-"""`train`: from a recipe, an instances file and images to a run directory.
+"""`train`: from a recipe, an instances file and images to a run directory; `dry_run` estimates its time and memory.
 
 Arguments are checked before torch is imported, so that most mistakes are reported in under a second.
 """
@@ -59,8 +59,8 @@ def train(
         2
 
     Args:
-        recipe: name of a shipped recipe, a YAML file, or a `Recipe`. Its ``model.norm`` "auto" means frozen with
-            ``weights`` and batch without.
+        recipe: name of a shipped recipe, a YAML file, or a `Recipe`. Its ``model.norm`` "auto" means the norm of
+            ``weights`` or of the resumed run, and "batch" without either.
         instances: the split, a COCO instances JSON.
         images: folder or zip of its images.
         out: the run directory, new unless ``resume``.
@@ -68,7 +68,7 @@ def train(
         weights: run directory of a detector to start from; random weights if None.
         resume: continue the run in ``out``; if there is nothing to resume, start from the beginning, with a note.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
-        crowd_as_object: train on annotations with ``iscrowd`` 1 like on others.
+        crowd_as_object: also train on annotations with ``iscrowd`` 1.
         val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
             weights so far are kept in ``out/best``.
         val_images: folder or zip of the images of ``val_instances``, by default ``images``.
@@ -116,7 +116,7 @@ def dry_run(
     val_instances: str | Path | None = None,
     val_images: str | Path | None = None,
 ) -> Estimate:
-    """Check the arguments of `train` and measure three steps, without writing anything.
+    """Check the arguments of `train` and estimate the run from three measured steps, without writing anything.
 
     Args:
         recipe: as in `train`.
@@ -177,7 +177,7 @@ def _check_inputs(
     val_instances: str | Path | None,
     val_images: str | Path | None,
 ) -> TrainingInputs:
-    """Check the arguments of `train`, before torch is imported, and log notes; `out` may be None in a dry run."""
+    """Check the arguments of `train` and log notes for the user, without torch; `out` may be None in a dry run."""
     instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
@@ -186,7 +186,7 @@ def _check_inputs(
     saved_run = None
     if out is not None:
         if not resume and process.is_restart(out):
-            resume = True
+            resume = True  # its command line is that of a new run, but the failed processes may have saved a state
             log.warning(
                 "note: torchrun has started the processes again: they continue with the newest state in %s", out
             )
@@ -201,10 +201,9 @@ def _check_inputs(
         notes += default_notes
         saved_run.check_recipe(resolved, out)
     source = ImageSource.open(images, resolved.input.exif)
-    # segmentations are needed only with masks
-    index = CocoIndex.load(instances, resolved.model.masks, crowd_as_object)
+    index = CocoIndex.load(instances, need_segmentation=resolved.model.masks, crowd_as_object=crowd_as_object)
     objects = TrainingObjects(index, resolved.model.masks, resolved.train.empty_images)
-    source.check(objects.records, index.path, index.images.values())
+    source.check(objects.records, listed_in=index.path, all_records=index.images.values())
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
     validation = None
     if val_instances is not None:
@@ -243,6 +242,7 @@ def _check_inputs(
             f"refdet audit --instances {instances} --refer-root DIR"
         )
     if crowd_as_object:
+        # only now, as the note printed above is about the instances file
         crowd_note = "its crowds are trained on as objects (`crowd_as_object=True`)"
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, crowd_note))))
     for line in (*notes, *objects.notes):
@@ -265,13 +265,17 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
     return (SavedRun.newest(out) if resumes else None), note
 
 
-def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: SavedRun | None) -> Recipe:
-    """Resolve the norm "auto" to frozen or batch; raises InputError for frozen norms with random weights."""
-    source = weights or (saved_run and saved_run.meta)  # the run's own norm may come from the weights it started from
+def _with_norm(recipe: Recipe, pretrained: CheckpointMetadata | None, saved_run: SavedRun | None) -> Recipe:
+    """Resolve the norm "auto": that of the pretrained weights or else of the saved run, or batch without either.
+
+    Raises:
+        InputError: the norms are frozen, but the weights random.
+    """
+    source = pretrained or (saved_run and saved_run.meta)
     norm = source.recipe.model.norm if source else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
-    if weights is None and saved_run is None and recipe.model.norm == "frozen":
+    if pretrained is None and saved_run is None and recipe.model.norm == "frozen":
         raise InputError(
             f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give "
             "`weights=RUN_DIR` (refdet import-weights makes one from an ImageNet ResNet)"
@@ -280,13 +284,13 @@ def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: Sa
 
 
 def _flatten(recipe: Recipe) -> dict[str, object]:
-    """The values of a recipe by key, such as "train.lr"."""
+    """The options of a recipe by key, such as "train.lr"; its name is left out."""
     sections = {name: options for name, options in dataclasses.asdict(recipe).items() if isinstance(options, dict)}
     return {f"{name}.{key}": value for name, options in sections.items() for key, value in options.items()}
 
 
 def check_divisible(recipe: Recipe, world_size: int) -> None:
-    """Raise InputError if the images of a step cannot be divided among the processes and the passes of each."""
+    """Raise InputError if the images of a step cannot be divided equally among all passes of all processes."""
     options = recipe.train
     if options.batch_size % (world_size * options.accumulate):
         passes = f", each in {options.accumulate} passes (train.accumulate)" if options.accumulate > 1 else ""

@@ -1,4 +1,4 @@
-"""The image decoder of training and the audit: equal pixels, size checks before decoding, EXIF orientation, limits."""
+"""The image decoder of training and the audit: the same pixels, sizes checked before decoding, EXIF, and limits."""
 
 from __future__ import annotations
 
@@ -66,11 +66,13 @@ def test_the_audit_sees_the_pixels_that_training_reads(kind: str) -> None:
     data = ENCODERS[kind]()
     height, width = 120, 160
     pixels = decode(data, height, width).pixels
-    seen = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    expected = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     for found in (gray_thumbnails(data, SIDE)[0], hash_thumbnails(data)[0]):
-        difference = np.abs(found.astype(int) - np.asarray(seen))
+        difference = np.abs(found.astype(int) - np.asarray(expected))
+        # the audit decodes a JPEG at a smaller size, and averages a TIFF after Pillow has rotated it
         assert difference.max() <= (3 if "JPEG" in kind else 0) or ("rotated" in kind and difference.mean() < 1.5)
-    assert seen.getextrema()[1] - seen.getextrema()[0] > 5  # neither white nor black
+    darkest, brightest = expected.getextrema()
+    assert brightest - darkest > 5  # neither all white nor all black
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -160,10 +162,10 @@ def test_an_unknown_exif_mode_is_refused(tmp_path: Path) -> None:
 def test_an_image_of_another_size_than_declared_is_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(PHOTO, kind)
 
-    def load(self: object) -> None:
+    def fail(image: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(image_decoder, "as_rgb", load)
+    monkeypatch.setattr(image_decoder, "as_rgb", fail)  # which decodes the pixels
     for size in ((119, 160), (1, 1), (120, 161), (160, 119), (20_000, 20_000)):
         with pytest.raises(SizeError, match=f"is 160x120, but the instances file says {size[1]}x{size[0]}"):
             decode(data, *size)
@@ -216,7 +218,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 def test_huge_tiles_and_hundreds_of_scans_are_refused() -> None:
     tiff = encoded(PHOTO, "TIFF", tiffinfo={305: "a", 315: "b"})
-    for old, new in ((305, 322), (315, 323)):  # turn two text tags into TileWidth and TileLength
+    for old, new in ((305, 322), (315, 323)):  # turn the text tags Software and Artist into TileWidth and TileLength
         at = tiff.index(struct.pack("<HH", old, 2))
         tiff = tiff[:at] + struct.pack("<HHII", new, 4, 1, 60_000) + tiff[at + 12 :]
     with pytest.raises(ValueError, match="tiles of 3600000000 pixels are far larger than the image"):
@@ -233,31 +235,32 @@ def test_metadata_that_unpacks_to_300_mebibytes_is_not_unpacked(name: bytes) -> 
     packed = b"".join([packer.compress(bytes(1 << 20)) for _ in range(300)]) + packer.flush()
     chunk = name + (b"a\0\1\0\0\0" if name == b"iTXt" else b"a\0\0") + packed
     whole = encoded(PHOTO, "PNG")
+    # inserted behind the signature and IHDR, which end at byte 33
     data = whole[:33] + (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[33:]
     code = (
         "import re, sys\nfrom pathlib import Path\nfrom refdet.data.image_decoder import decode, gray_thumbnails\n"
-        "def most(): return int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
-        "data = sys.stdin.buffer.read()\nbefore = most()\n"
+        "def peak_kib(): return int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "data = sys.stdin.buffer.read()\nbefore = peak_kib()\n"
         "for read in (lambda: decode(data, 120, 160), lambda: gray_thumbnails(data, 32)):\n"
         "    try: read()\n    except Exception: pass\n"
-        "print((most() - before) >> 10)\n"
+        "print((peak_kib() - before) >> 10)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
-    assert int(done.stdout) < 200, "MiB"
+    assert int(done.stdout) < 200  # MiB by which the largest resident memory (VmHWM) grew
 
 
 def test_the_audit_finds_rotated_and_16_bit_copies(tmp_path: Path) -> None:
-    """Copies of held-out images: one rotated by EXIF, and one of 16 bits, which Pillow alone would turn white."""
+    """Copies of held-out images: one that EXIF rotates, and one of 16 bits, which Pillow alone would turn white."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val"), (2, "val")]})
     (tmp_path / "images").mkdir()
     other = photograph(np.random.default_rng(8), 120, 160)
     for number, pixels in ((1, PHOTO), (2, other)):
         (tmp_path / "images" / f"{number:012d}.jpg").write_bytes(encoded(pixels, "JPEG"))
     (tmp_path / "images/rotated.png").write_bytes(encode_rotated(8, pixels=np.rot90(PHOTO, -1)))
-    (tmp_path / "images/deep.png").write_bytes(
+    (tmp_path / "images/16_bit.png").write_bytes(
         encoded(np.asarray(Image.fromarray(other).convert("L")).astype(np.uint16) << 8, "PNG")
     )
-    listed = coco([10, 11, 12], [], {10: "rotated.png", 11: "deep.png", 12: "gone.png"})
+    listed = coco([10, 11, 12], [], {10: "rotated.png", 11: "16_bit.png", 12: "gone.png"})
     found = audit_content(write(tmp_path / "f.json", listed), root, tmp_path / "images")
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [(10, 1), (11, 2)]
     assert (found.compared, found.missing) == (2, [12])
@@ -265,7 +268,7 @@ def test_the_audit_finds_rotated_and_16_bit_copies(tmp_path: Path) -> None:
 
 
 def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
-    """By ``file_name``, whatever other names the entry has, or else by ``id``, unless ``coco_id`` is null."""
+    """Found by ``file_name``, whatever other names the entry has; without one by ``id``, unless ``coco_id`` is null."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val")]})
     (tmp_path / "images").mkdir()
     copy, other = encoded(PHOTO, "JPEG"), encoded(photograph(np.random.default_rng(8)), "JPEG")
@@ -302,10 +305,10 @@ def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
 def test_formats_that_pillow_reads_by_running_a_program_are_refused(
     data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ran(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AssertionError("a program was run")
 
-    monkeypatch.setattr(subprocess, "Popen", ran)
+    monkeypatch.setattr(subprocess, "Popen", fail)
     for read in (lambda: decode(data, 9, 9), lambda: gray_thumbnails(data, SIDE)):
         with pytest.raises(Exception, match="cannot identify image file"):
             read()

@@ -1,4 +1,4 @@
-"""Errors of refdet evaluate on a Ray cluster, whose unfinished results cannot be resumed."""
+"""Errors of refdet evaluate on a Ray cluster, which uses a temporary store, so that nothing can be resumed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from detector_folder import DetectorFolder
 from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure, UnusableImageError
 from refdet.evaluation import regions_on_ray
 
+# the fix in errors of an extraction
 FIX = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with `resume=True`"
 
 
@@ -23,7 +24,7 @@ FIX = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with
         (InputError("`ray` a:1: does not answer"), 2, "--ray a:1: does not answer\n"),
         (Interrupted("stopped: 3 of 4 images are finished and kept in /tmp/refdet-1"), 130, "interrupted\n"),
     ],
-)  # fmt: skip
+)
 def test_errors_do_not_suggest_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RefdetError, code: int, message: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Old names of metrics: written beside the new ones, and read if a file has only these."""
+"""Old names of metrics: written beside the new ones, and read if a file has only the old ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extraction: interrupting and resuming, broken images, changed options, and annotations as regions."""
+"""Extraction: interrupting and resuming, broken images, changed options, annotations as regions, and image lists."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_a_killed_process_keeps_its_shards(tmp_path: Path, number: signal.Signal
         "import os, sys, time; from pathlib import Path; import test_extract as t\n"
         "def killed(batch, images):\n"
         "    if batch == t.BATCHES[2]:\n"
-        "        while not Path(sys.argv[1] + '.parts/000001.shard').exists(): time.sleep(0.01)\n"  # by another thread
+        # another thread writes the shards
+        "        while not Path(sys.argv[1] + '.parts/000001.shard').exists(): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), int(sys.argv[2]))\n"
         "    return t.compute(batch, images)\n"
         "t.run(Path(sys.argv[1]), killed)\n"
@@ -130,7 +131,7 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
 
 def test_a_broken_image_gets_no_regions_and_its_error_is_stored(tmp_path: Path) -> None:
     def load_unless_broken(record: ImageRecord) -> np.ndarray:
-        if record.id in (3, 7, 8, 9):  # one of a batch, and all of a batch
+        if record.id in (3, 7, 8, 9):  # one image of a batch, and all images of another
             raise InputError(f"{record.file_name}: not a readable image")
         return load(record)
 
@@ -148,10 +149,10 @@ def test_regions_in_another_order_than_their_images_are_refused(tmp_path: Path) 
 
 def test_annotations_become_regions() -> None:
     image = ImageRecord(1, "a.jpg", 20, 30)
-    overlapping_border = Annotation(11, 1, 5, (-4.0, 2.5, 10.5, 30.0), None, 1.0, False)
+    crossing_border = Annotation(11, 1, 5, (-4.0, 2.5, 10.5, 30.0), None, 1.0, False)
     crowd = Annotation(12, 1, 5, (0.0, 0.0, 30.0, 20.0), None, 1.0, True)
     square = Annotation(13, 1, 5, (1, 1, 4, 4), [[1, 1, 4, 1, 4, 4, 1, 4]], 9.0, False)
-    regions = regions_from_annotations(image, [overlapping_border, crowd, square])
+    regions = regions_from_annotations(image, [crossing_border, crowd, square])
     assert regions.ann_ids is not None
     assert regions.ann_ids.tolist() == [11, 13]
     assert regions.boxes.tolist() == [[0, 2.5, 10.5, 20], [1, 1, 4, 4]]
@@ -176,4 +177,4 @@ def test_the_image_list_of_refer_splits(shared: Path) -> None:
     assert test_images.name == "refcoco/unc/testA,testB"
     assert len(ImageList.of_refer(root, "refcoco", "unc").records) == 4
     with pytest.raises(InputError, match="`splits` tset: no such split.*testA, testB, val"):
-        ImageList.of_refer(root, "refcoco", "unc", splits=["tset"])
+        ImageList.of_refer(root, "refcoco", "unc", splits=["tset"])  # a typo

@@ -128,6 +128,18 @@ def test_with_a_sha256_another_url_resumes_the_partial_download(site: Site, tmp_
     assert file.requests == ["bytes=5000-", "bytes=9000-", *again]
 
 
+def test_a_later_run_knows_that_the_start_is_from_another_url(site: Site, tmp_path: Path) -> None:
+    site.add("/b.zip", bytes(len(DATA)), cuts=list(STALLED))
+    file = site.add("/a.zip", DATA, cuts=[9000] * 7)
+    for path in ("/b.zip", "/a.zip"):
+        with pytest.raises(DownloadFailure):
+            get(site, tmp_path, path, f"sha256:{SHA256}")
+    file.cuts.clear()
+    file.requests.clear()
+    assert get(site, tmp_path, checksum=f"sha256:{SHA256}") == SHA256
+    assert file.requests == ["bytes=9000-", ""]  # after the checksum mismatch, all of it from this URL
+
+
 def test_a_response_without_content_length_is_downloaded(site: Site, tmp_path: Path) -> None:
     site.add("/a.zip", DATA, lengths=False)
     assert get(site, tmp_path) == SHA256

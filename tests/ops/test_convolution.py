@@ -1,4 +1,7 @@
-"""The kernels for 3x3 and 1x1 convolutions against float64, in float32 (single) and bfloat16 (half)."""
+"""The CPU kernels for 3x3 and 1x1 convolutions against float64.
+
+Single: float32. Half: bfloat16 tensors, multiplied in float16. The size of an example is the side of its filters.
+"""
 
 from typing import NamedTuple
 
@@ -14,12 +17,10 @@ from refdet.ops.convolution import Packed, conv1x1, conv3x3, has_kernels, pack_c
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not has_kernels(CPU), reason="the kernels are not built, or the processor has no AVX2")
 SINGLE = pytest.param(False, id="single")
-HALF = pytest.param(
-    True, id="half", marks=pytest.mark.skipif(not has_kernels(CPU, half=True), reason="the processor has no float16")
-)
+HALF = pytest.param(True, id="half", marks=pytest.mark.skipif(not has_kernels(CPU, half=True), reason="no AVX512-FP16"))
 KINDS = [(size, half) for size in (1, 3) for half in (False, True) if not half or has_kernels(CPU, half=True)]
 
-# for outputs of standard deviation 1 and up to 512 input channels: more than twice the largest error measured
+# by `half`, for outputs of standard deviation 1 and up to 512 input channels: over twice the largest error measured
 TOLERANCE = {False: 1e-4, True: 0.2}
 
 
@@ -40,13 +41,13 @@ class Example(NamedTuple):
             return pack_conv1x1(self.weight.flatten(1), self.half)
         return pack_conv3x3(self.weight, self.half)
 
-    def run(self, x: Tensor | None = None, **more: bool | Tensor) -> Tensor:
-        """The output of the kernel."""
+    def run(self, x: Tensor | None = None, **options: bool | Tensor) -> Tensor:
+        """The output of the kernel, for another input if ``x`` is given."""
         kernel = conv1x1 if self.weight.shape[-1] == 1 else conv3x3
-        return kernel(self.x if x is None else x, self.packed(), self.bias, **more)  # type: ignore[arg-type]
+        return kernel(self.x if x is None else x, self.packed(), self.bias, **options)  # type: ignore[arg-type]
 
     def exact(self, x: Tensor | None = None) -> Tensor:
-        """The output of PyTorch in float64."""
+        """The output of PyTorch in float64, for another input if ``x`` is given."""
         size = self.weight.shape[-1]
         x = (self.x if x is None else x).double()
         return F.conv2d(x, self.weight.double(), self.bias.double(), padding=size // 2)
@@ -66,17 +67,18 @@ def random_example(
     images=st.integers(1, 3),
     inputs=st.sampled_from((16, 48, 272)),
     outputs=st.sampled_from((64, 128)),
-    odd=st.sampled_from((0, 16, 48)),
+    extra_outputs=st.sampled_from((0, 16, 48)),
     height=st.integers(1, 23),
     width=st.integers(1, 23),
     seed=st.integers(0, 9),
 )
 @settings(max_examples=150, deadline=None)
 def test_any_size_is_close_to_float64(
-    kind: tuple[int, bool], images: int, inputs: int, outputs: int, odd: int, height: int, width: int, seed: int
-) -> None:
+    kind: tuple[int, bool], images: int, inputs: int, outputs: int, extra_outputs: int, height: int, width: int,
+    seed: int,
+) -> None:  # fmt: skip
     size, half = kind
-    outputs += 0 if half else odd
+    outputs += 0 if half else extra_outputs  # half needs a multiple of 64
     example = random_example(size, half, images, inputs, outputs, height, width, seed)
     found = example.run()
     assert found.shape == (images, outputs, height, width) and found.dtype == example.x.dtype
@@ -84,6 +86,7 @@ def test_any_size_is_close_to_float64(
     torch.testing.assert_close(found.double(), example.exact(), rtol=0, atol=TOLERANCE[half])
 
 
+# size, and images, input channels, output channels, height and width
 SIZES = [
     (3, (2, 512, 512, 7, 7)), (3, (1, 1024, 512, 38, 50)), (3, (70, 64, 64, 7, 7)),
     (1, (2, 2048, 512, 7, 7)), (1, (1, 1024, 2560, 38, 50)), (1, (1, 64, 256, 75, 100)),
@@ -104,7 +107,7 @@ def test_errors_are_small_at_sizes_of_the_detector(size: int, shape: tuple[int, 
 def test_half_is_about_as_accurate_as_pytorch_in_bfloat16(size: int) -> None:
     """On an input after a ReLU. The error of the 3x3 kernel is about 3 times that of PyTorch."""
     if not has_kernels(CPU, half=True):
-        pytest.skip("the processor has no float16")
+        pytest.skip("no AVX512-FP16")
     x, weight, _ = random_example(size, True, 4, 512, 128, 7, 7)
     example = Example(x.relu(), weight.bfloat16().float(), torch.zeros(128))
     outputs = (example.run(), F.conv2d(example.x, weight.bfloat16(), padding=size // 2))
@@ -116,7 +119,7 @@ def test_half_is_about_as_accurate_as_pytorch_in_bfloat16(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("half", [SINGLE, HALF])
 def test_no_magnitude_overflows_or_vanishes(size: int, half: bool, magnitude: float) -> None:
-    """Of the whole input or all weights, and of one image or the weights of one output channel."""
+    """Neither that of the whole input or all weights, nor that of one image and the weights of one output channel."""
     example = random_example(size, half, 2, 256, 64, 7, 8)
     zero = torch.zeros(64)
     expected = Example(example.x, example.weight, zero).exact()
@@ -136,7 +139,7 @@ def test_no_magnitude_overflows_or_vanishes(size: int, half: bool, magnitude: fl
 
 @pytest.mark.parametrize("half", [SINGLE, HALF])
 def test_huge_inputs_times_zero_weights_are_zero(half: bool) -> None:
-    """And the reverse. The product of the scales of input and weights overflows float32, but the sums are 0."""
+    """And zero inputs times huge weights: the product of their scales overflows float32, but the sums are 0."""
     for size in (1, 3):
         x, weight, bias = random_example(size, half, 1, 16, 64, 7, 7)
         x, weight = torch.zeros_like(x), torch.zeros_like(weight)
@@ -154,7 +157,7 @@ def test_sums_of_equal_products_do_not_overflow(half: bool) -> None:
 
 
 @pytest.mark.parametrize("half", [SINGLE, HALF])
-def test_a_3x3_kernel_with_a_single_weight_shifts_the_input(half: bool) -> None:
+def test_a_3x3_filter_with_one_nonzero_weight_shifts_the_input(half: bool) -> None:
     x, weight, bias = random_example(3, half, 1, 64, 64, 9, 10)
     for row, column in ((0, 0), (0, 2), (1, 1), (2, 1)):
         weight.zero_()
@@ -288,8 +291,8 @@ def test_a_scale_or_shortcut_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize("half", [SINGLE, HALF])
 def test_other_types_are_refused(size: int, half: bool) -> None:
     example = random_example(size, half, 1, 16, 64, 7, 7)
-    right = torch.bfloat16 if half else torch.float32
-    for dtype in {torch.float64, torch.bfloat16, torch.float32, torch.float16, torch.int64} - {right}:
+    accepted = torch.bfloat16 if half else torch.float32
+    for dtype in {torch.float64, torch.bfloat16, torch.float32, torch.float16, torch.int64} - {accepted}:
         with pytest.raises(RuntimeError, match="must be bfloat16" if half else "must be float32"):
             example.run(torch.ones(1, 16, 7, 7, dtype=dtype))
     with pytest.raises(RuntimeError, match="must be float32"):
@@ -324,8 +327,8 @@ def test_operators_pass_opcheck(size: int, half: bool) -> None:
     packed = example.packed()
     if size == 1:
         torch.library.opcheck(ops.pack_conv1x1, (example.weight.flatten(1), half), test_utils=checks)
-        for more in ((), (example.run(), True)):
-            torch.library.opcheck(ops.conv1x1, (example.x, *packed, example.bias, *more), test_utils=checks)
+        for options in ((), (example.run(), True)):  # the second: shortcut and ReLU
+            torch.library.opcheck(ops.conv1x1, (example.x, *packed, example.bias, *options), test_utils=checks)
     else:
         torch.library.opcheck(ops.pack_conv3x3, (example.weight, half), test_utils=checks)
         torch.library.opcheck(ops.conv3x3, (example.x, *packed, example.bias, True), test_utils=checks)
