@@ -113,7 +113,7 @@ def same(a: Regions, b: Regions) -> bool:
 
 @torch.inference_mode()
 def automatic_batches(step: Step) -> None:
-    """Determine the automatic batch size, and compare the memory of a batch of the largest images with the prediction."""
+    """Determine the automatic batch size, and compare its predicted memory with that of a batch of large images."""
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
     records = image_list(step, 512).records
     if step.small:  # on a CPU, memory is not measured

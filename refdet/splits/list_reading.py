@@ -260,7 +260,7 @@ def _line_entry(line: _Line) -> ImageEntry:
     entry = _bare_entry(line.text, line.start, line.end)
     columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
-    if entry.evidence.bare_numbers or len(fields) < 2:
+    if entry.evidence.bare_numbers or len(fields) < 2:  # the whole line is one id or name
         return entry
     coco_numbers = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
