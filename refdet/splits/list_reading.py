@@ -260,13 +260,15 @@ def _line_entry(line: _Line) -> ImageEntry:
     entry = _bare_entry(line.text, line.start, line.end)
     columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
-    if entry.evidence.bare_numbers or len(fields) < 2:  # the whole line is one id or name
+    file_fields = [field for field in fields if is_image_file(field)]
+    # A row of several files ends like a name too: "a/9.jpg,b/10.jpg" would be 10.
+    if len(fields) < 2 or (entry.evidence.bare_numbers and len(file_fields) < 2):  # the whole line is one id or name
         return entry
     coco_numbers = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
     # Without a COCO name, bare numbers identify the image: those of the file names, or of all fields if there are none.
-    candidates = [field for field in fields if is_image_file(field)] or fields
+    candidates = file_fields or fields
     numbers = [] if coco_numbers else [number for field in candidates if (number := bare_number(field)) is not None]
     if not names:
         unnumbered = not coco_numbers and len(set(numbers)) != 1

@@ -151,7 +151,8 @@ def test_a_closed_pipe_is_not_reported_as_a_leak(audit_commands: dict[int, list[
         read_end, write_end = os.pipe()
         os.close(read_end)  # so that writing fails with EPIPE
         other = "stderr" if stream == "stdout" else "stdout"
-        done = subprocess.run(audit_commands[0], **{stream: write_end, other: subprocess.PIPE})  # type: ignore[call-overload]
+        streams = {stream: write_end, other: subprocess.PIPE}
+        done = subprocess.run(audit_commands[0], **streams)  # type: ignore[call-overload]
         os.close(write_end)
         assert done.returncode == (OUTPUT_LOST if stream == "stdout" else 0)
         assert b"Traceback" not in (getattr(done, other) or b"") and b"Exception" not in (getattr(done, other) or b"")
