@@ -1,4 +1,4 @@
-"""Fast checks of a command's arguments, done before slow imports. Every error names the option."""
+"""Fast checks of a command's arguments, done before slow imports. Every error message names the option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near, runs_in
 
-_MAX_NAME_BYTES = 255 - 32  # bytes; leaves room for the suffixes of temporary files
+_MAX_NAME_BYTES = 255 - 32  # the usual limit of file systems, less room for the suffixes of temporary files
 _WEIGHTS = (FileKind.TORCH, FileKind.PICKLE, FileKind.SAFETENSORS)
 
 
@@ -43,10 +43,10 @@ def check_run_directory(option: str, path: Path) -> None:
 
 
 def check_ray(address: str | None, part: str | None = None) -> None:
-    """Check ``--ray``.
+    """Check the option ``--ray``, the address of a Ray cluster.
 
     Args:
-        address: the address, None if the option was not given.
+        address: the value of the option, None if it was not given.
         part: the value of ``--part``, None if it was not given.
 
     Raises:
@@ -68,7 +68,7 @@ def check_ray(address: str | None, part: str | None = None) -> None:
 
 
 def check_store(option: str, path: Path) -> None:
-    """Check that a path is an HDF5 file.
+    """Check that a path is an HDF5 file, by its first bytes.
 
     Args:
         option: the option, for error messages.
@@ -80,7 +80,7 @@ def check_store(option: str, path: Path) -> None:
     kind = kind_of(path)
     if kind is FileKind.STORE:
         return
-    unfinished = path
+    unfinished = path  # the folder of an unfinished extraction: the path itself, or its neighbor
     if kind is not FileKind.UNFINISHED and path.name:
         unfinished = path.with_name(path.name + ".parts")
     if kind in (FileKind.UNFINISHED, FileKind.MISSING) and (unfinished / "plan.json").is_file():
@@ -100,7 +100,7 @@ def check_text_file(option: str, path: Path, what: str = "a JSON file") -> None:
         what: the kind of file that is needed, with an article.
 
     Raises:
-        InputError: the path is missing, a folder or another kind of file.
+        InputError: the path is missing, a folder, or a file recognized as another kind, such as a zip.
     """
     kind = kind_of(path)
     # Whatever may be text is accepted, also UTF-16, which looks like binary data: the parser reports malformed lines.
@@ -182,7 +182,7 @@ def check_new_file(option: str, path: Path, example: str, may_exist: bool = Fals
         may_exist: whether the path may be an existing store, which the command would resume.
 
     Raises:
-        InputError: the path exists, is invalid or cannot be written to.
+        InputError: the path exists (with ``may_exist``: and is not a store), is invalid or cannot be written to.
     """
     _check_name(option, path)
     if not path.name or path.is_dir():
@@ -234,7 +234,7 @@ def check_device(option: str, name: str | None) -> None:
 
 
 def check_not_empty(option: str, values: Iterable[str]) -> None:
-    """Check that each value of an option, which is a comma-separated list, has at least one name.
+    """Check that each value of an option that takes comma-separated names has at least one name.
 
     Args:
         option: the option, for error messages.
@@ -256,7 +256,7 @@ def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, de
         path: the path that was given.
         kind: what the path is.
         expected: what is needed, with an article, such as "a run directory".
-        description: how to recognize what is needed, "" if that is obvious.
+        description: where what is needed comes from, "" if that is obvious.
     """
     problem = f"{option} {path}: {kind.value}"
     if kind is FileKind.URL:

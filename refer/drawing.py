@@ -30,11 +30,11 @@ def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> N
         ax: matplotlib axes.
         folder: folder of the images.
         image: the image.
-        images: all images of the dataset.
+        images: all images of the dataset, as two of them may match the same file.
 
     Raises:
         ReferNotFoundError: the image is not found.
-        ReferDataError: the file is not an image or has another size.
+        ReferDataError: the file is not a readable image, or its size is not that of ``image``.
     """
     path = _path_of(Path(folder), image, images)
     try:
@@ -49,7 +49,7 @@ def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> N
 
 
 def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
-    """Path of an image's file; raises as `draw_image`."""
+    """Path of an image's file; raises ReferNotFoundError if there is none."""
     name = _name(image)
     parts = image_lookup.parts_of(name)
     if parts and (folder / Path(*parts)).is_file():  # faster than listing a folder of COCO's size
@@ -79,7 +79,7 @@ def _name(image: Image) -> str:
 
 
 def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Decode an image of (width, height) to (height, width, 3) uint8 RGB, without rotation."""
+    """Decode an image of (width, height) to (height, width, 3) uint8 RGB, ignoring its EXIF orientation."""
     from PIL import Image as Pillow
 
     from .pixels import FORMATS, as_rgb
@@ -91,16 +91,16 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
                 f"{path}: is {pillow_image.width}x{pillow_image.height}, but instances.json says "
                 f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images"
             )
-        return np.asarray(as_rgb(pillow_image).convert("RGB"))
+        return np.asarray(as_rgb(pillow_image).convert("RGB"))  # `as_rgb` returns gray for 16-bit images
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
-    """Draw a segmentation: polygons as red lines with yellow edges, RLEs as a mask in translucent green.
+    """Draw a segmentation: polygons as red lines with yellow edges, an RLE as its mask in translucent green.
 
     Args:
         ax: matplotlib axes.
         segmentation: the segmentation.
-        mask: its mask, (height, width) uint8.
+        mask: its mask, (height, width) uint8 of 0 and 1.
     """
     if isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation):
         outlines = [np.reshape(polygon, (-1, 2)) for polygon in segmentation if polygon]
@@ -119,7 +119,7 @@ def draw_box(ax: Any, box: list[float]) -> None:
 
 
 def _matplotlib(module: str) -> Any:
-    """Import a module of matplotlib; raises ReferError if it is not installed."""
+    """Import a module of matplotlib; raises ReferError if matplotlib is not installed."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError:

@@ -34,13 +34,13 @@ from refdet.extraction.batch_size import auto_batch_size, measure_batch_size
 from refdet.extraction.shard_folder import shards_folder
 from refdet.structures.regions import Regions
 
-MEMORY_TOLERANCE = 0.1  # relative error of the memory that batch size auto predicts
-WEIGHT_TOLERANCE = 0.05  # relative difference of the weights of a resumed training run
-INTERRUPTED = 130  # exit code of refdet after Ctrl-C
+MEMORY_TOLERANCE = 0.1  # maximum relative error of the memory that batch size auto predicts
+WEIGHT_TOLERANCE = 0.05  # maximum relative difference between the weights of a resumed and an uninterrupted run
+INTERRUPTED_EXIT_CODE = 130  # of refdet after Ctrl-C
 
 
 def command(step: Step, *arguments: object) -> str:
-    """Run refdet; returns what it printed."""
+    """Run refdet; returns what it printed to stdout, and raises RuntimeError if it fails."""
     done = subprocess.run(refdet_command(*arguments), capture_output=True, text=True)
     if done.returncode:
         step.say(done.stderr[-2000:])
@@ -53,6 +53,7 @@ def extraction(step: Step) -> None:
     folder = empty_folder(step.work / "extraction")
     count = 40 if step.small else 160
     tree = json.loads(instances_file(step).read_text())
+    # the images repeated up to the count, under new ids
     chosen = [tree["images"][i % len(tree["images"])] for i in range(count)]
     images = [{**image, "id": number} for number, image in enumerate(chosen, start=1)]
     instances = folder / "instances.json"
@@ -64,8 +65,8 @@ def extraction(step: Step) -> None:
     killed, whole = folder / "killed.h5", folder / "whole.h5"
     process = subprocess.Popen(refdet_command(*common, "--out", killed), stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < until and not shards(killed):
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and not count_shards(killed):
             time.sleep(0.002)
         finished = process.poll() is not None
         process.send_signal(signal.SIGKILL)
@@ -73,7 +74,9 @@ def extraction(step: Step) -> None:
     finally:
         process.kill()
     step.check(
-        "an extraction was killed before its end", not finished and status == -signal.SIGKILL, shards=shards(killed)
+        "an extraction was killed before its end",
+        not finished and status == -signal.SIGKILL,
+        shards=count_shards(killed),
     )
     command(step, *common, "--out", killed, "--resume")
     command(step, *common, "--out", whole)
@@ -84,18 +87,20 @@ def extraction(step: Step) -> None:
     shutil.rmtree(folder)
 
 
-def shards(out: Path) -> int:
+def count_shards(out: Path) -> int:
+    """Number of finished shards of the unfinished store `out`."""
     return len(list(shards_folder(out).glob("[0-9]*.shard")))
 
 
 def empty_folder(folder: Path) -> Path:
+    """Create a folder, without the contents of an earlier run."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def differences(a: Path, b: Path) -> tuple[list[int], int]:
-    """Ids of images whose regions differ, and the total number of regions."""
+    """Ids of images whose regions differ between two stores, and the number of regions in the second store."""
     with store.open(a) as first, store.open(b) as second:
         return [i for i in second if not same(first.read(i), second.read(i))], second.regions
 
@@ -108,10 +113,10 @@ def same(a: Regions, b: Regions) -> bool:
 
 @torch.inference_mode()
 def automatic_batches(step: Step) -> None:
-    """Measure the batch size that auto chooses, and compare its predicted memory with that of the largest images."""
+    """Determine the automatic batch size, and compare its predicted memory with that of a batch of large images."""
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
     records = image_list(step, 512).records
-    if step.small:
+    if step.small:  # on a CPU, memory is not measured
         size = auto_batch_size(loaded, records, options, options.features)
         step.put("auto_batch_size", size)
         step.check("the automatic batch size is one or more", size >= 1)
@@ -135,7 +140,10 @@ def automatic_batches(step: Step) -> None:
 
 
 def training(step: Step) -> None:
-    """Compare a training run with one that is stopped and resumed; equal up to the order of sums on a GPU."""
+    """Compare the weights of a training run with those of one that is stopped and resumed.
+
+    On a GPU they differ a little, as the order of sums varies between runs.
+    """
     folder = empty_folder(step.work / "training")
     workers = 0 if step.small else 2
     common = ["train", "--recipe", "demo", "--instances", instances_file(step), "--images", images_folder(step)]
@@ -146,26 +154,31 @@ def training(step: Step) -> None:
     steps = 6 if step.small else 12
     command(step, *common, "--set", f"train.steps={steps}", "--out", folder / "whole")
     resumed = folder / "resumed"
+
+    def saved_states() -> list[Path]:
+        return list(resumed.glob("state/step-*.safetensors"))
+
     process = subprocess.Popen(
         refdet_command(*common, "--set", f"train.steps={steps}", "--out", resumed), stderr=subprocess.PIPE, text=True
     )
-    until = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until and not list(resumed.glob("state/step-*.safetensors")):
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline and not saved_states():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[1]
+    messages = process.communicate(timeout=60)[1]
     step.put("training_stopped_with", process.returncode)
-    stopped = re.search(r"after step (\d+)", output)
+    stopped = re.search(r"after step (\d+)", messages)
     step.put("training_stopped_after_step", int(stopped[1]) if stopped else None)
-    step.check("a training run was stopped before its end", process.returncode == INTERRUPTED and stopped is not None)
+    stopped_early = process.returncode == INTERRUPTED_EXIT_CODE and stopped is not None
+    step.check("a training run was stopped before its end", stopped_early)
     command(step, *common, "--set", f"train.steps={steps}", "--out", resumed, "--resume")
-    weights = [load_file(folder / name / "model.safetensors") for name in ("whole", "resumed")]
+    expected, actual = (load_file(folder / name / "model.safetensors") for name in ("whole", "resumed"))
     worst = max(
-        float(np.linalg.norm(weights[1][n].astype(np.float64) - w) / max(np.linalg.norm(w.astype(np.float64)), 1e-6))
-        for n, w in weights[0].items()
-        if w.ndim > 1  # not biases, which start at zero, so that relative differences are large
+        float(np.linalg.norm(actual[name].astype(np.float64) - w) / max(np.linalg.norm(w.astype(np.float64)), 1e-6))
+        for name, w in expected.items()
+        if w.ndim > 1  # not biases: they start at zero, so their relative differences are large
     )
-    step.check("trained weights are finite", all(np.isfinite(w).all() for w in weights[1].values()))
+    step.check("trained weights are finite", all(np.isfinite(w).all() for w in actual.values()))
     step.at_most("weights of a training run that was stopped and resumed, relative difference", worst, WEIGHT_TOLERANCE)
     losses = [json.loads(line)["loss"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     step.put("training_losses", losses)
@@ -173,7 +186,7 @@ def training(step: Step) -> None:
 
 
 def work(step: Step) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "4")
+    os.environ.setdefault("OMP_NUM_THREADS", "4")  # of the commands
     for part in (extraction, automatic_batches, training):
         step.attempt(part.__name__.replace("_", " "), part, step)
 

@@ -29,8 +29,8 @@ namespace refdet {
 namespace {
 
 constexpr int kTile = 64;  // candidates compared with an object at once
-constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;  // candidates for which the highest IoU with each object is recorded
+constexpr int64_t kChunksPerTask = 8;  // grain size of at::parallel_for
+constexpr int64_t kChunk = 256;  // candidates per chunk; the highest IoU with each object is recorded per chunk
 
 struct Box {
   float x1, y1, x2, y2, area;
@@ -50,13 +50,13 @@ class Tile {
       const Box box(i < count ? boxes + 4 * i : none);
       x1_[i] = box.x1, y1_[i] = box.y1, x2_[i] = box.x2, y2_[i] = box.y2, area_[i] = box.area;
       if (i >= count) continue;
-      // NaN is ignored: such a candidate overlaps nothing
+      // std::min and std::max ignore NaN as their second argument; a candidate with NaN overlaps nothing
       left_ = std::min(left_, box.x1), top_ = std::min(top_, box.y1);
       right_ = std::max(right_, box.x2), bottom_ = std::max(bottom_, box.y2);
     }
   }
 
-  // Whether no candidate can overlap the object; false for an object with NaN.
+  // Whether no candidate can overlap the object. If false, candidates may still have IoU 0, as with a NaN object.
   bool misses(const Box& object) const {
     return object.x1 >= right_ || object.x2 <= left_ || object.y1 >= bottom_ || object.y2 <= top_;
   }
@@ -117,8 +117,8 @@ void mark_tile(const float* candidates, int count, const Box& object, float obje
   for (int i = 0; i < count; ++i) is_best[i] |= ious[i] == object_max;
 }
 
-// Matches the n candidates of an image to its objects.
-void match_image(const float* candidate, int64_t n, const std::vector<Box>& objects, float* max_iou, int64_t* object,
+// Matches the n candidates of an image to its objects; `is_best` must be false everywhere before.
+void match_image(const float* candidates, int64_t n, const std::vector<Box>& objects, float* max_iou, int64_t* object,
                  bool* is_best) {
   const int64_t m = objects.size(), chunks = (n + kChunk - 1) / kChunk;
   const auto for_each_tile = [n](int64_t chunk, const auto& function) {
@@ -126,11 +126,11 @@ void match_image(const float* candidate, int64_t n, const std::vector<Box>& obje
     for (int64_t i = chunk * kChunk; i < end; i += kTile)
       function(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
   };
-  std::vector<float> object_max(m), chunk_max(chunks * m);
+  std::vector<float> object_max(m), chunk_max(chunks * m);  // the highest IoU of each object: over all, per chunk
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for_each_tile(chunk, [&](int64_t i, int count) {
-        match_tile(candidate + 4 * i, count, objects, max_iou + i, object + i, chunk_max.data() + chunk * m);
+        match_tile(candidates + 4 * i, count, objects, max_iou + i, object + i, chunk_max.data() + chunk * m);
       });
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -140,7 +140,7 @@ void match_image(const float* candidate, int64_t n, const std::vector<Box>& obje
       for (int64_t i = 0; i < m; ++i) {
         if (!(object_max[i] > 0) || chunk_max[chunk * m + i] != object_max[i]) continue;
         for_each_tile(chunk, [&](int64_t first, int count) {
-          mark_tile(candidate + 4 * first, count, objects[i], object_max[i], is_best + first);
+          mark_tile(candidates + 4 * first, count, objects[i], object_max[i], is_best + first);
         });
       }
   });

@@ -1,4 +1,7 @@
-"""A process that computes shards for `refdet.extraction.ray_engine`. Does not import Ray, and torch only to start."""
+"""A process that computes shards for `refdet.extraction.ray_engine`.
+
+This module imports neither Ray nor torch; the function that `ShardWorker.start` calls imports torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions
 
-_END = -1  # sentinel in queues of shard numbers
+_END = -1  # ends a queue of shard numbers
 
 
 class _MachineFailure(RuntimeFailure):
@@ -91,7 +94,7 @@ class WorkerShards(ShardSet):
 
 
 class ShardWorker:
-    """Computes shards one after the other, and loads the images of the next one meanwhile.
+    """Computes shards one after another, and meanwhile loads images ahead, also those of the next shard.
 
     Ray calls the methods from several threads; all shards are computed in one thread.
 
@@ -102,8 +105,8 @@ class ShardWorker:
     def __init__(self, make: MakeTools) -> None:
         self._make = make
         self._compute_thread = ThreadPoolExecutor(1, "compute")
-        self._given_regions: dict[int, Regions] = {}  # image id -> regions, of unfinished shards
-        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of shards to compute, and `_END`
+        self._given_regions: dict[int, Regions] = {}  # image id -> regions that the driver sent, of unfinished shards
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of shards to compute, finally `_END`
         self._futures: dict[int, Future[None]] = {}  # shard number -> future that is done when the shard is written
         self._error: BaseException | None = None
         self._temporary_folder: TemporaryDirectory[str] | None = None
@@ -122,7 +125,7 @@ class ShardWorker:
         return Started(socket.gethostname(), os.getpid(), tools.device, tools.precision, tools.kernels)
 
     def auto_batch_size(self) -> int | Failed:
-        """Measure the number of images that fit into memory."""
+        """Measure the number of images that fit into memory at once."""
 
         def measure() -> int:
             with self._tools.context():
@@ -150,7 +153,7 @@ class ShardWorker:
         return shared
 
     def compute(self, number: int, given_regions: RegionsById) -> Finished | Failed:
-        """Compute a shard after those of earlier calls, and wait until it is written.
+        """Compute a shard, after those of earlier calls that have not returned yet, and wait until it is written.
 
         Args:
             number: number of the shard.
@@ -182,7 +185,7 @@ class ShardWorker:
         return self._timer.stages, self._tools.compute_seconds()
 
     def _on_finished(self, number: int) -> None:
-        """Let the call of `compute` with a shard return, and forget the shard's given regions."""
+        """Let the call of `compute` that waits for a shard return, and forget the shard's given regions."""
         with self._lock:
             for batch in self._shard_set.shards[number]:
                 for record in batch:
@@ -202,11 +205,14 @@ class ShardWorker:
     def _compute_shards(self, strict: bool) -> None:
         """Compute the shards in the queue, until `_END` or an error."""
         tools, timer = self._tools, self._timer
-        queued_batches: deque[list[ImageRecord]] = deque()  # whose images are loaded or being loaded
-        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # for the writer, which ends at _END
+        queued_batches: deque[list[ImageRecord]] = deque()  # batches whose images are loaded or being loaded
+        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # the shards to write, for the writer
 
         def generate_batches() -> Generator[list[ImageRecord] | None, None, None]:
-            """The batches of the shards in the queue; None when the queue is empty but there are loaded batches."""
+            """The batches of the shards in the queue.
+
+            If the queue is empty while batches are being loaded, yields None, so that those are computed meanwhile.
+            """
             while True:
                 try:
                     number = self._todo.get(block=not queued_batches)
@@ -232,6 +238,7 @@ class ShardWorker:
                 try:
                     while not self._stopping and (images := _timed_next(loaded, timer)) is not None:
                         batch = queued_batches.popleft()
+                        # in place of an unusable image, there is the reason
                         unusable = [image for image in images if isinstance(image, str)]
                         if strict and unusable:
                             raise UnusableImageError(unusable[0])
@@ -292,7 +299,7 @@ class _LogCollector(logging.Handler):
 
 
 def _failed_message(error: BaseException) -> Failed:
-    """Convert an exception to a message for the driver, without its fix: the driver adds one."""
+    """Convert an exception to a message for the driver, without advice: the driver adds that."""
     if isinstance(error, RefdetError):
         message = error.message
     else:

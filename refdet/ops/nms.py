@@ -17,7 +17,7 @@ from torch import Tensor
 from refdet.device import to_device
 from refdet.ops._library import DEVICES
 
-BLOCK = 512  # boxes per block of nms_plain; each block synchronizes twice with the device
+BLOCK = 512  # boxes per block of nms_plain; each block synchronizes with the device several times
 
 
 def nms(
@@ -31,10 +31,10 @@ def nms(
 ) -> Tensor:
     """Greedy NMS within each group of each image.
 
-    Boxes are visited by descending score, ties by index, NaN scores as -inf; a box is kept unless its IoU with a kept
-    box exceeds the threshold. IoU and threshold are float32, so an IoU of exactly 3/10 is not above 0.3. Empty boxes
-    and boxes with a NaN coordinate neither suppress nor are suppressed. The result is the same with and without the
-    compiled kernel.
+    Boxes are visited by descending score, ties by index; a NaN score counts as -inf. A box is kept unless its IoU with
+    a kept box exceeds the threshold. IoU and threshold are float32, so an IoU of exactly 3/10 is not above 0.3. Empty
+    boxes and boxes with a NaN coordinate neither suppress nor are suppressed. The result is the same with and without
+    the compiled kernel.
 
     Args:
         boxes: (N, 4) half-open xyxy, any floating dtype.
@@ -114,7 +114,7 @@ def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
 def _check_inputs(
     boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None, images: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of `nms`; returns boxes and scores as float32, without gradients."""
+    """Check the arguments of `nms` or `nms_padded`; returns boxes and scores as float32, without gradients."""
     if not (boxes.is_floating_point() and scores.is_floating_point()):
         raise TypeError(f"nms needs floating-point boxes and scores, got {boxes.dtype} and {scores.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
@@ -154,10 +154,10 @@ def nms_plain(
     """`nms` in plain PyTorch, for float32 boxes and scores; arguments are not checked.
 
     The boxes of an image are processed in blocks: each block is compared with the boxes kept so far, and the boxes that
-    remain suppress each other on the host, by their IoU matrix.
+    remain are visited one by one on the host, with the matrix of which of them suppress each other.
     """
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
-    orders: tuple[Tensor, ...] = (order,)
+    orders: tuple[Tensor, ...] = (order,)  # of each image
     if images is not None:
         order = order[images[order].argsort(stable=True)]
         orders = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
@@ -183,7 +183,7 @@ def nms_plain(
                     alive[row + 1 :] &= ~suppresses[row, row + 1 :]
             kept = torch.cat((kept, block[torch.from_numpy(alive).to(block.device)]))[:limit]
         kept_per_image.append(kept)
-    return torch.cat(kept_per_image) if kept_per_image else order
+    return torch.cat(kept_per_image) if kept_per_image else order  # without boxes, `order` is empty
 
 
 def nms_padded_plain(
@@ -218,7 +218,7 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (area_a[:, None] + area_b - overlap)
 
 
-if DEVICES:
+if DEVICES:  # the output shapes of the compiled operators, for torch.compile and torch.export
 
     @torch.library.register_fake("refdet::nms")
     def _nms_fake(

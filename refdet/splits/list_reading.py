@@ -39,8 +39,8 @@ from refdet.splits.object_entries import Entry, object_entries
 from refdet.structures.coco_ids import bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.plain_files import no_garbage_collection
 
-_LISTS = ("images", "annotations", "categories")
-_SPACE = " \t\r\n\ufeff"
+_LISTS = ("images", "annotations", "categories")  # keys of an instances file whose values are lists
+_SPACE = " \t\r\n\ufeff"  # including the byte order mark
 
 
 def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None = None) -> ImageListFile:
@@ -71,12 +71,13 @@ def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None 
 
 
 def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageListFile:
-    start = text.lstrip(_SPACE)[:1]
+    """Choose the format by the suffix and the first characters, and read the entries."""
+    first_character = text.lstrip(_SPACE)[:1]
     if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_lines(text):
         return ImageListFile(path, JSON_LINES, text, list(_json_lines(path, text)))
-    if path.suffix.lower() != ".json" and start not in ("{", "["):
+    if path.suffix.lower() != ".json" and first_character not in ("{", "["):
         return ImageListFile(path, LINES, text, list(_lines(text)))
-    if start == "[":
+    if first_character == "[":
         images = [
             _list_entry(path, f"entry {item.position}", item.value, item.start, item.end)
             for item in iter_values(path, text, ())
@@ -89,7 +90,7 @@ def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> I
     tree, entries = object_entries(path, text)
     images = [
         _object_entry(path, entry)
-        if entry.key
+        if entry.key  # else it is in a list within the object
         else _list_entry(path, f"entry {number}", entry.value, entry.start, entry.end)
         for number, entry in enumerate(entries)
     ]
@@ -152,7 +153,7 @@ def _add_item(image_list: ImageListFile, ids: set[int], item: JsonValue) -> None
 
 
 def _image_entry(path: Path, position: int, item: JsonValue, ids: set[int]) -> ImageEntry:
-    """The entry ``images[position]`` of an instances file; its id is added to ``ids``."""
+    """The entry ``images[position]`` of an instances file; its id, if it has one, is added to ``ids``."""
     value, what, image_id = item.value, f"images[{position}]", None
     if value.get("id") is not None or not _is_named(value):
         image_id = parse_id(path, value, "id", what)
@@ -191,7 +192,7 @@ def _object_entry(path: Path, member: Entry) -> ImageEntry:
 
 
 def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
-    """A bare id or name."""
+    """The entry of a bare id or name."""
     evidence = evidence_of(value)
     matches = len(evidence.coco_numbers | evidence.bare_numbers) == 1
     return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, matches, start, end)
@@ -215,6 +216,7 @@ def _check_ids(path: Path, value: Any, what: str) -> None:
         return
     _check_coco_ids(path, value, what)
     for key in ID_KEYS:
+        # `evidence_of` accepts strings, lists and objects too: names, or ids at any depth
         if value.get(key) is not None and not isinstance(value[key], str | list | dict):
             parse_id(path, value, key, what)
 
@@ -236,7 +238,7 @@ class _Line(NamedTuple):
 
 
 def _nonblank_lines(contents: str) -> Iterator[_Line]:
-    """Lines that are not blank; they end in LF, CR or CRLF."""
+    """The lines of a text, which end in LF, CR or CRLF, without the blank ones."""
     line_start = 0
     for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", contents), start=1):
         text = line.strip(_SPACE)
@@ -258,14 +260,16 @@ def _line_entry(line: _Line) -> ImageEntry:
     entry = _bare_entry(line.text, line.start, line.end)
     columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
-    if entry.evidence.bare_numbers or len(fields) < 2:
+    file_fields = [field for field in fields if is_image_file(field)]
+    # A row of several files ends like a name too: "a/9.jpg,b/10.jpg" would be 10.
+    if len(fields) < 2 or (entry.evidence.bare_numbers and len(file_fields) < 2):  # the whole line is one id or name
         return entry
     coco_numbers = entry.evidence.coco_numbers
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
-    # without a COCO name, bare numbers count: those of the file names, or without file names those of all fields
-    texts = [field for field in fields if is_image_file(field)] or fields
-    numbers = [] if coco_numbers else [number for field in texts if (number := bare_number(field)) is not None]
+    # Without a COCO name, bare numbers identify the image: those of the file names, or of all fields if there are none.
+    candidates = file_fields or fields
+    numbers = [] if coco_numbers else [number for field in candidates if (number := bare_number(field)) is not None]
     if not names:
         unnumbered = not coco_numbers and len(set(numbers)) != 1
     elif coco_numbers and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
@@ -299,7 +303,7 @@ def _file_names(column: str) -> list[str]:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first line is a complete object and more lines follow."""
+    """Whether the first line that is not blank is a complete object, and more lines that are not blank follow."""
     start = len(text) - len(text.lstrip(_SPACE))
     end = text.find("\n", start)
     if text[start : start + 1] != "{" or end < 0 or not re.compile(r"\S").search(text, end):
@@ -311,17 +315,18 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
+    """The entries of JSON lines."""
     for line in _nonblank_lines(text):
         with json_errors(path):
             try:
                 value = json.loads(line.text)
-            except json.JSONDecodeError as error:  # its line is relative to the text that was parsed
+            except json.JSONDecodeError as error:  # its position is relative to the line; make it that in the file
                 raise json.JSONDecodeError(error.msg, text, line.start + error.pos) from None
         yield _list_entry(path, f"line {line.number}", value, line.start, line.end)
 
 
 def _fix(images: Iterable[ImageEntry]) -> str:
-    """What to give instead of a list without COCO ids."""
+    """The advice to end the error message with, for a list without COCO ids."""
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's names: give its image_data.json, which has their COCO ids"
     return "give COCO ids, or names such as 000000000009.jpg"

@@ -42,9 +42,10 @@ T = TypeVar("T")
 
 JOB_FILE = Path("state", "torchrun.json")  # in a run directory: identifies the torchrun job that trains into it
 _JOIN_TIMEOUT, _STEP_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
-_EXCHANGE_TIMEOUT = timedelta(days=7)  # processes wait in an exchange while the first validates
-_REPORT_TIMEOUT = timedelta(seconds=10)  # for the first process to report an error
+_EXCHANGE_TIMEOUT = timedelta(days=7)  # long, as the other processes wait in an exchange while the first validates
+_REPORT_TIMEOUT = timedelta(seconds=10)  # how long the others wait for the first process to report an error
 _LOST_MESSAGE = "another process of this training ended without an error message (killed, or out of memory?)"
+# the errors that are shared by name; any other becomes a RuntimeFailure
 _ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
 
 
@@ -97,7 +98,7 @@ class TorchrunProcess(TrainingProcess):
             result = work()
         except Exception as error:
             self.share_error(error)
-            raise
+            raise  # for type checkers: `share_error` always raises when given an error
         self.share_error()
         return result
 
@@ -172,8 +173,9 @@ class TorchrunProcess(TrainingProcess):
         """
         with self.computing():
             wrapped = DistributedDataParallel(network, process_group=self._device_group, gradient_as_bucket_view=True)
-            # Before a step, the running statistics of norms are the same in all processes already. Set as an attribute,
-            # as PyTorch 2.14 renamed the argument; and the constructor is to copy the first process's buffers once.
+            # The constructor copies the first process's buffers to all. From then on, the running statistics of norms
+            # are the same in all processes before each step, without further copies. Set as an attribute, because the
+            # argument would prevent the first copy too, and was renamed in PyTorch 2.14.
             wrapped.broadcast_buffers = False
             wrapped.register_comm_hook(self._device_group, _allreduce_hook)
             for buffer in momentum:
@@ -192,7 +194,7 @@ class TorchrunProcess(TrainingProcess):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Context manager for communication in the device group; raises LostProcess if another process ends."""
+        """Context manager for communication in the device group; raises LostProcess if another process has ended."""
         self._computing = True
         try:
             yield
@@ -201,7 +203,7 @@ class TorchrunProcess(TrainingProcess):
                 raise
             self.peer_lost = True
             raise LostProcess(_LOST_MESSAGE) from error
-        self._computing = False  # stays True after an error, which `finish_with` must not try to share
+        self._computing = False  # but it stays True after an error, so that `finish_with` does not try to share it
 
     def sum_counts(self, counts: LossCounts) -> LossCounts:
         """Sum counts over the processes."""
@@ -216,7 +218,7 @@ class TorchrunProcess(TrainingProcess):
     def finish_with(self, error: Exception) -> Exception:
         """Share the error that ends this process, if the others do not know it; returns the error to raise here.
 
-        An error within a step cannot be shared, as the others may wait for this process there; torchrun ends them.
+        An error within a step cannot be shared, as the others may be waiting in that step; torchrun ends them.
         """
         if not (self._error_shared or self.peer_lost or self._computing):
             try:
@@ -227,8 +229,8 @@ class TorchrunProcess(TrainingProcess):
             return error
         code = error.exit_code if isinstance(error, RefdetError) else RuntimeFailure.exit_code
         if not self.peer_lost:
-            # torchrun ends all other processes as soon as one has ended, so the first must end first. It sends nothing:
-            # its end makes this fail.
+            # torchrun ends all other processes as soon as one has ended, so the first process, which reports the error,
+            # must end before this one. It sends nothing: its end makes `wait` fail.
             with suppress(RuntimeError):
                 work = dist.irecv(torch.zeros(1), src=0, group=self._control_group)
                 if work is not None:
@@ -236,7 +238,10 @@ class TorchrunProcess(TrainingProcess):
         return ReportedElsewhere(str(error), code)
 
     def _exchange(self, value: Any, error: Exception | None = None, gather: bool = True) -> list[Any]:
-        """Return the values of all processes, or [] without `gather`; an error in any of them is raised in all."""
+        """Return the values of all processes, or [] without `gather`; an error in any of them is raised in all.
+
+        Once a process was lost, nothing is exchanged: each process has its own value in place of all.
+        """
         if self.peer_lost:  # each process continues alone, to save what was done
             if error is not None:
                 raise error
@@ -292,7 +297,7 @@ def join_torchrun(launch: Launch) -> Iterator[TorchrunProcess]:
         try:
             process.check_peers()
             with warnings.catch_warnings():
-                # harmless: the weights of 1x1 convolutions can be given several strides that are all right
+                # harmless: several strides describe the same memory layout of the weights of a 1x1 convolution
                 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
                 yield process
             process.share_error()
@@ -307,13 +312,13 @@ def join_torchrun(launch: Launch) -> Iterator[TorchrunProcess]:
             if rank_log is None:
                 raise
             raise ReportedElsewhere("interrupted", Interrupted.exit_code) from None
-        dist.destroy_process_group()  # not after an error: the others wait for this process to end
+        dist.destroy_process_group()  # not after an error: `finish_with` of the others waits for this process to end
     finally:
         if rank_log is not None:
             rank_log.close()
 
 
-def _allreduce_hook(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
+def _allreduce_hook(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations that are strings, as here
     """Communication hook of DistributedDataParallel that sums a bucket of gradients, and does not divide it."""
     future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])

@@ -118,8 +118,8 @@ def test_a_run_directory_cannot_forge_output_lines(tmp_path: Path) -> None:
         ["audit", "--checkpoint", from_weights, "--refer-root", root],
     ):
         done = CliRunner().invoke(main, list(map(str, args)))
-        # errors of libraries may have several lines, so that a newline within an error becomes a space
-        assert r"proven: run was trained on this file" in done.output and r"\x1b]0;title\x07\u202eevil" in done.output
+        # not with the newline of FORGED before it, which is escaped, or in an error message becomes a space
+        assert "proven: run was trained on this file" in done.output and r"\x1b]0;title\x07\u202eevil" in done.output
         lines = done.output.split("\n")
         assert all(line.isprintable() and not line.startswith("proven:") for line in lines)
 
@@ -139,7 +139,7 @@ def audit_commands(tmp_path: Path) -> dict[int, list[str]]:
 def test_closed_streams_do_not_change_the_exit_code(
     audit_commands: dict[int, list[str]], exit_code: int, closed: tuple[int, ...]
 ) -> None:
-    redirections = " ".join(f"{number}>&-" for number in closed)
+    redirections = " ".join(f"{number}>&-" for number in closed)  # closes these file descriptors
     done = subprocess.run(
         ["bash", "-c", f'"$@" {redirections}', "bash", *audit_commands[exit_code]], capture_output=True, text=True
     )
@@ -148,11 +148,12 @@ def test_closed_streams_do_not_change_the_exit_code(
 
 def test_a_closed_pipe_is_not_reported_as_a_leak(audit_commands: dict[int, list[str]]) -> None:
     for stream in ("stdout", "stderr"):
-        read, write = os.pipe()
-        os.close(read)
+        read_end, write_end = os.pipe()
+        os.close(read_end)  # so that writing fails with EPIPE
         other = "stderr" if stream == "stdout" else "stdout"
-        done = subprocess.run(audit_commands[0], **{stream: write, other: subprocess.PIPE})  # type: ignore[call-overload]
-        os.close(write)
+        streams = {stream: write_end, other: subprocess.PIPE}
+        done = subprocess.run(audit_commands[0], **streams)  # type: ignore[call-overload]
+        os.close(write_end)
         assert done.returncode == (OUTPUT_LOST if stream == "stdout" else 0)
         assert b"Traceback" not in (getattr(done, other) or b"") and b"Exception" not in (getattr(done, other) or b"")
 

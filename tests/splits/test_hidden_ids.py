@@ -92,6 +92,9 @@ def test_an_image_without_a_coco_number_is_unknown(root: Path, tmp_path: Path, k
         (f"http://x/{FREE_NAME},http://flickr/1_b.jpg\n", [], 0),
         (f"photo {FREE}.jpg\nphoto {FREE}.jpg,1\n", [], 2),
         (f"my images/{FREE}.jpg\n{FREE}.jpg 1\n", [], 0),
+        (f"a/{HELD_OUT}.jpg,b/{FREE}.jpg\n", [HELD_OUT], 0),
+        (f"a/{HELD_OUT}.jpg b/{FREE}.jpg\n", [HELD_OUT], 0),
+        (f"a/beach.jpg,b/{FREE}.jpg\n", [], 1),
     ],
 )
 def test_all_columns_of_a_table_are_searched(
