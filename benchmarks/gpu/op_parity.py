@@ -68,7 +68,7 @@ def nms_cases(step: Step) -> Iterator[Case]:
             random = torch.Generator().manual_seed(count)
             boxes, scores = some_boxes(count, random, odd), torch.rand(count, generator=random)
             scores = (with_odd(scores, random) if odd else scores).round(decimals=2)  # ties
-            groups, images = (torch.randint(n, (count,), generator=random) for n in (80, 3))
+            groups, images = (torch.randint(n, (count,), generator=random) for n in (80, 3))  # of each box
             for max_keep, threshold in ((-1, 0.3), (100, 0.7)):
                 limit = "no limit" if max_keep < 0 else f"at most {max_keep} kept"
                 name = f"nms of {count}{', odd' if odd else ''}, {limit}, threshold {threshold}"
@@ -83,8 +83,9 @@ def nms_cases(step: Step) -> Iterator[Case]:
                             k: int = max_keep) -> Tensor:  # fmt: skip
                     return op(b, s, t, k, groups=g, images=i)
 
-                for kind, function in (("", alone), (", in groups and images", grouped)):
-                    inputs = boxes, scores, groups, images
+                inputs = boxes, scores, groups, images
+                functions: dict[str, Callable[..., Tensor]] = {"": alone, ", in groups and images": grouped}
+                for kind, function in functions.items():
                     yield name + kind, inputs, partial(function, nms), partial(function, nms_plain), 0.0
 
 

@@ -46,7 +46,9 @@ class Evidence:
         is_non_coco: whether the entry marks its image as not from COCO: its ``coco_id`` is null or an integer outside
             the range of COCO's ids, and it has no ``coco_numbers``.
         is_visual_genome: whether it is an entry of Visual Genome, whose ids are not COCO's.
-        has_unnumbered_name: whether it may be any image, as it has a file name or URL without a number.
+        has_unnumbered_name: whether it may be any image, as it has a file name or URL without a number and no
+            ``coco_id``. In an instances file a ``file_name`` without a number is enough, as training reads that file,
+            unless ``is_non_coco``.
         addresses: its file names and URLs.
         lookup_number: for an entry of an instances file, the number by which training may look up its image (function
             `lookup_number`); else None.
