@@ -75,11 +75,11 @@ def command(
 ) -> None:
     """Check training images for REFER's val and test images; exits 0 if there are none and 1 if there are.
 
-    Audits the images of F.json. For a checkpoint or a store, it audits the provenance, which is only a claim; with
-    F.json, the file that the detector was trained on, it is a proof. Weights in a best/ folder were chosen on a
-    validation file, which must be clean too. Images identified neither by id nor by --find-duplicates are not proven
-    clean: exits 1 unless --allow-unidentified is given. A store of val images is not a leak: what counts is what its
-    detector was trained on.
+    Audits the images of F.json. For a checkpoint or a store, it audits the provenance of its detector, which is only a
+    claim; if --instances gives the file that the detector was trained on, the result is a proof. Weights in a best/
+    folder were chosen on a validation file, which must be clean too. Images identified neither by id nor by
+    --find-duplicates are not proven clean: exits 1 unless --allow-unidentified is given. A store of val images is not a
+    leak: what counts is what its detector was trained on.
     """
     if instances is None and checkpoint is None and store is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
@@ -89,7 +89,7 @@ def command(
         raise click.UsageError("--find-duplicates needs --instances and --images")
     if not find_duplicates and (images is not None or refer_images is not None):
         raise click.UsageError("--images and --refer-images are for --find-duplicates; add it or leave them out")
-    detector = checkpoint if checkpoint is not None else store
+    detector = checkpoint if checkpoint is not None else store  # a path; None to audit F.json alone
     if benchmark and detector is not None:
         raise click.UsageError("--benchmark is for --instances alone; audit the detector without it")
     if trust_weights and detector is None:
@@ -135,9 +135,10 @@ def command(
     for text in notes:
         note(f"note: {text}")
     unidentified = _unidentified(result, content)
-    fix = "add or repair their files" if unidentified and content is not None else "compare them with --find-duplicates"
+    fix = "compare them with --find-duplicates" if content is None else "add or repair their files"
     if not unidentified and provenance_audit is not None:
         unidentified = _unidentified_selection(provenance_audit, str(val_instances))
+        fix = "compare them with --find-duplicates in an audit of that file alone"
     unproven = "" if allow_unidentified else unidentified
     if as_json:
         echo_json(_to_json(result, provenance_audit, content, unidentified, unproven))
@@ -164,10 +165,10 @@ def _to_json(
     """The results as a JSON object.
 
     Args:
-        result: audit of an instances file, or None.
-        detector: audit of the provenance of a checkpoint or a store, or None.
-        content: comparison of the images' pixels, or None.
-        unidentified: which images could not be identified, "" if none.
+        result: audit of F.json, None without --instances.
+        detector: audit of the provenance of a checkpoint or a store, None if only F.json is audited.
+        content: comparison of the images' pixels, None without --find-duplicates.
+        unidentified: which images are not proven clean, in words; "" if all are.
         unproven: like ``unidentified``, but "" with --allow-unidentified.
     """
     if detector is not None:
@@ -186,6 +187,7 @@ def _to_json(
 
 
 def _print_tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
+    """Print the leaks, or without F.json the claims, of each split, and the copies; arguments as in `_to_json`."""
     rows: list[tuple[str, ...]]
     if result is not None:
         rows = [
@@ -240,11 +242,14 @@ def _raise_leaks(
 
 
 def _unidentified(result: AuditResult | None, content: ContentResult | None) -> str:
-    """Which images are not proven clean, in words; "" if all are."""
+    """Which images are not proven clean, in words; "" if all are.
+
+    Without ``content``, those that the audited file does not identify; with it, those whose pixels were not compared.
+    """
     if content is None:
         unknown = [] if result is None else result.unknown
         return f"{format_count(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
-    not_compared = {
+    not_compared = {  # noun -> images
         "image": [*content.missing, *content.unreadable],
         "held-out image": [*content.refer_missing, *content.refer_unreadable],
     }
@@ -287,12 +292,13 @@ def _unidentified_selection(detector: ProvenanceAudit, val_instances: str) -> st
 
 
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
-    """Lines that say what is clean, and whether that is proven or only claimed."""
+    """Lines that say what is clean, and whether that is proven or only claimed; for an audit that found no leak."""
     lines = []
     if detector is not None and detector.provenance is not None:
         subject = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
         if result is None:
             lines.append(f"clean according to the provenance of {subject}: {detector.provenance.one_line()}")
+            # For imported published weights, no file proves anything.
             fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
             lines.append(f"this is only a claim{fix}")
             lines += _selection_verdict(detector)

@@ -1,6 +1,7 @@
-"""Step: compare every op that has a CUDA kernel with the CPU, with a second run, and with a run on a side stream.
+"""Step: compare each op on the GPU with the CPU, with a second run, and with a run on a side stream.
 
-A rehearsal compares the CPU kernels with their plain PyTorch fallbacks.
+A rehearsal on the CPU compares each op with its plain PyTorch fallback, except for the last three ops, whose fallback
+cannot be called on its own, and with a second run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from refdet.ops.pooling import pyramid_roi_align, roi_align, roi_align_mean, roi
 from refdet.ops.pooling_plain import pool_plain
 
 ODD = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -3e38, 1e-40, 0.0])
+BINS, STRIDE = 7, 16  # of the pooling ops: bins on a side of a RoI, and stride of the map
 POOLS: dict[str, Callable[..., Tensor]] = {
     "roi_align": roi_align,
     "roi_align, adaptive": lambda *a: roi_align(*a, 0),
@@ -28,14 +30,14 @@ POOLS: dict[str, Callable[..., Tensor]] = {
     "roi_crop": roi_crop,
     "roi_crop_mean": roi_crop_mean,
 }
-PLAIN = {  # samples per side of a cell, crop, mean
+PLAIN_OPTIONS = {  # of the same op by `pool_plain`: samples on a side of a bin (0: adaptive), crop, mean
     "roi_align": (2, False, False),
     "roi_align, adaptive": (0, False, False),
     "roi_align_mean": (2, False, True),
     "roi_crop": (1, True, False),
     "roi_crop_mean": (1, True, True),
 }
-# name, inputs, op, op to compare with in a rehearsal, maximum difference relative to the largest value
+# Name, inputs, op, its fallback (for the last three ops, the op itself), and the maximum `difference`.
 Case = tuple[str, tuple[Tensor, ...], Callable[..., object], Callable[..., object], float]
 
 
@@ -49,11 +51,13 @@ def some_boxes(count: int, random: torch.Generator, odd: bool) -> Tensor:
 
 
 def with_odd(values: Tensor, random: torch.Generator) -> Tensor:
+    """The values, with 3% of them replaced by values of `ODD`."""
     chosen = ODD[torch.randint(len(ODD), values.shape, generator=random)]
     return torch.where(torch.rand(values.shape, generator=random) < 0.03, chosen, values)
 
 
 def some_rois(count: int, images: int, random: torch.Generator, odd: bool) -> Tensor:
+    """RoIs (count, 5): the index of one of the images, and a box as by `some_boxes`."""
     return torch.cat((torch.randint(images, (count, 1), generator=random), some_boxes(count, random, odd)), 1)
 
 
@@ -64,43 +68,42 @@ def nms_cases(step: Step) -> Iterator[Case]:
             random = torch.Generator().manual_seed(count)
             boxes, scores = some_boxes(count, random, odd), torch.rand(count, generator=random)
             scores = (with_odd(scores, random) if odd else scores).round(decimals=2)  # ties
-            groups, images = (torch.randint(n, (count,), generator=random) for n in (80, 3))
-            for keep, threshold in ((-1, 0.3), (100, 0.7)):
-                name = f"nms of {count}{', odd' if odd else ''}, {keep} kept at {threshold}"
+            groups, images = (torch.randint(n, (count,), generator=random) for n in (80, 3))  # of each box
+            for max_keep, threshold in ((-1, 0.3), (100, 0.7)):
+                limit = "no limit" if max_keep < 0 else f"at most {max_keep} kept"
+                name = f"nms of {count}{', odd' if odd else ''}, {limit}, threshold {threshold}"
 
+                # The defaults of t and k bind the current values of the loop variables.
                 def alone(
-                    b: Tensor, s: Tensor, *_: Tensor, of: Callable, t: float = threshold, k: int = keep
+                    op: Callable, b: Tensor, s: Tensor, *_: Tensor, t: float = threshold, k: int = max_keep
                 ) -> Tensor:
-                    return of(b, s, t, k)
+                    return op(b, s, t, k)
 
-                def grouped(b: Tensor, s: Tensor, g: Tensor, i: Tensor, of: Callable, t: float = threshold,
-                            k: int = keep) -> Tensor:  # fmt: skip
-                    return of(b, s, t, k, groups=g, images=i)
+                def grouped(op: Callable, b: Tensor, s: Tensor, g: Tensor, i: Tensor, t: float = threshold,
+                            k: int = max_keep) -> Tensor:  # fmt: skip
+                    return op(b, s, t, k, groups=g, images=i)
 
-                for kind, function in (("", alone), (", in groups and images", grouped)):
-                    yield (
-                        name + kind,
-                        (boxes, scores, groups, images),
-                        lambda *a, f=function: f(*a, of=nms),
-                        lambda *a, f=function: f(*a, of=nms_plain),
-                        0.0,
-                    )
+                inputs = boxes, scores, groups, images
+                functions: dict[str, Callable[..., Tensor]] = {"": alone, ", in groups and images": grouped}
+                for kind, function in functions.items():
+                    yield name + kind, inputs, partial(function, nms), partial(function, nms_plain), 0.0
 
 
 def padded_nms_cases(step: Step) -> Iterator[Case]:
     for count in (0, 65, 1000) if step.small else (0, 65, 2049, 96000):
         random = torch.Generator().manual_seed(count)
         boxes, scores = some_boxes(count, random, True), torch.rand(count, generator=random).round(decimals=2)
+        # Boxes of image -1 are left out; group -1 is a group like any other.
         groups, images = (torch.randint(-1, n, (count,), generator=random) for n in (5, 16))
 
-        def padded(b: Tensor, s: Tensor, g: Tensor, i: Tensor, of: Callable) -> list[Tensor]:
-            return list(of(b, s, 0.7, 300, i, 16, groups=g))
+        def padded(op: Callable, b: Tensor, s: Tensor, g: Tensor, i: Tensor) -> list[Tensor]:
+            return list(op(b, s, 0.7, 300, i, 16, groups=g))
 
         yield (
-            f"nms_padded of {count}, 300 kept in each of 16 images",
+            f"nms_padded of {count}, at most 300 kept in each of 16 images",
             (boxes, scores, groups, images),
-            lambda *a, f=padded: f(*a, of=nms_padded),
-            lambda *a, f=padded: f(*a, of=nms_padded_plain),
+            partial(padded, nms_padded),
+            partial(padded, nms_padded_plain),
             0.0,
         )
 
@@ -115,7 +118,7 @@ def epilogue_cases(step: Step) -> Iterator[Case]:
             )
             bias = torch.randn(shape[1], generator=random)
 
-            def fused(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
+            def fused(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:  # `bias_relu` overwrites its input
                 return bias_relu(x.clone(memory_format=torch.channels_last), bias, shortcut)
 
             def plain(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def epilogue_cases(step: Step) -> Iterator[Case]:
 
 def pooling_cases(step: Step) -> Iterator[Case]:
     channels = 20 if step.small else 256
-    shapes = ((0, (7, 9)), (1, (1, 1)), (65, (38, 50)), (257, (13, 67)))
+    shapes = ((0, (7, 9)), (1, (1, 1)), (65, (38, 50)), (257, (13, 67)))  # number of RoIs, and size of the map
     for count, (height, width) in shapes[: 3 if step.small else 4]:
         for dtype in (torch.float32, torch.bfloat16):
             for odd in (False, True):
@@ -136,31 +139,34 @@ def pooling_cases(step: Step) -> Iterator[Case]:
                 rois = some_rois(count, 2, random, odd)
                 limit = 1e-5 if dtype == torch.float32 else 1e-2
                 for name, pool in POOLS.items():
-                    samples, crop, mean = PLAIN[name]
+                    plain_options = PLAIN_OPTIONS[name]
 
-                    def plain(x: Tensor, rois: Tensor, options: tuple = (samples, crop, mean)) -> Tensor:
-                        pooled = pool_plain(x, rois, 7, 16, *options)
-                        return pooled.flatten(1) if options[2] else pooled
+                    def plain(x: Tensor, rois: Tensor, options: tuple[int, bool, bool] = plain_options) -> Tensor:
+                        pooled = pool_plain(x, rois, BINS, STRIDE, *options)
+                        _, _, mean = options
+                        return pooled.flatten(1) if mean else pooled
 
                     kind = str(dtype).removeprefix("torch.") + (", odd" if odd else "")
                     shape = f"{count} of 2x{channels}x{height}x{width}, {kind}"
-                    yield f"{name} of {shape}", (x, rois), lambda *a, p=pool: p(*a, 7, 16), plain, limit
+                    pool_bins = partial(pool_into_bins, pool)
+                    yield f"{name} of {shape}", (x, rois), pool_bins, plain, limit
                     if not odd:
                         yield (
                             f"{name} of {shape}, backward",
                             (x, rois),
-                            lambda *a, p=pool: gradient(partial(at_stride_16, p), *a),
-                            lambda *a, p=plain: gradient(p, *a),
-                            limit * 4,
+                            partial(gradient, pool_bins),
+                            partial(gradient, plain),
+                            limit * 4,  # the gradient at a position is a sum over many bins
                         )
 
 
-def at_stride_16(pool: Callable[..., Tensor], x: Tensor, rois: Tensor) -> Tensor:
-    return pool(x, rois, 7, 16)
+def pool_into_bins(pool: Callable[..., Tensor], x: Tensor, rois: Tensor) -> Tensor:
+    """Pool with the number of bins and the stride of all pooling cases."""
+    return pool(x, rois, BINS, STRIDE)
 
 
 def gradient(pool: Callable[[Tensor, Tensor], Tensor], x: Tensor, rois: Tensor) -> Tensor:
-    """Gradient of a weighted sum of the cells with respect to the map."""
+    """Gradient of a weighted sum of the bins with respect to the map."""
     x = x.detach().requires_grad_()
     pooled = pool(x, rois)
     weight = torch.linspace(-1, 1, max(pooled.numel(), 1)).to(pooled)[: pooled.numel()].reshape(pooled.shape)
@@ -201,17 +207,21 @@ def other_cases(step: Step) -> Iterator[Case]:
         return masks_to_rle(masks, boxes, 480, 640)
 
     yield "masks_to_rle of 50", (masks, boxes), to_rle, to_rle, 0.0
-    known = [{"size": [480, 640], "counts": counts} for counts in to_rle(masks.round(), some_boxes(50, random, False))]
-    objects = torch.arange(50)
+    # Annotations of 50 objects. `mask_coverage` itself runs on the CPU; inputs on the GPU are copied to it.
+    rles = [{"size": [480, 640], "counts": counts} for counts in to_rle(masks.round(), some_boxes(50, random, False))]
+    objects = torch.arange(50)  # of each box, as an index into `rles`
 
     def coverage(objects: Tensor, boxes: Tensor) -> Tensor:
-        return mask_coverage(known, objects, boxes, 28)
+        return mask_coverage(rles, objects, boxes, 28)
 
     yield "mask_coverage of 50", (objects, some_boxes(50, random, False)), coverage, coverage, 1e-6
 
 
 def difference(found: object, expected: object) -> float:
-    """Largest difference relative to the largest value; inf for different shapes, NaNs, integers or bytes."""
+    """Largest difference relative to the largest expected value, or to 1 if all are smaller.
+
+    inf if shapes, integers or bytes differ, or if other values are NaN or infinite.
+    """
     if isinstance(found, Tensor) and isinstance(expected, Tensor):
         a, b = found.detach().cpu(), expected.detach().cpu()
         if a.shape != b.shape:
@@ -229,7 +239,7 @@ def difference(found: object, expected: object) -> float:
 
 
 def on_side_stream(op: Callable[..., object], inputs: tuple[Tensor, ...]) -> object:
-    """Run the op on a side stream on which its inputs arrive late."""
+    """Run the op on a side stream on which its inputs arrive late; a kernel on another stream would read too early."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(2_000_000)  # cycles, about a millisecond
@@ -252,22 +262,23 @@ def work(step: Step) -> None:
         count, wrong = 0, []
         for name, inputs, op, plain, limit in cases(step):
             count += 1
-            there = tuple(given.to(step.device) for given in inputs)
-            first, again = op(*there), op(*there)
-            found = {
-                "differs": difference(first, (plain if step.small else op)(*inputs)),
-                "differs from run to run": difference(first, again) if group != "pooling" else 0.0,
-            }
-            if group == "pooling":  # sums must be bit-identical from run to run
-                found["differs from run to run"] = 0.0 if same_bits(first, again) else math.inf
+            on_device = tuple(given.to(step.device) for given in inputs)
+            first, again = op(*on_device), op(*on_device)
+            expected = (plain if step.small else op)(*inputs)  # the inputs are on the CPU
+            found = {"differs": difference(first, expected), "differs from run to run": difference(first, again)}
+            if group == "pooling":  # not even within the limit may its sums differ from run to run
+                found["differs from run to run"] = 0.0 if same_values(first, again) else math.inf
             if not step.small:
                 found["differs on a side stream"] = difference(on_side_stream(op, inputs), first)
             wrong += [f"{name}: {what} by {by:.1e}" for what, by in found.items() if not by <= limit]
         step.check(f"{group}: {count} cases agree", not wrong, wrong=len(wrong), first=wrong[:5])
 
 
-def same_bits(a: object, b: object) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.nan_to_num(), b.nan_to_num())
+def same_values(a: object, b: object) -> bool:
+    """Whether two results are tensors with exactly the same values, where NaN equals NaN."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// The gradient of RoI pooling for PyTorch's autograd, in C++: in Python it cost more than the kernels of a small map.
-// RoIs get no gradient, and the gradient itself has none.
+// The autograd function of RoI pooling, in C++: one in Python took longer than the kernels themselves on a small map.
+// RoIs get no gradient, and the gradient of the map cannot be differentiated again.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -39,7 +39,7 @@ class RoIPool : public torch::autograd::Function<RoIPool> {
     saved["dtype"] = x.scalar_type();
     saved["size"] = size, saved["stride"] = stride, saved["samples"] = samples;
     saved["crop"] = crop, saved["mean"] = mean;
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const at::AutoDispatchBelowADInplaceOrView below;  // the kernels, or this function would call itself
     return pool(x, rois, size, stride, samples, crop, mean);
   }
 
@@ -50,7 +50,7 @@ class RoIPool : public torch::autograd::Function<RoIPool> {
         pool_backward(gradients[0], context->get_saved_variables()[0], shape, saved["size"].toInt(),
                       saved["stride"].toDouble(), saved["samples"].toInt(), saved["crop"].toBool(),
                       saved["mean"].toBool());
-    return {gradient.to(saved["dtype"].toScalarType()), {}, {}, {}, {}, {}, {}};
+    return {gradient.to(saved["dtype"].toScalarType()), {}, {}, {}, {}, {}, {}};  // of x only
   }
 };
 

@@ -36,15 +36,19 @@ class Evidence:
 
     Attributes:
         id: the entry's id in the list, None if it has none.
-        coco_numbers: COCO's zero-padded numbers in any string or key of the entry, at any depth, and its ``coco_id``.
-        bare_numbers: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
-        possible_ids: integers under id keys, if the entry's names do not contradict them. As lists may have their own
-            numbering, these are COCO ids only if names or a ``coco_id`` in the same file confirm it
+        coco_numbers: COCO's zero-padded numbers in any string or key of the entry, and integers under keys of COCO ids
+            such as ``coco_id``, at any depth.
+        bare_numbers: numbers that are an entire file name without its suffix, such as 9 in "9.jpg"; also an entry that
+            is just an id, and the key of an entry without other evidence.
+        possible_ids: integers under id keys, unless the entry shows that these are not COCO's. As lists may have their
+            own numbering, they are COCO ids only if names or a ``coco_id`` in the same file confirm it
             (`ids_are_confirmed`).
         is_non_coco: whether the entry marks its image as not from COCO: its ``coco_id`` is null or an integer outside
             the range of COCO's ids, and it has no ``coco_numbers``.
         is_visual_genome: whether it is an entry of Visual Genome, whose ids are not COCO's.
-        has_unnumbered_name: whether it has a file name or URL without a number, so that it may be any image.
+        has_unnumbered_name: whether it may be any image, as it has a file name or URL without a number and no
+            ``coco_id``. In an instances file a ``file_name`` without a number is enough, as training reads that file,
+            unless ``is_non_coco``.
         addresses: its file names and URLs.
         lookup_number: for an entry of an instances file, the number by which training may look up its image (function
             `lookup_number`); else None.
@@ -95,7 +99,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     Args:
         entry: a JSON value.
         id_keys: keys that may hold the entry's id in the list; the first one with a value is used.
-        key: key under which the list, a JSON object, has the entry; "" if the list is an array.
+        key: key of the entry if the list is a JSON object; "" if it is an array.
 
     Returns:
         The evidence.
@@ -108,7 +112,9 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     coco_ids = _coco_range(_integers_under(entry, _COCO_ID_KEY))
     coco_numbers = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
     bare_numbers = frozenset(
-        number for text in texts if text.text != key and (number := _bare_number_of(text)) is not None
+        number
+        for text in texts
+        if text.text != key and (number := _bare_number_of(text)) is not None  # the number of the key follows below
     )
     entry_id = next((_parse_integer(fields[name]) for name in id_keys if fields.get(name) is not None), None)
     ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *_top_level_integers(entry)])
@@ -117,9 +123,9 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
         ids |= _coco_range([key_number])  # the key may just count the entries, as there is other evidence
     elif key_number is not None:
         bare_numbers = frozenset([key_number])
+    is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
     # Ids are taken as the list's own, as in MDETR's files, if a name has a COCO number or there is a coco_id. A coco_id
     # says nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
-    is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
     has_padded_name = any(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts)))
     has_unnumbered = _has_unnumbered(addresses)
     has_own_numbering = has_padded_name or (bool(coco_ids) and not has_unnumbered)
@@ -139,9 +145,9 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether more than half of the ids are the number in a COCO-style name, or the ``coco_id``, of the same entry.
+    """Whether most entries with a COCO number, from a name or a ``coco_id``, have it as their id.
 
-    Entries without either are not counted; False if there are no others.
+    Entries without an id or without a COCO number are not counted; False if none is counted.
     """
     agreements = [entry.id in entry.coco_numbers for entry in entries if entry.id is not None and entry.coco_numbers]
     return 2 * sum(agreements) > len(agreements)
@@ -151,7 +157,7 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
     """Collect the evidence in an entry of ``images`` in an instances file, whose id is ``image_id``."""
     evidence = evidence_of(entry, ("id", "image_id", "img_id"))
     name = entry.get("file_name")
-    # Training reads the file of that name, whatever number a URL has.
+    # Training reads the file of that name, whatever number a URL or a coco_id gives.
     is_unnumbered = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
     has_unnumbered = evidence.has_unnumbered_name or (is_unnumbered and not evidence.is_non_coco)
     number = lookup_number(entry, image_id, evidence)
@@ -159,7 +165,7 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
-    """Return the number by which training may look up an image under COCO's file names.
+    """Return the number by which training looks up an image under COCO's file names if no file has its own name.
 
     That is the number in the ``file_name``; without a ``file_name``, the id if `may_be_looked_up_by_id` allows it.
 
@@ -186,7 +192,7 @@ def may_be_looked_up_by_id(entry: Mapping[str, Any], image_id: int | None, evide
 
 
 def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
-    """Whether the id of an entry alone determines which file training reads for it.
+    """Whether the id of an entry alone determines which image training reads for it.
 
     Training looks an image up by its ``file_name``, and by its id only if it has none. So a hash of ids identifies the
     images only if each file name has the number of its id and nothing else in the entry contradicts it.
@@ -214,7 +220,7 @@ def coco_numbers_in(value: Any) -> frozenset[int]:
 
 
 def _texts(value: Any) -> Iterator[_Text]:
-    """Iterate over all strings in a JSON value and over keys that are image names."""
+    """Iterate over all strings in a JSON value and over keys that are image names or have COCO numbers."""
     pending: list[tuple[str, Any, bool]] = [("", value, False)]
     while pending:
         key, node, in_list = pending.pop()
@@ -232,8 +238,8 @@ def _texts(value: Any) -> Iterator[_Text]:
 def _has_unnumbered(addresses: Collection[_Text]) -> bool:
     """Whether an image has a file name or URL without a number, and nothing else that gives its number.
 
-    An image may have several names: next to COCO's own URL, the other names need no number, nor do URLs next to a file
-    name. Of several URLs alone, one with a number is enough. Each item of a list is a separate image.
+    An image may have several names: if COCO's own URL has a number, the other names need none, nor do URLs next to a
+    file name. Of several URLs alone, one with a number is enough. Each file name in a list is of a separate image.
     """
     is_numbered = {
         address: bool(numbers_in_name(address.text)) or _bare_number_of(address) is not None for address in addresses
@@ -247,7 +253,7 @@ def _has_unnumbered(addresses: Collection[_Text]) -> bool:
 
 
 def _bare_number_of(text: _Text) -> int | None:
-    """The number that is an entire file name, or None; under keys that are not for image names only with a suffix."""
+    """The number that is an entire file name, or None; under a key that is not for names, it needs an image suffix."""
     return bare_number(text.text) if text.key in NAME_KEYS or text.key == "" or is_image_file(text.text) else None
 
 

@@ -31,13 +31,13 @@ class Batch:
     """A batch of images and their annotations.
 
     Attributes:
-        images: pixels of the files, (H, W, 3) uint8 RGB, already resized with ``input.resize=pillow``; or as network
-            input, (3, height, width) float32, if that takes fewer bytes.
+        images: (H, W, 3) uint8 RGB: with ``input.resize=pillow`` at input size, otherwise as in the file, or as
+            network input, (3, height, width) float32, if that takes fewer bytes.
         sizes: input size of each image.
-        flips: whether to flip each image; float32 network inputs are flipped already.
+        flips: whether each image is flipped left to right; float32 images are flipped already, uint8 ones are not.
         shape: height and width to which the network's inputs are padded.
         targets: annotations of each image, in pixels of the network's input.
-        image_ids: COCO ids of all images of the step, including those of other processes.
+        image_ids: ids of all images of the step, including those of other processes and of other chunks.
         orientations: file -> EXIF orientation, for files with an orientation other than 1.
     """
 
@@ -54,7 +54,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
     def chunk(self, count: int) -> list[Batch]:
-        """Split into ``count`` batches, in order and with the same padding; ``count`` divides the number of images."""
+        """Split the images into ``count`` batches with the same padding; ``count`` divides the number of images."""
         if count == 1:
             return [self]
         size = len(self.sizes) // count
@@ -88,8 +88,9 @@ class TrainingBatches(Dataset):
     """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
     A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
-    per epoch, except for a remainder of less than a batch, which is left out and differs from epoch to epoch. Landscape
-    and portrait images are batched separately, which saves padding; at most one batch per epoch has both.
+    per epoch, except for a remainder of less than a batch, which is left out and differs from epoch to epoch; images of
+    less than one batch are repeated to fill it. Landscape (also square) and portrait images are batched separately,
+    which saves padding; at most one batch per epoch has both.
 
     If several processes train together, each loads its share of a batch. The images of a batch and their padding do not
     depend on the number of processes.
@@ -122,7 +123,7 @@ class TrainingBatches(Dataset):
         if objects is None:
             source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # epoch, and `_plan_epoch` of it
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the last planned epoch, and its batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -161,7 +162,7 @@ class TrainingBatches(Dataset):
         long, short, area = sides.max(axis=1), sides.min(axis=1), sides.prod(axis=1)
 
         def largest_of(group: np.ndarray, count: int) -> list[int]:
-            # The images with the longest sides determine the padding; the rest are those with the most pixels.
+            # The images with the longest long and short sides determine the padding; the rest have the most pixels.
             by_area = group[np.argsort(-area[group], kind="stable")]
             longest = [group[side[group].argmax()] for side in (long, short)] if batch_size > 1 else []
             return list(dict.fromkeys([*longest, *by_area]))[:count]  # without repeats
@@ -171,7 +172,7 @@ class TrainingBatches(Dataset):
         candidates = [largest_of(group, batch_size) for group in (landscape, portrait) if len(group) >= batch_size]
         if len(rows) < batch_size:
             candidates = [list(np.resize(rows, batch_size))]
-        elif batch_size > 1 and len(landscape) and len(portrait):  # the batch of both, padded in both directions
+        elif batch_size > 1 and len(landscape) and len(portrait):  # the batch of both orientations
             portraits = min(max(batch_size // 2, batch_size - len(landscape)), len(portrait))
             candidates.append(largest_of(landscape, batch_size - portraits) + largest_of(portrait, portraits))
         chosen = max(candidates, key=lambda rows: math.prod(self._padded_shape([sizes[row] for row in rows])))
@@ -215,14 +216,14 @@ class TrainingBatches(Dataset):
             count = len(group) // size * size
             batches += list(group[:count].reshape(-1, size))
             remainders.append(group[count:])
-        batches += list(np.concatenate(remainders).reshape(-1, size))  # one batch of landscape and portrait, or none
+        batches += list(np.concatenate(remainders).reshape(-1, size))  # one batch of both orientations, or none
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _input_size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
         """Input size of an image in a step, for ``short_side`` unless the recipe draws one for each image.
 
-        With ``largest``, ``short_side`` is always used. With large-scale jitter it never is: the size is drawn, and the
-        input is padded to ``crop_size`` anyway.
+        With ``largest``, none is drawn for the image. With large-scale jitter neither has an effect: the size is drawn,
+        and the input is padded to ``crop_size`` anyway.
         """
         options = self.recipe.input
         if options.crop_size:
@@ -235,7 +236,7 @@ class TrainingBatches(Dataset):
 
     def _image_rng(self, stream: int, step: int, record: ImageRecord) -> np.random.Generator:
         """Random generator that depends only on the seed, the stream, the step and the image."""
-        return np.random.default_rng((self.recipe.train.seed, stream, step, record.id % 2**64))
+        return np.random.default_rng((self.recipe.train.seed, stream, step, record.id % 2**64))  # ids may be negative
 
     def _load_example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
         """Load an image and its annotations, as in `Batch.images` and `Batch.targets`."""
@@ -275,7 +276,7 @@ class TrainingBatches(Dataset):
             crowds = crop_boxes(crowds, [None] * len(crowds), window)[1]
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        crop_origin = torch.tensor(size.crop_origin * 2, dtype=torch.float32)  # x y x y
+        crop_origin = torch.tensor(size.crop_origin * 2, dtype=torch.float32)  # xyxy
         boxes, crowds = (convention.scale(b, size.scale) - crop_origin for b in (boxes, crowds))
         if size.cropped_from is not None:  # rounding may have moved boxes outside the crop
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
@@ -292,7 +293,7 @@ def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) ->
 
 
 def image_bytes(size: InputSize, options: InputOptions) -> int:
-    """Bytes of an image of this input size in a `Batch`."""
+    """Bytes of an image of this input size in `Batch.images`."""
     if options.resize == "pillow":
         return 3 * size.height * size.width
     if input_is_smaller(size):

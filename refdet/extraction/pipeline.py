@@ -1,6 +1,6 @@
-"""Extraction pipeline, independent of how regions are computed. No torch.
+"""Extraction pipeline, independent of how regions are computed; does not import torch.
 
-Four stages run at the same time, each on a later batch than the next stage:
+Four stages run at the same time, each at least a batch ahead of the next:
 
 1. several threads load images;
 2. the main thread starts computing batches;
@@ -83,12 +83,13 @@ def extract(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
-        compute_seconds: called at the end; returns the seconds per part of the network.
+        compute_seconds: called at the end; returns the seconds that each part of the network took, by its name.
         engine: called instead of `compute_shards` to compute shards in other processes, with the `ShardSet`, the
-            numbers of the shards to compute, and the `Timer`. This process merges the shards into the store.
+            numbers of the shards to compute, and the `Timer`; its result is ignored. This process merges the shards
+            into the store. None to compute in this process.
 
     Returns:
-        Numbers and timings.
+        Counts of images and regions, and timings.
 
     Raises:
         InputError: as `refdet.extraction.shards.open_extraction`.
@@ -104,10 +105,10 @@ def extract(
     counts = f"{format_count(len(records), 'image')} in {format_count(len(batches), 'batch')}"
     log.info("%s; options %s", counts, plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
-        if shard_set is not None:
+        if shard_set is not None:  # None: the store is complete
             retry_ids = find_retries(shard_set, records, load, strict)
             timer = compute_and_merge(shard_set, shard_set.missing_shards(retry_ids))
-    if shard_set is None:  # the store is complete; only unusable images may be left to compute
+    if shard_set is None:  # only unusable images may be left to compute
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repair_shards:
             if repair_shards is not None:  # None: no unusable image can be read now
                 timer = compute_and_merge(repair_shards, repair_shards.missing_shards())
@@ -121,7 +122,7 @@ def _compute_and_merge(
     shard_set: ShardSet,
     shard_numbers: Sequence[int],
 ) -> Timer:
-    """Compute the shards with the given numbers, and merge all shards of the set into the store."""
+    """Compute the shards with the given numbers, and merge all shards of the set into the store; see `extract`."""
     timer = Timer(shard_set.folder)
     with interruptible(shard_set):
         with timer.computing():
@@ -136,7 +137,7 @@ def _compute_and_merge(
 def run_information(
     shard_set: ShardSet, timer: Timer, compute_seconds: Callable[[], dict[str, float]]
 ) -> dict[str, Any]:
-    """Information about a run for the store, JSON: its timing and batch size."""
+    """Information about a run, as a JSON object that is written to the store: its timing and batch size."""
     return {
         **timer.summary(),
         "batch_size": shard_set.plan.batch_size,
@@ -197,7 +198,7 @@ def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], comput
         if isinstance(image, str)
     }
     if not loaded:
-        return lambda: list(unusable.values())
+        return lambda: list(unusable.values())  # of all images
     usable = iter(loaded)
     filled = [loaded[0] if index in unusable else next(usable) for index in range(len(batch))]
     expected_ids = [record.id for record, _ in filled]
@@ -213,7 +214,7 @@ def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], comput
 
 
 class _NoMoreBatches(Exception):
-    """The main thread queues no more batches, though the shard is not complete: it was interrupted or failed."""
+    """The main thread was interrupted or failed, and queues no more batches, though the shard is not complete."""
 
 
 class BackgroundWriter:
@@ -228,7 +229,8 @@ class BackgroundWriter:
 
     def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], timer: Timer, bar: tqdm) -> None:
         self._shard_set, self._shard_numbers, self._timer, self._bar = shard_set, shard_numbers, timer, bar
-        self._encoded: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()  # None ends it
+        # batches in order, each encoded or to be encoded; None if the main thread queues no more
+        self._encoded: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
         self._finish_pool = ThreadPoolExecutor(1, "finish")
         self._slots = threading.Semaphore(_MAX_QUEUED)
         self._error: BaseException | None = None
@@ -240,8 +242,8 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C does
-        # not end the wait, as the folder would be unlocked while the write thread still writes to it.
+        # Queued batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C does not
+        # end the wait, as the folder would be unlocked while the write thread still writes to it.
         interrupted: KeyboardInterrupt | None = None
         with self._timer.timed("wait"):
             while not self._ended.is_set():
@@ -258,7 +260,7 @@ class BackgroundWriter:
             raise error
 
     def put(self, finish: Finish) -> None:
-        """Queue the next batch, waiting while `_MAX_QUEUED` batches wait; raises the error of a thread that failed."""
+        """Queue the next batch, after waiting for room in the queue; raises the error of a thread that failed."""
         self._slots.acquire()
         if self._error is not None:
             raise self._error
@@ -277,7 +279,7 @@ class BackgroundWriter:
             pass
         except BaseException as error:
             self._error = error
-            self._slots.release()  # or the main thread would wait forever
+            self._slots.release()  # or `put` might wait forever
         finally:
             self._ended.set()
 

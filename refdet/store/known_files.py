@@ -1,4 +1,4 @@
-"""Remember files that were checked, as long as they do not change."""
+"""Remember which files passed a check, for as long as they do not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FileState(NamedTuple):
     """State of a file when it was checked.
 
     Attributes:
-        path: absolute path without links.
+        path: absolute path without symbolic links.
         inode: inode number.
         size: in bytes.
         modified: time of the last modification in nanoseconds.
@@ -44,19 +44,20 @@ class FileState(NamedTuple):
 class KnownFiles:
     """Files that passed a check, kept in this process and in the user's cache folder.
 
-    Whoever sends a file cannot add it to the cache, which is in the user's own folder and is ignored if other users can
-    write to it. A cache that cannot be read is treated as empty.
+    Whoever sends a file cannot add it to the cache, which is in the user's own folder and is ignored if another user
+    owns it or can write to it. A cache that cannot be read is treated as empty.
 
     Args:
-        check: identifies the check and everything that its result depends on; files that passed another check are
-            unknown.
+        check: identifies the check and everything that its result depends on. The cache holds files of one check only:
+            those that passed another one are unknown, and are forgotten when a file is added.
     """
 
     def __init__(self, check: str) -> None:
         self._check = f"{check} of refdet {__version__}"
-        self._in_process: dict[str, FileState] = {}
+        self._in_process: dict[str, FileState] = {}  # path -> state
 
     def __contains__(self, state: FileState) -> bool:
+        """Whether a file passed the check in this state."""
         if self._in_process.get(state.path) != state and self._read_cache().get(state.path) == list(state[1:]):
             self.add_in_process(state)  # so that the cache is read only once
         return self._in_process.get(state.path) == state

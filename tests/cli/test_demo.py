@@ -17,15 +17,20 @@ pytestmark = pytest.mark.slow
 
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]
 COMMANDS = [step for step in STEPS if step not in ("dataset", "listener")]
+# recipe changes
 TINY = ("train.steps=8", "train.batch_size=2", "train.workers=0", "train.log_every=4", "model.width=8")
+
+
+def run_nothing(args: list[str], output: Path | None = None) -> None:
+    """In place of the function that runs a refdet command."""
 
 
 @pytest.fixture(scope="module")
 def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """The folder of a demo, and the result of the command."""
+    """The folder of a finished demo, and the result of the `refdet demo` that made it."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    changes = [word for change in TINY for word in ("--set", change)]
-    args = ["demo", "--out", str(out), "--seed", "3", "--images", "40", "--json", *changes]
+    set_options = [word for change in TINY for word in ("--set", change)]
+    args = ["demo", "--out", str(out), "--seed", "3", "--images", "40", "--json", *set_options]
     return out, CliRunner().invoke(main, args, catch_exceptions=False)
 
 
@@ -35,6 +40,7 @@ def test_metrics_of_detection_and_of_every_refer_split_are_written(finished_demo
     assert json.loads(result.stdout) == metrics  # nothing else is on stdout
     assert set(metrics) == {"detection", "refer", "provenance", "seconds", "seed", "versions"}
     assert set(metrics["detection"]) == {"bbox", "segm"}
+    # None if the demo has no object of the metric's size
     assert all(rate is None or 0 <= rate <= 1 for rate in metrics["detection"]["bbox"].values())
     assert {name: set(splits) for name, splits in metrics["refer"].items()} == {
         "refcoco/unc": {"val", "testA", "testB"},
@@ -60,7 +66,7 @@ def test_metrics_hold_the_provenance_of_the_split(finished_demo: tuple[Path, Res
     assert "refcocog/umd/test" in metrics["provenance"]["excluded"]
 
 
-def test_stores_hold_no_training_image(finished_demo: tuple[Path, Result]) -> None:
+def test_stores_of_the_evaluation_hold_no_training_image(finished_demo: tuple[Path, Result]) -> None:
     out, _ = finished_demo
     trained_on = {image["id"] for image in json.loads((out / "split.json").read_text())["images"]}
     for name in ("refcoco", "refcoco+", "refcocog"):
@@ -73,6 +79,7 @@ def test_commands_are_printed_and_the_seed_is_used(finished_demo: tuple[Path, Re
     for step in COMMANDS:
         assert f"$ refdet {step} " in result.stderr
     assert "examples/listener.py --train " in result.stderr
+    # the audit of COCO's original split, which leaks
     assert "held-out images; make a clean file" in result.stderr and "as expected" in result.stderr
     seed = json.loads((out / "run" / "model.json").read_text())["recipe"]["train"]["seed"]
     assert seed == 3
@@ -90,7 +97,7 @@ def test_report_shows_every_command_and_that_nothing_leaked(finished_demo: tuple
     assert all(f"refdet {step} " in page.text for step in COMMANDS)
     assert "examples/listener.py --train " in page.text and "Comprehension with a listener" in page.text
     assert "Clean: 0 of " in page.text and "It has never seen the REFER images it is evaluated on" in page.text
-    assert "Not of this detector" not in page.text
+    assert "Not of this detector" not in page.text  # the warning that the leak section is about another one
 
 
 def test_an_existing_folder_is_an_error_and_left_unchanged(tmp_path: Path) -> None:
@@ -100,7 +107,8 @@ def test_an_existing_folder_is_an_error_and_left_unchanged(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [(("--set", "train.stepz=8"), "train.steps"), (("--images", "3"), "too few")]
+    ("args", "message"),
+    [(("--set", "train.stepz=8"), "train.steps"), (("--images", "3"), "too few")],  # train.steps is the suggestion
 )
 def test_invalid_arguments_are_reported_before_the_dataset_is_written(
     tmp_path: Path, args: tuple[str, ...], message: str
@@ -114,7 +122,7 @@ def test_without_the_example_script_the_listener_is_skipped(tmp_path: Path, monk
     """An installed package has no examples/."""
     monkeypatch.setattr(demo_module, "LISTENER", tmp_path / "listener.py")
     messages: list[str] = []
-    log = demo_module._CommandLog(lambda args, output=None: None, messages.append)
+    log = demo_module._CommandLog(run_nothing, messages.append)
     assert demo_module._run_listener(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
     assert "skipped: listener.py" in messages[0] and not log.seconds
 
@@ -123,21 +131,21 @@ def test_a_failing_script_is_an_error_with_its_output(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nsys.exit('no such thing')\n")
     messages: list[str] = []
-    log = demo_module._CommandLog(lambda args, output=None: None, messages.append)
+    log = demo_module._CommandLog(run_nothing, messages.append)
     with pytest.raises(RuntimeFailure, match="script.py failed"), log.step("listener"):
         log.python("listener", script)
     assert "no such thing" in "".join(messages)
 
 
 def test_the_demo_fails_if_the_audit_misses_the_leak_of_the_original_file(tmp_path: Path) -> None:
-    """The commands here do nothing: the audit of COCO's original split, which leaks, succeeds."""
+    """The commands here do nothing, so even the audit of COCO's original split, which leaks, finds no leak."""
     with pytest.raises(RuntimeFailure, match="audit found none"):
-        demo(tmp_path / "out", lambda args, output=None: None, lambda text: None, images=20)
+        demo(tmp_path / "out", run_nothing, lambda text: None, images=20)
 
 
 def test_errors_of_commands_are_raised(tmp_path: Path) -> None:
-    def run(args: list[str], output: Path | None = None) -> None:
+    def fail(args: list[str], output: Path | None = None) -> None:
         raise InputError(f"{args[0]} failed")
 
     with pytest.raises(InputError, match="build-split failed"):
-        demo(tmp_path / "out", run, lambda text: None, images=20)
+        demo(tmp_path / "out", fail, lambda text: None, images=20)

@@ -1,4 +1,4 @@
-"""The features of detections and of given boxes, against their definitions."""
+"""The features of detections and of given boxes."""
 
 from functools import partial
 
@@ -11,12 +11,13 @@ from trained_models import IDS, PYRAMID, SMALL, some_images, trained_model
 from refdet.config import recipe as recipes
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import optimize
-from refdet.detector.feature_names import check_features
+from refdet.detector.feature_names import FEATURE_MAP, SPATIAL_FEATURES, VECTOR_FEATURES, check_features
 from refdet.detector.predictor import describe_boxes, detect_batch, start_describing, start_detecting
 from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 
-FEATURES = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+FEATURES = (*VECTOR_FEATURES, *SPATIAL_FEATURES, FEATURE_MAP)
+# of each of `some_images`
 BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0, 4), np.float32)]
 
 
@@ -26,11 +27,11 @@ def test_features_of_given_boxes_equal_their_definitions(optimized: bool) -> Non
     model = optimize.optimize_for_inference(trained_model()) if optimized else trained_model()
     images, _ = some_images()
     first, empty = describe_boxes(model, images, BOXES, features=FEATURES)
-    size = input_size(96, 128, model.recipe.input)
+    size = input_size(96, 128, model.recipe.input)  # not resized, so boxes are in pixels of the input
     inputs = network_input(images[0], size, model.recipe.input)[None]
     (conv4,) = model.extract_feature_maps(inputs.contiguous(memory_format=torch.channels_last))
     np.testing.assert_allclose(first.maps["head"], conv4[0].numpy(), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(first.im_info, np.array([96, 128, 1], np.float32))
+    np.testing.assert_array_equal(first.im_info, np.array([96, 128, 1], np.float32))  # height, width, scale
     cells = roi_align(conv4, [torch.from_numpy(BOXES[0])], 7, 1 / 16, sampling_ratio=2, aligned=True).numpy()
     found = first.features
     np.testing.assert_allclose(found["spatial_pool5"], cells, rtol=1e-4, atol=1e-5)
@@ -46,8 +47,9 @@ def test_features_of_given_boxes_equal_their_definitions(optimized: bool) -> Non
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_with_nan_or_inf_is_refused_whichever_is_asked_for(name: str) -> None:
+def test_every_feature_is_refused_if_it_has_nan(name: str) -> None:
     model = trained_model()
+    # No other feature depends on the class scores, so their weights make only class_prob NaN.
     weight = model.head.box.score.weight if name == "class_prob" else model.backbone.conv1.weight
     with torch.no_grad():
         weight.fill_(torch.nan)
@@ -59,7 +61,7 @@ def test_a_feature_with_nan_or_inf_is_refused_whichever_is_asked_for(name: str) 
 def test_detections_have_the_features_of_their_boxes() -> None:
     model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
-    names = FEATURES[:-1]
+    names = VECTOR_FEATURES + SPATIAL_FEATURES
     regions = detect_batch(
         model, images, records, IDS, DetectionOptions(score_threshold=0.1, max_regions=10), features=names
     )
@@ -72,7 +74,7 @@ def test_detections_have_the_features_of_their_boxes() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_float16_features_equal_converted_float32_features(bf16: bool) -> None:
-    """Features are converted before the copy from the GPU; converting afterwards gives the same bits."""
+    """Features are converted to float16 before the copy from the GPU; converting the copy gives the same bits."""
     model = optimize.optimize_for_inference(trained_model().to(torch.bfloat16 if bf16 else torch.float32))
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1, max_regions=10)
@@ -92,19 +94,20 @@ def test_batches_may_be_finished_in_any_order() -> None:
     images, records = some_images()
     options = DetectionOptions(score_threshold=0.1)
     wanted = [detect_batch(model, [i], [r], IDS, options)[0] for i, r in zip(images, records, strict=True)]
+    # functions that finish a batch of one image each
     started = [start_detecting(model, [i], [r], IDS, options) for i, r in zip(images, records, strict=True)]
-    for finish, alone in reversed(list(zip(started, wanted, strict=True))):
+    for finish, expected in reversed(list(zip(started, wanted, strict=True))):
         (found,) = finish()
-        np.testing.assert_array_equal(found.boxes, alone.boxes)
-        np.testing.assert_array_equal(found.features["fc7"], alone.features["fc7"])
-        assert found.masks == alone.masks
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+        np.testing.assert_array_equal(found.features["fc7"], expected.features["fc7"])
+        assert found.masks == expected.masks
 
 
-def test_a_pyramid_has_no_spatial_features() -> None:
+def test_a_pyramid_has_only_vector_features() -> None:
     c4, pyramid = (recipes.load("demo").with_changes([*SMALL, *more]) for more in ([], PYRAMID))
     check_features(FEATURES, c4)
-    check_features(("pool5", "fc7", "class_prob"), pyramid)
-    for name in FEATURES[3:]:
+    check_features(VECTOR_FEATURES, pyramid)
+    for name in (*SPATIAL_FEATURES, FEATURE_MAP):
         with pytest.raises(InputError, match=f"^features: .* has no '{name}', .*C4"):
             check_features(["pool5", name], pyramid)
     with pytest.raises(InputError, match="^features: unknown feature 'fc8'; choose from pool5, "):

@@ -1,4 +1,4 @@
-"""Comparison of detections and features with those that another program recorded."""
+"""Comparison of detections and features with those that another program computed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def match_detections(
     boxes: np.ndarray, labels: np.ndarray, expected_boxes: np.ndarray, expected_labels: np.ndarray
 ) -> list[tuple[int, int]]:
-    """Pairs (expected row, found row) of the same label whose corners are less than 0.05 pixels apart."""
+    """Match each expected detection with the nearest box of its label, if there is one within 0.05 pixels.
+
+    Args:
+        boxes: (N, 4) found boxes, N > 0.
+        labels: (N,) their labels.
+        expected_boxes: (M, 4) boxes.
+        expected_labels: (M,) their labels.
+
+    Returns:
+        Pairs (expected row, found row) whose coordinates all differ by less than 0.05.
+    """
     pairs = []
     for row, (box, label) in enumerate(zip(expected_boxes, expected_labels, strict=True)):
-        distance = np.abs(boxes - box).max(axis=1)
-        distance[labels != label] = np.inf
-        nearest = int(distance.argmin())
-        if distance[nearest] < 0.05:
+        distances = np.abs(boxes - box).max(axis=1)
+        distances[labels != label] = np.inf
+        nearest = int(distances.argmin())
+        if distances[nearest] < 0.05:
             pairs.append((row, nearest))
     return pairs

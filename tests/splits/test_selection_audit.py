@@ -193,6 +193,7 @@ def test_audit_command_with_val_instances(dataset: Path, tmp_path: Path) -> None
     run = write_run_directory(tmp_path / "vg", provenance)
     done = call("audit", "--checkpoint", run, *common, "--val-instances", unknown)
     assert done.exit_code == 1 and "not proven: 1 image unknown (first: 5) in" in done.stderr
+    assert "compare them with --find-duplicates in an audit of that file alone" in done.stderr
     accepted = ["audit", "--checkpoint", run, *common, "--val-instances", unknown, "--allow-unidentified"]
     done, as_json = call(*accepted), call(*accepted, "--json")
     assert done.exit_code == as_json.exit_code == 0 and "proven: its weights" not in done.stdout

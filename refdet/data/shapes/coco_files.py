@@ -1,4 +1,4 @@
-"""Instances files of scenes, in the format of COCO 2014."""
+"""Instances files of drawn scenes, in the format of COCO 2014."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refdet.data.shapes.scene import Thing
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file and its things, with one annotation id per thing."""
+    """An image file of a scene and its annotated things, with one annotation id per thing."""
 
     id: int
     file_name: str
@@ -25,14 +25,15 @@ class Picture:
 
 
 def file_name(split: str, image_id: int) -> str:
-    """Name of an image file in COCO 2014."""
+    """Name of an image file in COCO 2014; `split` is "train2014" or "val2014"."""
     return f"COCO_{split}_{image_id:012d}.jpg"
 
 
 def annotation_ids(things: Sequence[Thing], image_id: int, first: int) -> tuple[int, ...]:
-    """Annotation ids of the things, consecutive from `first`.
+    """Annotation ids of the things of a picture, consecutive from `first`.
 
-    That of a crowd is, as in COCO, the digit 9, its category id (3 digits) and its image id (8 digits).
+    A crowd, which is the last thing, has an id as in COCO: the digit 9, its category id (3 digits) and its image id
+    (8 digits).
     """
     return tuple(
         int(f"9{thing.category.id:03d}{image_id:08d}") if thing.crowd else first + k for k, thing in enumerate(things)
@@ -66,7 +67,7 @@ def _annotation_record(thing: Thing, annotation_id: int, image_id: int) -> dict[
 
 
 def instances(pictures: Sequence[Picture], only: Collection[int] | None = None) -> dict[str, Any]:
-    """Make the JSON object of an instances file, of all images or of those with an id in `only`."""
+    """Make the JSON object of an instances file, of all pictures or of those with an id in `only`."""
     kept = [p for p in pictures if only is None or p.id in only]
     return {
         "info": {
@@ -89,6 +90,6 @@ def instances(pictures: Sequence[Picture], only: Collection[int] | None = None) 
 
 
 def write_instances(path: Path, pictures: Sequence[Picture], only: Collection[int] | None = None) -> None:
-    """Write an instances file, and create its folder."""
+    """Write an instances file, as by `instances`, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(instances(pictures, only)), encoding="utf-8")
