@@ -65,7 +65,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def coco_number(name: str) -> int | None:
-    """COCO number of a file name or URL in COCO's or REFER's format, None for other names."""
+    """COCO number of a file name or URL (its query is ignored) in COCO's or REFER's format, None for other names."""
     match = _COCO.fullmatch((parts_of(name.partition("?")[0]) or ("",))[-1])
     return int(match[1] or match[2]) if match else None
 
@@ -100,9 +100,9 @@ class FileNames:
         # last component -> paths; those with a hidden component are kept apart
         self._visible: dict[str, list[str]] = {}
         self._hidden: dict[str, list[str]] = {}
-        # caches of `_group_by_parent` and `_without_hidden_parents`
+        # caches: (hidden, suffix) -> component before it -> paths; suffix -> paths with no hidden component before it
         self._grouped: dict[tuple[bool, str], dict[str, list[str]]] = {}
-        self._visible_suffixes: dict[str, list[str]] = {}
+        self._visible_parents: dict[str, list[str]] = {}
         for path in sorted(paths):
             parts = parts_of(path)
             if parts:
@@ -113,7 +113,7 @@ class FileNames:
         return sum(len(paths) for table in (self._visible, self._hidden) for paths in table.values())
 
     def __getstate__(self) -> dict:  # for pickling to workers, without the caches
-        return {**self.__dict__, "_grouped": {}, "_visible_suffixes": {}}
+        return {**self.__dict__, "_grouped": {}, "_visible_parents": {}}
 
     def locate(self, images: Iterable[tuple[int, str]]) -> dict[Key, Match]:
         """Find the files of all images of a list.
@@ -247,12 +247,12 @@ class FileNames:
     def _without_hidden_parents(self, suffix: tuple[str, ...], paths: list[str]) -> list[str]:
         """Files with a common suffix that have no hidden component before it; cached if ``paths`` are several."""
         key = "/".join(suffix)
-        if len(paths) == 1 or key not in self._visible_suffixes:
+        if len(paths) == 1 or key not in self._visible_parents:
             visible = [path for path in paths if not any(map(is_hidden, parts_of(path)[: -len(suffix)]))]
             if len(paths) == 1:
                 return visible
-            self._visible_suffixes[key] = visible
-        return self._visible_suffixes[key]
+            self._visible_parents[key] = visible
+        return self._visible_parents[key]
 
     def _to_match(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
         """The match of a name with equally good ``paths``, which end in the last ``shared`` of its ``parts``."""

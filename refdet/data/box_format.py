@@ -220,8 +220,12 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
         )
     # If boxes in thousandths are read as pixels of clearly larger images, the largest x2 or y2 is close to 1000; it is
     # at most 1001, if x and width were both rounded up.
-    last = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
-    if box_format.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
+    largest = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
+    if (
+        box_format.unit == PIXELS
+        and sizes.min() >= 1.2 * THOUSANDTHS
+        and 0.9 * THOUSANDTHS <= largest <= THOUSANDTHS + 1
+    ):
         return (
             f"warning: none of {count} boxes exceeds 1000 when read as {box_format.description}, though all images are "
             "larger; if they are in 0..1000 of the image, give `box_format='thousandths'`"
