@@ -3,15 +3,15 @@
 The rules, for everything that opens images:
 
 1. the file with exactly that path;
-2. else the file with the longest common path suffix, by component ("a/b/x.png" matches "b/x.png" rather than
-   "c/x.png"); several equally good matches are an error that names two;
+2. else the file of the same name that has the most trailing path components in common ("a/b/x.png" matches "b/x.png"
+   rather than "c/x.png"); several equally good matches are an error that names two;
 3. else, for a COCO file name, the file of the same COCO number under COCO's other names, since REFER has the file names
    of 2014 but many keep the files of 2017;
-4. without a file name, the file of the image's id under COCO's names.
+4. for an image without a ``file_name``, the file of its id under COCO's names.
 
-Backslashes are treated as slashes and names are compared in Unicode NFC. Drives and leading slashes are only compared,
-".." removes the folder before it, and only listed files are opened, so no name leads out of the folder. Images with
-different names never share a file, unless they are names of the same COCO image.
+Backslashes are treated as slashes and names are compared in Unicode NFC. No name leads out of the folder, as only
+listed files are opened: leading slashes are ignored, a drive ("C:") is compared like a folder, and ".." removes the
+component before it. Images with different names never share a file, unless they are names of the same COCO image.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-# COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's own COCO_train2014_000000000009_4.jpg. Twelve digits
-# with other words are a crop, mask or depth map of that image.
+# COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's own COCO_train2014_000000000009_4.jpg. Names that add
+# words to the twelve digits do not match: they may be crops, masks or depth maps of that image.
 _COCO = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_0{6}([0-9]{6})(?:_[0-9]{1,4})?|0{6}([0-9]{6}))(?:\.[A-Za-z]+)?")
 _COCO_NAMES = ("{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg")
-_MAX_COMPARED = 8  # candidates to compare individually
+_MAX_COMPARED = 8  # equally good candidates up to which they are compared with each other, which takes time
 
 Key = str | int
 """File name of an image, or its id if it has none."""
@@ -38,8 +38,8 @@ class Match(NamedTuple):
         path: its listed path, None if there is no file.
         reason: why there is no file, "" if there is one.
         shared: number of trailing components that name and path have in common.
-        unmatched: number of the other components of the name, before those.
-        in_other_folder: whether the file is in another folder than the name says.
+        unmatched: number of leading components of the name that the path does not have.
+        in_other_folder: whether the file is in another folder than the name says ("b/x.png" for "a/x.png").
         ambiguous: whether there is no file because of several equally good matches.
     """
 
@@ -65,7 +65,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def coco_number(name: str) -> int | None:
-    """COCO number of a file name or URL in COCO's or REFER's format, None for other names."""
+    """COCO number of a file name or URL (its query is ignored) in COCO's or REFER's format, None for other names."""
     match = _COCO.fullmatch((parts_of(name.partition("?")[0]) or ("",))[-1])
     return int(match[1] or match[2]) if match else None
 
@@ -82,8 +82,9 @@ class FileNames:
     includes the hidden components.
 
     Args:
-        paths: paths relative to the folder, with forward slashes; a duplicate path counts twice.
-        root: components of the folder's own path, with which a ``file_name`` may start.
+        paths: paths relative to the folder, with forward slashes; a path given twice (a zip may have two such
+            members) is ambiguous.
+        root: components of the folder's own path; a ``file_name`` may start with the last of them.
         link_targets: path of a link to a folder -> path under which the folder's files are listed, "" for the root.
         same_file: returns whether several paths are the same file on disk.
     """
@@ -96,10 +97,12 @@ class FileNames:
         same_file: Callable[[Sequence[str]], bool] = lambda paths: False,
     ) -> None:
         self._root, self._link_targets, self._same_file = tuple(root), dict(link_targets or {}), same_file
+        # last component -> paths; those with a hidden component are kept apart
         self._visible: dict[str, list[str]] = {}
         self._hidden: dict[str, list[str]] = {}
+        # caches: (hidden, suffix) -> component before it -> paths; suffix -> paths with no hidden component before it
         self._grouped: dict[tuple[bool, str], dict[str, list[str]]] = {}
-        self._visible_suffixes: dict[str, list[str]] = {}
+        self._visible_parents: dict[str, list[str]] = {}
         for path in sorted(paths):
             parts = parts_of(path)
             if parts:
@@ -110,12 +113,12 @@ class FileNames:
         return sum(len(paths) for table in (self._visible, self._hidden) for paths in table.values())
 
     def __getstate__(self) -> dict:  # for pickling to workers, without the caches
-        return {**self.__dict__, "_grouped": {}, "_visible_suffixes": {}}
+        return {**self.__dict__, "_grouped": {}, "_visible_parents": {}}
 
     def locate(self, images: Iterable[tuple[int, str]]) -> dict[Key, Match]:
         """Find the files of all images of a list.
 
-        The list must be complete: if two names match the same file, the worse match has no file.
+        The list must be complete, as a file goes to the image that matches it best, and the others get none.
 
         Args:
             images: ids and file names ("" for none).
@@ -150,14 +153,18 @@ class FileNames:
         return match or Match(None, "no file of that name")
 
     def _inside_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
-        """Remove the end of the folder's own path from the start of a name ("images/x.png" in .../images)."""
+        """Remove the end of the folder's own path from the start of a name ("images/x.png" in .../images).
+
+        Returns:
+            The rest, with as many components removed as possible; () if the name does not start so.
+        """
         for count in range(min(len(parts) - 1, len(self._root)), 0, -1):
             if parts[:count] == self._root[len(self._root) - count :]:
                 return parts[count:]
         return ()
 
     def _match_number(self, number: int) -> Match:
-        """Match a COCO number by each of COCO's names, in order."""
+        """Match the first of COCO's names of a COCO number that has a file."""
         names = [form.format(number) for form in _COCO_NAMES]
         for name in names:
             if match := self._match_longest_suffix((name,)):
@@ -169,7 +176,7 @@ class FileNames:
         for candidate in dict.fromkeys((parts, self._resolve_links(parts))):
             paths = self._files_at(candidate)
             if 1 < len(paths) <= _MAX_COMPARED and paths.count(name) == 1:
-                paths = [name]  # the others differ from it only in Unicode normalization
+                paths = [name]  # the others have the name in another Unicode normalization
             if paths:
                 return self._to_match(paths, parts, len(parts))
         return None
@@ -185,7 +192,7 @@ class FileNames:
         return tuple(path)
 
     def _files_at(self, parts: tuple[str, ...]) -> list[str]:
-        """Files with exactly this path; several if they are duplicates or differ in Unicode normalization."""
+        """Files with exactly this path; several if it is listed twice or in several Unicode normalizations."""
         if not parts:
             return []
         hidden = any(map(is_hidden, parts))
@@ -193,25 +200,26 @@ class FileNames:
         paths, shared = self._narrow(hidden, parts, table.get(parts[-1], []))
         if shared < len(parts):
             return []
+        # `paths` end in `parts`; return those that have nothing before it
         if len(paths) == 1:
             return paths if len(parts_of(paths[0])) == shared else []
         return self._group_by_parent(hidden, parts, paths).get("", [])
 
     def _match_longest_suffix(self, parts: tuple[str, ...]) -> Match | None:
-        """File with the longest common suffix."""
+        """Match the file with the longest common suffix, a hidden one first if the name has a hidden component."""
         for hidden in (True, False):
             table = self._hidden if hidden else self._visible
             if parts[-1] not in table or (hidden and not any(map(is_hidden, parts))):
                 continue
             paths, shared = self._narrow(hidden, parts, table[parts[-1]])
             if hidden:
-                paths = self._without_hidden(parts[-shared:], paths)
+                paths = self._without_hidden_parents(parts[-shared:], paths)
             if paths:
                 return self._to_match(paths, parts, shared)
         return None
 
     def _narrow(self, hidden: bool, parts: tuple[str, ...], paths: list[str]) -> tuple[list[str], int]:
-        """Files of one name with the longest common suffix, and its number of components."""
+        """Those of ``paths``, whose last components are equal, with the longest suffix of ``parts``, and its length."""
         shared = 1
         while len(paths) > 1 and shared < len(parts):
             deeper = self._group_by_parent(hidden, parts[-shared:], paths).get(parts[-shared - 1])
@@ -225,7 +233,7 @@ class FileNames:
     def _group_by_parent(self, hidden: bool, suffix: tuple[str, ...], paths: list[str]) -> dict[str, list[str]]:
         """Group files with a common suffix by the component before it, "" if there is none.
 
-        Cached, so that a hundred thousand files of the same name are not slower than others.
+        Cached, so that looking up a hundred thousand files of the same name does not go through all of them each time.
         """
         key = (hidden, "/".join(suffix))
         if key not in self._grouped:
@@ -236,22 +244,23 @@ class FileNames:
             self._grouped[key] = groups
         return self._grouped[key]
 
-    def _without_hidden(self, suffix: tuple[str, ...], paths: list[str]) -> list[str]:
-        """Files with a common suffix that have no hidden component before it."""
+    def _without_hidden_parents(self, suffix: tuple[str, ...], paths: list[str]) -> list[str]:
+        """Files with a common suffix that have no hidden component before it; cached if ``paths`` are several."""
         key = "/".join(suffix)
-        if len(paths) == 1 or key not in self._visible_suffixes:
+        if len(paths) == 1 or key not in self._visible_parents:
             visible = [path for path in paths if not any(map(is_hidden, parts_of(path)[: -len(suffix)]))]
             if len(paths) == 1:
                 return visible
-            self._visible_suffixes[key] = visible
-        return self._visible_suffixes[key]
+            self._visible_parents[key] = visible
+        return self._visible_parents[key]
 
     def _to_match(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
-        """The match of a name with equally good ``paths``, which have the last ``shared`` of its ``parts``."""
+        """The match of a name with equally good ``paths``, which end in the last ``shared`` of its ``parts``."""
         if len(paths) > 1 and not (len(paths) <= _MAX_COMPARED and self._same_file(paths)):
             more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
             which = f"duplicate {paths[0]}" if paths[0] == paths[1] else f"{paths[0]}, {paths[1]}{more}"
             return Match(None, f"ambiguous file name: {which}", ambiguous=True)
+        # The folder of a file at the top is the root itself, as in `_inside_root`.
         full_path = (*self._root, *parts_of(paths[0]))
         parent = full_path[len(full_path) - shared - 1] if len(full_path) > shared else None
         unmatched = len(parts) - shared
@@ -260,14 +269,14 @@ class FileNames:
 
 
 def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> None:
-    """Assign a file to the best match of several images, in ``matches``; the others get no file.
+    """Let the image that matches a file best keep it; the others get no file.
 
     All keep it if they are the same COCO image; if several different names match equally well, none does.
 
     Args:
         path: the file.
-        keys: the images that match it.
-        matches: image -> match, changed in place.
+        keys: the images that match it, by name or id.
+        matches: name or id -> match, changed in place.
     """
     number = coco_number(path)
     numbers = {key if isinstance(key, int) else coco_number(key) for key in keys}
@@ -276,7 +285,7 @@ def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> 
     names = {key: parts_of(key) if isinstance(key, str) else (str(key),) for key in keys}
     best = max((matches[key].shared, -matches[key].unmatched) for key in keys)
     owners = [key for key in keys if (matches[key].shared, -matches[key].unmatched) == best]
-    rivals = list({names[key]: key for key in owners}.values())
+    rivals = list({names[key]: key for key in owners}.values())  # "a//x.png" and "a/x.png" are one
     owner_set = set(owners)
     for key in keys:
         if key not in owner_set:

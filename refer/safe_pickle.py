@@ -1,8 +1,9 @@
 """Read pickles of plain values only, so that a downloaded file cannot run code.
 
-Most files are read in two steps: if a regular expression matches the whole file as opcodes that build lists,
-dictionaries, strings and numbers, the C unpickler reads it, six to ten times as fast as `PlainUnpickler`. Files with
-tuples, sets, damage or attacks are left to `PlainUnpickler`, which reads them or reports what is wrong.
+Most files are first checked, then read: if a regular expression finds that a file has only opcodes that build lists,
+dictionaries, strings, numbers, booleans and None, the C unpickler reads it, six to ten times as fast as
+`PlainUnpickler`. All other files (with tuples, sets, damage or attacks) are left to `PlainUnpickler`, which reads them
+or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from .errors import ReferDataError
 from .plain_files import read_bytes
 from .plain_unpickler import PlainUnpickler, utf8_or_latin1
 
-# Maximum length in bytes of a string in the regular expression, which has an alternative for each length.
+# Longest string in bytes that the regular expression matches, as it has an alternative for each length.
 _MAX_LENGTH = 63
 
 
 def _length_prefixed(opcode: bytes, width: int) -> bytes:
-    """Regular expression for a string of up to `_MAX_LENGTH` bytes after its opcode and its length in `width` bytes."""
+    """Regular expression for an opcode, a length in ``width`` bytes, and a string of that length (to `_MAX_LENGTH`)."""
     zeros = rb"\x00" * (width - 1)
     return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_MAX_LENGTH + 1)) + b")"
 
 
-# BINPUT, LONG_BINPUT, MEMOIZE, PUT with small indices, as the C unpickler allocates its memo up to twice the largest.
+# BINPUT, LONG_BINPUT, MEMOIZE, PUT. Indices are limited to nine million, as the C unpickler allocates its memo up to
+# twice the largest index, however few are used.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
-# Tuples and sets are left to `PlainUnpickler`. 2000 repetitions, as each uses memory until the end of the match.
+# At most 2000 opcodes in a match, as each uses memory until the match ends; `_is_simple` matches repeatedly.
 _SIMPLE = re.compile(
     b"(?:"
     + b"|".join(
@@ -41,7 +43,7 @@ _SIMPLE = re.compile(
             rb"[\]}ld]" + _PUT + b"?",  # EMPTY_LIST, EMPTY_DICT, LIST, DICT
             rb"j.{4}",  # LONG_BINGET
             rb"g\d{1,7}\n",  # GET
-            # STRING, UNICODE
+            # STRING in single quotes, UNICODE, STRING in double quotes; for speed, also the APPEND or SETITEM after it
             rb"(?:S'(?:[^'\\\n]|\\[^\n])*'\n|V[^\n]*\n|S\"(?:[^\"\\\n]|\\[^\n])*\"\n)" + _PUT + b"?[as]?",
             rb"M..",  # BININT2
             rb"J.{4}",  # BININT
@@ -60,8 +62,11 @@ _SIMPLE = re.compile(
     re.DOTALL,
 )
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
-_LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}  # of strings that are too long for `_SIMPLE`
-# Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `PlainUnpickler` joins them.
+# Length fields of the strings that `_is_simple` skips, as `_SIMPLE` does not match them: BINSTRING, and BINUNICODE,
+# SHORT_BINSTRING and SHORT_BINUNICODE that are too long for it.
+_LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
+# Escaped surrogates, which 16-bit builds of Python 2 write in pairs for characters beyond U+FFFF. `PlainUnpickler`
+# joins the pairs.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -76,7 +81,7 @@ def read_plain_pickle(path: Path) -> Any:
 
     Raises:
         ReferNotFoundError: the file does not exist.
-        ReferDataError: as `loads`; the message has the file.
+        ReferDataError: as `loads`; the message starts with the file.
     """
     try:
         return loads(read_bytes(path))
@@ -88,7 +93,7 @@ def read_plain_pickle(path: Path) -> Any:
 def loads(data: bytes) -> Any:
     """Unpickle plain values, written by Python 2 or 3.
 
-    Byte strings of Python 2 are decoded as UTF-8, with invalid bytes as latin-1.
+    Byte strings of Python 2 are decoded as UTF-8, except for bytes that are invalid in it, which are latin-1.
 
     Args:
         data: the pickle.
@@ -120,7 +125,7 @@ def _is_simple(data: bytes) -> bool:
         opcode = data[position : position + 1]
         if opcode not in _LENGTHS:
             return opcode == b"."  # STOP; anything else is not simple
-        # skip a string that is too long for the regular expression
+        # Skip a string; if it ends beyond the data, the next opcode is b"" and the result is False.
         length = _LENGTHS[opcode]
         position += 1
         if position + length.size > len(data):

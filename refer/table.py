@@ -32,7 +32,7 @@ _COLUMNS = (
 
 
 class Dataset(Protocol):
-    """The part of `refer.REFER` that is needed for a table."""
+    """The part of `refer.REFER` that `to_dataframe` needs."""
 
     DATA_DIR: str
     generalized: bool
@@ -51,13 +51,13 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
 
     Returns:
         One row per sentence in file order. Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``,
-        ``image_id``, ``file_name`` (of the image, None if it has none), ``ann_id``, ``category_id``, ``category``
-        (lists in gRefCOCO), ``targets`` (number of targets) and the box ``x``, ``y``, ``width``, ``height`` in pixels
-        (NaN unless there is exactly one target).
+        ``image_id``, ``file_name`` (of the image, None if it has none), ``ann_id``, ``category_id``, ``category`` (its
+        name; in gRefCOCO these three are lists), ``targets`` (number of targets) and the box ``x``, ``y``, ``width``,
+        ``height`` in pixels (NaN unless there is exactly one target).
 
     Raises:
         ReferError: pandas is not installed.
-        ReferDataError: an annotation has no valid box.
+        ReferDataError: the annotation of an only target has no valid box.
     """
     try:
         import pandas
@@ -67,7 +67,7 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
     for ref in refer:
         targets = target_ids(ref)
         box = box_of(refer.DATA_DIR, refer.Anns[targets[0]]) if len(targets) == 1 else [float("nan")] * 4
-        # in gRefCOCO, category_id is [-1] without a target
+        # In gRefCOCO, category_id is a list; without a target it is [-1], which is no category.
         category: Any = (
             refer.Cats.get(ref["category_id"])
             if not refer.generalized
@@ -86,5 +86,5 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
             *box,
         )
         rows += [(sentence["sent_id"], sentence["sent"], sentence["tokens"], *common) for sentence in ref["sentences"]]
-    with pandas.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+    with pandas.option_context("mode.string_storage", "python"):  # PyArrow's strings cannot have surrogates
         return pandas.DataFrame(rows, columns=list(_COLUMNS))

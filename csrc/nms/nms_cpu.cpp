@@ -1,12 +1,13 @@
-// Greedy non-maximum suppression of several images and groups on the CPU.
+// Greedy non-maximum suppression on the CPU, separately for each image and each group (such as a class) of its boxes.
 //
 // The boxes of each image are visited by descending score (ties by index, NaN as -inf); a box is kept unless its IoU
 // with a kept box of its group exceeds the threshold, until max_keep boxes of the image are kept (negative: no limit).
-// IoU is float32, with each operation rounded separately: (x2-x1)(y2-y1) of both, a + b - overlap, one division; it is
-// compared with the threshold rounded to float32. A NaN IoU (a NaN coordinate, 0/0) suppresses nothing.
+// The IoU overlap / (area + other area - overlap), with areas (x2 - x1) * (y2 - y1), is computed in float32, each
+// operation rounded separately, and compared with the threshold rounded to float32. A NaN IoU (from a NaN coordinate or
+// 0/0) suppresses nothing.
 //
-// Cost: O(N) for the order, and at most visited * kept-of-its-group IoUs instead of N * N: with 6000 boxes and 300 to
-// keep, boxes after the 300th survivor are never visited.
+// Cost: O(N) for the order, and for each visited box at most as many IoUs as boxes of its group are kept, instead of
+// N * N in all: with 6000 boxes and 300 to keep, boxes after the 300th kept one are never visited.
 //
 // Speed: the order is a radix sort of the bits of the scores. The kept boxes of a group are stored in tiles as a struct
 // of arrays, so that a candidate is compared with a tile in a branchless loop that compilers vectorize, and without
@@ -35,21 +36,22 @@
 namespace refdet {
 namespace {
 
-constexpr int kTile = 32;            // kept boxes compared at once
-constexpr int64_t kRadixFrom = 200;  // boxes from which radix sort is faster than a comparison sort
-constexpr int32_t kNone = -1;
+constexpr int kTile = 32;            // boxes in a tile
+constexpr int64_t kRadixFrom = 200;  // number of boxes from which radix sort is faster than a comparison sort
+constexpr int32_t kNone = -1;        // no tile
 
 struct Ranked {
   uint32_t key;    // descending_key of the score
-  uint32_t index;  // of the box, among those of its image
+  uint32_t index;  // position of the box among those of its image
 };
 
 // A sort key, smaller for a higher score; -0 and +0 are equal.
 uint32_t descending_key(float score) {
   if (score != score) score = -std::numeric_limits<float>::infinity();
-  score += 0.0f;
+  score += 0.0f;  // -0 becomes +0
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
+  // Bits of positive floats are in the order of the floats, those of negative ones in reverse.
   const uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return ~ascending;
 }
@@ -61,7 +63,7 @@ void sort_by_key(std::vector<Ranked>& entries) {
               [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key < b.key : a.index < b.index; });
     return;
   }
-  constexpr int kBits = 11, kPasses = 3;
+  constexpr int kBits = 11, kPasses = 3;  // 3 * 11 bits cover the 32 of a key
   constexpr uint32_t kBuckets = 1u << kBits;
   std::vector<std::array<uint32_t, kBuckets>> starts(kPasses);  // zeros
   for (const Ranked& entry : entries)
@@ -69,13 +71,13 @@ void sort_by_key(std::vector<Ranked>& entries) {
   std::vector<Ranked> other(entries.size());
   for (int pass = 0; pass < kPasses; ++pass) {
     uint32_t total = 0;
-    for (uint32_t& start : starts[pass]) total += std::exchange(start, total);
+    for (uint32_t& start : starts[pass]) total += std::exchange(start, total);  // from counts to starts
     for (const Ranked& entry : entries) other[starts[pass][entry.key >> (pass * kBits) & (kBuckets - 1)]++] = entry;
     entries.swap(other);
   }
 }
 
-// Maps arbitrary ids to slots 0 to count - 1 in ascending order of the ids: slot[i] belongs to id(i).
+// Maps any ids id(0) to id(n - 1) to slots 0 to count - 1, in ascending order of the ids: slot[i] is that of id(i).
 struct Slots {
   std::vector<uint32_t> slot;
   size_t count = 0;
@@ -103,7 +105,8 @@ struct Slots {
 
 float area_of(const float* box) { return (box[2] - box[0]) * (box[3] - box[1]); }
 
-// Kept boxes of one group as a struct of arrays, padded with NaN boxes, which suppress nothing.
+// Up to kTile kept boxes of one group as a struct of arrays, padded with NaN boxes: with a NaN area, they suppress
+// nothing. Tiles of a group are linked by their indices in `Kept::pool_`.
 struct Tile {
   float x1[kTile], y1[kTile], x2[kTile], y2[kTile], area[kTile];
   int32_t size = 0, next = kNone;
@@ -121,7 +124,7 @@ struct Tile {
   bool suppresses(const float* box, float box_area, float threshold) const {
     const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3];
     float overlaps[kTile], unions[kTile];
-    int32_t possible = 0;  // whether some IoU may exceed the threshold
+    int32_t possible = 0;  // whether some IoU may exceed the threshold; an integer, without branches, to be vectorized
     for (int i = 0; i < kTile; ++i) {
       const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]), 0.0f);
       const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]), 0.0f);
@@ -136,7 +139,7 @@ struct Tile {
   }
 };
 
-// Kept boxes of one image: a linked list of tiles per group, in one pool.
+// Kept boxes of one image: a linked list of tiles per group; all tiles are in one pool.
 class Kept {
  public:
   explicit Kept(size_t groups) : chains_(groups) {}
@@ -166,6 +169,7 @@ class Kept {
 };
 
 // Indices of the kept boxes of one image, best first; `members` are the indices of all its boxes, ascending.
+// If `groups` is null, all boxes are in one group.
 std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const int64_t* groups,
                                   const std::vector<uint32_t>& members, int64_t max_keep, float threshold) {
   const size_t n = members.size();
@@ -188,7 +192,8 @@ std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const
   return kept;
 }
 
-// Indices of the boxes of each image, ascending; the images are in the order of their ids.
+// Indices of the boxes of each image, ascending; the images are in the order of their ids. If `images` is null, all
+// boxes are of one image.
 std::vector<std::vector<uint32_t>> members_by_image(const int64_t* images, int64_t n) {
   if (!images) {
     std::vector<std::vector<uint32_t>> all(1, std::vector<uint32_t>(n));
@@ -201,7 +206,8 @@ std::vector<std::vector<uint32_t>> members_by_image(const int64_t* images, int64
   return members;
 }
 
-// Indices of the kept boxes of each image, best first. `members_of(images, n)` lists the boxes of each image.
+// Indices of the kept boxes of each image, best first. `members_of(images, n)` lists the boxes of each image, like
+// `members_by_image`.
 template <typename Members>
 std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
                                                int64_t max_keep, const std::optional<at::Tensor>& groups,
@@ -242,6 +248,7 @@ std::tuple<at::Tensor, at::Tensor> nms_padded_cpu(const at::Tensor& boxes, const
                                                   int64_t count, const std::optional<at::Tensor>& groups) {
   check_nms(boxes, scores, iou_threshold, groups, images);
   check_padded(max_keep, count);
+  // Boxes of images other than 0 to count - 1 are left out.
   const auto members_below_count = [count](const int64_t* image, int64_t n) {
     std::vector<std::vector<uint32_t>> members(count);
     for (int64_t i = 0; i < n; ++i)

@@ -10,15 +10,17 @@ import numpy as np
 
 from refdet.files.short_text import agree, format_share
 
-PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0  # units (`BoxFormat.unit`)
+# Values of `BoxFormat.unit`; 0 is only a mark for pixels, nothing is divided by it.
+PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
 
-# A box may exceed its image by so many pixels plus this fraction of the image's side.
+# A box may reach outside its image by this many pixels plus this fraction of the image's side.
 _SLACK_PIXELS, _SLACK_FRACTION = 2.0, 0.02
-_TINY = 1.5  # a box that is read as pixels or thousandths but has no larger number is probably in fractions
-# Shares of boxes that do not fit the format, above which another one that fits better is named, and above which there
-# is a warning even if none does.
+# A box whose numbers are all at most this is probably in fractions, not in pixels or thousandths.
+_TINY = 1.5
+# Above the first share of boxes that do not fit the format, a warning names another format, if one fits much better;
+# above the second, there is a warning even if none does.
 _NOTABLE_SHARE, _LARGE_SHARE = 0.05, 0.25
-_MIN_BOXES = 20  # with so many boxes, at least one should use most of the range of its unit
+_MIN_BOXES = 20  # from which `_range_warning` judges: among fewer, it is no surprise that none is near the maximum
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class BoxFormat:
     """A box format.
 
     Attributes:
-        corners: whether it is ``x1 y1 x2 y2``, else ``x y width height``.
-        unit: `PIXELS`, or else the value that stands for the full width or height of the image.
-        description: for messages.
+        corners: whether a box is ``x1 y1 x2 y2``, else ``x y width height``.
+        unit: `PIXELS`, or else the number that stands for the full width or height of the image.
+        description: the format in words, for messages.
     """
 
     corners: bool
@@ -51,7 +53,7 @@ class BoxFormat:
         return corners if self.unit == PIXELS else corners / self.unit * np.tile(sizes, 2)
 
     def misfits(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes that do not make sense in this format: `outside_or_inverted`, or `tiny`.
+        """Find boxes that make no sense in this format: those that are `outside_or_inverted` or `tiny`.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -63,7 +65,9 @@ class BoxFormat:
         return self.outside_or_inverted(boxes, sizes) | self.tiny(boxes, sizes)
 
     def outside_or_inverted(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes that reach outside their images, with some slack, or whose corners are in the wrong order.
+        """Find boxes that reach outside their images, with some slack, or whose second corner is not beyond the first.
+
+        A width or height of 0 is allowed if it is given as such, but x2 = x1 or y2 = y1 is not.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -79,7 +83,9 @@ class BoxFormat:
         return np.asarray(invalid.any(axis=1))
 
     def tiny(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Find boxes whose numbers are all within -1.5..1.5, too small for this unit; none for fractions.
+        """Find boxes whose numbers are all within -1.5..1.5, which is too small for pixels and thousandths.
+
+        In fractions no box is tiny, nor in an image of at most 3 pixels in width or height.
 
         Args:
             boxes: (N, 4) boxes in this format.
@@ -93,7 +99,7 @@ class BoxFormat:
         return (np.abs(boxes) <= _TINY).all(axis=1) & (sizes > 2 * _TINY).all(axis=1)
 
 
-# In order of preference if several fit equally well.
+# In order of preference: a warning names the first of several formats that fit equally well.
 FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
     {
         "xywh": BoxFormat(corners=False, unit=PIXELS, description="[x, y, width, height] in pixels"),
@@ -129,11 +135,11 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
         sizes: (N, 2) widths and heights of their images in pixels.
 
     Returns:
-        A key of `FORMATS`, and human-readable notes, with numbers of boxes: about the order that was inferred, and a
-            warning if the boxes contradict the format.
+        A key of `FORMATS`, and up to two messages: a note about the order if it was inferred, and a warning if the
+            boxes do not seem to be in the format.
     """
     boxes, sizes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(sizes, np.float64).reshape(-1, 2)
-    is_nonzero = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
+    is_nonzero = boxes.any(axis=1)  # [0, 0, 0, 0] says nothing about the format
     boxes, sizes = boxes[is_nonzero], sizes[is_nonzero]
     misfits = {key: int(box_format.misfits(boxes, sizes).sum()) for key, box_format in FORMATS.items()}
     notes = []
@@ -147,7 +153,7 @@ def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple
 
 
 def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) -> str:
-    """Note about the order that was inferred for ``count`` boxes, from the number of misfits of each format."""
+    """Note about the order that was inferred for ``count`` boxes, given the number of misfits in each format."""
     if misfits[xyxy] == misfits[xywh]:
         return (
             f"note: reading boxes as {FORMATS[xyxy].description}; if they are {FORMATS[xywh].description}, which "
@@ -161,7 +167,7 @@ def _order_note(xyxy: str, xywh: str, misfits: Mapping[str, int], count: int) ->
 
 
 def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
-    """Warning about boxes that do not fit a format, naming a better one if there is one; None if all is well."""
+    """Warning that boxes do not seem to be in a format, naming a better one if there is one; None if all is well."""
     box_format, count = FORMATS[name], len(boxes)
     tiny = int(box_format.tiny(boxes, sizes).sum())
     if tiny > count / 2:
@@ -170,17 +176,17 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
             f"{box_format.description}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
-    # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside their images are no evidence
-    # that the boxes are in thousandths.
+    # Boxes in pixels of images smaller than 1000 pixels also fit thousandths, and so do those that reach a bit outside
+    # their images. A few of these are no evidence for thousandths.
     candidates = [
         other for other in FORMATS if other != name and (FORMATS[other].unit != THOUSANDTHS or share > _LARGE_SHARE)
     ]
 
-    def penalized_misfits(other: str) -> float:  # for the same reason, thousandths must fit clearly better
+    def penalized_misfits(other: str) -> float:  # for the same reason, thousandths must fit better by some margin
         return misfits[other] + (_NOTABLE_SHARE * count if FORMATS[other].unit == THOUSANDTHS else 0)
 
     best = min(candidates, key=penalized_misfits)
-    misfit = f"{format_share(misfits[name], count, 'box')} {_describe_misfit(box_format, misfits[name])}"
+    misfit = f"{format_share(misfits[name], count, 'box')} {_describe_misfits(box_format, boxes, misfits[name], tiny)}"
     problem = f"warning: {misfit} when read as {box_format.description}"
     if share > _NOTABLE_SHARE and misfits[best] < misfits[name] / 2:
         return (
@@ -195,22 +201,31 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
 
 
 def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
-    """Warning about boxes that fit, but use little of their unit's range or end where another unit's range ends."""
+    """Warning about boxes that fit a format, but whose largest numbers suggest another unit; None if they do not.
+
+    Either they are read as thousandths, but all lie within their images in pixels too, or they are read as pixels of
+    images larger than 1000, but none is beyond 1000.
+    """
     box_format, count = FORMATS[name], len(boxes)
     if count < _MIN_BOXES or box_format.unit == FRACTIONS:
         return None
     same_order, other_order = ("xyxy", "xywh") if box_format.corners else ("xywh", "xyxy")
-    # the pixel format that more boxes fit
+    # the format in pixels that more boxes fit; if both fit equally many, the one with the same order
     in_pixels = other_order if misfits[other_order] < misfits[same_order] else same_order
-    # If no image has 1000 pixels, boxes in thousandths would reach beyond the pixels of some image.
+    # If all images are smaller than 1000 pixels, some boxes in thousandths should reach outside when read as pixels.
     if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[in_pixels] == 0:
         return (
             f"warning: all {count} boxes also lie within their images when read as {FORMATS[in_pixels].description} "
             f"instead of {box_format.description}; if they are that, give `box_format='{in_pixels}'`"
         )
-    # Boxes in thousandths of clearly larger images end at 1000, or 1001 if x + width was rounded, and some nearly do.
-    last = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
-    if box_format.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
+    # If boxes in thousandths are read as pixels of clearly larger images, the largest x2 or y2 is close to 1000; it is
+    # at most 1001, if x and width were both rounded up.
+    largest = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
+    if (
+        box_format.unit == PIXELS
+        and sizes.min() >= 1.2 * THOUSANDTHS
+        and 0.9 * THOUSANDTHS <= largest <= THOUSANDTHS + 1
+    ):
         return (
             f"warning: none of {count} boxes exceeds 1000 when read as {box_format.description}, though all images are "
             "larger; if they are in 0..1000 of the image, give `box_format='thousandths'`"
@@ -218,12 +233,19 @@ def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Map
     return None
 
 
-def _describe_misfit(box_format: BoxFormat, count: int) -> str:
-    """What is wrong with ``count`` misfits, as a predicate."""
+def _describe_misfits(box_format: BoxFormat, boxes: np.ndarray, count: int, tiny: int) -> str:
+    """What is wrong with ``count`` misfits among boxes, of which ``tiny`` are tiny, as a verb phrase."""
     reaches = "reaches outside its image" if count == 1 else "reach outside their images"
-    return reaches + (f" or {agree(count, 'has')} x2 <= x1 or y2 <= y1" if box_format.corners else "")
+    problems = [reaches]
+    if box_format.corners:
+        problems.append(f"{agree(count, 'has')} x2 <= x1 or y2 <= y1")
+    elif (boxes[:, 2:] < 0).any():
+        problems.append(f"{agree(count, 'has')} a negative width or height")
+    if tiny:
+        problems.append(f"{agree(count, 'lies')} within 0..{_TINY}")
+    return " or ".join(problems)
 
 
 def _without_order(name: str) -> str:
-    """Name of a format in `INFERRED_ORDER`, such as "normalized" for "normalized-xyxy"; pixel formats are unchanged."""
+    """Name without the order, such as "normalized" for "normalized-xyxy"; "xywh" and "xyxy" are unchanged."""
     return name.split("-")[0]

@@ -1,4 +1,4 @@
-"""The metrics of evaluate-on-refer as pandas tables and as files."""
+"""The metrics of `refdet evaluate-on-refer` as pandas tables and as files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from refdet.files.spreadsheet_text import spreadsheet_cell
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
-"""Group of the numbers of a split that are in no group in metrics.json."""
+"""Name of the group for the numbers that metrics.json has directly in a split, such as "images"."""
 
 
 def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """All numbers of metrics.json, one per row; text is left out.
+    """Convert metrics.json to a table with one number per row; text is left out.
 
     Args:
         metrics: contents of metrics.json, with old or new names of metrics.
@@ -33,12 +33,12 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
         for split, values in metrics["splits"].items()
         for group, metric, value in _values(COUNTS, values)
     ]
-    with pd.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+    with pd.option_context("mode.string_storage", "python"):  # PyArrow's strings cannot have surrogates
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
 
 
 def _values(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:
-    """Iterate over (group, metric, value) at any depth; names of nested groups are joined with dots."""
+    """Iterate over (group, metric, value) at any depth below a group; names of nested groups are joined with dots."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _values(name if group == COUNTS else f"{group}.{name}", value)
@@ -47,10 +47,13 @@ def _values(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, f
 
 
 def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """One table per group, by its name, with a row per split and a column per metric, in the order of ``frame``.
+    """Split the table of all numbers into one table per group.
 
     Args:
-        frame: a table of `to_dataframe`.
+        frame: a table from `to_dataframe`.
+
+    Returns:
+        Name of a group -> its table, with a row per split and a column per metric, both in the order of ``frame``.
     """
     by_group = {}
     for group, rows in frame.groupby("group", sort=False):
@@ -60,9 +63,13 @@ def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, with new and old names, and metrics.csv (`to_dataframe`) into the folder ``out``.
+    """Write metrics.json, with new and old names, and metrics.csv, the table of `to_dataframe`, into a folder.
 
-    In the CSV, names that a spreadsheet would take for a formula are prefixed with an apostrophe.
+    In the CSV, a name that a spreadsheet would take for a formula has an apostrophe before it.
+
+    Args:
+        out: the folder.
+        metrics: the metrics, with new names.
     """
     write_json(out / "metrics.json", add_old_names(metrics))
     with atomic_write(out / "metrics.csv") as temporary:

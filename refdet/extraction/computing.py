@@ -1,4 +1,4 @@
-"""Functions that compute the regions of a batch of images with a detector."""
+"""Make the function with which an extraction computes the regions of a batch of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def make_compute(
     Args:
         detector: loaded with ``for_inference=True``.
         options: what to compute.
-        given_regions: returns the regions of an image, without features; None to detect regions.
+        given_regions: returns the regions of an image (annotated or from a file), without features; None to detect
+            regions.
 
     Returns:
         The function, which splits batches that do not fit into the memory of the GPU.
@@ -39,7 +40,17 @@ def make_compute(
 def make_detect(
     detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
 ) -> Compute:
-    """Make the function that detects regions in a batch of images of one input size, and extracts their features."""
+    """Make a function that detects regions in a batch of images of one input size, and computes their features.
+
+    Args:
+        detector: loaded with ``for_inference=True``.
+        options: thresholds and limits of the detection.
+        features: names of the features to compute.
+        dtype: name of their dtype, "float32" or "float16".
+
+    Returns:
+        The function.
+    """
     category_ids, feature_dtype = detector.meta.category_ids, getattr(torch, dtype)
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
@@ -53,23 +64,33 @@ def make_detect(
 def _make_describe(
     detector: TrainedDetector, given_regions: Callable[[ImageRecord], Regions], options: ExtractOptions
 ) -> Compute:
-    """Make the function that extracts the features of given regions in a batch of images of one input size."""
+    """Make a function that computes the features of given regions in a batch of images of one input size.
+
+    The function predicts the masks too if ``options.masks`` is "predicted"; else the regions keep theirs.
+    """
     dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}  # 0: background
     predict_masks = options.masks == "predicted"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         regions = [given_regions(record) for record in batch]
-        labels = None  # no masks are predicted
+        labels = None  # no masks are to be predicted
         if predict_masks:
-            labels = [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions]
-        boxes = [r.boxes for r in regions]
+            labels = [
+                np.array([label_of[category] for category in given.category_ids.tolist()], np.int64)
+                for given in regions
+            ]
+        boxes = [given.boxes for given in regions]
         finish = start_describing(detector.model, images, boxes, features=options.features, labels=labels, dtype=dtype)
         return lambda: [
             replace(
-                r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
+                given,
+                features=computed.features,
+                masks=given.masks if computed.masks is None else computed.masks,
+                maps=computed.maps,
+                im_info=computed.im_info,
             )
-            for r, f in zip(regions, finish(), strict=True)
+            for given, computed in zip(regions, finish(), strict=True)
         ]
 
     return compute

@@ -285,7 +285,7 @@ class Store:
                 columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
             frame = pd.DataFrame(columns)
-            with pd.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+            with pd.option_context("mode.string_storage", "python"):  # PyArrow's strings cannot have surrogates
                 frame["category"] = frame["category_id"].map(self.names).astype("category")
             if self.has_ann_ids:
                 frame["ann_id"] = self.data["regions/ann_id"][:]

@@ -1,4 +1,4 @@
-"""`estimate`: time, memory and disk space that a training run will take, from a few of its steps. Writes nothing."""
+"""Estimate the time, memory and disk space of a training run by running a few of its steps; nothing is written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from refdet.training.pretrained import load_pretrained
 from refdet.training.step import start_step, step_seed, uses_bfloat16
 from refdet.training.validation import validations_after
 
-MEASURED_STEPS = 3  # after an unmeasured step on the largest images, in which libraries choose their kernels
-_VALIDATION_IMAGES = 4  # one batch
+# Number of timed steps. Before them, a step on the largest images is not timed, as libraries choose kernels in it.
+MEASURED_STEPS = 3
+_VALIDATION_IMAGES = 4  # images of which a validation is timed; one batch
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Estimate:
 
     Attributes:
         recipe: the recipe, with its norm resolved to frozen or batch.
-        images: number of images.
-        objects: number of objects.
+        images: number of training images.
+        objects: number of objects on them.
         classes: number of classes.
-        steps: number of remaining steps.
+        steps: number of remaining steps, all unless the run is resumed.
         epochs: how often the remaining steps go through all images.
         device: the device, and why it was chosen.
         arithmetic: "float32", "tf32" or "bfloat16".
@@ -59,7 +60,7 @@ class Estimate:
         seconds: time for all steps and validations, without saving.
         memory_bytes: peak memory of the measured steps and a step on the largest images: GPU memory, or on a CPU the
             memory of this process.
-        disk_bytes: largest size of the run directory, while states are replaced.
+        disk_bytes: largest size that the run directory will have, which is while it has old and new states.
     """
 
     recipe: Recipe
@@ -80,7 +81,11 @@ class Estimate:
 
 
 def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
-    """Measure a few steps of a training run, and a batch of its validation.
+    """Estimate the cost of a training run from a few of its steps, and a batch of its validation if it has one.
+
+    Args:
+        inputs: the checked inputs of the run.
+        device: device to train on; None to choose one.
 
     Raises:
         InputError: the device cannot be used, the network is far too large, or an image cannot be used.
@@ -114,33 +119,37 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
     validations = validations_after(first_step, recipe.train) if inputs.validation else 0
     step_seconds = statistics.median(seconds)
     return Estimate(
-        recipe,
-        len(batches.records),
-        sum(len(batches.objects.objects(record.id)) for record in batches.records),
-        len(categories),
-        steps_left,
-        steps_left / batches.steps_per_epoch,
-        describe_device(device),
-        "bfloat16" if uses_bfloat16(model, target) else precision,
-        step_seconds,
-        image_seconds,
-        validations,
-        validation_images,
-        steps_left * step_seconds + validations * validation_images * image_seconds,
-        memory,
-        state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None),
+        recipe=recipe,
+        images=len(batches.records),
+        objects=sum(len(batches.objects.objects(record.id)) for record in batches.records),
+        classes=len(categories),
+        steps=steps_left,
+        epochs=steps_left / batches.steps_per_epoch,
+        device=describe_device(device),
+        arithmetic="bfloat16" if uses_bfloat16(model, target) else precision,
+        step_seconds=step_seconds,
+        image_seconds=image_seconds,
+        validations=validations,
+        validation_images=validation_images,
+        seconds=steps_left * step_seconds + validations * validation_images * image_seconds,
+        memory_bytes=memory,
+        disk_bytes=state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None),
     )
 
 
 def _measure_steps(
     inputs: TrainingInputs, batches: TrainingBatches, device: torch.device, first_step: int
 ) -> tuple[MaskRCNN, list[float]]:
-    """Run a few steps from `first_step`; returns the network and the seconds of each measured step."""
+    """Run a step on the largest images, and a few steps from `first_step`; nothing is saved.
+
+    Returns:
+        The network, and the seconds of each of those few steps.
+    """
     options = inputs.recipe.train
     torch.manual_seed(options.seed)
     classes = len(batches.labels)
     model = MaskRCNN(inputs.recipe, classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    new_prefixes = None
+    new_prefixes = None  # of the parameters that are not in `inputs.weights`
     if inputs.weights is not None and inputs.saved_run is None:
         new_prefixes = load_pretrained(model, tuple(inputs.objects.index.categories.items()), inputs.weights)
     sgd = build_optimizer(model, options, new_prefixes)
@@ -163,7 +172,7 @@ def _measure_steps(
                     raise StopRequested
                 batch = next(prefetched) if position else largest
                 generator.manual_seed(step_seed(options.seed, step))
-                lr = learning_rate(min(step, options.steps - 1), options)
+                lr = learning_rate(min(step, options.steps - 1), options)  # the measured steps may go beyond the last
                 start_step(model, sgd, batch, lr, options.max_grad_norm, generator).losses()  # waits for the device
                 seconds.append(time.perf_counter() - started)
                 bar.update()
@@ -173,7 +182,7 @@ def _measure_steps(
 
 
 def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> float:
-    """Seconds per image of a validation, measured in the second of two passes over the same images."""
+    """Seconds per image of a validation, from the second of two passes over the same images: the first is slower."""
     records, seconds = data.records[:_VALIDATION_IMAGES], 0.0
     for _ in range(2):
         started = time.perf_counter()

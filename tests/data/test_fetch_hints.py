@@ -1,3 +1,5 @@
+"""Messages about missing files: they name the command that downloads them."""
+
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,22 @@ from refdet.data.image_files import open_files
 from refer import REFER, ReferNotFoundError
 
 
-def run(*args: str | Path) -> Any:
+def refdet_command(*args: str | Path) -> Any:
+    """The result of a command of refdet, without a process of its own."""
     return CliRunner().invoke(main, list(map(str, args)))
 
 
-def test_every_file_in_the_catalog_has_a_hint_with_its_command() -> None:
+def test_hints_name_the_command_for_each_file_of_coco() -> None:
     for item in ITEMS:
         for name in item.outputs:
-            if not (item.dataset or item.magic):
+            if not (item.dataset or item.magic):  # REFER's and Parquet files have no hint
                 assert f"--only {item.name} downloads it" in how_to_fetch(Path("data") / name)
-    assert "--only val2017 " in how_to_fetch(Path("data/val2017"))
+    assert "--only val2017 " in how_to_fetch(Path("data/val2017"))  # the folder of an unpacked val2017.zip
     assert how_to_fetch(Path("mine.json")) == how_to_fetch(Path("images")) == ""
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command",  # with {} for a folder that has no such files
     [
         ("build-split", "--refer-root", "{}", "--out", "{}/o.json", "--instances", "{}/instances_train2014.json"),
         ("audit", "--refer-root", "{}", "--instances", "{}/instances_train2014.json"),
@@ -45,7 +48,7 @@ def test_every_file_in_the_catalog_has_a_hint_with_its_command() -> None:
     ],
 )
 def test_commands_hint_how_to_fetch_missing_instances(tmp_path: Path, command: tuple[str, ...]) -> None:
-    result = run(*(word.format(tmp_path) for word in command))
+    result = refdet_command(*(word.format(tmp_path) for word in command))
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "refdet fetch-data --only annotations2014 downloads it" in result.stderr
 
@@ -67,5 +70,6 @@ def test_missing_refer_folders_hint_how_to_fetch_them(tmp_path: Path) -> None:
         REFER(str(root), "refcoco+", "unc")
     with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+, which puts it in data/refer\)"):
         REFER(str(tmp_path / "mine"), "refcoco+", "unc")
-    result = run("audit", "--instances", __file__, "--refer-root", root)
+    existing = __file__  # not a file of instances, but the folders of REFER are missed first
+    result = refdet_command("audit", "--instances", existing, "--refer-root", root)
     assert result.exit_code == 2 and "refdet fetch-data" in result.stderr

@@ -1,4 +1,4 @@
-"""Worker processes that die, hang or lack shared memory: training ends with one error line and its last step saved."""
+"""Workers that prefetch batches: if one dies, hangs or lacks shared memory, training saves its last step and ends."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+# Trains the `squares` in the folder sys.argv[1]; the other arguments change keys of the tiny recipe.
 TRAIN_SCRIPT = (
     "import sys; from pathlib import Path; from refdet.cli.main import main; from training_examples import TINY\n"
     "root, *more = sys.argv[1:]\n"
@@ -43,7 +44,7 @@ TRAIN_SCRIPT = (
 
 
 class FaultyBatches(TrainingBatches):
-    """Batches of the `squares`, of which the one at step `at` calls `fault` when it is made; -1 for none."""
+    """Batches of the `squares`; making the one of step ``at`` calls ``fault`` first (-1: none does)."""
 
     def __init__(self, root: Path, at: int, fault: Callable[[], object], *changes: str) -> None:
         recipe = tiny("train.steps=6", *changes)
@@ -60,14 +61,14 @@ def send_signal(number: signal.Signals) -> Callable[[], object]:
     """A fault that sends a signal to the process in which it is called."""
 
     def send() -> None:
-        faulthandler.disable()  # pytest's, which would print a long report
+        faulthandler.disable()  # pytest enables it; it would print the stack of each thread
         os.kill(os.getpid(), number)
 
     return send
 
 
 def image_ids_of(batches: FaultyBatches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
-    """The ids of the images in each of six batches."""
+    """Ids of the images in each of the batches of steps 0 to 5."""
     with prefetch_batches(batches, range(6), workers, CPU, stop or Stop()) as ahead:
         return [batch.image_ids for batch in ahead]
 
@@ -96,14 +97,14 @@ def test_a_dead_worker_is_an_error(tmp_path: Path, fault: Callable[[], object], 
 
 @contextmanager
 def few_open_files(more: int) -> Iterator[None]:
-    """Context manager that lets this process, and those that it starts, open only this many more files."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
+    """Let this process, and those that it starts, open only ``more`` files in addition to those that are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))  # the limit is one of descriptor numbers
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_batches_of_many_images_need_few_open_files(tmp_path: Path) -> None:
@@ -115,16 +116,16 @@ def test_batches_of_many_images_need_few_open_files(tmp_path: Path) -> None:
 def raise_in_worker(error: Exception) -> Callable[[], object]:
     """A fault that raises an error."""
 
-    def raises() -> None:
+    def raise_error() -> None:
         raise error
 
-    return raises
+    return raise_error
 
 
 def test_an_unexpected_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="by design") as caught:
         image_ids_of(FaultyBatches(tmp_path, 3, raise_in_worker(ZeroDivisionError("by design"))))
-    assert "in raises" in str(caught.value.__cause__)
+    assert "in raise_error" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,11 +148,14 @@ def test_a_signal_interrupts_waiting_for_a_batch_that_never_comes(
 def test_a_signal_at_the_end_of_a_timeout_does_not_wait_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_workers, "_POLL_SECONDS", 0.004)
-    os.mkfifo(tmp_path / "pipe")
+    # Alarms as often as the timeouts of waiting for a batch, so that some come just when it times out. After the 100th,
+    # SIGTERM is sent.
+    interval = 0.004
+    monkeypatch.setattr(batch_workers, "_POLL_SECONDS", interval)
+    os.mkfifo(tmp_path / "pipe")  # opening it waits for a writer
     alarms: list[int] = []
 
-    def count(number: int, frame: object) -> None:
+    def on_alarm(number: int, frame: object) -> None:
         alarms.append(number)
         if len(alarms) == 100:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -159,12 +163,12 @@ def test_a_signal_at_the_end_of_a_timeout_does_not_wait_forever(
             signal.setitimer(signal.ITIMER_REAL, 0)
             pytest.fail("SIGTERM was not noticed")
 
-    before = signal.signal(signal.SIGALRM, count)
+    before = signal.signal(signal.SIGALRM, on_alarm)
     try:
         with Stop.watch() as stop:
             batches = FaultyBatches(tmp_path, 0, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
             with prefetch_batches(batches, range(6), 1, CPU, stop) as ahead, pytest.raises(StopRequested):
-                signal.setitimer(signal.ITIMER_REAL, 0.004, 0.004)
+                signal.setitimer(signal.ITIMER_REAL, interval, interval)
                 next(ahead)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -175,11 +179,11 @@ def send_signal_once_begun(begun: Path, number: signal.Signals) -> None:
     """Send a signal to this process once the file `begun` exists."""
     while not begun.exists():
         time.sleep(0.01)
-    time.sleep(0.2)  # by then the main thread waits as well
+    time.sleep(0.2)  # until the main thread, too, waits for the batch
     send_signal(number)()
 
 
-def test_a_killed_worker_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_exactly_after_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squares(tmp_path)
     original = TrainingBatches.__getitem__
 
@@ -220,11 +224,11 @@ def test_too_little_shared_memory_is_reported_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = FaultyBatches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 uint8: 36,864 bytes
-    needed = 5 * 36864  # two batches for each of two workers, and the current one
+    needed = 5 * 36864  # two prefetched batches for each of two workers, and the current one
     monkeypatch.setattr(batch_workers, "_free_bytes", lambda: needed)
     check_shared_memory(batches, workers=2)
     monkeypatch.setattr(batch_workers, "_free_bytes", lambda: needed - 1)
-    check_shared_memory(batches, workers=0)
+    check_shared_memory(batches, workers=0)  # needs none
     with pytest.raises(
         RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=1m, or train with `train.workers=0`"
     ):
@@ -237,15 +241,15 @@ def test_too_little_shared_memory_is_reported_before_the_first_step(
 
 
 def test_shared_memory_that_fills_up_while_training_is_reported() -> None:
-    """As if another program used it after the check: a worker cannot send its batch."""
+    """A worker cannot send its batch. The check before the first step is disabled, as if it had passed."""
     mount = "mount -t tmpfs -o size=64k none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    unchecked = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
+    without_check = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
     paths = os.pathsep.join([str(Path(training_examples.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # not the default, which may be in /dev/shm
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # the default folder may be in /dev/shm
         squares(Path(folder))
-        Path(folder, "code.py").write_text(unchecked + TRAIN_SCRIPT)
+        Path(folder, "code.py").write_text(without_check + TRAIN_SCRIPT)
         command = f"{mount} && exec timeout 60 {sys.executable} {folder}/code.py {folder} train.workers=2"
         done = subprocess.run(
             ["unshare", "-rm", "sh", "-c", command], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,

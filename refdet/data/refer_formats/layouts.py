@@ -1,4 +1,7 @@
-"""Box layouts of the formats, to compare their boxes with COCO's."""
+"""Box layouts of the formats in which others distribute REFER, to find COCO's annotation of a box.
+
+A layout is the order and unit of the four numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Callable, Iterable
 Box = tuple[float, float, float, float]
 
 
-# Each of these functions converts COCO's x y w h, in pixels, to a layout; width and height are those of the image.
+# Each of these functions converts a box x y w h of COCO, in pixels, to a layout. ``width`` and ``height`` are those of
+# the image.
 
 
 def _xyxy(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
@@ -19,7 +23,7 @@ def _normalized(x: float, y: float, w: float, h: float, width: int, height: int)
 
 
 def _padded(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
-    """Relative to the square of the image's longer side, in which LLaVA centers the image."""
+    """Corners in fractions of the square around the image, which LLaVA pads to the longer side on both sides."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     return _normalized(x + left, y + top, w, h, side, side)
@@ -44,12 +48,14 @@ LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
     "thousandths-xyxy": _thousandths,
 }
 
-_FLOAT32_TOLERANCE = 1e-6  # relative; a few units in the last place, as x + w is the sum of two rounded numbers
-_MAX_DECIMALS = 6  # of numbers that are taken as rounded
+# Relative, or absolute for numbers below 1: several times the rounding error of float32, as x + w is the sum of two
+# rounded numbers.
+_FLOAT32_TOLERANCE = 1e-6
+_MAX_DECIMALS = 6  # numbers with more decimal places are taken as not rounded
 
 
 def rounding_unit(numbers: Iterable[float]) -> float:
-    """Return the unit of the last decimal place that any number has, such as 0.01; 0 if they are not rounded."""
+    """Return the unit to which numbers are rounded, such as 0.01 if the longest has two decimals; 0 if not rounded."""
     max_decimals = 0
     for number in numbers:
         mantissa, _, exponent = f"{number:.15g}".partition("e")
@@ -61,16 +67,16 @@ def rounding_unit(numbers: Iterable[float]) -> float:
 
 
 def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int | None:
-    """How closely a rounded box agrees with an exact one.
+    """How closely a box, whose numbers may be rounded, agrees with an exact one.
 
     Args:
         box: the box as a format has it.
         other: the exact box in the same layout.
-        unit: unit of the last decimal place of ``box``, from `rounding_unit`.
+        unit: unit to which the numbers of ``box`` are rounded (`rounding_unit`); 0 if they are not.
 
     Returns:
-        0 if the boxes are equal in float32, 1 if rounding the exact one gives ``box``, 2 if truncating some of its
-        numbers does, None otherwise.
+        0 if the boxes are equal up to float32 errors, 1 if rounding the exact one gives ``box``, 2 if that takes
+        rounding some of its numbers down, None otherwise.
     """
     level = 0
     for rounded, exact in zip(box, other, strict=True):
