@@ -84,7 +84,7 @@ def test_a_step_fails_if_a_check_fails_or_it_crashes(gpu: Any, steps: Path, caps
     assert step_result(out, "killed")["value"] == 1 and "status -9" in step_result(out, "killed")["error"]
     assert "a bug in the step" in step_result(out, "broken")["error"] and step_result(out, "broken")["value"] == 1
     printed = capsys.readouterr().out
-    assert "FAILED: bad: two\n" in printed and "speed 2 (goal)" in printed and "no tool" in printed
+    assert "FAILED: bad: two\n" in printed and "speed 2 (reached)" in printed and "no tool" in printed
     assert (out / "check.log").read_text() == printed
     assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
 
@@ -147,7 +147,7 @@ def test_a_killed_driver_ends_its_step_and_leaves_complete_results(
 import sys; sys.path.insert(0, {str(GPU)!r})
 import check; from pathlib import Path
 check.HERE, check.PLAN = Path({str(steps)!r}), (check.StepPlan("good", "g", 20), check.StepPlan("busy", "b", 20))
-run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); run.run()
+run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); sys.exit(run.run())
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 30
@@ -167,6 +167,24 @@ run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); ru
     numbers = step_result(out, "busy")["numbers"]
     assert numbers == list(range(len(numbers)))
     assert step_result(out, "busy")["status"] == ("stopped" if number == signal.SIGTERM else "running")
+
+
+@pytest.mark.parametrize("module, name", [("results", "_plain"), ("check", "print")])
+def test_a_signal_while_a_lock_is_held_stops_the_driver(gpu: Any, steps: Path, module: str, name: str) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(GPU)!r})
+import check, os, results; from pathlib import Path
+check.HERE, check.PLAN = Path({str(steps)!r}), (check.StepPlan("good", "g", 20),)
+original = getattr({module}, {name!r}, print)
+def stop(*arguments, **options):
+    {module}.{name} = original
+    os.kill(os.getpid(), 15)
+run = check.Check("cuda", Path({str(steps / "out")!r}), ["good"]); run.watch()
+{module}.{name} = stop
+sys.exit(run.run())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "") and "FAILED: stopped by SIGTERM" in done.stdout
 
 
 def test_a_run_removes_only_files_of_its_own(gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:

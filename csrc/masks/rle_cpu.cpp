@@ -1,11 +1,11 @@
 // Pastes mask probabilities of boxes into the image as COCO's compressed RLE, on the CPU.
 //
-// A pixel whose center is in the box is interpolated bilinearly from the values at the centers of the m x m cells, and
-// is in the mask if the result reaches the threshold. Every operation is float32 and rounded separately, in the order
-// of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along y, each time
-// lower * (1 - f) + upper * (1 - (1 - f)). The mask is scanned column by column, as in COCO, and only the ends of its
-// runs are computed: no pixel outside the box is visited, and no mask is stored. A box with a coordinate that is not
-// finite has an empty mask.
+// A pixel whose center is in the box is interpolated bilinearly from the values at the centers of the m x m cells of
+// the box, and is in the mask if the result reaches the threshold. Every operation is float32 and rounded separately,
+// in the order of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along y, each time lower * (1 - f) +
+// upper * (1 - (1 - f)). The mask is scanned column by column, as in COCO, and only the ends of its runs are computed:
+// no pixel outside the box is visited, and no mask is stored. A box with a coordinate that is not finite has an empty
+// mask.
 //
 // Cost: for a box of w x h pixels, w m interpolations along x, and along y one per pixel between two cells that are not
 // clearly both inside or both outside: about w plus the length of the outline times h / m, instead of w h.
@@ -54,14 +54,15 @@ class Counts {
 
  private:
   std::vector<uint8_t> text_;
-  int64_t added_ = 0, older_ = 0, newer_ = 0;
+  int64_t added_ = 0, older_ = 0, newer_ = 0;  // number of counts so far, and the last two
 };
 
-// A mask under construction: runs are opened and closed in column order.
+// A mask under construction, column by column, as alternating runs of background and foreground, background first.
 class Mask {
  public:
   Mask(int64_t height, int64_t width) : height_(height), pixels_(height * width) {}
 
+  // Whether the current run is foreground.
   bool open() const { return open_; }
 
   // Ends the current run before pixel (x, y); y may be the height, which is the top of the next column.
@@ -72,7 +73,7 @@ class Mask {
     open_ = !open_;
   }
 
-  // Ends the mask's run, if one is open, before pixel (x, y), where background follows or the image ends.
+  // Ends the current run before pixel (x, y) if it is foreground. At the end of the image, finish() ends it instead.
   void close_run(int64_t x, int64_t y) {
     if (open_ && x * height_ + y < pixels_) end_run(x, y);
   }
@@ -84,7 +85,7 @@ class Mask {
 
  private:
   Counts counts_;
-  int64_t height_, pixels_, position_ = 0;
+  int64_t height_, pixels_, position_ = 0;  // position_: first pixel of the current run, in column order
   bool open_ = false;
 };
 
@@ -94,6 +95,7 @@ struct Axis {
   std::vector<int32_t> cell;        // of each pixel, the first of its two cells; the second is the next, if any
   std::vector<float> lower, upper;  // of each pixel, the weights of the first and of the second cell
 
+  // `low` and `high` are the edges of the box, `size` is m, `limit` is the number of pixels of the image.
   Axis(float low, float high, int64_t size, int64_t limit) {
     const auto pixel = [limit](float edge) {
       return static_cast<int64_t>(std::min(std::max(std::ceil(double{edge} - 0.5), 0.0), static_cast<double>(limit)));
@@ -133,7 +135,7 @@ struct Verdict {
 // Adds the runs of a box to `mask`; `cells` has the probabilities (m, m) of its cells column by column, `size` is m.
 void draw(const float* cells, int32_t size, const Axis& columns, const Axis& rows, int64_t height,
           const Verdict& verdict, Mask& mask) {
-  // Rows [row_end[c - 1], row_end[c]) of the box lie between the cells c and c + 1 of their column.
+  // Rows [row_end[c - 1], row_end[c]) of the box, counted from its first, are interpolated between cells c and c + 1.
   std::vector<int64_t> row_end(size);
   for (int64_t row = 0, cell = 0; cell < size; ++cell) {
     while (row < rows.last - rows.first && rows.cell[row] <= cell) ++row;
@@ -142,14 +144,14 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
   const int32_t first_cell = rows.cell.front(), end_cell = rows.cell.back() + 1;
   const bool gap = rows.first > 0 || rows.last < height;  // whether background separates the columns of the box
   std::vector<float> column(size + 1);
-  std::vector<uint8_t> kinds(size + 1), both(size + 1);
+  std::vector<uint8_t> kinds(size + 1), both(size + 1);  // verdict on each cell, and that on it and the next one
   for (int64_t i = 0; i < columns.last - columns.first; ++i) {
     const int64_t x = columns.first + i;
     const float column_lower = columns.lower[i], column_upper = columns.upper[i];
     const float* here = cells + int64_t{columns.cell[i]} * size;
     const float* next = cells + int64_t{std::min(columns.cell[i] + 1, size - 1)} * size;
     for (int32_t c = 0; c < size; ++c) column[c] = here[c] * column_lower + next[c] * column_upper;
-    column[size] = column[size - 1];  // below the center of the last cell its value is constant
+    column[size] = column[size - 1];  // pixels below the center of the last cell have its value
     for (int32_t c = 0; c <= size; ++c) kinds[c] = verdict(column[c]);
     for (int32_t c = 0; c < size; ++c) both[c] = kinds[c] & kinds[c + 1];
 
@@ -168,6 +170,7 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
         uint64_t inside = 0;
         for (int64_t y = 0; y < count; ++y)
           inside |= uint64_t{above * lower[y] + below * upper[y] >= verdict.threshold} << y;
+        // bit y: row y differs from the row above it, or the first row from the current run
         uint64_t changes = inside ^ (inside << 1 | uint64_t{mask.open()});
         if (count < 64) changes &= (uint64_t{1} << count) - 1;
         for (; changes != 0; changes &= changes - 1) mask.end_run(x, rows.first + row + __builtin_ctzll(changes));

@@ -1,13 +1,14 @@
 // Greedy non-maximum suppression of several images and groups on the GPU, with the output of nms_cpu.cpp, bit for bit.
+// Only boxes of the same image and group suppress each other; max_keep limits the kept boxes of each image.
 //
 // A single sort, with image and score in one key, orders the boxes. Then one block per image visits its boxes in that
 // order, 64 at a time: all threads compare the 64 with the boxes kept so far and with each other, one thread decides
-// from the resulting bit masks which of them survive, and the survivors are kept. So there are at most visited * kept
-// IoUs, as on the CPU, plus those among the 64; no matrix over all pairs is stored; and a block stops as soon as its
-// image has max_keep boxes. The images run in parallel, each on one multiprocessor; with fewer images than
-// multiprocessors the rest of the GPU is idle, since the next kernels wait for these results.
+// from the resulting bit masks which of them survive, and the survivors are kept. So each visited box is compared with
+// at most all kept boxes, as on the CPU, and with the others of its 64; no matrix over all pairs is stored; and a block
+// stops as soon as its image has max_keep boxes. The images run in parallel, each on one multiprocessor; with fewer
+// images than multiprocessors the rest of the GPU is idle, since the next kernels wait for these results.
 //
-// The groups of an image depend on each other only through max_keep. Without a limit, a second sort brings together
+// The groups of an image depend on each other only through max_keep. Without this limit, a second sort brings together
 // the boxes of each group, and every group of every image has its own block. 2000 boxes in 80 groups then are 80 blocks
 // that visit 25 boxes in one step, instead of one block that takes 32 steps and compares each box with up to 2000 kept
 // ones.
@@ -46,8 +47,8 @@ at::Tensor as_float4(const at::Tensor& boxes) {
 // The boxes of all images, and the order in which they are visited.
 struct Sorted {
   at::Tensor boxes;   // (N, 4)
-  at::Tensor groups;  // (N,) of the boxes, or undefined
-  at::Tensor keys;    // (N,) ascending
+  at::Tensor groups;  // (N,) group of each box; undefined if all are of one group
+  at::Tensor keys;    // (N,) of key_kernel, ascending
   at::Tensor order;   // (N,) index of the box with each key
 
   Sorted(const at::Tensor& boxes, const at::Tensor& scores, const std::optional<at::Tensor>& groups,
@@ -82,8 +83,9 @@ struct Sorted {
   }
 };
 
-// Runs greedy_kernel, which describes `kept_stride` and writes the indices of the kept boxes to `kept`. Returns the
-// number of kept boxes of each image, (num_images,).
+// Runs greedy_kernel, which writes the indices of the kept boxes to `kept` (greedy.cuh explains where, by
+// `kept_stride`). `limit` is the maximum number of boxes to keep per image; `images` has their indices from 0 to
+// num_images - 1. Returns the number of kept boxes of each image, (num_images,).
 at::Tensor run_greedy(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t limit,
                       int64_t kept_stride, const std::optional<at::Tensor>& groups,
                       const std::optional<at::Tensor>& images, int64_t num_images, const at::Tensor& kept) {
@@ -126,7 +128,7 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
   int64_t num_images = 1;
   if (images && n > 0) {
     const auto [ids, indices, sizes] = at::_unique2(*images, /*sorted=*/true, /*return_inverse=*/true);
-    image_indices = indices, num_images = ids.size(0);
+    image_indices = indices, num_images = ids.size(0);  // this size is known only when the GPU has finished
   }
   const at::Tensor kept = at::full({n}, -1, boxes.options().dtype(at::kLong));
   if (groups && n > 0 && limit >= n) {
@@ -134,9 +136,10 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
   } else {
     run_greedy(boxes, scores, iou_threshold, limit, kUnpadded, groups, image_indices, num_images, kept);
   }
-  return kept.masked_select(kept.ge(0));  // elements without a kept box are still -1
+  return kept.masked_select(kept.ge(0));  // elements that no kept box was written to are still -1
 }
 
+// `images` has indices from 0 to count - 1; boxes with another index are ignored.
 std::tuple<at::Tensor, at::Tensor> nms_padded_cuda(const at::Tensor& boxes, const at::Tensor& scores,
                                                    double iou_threshold, int64_t max_keep, const at::Tensor& images,
                                                    int64_t count, const std::optional<at::Tensor>& groups) {

@@ -16,18 +16,18 @@ from refdet.files.short_text import shorten
 
 
 def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
-    """Check boxes and clip them to the image.
+    """Check boxes and clip them to their image.
 
     Args:
-        boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels; for no boxes, an empty list or array.
+        boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels; if there are none, any empty list or array.
         height: height of the image in pixels.
         width: width of the image in pixels.
 
     Returns:
-        (n, 4) float32.
+        The clipped boxes, (n, 4) float32.
 
     Raises:
-        ArgumentError: wrong shape, or a box that is not finite, reversed, empty or outside the image.
+        ArgumentError: wrong shape, or a box that is not finite, is reversed, or has no area in the image.
     """
     try:
         array = np.asarray(boxes, np.float64)
@@ -47,6 +47,7 @@ def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
 
 
 def _problem(box: np.ndarray, height: int, width: int) -> str:
+    """What is wrong with an invalid box (4,), as the end of a sentence about it."""
     x1, y1, x2, y2 = box.tolist()
     if not np.isfinite(box).all():
         return "is not finite"
@@ -66,7 +67,7 @@ def check_category_ids(category_ids: object, count: int, classes: Container[int]
         classes: the category ids of the detector.
 
     Returns:
-        (n,) int64.
+        The ids, (n,) int64.
 
     Raises:
         ArgumentError: wrong number of ids, not integers, or an unknown id.
@@ -74,9 +75,9 @@ def check_category_ids(category_ids: object, count: int, classes: Container[int]
     try:
         array = np.asarray(category_ids)
     except ValueError:
-        array = np.zeros((), object)
+        array = np.zeros((), object)  # lists of different lengths; refused below
     if array.size == 0:
-        array = np.zeros(0, np.int64)
+        array = np.zeros(0, np.int64)  # NumPy makes an empty list float64
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise ArgumentError(
             "category_ids", f"({count},) integers are needed, one per box, not {array.dtype} {array.shape}"

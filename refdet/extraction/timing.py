@@ -1,7 +1,8 @@
-"""Timing of an extraction over all of its sessions: the processes that computed it, including killed ones. No torch.
+"""Timing of an extraction over all of its sessions. Does not import torch.
 
-Whenever a shard is finished, a line with the session's timing so far is appended to ``sessions.jsonl`` next to the
-shards, or by part 3 to ``sessions-3.jsonl``; only the last line of a session is used.
+A session is one process that computed a part of the extraction, even if it was killed. At its start, at its end and
+whenever it finishes a shard, it appends a line with its timing so far to ``sessions.jsonl`` next to the shards, or to
+``sessions-3.jsonl`` if it computes part 3; only the last line of a session is used.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-STAGES = ("load", "compute", "wait", "finish", "write", "merge")
+STAGES = ("load", "compute", "wait", "finish", "write", "merge")  # see `shares`
 
-_FILE_NAME, _ALL_FILES = "sessions{}.jsonl", "sessions*.jsonl"
+_FILE_NAME, _ALL_FILES = "sessions{}.jsonl", "sessions*.jsonl"  # with "" or "-PART"
 _MAX_BYTES = 2**26  # larger files are ignored
 
 
@@ -23,7 +24,7 @@ def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
     """Compute the fraction of time spent in each stage.
 
     The stages of the main thread ("load", "compute", "wait") and the merge add up to almost 1; "finish" and "write"
-    run in other threads meanwhile.
+    run in other threads at the same time, so that all stages together may exceed 1.
 
     Args:
         seconds: total time without the merge.
@@ -44,7 +45,7 @@ class Timer:
         part: number of the part that this process computes; 0 for all.
 
     Attributes:
-        stages: seconds per stage of `STAGES`.
+        stages: seconds per stage of `STAGES` in this process, only of blocks that have ended.
         images: number of images in the shards that this process finished.
     """
 
@@ -53,9 +54,9 @@ class Timer:
         self.images = 0
         self._computing = 0.0  # seconds in `computing` blocks that have ended
         self._path = folder / _FILE_NAME.format(f"-{part}" if part else "")
-        self._earlier = _read_sessions(self._path)
+        self._earlier = _read_sessions(self._path)  # of the same part
         self._number = 1 + max(self._earlier, default=0)
-        self._since: dict[str, float] = {}  # running stage -> start time
+        self._since: dict[str, float] = {}  # running stage or "computing" -> start time
         self._append_record()
 
     @property
@@ -65,7 +66,7 @@ class Timer:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Add the duration of the block to `seconds`; it contains all stages except the merge."""
+        """Add the duration of the block to `seconds`; the block must contain all stages except the merge."""
         self._since["computing"] = time.perf_counter()
         try:
             yield
@@ -85,12 +86,12 @@ class Timer:
                 self._append_record()
 
     def record_shard(self, images: int) -> None:
-        """Record a finished shard by its number of images."""
+        """Record that a shard with this number of images is finished."""
         self.images += images
         self._append_record()
 
     def summary(self) -> dict[str, Any]:
-        """Summary of all sessions, for the store, as JSON."""
+        """Summary of the sessions of all parts, a JSON object for the store; times of concurrent parts are added."""
         other_parts = sorted(path for path in self._path.parent.glob(_ALL_FILES) if path != self._path)
         sessions = [session for path in other_parts for session in _read_sessions(path).values()]
         sessions += [*self._earlier.values(), self._record()]
@@ -116,6 +117,7 @@ class Timer:
         return {"session": self._number, "images": self.images, "seconds": self.seconds, "stages": stages}
 
     def _append_record(self) -> None:
+        """Append this session's timing so far to the file; errors are ignored, as no extraction should fail for it."""
         if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
             return  # placed there by somebody else; do not write through a link or into a pipe
         # A killed process may leave a partial line, so start a new one; losing a line is harmless.

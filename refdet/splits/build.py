@@ -1,4 +1,4 @@
-"""Build leak-free splits: remove the images that REFER holds out from a list of training images."""
+"""Build leak-free splits: remove the images of REFER's val and test splits from a list of training images."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def build_split(
 ) -> SplitResult:
     """Write a list of training images without REFER's val and test images and their annotations.
 
-    An image is held out if any COCO id in its entry is (`refdet.data.image_evidence`). The remaining entries are
-    written unchanged and in order, with a report next to the file. The provenance is in ``info.refdet`` of an instances
-    file, and in the report for other lists.
+    An image is removed if any COCO id that its entry contains is that of a held-out image
+    (`refdet.data.image_evidence`). The remaining entries are written unchanged and in order, with a report next to the
+    file. The `Provenance` is in ``info.refdet`` of an instances file, and in the report for other lists.
 
     Examples:
         >>> instances = "demo/data/annotations/instances_train2014.json"
@@ -62,9 +62,9 @@ def build_split(
         instances: COCO instances JSON or another list of images to filter; see `refdet.splits.image_list`.
         refer_root: folder of the REFER data.
         out: the file to write; the report of ``x.json`` or ``x.txt`` is ``x.report.json``.
-        exclude: the splits to hold out, each "DATASET:SPLIT_BY[:SPLIT,...]"; val and test of all datasets under
-            ``refer_root`` if empty.
-        keep_only: the reverse: keep the images of these splits and no others.
+        exclude: the splits to hold out, each "DATASET:SPLIT_BY[:SPLIT,...]"; without a SPLIT, all but train. If
+            empty, all but train of every dataset under ``refer_root``.
+        keep_only: the reverse: keep the images of these splits and no others; without a SPLIT, train included.
         benchmark: files with the images of other benchmarks to hold out too, see `refdet.splits.benchmark`.
 
     Returns:
@@ -86,7 +86,7 @@ def build_split(
     splits, notes = splits_to_keep(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
     benchmark_splits, benchmark_notes = held_out_benchmarks(benchmark)
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
-    check = InstancesCheck(Path(instances))
+    check = InstancesCheck(Path(instances))  # called with each entry as it is read
     images = read_image_list(instances, check)
     if images.format == INSTANCES:
         check.finish(images)
@@ -110,10 +110,10 @@ def build_split(
     present_ids = all_coco_ids(images.images)
     counts = _counts(splits, present_ids)
     if keep_only:
-        kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())
-        absent, partly_kept = _divide_splits(refer_root, kept_ids)  # only splits without a kept image are excluded
-        excluded = _counts(absent, present_ids)
-        if shared := [name for name in partly_kept if name not in counts]:
+        kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())  # other keys are written unchanged
+        without_kept, with_kept = _divide_splits(refer_root, kept_ids)
+        excluded = _counts(without_kept, present_ids)
+        if shared := [name for name in with_kept if name not in counts]:
             notes.append(f"the kept images include some of {', '.join(shared)}")
     else:
         excluded = counts
@@ -143,6 +143,7 @@ def build_split(
         report["provenance"] = provenance.to_json()
     with atomic_write(report_file_path) as report_file, atomic_write(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        # surrogatepass and newline: entries are written exactly as they were read
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
     return SplitResult(out, report_file_path, report, notes)
@@ -154,7 +155,7 @@ def report_path(out: Path) -> Path:
 
 
 def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> None:
-    """Raise an InputError if a held-out image is named outside of ``images``, where no entry can be removed."""
+    """Raise an InputError if a key other than ``images`` refers to held-out images: nothing is removed from it."""
     for key, coco_ids in images.ids_in_other_keys.items():
         if found := coco_ids & held_out_ids:
             raise InputError(
@@ -166,8 +167,8 @@ def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> Non
 def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[HeldOut], list[str]]:
     """Val and test splits with none of the kept images, and names of the val and test splits with some of them."""
     splits, _ = held_out(refer_root)
-    absent = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
-    return absent, [split.name for split in splits if split not in absent]
+    without_kept = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
+    return without_kept, [split.name for split in splits if split not in without_kept]
 
 
 def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
@@ -176,7 +177,7 @@ def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str,
 
 
 def _previous_exclusions(images: ImageListFile) -> dict[str, dict[str, int]]:
-    """Splits excluded by an earlier build-split, if the images are unchanged and their ids match their names."""
+    """Splits that an earlier build-split excluded; {} if the images changed since or an id is not that in its name."""
     if "refdet" not in images.info:
         return {}
     try:

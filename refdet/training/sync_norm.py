@@ -1,4 +1,4 @@
-"""Batch norm over the images of all processes.
+"""Batch norm with the statistics of the images of all training processes.
 
 Shape shorthand in this module:
 
@@ -23,7 +23,8 @@ _DIMS = (0, 2, 3)  # all but the channels
 class SyncedBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose statistics in training are over the images of all processes, for CPUs.
 
-    PyTorch's SyncBatchNorm needs a GPU.
+    PyTorch's SyncBatchNorm needs a GPU. Unlike BatchNorm2d, it must have a weight, a bias and a momentum: with the
+    momentum None, its running statistics would never change.
 
     Attributes:
         group: process group of the processes; None for the default group.
@@ -32,7 +33,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize a map (N, C, H, W); its type is that of the result."""
+        """Normalize x (N, C, H, W); the result has the dtype of x."""
         if not self.training:
             return super().forward(x)
         # in float32, as in BatchNorm2d: bfloat16 cannot hold the number of values, nor the mean of many
@@ -58,11 +59,11 @@ class _BatchNormFunction(torch.autograd.Function):
         """Return y (N, C, H, W), the mean (C,), the biased variance (C,) and the number of values per channel ()."""
         channels, local_count = x.shape[1], x.numel() // x.shape[1]
         mean = x.sum(_DIMS) / max(local_count, 1)
-        squares = (x - mean[:, None, None]).square().sum(_DIMS)
-        packed = torch.cat((mean, squares, mean.new_tensor([local_count])))
+        squared_deviations = (x - mean[:, None, None]).square().sum(_DIMS)
+        packed = torch.cat((mean, squared_deviations, mean.new_tensor([local_count])))
         gathered = packed.new_empty(dist.get_world_size(group), len(packed))  # (R, 2C + 1)
         dist.all_gather(list(gathered.unbind()), packed, group=group)
-        means, counts = gathered[:, :channels], gathered[:, -1:]
+        means, counts = gathered[:, :channels], gathered[:, -1:]  # (R, C), (R, 1)
         count = counts.sum().clamp(min=1)
         mean = (means * counts).sum(0) / count
         variance = (gathered[:, channels:-1] + counts * (means - mean).square()).sum(0) / count
@@ -76,12 +77,12 @@ class _BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of x, weight and bias; those of weight and bias are of this process, and DDP sums them."""
+        """Gradients of x, weight and bias; those of weight and bias are of this process, as `distributed` sums them."""
         normalized, weight, scale, count = ctx.saved_tensors
         grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalized).sum(_DIMS)
         means = torch.cat((grad_bias, grad_weight)) / count
         dist.all_reduce(means, group=ctx.group)
-        mean_grad, mean_product = means.chunk(2)
+        mean_grad, mean_product = means.chunk(2)  # over all processes, of grad_output and of it times normalized
         grad_input = grad_output - mean_grad[:, None, None] - normalized * mean_product[:, None, None]
         return grad_input * (weight * scale)[:, None, None], grad_weight, grad_bias, None, None
 

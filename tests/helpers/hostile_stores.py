@@ -15,7 +15,7 @@ from h5py import h5d, h5p, h5s, h5t, h5z
 from refdet import store
 from refdet.structures.regions import Regions
 
-REGIONS = (3, 0, 2)
+REGIONS = (3, 0, 2)  # of each image
 HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", PROVENANCE, {"dtype": "float32"})
 
 
@@ -25,8 +25,11 @@ def write_store(path: Path, compression: str = "none", libver: str = "", ann_ids
     Args:
         path: the store to write.
         compression: of features and maps.
-        libver: version of the HDF5 layout, "" for the default.
+        libver: h5py's name of a version of the HDF5 layout, "" for that of stores.
         ann_ids: whether its regions have annotation ids.
+
+    Returns:
+        ``path``.
     """
     columns = store.Columns(
         {"fc7": (64,), "spatial_fc7": (4, 2, 2)}, masks=True, ann_ids=ann_ids, maps=("head",), compression=compression
@@ -54,11 +57,11 @@ def write_store(path: Path, compression: str = "none", libver: str = "", ann_ids
     return path
 
 
-Edit = Callable[[h5py.File], object]
+Edit = Callable[[h5py.File], object]  # makes a store malicious; what it returns is ignored
 
 
-def _new(make: Callable[[h5py.File, str, int], object]) -> Edit:
-    """Edit that replaces ``features/fc7``; ``make`` is called with the file, that name and the number of regions."""
+def _fc7(make: Callable[[h5py.File, str, int], object]) -> Edit:
+    """Edit that replaces ``features/fc7``; ``make`` creates it from the file, that name and the number of regions."""
 
     def edit(file: h5py.File) -> None:
         del file["features/fc7"]
@@ -67,67 +70,77 @@ def _new(make: Callable[[h5py.File, str, int], object]) -> Edit:
     return edit
 
 
-def _typed(dtype: object) -> Edit:
-    return _new(lambda file, name, n: file.create_dataset(name, (n,), dtype, data=np.zeros(n, dtype)))
+def _fc7_of_type(dtype: object) -> Edit:
+    """Edit that makes ``features/fc7`` a dataset of one value of this type per region."""
+    return _fc7(lambda file, name, n: file.create_dataset(name, (n,), dtype, data=np.zeros(n, dtype)))
 
 
-def _virtual(file: h5py.File, name: str, n: int) -> None:
+def _virtual_of_itself(file: h5py.File, name: str, n: int) -> None:
     layout = h5py.VirtualLayout((n, 4), "f4")
     layout[:] = h5py.VirtualSource(".", name, (n, 4))
     file.create_virtual_dataset(name, layout)
 
 
-def _packed(chunk: bytes, packing: str, skipped: int = 0) -> Edit:
-    """Edit that makes ``features/fc7`` a dataset of one chunk of 5 x 64 numbers, stored as these bytes."""
+def _fc7_chunk(chunk: bytes, compression: str, filter_mask: int = 0) -> Edit:
+    """Edit that makes ``features/fc7`` one chunk of 5 x 64 float32, stored as these bytes.
+
+    Args:
+        chunk: the bytes.
+        compression: "gzip" or "lzf".
+        filter_mask: 1 to declare that the chunk was stored without compression.
+    """
 
     def make(file: h5py.File, name: str, n: int) -> None:
-        data = file.create_dataset(name, (n, 64), "f4", chunks=(n, 64), compression=packing)
-        data.id.write_direct_chunk((0, 0), chunk, skipped)
+        data = file.create_dataset(name, (n, 64), "f4", chunks=(n, 64), compression=compression)
+        data.id.write_direct_chunk((0, 0), chunk, filter_mask)
 
-    return _new(make)
+    return _fc7(make)
 
 
-def _filtered(code: int, values: tuple[int, ...], dtype: str = "f4") -> Edit:
+def _fc7_filter(code: int, values: tuple[int, ...]) -> Edit:
+    """Edit that makes ``features/fc7`` a dataset with this filter and these parameters of it."""
+
     def make(file: h5py.File, name: str, n: int) -> None:
-        plan = h5p.create(h5p.DATASET_CREATE)
-        plan.set_chunk((n, 4))
-        plan.set_filter(code, h5z.FLAG_OPTIONAL, values)
-        kind, space = h5t.py_create(np.dtype(dtype)), h5s.create_simple((n, 4))
-        data = h5d.create(file.id, name.encode(), kind, space, dcpl=plan)
-        data.write_direct_chunk((0, 0), bytes(16 * n), 1)
+        properties = h5p.create(h5p.DATASET_CREATE)
+        properties.set_chunk((n, 4))
+        properties.set_filter(code, h5z.FLAG_OPTIONAL, values)  # optional: this HDF5 need not have the filter
+        dtype, space = h5t.py_create(np.dtype("f4")), h5s.create_simple((n, 4))
+        data = h5d.create(file.id, name.encode(), dtype, space, dcpl=properties)
+        data.write_direct_chunk((0, 0), bytes(16 * n), 1)  # 1: stored without the filter
 
-    return _new(make)
+    return _fc7(make)
 
 
 def _array_type(file: h5py.File, name: str, n: int) -> None:
-    kind = h5t.array_create(h5t.IEEE_F32LE, (3,))
-    h5d.create(file.id, name.encode(), kind, h5s.create_simple((n,)))
+    dtype = h5t.array_create(h5t.IEEE_F32LE, (3,))
+    h5d.create(file.id, name.encode(), dtype, h5s.create_simple((n,)))
 
 
-def _deep(file: h5py.File) -> None:
+def _deep_groups(file: h5py.File) -> None:
     file.create_group("a/b/c/d/e/f/g/h/i/j")
 
 
-def _many(file: h5py.File) -> None:
+def _many_groups(file: h5py.File) -> None:
     for i in range(1001):
         file.create_group(f"many/{i}")
 
 
-def _attributes(file: h5py.File) -> None:
+def _many_attributes(file: h5py.File) -> None:
     for i in range(101):
         file["images"].attrs[str(i)] = i
 
 
-def _partly(file: h5py.File, name: str, n: int) -> None:
+def _partly_written(file: h5py.File, name: str, n: int) -> None:
     file.create_dataset(name, (n, 4), "f4", chunks=(1, 4))[0] = 1
 
 
+# Name -> edit of a valid store, and a regular expression for the message that refuses the result.
 STRUCTURES: dict[str, tuple[Edit, str]] = {
-    "soft link": (_new(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/regions/box"))), "a soft link"),
-    "soft loop": (_new(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/" + name))), "a soft link"),
+    "soft link": (_fc7(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/regions/box"))), "a soft link"),
+    "soft loop": (_fc7(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/" + name))), "a soft link"),
     "dangling link": (lambda file: file.__setitem__("x", h5py.SoftLink("/nowhere")), "/x is a soft link"),
     "external link": (
-        _new(lambda file, name, n: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))),
+        _fc7(lambda file, name, n: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))),
         "/features/fc7 is a link to another file",
     ),
     "external group": (lambda file: file.__setitem__("x", h5py.ExternalLink("y.h5", "/")), "link to another file"),
@@ -135,31 +148,31 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
     "root in itself": (lambda file: file.__setitem__("maps/root", file["/"]), "under another name"),
     "group twice": (lambda file: file.__setitem__("more", file["features"]), "under another name"),
     "external storage": (
-        _new(lambda file, name, n: file.create_dataset(name, (n, 4), "f4", external=[("/etc/passwd", 0, 16 * n)])),
+        _fc7(lambda file, name, n: file.create_dataset(name, (n, 4), "f4", external=[("/etc/passwd", 0, 16 * n)])),
         "/features/fc7 has its values in another file",
     ),
-    "virtual of itself": (_new(_virtual), "/features/fc7 is a virtual dataset"),
+    "virtual of itself": (_fc7(_virtual_of_itself), "/features/fc7 is a virtual dataset"),
     "named type": (lambda file: file.__setitem__("x", np.dtype("f4")), "neither a group nor a dataset"),
     "shared type": (
         lambda file: (file.__setitem__("x", np.dtype("f4")), file.create_dataset("a", (2,), file["x"])),
         "/a has a committed type|/x is neither",
     ),
-    "compound": (_typed("i4,f4"), "has an unsupported type"),
-    "array type": (_new(_array_type), "has an unsupported type"),
-    "opaque": (_typed("V7"), "has an unsupported type"),
-    "enum": (_typed(h5py.enum_dtype({"a": 1}, "i4")), "has an unsupported type"),
-    "complex": (_typed("c8"), "has an unsupported type"),
-    "long text": (_typed("S5000"), "has an unsupported type"),
+    "compound": (_fc7_of_type("i4,f4"), "has an unsupported type"),
+    "array type": (_fc7(_array_type), "has an unsupported type"),
+    "opaque": (_fc7_of_type("V7"), "has an unsupported type"),
+    "enum": (_fc7_of_type(h5py.enum_dtype({"a": 1}, "i4")), "has an unsupported type"),
+    "complex": (_fc7_of_type("c8"), "has an unsupported type"),
+    "long text": (_fc7_of_type("S5000"), "has an unsupported type"),
     "reference": (
-        _new(lambda file, name, n: file.create_dataset(name, (n,), h5py.ref_dtype, data=[file.ref] * n)),
+        _fc7(lambda file, name, n: file.create_dataset(name, (n,), h5py.ref_dtype, data=[file.ref] * n)),
         "has an unsupported type",
     ),
     "ragged": (
-        _new(lambda file, name, n: file.create_dataset(name, (n,), h5py.vlen_dtype("i4"))), "has an unsupported type",
+        _fc7(lambda file, name, n: file.create_dataset(name, (n,), h5py.vlen_dtype("i4"))), "has an unsupported type",
     ),
-    "no shape": (_new(lambda file, name, n: file.create_dataset(name, data=h5py.Empty("f4"))), "has no shape"),
-    "nine dimensions": (_new(lambda file, name, n: file.create_dataset(name, data=np.zeros((1,) * 9))), "dimensions"),
-    "never written": (_new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4")), "declares .* but has 0"),
+    "no shape": (_fc7(lambda file, name, n: file.create_dataset(name, data=h5py.Empty("f4"))), "has no shape"),
+    "nine dimensions": (_fc7(lambda file, name, n: file.create_dataset(name, data=np.zeros((1,) * 9))), "dimensions"),
+    "never written": (_fc7(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4")), "declares .* but has 0"),
     "starts that expand": (
         lambda file: (
             file.__delitem__("maps/head_start"),
@@ -168,9 +181,9 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
         "/maps/head_start declares 134217728 bytes but has",
     ),
     "chunks never written": (
-        _new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4", chunks=(2**16, 4))), "never written",
+        _fc7(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4", chunks=(2**16, 4))), "never written",
     ),
-    "chunks partly written": (_new(_partly), "has 1 of 5 chunks"),
+    "chunks partly written": (_fc7(_partly_written), "has 1 of 5 chunks"),
     "boxes of zeros": (
         lambda file: (
             file.__delitem__("regions/box"),
@@ -180,26 +193,27 @@ STRUCTURES: dict[str, tuple[Edit, str]] = {
         "/regions/box declares 134217728 bytes",
     ),
     "huge chunks": (
-        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 2**22), "f4"), chunks=(n, 2**22))),
+        _fc7(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 2**22), "f4"), chunks=(n, 2**22))),
         "chunks of 83886080 bytes",
     ),
-    "short gzip": (_packed(zlib.compress(bytes(100)), "gzip"), "a chunk of 100 bytes instead of 1280"),
-    "long gzip": (_packed(zlib.compress(bytes(10**6)), "gzip"), "a chunk of 1281 bytes instead of 1280"),
-    "gzip left out": (_packed(bytes(100), "gzip", 1), "a chunk of 100 bytes instead of 1280"),
-    "short lzf": (_packed(b"\x03abcd", "lzf"), "a chunk of 4 bytes instead of 1280"),
-    "long lzf": (_packed(b"\x00a" + b"\xe0\xff\x00" * 9, "lzf"), "a chunk of .* bytes instead of 1280"),
-    "large packed": (_packed(bytes(4000), "gzip"), "larger compressed than uncompressed"),
+    "short gzip": (_fc7_chunk(zlib.compress(bytes(100)), "gzip"), "a chunk of 100 bytes instead of 1280"),
+    # decompression stops one byte after the expected size
+    "long gzip": (_fc7_chunk(zlib.compress(bytes(10**6)), "gzip"), "a chunk of 1281 bytes instead of 1280"),
+    "gzip skipped": (_fc7_chunk(bytes(100), "gzip", 1), "a chunk of 100 bytes instead of 1280"),
+    "short lzf": (_fc7_chunk(b"\x03abcd", "lzf"), "a chunk of 4 bytes instead of 1280"),
+    "long lzf": (_fc7_chunk(b"\x00a" + b"\xe0\xff\x00" * 9, "lzf"), "a chunk of .* bytes instead of 1280"),
+    "large compressed": (_fc7_chunk(bytes(4000), "gzip"), "larger compressed than uncompressed"),
     "fletcher32": (
-        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "f4"), fletcher32=True)), "filters",
+        _fc7(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "f4"), fletcher32=True)), "filters",
     ),
     "scale-offset": (
-        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "i4"), scaleoffset=0)), "filters",
+        _fc7(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "i4"), scaleoffset=0)), "filters",
     ),
-    "unknown filter": (_filtered(32015, (3,)), r"unsupported filters \(32015\)"),
-    "shuffle of others": (_filtered(h5z.FILTER_SHUFFLE, ()), "unsupported filters"),
-    "groups too deep": (_deep, "groups deep"),
-    "too many groups": (_many, "more than 1000"),
-    "too many attributes": (_attributes, "/images has more than 100 attributes"),
+    "unknown filter": (_fc7_filter(32015, (3,)), r"unsupported filters \(32015\)"),
+    "shuffle without parameters": (_fc7_filter(h5z.FILTER_SHUFFLE, ()), "unsupported filters"),
+    "groups too deep": (_deep_groups, "groups deep"),
+    "too many groups": (_many_groups, "more than 1000"),
+    "too many attributes": (_many_attributes, "/images has more than 100 attributes"),
     "large attribute": (lambda file: file.attrs.__setitem__("x", np.zeros(5000, "i1")), "has 5000 values"),
     "odd attribute": (
         lambda file: file.attrs.__setitem__("x", np.zeros(2, "i4,f4")), "attribute x of / has an unsupported type",
@@ -223,18 +237,18 @@ def repeat_text(path: Path) -> None:
     """Add 1000 strings that all refer to the same 100 KB: 100 MB in a file of 0.1 MB."""
     with h5py.File(path, "r+") as file:
         data = file.create_dataset("x", data=["y" * 100_000, *[""] * 999], dtype=h5py.string_dtype())
-        offset = data.id.get_offset()
+        offset = data.id.get_offset()  # of 16 bytes per string, which refer to its text
     content = bytearray(path.read_bytes())
     content[offset : offset + 16 * 1000] = content[offset : offset + 16] * 1000
     path.write_bytes(content)
 
 
 def share_bytes(path: Path, times: int = 40) -> None:
-    """Add datasets that share the same bytes, in a file of the oldest layout, whose tables have no checksums."""
+    """Add datasets that share the same bytes, in a file of the oldest layout, whose metadata have no checksums."""
     with h5py.File(path, "r+") as file:
         data = [file.create_dataset(f"x{i}", (500,), "i8") for i in range(times)]
         data[0][:] = 1
         offset = data[0].id.get_offset()
-    nowhere = 2**64 - 1
+    nowhere = 2**64 - 1  # address of the 4000 bytes of a dataset that was never written
     content = path.read_bytes()
     path.write_bytes(content.replace(struct.pack("<QQ", nowhere, 4000), struct.pack("<QQ", offset, 4000)))

@@ -1,4 +1,4 @@
-"""An extraction of ten images, in four shards, that tests interrupt and resume."""
+"""An extraction of ten images, in four shards, that tests interrupt and resume; all of its images are readable."""
 
 from __future__ import annotations
 
@@ -23,21 +23,36 @@ RECIPE_HEADER = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)
 
 
 def load(record: ImageRecord) -> np.ndarray:
+    """An image whose pixels are its id, which `compute` checks."""
     return np.full((record.height, record.width, 3), record.id, np.uint8)
 
 
 def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
-    """Extract into ``out``; with ``stop_at``, Ctrl-C interrupts the batch of that number."""
-    computing = compute if stop_at is None else interrupt_at(BATCHES[stop_at])
-    given: dict[str, Any] = {"header": RECIPE_HEADER, "load": load, "compute": computing, "shard_images": 2, **changes}
-    return extract(out, PLAN, batches=BATCHES, records=RECORDS, **given)
+    """Extract into ``out``.
+
+    Args:
+        out: the store.
+        stop_at: index in ``BATCHES`` of the batch that Ctrl-C interrupts, None for none.
+        **changes: other arguments of `extract`, such as ``resume``.
+    """
+    compute_batch = compute if stop_at is None else interrupt_at(BATCHES[stop_at])
+    arguments: dict[str, Any] = {
+        "header": RECIPE_HEADER,
+        "load": load,
+        "compute": compute_batch,
+        "shard_images": 2,
+        **changes,
+    }
+    return extract(out, PLAN, batches=BATCHES, records=RECORDS, **arguments)
 
 
 def interrupted_before_the_merge(out: Path) -> None:
+    """Extract all shards into ``out``, and let Ctrl-C interrupt it before they are merged into the store."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="10 of 10"):
         patch.setattr(shards.ShardSet, "merge", interrupt)
         run(out)
 
 
 def interrupt(*_: object) -> None:
+    """Replaces a function at which Ctrl-C is to interrupt."""
     raise KeyboardInterrupt

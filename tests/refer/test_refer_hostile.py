@@ -25,7 +25,7 @@ from refer import REFER, ReferError, read_refs
 
 @contextmanager
 def no_hang(seconds: int = 20) -> Iterator[None]:
-    """Raise TimeoutError if the block takes more than a thousand times as long as it should."""
+    """Raise TimeoutError if the block hangs: ``seconds`` are a thousand times what it needs. Only with SIGALRM."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
@@ -46,7 +46,7 @@ def no_hang(seconds: int = 20) -> Iterator[None]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory; fails if the test leaves a canary there, that is, if code from a file ran."""
     monkeypatch.chdir(tmp_path)
-    copyreg.add_extension("posix", "system", 0xF0)
+    copyreg.add_extension("posix", "system", 0xF0)  # which the opcodes EXT1, EXT2 and EXT4 of some cases ask for
     copyreg._extension_cache[0xF0] = os.system  # type: ignore[attr-defined]  # as after a first use of the extension
     try:
         yield tmp_path
@@ -56,7 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def can_read(read: Callable[[], Any], where: str, expected: str) -> bool:
-    """Whether reading succeeds; if not, the error must be one line that names the file and contains the message."""
+    """Whether reading succeeds; if not, the error must be one short line that contains ``where`` and ``expected``."""
     try:
         read()
     except ReferError as error:
@@ -84,7 +84,10 @@ def test_each_file_gives_an_error_or_the_right_refs(folder: Path, case: Case) ->
 
 
 def check_build_split(folder: Path, root: Path, refs_good: bool) -> None:
-    """``refdet build-split`` with these refs removes the held-out images, or prints in one line why it cannot."""
+    """``refdet build-split`` with these refs removes the held-out images, or prints in one line why it cannot.
+
+    It reads only the refs, not instances.json of the dataset.
+    """
     source, out = folder / "source.json", folder / "split.json"
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 6, "width": 8} for i in range(1, 7)]
     source.write_text(json.dumps(INSTANCES | {"images": images}))
@@ -92,9 +95,8 @@ def check_build_split(folder: Path, root: Path, refs_good: bool) -> None:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert "Traceback" not in done.output and "unexpected" not in done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)
-    held_out = (
-        {one["image_id"] for one in read_refs(root, "data", "unc") if one["split"] != "train"} if refs_good else {}
-    )
+    refs = read_refs(root, "data", "unc") if refs_good else []
+    held_out = {ref["image_id"] for ref in refs if ref["split"] != "train"}
     if held_out:
         assert done.exit_code == 0, done.output
         assert {image["id"] for image in json.loads(out.read_text())["images"]} == set(range(1, 7)) - held_out
@@ -116,6 +118,7 @@ def test_exploits_run_code_in_an_unguarded_unpickler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # what the EXT opcodes load
     monkeypatch.setitem(copyreg._extension_cache, 0xF0, os.system)  # type: ignore[attr-defined]
     with suppress(pickle.UnpicklingError, TypeError):  # raised after the command has run
         pickle.loads(case.refs)
@@ -146,13 +149,15 @@ def test_files_with_changed_bytes(
             assert read and len(refer.to_dataframe()) == len([s for one in refer for s in one["sentences"]])
 
 
+# "entry" is no field: it replaces the whole entry of the list.
 FIELDS = [*REFS[0], *INSTANCES["annotations"][0], "sent", "height", "name", "entry"]
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 12) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
     max_leaves=12,
 )
-FILES = {"refs": REFS, "grefs": GREFS, **INSTANCES}
+FILES = {"refs": REFS, "grefs": GREFS, **INSTANCES}  # name -> list of entries
+# name of the list, index of the entry (modulo the length of the list), field, new value
 CHANGES = st.tuples(st.sampled_from([*FILES]), st.integers(0, 4), st.sampled_from(FIELDS), ANYTHING)
 
 

@@ -21,9 +21,9 @@ from refdet.store.export.source import Source
 from refdet.store.hdf5_file import OLDEST_READERS, new_file
 from refdet.structures.regions import Regions
 
-FEATURES = ("pool5", "fc7")
+FEATURES = ("pool5", "fc7")  # of det_feats.h5 and ann_feats.h5; fc7 is required
 WIDTHS = {"pool5": 1024, "fc7": 2048}  # lengths of the features that MAttNet's loaders and layers expect
-HEAD_FOLDER = "head"  # folder of the head maps in the export
+HEAD_FOLDER = "head"  # subfolder of the export, with a file for the head map of each image
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def export_mattnet(
     - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: the detections;
     - ``head/ID.h5``: the head map of each image, from stores that have head maps;
     - ``data.json``, ``data.h5``: ``prepro``, unless it was read from an existing ``data.json``;
-    - ``ann_feats.h5``: the annotations, in the order of ``prepro``.
+    - ``ann_feats.h5``: the features of the annotations, each in the row that is its ``h5_id`` in ``data.json``.
 
     Args:
         store: store of detections.
-        out: the folder.
+        out: the folder to create; it may exist if it is empty.
         annotations: store of annotations, None for none.
         prepro: the dataset, whose images are exported; None for all images.
         options: options to record in the provenance.
@@ -73,7 +73,9 @@ def export_mattnet(
     with ExitStack() as stack:
         detections = stack.enter_context(Source(store))
         if detections.store.has_ann_ids:
-            raise InputError(f"`store` {store}: has annotations; give a store of detections, this is for `annotations`")
+            raise InputError(
+                f"`store` {store}: has annotations; give a store of detections, this one is for `annotations`"
+            )
         annotation_source = stack.enter_context(Source(annotations)) if annotations else None
         if annotation_source is not None and not annotation_source.store.has_ann_ids:
             raise InputError(f"`annotations` {annotations}: has detections; extract with `regions='annotations'`")
@@ -115,18 +117,19 @@ def export_mattnet(
 def _detection_record(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
     """Create the record of a detection.
 
-    The reference's width ``x2 - x1 + 1`` of an inclusive box is ``x2 - x1`` of a half-open one.
+    MAttNet computes a width as ``x2 - x1 + 1``, as its boxes include the pixel x2. Boxes of a store are half-open, so
+    that their width is ``x2 - x1``.
 
     Args:
         regions: regions of an image.
         index: index of the region in ``regions``.
         name: name of the region's category.
-        det_id: index of the detection in the export.
+        det_id: number of the detection in the export, from 0, which is also its row in det_feats.h5.
         row: row of the region in the store.
 
     Returns:
-        The record, with ``box`` as x, y, width, height in pixels. The reference has no ``region``, the row in the
-        store; `refdet evaluate-on-refer` accepts it as an answer.
+        The record, with ``box`` as x, y, width, height in pixels. ``region``, the row in the store, is an addition to
+        MAttNet's format: `refdet evaluate-on-refer` accepts it as an answer.
     """
     x1, y1, x2, y2 = regions.boxes[index].tolist()
     return {
@@ -142,10 +145,10 @@ def _detection_record(regions: Regions, index: int, name: str, det_id: int, row:
 
 
 def _select_images(work: _Export) -> list[int]:
-    """Select the images to export, those of the dataset, and add notes about images that it or the store lacks.
+    """Select the images that are in both the store and the dataset, and add notes about those that one of them lacks.
 
     Returns:
-        Ids of the images in the order of the store.
+        Ids of the images in the order of the store; all of its images without a dataset.
 
     Raises:
         InputError: the store has none of the dataset's images, or another id for one of its categories.
@@ -178,7 +181,7 @@ def _select_images(work: _Export) -> list[int]:
 
 
 def _min_space(work: _Export, image_ids: list[int]) -> int:
-    """Size in bytes of the features and head maps, which is less than that of the export."""
+    """Size in bytes of the float32 features and head maps, which is less than that of the export."""
     rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
     sources = [(work.detections, rows)]
     if work.annotations is not None and work.prepro is not None:
@@ -190,7 +193,7 @@ def _min_space(work: _Export, image_ids: list[int]) -> int:
 
 
 def _create_datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
-    """Create float32 datasets for features, which must be kept open until the file is closed."""
+    """Create float32 datasets for features; keep references to them until the block of `new_file` ends."""
     return {
         name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False) for name in names
     }
@@ -227,7 +230,7 @@ def _select_features(work: _Export, source: Source) -> list[str]:
 def _write_detections(work: _Export, image_ids: list[int]) -> int:
     """Write dets.json, masks.json and det_feats.h5 and return the number of detections.
 
-    Detections are numbered as in run_detect.py: by image, class and descending score.
+    Detections are numbered as by MAttNet's run_detect.py: by image, then by class, then by descending score.
     """
     source, store = work.detections, work.detections.store
     names = _select_features(work, source)
@@ -241,7 +244,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
         space = _max_file_size(source, names, total)
         file = stack.enter_context(new_file(work.folder / "det_feats.h5", space, OLDEST_READERS))
         datasets = _create_datasets(file, source, names, total)
-        first = 0
+        first = 0  # det_id of the first detection of the image
         for image_id in progress(image_ids, "detections", "image"):
             regions, rows = source.read(image_id, names), store.rows(image_id)
             # lexsort sorts by its last key first: by class, then by descending score
@@ -262,7 +265,7 @@ def _write_detections(work: _Export, image_ids: list[int]) -> int:
 
 
 def _write_annotations(work: _Export) -> None:
-    """Write ann_feats.h5, whose rows are the ``h5_id`` of the annotations in data.json."""
+    """Write ann_feats.h5: the features of an annotation are in the row that is its ``h5_id`` in data.json."""
     source = work.annotations
     if source is None or work.prepro is None:
         work.notes.append("no ann_feats.h5; give `annotations`")
@@ -305,7 +308,7 @@ def _write_annotations(work: _Export) -> None:
 
 
 def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
-    """Write ``head`` (1, C, H, W) and ``im_info`` (1, 3) of each image, from the stores that have head maps."""
+    """Write ``head`` (1, C, H, W) and ``im_info`` (1, 3) of each image, from the first store that has them."""
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_head_maps]
     if not sources:
         work.notes.append(
@@ -324,7 +327,7 @@ def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
         arrays = {"head": head_map.values[None], "im_info": head_map.im_info[None]}
         space = sum(values.nbytes for values in arrays.values()) + METADATA_BYTES
         with new_file(work.folder / HEAD_FOLDER / f"{image_id}.h5", space, OLDEST_READERS) as file:
-            datasets = [
+            datasets = [  # all open until the block ends, see `new_file`
                 file.create_dataset(name, values.shape, values.dtype, track_times=False)
                 for name, values in arrays.items()
             ]
