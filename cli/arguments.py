@@ -182,7 +182,8 @@ def check_new_file(option: str, path: Path, example: str, may_exist: bool = Fals
         may_exist: whether the path may be an existing store, which the command would resume.
 
     Raises:
-        InputError: the path exists (with ``may_exist``: and is not a store), is invalid or cannot be written to.
+        InputError: the path exists (with ``may_exist``: exists, but is not a store), is invalid or cannot be
+            written to.
     """
     _check_name(option, path)
     if not path.name or path.is_dir():
@@ -256,7 +257,7 @@ def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, de
         path: the path that was given.
         kind: what the path is.
         expected: what is needed, with an article, such as "a run directory".
-        description: where what is needed comes from, "" if that is obvious.
+        description: what produces such a file or folder, "" if that is obvious.
     """
     problem = f"{option} {path}: {kind.value}"
     if kind is FileKind.URL:

@@ -91,7 +91,7 @@ def _check_size(height: Any, width: Any) -> None:
 
 
 def _compress_rle(rle: dict[str, Any]) -> dict[str, Any]:
-    """Check an RLE, as pycocotools writes out of bounds for some invalid ones, and compress it if it is not."""
+    """Check an RLE, as pycocotools writes out of bounds for some invalid ones, and compress it if it is a list."""
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list) or len(size) != 2:
         raise ReferDataError("an RLE has no size [height, width]")
@@ -113,6 +113,9 @@ def rle_pixels(counts: str | bytes) -> int:
     To be compared with the size of the image before decoding: pycocotools decodes an RLE of another size to garbage, or
     writes out of bounds.
     """
-    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    try:
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+    except UnicodeEncodeError:
+        return -1
     totals = total_run_lengths(np.frombuffer(data, np.uint8), np.array([0, len(data)]))
     return -1 if totals is None else int(totals[0])

@@ -14,7 +14,7 @@ import pytest
 
 from refdet.store import hdf5_access, hdf5_sandbox
 
-# Processes started with nohup or in the background of a script inherit ignored signals; the tests send both of these.
+# Processes started with nohup or in the background of a script inherit ignored signals; tests send SIGHUP and SIGINT.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -115,7 +115,7 @@ def instances(shapes_root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def train_instances(shapes_root: Path) -> Path:
-    """The train instances of the embedded dataset."""
+    """The train instances file of the shapes dataset."""
     return shapes_root / "annotations" / "instances_train2014.json"
 
 

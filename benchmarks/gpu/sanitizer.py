@@ -22,8 +22,8 @@ def work(step: Step) -> None:
     sanitizer = shutil.which("compute-sanitizer") or next((path for path in INSTALL_PATHS if Path(path).exists()), None)
     if step.small or sanitizer is None:
         done = subprocess.run(command, capture_output=True, text=True)
-        step.check("every kernel runs without it", done.returncode == 0, stderr=done.stderr[-500:])
-        step.put("skipped", "no CUDA in a rehearsal" if step.small else "compute-sanitizer was not found")
+        step.check("every kernel runs without compute-sanitizer", done.returncode == 0, stderr=done.stderr[-500:])
+        step.put("skipped", "runs only on a GPU" if step.small else "compute-sanitizer was not found")
         return
     # separate allocations, so that memcheck sees reads past their ends
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
@@ -34,7 +34,9 @@ def work(step: Step) -> None:
                 [*arguments, *command], env=environment, capture_output=True, text=True, timeout=LIMIT
             )
         except subprocess.TimeoutExpired as error:
-            step.put(f"{tool}_output", str(error.stdout or "")[-3000:])
+            output = error.stdout or b""  # bytes, in spite of text=True
+            text = output.decode(errors="replace") if isinstance(output, bytes) else output
+            step.put(f"{tool}_output", text[-3000:])
             step.check(f"{tool} ended within {LIMIT} s", False)
             continue
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", done.stdout)

@@ -44,8 +44,7 @@ constexpr auto input_matrix() {
   constexpr int kUsed = results + kTaps - 1;
   Matrix<kUsed, kUsed> matrix = {};
   for (int point = 0; point < kUsed; ++point) {
-    // the divisor in weight_matrix has a factor for each of the 6 points; a smaller tile compensates for those it
-    // omits
+    // weight_matrix divides by the differences to all other finite points; a tile that omits some multiplies by theirs
     double missing = 1;
     for (int other = kUsed; other < kPoints && point != kInfinityPoint; ++other)
       missing *= kPointValues[point] - kPointValues[other];
@@ -84,7 +83,7 @@ constexpr auto output_matrix() {
   return matrix;
 }
 
-// Weight transform along an axis, in float64, since no value but 0 is exact.
+// Weight transform along an axis, in float64, since most values are not exact in float32.
 constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
   std::array<std::array<double, kTaps>, kPoints> matrix = {};
   for (int point = 0; point < kPoints; ++point) {

@@ -73,10 +73,10 @@ class AnchorGenerator(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
-        The center of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision, the stride of a map is
-        the size of the padded input divided by the size of the map, rounded down. The size of the
-        padded input is computed as `strides[0]` times that of the finest map, which is exact if the input is padded to
-        multiples of 32, as in torchvision.
+        The center of cell (0, 0) is at stride / 2 by default, as in RoIAlign. With `torchvision`, the stride of a map
+        is the size of the padded input divided by the size of the map, rounded down. The size of the padded input is
+        computed as `strides[0]` times that of the finest map, which is exact if the input is padded to multiples of 32,
+        as in torchvision.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):

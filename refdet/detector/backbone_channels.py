@@ -29,7 +29,10 @@ def mobilenet_channels(channels: int, width: int) -> int:
 
 
 def roi_channels(model: ModelOptions) -> tuple[int, int]:
-    """Channels of the map that RoIs are pooled from, and of fc7."""
+    """Channels of the map that RoIs are pooled from, and of fc7.
+
+    `fpn_hidden` is the width of the linear layers of any box head, not only with a pyramid.
+    """
     if model.backbone == "vgg16":
         return vgg_channels(model.width)[2], model.fpn_hidden
     if model.backbone == "mobilenet_v1":

@@ -19,7 +19,7 @@ from refdet.files.short_text import format_count
 log = logging.getLogger(__name__)
 
 SHARDS_PER_WORKER = 2  # one that it computes, and one whose images it loads
-MAX_LOST = 3  # fail when so many workers are lost while they compute the same shard, or since a shard was finished
+MAX_LOST = 3  # fail when this many workers are lost on the same shard, or since the last shard was finished
 _POLL_SECONDS = 1.0  # seconds between checks of the cluster
 _STOP_TIMEOUT = 5.0  # seconds for workers to stop before they are killed
 _SLOW_START = 60.0  # seconds without a started worker until a note is logged
@@ -34,7 +34,7 @@ class Worker:
         node: Ray's id of the machine.
         name: host and a number, such as "gpu7/0"; "" before the worker has started.
         started: message of the worker when it had started; None before.
-        work_sent: whether the `Work` was sent to the worker.
+        work_sent: whether the `Work`, the description of the extraction in `ray_messages`, was sent to the worker.
         ready: whether the worker has received the `Work`, and accepts shards.
         shards: numbers of the shards assigned to the worker, in the order of computation.
         finished: number of images that the worker has finished.
@@ -79,7 +79,7 @@ class Pool:
 
     Args:
         cluster: the cluster.
-        make: prepares a worker, on its machine.
+        make: prepares a worker: called on its machine, it loads the detector.
         timeout: seconds without any worker after which the extraction fails.
 
     Attributes:
@@ -92,7 +92,7 @@ class Pool:
         self.ray, self._cluster, self._timeout = cluster.ray, cluster, timeout
         self._make = self.ray.put(make)
         options = {"max_concurrency": 2 + SHARDS_PER_WORKER, "max_restarts": 0, **cluster.resources}
-        self._actor = self.ray.remote(**options)(ShardWorker)
+        self._actor_class = self.ray.remote(**options)(ShardWorker)
         self.workers: list[Worker] = []
         self.lost = 0
         self._calls: dict[Any, tuple[Worker, str]] = {}  # reference -> worker and method
@@ -123,14 +123,17 @@ class Pool:
                 self.log_once("note: waiting for the Ray cluster to start a worker; others may be using it")
 
     def fill_slots(self) -> None:
-        """Start workers in free slots, also on machines that have joined the cluster since."""
+        """Start workers in free slots, also on machines that have joined the cluster since.
+
+        A slot is room for one worker: a GPU, or a group of CPUs.
+        """
         if self.lost >= MAX_LOST:
             return
         used = self._refused + Counter(worker.node for worker in self.workers)
         for node, count in self._cluster.count_slots().items():
             for _ in range(count - used[node]):
                 on_node = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-                actor = self._actor.options(scheduling_strategy=on_node).remote(self._make)
+                actor = self._actor_class.options(scheduling_strategy=on_node).remote(self._make)
                 worker = Worker(actor, node)
                 self.workers.append(worker)
                 self.call(worker, "start")
@@ -161,7 +164,7 @@ class Pool:
         self.log_once(f"note: a worker is left out: {failure.message}")
 
     def drop(self, worker: Worker, lost: bool = False) -> None:
-        """Kill and remove a worker, whose calls will not be answered; ``lost``: it has ended on its own, and counts."""
+        """Kill and remove a worker, whose calls will not be answered; ``lost`` counts it towards `MAX_LOST`."""
         if worker in self.workers:
             self.workers.remove(worker)
             self.lost += lost
@@ -173,7 +176,7 @@ class Pool:
         """Raise an error if there is no worker and none can be expected; if one can be expected, wait a moment.
 
         Args:
-            fix: the fix of the error, "" before any shard is computed.
+            fix: what the user can do, for the end of the message; "" before any shard is computed.
 
         Raises:
             InputError: no worker finds the software, checkpoint or images, and ``fix`` is "".
@@ -199,7 +202,7 @@ class Pool:
         self._calls[getattr(worker.actor, method).remote(*arguments)] = (worker, method)
 
     def answers(self) -> Iterator[tuple[Worker, str, Any]]:
-        """Wait up to a second for calls to finish, and yield (worker, method, answer) of each; None if it was lost."""
+        """Wait up to a second for calls to finish, and yield (worker, method, answer); None if the worker was lost."""
         waiting = list(self._calls)
         if not waiting:
             return
@@ -268,8 +271,8 @@ class Pool:
         """
         calls = [worker.actor.stop.remote() for worker in self.workers if worker.work_sent]
         reports = []
-        with suppress(self.ray.exceptions.RayError):
-            for call in self._wait(calls, len(calls), _STOP_TIMEOUT) if calls else ():
+        for call in self._wait(calls, len(calls), _STOP_TIMEOUT) if calls else ():
+            with suppress(self.ray.exceptions.RayError):  # the worker was lost
                 reports.append(self.ray.get(call))
         self.close()
         return reports

@@ -69,8 +69,8 @@ def pair_up(
         paths: the stores.
         metrics: contents of metrics.json files of evaluate-on-refer.
         predictions: a model's answers, whose regions are those of the first store; None if there are none.
-        dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for that which each was extracted
-            for.
+        dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for the dataset that each store was
+            extracted for.
 
     Raises:
         InputError: a store is missing, or a store or metrics are damaged.
@@ -115,7 +115,7 @@ def dataset_of(store: Store) -> str:
 
 
 def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
-    """Open the store of a part, and evaluate it on REFER where possible if it lacks metrics, or metrics of its answers.
+    """Open the store of a part; if its metrics are missing, or lack those of its predictions, compute them if possible.
 
     Args:
         stack: exit stack that closes the store.

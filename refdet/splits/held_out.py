@@ -79,7 +79,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
 
 
 def splits_to_keep(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
-    """Find the splits that ``keep_only`` names.
+    """Find the splits that ``keep_only`` names: only their images stay in a training file, the reverse of `held_out`.
 
     Args:
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
@@ -176,7 +176,8 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
         images.setdefault(ref["split"], set()).add(ref["image_id"])
     lines = compare_with_published(dataset, split_by, count_refs(refs))
     notes = [f"{line}; {Path(root) / dataset} may be a damaged download" for line in lines]
-    # in REFER's own data the file name has the number of the image_id
+    # In REFER's own data the file name has the image_id in 12 digits, such as COCO_train2014_000000000009.jpg.
+    # `numbers_in_name` finds such numbers anywhere in a name, `bare_number` one that is all of the name, such as 9.jpg.
     deviating = [ref for ref in refs if f"{ref['image_id']:012d}" not in ref.get("file_name", "")]
     renumbered = [ref for ref in deviating if numbers_in_name(ref.get("file_name", ""))]
     for ref in renumbered:
@@ -185,8 +186,8 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
         first = renumbered[0]
         notes.append(
             f"{dataset}/{split_by}: the image_id of {format_share(len(renumbered), len(refs), 'ref')} is not the COCO "
-            f"number in the file_name (first: {first['image_id']}, {shorten(first['file_name'])}); the images of both "
-            "are looked for"
+            f"number in the file_name (first: {first['image_id']}, {shorten(first['file_name'])}); both are taken "
+            "as images of its split"
         )
     unnumbered = [file for ref in deviating if (file := _unnumbered_file_name(ref))]
     if unnumbered:
@@ -199,6 +200,6 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
 
 
 def _unnumbered_file_name(ref: Ref) -> str:
-    """The file name of a ref if it has no COCO number, else ""."""
+    """The file name of a ref if it has neither a COCO number of 12 digits nor its image_id, else ""."""
     file = ref.get("file_name", "")
     return "" if numbers_in_name(file) or bare_number(file) == ref["image_id"] else file

@@ -52,7 +52,7 @@ def held_out_notes(
         excludes no split at all, or lacks one that the training file excludes.
 
     Raises:
-        InputError: ``refdet audit`` could not read the validation file either, as an id in it is invalid.
+        InputError: an id in the validation file is invalid; ``refdet audit`` would fail too.
     """
     notes = []
     audit = f"refdet audit --instances {val_instances} --refer-root DIR"
@@ -61,6 +61,7 @@ def held_out_notes(
     leaked = sum(not held_out.ids.isdisjoint(image.coco_ids) for image in images)
     if leaked:
         # which of the images is in which split is not recorded
+        # audit looks for images of REFER's val and test splits: it certainly finds some if there are no other splits
         others = sorted(name for name in held_out.splits if not _is_val_or_test(name))
         splits = others if len(others) == len(held_out.splits) else [*others, "REFER's val or test splits"]
         verdict = "" if others else f", so refdet audit does not call best/ clean ({audit} lists them)"
@@ -98,8 +99,8 @@ class _HeldOutImages(NamedTuple):
 def _read_held_out(training_file: Path, training: Provenance) -> _HeldOutImages:
     """Read which images were held out of a training file from build-split's report next to it.
 
-    The report has the ids of the training file's source. If those are not COCO's, the file names of the training file
-    contradict them, so its provenance excludes no split, and no report matches it: the ids read here are COCO's.
+    The ids are COCO's: build-split records no excluded splits for a file whose ids contradict its file names, so the
+    check below rejects its report.
 
     Args:
         training_file: the training file.

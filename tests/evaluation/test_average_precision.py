@@ -1,4 +1,4 @@
-"""COCO's AP by faster_coco_eval and by pycocotools: both agree with plain pycocotools and with each other."""
+"""COCO's AP by faster_coco_eval and by pycocotools: both agree with COCOeval called directly, and with each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
-from random_detections import by_hand, random_case
+from random_detections import ap_by_cocoeval, random_case
 
 from refdet.data.coco import CocoIndex
 from refdet.evaluation.average_precision import METRICS, coco_ap
@@ -35,10 +35,10 @@ def test_ap_equals_plain_pycocotools(
         path.write_text(json.dumps(data))
         ids = [3, 5, 9] if all_images else [3, 9]
         found = coco_ap(CocoIndex.load(path), ids, results, kind)
-        of_images = [r for r in results if r["image_id"] in ids]
+        selected_results = [r for r in results if r["image_id"] in ids]
         assert list(found) == list(METRICS)
-        if of_images:
-            assert list(found.values()) == pytest.approx(by_hand(data, of_images, ids, kind), abs=1e-9)
+        if selected_results:
+            assert list(found.values()) == pytest.approx(ap_by_cocoeval(data, selected_results, ids, kind), abs=1e-9)
         else:
             assert set(found.values()) <= {0.0, -1.0}
 
@@ -51,13 +51,13 @@ def test_both_libraries_agree_on_real_annotations(shared: Path, kind: str, monke
     index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_val2017.json")
     rng = np.random.default_rng(1)
     results = []
-    for image_id, of_image in index.annotations.items():
+    for image_id, image_annotations in index.annotations.items():
         image = index.images[image_id]
-        for a in of_image:
+        for a in image_annotations:
             box = np.array(a.box) + rng.normal(0, 3, 4)
             x, y, w, h = (*box[:2], *(box[2:] - box[:2]).clip(2))
-            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            mask = coco_mask.merge(coco_mask.frPyObjects(outline, image.height, image.width))
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            mask = coco_mask.merge(coco_mask.frPyObjects(polygon, image.height, image.width))
             score = float(np.float32(rng.random()))
             results.append({"image_id": image_id, "category_id": a.category_id, "score": score,
                             "bbox": [float(v) for v in (x, y, w, h)], "segmentation": mask})  # fmt: skip

@@ -17,7 +17,8 @@ from refdet.files.download import DownloadFailure, WrongDownload, download
 DATA = b"PK\x03\x04" + random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 MD5 = hashlib.md5(DATA).hexdigest()
-STALLED = (5000,) * 7  # cuts of a server that sends 5000 bytes, and none in the six tries after that
+# file offsets at which responses end: the first has 5000 bytes, the six that continue at 5000 have none
+STALLED = (5000,) * 7
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def rle(outline: list[list[float]]) -> dict[str, Any]:
     return {"size": found["size"], "counts": found["counts"].decode()}
 
 
-def by_hand(data: dict[str, Any], results: list[dict[str, Any]], ids: list[int], kind: str) -> list[float]:
+def ap_by_cocoeval(data: dict[str, Any], results: list[dict[str, Any]], ids: list[int], kind: str) -> list[float]:
     """AP, AP50, AP75, APs, APm and APl of results by pycocotools; ``kind`` is "bbox" or "segm"."""
     other = "segmentation" if kind == "bbox" else "bbox"
     with contextlib.redirect_stdout(io.StringIO()):

@@ -92,3 +92,9 @@ def test_a_run_beyond_32_bits_is_invalid() -> None:
     """pycocotools would keep its lower 32 bits, with which the runs may well add up to the image size."""
     wraps = b"PPPPPP4" + encoded([12_000])
     assert decode_pixels(wraps) == -1 and count_pixels([wraps]) is None and rle_pixels(wraps) == -1
+
+
+def test_characters_outside_ascii_make_an_rle_invalid() -> None:
+    """An unpaired surrogate, which JSON can contain, would be replaced by "?", a run of 15 pixels."""
+    assert rle_pixels("?") == 15
+    assert rle_pixels("\ud800") == rle_pixels("\xe9") == -1

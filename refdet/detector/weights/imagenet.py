@@ -1,4 +1,4 @@
-"""ImageNet VGG-16 and MobileNet v1, the initial weights of the reference's detectors."""
+"""ImageNet VGG-16 and MobileNet v1, the initial weights of detectors of the reference, lichengunc/mask-faster-rcnn."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def identify(state_dict: Mapping[str, Tensor], weight_format: str | None) -> Con
     recipe = recipes.load("reference-mobilenet-v1").with_changes(mobilenet_changes(state_dict, prefix))
     tensors = convert_tensors(
         recipe,
-        0,
+        0,  # classes
         state_dict,
         NameMapping(mobilenet_prefixes(prefix), {}),
-        _classifier(state_dict),
+        _classifier(state_dict),  # ignored
         missing_prefixes=HEAD_PREFIXES,
     )
     return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEAD_PREFIXES)
