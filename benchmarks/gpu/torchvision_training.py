@@ -56,8 +56,8 @@ class Examples(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, target
 
 
-class TrainedC4(nn.Module):
-    """`TorchvisionC4` in training; returns the losses."""
+class TorchvisionC4ForTraining(nn.Module):
+    """`TorchvisionC4` that returns the losses of a training step."""
 
     def __init__(self, run: Path) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class TrainedC4(nn.Module):
         return rpn_losses | self.parts.heads(maps, proposals, batch.image_sizes, scaled)[1]
 
 
-def pyramid(recipe: Recipe, classes: int) -> MaskRCNN:
-    """`MaskRCNN` with the depth, anchors and sampling of an FPN recipe and random weights."""
+def make_mask_rcnn_fpn(recipe: Recipe, classes: int) -> MaskRCNN:
+    """Make a `MaskRCNN` with the depth, anchors and sampling of an FPN recipe and random weights."""
     backbone = resnet_fpn_backbone(
         backbone_name=f"resnet{recipe.model.depth}", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )

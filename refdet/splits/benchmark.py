@@ -9,14 +9,14 @@ from refdet.data.image_evidence import COCO_ID_KEYS, NAME_KEYS, evidence_of
 from refdet.data.parquet import is_parquet, read_rows, read_schema
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_count, format_share
-from refdet.splits.held_out import HeldOut
+from refdet.splits.held_out import SplitImages
 from refdet.splits.image_list import LINES, ImageEntry, identify_images
 from refdet.splits.list_reading import read_image_list
 
 _FIX = "give COCO ids or file names such as 000000000009.jpg, or leave the benchmark out"
 
 
-def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], list[str]]:
+def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[SplitImages], list[str]]:
     """Find the images of benchmarks that a detector must not be trained on.
 
     Args:
@@ -29,7 +29,7 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
     Raises:
         InputError: a file cannot be read, or no image in it can be identified as one of COCO.
     """
-    splits: list[HeldOut] = []
+    splits: list[SplitImages] = []
     notes: list[str] = []
     for path in map(Path, paths):
         split, benchmark_notes = _read_benchmark(path)
@@ -40,7 +40,7 @@ def held_out_benchmarks(paths: Sequence[str | Path]) -> tuple[list[HeldOut], lis
     return splits, notes
 
 
-def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
+def _read_benchmark(path: Path) -> tuple[SplitImages, list[str]]:
     """The COCO images of one benchmark, and notes about its other images; raises as `held_out_benchmarks`."""
     if not path.exists():
         raise InputError(f"`benchmark` {path}: no such file")
@@ -76,7 +76,7 @@ def _read_benchmark(path: Path) -> tuple[HeldOut, list[str]]:
             f"{path}: {format_count(len(unknown), 'image')} cannot be identified as COCO's (first: "
             f"{unknown[0].label!s:.60}) and {agree(len(unknown), 'is')} not looked for"
         )
-    return HeldOut(name, coco_ids, shared=0), notes
+    return SplitImages(name, coco_ids, shared=0), notes
 
 
 def _parquet_images(path: Path) -> list[ImageEntry]:

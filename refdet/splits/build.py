@@ -12,7 +12,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
 from refdet.files.short_text import format_count
 from refdet.splits.benchmark import held_out_benchmarks
-from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
+from refdet.splits.held_out import SplitImages, held_out, splits_to_keep
 from refdet.splits.image_list import INSTANCES, ImageListFile
 from refdet.splits.instances_check import InstancesCheck
 from refdet.splits.leak_audit import all_coco_ids, identification_warnings
@@ -164,14 +164,14 @@ def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> Non
             )
 
 
-def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[HeldOut], list[str]]:
+def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[SplitImages], list[str]]:
     """Val and test splits with none of the kept images, and names of the val and test splits with some of them."""
     splits, _ = held_out(refer_root)
     without_kept = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
     return without_kept, [split.name for split in splits if split not in without_kept]
 
 
-def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
+def _counts(splits: Sequence[SplitImages], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
     """Number of images of each split, and how many of them are in the list to filter."""
     return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refdet.files.short_text import agree, format_count, format_share
-from refdet.splits.held_out import HeldOut
+from refdet.splits.held_out import SplitImages
 from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import NAMES_DIFFER, Provenance
 
@@ -48,7 +48,7 @@ TRAINING_FILE = FileRole("trained", "training data", "train", "instances")
 VALIDATION_FILE = FileRole("chosen by validation", "validation data", "validate", "val_instances")
 
 
-def claims_of(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
+def claims_of(provenance: Provenance | None, splits: Sequence[SplitImages]) -> list[SplitClaim]:
     """What a provenance claims about each split.
 
     A split that it excludes counts only if the number of its images is the same. A published training set without

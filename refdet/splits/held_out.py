@@ -1,4 +1,4 @@
-"""Images of REFER's splits that a detector must not be trained on."""
+"""Images of REFER's splits: those that a detector must not be trained on, or the only ones that it may see."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STANDARD = ((("refcoco", "unc"), ("refcoco+", "unc")), (("refcocog", "umd"),))
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class SplitImages:
     """The images of one split of REFER, or of another benchmark (`refdet.splits.benchmark`).
 
     Attributes:
@@ -39,7 +39,7 @@ class HeldOut:
     shared: int
 
 
-def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[HeldOut], list[str]]:
+def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[SplitImages], list[str]]:
     """Find the splits to hold out.
 
     Args:
@@ -78,7 +78,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
     return splits, notes
 
 
-def splits_to_keep(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
+def splits_to_keep(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[SplitImages], list[str]]:
     """Find the splits that ``keep_only`` names: only their images stay in a training file, the reverse of `held_out`.
 
     Args:
@@ -138,7 +138,7 @@ def _parse_selection(argument: str, text: str, datasets: Collection[tuple[str, s
 
 def _select_splits(
     refer_root: str | Path, selections: Iterable[_Selection], argument: str, skip: str | None
-) -> tuple[list[HeldOut], list[str]]:
+) -> tuple[list[SplitImages], list[str]]:
     """Read the selected splits.
 
     Args:
@@ -150,7 +150,7 @@ def _select_splits(
     Returns:
         The splits ordered by name, and human-readable warnings.
     """
-    by_name: dict[str, HeldOut] = {}
+    by_name: dict[str, SplitImages] = {}
     notes: dict[str, None] = {}
     for dataset, split_by, named_splits in selections:
         images, warnings = _images_by_split(refer_root, dataset, split_by)
@@ -164,7 +164,7 @@ def _select_splits(
         for name in named_splits or sorted(set(images) - {skip}):
             shared = len(images[name] & train) if name != TRAIN else 0
             full_name = f"{dataset}/{split_by}/{name}"
-            by_name[full_name] = HeldOut(full_name, images[name], shared)
+            by_name[full_name] = SplitImages(full_name, images[name], shared)
     return [by_name[name] for name in sorted(by_name)], list(notes)
 
 

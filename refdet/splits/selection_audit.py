@@ -13,7 +13,7 @@ from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
 from refdet.splits.file_claims import VALIDATION_FILE, claims_of, file_problem
-from refdet.splits.held_out import HeldOut
+from refdet.splits.held_out import SplitImages
 from refdet.splits.leak_audit import AuditResult, audit
 from refdet.store.hdf5_access import open_store_file
 from refdet.structures.provenance import Provenance, Selection
@@ -53,7 +53,7 @@ def audit_selection(
     path: Path,
     subject: str,
     provenance: Provenance,
-    splits: Sequence[HeldOut],
+    splits: Sequence[SplitImages],
     refer_root: str | Path,
     *,
     val_instances: str | Path | None = None,
@@ -130,7 +130,7 @@ def _is_from_before_validation(store: Path) -> bool:
             return False
 
 
-def _last_step_note(subject: str, file: Provenance, splits: Sequence[HeldOut], proof: AuditResult | None) -> str:
+def _last_step_note(subject: str, file: Provenance, splits: Sequence[SplitImages], proof: AuditResult | None) -> str:
     """Note about a file that weights of the last step were validated on, and the held-out images in it."""
     if proof is not None and proof.image_ids_sha256 == file.image_ids_sha256:
         held_out = f", with {format_count(len(proof.leaked), 'held-out image')}"

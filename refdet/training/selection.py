@@ -16,7 +16,7 @@ from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, Selection
 
 
-def provenance_of_last_step(provenance: Provenance, out: Path, validated_on: Provenance | None) -> Provenance:
+def with_last_step_selection(provenance: Provenance, out: Path, validated_on: Provenance | None) -> Provenance:
     """Record in a provenance that the weights are those of the last step, not selected by validation.
 
     Args:

@@ -37,7 +37,7 @@ from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, TrainingProcess
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
-from refdet.training.selection import provenance_of_last_step
+from refdet.training.selection import with_last_step_selection
 from refdet.training.start_lines import start_lines
 from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
 from refdet.training.summary import Summary
@@ -92,7 +92,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
     elif inputs.weights is not None:
         new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
     validated_on = None if inputs.validation is None else inputs.validation.provenance
-    meta = dataclasses.replace(meta, provenance=provenance_of_last_step(meta.provenance, out, validated_on))
+    meta = dataclasses.replace(meta, provenance=with_last_step_selection(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and process.is_first else None
     if saved_state is not None:

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 48, 64
-Random = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Damaged:
         write: writes it to a path.
         pixels: the expected pixels (H, W, 3) uint8 RGB, None if it cannot be read.
         tolerance: maximum difference from a value of ``pixels``.
-        either: whether it may be read, with any pixels, or be an error: some changed bytes cannot be detected.
+        may_be_readable: whether reading it may also succeed, with any pixels: not every changed byte can be detected.
         says: text that the error must contain.
         zipped: whether it can be in a zip.
     """
@@ -36,12 +35,12 @@ class Damaged:
     write: Callable[[Path], object]
     pixels: np.ndarray | None = None
     tolerance: int = 0
-    either: bool = False
+    may_be_readable: bool = False
     says: str = "not a readable image"
     zipped: bool = True
 
 
-def photograph(random: Random, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+def photograph(random: np.random.Generator, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """A synthetic image (H, W, 3) uint8: colored waves, which JPEG preserves well, with some noise."""
     y, x = np.mgrid[:height, :width]
     phase, slope = random.random((2, 3)) * 6, random.random((2, 3)) * 0.2
@@ -56,7 +55,7 @@ def encoded(pixels: np.ndarray | Image.Image, kind: str, **how: object) -> bytes
     return file.getvalue()
 
 
-def jpeg(random: Random) -> bytes:
+def jpeg(random: np.random.Generator) -> bytes:
     return encoded(photograph(random), "JPEG", quality=90)
 
 
@@ -86,7 +85,7 @@ def all_damaged() -> list[Damaged]:
     return [files[i] for i in random.permutation(len(files))]
 
 
-def _truncated(random: Random) -> Iterator[Damaged]:
+def _truncated(random: np.random.Generator) -> Iterator[Damaged]:
     for kind, count in (("JPEG", 72), ("PNG", 40)):
         for _ in range(count):
             data = encoded(photograph(random), kind)
@@ -96,23 +95,23 @@ def _truncated(random: Random) -> Iterator[Damaged]:
         yield Damaged("progressive JPEG cut short", file_of(progressive[: len(progressive) * 2 // 3]))
 
 
-def _overwritten(random: Random) -> Iterator[Damaged]:
+def _overwritten(random: np.random.Generator) -> Iterator[Damaged]:
     for kind, count in (("JPEG", 72), ("PNG", 40), ("GIF", 10), ("TIFF", 10)):
         for _ in range(count):
             data = np.frombuffer(encoded(photograph(random), kind), np.uint8).copy()
             places = random.integers(0, len(data), int(random.integers(1, 20)))
             data[places] ^= random.integers(1, 256, len(places)).astype(np.uint8)
-            yield Damaged(f"{kind} with other bytes", file_of(data.tobytes()), either=True)
+            yield Damaged(f"{kind} with other bytes", file_of(data.tobytes()), may_be_readable=True)
     for _ in range(20):
         data = bytearray(jpeg(random))
         start = int(random.integers(0, len(data) - 200))
         data[start : start + 200] = bytes(200)
-        yield Damaged("JPEG with a hole", file_of(bytes(data)), either=True)
+        yield Damaged("JPEG with a hole", file_of(bytes(data)), may_be_readable=True)
     for length in random.integers(1, 5000, 20).tolist():
         yield Damaged("zeros", file_of(bytes(length)), says="no known image format")
 
 
-def _not_images(random: Random) -> Iterator[Damaged]:
+def _not_images(random: np.random.Generator) -> Iterator[Damaged]:
     page = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>"
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\nshowpage\n"
     for data in (b"no image", page, b"%PDF-1.7\n", b'{"error": "expired"}', postscript, b"PK\x03\x04", b"\xff\xd8\xff"):
@@ -141,13 +140,13 @@ def _not_images(random: Random) -> Iterator[Damaged]:
         data = (
             whole[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[33:]
         )
-        yield Damaged("PNG with a bomb of text", file_of(data), either=True)
+        yield Damaged("PNG with a bomb of text", file_of(data), may_be_readable=True)
     for mode in ("F", "I", "LAB"):
         image = Image.new(mode, (WIDTH, HEIGHT))
-        yield Damaged(f"TIFF of mode {mode}", file_of(encoded(image, "TIFF")), either=mode == "LAB")
+        yield Damaged(f"TIFF of mode {mode}", file_of(encoded(image, "TIFF")), may_be_readable=mode == "LAB")
 
 
-def _readable(random: Random) -> Iterator[Damaged]:
+def _readable(random: np.random.Generator) -> Iterator[Damaged]:
     for _ in range(15):
         pixels = photograph(random)
         inks = Image.fromarray(pixels).convert("CMYK")
@@ -170,9 +169,9 @@ def _readable(random: Random) -> Iterator[Damaged]:
         yield Damaged("16-bit color", file_of(data), (deep >> 8).astype(np.uint8))
     for number in range(10):
         palette = Image.fromarray(photograph(random)).quantize(40)
-        right = np.asarray(palette.convert("RGB"))
+        expected = np.asarray(palette.convert("RGB"))
         clear = [int(number), bytes(range(40))][number % 2]  # one color, or more or less of each
-        yield Damaged("palette and transparency", file_of(encoded(palette, "PNG", transparency=clear)), right)
+        yield Damaged("palette and transparency", file_of(encoded(palette, "PNG", transparency=clear)), expected)
     for number in range(8):
         pixels = photograph(random)
         alpha = random.integers(0, 256, (HEIGHT, WIDTH, 1)).astype(np.uint8)
@@ -191,8 +190,8 @@ def _readable(random: Random) -> Iterator[Damaged]:
         yield Damaged("animated GIF", file_of(data), np.asarray(first.convert("RGB")))
     for _ in range(5):
         bits = random.random((HEIGHT, WIDTH)) < 0.5
-        right = np.stack([bits * np.uint8(255)] * 3, axis=2)
-        yield Damaged("black and white", file_of(encoded(Image.fromarray(bits), "PNG")), right)
+        expected = np.stack([bits * np.uint8(255)] * 3, axis=2)
+        yield Damaged("black and white", file_of(encoded(Image.fromarray(bits), "PNG")), expected)
     for _ in range(3):
         pixels = photograph(random)
         data = encoded(pixels, "JPEG", quality=100, subsampling=0)
@@ -202,7 +201,7 @@ def _readable(random: Random) -> Iterator[Damaged]:
         )
 
 
-def _not_files(random: Random) -> Iterator[Damaged]:
+def _not_files(random: np.random.Generator) -> Iterator[Damaged]:
     for _ in range(7):
         yield Damaged("a folder", lambda path: path.mkdir(), says="no file for image", zipped=False)
         yield Damaged("nothing", lambda path: None, says="no file for image")

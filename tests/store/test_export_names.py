@@ -120,7 +120,7 @@ def test_names_that_a_case_insensitive_disk_confuses_are_refused(
         ("openvqa-gqa", ("1.a.jpg", "1.b.jpg"), "images 4 and 3 are both read as '1'"),
     ],
 )
-def test_names_from_which_the_reader_gets_no_or_the_same_id_are_refused(
+def test_names_from_which_the_consumer_gets_no_or_the_same_id_are_refused(
     tmp_path: Path, consumer: str, names: tuple[str, str], message: str
 ) -> None:
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
@@ -132,7 +132,7 @@ def test_names_from_which_the_reader_gets_no_or_the_same_id_are_refused(
     assert not any("read with another id" in note for note in done.notes)
 
 
-def test_other_ids_that_the_reader_gets_from_names_are_noted(tmp_path: Path) -> None:
+def test_other_ids_that_the_consumer_gets_from_names_are_noted(tmp_path: Path) -> None:
     images = [replace(r, file_name=f"COCO_{r.image_id + (r.image_id == 4)}.jpg") for r in DETECTIONS[:2]]
     done = export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="openvqa")
     assert any("1 image is read with another id than in the store (image 4 as '5')" in note for note in done.notes)

@@ -107,7 +107,7 @@ def test_a_resumed_run_notes_names_that_an_older_refdet_did_not(data: Path, monk
             "refdet.training.train.provenance_of_instances",
             lambda index: replace(provenance_of_instances(index), note=UNKNOWN),
         )
-        older.setattr("refdet.training.trainer.provenance_of_last_step", lambda provenance, *_: provenance)
+        older.setattr("refdet.training.trainer.with_last_step_selection", lambda provenance, *_: provenance)
         out = trained(data)
     (data / "ids.txt").write_text("".join(f"{image['id']}\n" for image in tree["images"]))
     assert audited(data, out).proven and not audit_provenance(out, data / "refer", data / "ids.txt").proven
