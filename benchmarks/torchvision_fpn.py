@@ -22,7 +22,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.training_batches import Batch
 from refdet.structures.detection_options import DetectionOptions
 
-FULL_WIDTH = {"width": 64, "fpn_channels": 256, "fpn_hidden": 1024, "rpn_channels": 256, "mask_channels": 256}
+FULL_WIDTH = {"width": 64, "fpn_channels": 256, "fc_dim": 1024, "rpn_channels": 256, "mask_channels": 256}
 """Options of `Recipe.model` for the widths that torchvision has by default."""
 
 
@@ -62,7 +62,7 @@ def torchvision_fpn(recipe: Recipe, classes: int, detection: DetectionOptions | 
     stages = ["layer4", "layer3", "layer2", "layer1", "conv1"][: 3 if frozen else 5]
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.startswith((*stages, "bn1")))
-    channels, hidden = model.fpn_channels, model.fpn_hidden
+    channels, hidden = model.fpn_channels, model.fc_dim
     backbone = BackboneWithFPN(
         network,
         {f"layer{stage}": str(stage - 1) for stage in range(1, 5)},

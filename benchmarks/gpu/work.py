@@ -35,7 +35,7 @@ SMALL = [
 ]  # fmt: skip
 SMALL_OF = {
     "c4": ["model.anchor_sizes=[16,32,64]"],
-    "fpn": ["model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=32", "model.fpn_hidden=64"],
+    "fpn": ["model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=32", "model.fc_dim=64"],
 }
 
 

@@ -46,7 +46,7 @@ class ModelOptions:
     pooler_resolution: int = 7  # bins per side of a RoI in a C4 network; 14 if conv5 has stride 2
     sampling_ratio: int = 2  # samples per side of a bin in RoIAlign; 0 for adaptive sampling
     fpn_channels: int = 256  # of each level of the pyramid
-    fpn_hidden: int = 1024  # width of the linear layers on the RoIs (with fpn, dc5 or a VGG), and so of fc7
+    fc_dim: int = 1024  # width of the linear layers on the RoIs (with fpn, dc5 or a VGG), and so of fc7
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN

@@ -72,7 +72,7 @@ LIMITS: dict[str, Range] = {
     "model.width": _count(512),
     "model.stride": _count(16),
     "model.fpn_channels": _count(4096),
-    "model.fpn_hidden": _count(16384),
+    "model.fc_dim": _count(16384),
     "model.pooler_resolution": _count(14),
     "model.box_fcs": _count(2),
     "model.sampling_ratio": Range(0, 16),

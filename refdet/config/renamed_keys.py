@@ -7,7 +7,7 @@ from typing import Any
 
 from refdet.errors import InputError
 
-KEYS = {
+KEYS_BEFORE_VALIDATION = {
     "model.inclusive": "legacy_plus_one",
     "model.rounded_anchors": "legacy_rounded_anchors",
     "model.seed_ranking": "legacy_tie_order",
@@ -26,7 +26,10 @@ KEYS = {
     "train.loaded_rate": "pretrained_lr_mult",
     "train.save_every": "checkpoint_interval",
 }
-"""Old ``part.key`` -> new key in the same part."""
+"""Old ``part.key`` -> new key in the same part, of keys that were renamed before `train` could validate."""
+
+KEYS = {**KEYS_BEFORE_VALIDATION, "model.fpn_hidden": "fc_dim"}
+"""Old ``part.key`` -> new key in the same part, of all renamed keys."""
 
 VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": "crop_and_resize"}}
 """(part, new key) -> old value -> new value."""

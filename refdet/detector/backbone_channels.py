@@ -29,15 +29,12 @@ def mobilenet_channels(channels: int, width: int) -> int:
 
 
 def roi_channels(model: ModelOptions) -> tuple[int, int]:
-    """Channels of the map that RoIs are pooled from, and of fc7.
-
-    `fpn_hidden` is the width of the linear layers of any box head, not only with a pyramid.
-    """
+    """Channels of the map that RoIs are pooled from, and of fc7."""
     if model.backbone == "vgg16":
-        return vgg_channels(model.width)[2], model.fpn_hidden
+        return vgg_channels(model.width)[2], model.fc_dim
     if model.backbone == "mobilenet_v1":
         return mobilenet_channels(512, model.width), mobilenet_channels(1024, model.width)
     conv2 = model.width * (4 if model.depth >= 50 else 1)  # bottlenecks expand their channels four times
     conv4, conv5 = conv2 * 4, conv2 * 8
     pooled = {"c4": conv4, "dc5": conv5, "fpn": model.fpn_channels}[model.neck]
-    return pooled, conv5 if model.neck == "c4" else model.fpn_hidden
+    return pooled, conv5 if model.neck == "c4" else model.fc_dim

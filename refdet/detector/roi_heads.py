@@ -235,7 +235,7 @@ class StandardHead(nn.Module):
 
     def __init__(self, channels: int, model: ModelOptions, classes: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.strides, hidden = tuple(strides), model.fpn_hidden
+        self.strides, hidden = tuple(strides), model.fc_dim
         self.sampling_ratio, self.aligned = model.sampling_ratio, ALIGNED[model.pooling]
         self.convs = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(model.box_convs))
         self.fc6 = nn.Linear(channels * POOL_SIZE**2, hidden)

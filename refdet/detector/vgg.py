@@ -96,12 +96,12 @@ class VGGHead(nn.Module):
     def __init__(self, channels: int, model: ModelOptions, classes: int) -> None:
         super().__init__()
         self.model = model
-        self.fc6 = nn.Linear(channels * POOL_SIZE**2, model.fpn_hidden)
-        self.fc7 = nn.Linear(model.fpn_hidden, model.fpn_hidden)
+        self.fc6 = nn.Linear(channels * POOL_SIZE**2, model.fc_dim)
+        self.fc7 = nn.Linear(model.fc_dim, model.fc_dim)
         for layer in (self.fc6, self.fc7):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        self.box = BoxPredictor(model.fpn_hidden, classes)
+        self.box = BoxPredictor(model.fc_dim, classes)
         self.mask = None
 
     def precompute(self, maps: Sequence[Tensor], num_rois: int) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.config.renamed_keys import rename_old_keys
+from refdet.config.renamed_keys import KEYS_BEFORE_VALIDATION, rename_old_keys
 from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
@@ -122,10 +122,11 @@ def _problem_without_record(path: Path, subject: str, trust_weights: bool) -> st
 
 
 def _is_from_before_validation(store: Path) -> bool:
-    """Whether a store is from refdet 0.1, which had no validation: its recipe has keys that have since been renamed."""
+    """Whether a store is from refdet 0.1, which had no validation: its recipe has keys that were renamed before it."""
     with open_store_file(store) as file:
         try:
-            return bool(rename_old_keys(json.loads(file.attrs.get("recipe", "null")))[1])
+            renamed = rename_old_keys(json.loads(file.attrs.get("recipe", "null")))[1]
+            return not KEYS_BEFORE_VALIDATION.keys().isdisjoint(renamed)
         except (TypeError, ValueError, RecursionError, InputError):
             return False
 

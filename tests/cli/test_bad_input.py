@@ -22,7 +22,7 @@ from refdet.files import atomic
 pytestmark = pytest.mark.slow
 
 TINY = ("train.steps=2", "train.batch_size=2", "train.log_every=1", "model.width=8", "model.fpn_channels=16",
-        "model.fpn_hidden=32", "input.min_sizes=[64]")  # fmt: skip
+        "model.fc_dim=32", "input.min_sizes=[64]")  # fmt: skip
 SETTINGS = [word for change in TINY for word in ("--set", change)]
 
 

@@ -20,7 +20,7 @@ CHANGED: dict[str, Any] = {
     "model.rounded_anchors": True, "proposals.samples": 30, "proposals.train_candidates": 31,
     "proposals.test_candidates": 32, "proposals.train_proposals": 33, "proposals.test_proposals": 34,
     "head.samples": 35, "head.add_truth": False, "head.refill": True, "train.lr_drops": [0.5], "train.clip_norm": 2.5,
-    "train.loaded_rate": 0.5, "train.save_every": 7,
+    "train.loaded_rate": 0.5, "train.save_every": 7, "model.fpn_hidden": 77,
 }  # fmt: skip
 
 

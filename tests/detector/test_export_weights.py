@@ -109,7 +109,7 @@ def test_networks_that_the_other_program_lacks_are_refused(tmp_path: Path) -> No
     refused(done, "--out", "o.pth exists; choose another")
 
 
-NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.fpn_hidden=8", "model.rpn_channels=8",
+NARROW = ["model.norm=frozen", "model.width=8", "model.fpn_channels=8", "model.fc_dim=8", "model.rpn_channels=8",
           "model.mask_channels=8"]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_the_detectron2_configuration_has_the_pooler_resolution_in_use(name: str
     assert detectron2_config(recipe, 3)["MODEL"]["ROI_BOX_HEAD"]["POOLER_RESOLUTION"] == 7
 
 
-TINY = ["model.depth=18", "model.norm=frozen", "model.fpn_channels=8", "model.fpn_hidden=8", "model.rpn_channels=8",
+TINY = ["model.depth=18", "model.norm=frozen", "model.fpn_channels=8", "model.fc_dim=8", "model.rpn_channels=8",
         "model.mask_channels=8"]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from refdet.training.optim import build_optimizer
 from refdet.training.pretrained import load_pretrained
 from refdet.training.state import newest
 
-TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
+TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fc_dim=16",
                                          "model.norm=batch", "input.min_sizes=[64]"])  # fmt: skip
 META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
 IMAGE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
@@ -142,7 +142,7 @@ def test_a_network_of_another_width_is_refused_before_it_is_allocated(
 
 def test_a_network_beyond_the_size_limit_is_rejected() -> None:
     largest = {part: {} for part in ("model",)}
-    for key in ("width", "fpn_channels", "fpn_hidden", "mask_channels", "rpn_channels"):
+    for key in ("width", "fpn_channels", "fc_dim", "mask_channels", "rpn_channels"):
         largest["model"][key] = int(LIMITS[f"model.{key}"].high)
     for neck in ("c4", "fpn"):
         chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})

@@ -108,7 +108,7 @@ def test_training_starts_from_an_imagenet_resnet(
 ) -> None:
     """It takes the layers of the ResNet and trains them, except for frozen ones; the other layers are new."""
     name = "c4-res18" if neck == "c4" else "fpn-res50"
-    size = ["model.depth=18", "model.fpn_channels=16", "model.fpn_hidden=16", "train.lr=0.001", "train.warmup_steps=0"]
+    size = ["model.depth=18", "model.fpn_channels=16", "model.fc_dim=16", "train.lr=0.001", "train.warmup_steps=0"]
     chosen = recipe.load(name).with_changes([*SMALL, *size])
     run = tmp_path / "run"
     assert train(chosen, instances, shapes_root / "val2014", run, weights=imagenet / "run", device="cpu").steps == 1
@@ -154,7 +154,7 @@ def test_an_error_for_weights_of_another_format_names_the_changes(
 
 def tiny(*changes: str) -> Recipe:
     return recipe.load("demo").with_changes(
-        [*SMALL, "model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16", "train.lr=0.05",
+        [*SMALL, "model.width=8", "model.fpn_channels=8", "model.fc_dim=16", "train.lr=0.05",
          "train.warmup_steps=0", "train.max_grad_norm=0", "train.checkpoint_interval=1", *changes]
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
          "input.max_size=160", "proposals.post_nms_top_n_test=40"]  # fmt: skip
-PYRAMID = ["model.fpn_channels=16", "model.fpn_hidden=32"]
+PYRAMID = ["model.fpn_channels=16", "model.fc_dim=32"]
 IMAGES = 38  # more than one shard
 
 

@@ -39,7 +39,7 @@ from refdet.training.state import newest
 
 pytestmark = pytest.mark.slow
 
-TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
+TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fc_dim=8",
                                          "model.rpn_channels=4", "model.mask_channels=4"])  # fmt: skip
 META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("synthetic", "0" * 64), 3)
 # pieces of JSON, pickles and safetensors headers that damage inserts

@@ -8,7 +8,7 @@ import refdet
 from refdet.data import shapes
 
 TINY = ["train.steps=2", "model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16",
-        "model.fpn_hidden=32", "train.batch_size=2", "head.batch_size_per_image=8", "input.min_sizes=[96]",
+        "model.fc_dim=32", "train.batch_size=2", "head.batch_size_per_image=8", "input.min_sizes=[96]",
         "train.warmup_steps=1", "model.zero_init_residual=true"]  # fmt: skip
 
 

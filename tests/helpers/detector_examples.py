@@ -16,7 +16,7 @@ from refdet.structures.ground_truth import GroundTruth
 # residual blocks that start as the identity keep the activations of an untrained network in bounds
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]", "model.neck=c4",
          "model.zero_init_residual=true", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
-PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
+PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fc_dim=32"]
 VARIANTS = {
     "c4": [],
     "c4-bottleneck": ["model.depth=50"],
@@ -30,13 +30,13 @@ VARIANTS = {
     "detectron2-c4": ["model.stride=16", "model.depth=50", "model.stride_in_1x1=true",
                       "model.pooler_resolution=14", "model.sampling_ratio=0", "model.anchor_offset=0",
                       "model.mask_pasting=padded", "input.resize=pillow"],
-    "dc5": ["model.neck=dc5", "model.stride=16", "model.depth=50", "model.fpn_hidden=32"],
+    "dc5": ["model.neck=dc5", "model.stride=16", "model.depth=50", "model.fc_dim=32"],
     "torchvision-v2": [*PYRAMID, "model.pooling=align_legacy", "model.torchvision_anchors=true",
                        "model.anchor_offset=0", "model.mask_pasting=torchvision", "input.resize=torchvision",
                        "input.size_divisibility=32", "input.min_sizes=[90]", "model.rpn_convs=2", "model.box_convs=2",
                        "model.box_fcs=1"],
     "vgg16": ["model.backbone=vgg16", "model.stride=16", "model.masks=false", "model.pooling=crop_max",
-              "model.fpn_hidden=32"],
+              "model.fc_dim=32"],
     "mobilenet": ["model.backbone=mobilenet_v1", "model.stride=16", "model.pooling=crop_max"],
     "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.legacy_plus_one=true"],
 }  # fmt: skip

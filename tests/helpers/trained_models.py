@@ -15,7 +15,7 @@ from refdet.structures.provenance import Provenance
 
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]",
          "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
-PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
+PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fc_dim=32"]
 CROP = ["model.stride_in_1x1=true", "model.legacy_plus_one=true", "model.legacy_tie_order=true", "input.resize=opencv"]
 # name -> recipe changes, and whether `SplitRes5` computes conv5 in inference
 VARIANTS: dict[str, tuple[list[str], bool]] = {
@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[list[str], bool]] = {
     "crop": (["model.norm=frozen", "model.pooling=crop_and_resize", *CROP], True),
     "crop-align": (["model.norm=frozen", "model.pooling=crop_align", *CROP], False),
     "fpn": (PYRAMID, False),
-    "vgg16": (["model.backbone=vgg16", "model.masks=false", "model.pooling=crop_max", "model.fpn_hidden=32"], False),
+    "vgg16": (["model.backbone=vgg16", "model.masks=false", "model.pooling=crop_max", "model.fc_dim=32"], False),
     "mobilenet": (["model.backbone=mobilenet_v1", "model.pooling=crop_max", "model.width=16"], False),
 }
 IDS = [1, 3, 7, 44]

@@ -15,7 +15,7 @@ from refdet.training.summary import Summary
 from refdet.training.train import train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16",
-        "model.fpn_hidden=32", "train.batch_size=2", "train.workers=0", "head.batch_size_per_image=8",
+        "model.fc_dim=32", "train.batch_size=2", "train.workers=0", "head.batch_size_per_image=8",
         "train.warmup_steps=2",
         "train.log_every=1", "train.steps=2", "input.min_sizes=[64]"]  # fmt: skip
 

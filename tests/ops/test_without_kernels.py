@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 # With other seeds, rounding swaps two proposals, or two detections, of nearly equal scores.
 RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
-          "input.max_size=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=4", "train.log_every=1",
+          "input.max_size=160", "model.fpn_channels=16", "model.fc_dim=32", "train.steps=4", "train.log_every=1",
           "train.batch_size=4", "proposals.post_nms_top_n_test=40", "train.seed=3"]  # fmt: skip
 
 

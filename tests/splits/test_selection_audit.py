@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from split_examples import coco, write, write_refs, write_run_directory
 
+from refdet.config.renamed_keys import KEYS, KEYS_BEFORE_VALIDATION
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
@@ -143,6 +144,10 @@ def test_a_validated_run_without_a_record_is_not_clean(dataset: Path, tmp_path: 
             assert "without recording on which images" in found.problem and not found.proven
     # A store with an old recipe key was written before there was a best/.
     assert audit_against_split(dataset, write_store(tmp_path / "old.h5", older, OLD_RECIPE)).proven
+    for key in KEYS.keys() - KEYS_BEFORE_VALIDATION.keys():  # renamed later, so it may be in a store of a best/
+        part, _, name = key.partition(".")
+        later = write_store(tmp_path / f"{key}.h5", older, {part: {name: 64}})
+        assert "whether its weights are those of a run's best/" in audit_against_split(dataset, later).problem
     unknown = write_store(tmp_path / "f.h5", older)
     assert "whether its weights are those of a run's best/" in audit_against_split(dataset, unknown).problem
     assert not audit_against_split(dataset, unknown, trust_weights=True).problem

@@ -37,7 +37,7 @@ TRAINED_HEAD_WEIGHT = {"vgg16": "head.fc6.weight", "mobilenet-v1": "head.conv5.1
 
 def small(name: str, *changes: str) -> Recipe:
     """The reference's recipe for a network, made small."""
-    hidden = [f"model.fpn_hidden={VGG_HIDDEN}"] if name == "vgg16" else []
+    hidden = [f"model.fc_dim={VGG_HIDDEN}"] if name == "vgg16" else []
     return recipe.load(f"reference-{name}").with_changes([*SMALL, *hidden, *changes])
 
 

@@ -62,7 +62,7 @@ def detectron2_config(recipe: Recipe, classes: int) -> dict[str, Any]:
             "NUM_CLASSES": classes,
             "IN_FEATURES": maps[:4],
         },
-        "ROI_BOX_HEAD": {**box, "FC_DIM": model.fpn_hidden},
+        "ROI_BOX_HEAD": {**box, "FC_DIM": model.fc_dim},
         "ROI_MASK_HEAD": {**mask, "CONV_DIM": model.mask_channels},
     }
     if pyramid:

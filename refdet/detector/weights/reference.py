@@ -130,7 +130,7 @@ def vgg_changes(state_dict: Mapping[str, Tensor], prefix: str, fc6: int = 0) -> 
     if width != 64:
         changes.append(f"model.width={width}")
     if hidden != 4096:
-        changes.append(f"model.fpn_hidden={hidden}")
+        changes.append(f"model.fc_dim={hidden}")
     return changes
 
 
