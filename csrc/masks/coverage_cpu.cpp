@@ -38,7 +38,7 @@ struct Run {
 };
 
 // The runs of a mask, split at the ends of columns. If the string is invalid, sets `error` to what is wrong, and the
-// runs are meaningless. `Counts` in rle_cpu.cpp describes the encoding.
+// runs are meaningless. `RleString` in rle_cpu.cpp describes the encoding.
 std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
   std::vector<Run> runs;
   const int64_t pixels = height * width;
