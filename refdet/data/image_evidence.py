@@ -118,20 +118,15 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     )
     entry_id = next((_parse_integer(fields[name]) for name in id_keys if fields.get(name) is not None), None)
     ids = _coco_range([entry_id, *_integers_under(entry, _ID_KEY), *_top_level_integers(entry)])
-    key_number = bare_number(key) if key else None
-    if key_number is not None and (coco_numbers or bare_numbers or ids or addresses):
-        ids |= _coco_range([key_number])  # the key may just count the entries, as there is other evidence
-    elif key_number is not None:
-        bare_numbers = frozenset([key_number])
-    is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
-    # Ids are taken as the list's own, as in MDETR's files, if a name has a COCO number or there is a coco_id. A coco_id
-    # says nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
-    has_padded_name = any(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts)))
+    if key and (key_number := bare_number(key)) is not None:
+        if coco_numbers or bare_numbers or ids or addresses:
+            ids |= _coco_range([key_number])  # the key may just count the entries, as there is other evidence
+        else:
+            bare_numbers = frozenset([key_number])
     has_unnumbered = _has_unnumbered(addresses)
-    has_own_numbering = has_padded_name or (bool(coco_ids) and not has_unnumbered)
-    top_coco_ids = [fields[name] for name in COCO_ID_KEYS if name in fields]
-    are_null_or_integers = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
-    is_non_coco = bool(top_coco_ids) and are_null_or_integers and not coco_numbers
+    is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
+    has_own_numbering = _has_own_numbering([*addresses, *_id_texts(texts)], bool(coco_ids), has_unnumbered)
+    is_non_coco = _has_readable_coco_id(fields) and not coco_numbers
     return Evidence(
         id=entry_id,
         coco_numbers=coco_numbers,
@@ -233,6 +228,25 @@ def _texts(value: Any) -> Iterator[_Text]:
                 pending.append((name, child, in_list))
         elif isinstance(node, list):
             pending += [(key, child, True) for child in node]
+
+
+def _has_own_numbering(names: Iterable[_Text], has_coco_id: bool, has_unnumbered: bool) -> bool:
+    """Whether the ids of an entry are the list's own, as in MDETR's files: a name has a COCO number, or a coco_id does.
+
+    A coco_id says nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
+
+    Args:
+        names: names and URLs of the image, and strings that are ids.
+        has_coco_id: whether the entry has a coco_id in the range of COCO's ids.
+        has_unnumbered: whether the image has an unnumbered file name or URL.
+    """
+    return any(numbers_in_name(name.text) for name in names) or (has_coco_id and not has_unnumbered)
+
+
+def _has_readable_coco_id(fields: Mapping[str, Any]) -> bool:
+    """Whether an entry has a ``coco_id``, and each is null or an integer."""
+    coco_ids = [fields[name] for name in COCO_ID_KEYS if name in fields]
+    return bool(coco_ids) and all(value is None or _parse_integer(value) is not None for value in coco_ids)
 
 
 def _has_unnumbered(addresses: Collection[_Text]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from refdet.files.atomic import atomic_write
 from refdet.files.short_text import format_count
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import SplitImages, held_out, splits_to_keep
-from refdet.splits.image_list import INSTANCES, ImageListFile
+from refdet.splits.image_list import INSTANCES, ImageEntry, ImageListFile
 from refdet.splits.instances_check import InstancesCheck
 from refdet.splits.leak_audit import all_coco_ids, identification_warnings
 from refdet.splits.list_reading import read_image_list
@@ -75,14 +75,7 @@ def build_split(
         refer.ReferError: invalid REFER data.
     """
     out = Path(out)
-    report_file_path = report_path(out)
-    for path in (out, report_file_path):
-        if path.exists():
-            raise InputError(f"{path} exists; choose another `out` or remove it")
-    if exclude and keep_only:
-        raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
-    if benchmark and keep_only:
-        raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
+    _check_arguments(out, exclude, keep_only, benchmark)
     splits, notes = splits_to_keep(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
     benchmark_splits, benchmark_notes = held_out_benchmarks(benchmark)
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
@@ -105,53 +98,37 @@ def build_split(
     notes += identification_warnings(images)
 
     kept = [image for image, is_kept in zip(images.images, keep, strict=True) if is_kept]
-    ids = {image.id for image in kept if image.id is not None}
-    annotations = sum(entry.image_id in ids for entry in images.annotations)
     present_ids = all_coco_ids(images.images)
     counts = _counts(splits, present_ids)
+    excluded = counts
     if keep_only:
-        kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())  # other keys are written unchanged
-        without_kept, with_kept = _divide_splits(refer_root, kept_ids)
+        without_kept, with_kept = _divide_splits(refer_root, images, kept)
         excluded = _counts(without_kept, present_ids)
         if shared := [name for name in with_kept if name not in counts]:
             notes.append(f"the kept images include some of {', '.join(shared)}")
-    else:
-        excluded = counts
-    provenance = Provenance(
-        source=images.path.name,
-        source_sha256=file_sha256(images.path),
-        images=len(kept),
-        annotations=annotations,
-        image_ids_sha256=image_ids_sha256(ids),
-        excluded={**_previous_exclusions(images), **excluded},
-        note=f"only images of {', '.join(counts)}" if keep_only else "",
-    )
-    report: dict[str, Any] = {
-        "images_before": len(keep),
-        "images_after": len(kept),
-        "images_removed": len(keep) - len(kept),
-        "annotations_before": len(images.annotations),
-        "annotations_after": annotations,
-        "excluded": excluded,
-        **({"kept": counts} if keep_only else {}),
-        "refer_images": len(split_ids),
-        "refer_images_found": len(split_ids & present_ids),
-        "refer_images_missing": len(split_ids - present_ids),
-        "removed_image_ids": sorted(images.ids - ids),
-    }
-    if images.format != INSTANCES:
-        report["provenance"] = provenance.to_json()
-    with atomic_write(report_file_path) as report_file, atomic_write(out) as out_file:
-        report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        # surrogatepass and newline: entries are written exactly as they were read
-        with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
-            images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
-    return SplitResult(out, report_file_path, report, notes)
+    kept_splits = counts if keep_only else None
+    provenance = _make_provenance(images, kept, excluded, kept_splits)
+    report = _make_report(images, kept, provenance, excluded=excluded, kept_splits=kept_splits, split_ids=split_ids)
+    _write(out, images, keep, provenance, report)
+    return SplitResult(out, report_path(out), report, notes)
 
 
 def report_path(out: Path) -> Path:
     """Path of the report of a list that `build_split` writes."""
     return out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
+
+
+def _check_arguments(
+    out: Path, exclude: Sequence[str], keep_only: Sequence[str], benchmark: Sequence[str | Path]
+) -> None:
+    """Raise an InputError if an output exists or arguments exclude each other."""
+    for path in (out, report_path(out)):
+        if path.exists():
+            raise InputError(f"{path} exists; choose another `out` or remove it")
+    if exclude and keep_only:
+        raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
+    if benchmark and keep_only:
+        raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
 
 
 def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> None:
@@ -164,8 +141,11 @@ def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> Non
             )
 
 
-def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[list[SplitImages], list[str]]:
+def _divide_splits(
+    refer_root: str | Path, images: ImageListFile, kept: Sequence[ImageEntry]
+) -> tuple[list[SplitImages], list[str]]:
     """Val and test splits with none of the kept images, and names of the val and test splits with some of them."""
+    kept_ids = all_coco_ids(kept).union(*images.ids_in_other_keys.values())  # other keys are written unchanged
     splits, _ = held_out(refer_root)
     without_kept = [split for split in splits if split.image_ids.isdisjoint(kept_ids)]
     return without_kept, [split.name for split in splits if split not in without_kept]
@@ -174,6 +154,25 @@ def _divide_splits(refer_root: str | Path, kept_ids: frozenset[int]) -> tuple[li
 def _counts(splits: Sequence[SplitImages], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
     """Number of images of each split, and how many of them are in the list to filter."""
     return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
+
+
+def _make_provenance(
+    images: ImageListFile,
+    kept: Sequence[ImageEntry],
+    excluded: dict[str, dict[str, int]],
+    kept_splits: dict[str, dict[str, int]] | None,
+) -> Provenance:
+    """Make the provenance of the kept images of a list; arguments as in `_make_report`."""
+    ids = _list_ids(kept)
+    return Provenance(
+        source=images.path.name,
+        source_sha256=file_sha256(images.path),
+        images=len(kept),
+        annotations=sum(entry.image_id in ids for entry in images.annotations),
+        image_ids_sha256=image_ids_sha256(ids),
+        excluded={**_previous_exclusions(images), **excluded},
+        note="" if kept_splits is None else f"only images of {', '.join(kept_splits)}",
+    )
 
 
 def _previous_exclusions(images: ImageListFile) -> dict[str, dict[str, int]]:
@@ -186,3 +185,57 @@ def _previous_exclusions(images: ImageListFile) -> dict[str, dict[str, int]]:
         raise InputError(f"{images.path}: info.refdet: {error}") from None
     unchanged = provenance.image_ids_sha256 == image_ids_sha256(images.ids)
     return provenance.excluded if unchanged and all(image.id_matches_file_name for image in images.images) else {}
+
+
+def _make_report(
+    images: ImageListFile,
+    kept: Sequence[ImageEntry],
+    provenance: Provenance,
+    *,
+    excluded: dict[str, dict[str, int]],
+    kept_splits: dict[str, dict[str, int]] | None,
+    split_ids: frozenset[int],
+) -> dict[str, Any]:
+    """Make the contents of the report.
+
+    Args:
+        images: the list that was filtered.
+        kept: those of its images that were kept.
+        provenance: provenance of the kept images.
+        excluded: `_counts` of the splits of which no image was kept.
+        kept_splits: `_counts` of the splits to which the kept images belong, None without ``keep_only``.
+        split_ids: COCO ids of the images to remove, or with ``keep_only`` of those to keep.
+    """
+    present_ids = all_coco_ids(images.images)
+    report: dict[str, Any] = {
+        "images_before": len(images.images),
+        "images_after": len(kept),
+        "images_removed": len(images.images) - len(kept),
+        "annotations_before": len(images.annotations),
+        "annotations_after": provenance.annotations,
+        "excluded": excluded,
+        **({} if kept_splits is None else {"kept": kept_splits}),
+        "refer_images": len(split_ids),
+        "refer_images_found": len(split_ids & present_ids),
+        "refer_images_missing": len(split_ids - present_ids),
+        "removed_image_ids": sorted(images.ids - _list_ids(kept)),
+    }
+    if images.format != INSTANCES:
+        report["provenance"] = provenance.to_json()
+    return report
+
+
+def _list_ids(images: Sequence[ImageEntry]) -> set[int]:
+    """Ids in the list, of the images that have one."""
+    return {image.id for image in images if image.id is not None}
+
+
+def _write(
+    out: Path, images: ImageListFile, keep: Sequence[bool], provenance: Provenance, report: Mapping[str, Any]
+) -> None:
+    """Write the images to keep, and the report."""
+    with atomic_write(report_path(out)) as report_file, atomic_write(out) as out_file:
+        report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        # surrogatepass and newline: entries are written exactly as they were read
+        with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            images.write(file, keep, {**images.info, "refdet": provenance.to_json()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,7 +256,7 @@ def _lines(text: str) -> Iterator[ImageEntry]:
 
 
 def _line_entry(line: _Line) -> ImageEntry:
-    """The entry of a line: an id or a name, or a table row, identified by its file names or else by its numbers."""
+    """The entry of a line: an id or a name, or a table row."""
     entry = _bare_entry(line.text, line.start, line.end)
     columns = re.split(r"[,;\t]", line.text)
     fields = [field for column in columns for field in _fields(column)]
@@ -264,12 +264,24 @@ def _line_entry(line: _Line) -> ImageEntry:
     # A row of several files ends like a name too: "a/9.jpg,b/10.jpg" would be 10.
     if len(fields) < 2 or (entry.evidence.bare_numbers and len(file_fields) < 2):  # the whole line is one id or name
         return entry
-    coco_numbers = entry.evidence.coco_numbers
+    # Without a COCO name, bare numbers identify the image: those of the file names, or of all fields if there are none.
+    candidates = [] if entry.evidence.coco_numbers else file_fields or fields
+    numbers = [number for field in candidates if (number := bare_number(field)) is not None]
     names = [name for column in columns for name in _file_names(column)]
     names = [name for name in names if "://" not in name] or names  # a URL is just another address of a file
-    # Without a COCO name, bare numbers identify the image: those of the file names, or of all fields if there are none.
-    candidates = file_fields or fields
-    numbers = [] if coco_numbers else [number for field in candidates if (number := bare_number(field)) is not None]
+    return _row_entry(entry, numbers, names, default_name=fields[0])
+
+
+def _row_entry(entry: ImageEntry, numbers: Sequence[int], names: Sequence[str], default_name: str) -> ImageEntry:
+    """The entry of a table row, identified by its file names or else by its numbers.
+
+    Args:
+        entry: the entry that the row would be if it were one name.
+        numbers: bare numbers in the row; none if it has a COCO name.
+        names: file names in the row, or its URLs if it has no other.
+        default_name: name of the image if the row has none.
+    """
+    coco_numbers = entry.evidence.coco_numbers
     if not names:
         unnumbered = not coco_numbers and len(set(numbers)) != 1
     elif coco_numbers and "://" in names[0]:  # only URLs, one of which has a COCO name: all are addresses of that image
@@ -285,7 +297,7 @@ def _line_entry(line: _Line) -> ImageEntry:
     return entry._replace(
         id=numbers[0] if numbers else None,
         evidence=evidence,
-        name=names[0] if names else fields[0],
+        name=names[0] if names else default_name,
         id_matches_file_name=not unnumbered and len(coco_numbers | set(numbers)) == 1,
     )
 
