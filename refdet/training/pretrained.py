@@ -11,6 +11,7 @@ from refdet.detector.backbone_channels import network_name
 from refdet.detector.feature_names import NECK_NAMES
 from refdet.errors import InputError
 from refdet.files.short_text import format_count
+from refdet.structures.provenance import Provenance, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,15 @@ def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> 
     if pretrained.recipe.model.neck != recipe.model.neck and backbone_only:
         new_prefixes += ("neck.", "head.")
     return new_prefixes
+
+
+def with_pretrained_weights(provenance: Provenance, weights: Path) -> Provenance:
+    """Record in a provenance that a run starts from the weights of a run directory."""
+    folder = checkpoint.run_directory(weights)
+    return provenance.with_weights(
+        f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
+        f"{checkpoint.load_meta(folder).provenance.one_line()})"
+    )
 
 
 def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> tuple[str, ...]:

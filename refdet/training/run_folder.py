@@ -1,11 +1,14 @@
-"""Checks of the output folder of a training run: new, empty, or a run to resume. No torch."""
+"""The output folder of a training run: whether it is new, empty, or a run to resume, and its lock. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
+from refdet.files.lock import exclusive_lock
 
 LOCK = ".refdet-train.lock"  # created first, so that its presence marks a run directory
 IN_USE_FIX = "wait for it to finish or choose another `out`"  # the fix if another process holds the lock
@@ -39,3 +42,16 @@ def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
         unexpected = min(path.name for path in out.iterdir())
         raise InputError(f"`resume`: {out} holds {unexpected} but is not a run of refdet train; choose another `out`")
     return False, f"`resume`: the run in {out} ended before its first save: starting from the beginning"
+
+
+@contextmanager
+def lock_run(out: Path) -> Iterator[None]:
+    """Context manager that creates the run directory and locks it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(out, LOCK, IN_USE_FIX):
+        yield
+
+
+def concurrent_write_error(out: Path) -> InputError:
+    """The error if the run directory changed since it was checked."""
+    return InputError(f"{out}: another process has just written to this folder; run the command again")

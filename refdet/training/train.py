@@ -21,6 +21,7 @@ from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import exclusive_lock
 from refdet.files.short_text import format_count
+from refdet.structures.provenance import Provenance
 from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
@@ -182,24 +183,8 @@ def _check_inputs(
     weights = None if weights is None else Path(weights)
     resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
     check_divisible(resolved, process.world_size)
-    notes: list[str] = []
-    saved_run = None
-    if out is not None:
-        if not resume and process.is_restart(out):
-            resume = True  # its command line is that of a new run, but the failed processes may have saved a state
-            log.warning(
-                "note: torchrun has started the processes again: they continue with the newest state in %s", out
-            )
-        saved_run, note = process.run_on_first(lambda: _find_saved_run(out, resume))
-        notes += [note] if note else []
-    pretrained = None if weights is None else load_meta(weights)
-    if weights is not None and pretrained is not None and pretrained.provenance.is_unknown:
-        log.warning("starts from %s, %s", weights.name, pretrained.provenance.note)
-    resolved = _with_norm(resolved, pretrained, saved_run)
-    if saved_run is not None and out is not None:
-        resolved, default_notes = saved_run.with_older_defaults(resolved, out)
-        notes += default_notes
-        saved_run.check_recipe(resolved, out)
+    saved_run, notes = (None, []) if out is None else _find_saved_run(process, out, resume)
+    resolved, default_notes = _resolve_recipe(resolved, weights, saved_run, out)
     source = ImageSource.open(images, resolved.input.exif)
     index = CocoIndex.load(instances, need_segmentation=resolved.model.masks, crowd_as_object=crowd_as_object)
     objects = TrainingObjects(index, resolved.model.masks, resolved.train.empty_images)
@@ -210,49 +195,42 @@ def _check_inputs(
         validation = ValidationData.open(
             Path(val_instances), Path(val_images or images), resolved, objects, provenance, crowd_as_object
         )
-        notes += [*validation.notes, validation.describe(resolved.train)]
     elif val_images is not None:
         raise InputError("`val_images`: these images need annotations; give their instances file as `val_instances`")
-    elif out is not None and (out / BEST).exists():
-        notes.append(
-            f"`resume` {out}: was validated before, but is not now; give `val_instances` to continue validation"
-        )
+    notes += [*default_notes, *_validation_notes(validation, resolved, out)]
     categories = tuple(index.categories.items())
     if weights is not None and saved_run is None:
         find_new_prefixes(weights, resolved, categories)  # raises InputError if the weights do not fit
     validation_sha256 = None if validation is None else validation.sha256
-    process.check_same(
-        {
-            "the hash of `instances`": data_sha256,
-            "the hash of `val_instances`": validation_sha256,
-            **_flatten(resolved),
-        }
-    )
+    hashes = {"the hash of `instances`": data_sha256, "the hash of `val_instances`": validation_sha256}
+    process.check_same({**hashes, **_flatten(resolved)})
     if saved_run is not None and out is not None:
         saved_run.check_data(categories, provenance, data_sha256, out)
         notes += saved_run.resume_notes(resolved, out)
-    if weights is None and saved_run is None and resolved.model.width == 64:  # the width of ImageNet weights
-        notes.append(
-            f"recipe {resolved.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
-            "those that refdet import-weights converts"
-        )
-    if provenance.note:
-        notes.append(
-            f"{instances}: {provenance.note}; it was not checked for REFER's val and test images; check it with "
-            f"refdet audit --instances {instances} --refer-root DIR"
-        )
-    if crowd_as_object:
-        # only now, as the note printed above is about the instances file
-        crowd_note = "its crowds are trained on as objects (`crowd_as_object=True`)"
-        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, crowd_note))))
+    if weights is None and saved_run is None:
+        notes += _random_weights_notes(resolved)
+    notes += _provenance_notes(provenance, instances)
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
+    if crowd_as_object:
+        # only now, as the notes are about the instances file
+        crowd_note = "its crowds are trained on as objects (`crowd_as_object=True`)"
+        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, crowd_note))))
     return TrainingInputs(
         resolved, objects, source, provenance, out or Path(), weights, saved_run, data_sha256, validation
     )
 
 
-def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
+def _find_saved_run(process: TrainingProcess, out: Path, resume: bool) -> tuple[SavedRun | None, list[str]]:
+    """The state in `out` to resume from, if any, and notes for the user; the same in all processes."""
+    if not resume and process.is_restart(out):
+        resume = True  # its command line is that of a new run, but the failed processes may have saved a state
+        log.warning("note: torchrun has started the processes again: they continue with the newest state in %s", out)
+    saved_run, note = process.run_on_first(lambda: _read_saved_run(out, resume))
+    return saved_run, [note] if note else []
+
+
+def _read_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
     """The state in `out` to resume from, if any, and a note if ``resume`` finds none.
 
     Raises:
@@ -263,6 +241,57 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[SavedRun | None, str]:
         with exclusive_lock(out, LOCK, IN_USE_FIX):
             pass  # only checks that no other process trains into the folder
     return (SavedRun.newest(out) if resumes else None), note
+
+
+def _resolve_recipe(
+    recipe: Recipe, weights: Path | None, saved_run: SavedRun | None, out: Path | None
+) -> tuple[Recipe, list[str]]:
+    """Complete a recipe by what the weights and the saved run determine.
+
+    Returns:
+        The recipe, and notes for the user on what the saved run determines.
+
+    Raises:
+        InputError: the weights cannot be read, or the saved run was started with another recipe.
+    """
+    pretrained = None if weights is None else load_meta(weights)
+    if weights is not None and pretrained is not None and pretrained.provenance.is_unknown:
+        log.warning("starts from %s, %s", weights.name, pretrained.provenance.note)
+    recipe = _with_norm(recipe, pretrained, saved_run)
+    if saved_run is None or out is None:
+        return recipe, []
+    recipe, notes = saved_run.with_older_defaults(recipe, out)
+    saved_run.check_recipe(recipe, out)
+    return recipe, notes
+
+
+def _validation_notes(validation: ValidationData | None, recipe: Recipe, out: Path | None) -> list[str]:
+    """Notes for the user on the validation data, or that the run in `out` is no longer validated."""
+    if validation is not None:
+        return [*validation.notes, validation.describe(recipe.train)]
+    if out is not None and (out / BEST).exists():
+        return [f"`resume` {out}: was validated before, but is not now; give `val_instances` to continue validation"]
+    return []
+
+
+def _random_weights_notes(recipe: Recipe) -> list[str]:
+    """A note for the user if there are ImageNet weights for the network, which starts from random ones."""
+    if recipe.model.width != 64:  # the width of ImageNet weights
+        return []
+    return [
+        f"recipe {recipe.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
+        "those that refdet import-weights converts"
+    ]
+
+
+def _provenance_notes(provenance: Provenance, instances: Path) -> list[str]:
+    """A note for the user if an instances file was not checked for held-out images."""
+    if not provenance.note:
+        return []
+    return [
+        f"{instances}: {provenance.note}; it was not checked for REFER's val and test images; check it with "
+        f"refdet audit --instances {instances} --refer-root DIR"
+    ]
 
 
 def _with_norm(recipe: Recipe, pretrained: CheckpointMetadata | None, saved_run: SavedRun | None) -> Recipe:

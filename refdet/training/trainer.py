@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,10 @@ from refdet.detector.loading import build_on_meta
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import describe_device, float32_arithmetic, resolve_device, supported_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import describe_kernels, warn_without_cuda_kernels
-from refdet.structures.provenance import file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import check_shared_memory, freeze_gc, prefetch_batches
 from refdet.training.clock import TrainingClock
@@ -33,12 +31,13 @@ from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
-from refdet.training.pretrained import load_pretrained
+from refdet.training.pretrained import load_pretrained, with_pretrained_weights
 from refdet.training.processes import LostProcess, TrainingProcess
 from refdet.training.run_card import write_card
-from refdet.training.run_folder import IN_USE_FIX, LOCK, state_paths
+from refdet.training.run_folder import concurrent_write_error, lock_run, state_paths
+from refdet.training.saved_run import SavedRun
 from refdet.training.selection import with_last_step_selection
-from refdet.training.start_lines import start_lines
+from refdet.training.start_lines import describe_run, start_lines
 from refdet.training.step import Passes, PendingStep, start_step, step_seed, uses_bfloat16
 from refdet.training.summary import Summary
 from refdet.training.validation import ValidationData, is_due, validations_after
@@ -63,32 +62,15 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
     )
     provenance = inputs.provenance
     if inputs.weights is not None:
-        folder = checkpoint.run_directory(inputs.weights)
-        provenance = provenance.with_weights(
-            f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
-            f"{checkpoint.load_meta(folder).provenance.one_line()})"
-        )
+        provenance = with_pretrained_weights(provenance, inputs.weights)
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
     build_on_meta(recipe, len(meta.categories))  # raises InputError if the network is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    saved_state = new_prefixes = None  # only the first process reads the state; `Passes` copies it to the others
+    saved_state = _read_state(inputs) if process.is_first else None  # `Passes` copies it to the other processes
+    new_prefixes = None
     if inputs.saved_run is not None:
-        if process.is_first:
-            saved_state = state.newest(out)
-            if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
-                raise _concurrent_write_error(out)
-        new_prefixes = inputs.saved_run.new_prefixes
-        if inputs.weights is not None and provenance.weights != inputs.saved_run.meta.provenance.weights:
-            log.warning(
-                "note: `weights` %s: not loaded, as the run in %s is resumed, which started from %s",
-                inputs.weights,
-                out,
-                inputs.saved_run.meta.provenance.weights or "random weights",
-            )
-        # the run's own provenance, which may name the weights it started from
-        provenance = inputs.saved_run.provenance_with_data(inputs.provenance)
-        meta = dataclasses.replace(meta, provenance=provenance, step=inputs.saved_run.meta.step)
+        new_prefixes, meta = inputs.saved_run.new_prefixes, _meta_of_saved_run(inputs, inputs.saved_run, meta)
     elif inputs.weights is not None:
         new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
     validated_on = None if inputs.validation is None else inputs.validation.provenance
@@ -97,32 +79,24 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and process.is_first else None
     if saved_state is not None:
         saved_state.restore(model, sgd, average)
-    start = f"starts from {meta.provenance.weights or 'random weights'}"
-    if inputs.saved_run is not None:
-        start = f"resumes from step {meta.step}"
-    disk_bytes = state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None)
     warn_without_cuda_kernels(target)
     # of operations that do not run in bfloat16
     precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)
+    arithmetic = "bfloat16" if uses_bfloat16(model, target) else precision
+    disk_bytes = state.max_disk_bytes(model, recipe.train, validated=inputs.validation is not None)
     log.warning(
-        "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
+        "train: %s, %s, %s; %s",
         describe_device(device),
-        "bfloat16" if uses_bfloat16(model, target) else precision,
+        arithmetic,
         describe_kernels(),
-        format_count(len(batches.records), "image"),
-        index.path.name,
-        recipe.name,
-        start,
-        format_count(recipe.train.steps, "step"),
-        recipe.train.batch_size,
-        -(-disk_bytes // 2**20),
+        describe_run(inputs, meta, len(batches.records), disk_bytes),
     )
     check_shared_memory(batches, recipe.train.workers, process.local_world_size)
     process.check_same({"the initial weights": meta.provenance.weights})
-    with _lock(out) if process.is_first else nullcontext():
+    with lock_run(out) if process.is_first else nullcontext():
         if process.is_first:
             if state_paths(out)[-1:] != ([saved_state.path] if saved_state else []):
-                raise _concurrent_write_error(out)
+                raise concurrent_write_error(out)
             state.clean(out)
         process.set_up(target, out)
         for line in start_lines(recipe, process):
@@ -133,16 +107,28 @@ def train_on(inputs: TrainingInputs, device: str | None = None, process: Trainin
             ).run()
 
 
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Context manager that creates the run directory and locks it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(out, LOCK, IN_USE_FIX):
-        yield
+def _read_state(inputs: TrainingInputs) -> state.State | None:
+    """Read the state to resume from, if any; raises InputError if it is no longer that of the checked inputs."""
+    if inputs.saved_run is None:
+        return None
+    saved_state = state.newest(inputs.out)
+    if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
+        raise concurrent_write_error(inputs.out)
+    return saved_state
 
 
-def _concurrent_write_error(out: Path) -> InputError:
-    return InputError(f"{out}: another process has just written to this folder; run the command again")
+def _meta_of_saved_run(inputs: TrainingInputs, saved_run: SavedRun, meta: CheckpointMetadata) -> CheckpointMetadata:
+    """Give `meta` the step and the provenance of a run that is resumed, which may name the weights it started from."""
+    saved_weights = saved_run.meta.provenance.weights
+    if inputs.weights is not None and meta.provenance.weights != saved_weights:
+        log.warning(
+            "note: `weights` %s: not loaded, as the run in %s is resumed, which started from %s",
+            inputs.weights,
+            inputs.out,
+            saved_weights or "random weights",
+        )
+    provenance = saved_run.provenance_with_data(inputs.provenance)
+    return dataclasses.replace(meta, provenance=provenance, step=saved_run.meta.step)
 
 
 @dataclass
@@ -195,15 +181,8 @@ class _Training:
             while step < options.steps:
                 batch = self._next(prefetched, step, stop)
                 orientations.add(self._oriented_files(batch, step + 1, first))
-                generator.manual_seed(step_seed(options.seed, step))
-                torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
                 lr = learning_rate(step, options)
-                try:
-                    with self.process.computing():
-                        new_step = start_step(self.model, self.sgd, batch, lr, options.max_grad_norm, generator, passes)
-                except LostProcess as error:
-                    passes.restore_buffers()
-                    raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
+                new_step = self._start_step(step, batch, lr, generator, passes)
                 del batch  # frees its shared memory
                 self._read_losses()  # of the previous step, while a GPU computes this one
                 self.pending_step = new_step
@@ -217,13 +196,7 @@ class _Training:
                     if metrics is not None:
                         metrics.write(step, row)
                     loss = row["loss"]
-                    terms = " ".join(f"{name} {value:.2f}" for name, value in row.items() if name.startswith("loss_"))
-                    status = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {terms}"
-                    validations_left = 0
-                    if self.validation is not None:
-                        validations_left = validations_after(step, options) + validation_due
-                    if validations_left and (left := clock.time_left(step, validations_left)):
-                        status = f"{left} left with {format_count(validations_left, 'validation')}, {status}"
+                    status = self._status(step, row, clock, validation_due)
                     bar.set_postfix_str(f"{ap_text}, {status}" if ap_text else status, refresh=False)
                 if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:
                     self._save(step)
@@ -245,6 +218,38 @@ class _Training:
             raise InputError(
                 f"{error} (training stopped {self._save_before_exit(step, 'replace the file and ')})"
             ) from error
+
+    def _start_step(
+        self, step: int, batch: Batch, lr: float, generator: torch.Generator, passes: Passes
+    ) -> PendingStep:
+        """Compute a training step; if another process is lost, the steps so far are saved before the error is raised.
+
+        Args:
+            step: number of steps done.
+            batch: the batch of the step.
+            lr: learning rate of the step.
+            generator: generator for samples, which is seeded for the step.
+            passes: the passes of a step.
+        """
+        options = self.meta.recipe.train
+        generator.manual_seed(step_seed(options.seed, step))
+        torch.manual_seed(step_seed(options.seed, step))  # for dropout in a VGG's head
+        try:
+            with self.process.computing():
+                return start_step(self.model, self.sgd, batch, lr, options.max_grad_norm, generator, passes)
+        except LostProcess as error:
+            passes.restore_buffers()
+            raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
+
+    def _status(self, step: int, row: Mapping[str, float], clock: TrainingClock, validation_due: bool) -> str:
+        """For the progress bar: speed and losses after a step, and with validations still to come the time left."""
+        terms = " ".join(f"{name} {value:.2f}" for name, value in row.items() if name.startswith("loss_"))
+        status = f"{row['images_per_second']:.1f} images/s, loss {row['loss']:.2f}: {terms}"
+        if self.validation is None:
+            return status
+        validations_left = validations_after(step, self.meta.recipe.train) + validation_due
+        left = clock.time_left(step, validations_left) if validations_left else ""
+        return f"{left} left with {format_count(validations_left, 'validation')}, {status}" if left else status
 
     def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
         """EXIF orientations to report after a step, counted from 1, in a run that resumed from `first`, by file name.
