@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,29 +97,17 @@ def command(
     if val_instances is not None and detector is None:
         raise click.UsageError("--val-instances is for --checkpoint and --store; audit the file alone by --instances")
     check_refer_root(Path(refer_root))
-    if instances is not None:
-        check_text_file("--instances", Path(instances), "an instances JSON or a list of images")
-    if val_instances is not None:
-        check_text_file("--val-instances", Path(val_instances), "an instances JSON or a list of images")
-    if checkpoint is not None:
-        check_run_directory("--checkpoint", Path(checkpoint))
-    if store is not None:
-        check_store("--store", Path(store))
-    for option, path in (("--images", images), ("--refer-images", refer_images)):
-        if path is not None:
-            check_images(option, Path(path))
+    _check_files(
+        {"--instances": instances, "--val-instances": val_instances},
+        checkpoint,
+        store,
+        {"--images": images, "--refer-images": refer_images},
+    )
     provenance_audit: ProvenanceAudit | None = None
-    result: AuditResult | None = None
+    result: AuditResult | None
     content: ContentResult | None = None
     if detector is not None:
-        from refdet.splits.detector_audit import audit_provenance
-
-        provenance_audit = audit_provenance(detector, refer_root, instances, exclude, trust_weights, val_instances)
-        provenance_audit = replace(
-            provenance_audit,
-            problem=as_options(provenance_audit.problem),
-            notes=[as_options(text) for text in provenance_audit.notes],
-        )
+        provenance_audit = _audit_detector(detector, refer_root, instances, exclude, trust_weights, val_instances)
         result, notes = provenance_audit.proof, provenance_audit.notes
     else:
         from refdet.splits.leak_audit import audit
@@ -153,6 +141,37 @@ def command(
         echo_line()
         for line in _verdict(result, provenance_audit, content):
             echo_line(line)
+
+
+def _check_files(
+    lists: Mapping[str, str | None], checkpoint: str | None, store: str | None, images: Mapping[str, str | None]
+) -> None:
+    """Check that the files and folders exist; ``lists`` and ``images`` are paths by option."""
+    for option, path in lists.items():
+        if path is not None:
+            check_text_file(option, Path(path), "an instances JSON or a list of images")
+    if checkpoint is not None:
+        check_run_directory("--checkpoint", Path(checkpoint))
+    if store is not None:
+        check_store("--store", Path(store))
+    for option, path in images.items():
+        if path is not None:
+            check_images(option, Path(path))
+
+
+def _audit_detector(
+    detector: str,
+    refer_root: str,
+    instances: str | None,
+    exclude: tuple[str, ...],
+    trust_weights: bool,
+    val_instances: str | None,
+) -> ProvenanceAudit:
+    """Audit the provenance of a run directory or a store, with messages that name the options of this command."""
+    from refdet.splits.detector_audit import audit_provenance
+
+    found = audit_provenance(detector, refer_root, instances, exclude, trust_weights, val_instances)
+    return replace(found, problem=as_options(found.problem), notes=[as_options(text) for text in found.notes])
 
 
 def _to_json(

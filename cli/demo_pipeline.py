@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -68,6 +68,13 @@ class _CommandLog:
         self.seconds[name] = time.perf_counter() - started
         self.say(f"({name} took {self.seconds[name]:.1f} s)")
 
+    def finished_steps(self) -> list[dict[str, Any]]:
+        """The finished steps, for the report."""
+        return [
+            {"name": name, "about": DESCRIPTIONS[name], "commands": self.commands[name], "seconds": seconds}
+            for name, seconds in self.seconds.items()
+        ]
+
     def refdet(self, command: str, *args: str | Path, output: Path | None = None, step: str | None = None) -> None:
         """Print and run a refdet command of a step, by default the step with the command's name."""
         arguments = [command, *map(str, args)]
@@ -116,7 +123,6 @@ def demo(
         RuntimeFailure: a step failed.
     """
     from refdet.config import recipe
-    from refdet.data import shapes
 
     recipe.load("demo").with_changes(changes)  # raises for invalid changes now instead of after minutes
     if out.exists():
@@ -125,11 +131,7 @@ def demo(
     data, split, model = out / "data", out / "split.json", out / "run"
     original = data / "annotations" / "instances_train2014.json"
     refer_root, train_images = data / "refer", data / "train2014"
-    with log.step("dataset"):
-        call = f"shapes.write({str(data)!r}, seed={seed}, images={images})"
-        log.commands["dataset"].append(f'python -c "from refdet.data import shapes; {call}"')
-        say("drawing images and sentences, in the layout of COCO 2014 and REFER")
-        shapes.write(data, seed, images)
+    _draw_dataset(log, data, seed, images)
     with log.step("build-split"):
         log.refdet("build-split", *_flags(instances=original, refer_root=refer_root, out=split))
     with log.step("audit"):
@@ -164,21 +166,9 @@ def demo(
                 flags += _flags(predictions=answers)
             log.refdet("evaluate-on-refer", *flags, *_flags(out=out / "refer" / dataset))
     folders = {name: out / "refer" / name for name, _ in DATASETS}
-    results = [_read(folder / "metrics.json") for folder in folders.values()]
-    metrics = {
-        "detection": _read(detected),
-        "refer": {f"{result['dataset']}/{result['split_by']}": result["splits"] for result in results},
-        "provenance": results[0]["provenance"],
-        "seconds": {**log.seconds, "total": sum(log.seconds.values())},
-        "seed": seed,
-        "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
-    }
+    metrics = _collect_metrics(log, detected, folders.values(), seed)
     write_json(out / "metrics.json", metrics)
-    steps = [
-        {"name": name, "about": DESCRIPTIONS[name], "commands": log.commands[name], "seconds": seconds}
-        for name, seconds in log.seconds.items()
-    ]
-    write_json(out / "steps.json", steps)
+    write_json(out / "steps.json", log.finished_steps())
     flags = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, original_instances=original)
     for name, folder in folders.items():
         flags += _flags(store=_store(out, name), metrics=folder)
@@ -187,6 +177,37 @@ def demo(
     log.commands["report"] = []  # not timed: the report cannot show the time of writing itself
     log.refdet("report", *flags, *_flags(metrics=detected, steps=out / "steps.json", out=out / "report.html"))
     return metrics
+
+
+def _draw_dataset(log: _CommandLog, data: Path, seed: int, images: int | None) -> None:
+    """Draw the dataset into the folder ``data``; arguments as in `demo`."""
+    from refdet.data import shapes
+
+    with log.step("dataset"):
+        call = f"shapes.write({str(data)!r}, seed={seed}, images={images})"
+        log.commands["dataset"].append(f'python -c "from refdet.data import shapes; {call}"')
+        log.say("drawing images and sentences, in the layout of COCO 2014 and REFER")
+        shapes.write(data, seed, images)
+
+
+def _collect_metrics(log: _CommandLog, detected: Path, folders: Iterable[Path], seed: int) -> dict[str, Any]:
+    """Collect the contents of ``metrics.json``.
+
+    Args:
+        log: the commands so far.
+        detected: JSON of ``evaluate``.
+        folders: folders of ``evaluate-on-refer``, of each dataset.
+        seed: seed of the dataset and of the training.
+    """
+    results = [_read(folder / "metrics.json") for folder in folders]
+    return {
+        "detection": _read(detected),
+        "refer": {f"{result['dataset']}/{result['split_by']}": result["splits"] for result in results},
+        "provenance": results[0]["provenance"],
+        "seconds": {**log.seconds, "total": sum(log.seconds.values())},
+        "seed": seed,
+        "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
+    }
 
 
 def _run_listener(log: _CommandLog, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:

@@ -161,8 +161,6 @@ def command(
     as_json: bool,
 ) -> None:
     """Extract boxes, masks and features of REFER splits (or of an instances file) into HDF5."""
-    from dataclasses import asdict
-
     check_not_empty("--split", splits)
     check_not_empty("--features", [features])
     parsed_batch_size = _parse_batch_size(batch_size)
@@ -174,24 +172,15 @@ def command(
     check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object is for --regions annotations; give both or omit --crowd-as-object")
-    has_all_refer_options = refer_root is not None and bool(dataset) and bool(split_by)
-    has_any_refer_option = refer_root is not None or bool(dataset) or bool(split_by) or bool(splits)
-    images_are_listed_once = has_all_refer_options if instances is None else not has_any_refer_option
-    if not images_are_listed_once:
-        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+    _check_image_list(refer_root, dataset, split_by, splits, instances)
     if boxes is not None and regions != "detections":
         raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
     if boxes is None and box_format != "xywh":
         raise InputError(f"--box-format {box_format} is for --boxes; give --boxes or omit --box-format")
     check_new_file("--out", out, "features.h5", may_exist=resume or part is not None)
-    check_run_directory("--checkpoint", checkpoint)
-    check_images("--images", images)
-    if boxes is not None and kind_of(boxes) is not FileKind.STORE:
-        check_text_file("--boxes", boxes, "COCO results JSON or a store")
-    if instances is not None:
-        check_text_file("--instances", instances, "an instances JSON")
-    if refer_root is not None:
-        check_refer_root(refer_root, dataset or "")
+    _check_input_files(checkpoint, images, boxes, instances, refer_root, dataset)
+
+    from dataclasses import asdict
 
     from refdet.extraction.extract import extract_features
     from refdet.extraction.image_list import ImageList
@@ -238,36 +227,46 @@ def command(
         say=note,
         announce=note,
     )
-    if summary.computed == 0 and part is None:
-        note(f"{out} is complete")
-    if summary.errors and summary.merged:
-        note(
-            f"{format_share(summary.errors, summary.images, 'image')} could not be used; see /images/error in {out}; "
-            f"once the files are repaired, repeat the command with --resume"
-            f"{'' if part is None else ', without --part,'} to recompute their batches"
-        )
+    _print_notes(summary, out, part)
     if as_json:
         echo_json({**asdict(summary), "shares": summary.shares})
-        return
-    if summary.computed == 0 and part is not None:
+    elif summary.computed == 0 and part is not None:
         complete = f"{out} is complete" if summary.merged else f"part {part} was complete"
         echo_line(f"{complete}: {format_count(summary.images, 'image')}, {format_count(summary.regions, 'region')}")
-        return
-    speed = f"{summary.images_per_second:.2f}" if summary.computed else "-"
-    batch = str(summary.batch_size) if summary.computed else "-"
-    row = (
-        str(summary.images),
-        str(summary.regions),
-        str(summary.errors),
-        speed,
-        batch,
-        f"{summary.bytes / 2**20:.1f} MiB",
-    )
-    echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
-    if summary.computed:
-        echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in summary.shares.items()))
-    if profile:
-        _print_stages(summary)
+    else:
+        _print_summary(summary)
+        if profile:
+            _print_stages(summary)
+
+
+def _check_image_list(
+    refer_root: Path | None, dataset: str | None, split_by: str | None, splits: tuple[str, ...], instances: Path | None
+) -> None:
+    """Raise InputError unless the images are given either by the options for REFER or by --instances."""
+    has_all_refer_options = refer_root is not None and bool(dataset) and bool(split_by)
+    has_any_refer_option = refer_root is not None or bool(dataset) or bool(split_by) or bool(splits)
+    images_are_listed_once = has_all_refer_options if instances is None else not has_any_refer_option
+    if not images_are_listed_once:
+        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+
+
+def _check_input_files(
+    checkpoint: Path,
+    images: Path,
+    boxes: Path | None,
+    instances: Path | None,
+    refer_root: Path | None,
+    dataset: str | None,
+) -> None:
+    """Raise InputError if a file or folder does not exist or is of another kind."""
+    check_run_directory("--checkpoint", checkpoint)
+    check_images("--images", images)
+    if boxes is not None and kind_of(boxes) is not FileKind.STORE:
+        check_text_file("--boxes", boxes, "COCO results JSON or a store")
+    if instances is not None:
+        check_text_file("--instances", instances, "an instances JSON")
+    if refer_root is not None:
+        check_refer_root(refer_root, dataset or "")
 
 
 def _note_unused(source: str, *, lower_threshold_if_empty: bool) -> None:
@@ -284,6 +283,33 @@ def _note_unused(source: str, *, lower_threshold_if_empty: bool) -> None:
         unused.append("lower_threshold_if_empty")
     if unused:
         note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {source}")
+
+
+def _print_notes(summary: Summary, out: Path, part: str | None) -> None:
+    """Print notes about a store that was complete before, and about images that could not be used."""
+    if summary.computed == 0 and part is None:
+        note(f"{out} is complete")
+    if summary.errors and summary.merged:
+        note(
+            f"{format_share(summary.errors, summary.images, 'image')} could not be used; see /images/error in {out}; "
+            f"once the files are repaired, repeat the command with --resume"
+            f"{'' if part is None else ', without --part,'} to recompute their batches"
+        )
+
+
+def _print_summary(summary: Summary) -> None:
+    """Print the table of an extraction, and the shares of its time."""
+    row = (
+        str(summary.images),
+        str(summary.regions),
+        str(summary.errors),
+        f"{summary.images_per_second:.2f}" if summary.computed else "-",
+        str(summary.batch_size) if summary.computed else "-",
+        f"{summary.bytes / 2**20:.1f} MiB",
+    )
+    echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
+    if summary.computed:
+        echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in summary.shares.items()))
 
 
 def _print_stages(summary: Summary) -> None:
