@@ -239,7 +239,7 @@ def test_extraction_detection_and_evaluation_use_the_requested_precision(
 
     for module in (computing, predictor):
         monkeypatch.setattr(module, "start_detecting", record_settings)
-    for module_name in ("refdet.device", "refdet.detector.detector"):
+    for module_name in ("refdet.device", "refdet.detector.detector", "refdet.extraction.extract_on_device"):
         monkeypatch.setattr(f"{module_name}.supported_precision", lambda precision, device: precision)
     change_older_settings()
     images, instances = shapes_root / "val2014", shapes_root / "annotations" / "instances_val2014.json"
@@ -273,7 +273,8 @@ def test_training_uses_tf32_only_if_the_recipe_says_so(
 def test_extraction_with_unsupported_bfloat16_says_so_and_equals_float32(
     run_directory: Path, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refdet.device.supported_precision", lambda precision, device: "float32")
+    module_name = "refdet.extraction.extract_on_device"
+    monkeypatch.setattr(f"{module_name}.supported_precision", lambda precision, device: "float32")
     images, messages = images_of(shapes_root, 3), []
     for name, precision in (("a.h5", "bfloat16"), ("b.h5", "float32")):
         extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +34,7 @@ from refdet.detector.resnet import FrozenBatchNorm, Norm
 from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
 from refdet.detector.roi_outputs import RoiFeatures
 from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
+from refdet.detector.rois import image_indices, image_scales, to_rois
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import compute_mask_targets
@@ -210,10 +210,10 @@ class MaskRCNN(nn.Module):
         with self.timed("proposals"):
             rpn_output = self.rpn(maps)
             proposals = self.rpn.filter_proposals(rpn_output, [(size.height, size.width) for size in sizes])
-        boxes, image_index = torch.cat(proposals), _image_indices([len(p) for p in proposals], images.device)
+        boxes, image_index = torch.cat(proposals), image_indices([len(p) for p in proposals], images.device)
         with self.timed("classes and boxes"):
             maps = self.head.precompute(maps, len(boxes))
-            rois = self._pooling_rois(_to_rois(image_index, boxes), maps, images)
+            rois = self._pooling_rois(to_rois(image_index, boxes), maps, images)
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
         with self.timed("postprocessing"):
             finite = all_finite(rpn_output.logits, rpn_output.deltas, logits, deltas)
@@ -241,7 +241,7 @@ class MaskRCNN(nn.Module):
             image.
         """
         scores = logits.softmax(dim=1)[:, 1:]
-        scales, limits = _image_scales(sizes, proposals)
+        scales, limits = image_scales(sizes, proposals)
         unscaled = self.convention.unscale(proposals, scales[image_index])
         decoded = self.convention.decode(deltas[:, 1:], unscaled[:, None], DELTA_WEIGHTS)
         boxes = box_ops.clip_to_images(decoded, limits[image_index][:, None])
@@ -296,9 +296,9 @@ class MaskRCNN(nn.Module):
     ) -> BatchFeatures:
         """`extract_features` of all boxes (N, 4) and labels (N,), from maps that may be of `RoiHead.precompute`."""
         with self.timed("features and masks"):
-            image_index = _image_indices(counts, images.device)
-            scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image_index])
-            rois = self._pooling_rois(_to_rois(image_index, scaled), maps, images)
+            image_index = image_indices(counts, images.device)
+            scaled = self.convention.scale(boxes, image_scales(sizes, boxes)[0][image_index])
+            rois = self._pooling_rois(to_rois(image_index, scaled), maps, images)
             values: dict[str, Tensor] = {}
             masks = None
             levels = self.head.levels(rois)
@@ -331,20 +331,3 @@ class MaskRCNN(nn.Module):
             )
             corners = corners * box_ops.new_tensor([scale_x, scale_y, scale_x, scale_y], corners)
         return torch.cat((rois[:, :1], corners), dim=1)
-
-
-def _image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Image index of each box, (N,) int64, from the number of boxes of each image."""
-    return to_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
-
-
-def _to_rois(image_index: Tensor, boxes: Tensor) -> Tensor:
-    """Image indices (K,) and boxes (K, 4) -> RoIs (K, 5)."""
-    return torch.cat((image_index.to(boxes.dtype)[:, None], boxes), dim=1)
-
-
-def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales (x, y) and original sizes (width, height), (B, 2) each, in the dtype and on the device of `like`."""
-    rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
-    scales, limits = to_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
-    return scales, limits

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import InputError
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
 from refdet.extraction.options import ExtractOptions, check_count
 from refdet.extraction.part import Part
-from refdet.extraction.parts import extract_part
-from refdet.extraction.pipeline import extract
 from refdet.extraction.ray_cluster import check_address
-from refdet.extraction.shard_folder import read_batch_size, shards_folder
-from refdet.extraction.start_lines import start_lines
+from refdet.extraction.shard_folder import shards_folder
 from refdet.extraction.summary import Summary
 
 
@@ -93,7 +88,6 @@ def extract_features(
         check_address(ray)
         if part is not None:
             raise InputError(f"`part` {part}: not together with `ray`, which divides the work itself; give one of them")
-    resume_or_part = resume or part is not None  # a part resumes whatever another part has started
     job = prepare(
         checkpoint,
         images,
@@ -103,11 +97,12 @@ def extract_features(
         boxes=boxes,
         box_format=box_format,
         batch_size=batch_size,
-        resume=resume_or_part,
+        resume=resume or part is not None,  # a part resumes whatever another part has started
         say=say,
     )
     if parsed_part is not None:
         parsed_part.check(shards_folder(out))
+    # Torch is imported only now, after all checks that need none, as it takes seconds.
     if ray is not None:
         from refdet.extraction.extract_on_ray import extract_on_ray
 
@@ -123,73 +118,17 @@ def extract_features(
             say=say,
             announce=announce,
         )
+    from refdet.extraction.extract_on_device import extract_on_device
 
-    import torch  # imported after the checks above, as it takes seconds
-
-    from refdet.data.image_orientation import OrientationNote
-    from refdet.data.training_batches import group_by_input_size
-    from refdet.detector import loading
-    from refdet.detector.profiler import Profiler
-    from refdet.device import describe_device, resolve_device, supported_precision
-    from refdet.extraction.batch_size import auto_batch_size
-    from refdet.extraction.computing import make_compute
-    from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
-    from refdet.ops._library import describe_kernels
-
-    torch_device = resolve_device(device)
-    job = job.with_precision(supported_precision(job.options.precision, torch_device), say)
-    for line in start_lines(job, describe_device(device), describe_kernels()):
-        announce(line)
-    if hint := precision_hint(torch_device, job.options.precision):
-        announce(hint)
-    detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
-    job.check_checkpoint()
-    compute = make_compute(detector, job.options, None if job.given_regions is None else job.given_regions.for_image)
-    records = job.records
-
-    def make_batches(size: int) -> list[list[ImageRecord]]:
-        return group_by_input_size(records, job.meta.recipe.input, size)
-
-    try:
-        with detector.inference(), OrientationNote(job.source):
-            size = (
-                job.plan.batch_size  # 0 unless `batch_size` is a number
-                or (resume_or_part and read_batch_size(out))
-                or (batch_size is None and default_batch_size(torch_device))
-                or auto_batch_size(detector, records, job.options, job.options.features)
-            )
-            detector.model.profiler = profiler = Profiler(torch_device)
-            plan, workers = replace(job.plan, batch_size=size), workers or default_workers(torch_device)
-            if parsed_part is not None:
-                return extract_part(
-                    out,
-                    plan,
-                    job.header,
-                    make_batches,
-                    records,
-                    job.source.read,
-                    compute,
-                    parsed_part,
-                    fixed_batch_size=job.plan.batch_size > 0,
-                    workers=workers,
-                    strict=strict,
-                    compute_seconds=profiler.seconds,
-                )
-            return extract(
-                out,
-                plan,
-                job.header,
-                make_batches(size),
-                records,
-                job.source.read,
-                compute,
-                resume=resume,
-                workers=workers,
-                strict=strict,
-                compute_seconds=profiler.seconds,
-            )
-    except torch.cuda.OutOfMemoryError as error:
-        raise RuntimeFailure(
-            f"{torch_device} has too little memory for one image; finished shards are kept: "
-            "free some memory and continue with `resume=True`"
-        ) from error
+    return extract_on_device(
+        job,
+        out,
+        device,
+        parsed_part,
+        batch_size=batch_size,
+        workers=workers,
+        resume=resume,
+        strict=strict,
+        say=say,
+        announce=announce,
+    )

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -167,19 +167,9 @@ def open_part(
             if not out.exists():
                 (folder / MERGED).unlink(missing_ok=True)
             plan, shards, saved_plan = _agree_on_plan(folder, plan, header, make_batches, shard_images)
-            for path in folder.glob(".*.shard"):  # temporary files of a process that was killed
-                match = _SHARD.fullmatch(path.name)
-                if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in part.shards(len(shards)):
-                    path.unlink(missing_ok=True)
+            _remove_temporary_shards(folder, part, len(shards))
         # The folder is unlocked by now, so that other parts can start while this one reads its finished shards.
-        try:
-            shard_set: PartShards | None = PartShards(out, plan, header, shards, saved_plan, part)
-        except (OSError, InputError):  # expected only if another part merges and removes the shards meanwhile
-            if read_plan(folder) is not None:
-                raise
-        if read_plan(folder) is None:  # another part has merged all shards meanwhile
-            shard_set = None
-        yield shard_set
+        yield _read_finished_shards(out, plan, header, shards, saved_plan, part)
 
 
 @contextmanager
@@ -216,6 +206,27 @@ def _agree_on_plan(
         shards = split_into_shards(make_batches(size), shard_images)
     check_same_settings(folder, plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan))
     return plan, shards, saved_plan
+
+
+def _remove_temporary_shards(folder: Path, part: Part, count: int) -> None:
+    """Remove the unfinished shards of a part, left by a process that was killed; ``count`` is that of all shards."""
+    for path in folder.glob(".*.shard"):
+        match = _SHARD.fullmatch(path.name)
+        if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in part.shards(count):
+            path.unlink(missing_ok=True)
+
+
+def _read_finished_shards(
+    out: Path, plan: Plan, header: Header, shards: Sequence[Shard], saved_plan: Mapping[str, Any], part: Part
+) -> PartShards | None:
+    """Read the finished shards of a part; None if another part has merged all shards meanwhile."""
+    folder, shard_set = shards_folder(out), None
+    try:
+        shard_set = PartShards(out, plan, header, shards, saved_plan, part)
+    except (OSError, InputError):  # expected only if another part merges and removes the shards meanwhile
+        if read_plan(folder) is not None:
+            raise
+    return None if read_plan(folder) is None else shard_set
 
 
 def _claim_shards(shard_set: PartShards, retry_ids: set[int]) -> list[int]:

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from refdet.data.coco import ImageRecord
 from refdet.errors import Interrupted, RuntimeFailure, UnusableImageError
 from refdet.extraction.load_ahead import load_ahead
+from refdet.extraction.open_extraction import open_extraction
 from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
-from refdet.extraction.shards import ShardSet, open_extraction
+from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Timer
@@ -92,7 +93,7 @@ def extract(
         Counts of images and regions, and timings.
 
     Raises:
-        InputError: as `refdet.extraction.shards.open_extraction`.
+        InputError: as `refdet.extraction.open_extraction.open_extraction`.
         RuntimeFailure: no image is usable, the disk is full, the machine fails to read images, a feature is NaN or inf,
             or an image is unusable and ``strict`` is True (UnusableImageError); finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.

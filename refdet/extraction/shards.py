@@ -22,23 +22,9 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.merge_reading import ImageToMerge, read_ahead
-from refdet.extraction.part import lock_all_parts
 from refdet.extraction.plan import Plan, Shard
-from refdet.extraction.shard_folder import (
-    LOCK,
-    MERGED,
-    PLAN,
-    check_merged_file,
-    check_resumable,
-    check_same_settings,
-    read_plan,
-    remove_merged,
-    remove_owned_files,
-    remove_partial_files,
-    shards_folder,
-)
+from refdet.extraction.shard_folder import MERGED, check_merged_file, remove_merged, shards_folder
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
-from refdet.files.lock import exclusive_lock
 from refdet.files.short_text import format_missing_space
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, RawImage, encode_all
@@ -53,7 +39,7 @@ _DISK_FULL_FIX = "finished shards are kept; free some space and continue with `r
 
 
 class ShardSet:
-    """All or some shards of an extraction; created by `open_extraction`. Removes damaged shards with a warning.
+    """All or some shards of an extraction. Removes damaged shards with a warning.
 
     Args:
         out: the store.
@@ -303,48 +289,3 @@ class ShardSet:
                 f"{path}: {error}; removed",
                 fix="check the disk and compute its images again with `resume=True`",
             ) from None
-
-
-@contextmanager
-def open_extraction(
-    out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool
-) -> Iterator[ShardSet | None]:
-    """Start or continue an extraction, locking its folder.
-
-    Args:
-        out: the store.
-        plan: what to compute.
-        header: metadata of the store.
-        shards: batches of each shard.
-        resume: continue from finished shards.
-
-    Yields:
-        The shards, or None if ``out`` is already complete with this plan and header.
-
-    Raises:
-        InputError: as `check_resumable`; the images were divided into other shards; ``out`` exists but was not merged
-            from the shards; or another process is using them.
-        RuntimeFailure: the disk is full.
-    """
-    folder = shards_folder(out)
-    saved_plan = check_resumable(out, plan, header, resume)
-    if saved_plan is None and out.exists():
-        remove_owned_files(folder)  # in case their removal after the merge was interrupted
-        yield None
-        return
-    if saved_plan is not None:
-        check_same_settings(folder, plan.differing_shards(shards, saved_plan))
-    elif resume:
-        log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
-    with report_disk_full(folder, "free some space and run it again"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder, LOCK, "wait for it to finish or choose another `out`"), lock_all_parts(folder):
-            current_plan = read_plan(folder)  # again, now that no other process can write it
-            if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
-                raise InputError(f"{folder}: another process has just written to it; try again")
-            check_merged_file(out)
-            remove_partial_files(out)
-            if saved_plan is None:
-                write_json(folder / PLAN, plan.to_json(shards, header))
-                fsync(out.parent)
-            yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)

@@ -19,9 +19,9 @@ from store_examples import HEADER, PLAN, contents, make_regions
 from refdet import store
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted
-from refdet.extraction import shards
 from refdet.extraction.given_regions import regions_from_annotations
 from refdet.extraction.image_list import ImageList
+from refdet.extraction.open_extraction import open_extraction
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import split_into_shards
 from refdet.extraction.steps import Finish
@@ -107,7 +107,7 @@ def test_resuming_with_other_options_is_refused_with_their_names(tmp_path: Path,
     if finished:
         run(tmp_path / "a.h5")
     else:
-        with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False):
+        with open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False):
             pass
     for key, value, message in (
         ("score_threshold", 0.1, "`score_threshold` was 0.05 and is now 0.1"),
@@ -123,7 +123,7 @@ def test_resuming_with_other_options_is_refused_with_their_names(tmp_path: Path,
 
 def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     with (
-        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False),
+        open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False),
         pytest.raises(InputError, match="another process"),
     ):
         run(tmp_path / "a.h5", resume=True)

@@ -18,6 +18,7 @@ from store_examples import HEADER, PLAN, make_regions, record
 from refdet import store
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import shards
+from refdet.extraction.open_extraction import open_extraction
 from refdet.structures.regions import Regions
 
 
@@ -37,7 +38,7 @@ def assert_equal(a: Regions, b: Regions) -> None:
 def write(out: Path, images: list[Regions], shard_places: list[list[int]]) -> None:
     """Write a store from shards that hold the images at given places of the list."""
     batches = [[[record(images[i]) for i in places]] for places in shard_places]
-    with shards.open_extraction(out, PLAN, HEADER, batches, resume=True) as parts:
+    with open_extraction(out, PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
         for number, places in enumerate(shard_places):
             put(parts, number, [images[i] for i in places])
@@ -116,7 +117,7 @@ def test_the_order_of_shards_does_not_change_the_bytes(tmp_path: Path) -> None:
 def test_float16_is_used_for_features_only(tmp_path: Path) -> None:
     plan = replace(PLAN, dtype="float16")
     image = make_regions(1, 3)
-    with shards.open_extraction(tmp_path / "a.h5", plan, HEADER, [[[record(image)]]], resume=False) as parts:
+    with open_extraction(tmp_path / "a.h5", plan, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
         parts.merge([record(image)])
@@ -132,7 +133,7 @@ def test_without_a_shard_of_each_image_no_store_is_written(tmp_path: Path) -> No
     batches = [[[record(images[0])]]]
     with (
         pytest.raises(KeyError),
-        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts,
+        open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts,
     ):
         assert parts is not None
         put(parts, 0, images[:1])
@@ -185,14 +186,14 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     disk_full = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*`resume=True`")
-    with disk_full, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
+    with disk_full, open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
         monkeypatch.setattr(shards.ShardWriter, "finish", raise_disk_full)
         put(parts, 1, images[1:])
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.shard", "lock", "plan.json"]
-    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
+    with open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
         assert parts.missing_shards() == [1] and parts.finished_images == 1
 
@@ -214,14 +215,14 @@ def test_a_full_disk_during_the_merge_keeps_the_shards(
         raise error
 
     disk_full = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*`resume=True`")
-    with disk_full, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
+    with disk_full, open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
         with monkeypatch.context() as patch:
             patch.setattr(store.StoreWriter, "put", fail)
             parts.merge([record(image)])
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5.parts"]
-    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=True) as parts:
+    with open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=True) as parts:
         assert parts is not None
         parts.merge([record(image)])
     with store.open(tmp_path / "a.h5") as found:
@@ -240,7 +241,7 @@ def test_a_damaged_shard_is_reported_and_not_merged(tmp_path: Path, caplog: pyte
     batches = [[[record(image)]] for image in images]
     shard = tmp_path / "a.h5.parts" / "000000.shard"
     error = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*`resume=True`")
-    with error, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
+    with error, open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
         put(parts, 1, images[1:])
@@ -249,7 +250,7 @@ def test_a_damaged_shard_is_reported_and_not_merged(tmp_path: Path, caplog: pyte
     assert not shard.exists() and not (tmp_path / "a.h5").exists()
     other = shard.with_name("000001.shard")
     other.write_bytes(other.read_bytes()[:100])
-    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
+    with open_extraction(tmp_path / "a.h5", PLAN, HEADER, batches, resume=True) as parts:
         assert parts is not None
         assert parts.missing_shards() == [0, 1]
     assert "000001.shard: damaged" in caplog.text and not other.exists()
