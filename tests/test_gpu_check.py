@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,8 @@ STEPS = {
     "hanging": "step.put('value', 1); import subprocess; subprocess.run('exec sleep 60 > $FIFO', shell=True)",
     "killed": "step.put('value', 1); import os; os.kill(os.getpid(), 9)",
     "absent": "step.put('skipped', 'no tool')",
+    "late": "step.check('one', True); import atexit, os; atexit.register(os.abort)",
+    "unused": "step.put('skipped', 'no tool'); import atexit, os; atexit.register(os._exit, 3)",
     "busy": "[step.put('numbers', list(range(n % 500))) for n in range(10**9)]",
 }
 
@@ -87,6 +91,18 @@ def test_a_step_fails_if_a_check_fails_or_it_crashes(gpu: Any, steps: Path, caps
     assert "FAILED: bad: two\n" in printed and "speed 2 (reached)" in printed and "no tool" in printed
     assert (out / "check.log").read_text() == printed
     assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
+
+
+def test_a_step_that_crashes_while_python_exits_fails(
+    gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = steps / "out"
+    assert gpu.check.Check("cuda", out, ["late", "unused", "bad"]).run() == 1
+    assert [step_result(out, name)["status"] for name in ("late", "unused", "bad")] == ["failed"] * 3
+    assert step_result(out, "late")["checks"] == [{"name": "one", "passed": True}]
+    printed = capsys.readouterr().out
+    assert "FAILED: late: it passed, but ended with status -6\n" in printed
+    assert "FAILED: unused: it skipped, but ended with status 3\n" in printed and "FAILED: bad: two\n" in printed
 
 
 def test_a_step_is_killed_with_its_subprocesses_at_its_time_limit(
@@ -278,6 +294,64 @@ def test_requirements_are_packed_and_found_missing_or_too_old(gpu: Any) -> None:
     assert {"pycocotools", "msgspec", "click", "lmdb"} <= set(packed) and not gpu.pack.ASSUMED & set(packed)
     assert all(gpu.bare.is_met(line) for line in gpu.pack.requirements())
     assert not gpu.bare.is_met("no-such-thing") and not gpu.bare.is_met("click>=1000") and gpu.bare.is_met("click>=8.2")
+
+
+@pytest.mark.slow
+def test_only_the_selected_files_have_gpu_tests(gpu: Any) -> None:
+    selected = gpu.gpu_tests.files_with_gpu_tests()
+    assert ROOT / "tests" / "ops" / "test_nms.py" in selected
+    others = sorted({*(ROOT / "tests").rglob("test_*.py")} - {*selected})
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *others]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+
+
+NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a distribution
+MACHINE = {"pytest", "pytest-xdist", "hypothesis"}  # packages of a GPU machine, besides those that `pack` assumes
+BLOCKER = """
+import sys
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in BLOCKED:
+            raise ModuleNotFoundError(f"a GPU machine has no {name}", name=name)
+sys.meta_path.insert(0, Blocker)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def installed_closure(names: set[str]) -> set[str]:
+    """The installed distributions among these names, and all that they require, by normalized name."""
+    found: set[str] = set()
+    while names:
+        name = names.pop()
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        plain = (line for line in required if "extra ==" not in line)
+        names |= {match[0].lower().replace("_", "-") for line in plain if (match := NAME.match(line))} - found
+    return found
+
+
+@pytest.mark.slow
+def test_gpu_tests_import_only_what_a_gpu_machine_has(gpu: Any) -> None:
+    """It has some packages with their requirements; those of `pack` come without theirs."""
+    there = installed_closure(MACHINE | gpu.pack.ASSUMED) | {gpu.pack.name_of(line) for line in gpu.pack.requirements()}
+    there.add("refdet")
+    blocked = {
+        module for module, distributions in metadata.packages_distributions().items()
+        if not {name.lower().replace("_", "-") for name in distributions} & there
+    }  # fmt: skip
+    assert "pyarrow" in blocked or "ruff" in blocked
+    files = gpu.gpu_tests.files_with_gpu_tests()
+    script = f"BLOCKED = {blocked!r}{BLOCKER}"
+    command = [sys.executable, "-c", script, "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
