@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from gpu_check_modules import GPU, ROOT, gpu_check_modules
 
-ROOT = Path(__file__).resolve().parents[1]
-GPU = ROOT / "benchmarks" / "gpu"
 STEPS = {
     "good": "step.put('value', 1); step.check('one', True); step.goal('speed', 2.0, 1.0)",
     "bad": "step.check('two', False); step.check('three', True)",
@@ -37,18 +32,8 @@ STEPS = {
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of benchmarks/gpu, by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.syspath_prepend(GPU)
-    before = set(sys.modules)
-
-    class Modules:
-        def __getattr__(self, name: str) -> ModuleType:
-            return importlib.import_module(name)
-
-    yield Modules()
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
-            del sys.modules[name]
+    with gpu_check_modules(monkeypatch) as modules:
+        yield modules
 
 
 @pytest.fixture
@@ -297,64 +282,6 @@ def test_requirements_are_packed_and_found_missing_or_too_old(gpu: Any) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_selected_files_have_gpu_tests(gpu: Any) -> None:
-    selected = gpu.gpu_tests.files_with_gpu_tests()
-    assert ROOT / "tests" / "ops" / "test_nms.py" in selected
-    others = sorted({*(ROOT / "tests").rglob("test_*.py")} - {*selected})
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *others]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
-
-
-NAME = re.compile(r"[A-Za-z0-9._-]+")  # of a distribution
-MACHINE = {"pytest", "pytest-xdist", "hypothesis"}  # packages of a GPU machine, besides those that `pack` assumes
-BLOCKER = """
-import sys
-class Blocker:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name in BLOCKED:
-            raise ModuleNotFoundError(f"a GPU machine has no {name}", name=name)
-sys.meta_path.insert(0, Blocker)
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
-
-
-def installed_closure(names: set[str]) -> set[str]:
-    """The installed distributions among these names, and all that they require, by normalized name."""
-    found: set[str] = set()
-    while names:
-        name = names.pop()
-        try:
-            required = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        found.add(name)
-        plain = (line for line in required if "extra ==" not in line)
-        names |= {match[0].lower().replace("_", "-") for line in plain if (match := NAME.match(line))} - found
-    return found
-
-
-@pytest.mark.slow
-def test_gpu_tests_import_only_what_a_gpu_machine_has(gpu: Any) -> None:
-    """It has some packages with their requirements; those of `pack` come without theirs."""
-    there = installed_closure(MACHINE | gpu.pack.ASSUMED) | {gpu.pack.name_of(line) for line in gpu.pack.requirements()}
-    there.add("refdet")
-    blocked = {
-        module for module, distributions in metadata.packages_distributions().items()
-        if not {name.lower().replace("_", "-") for name in distributions} & there
-    }  # fmt: skip
-    assert "pyarrow" in blocked or "ruff" in blocked
-    files = gpu.gpu_tests.files_with_gpu_tests()
-    script = f"BLOCKED = {blocked!r}{BLOCKER}"
-    command = [sys.executable, "-c", script, "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
 def test_every_step_can_be_imported(gpu: Any) -> None:
     for path in GPU.glob("*.py"):
         getattr(gpu, path.stem)
@@ -382,5 +309,8 @@ def test_steps_and_the_sanitizer_case_run_on_the_cpu(
     env, parity = (read(out, group) for group in ("env", "parity"))
     assert env["env"]["status"] == "passed" and env["env"]["product_tflops_bf16"] > 0 and env["draw"]["images"] == 24
     assert len(parity["network_parity"]["checks"]) == 20
+    extraction = gpu.results.Step("extraction", "extraction", out, work, "cpu")
+    gpu.extraction.make_peer(extraction)
+    assert {"pool5", "fc7"} <= set(extraction.values["difference_of_features_float32"])
     gpu.sanitizer_case.main("cpu")
     assert capsys.readouterr().out.endswith("every kernel ran\n")

@@ -40,6 +40,7 @@ def work(step: Step) -> None:
     command += [str(path.relative_to(ROOT)) for path in files]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, TARGET: str(counts), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # by default each of the pytest workers would use all cores
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     seen = ""
     while process.poll() is None:
