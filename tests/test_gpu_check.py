@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -12,13 +11,11 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from gpu_check_modules import GPU, ROOT, gpu_check_modules
 
-ROOT = Path(__file__).resolve().parents[1]
-GPU = ROOT / "benchmarks" / "gpu"
 STEPS = {
     "good": "step.put('value', 1); step.check('one', True); step.goal('speed', 2.0, 1.0)",
     "bad": "step.check('two', False); step.check('three', True)",
@@ -26,6 +23,8 @@ STEPS = {
     "hanging": "step.put('value', 1); import subprocess; subprocess.run('exec sleep 60 > $FIFO', shell=True)",
     "killed": "step.put('value', 1); import os; os.kill(os.getpid(), 9)",
     "absent": "step.put('skipped', 'no tool')",
+    "late": "step.check('one', True); import atexit, os; atexit.register(os.abort)",
+    "unused": "step.put('skipped', 'no tool'); import atexit, os; atexit.register(os._exit, 3)",
     "busy": "[step.put('numbers', list(range(n % 500))) for n in range(10**9)]",
 }
 
@@ -33,18 +32,8 @@ STEPS = {
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of benchmarks/gpu, by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.syspath_prepend(GPU)
-    before = set(sys.modules)
-
-    class Modules:
-        def __getattr__(self, name: str) -> ModuleType:
-            return importlib.import_module(name)
-
-    yield Modules()
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
-            del sys.modules[name]
+    with gpu_check_modules(monkeypatch) as modules:
+        yield modules
 
 
 @pytest.fixture
@@ -87,6 +76,18 @@ def test_a_step_fails_if_a_check_fails_or_it_crashes(gpu: Any, steps: Path, caps
     assert "FAILED: bad: two\n" in printed and "speed 2 (reached)" in printed and "no tool" in printed
     assert (out / "check.log").read_text() == printed
     assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
+
+
+def test_a_step_that_crashes_while_python_exits_fails(
+    gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = steps / "out"
+    assert gpu.check.Check("cuda", out, ["late", "unused", "bad"]).run() == 1
+    assert [step_result(out, name)["status"] for name in ("late", "unused", "bad")] == ["failed"] * 3
+    assert step_result(out, "late")["checks"] == [{"name": "one", "passed": True}]
+    printed = capsys.readouterr().out
+    assert "FAILED: late: it passed, but ended with status -6\n" in printed
+    assert "FAILED: unused: it skipped, but ended with status 3\n" in printed and "FAILED: bad: two\n" in printed
 
 
 def test_a_step_is_killed_with_its_subprocesses_at_its_time_limit(
@@ -308,5 +309,8 @@ def test_steps_and_the_sanitizer_case_run_on_the_cpu(
     env, parity = (read(out, group) for group in ("env", "parity"))
     assert env["env"]["status"] == "passed" and env["env"]["product_tflops_bf16"] > 0 and env["draw"]["images"] == 24
     assert len(parity["network_parity"]["checks"]) == 20
+    extraction = gpu.results.Step("extraction", "extraction", out, work, "cpu")
+    gpu.extraction.make_peer(extraction)
+    assert {"pool5", "fc7"} <= set(extraction.values["difference_of_features_float32"])
     gpu.sanitizer_case.main("cpu")
     assert capsys.readouterr().out.endswith("every kernel ran\n")

@@ -235,6 +235,8 @@ class Check:
             values |= {"status": "timed out", "seconds": time.monotonic() - step.started}
         elif values.get("status") not in ("passed", "failed", "skipped"):
             values |= {"status": "failed", "error": values.get("error", f"it ended with status {status}")}
+        elif status != 0 and values["status"] != "failed":  # such as a crash in a library's cleanup
+            values |= {"status": "failed", "error": f"it {values['status']}, but ended with status {status}"}
         write_step(self.out, plan.group, plan.name, values)
         self.log(f"[{self.seconds():4.0f} s] {plan.name}: {values['status']}")
 

@@ -131,9 +131,9 @@ def work(step: Step) -> None:
         few_peak, many_peak = (step.values[f"refdet, {name}{main}"]["peak_gib"] for name in ("few images, ", ""))
         step.at_most("peak memory of 512 images to that of 128", many_peak / few_peak, 1.1)
 
-    peer = make_peer(step)
+    peer = step.attempt("torchvision's detector", make_peer, step)
     ways = {"one image a call": 1, "batched": 2 if step.small else 8}
-    for way, size in ways.items():
+    for way, size in ways.items() if peer else ():
         speed = step.attempt(f"torchvision, autocast, {way}", theirs, step, peer, "autocast", size, of_peer)
         if speed:
             step.goal(f"times torchvision in bfloat16 {way}", best / speed, GOALS[way])
@@ -150,7 +150,7 @@ def work(step: Step) -> None:
         if precision in CHOICES["precision"]:
             measure(f"{precision}, batch {batch // 2}", few * 2, batch // 2, precision=precision)
     measure("bfloat16, batch auto", many, "auto", precision="bfloat16")
-    for mode, (way, size) in itertools.product(("tf32", "ieee"), ways.items()):
+    for mode, (way, size) in itertools.product(("tf32", "ieee"), ways.items() if peer else ()):
         step.attempt(f"torchvision, {mode}, {way}", theirs, step, peer, mode, size, of_slow_peer)
 
 

@@ -26,7 +26,10 @@ def scaled_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (K, C, h, w).
     """
-    return weight * scale if dtype == weight.dtype else cast("Tensor", _ScaledWeight.apply(weight, scale, dtype))
+    # torch.compile fuses the two operators, and in PyTorch 2.11 does not support `out` in channels_last
+    if dtype == weight.dtype or torch.compiler.is_compiling():
+        return (weight * scale).to(dtype)
+    return cast("Tensor", _ScaledWeight.apply(weight, scale, dtype))
 
 
 class _ScaledWeight(torch.autograd.Function):

@@ -5,6 +5,7 @@ Compared are detections, features of given boxes, losses and gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trained_models import VARIANTS as TRAINED_VARIANTS
 from trained_models import saved_model
 
 import refdet
+from refdet.detector import vgg
 from refdet.detector.roi_sampling import sample_rois
 from refdet.detector.sampling import image_seeds
 from refdet.device import float32_arithmetic, resolve_device
@@ -33,6 +35,7 @@ row_difference = benchmark_module("differences").row_difference
 MAX_DIFFERENCE = 1e-4  # limit of `row_difference`, as in benchmarks/gpu/network_parity.py
 BOXES = [[10, 20, 60, 70], [0.5, 1, 90, 80], [0, 0, 128, 96], [30.25, 40, 31, 41]]
 FEATURES = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+SEEDS = itertools.count()  # another for each network: a GPU's random numbers are never those of the CPU
 IMAGES = [*some_images(3), *some_images(2, 60, 50), *some_images(1, 200, 130)]
 
 
@@ -173,6 +176,7 @@ def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple
         "proposals.post_nms_top_n_train=60", "head.positive_fraction=1.0", "proposals.positive_fraction=1.0",
     )  # fmt: skip
     model = model.train().to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.manual_seed(next(SEEDS))
     images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
     generator = torch.Generator().manual_seed(0)
     with float32_arithmetic("float32"), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
@@ -183,8 +187,11 @@ def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple
     return {name: value.detach().cpu() for name, value in found.items()}, gradients
 
 
-@variants_on_devices(VARIANTS, {"c4", "fpn"})
-def test_losses_and_gradients_equal_those_of_the_cpu(device: str, variant: str) -> None:
+@variants_on_devices(VARIANTS, {"c4", "fpn", "vgg16"})
+def test_losses_and_gradients_equal_those_of_the_cpu(
+    device: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vgg, "DROPOUT", 0.0)  # it would drop other values on a GPU
     losses, gradients = losses_and_gradients(device, variant)
     expected, expected_gradients = losses_and_gradients("cpu", variant)
     assert (

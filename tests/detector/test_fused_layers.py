@@ -17,6 +17,7 @@ from refdet.detector.packed_layers import FusedBottleneck, conv_relu
 from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.res5_head import SplitRes5
 from refdet.detector.resnet import Bottleneck
+from refdet.device import exact_float32
 from refdet.ops import epilogue as epilogues
 from refdet.ops.epilogue import Epilogue, best_epilogue, bias_relu
 from refdet.structures.detection_options import DetectionOptions
@@ -205,7 +206,7 @@ def test_cuda_fused_bottleneck_equals_plain_pytorch(epilogue: Epilogue, stride: 
     x = torch.randn(2, 64 if stride == 2 else 256, 20, 30, device="cuda").contiguous(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if epilogue is Epilogue.LIBRARY else torch.float32
     close = {"rtol": 2e-2, "atol": 5e-2} if epilogue is Epilogue.LIBRARY else {"rtol": 1e-5, "atol": 1e-5}
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_float32():  # by default, convolutions are in TF32 and matrix products are not
         y = fuse(block, epilogue, dtype).to(memory_format=torch.channels_last)(x.to(dtype))
         torch.testing.assert_close(y.float(), block(x), **close)
 
