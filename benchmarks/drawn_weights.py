@@ -16,7 +16,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import Provenance
 
-CANDIDATES = 1000  # (box, class) pairs per image above the returned threshold, as of a trained network at 0.05
+CANDIDATES = 1000  # (box, class) pairs per image above the score threshold: as many as a trained network has above 0.05
 
 
 @torch.inference_mode()

@@ -5,8 +5,8 @@
 
 Mask R-CNN, ResNet-101-C4, short side 600, 300 proposals, 100 regions per image with masks, pool5 and fc7, written to
 HDF5. torchvision's side (`benchmarks/torchvision_c4.py`) processes one image at a time. Both have the same random
-weights (`drawn_weights.py`) and images, which are synthetic unless given. They compute in the same precision, for
-torchvision in bfloat16 by autocast, unless --peer-precision differs. In each round the sides take turns; a turn is
+weights (`drawn_weights.py`) and images, which are synthetic unless given. Both compute in --precision,
+torchvision in --peer-precision if given; its bfloat16 is by autocast. In each round the sides take turns; a turn is
 timed from the first image to the finished file, without loading the weights. Peak memory is that of a process that runs
 one side once, including weights and libraries.
 """
@@ -155,7 +155,7 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
                 workers=options.workers,
                 device=str(device),
             )
-            seconds["refdet"].append(done.seconds + done.stages["merge"])  # until the file is finished
+            seconds["refdet"].append(done.seconds + done.stages["merge"])  # `seconds` does not include the merge
             regions["refdet"] = done.regions / done.images
     result["regions"] = regions
     result |= {f"{side}_images_per_second": len(paths) / statistics.median(times) for side, times in seconds.items()}

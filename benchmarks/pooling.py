@@ -2,8 +2,10 @@
 
 Maps are channels_last, as in the detector. Times are medians of rounds in which all implementations take turns, so that
 other load on the machine slows all of them. torchvision has no crop pooling; it is compared with RoIAlign of one sample
-per cell, which does the same work on another box. On a GPU, the table also has the bytes that must be moved (map and
-cells once, and their gradients for backward), and the share of the time that the memory needs for them.
+per bin, which does the same work at other positions. torchvision's time for bfloat16 includes converting the map to
+float32. The columns to_plain and ratio are refdet's speedup over plain PyTorch and over torchvision. On a GPU, the
+table also has the bytes that must be moved (map and bins once, and their gradients for backward), and the fraction of
+refdet's time that moving them takes at full memory bandwidth (of_roof).
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from refdet.ops.pooling import SAMPLING_RATIO, roi_align, roi_align_mean, roi_cr
 from refdet.ops.pooling_plain import pool_plain
 
 CONV4 = ((1, 1024, 38, 50), 16, 300)  # map (B, C, H, W), its stride, number of RoIs
-PYRAMID = ((8, 64, 36, 48), 4, 384)  # a level of eight small images
-# pooling, (map, stride, RoIs), cells per side, samples per side of a cell, dtype, with backward
+PYRAMID = ((8, 64, 36, 48), 4, 384)  # an FPN level of a batch of eight small images
+# pooling, (map, stride, RoIs), bins per side, samples per side of a bin, dtype, with backward
 CASES = (
     ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, False),
     ("align", CONV4, 7, SAMPLING_RATIO, torch.float32, True),
@@ -49,7 +51,7 @@ def some_rois(shape: tuple[int, ...], stride: int, count: int, random: torch.Gen
 
 
 def peers(what: str, x: Tensor, rois: Tensor, size: int, stride: int, samples: int) -> dict[str, Callable[[], Tensor]]:
-    """The three implementations, from the map to cells (K, C, m, m) or their means (K, C)."""
+    """The three implementations, from the map to bins (K, C, m, m) or their means (K, C)."""
     crop, mean = what.startswith("crop"), what.endswith("mean")
 
     def ours() -> Tensor:
@@ -57,20 +59,22 @@ def peers(what: str, x: Tensor, rois: Tensor, size: int, stride: int, samples: i
             return (roi_crop_mean if mean else roi_crop)(x, rois, size, stride)
         return (roi_align_mean if mean else roi_align)(x, rois, size, stride, samples)
 
-    def plain() -> Tensor:  # pools the cells first, which is faster except with adaptive sampling
+    def plain() -> Tensor:  # computes all bins, then their mean, which is faster except with adaptive sampling
         pooled = pool_plain(x, rois, size, stride, samples, crop, mean and samples == 0)
         return pooled.mean((2, 3)) if mean else pooled
 
     def theirs() -> Tensor:
-        values = x.float()  # torchvision has no bfloat16 kernel for the CPU, and rounds in between on a GPU
+        values = (
+            x.float()
+        )  # torchvision has no bfloat16 kernel for the CPU, and on a GPU rounds intermediate results to bfloat16
         pooled = torchvision_roi_align(values, rois, size, 1 / stride, sampling_ratio=samples, aligned=True).to(x.dtype)
         return pooled.mean((2, 3)) if mean else pooled
 
     return {"refdet": ours, "plain": plain, "torchvision": theirs}
 
 
-def with_backward(run: Callable[[], Tensor], x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: torch.autograd.grad(run(), x, weight)[0]
+def with_backward(run: Callable[[], Tensor], x: Tensor, grad_output: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.autograd.grad(run(), x, grad_output)[0]
 
 
 def rows(settings: Settings) -> list[Row]:
@@ -84,8 +88,8 @@ def rows(settings: Settings) -> list[Row]:
         pooled = runs["refdet"]()
         error = (pooled - runs["torchvision" if what in ("align", "mean") else "plain"]()).abs().max().item()
         if backward:
-            weight = torch.randn_like(pooled)
-            runs = {name: with_backward(run, x, weight) for name, run in runs.items()}
+            grad_output = torch.randn_like(pooled)
+            runs = {name: with_backward(run, x, grad_output) for name, run in runs.items()}
         times = settings.measure(runs)
         row: Row = {
             "what": f"{what} {size}x{size}" + ("" if samples else ", adaptive") + (", backward" if backward else ""),

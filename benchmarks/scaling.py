@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--json] [--workers 1,2,4,8] [--shards 12] [--seconds 0.25] [--images-per-second 300]
 
 1. Weak scaling: the real extraction by workers of a local Ray cluster, and in parts, with the same number of shards per
-   worker and detectors that sleep instead of computing. Efficiency is the speed relative to that of one worker times
-   the number of workers. The workers' startup is not included, but shown.
+   worker and detectors that sleep instead of computing. Efficiency is the speed divided by N times the speed of one
+   worker, for N workers. Startup and merging are not included; Ray's startup is shown.
 2. Costs per shard: its size, and the time to write and to merge it, with results of real size on a RAM disk.
 3. Extrapolation from these: the time for 28,000 images on 1, 8 and 64 GPUs that read images from a shared disk and
    write shards to it, which one process merges. The speed of a GPU is an assumption (--images-per-second).
@@ -87,7 +87,7 @@ class Sleeping:
         return lambda: [result_of(record) for record in batch]
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
-        """What a Ray worker needs, as of a real detector."""
+        """The functions of a Ray worker, which real detectors make for its given regions (`ray_messages.MakeTools`)."""
         return Tools(load, self.compute)
 
 
@@ -98,7 +98,7 @@ def folder_on_ram() -> Any:
 
 
 def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
-    """One extraction on a Ray cluster with as many CPU slots as workers."""
+    """One extraction on a Ray cluster with as many CPU slots as workers; the driver's CPU time includes the merge."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     import ray
 
@@ -166,7 +166,7 @@ def parts_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
 
 
 def efficiencies(runs: list[dict[str, float]], images_per_second: float) -> list[dict[str, float]]:
-    """Add two ratios to each run: its speed to that of its detectors alone, and to one worker's times their number.
+    """Add two ratios to each run of N workers: its speed to N detectors alone, and to N times one worker.
 
     Args:
         runs: the first has the fewest workers, one by default.
@@ -185,7 +185,7 @@ def efficiencies(runs: list[dict[str, float]], images_per_second: float) -> list
 
 def shard_figures(dtype: str) -> dict[str, float]:
     """Size of a shard with results of real size, and the CPU time to write and to merge it."""
-    from pipeline import draw_results, run
+    from pipeline import draw_results, run  # benchmarks/pipeline.py
     from pipeline import records_of as real_records
 
     shards, results, merging = 4, draw_results(dtype), 0.0
@@ -229,17 +229,18 @@ def extrapolate(
     """
     shards, size = math.ceil(IMAGES / SHARD_IMAGES), figures["shard_mb"] * 1e6
     moved = size + (0 if local_images else SHARD_IMAGES * JPEG_BYTES)
-    # seconds per shard of all workers together, by possible bottleneck
-    between = {
+    # mean time between two finished shards of any workers, by what could limit it
+    shard_interval = {
         "GPUs": SHARD_IMAGES / images_per_second / gpus,
         "shared disk": moved / disk,
         "driver": driver_s,
         "writing": figures["write_s_per_shard"] / gpus,
     }
-    limit = max(between, key=lambda name: between[name])
-    compute = between[limit] * shards
+    limit = max(shard_interval, key=lambda name: shard_interval[name])
+    compute = shard_interval[limit] * shards
     if limit in ("GPUs", "writing"):  # in the last round, some GPUs may have no shard left
-        compute = between[limit] * gpus * math.ceil(shards / gpus)
+        compute = shard_interval[limit] * gpus * math.ceil(shards / gpus)
+    # merging reads and writes each shard
     merges = {"shared disk": 2 * size * shards / disk, "merging process": figures["merge_s_per_shard"] * shards}
     merge_limit = max(merges, key=lambda name: merges[name])
     total = compute + merges[merge_limit]
@@ -303,14 +304,14 @@ def main() -> None:
             print(
                 f"{kind:6} {run['workers']:3} workers {run['images_per_second']:8.1f} images/s, "
                 f"{run['of_detectors']:.3f} of the detectors alone, "
-                f"{run['of_one_worker']:.3f} of one worker times their number{more}"
+                f"{run['of_one_worker']:.3f} of N times one worker{more}"
             )
     for dtype, figures in result["figures"].items():
         print(f"{dtype}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     print(f"\n{IMAGES} images, {options.images_per_second:g} images/s per GPU, without startup:\n")
     print(
-        "| dtype | disk, GB/s | GPUs | computing, s | limited by | images local, s | merging, s | limited by "
-        "| total, s |"
+        "| dtype | disk, GB/s | GPUs | computing, s | limited by | computing, images local, s | merging, s "
+        "| limited by | total, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in result["extrapolation"]:

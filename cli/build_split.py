@@ -13,25 +13,26 @@ from .common import echo_json, echo_line, echo_table, json_option, note
 
 
 @click.command("build-split", short_help="Remove REFER's val and test images from COCO.")
-@click.option("--instances", required=True, metavar="F.json", help="COCO instances file or image list to filter.")
+@click.option("--instances", required=True, metavar="FILE", help="COCO instances file or image list to filter.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
-@click.option("--out", required=True, metavar="OUT.json", help="File to write, in the format of F.json.")
+@click.option("--out", required=True, metavar="OUT", help="File to write, in the format of FILE.")
 @click.option(
     "--exclude",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
-    help="Exclude only these splits; may be repeated. Default: val and test of all datasets under --refer-root.",
+    help="Exclude only these splits (without SPLIT: all but train); may be repeated. Default: val and test of all "
+    "datasets under --refer-root.",
 )
 @click.option(
     "--keep-only",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
-    help="The reverse: keep only the images of these splits; may be repeated.",
+    help="The reverse: keep only the images of these splits (without SPLIT: all, train too); may be repeated.",
 )
 @click.option(
     "--benchmark",
     multiple=True,
-    metavar="FILE",
+    metavar="LIST",
     help="Another benchmark to hold out: Ref-L4's Parquet, or any list of images; may be repeated.",
 )
 @json_option
@@ -46,11 +47,11 @@ def command(
 ) -> None:
     """Remove REFER's val and test images and their annotations from a list of training images.
 
-    F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
+    FILE is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
     with one id or file name per line. Images are identified by the COCO number in their names, or else by their ids.
     """
     check_text_file("--instances", Path(instances), "an instances JSON or a list of images")
-    check_new_file("--out", Path(out), "split.json")
+    check_new_file("--out", Path(out), example="split.json")
     check_refer_root(Path(refer_root))
 
     from refdet.splits.build import build_split

@@ -24,7 +24,7 @@ class OutputLost(Exception):
     """Stdout cannot be written to: its reader has closed the pipe, or the disk is full."""
 
 
-# The names of refdet.data.box_format, which imports numpy: too slow for --help.
+# Copied from refdet.data.box_format: importing it would import numpy, which is too slow for --help.
 BOX_FORMATS = (
     "xywh",
     "xyxy",
@@ -60,7 +60,7 @@ def precision_option(command: F) -> F:
         type=click.Choice(PRECISIONS),
         default="float32",
         show_default=True,
-        help="Arithmetic of the network: float32 is full float32 on a GPU too; the others are faster where supported.",
+        help="Arithmetic of the network: float32 is without TF32 on a GPU; the others are faster where supported.",
     )(command)
 
 
@@ -148,7 +148,7 @@ def box_format_option(option: str) -> Callable[[F], F]:
         show_default=True,
         metavar="FORMAT",
         help=f"Format of the boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of "
-        "the image size, followed by -xyxy or -xywh; otherwise by whichever of the two more boxes fit.",
+        "the image size, optionally with -xyxy or -xywh; without it, as whichever of the two fits more boxes.",
     )
 
 
@@ -182,7 +182,7 @@ def set_level(level: int) -> None:
 
 
 def note(text: str) -> None:
-    """Print a note on stderr, unless ``--quiet`` was given; `as_options` translates Python arguments in the text."""
+    """Print a note on stderr unless ``--quiet`` was given; `as_options` replaces Python arguments in it by options."""
     _print_note(as_options(text))
 
 

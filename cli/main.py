@@ -11,6 +11,7 @@ try:
     import logging
     import traceback
     from collections.abc import Sequence
+    from pathlib import Path
     from typing import Any, NoReturn
 
     import click
@@ -82,7 +83,7 @@ class LazyGroup(click.Group):
         _open_closed_streams()
         _show_notes()
         try:
-            with exit_during_imports():
+            with exit_during_imports():  # by a signal; after them, signals raise KeyboardInterrupt
                 code = super().main(args, standalone_mode=False, **options)
             _flush()
         except OutputLost:
@@ -110,7 +111,7 @@ class LazyGroup(click.Group):
 
 
 def _similar_commands(name: str) -> list[str]:
-    """Commands that a mistyped name may mean: by prefix, else by similar spelling, else by a common word."""
+    """Commands that a mistyped name may mean: by prefix, else by similar spelling, else by a word they share."""
     name = name.lower().replace("_", "-")
     if name in COMMANDS:
         return [name]
@@ -172,7 +173,7 @@ def fail(error: Exception, debug: bool) -> NoReturn:
 
 def describe(error: Exception) -> tuple[int, str]:
     """The exit code and message for an error."""
-    if isinstance(error, ArgumentError):
+    if isinstance(error, ArgumentError):  # of the Python API: `as_options` puts the options in place of the arguments
         return error.exit_code, as_options(f"`{error.argument}`: {error.problem}")
     if isinstance(error, RefdetError):
         return error.exit_code, as_options(str(error))
@@ -189,14 +190,19 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         code = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            return code, f"{where}is a file where a folder is needed; choose another --out"
+        if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+            return code, f"{_find_file(Path(error.filename))}: is a file where a folder is needed; choose another path"
         return code, where + (error.strerror or str(error))
     from refer import ReferError  # imported late, as it imports numpy
 
     if isinstance(error, ReferError):
         return BAD_INPUT, str(error)
     return FAILED, f"unexpected {type(error).__name__}: {error} (run with --debug for the traceback)"
+
+
+def _find_file(path: Path) -> Path:
+    """The file that stands in the way of a path: the first of its parents that is no folder, or itself."""
+    return next((parent for parent in reversed(path.parents) if parent.exists() and not parent.is_dir()), path)
 
 
 def _pop_debug(args: list[str]) -> tuple[bool, list[str]]:
@@ -217,6 +223,7 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+# only for --help: LazyGroup.main takes --debug out of the arguments
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print what is read, chosen and skipped.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only results and errors: no notes, no progress.")

@@ -1,4 +1,4 @@
-"""`helpers/memory_limits.py`: the limit is reached whatever else is allocated or cached."""
+"""`helpers/memory_limits.py`: memory runs out at the limit, however much is allocated or cached already."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def allocates(device: str, *mebibytes: int) -> bool:
     for size in mebibytes:
         try:
             torch.empty(size * MIB, dtype=torch.uint8, device=device)
-        except torch.cuda.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:  # which the helper raises on the CPU too
             continue
         return True
     return False
@@ -30,7 +30,7 @@ def test_memory_is_too_little_in_the_block_and_enough_after_it(device: str, size
         cached.clear()
         with too_little_memory(memory, lambda: allocates(device, *sizes)):
             assert not allocates(device, *sizes)
-            assert allocates(device, sizes[-1] // 2)
+            assert allocates(device, sizes[-1] // 2)  # the limit is just below what is needed
         memory.allow(None)
         assert allocates(device, *sizes) and len(kept) == 50 * MIB
     assert allocates(device, 500)

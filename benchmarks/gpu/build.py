@@ -11,7 +11,7 @@ from pathlib import Path
 from results import Step, run
 
 ROOT = Path(__file__).resolve().parents[2]
-# prints the devices that have kernels, such as "cpu,cuda", in a process that has not loaded the old ones
+# prints the devices that have kernels, such as "cpu,cuda"; for a new process, as this one may have loaded old kernels
 PRINT_DEVICES = "import refdet.ops._library as l; print(','.join(sorted(l.DEVICES)))"
 
 
@@ -26,7 +26,7 @@ def capability() -> str:
 
 
 def work(step: Step) -> None:
-    if not step.small:
+    if not step.small:  # not a rehearsal
         arch = os.environ.get("TORCH_CUDA_ARCH_LIST") or capability()
         environment = {
             **os.environ,
@@ -48,4 +48,4 @@ def work(step: Step) -> None:
 
 
 if __name__ == "__main__":
-    run(work, group="env")
+    run(work, group="env")  # its results are in env.json

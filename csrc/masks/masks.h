@@ -36,7 +36,7 @@ inline void check_mask_coverage(const at::Tensor& counts, const at::Tensor& star
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.scalar_type() == at::kDouble,
               "mask_coverage: boxes must be (K, 4) float64, got ", boxes.sizes(), " ", boxes.scalar_type());
   TORCH_CHECK(objects.dim() == 1 && objects.size(0) == boxes.size(0) && objects.scalar_type() == at::kLong,
-              "mask_coverage: objects must be (", boxes.size(0), ",) int64 like the boxes, got ", objects.sizes(), " ",
+              "mask_coverage: objects must be (", boxes.size(0), ",) int64, one per box, got ", objects.sizes(), " ",
               objects.scalar_type());
   check_image("mask_coverage", height, width);
   TORCH_CHECK(size >= 1 && size <= 4096, "mask_coverage: size must be in 1..4096, got ", size);

@@ -60,10 +60,9 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
   return __fdiv_rn(overlap, __fsub_rn(__fadd_rn(area_a, area_b), overlap)) > threshold;
 }
 
-// The candidates of all blocks of a launch: all boxes, in the order in which the blocks visit them. `order` has the
-// indices of the boxes by ascending key: by image, then by descending score. Candidate i is the box
-// order[positions[i]], or, if `positions` is null, order[i]. A box suppresses only boxes of its own group, such as a
-// class.
+// All boxes of a launch as candidates, ordered so that each block takes consecutive ones. `order` has the indices of
+// the boxes by ascending key: by image, then by descending score. Candidate i is the box order[positions[i]], or, if
+// `positions` is null, order[i]. A box suppresses only boxes of its own group, such as a class.
 struct Candidates {
   const float4* boxes;
   const int64_t* groups;  // of each box; null if the boxes of a block are all of one group
@@ -82,7 +81,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
   __shared__ int64_t kept_groups[kSharedKept];
   __shared__ float4 candidates[kChunk];
   __shared__ float areas[kChunk];
-  __shared__ int64_t own_groups[kChunk];
+  __shared__ int64_t candidate_groups[kChunk];
   __shared__ Bits row[kChunk];  // bit j of row[i]: candidate i suppresses the later candidate j
   __shared__ Bits suppressed;   // bit j: a kept box suppresses candidate j
   __shared__ Bits survivors;    // bit j: candidate j is kept
@@ -99,7 +98,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
       index = all.order[position];
       candidates[thread] = all.boxes[index];
       areas[thread] = area_of(candidates[thread]);
-      own_groups[thread] = all.groups ? all.groups[index] : 0;
+      candidate_groups[thread] = all.groups ? all.groups[index] : 0;
     }
     if (thread < kChunk) row[thread] = 0;
     if (thread == 0) suppressed = 0;
@@ -110,7 +109,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
     const bool present = column < count;
     const float4 box = present ? candidates[column] : float4{};
     const float area = present ? areas[column] : 0.0f;
-    const int64_t group = present ? own_groups[column] : 0;
+    const int64_t group = present ? candidate_groups[column] : 0;
     bool done = !present;  // becomes true if a kept box suppresses the candidate
     for (int64_t k = slice; k < total; k += kSlices) {
       const bool is_shared = k < kSharedKept;
@@ -127,7 +126,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
         atomicOr(&suppressed, Bits{1} << column);
       } else {
         for (int i = slice; i < column; i += kSlices) {
-          if (own_groups[i] == group && suppresses(candidates[i], box, areas[i], area, threshold))
+          if (candidate_groups[i] == group && suppresses(candidates[i], box, areas[i], area, threshold))
             atomicOr(&row[i], Bits{1} << column);
         }
       }
@@ -154,7 +153,7 @@ inline __device__ int64_t keep_greedily(const Candidates& all, int64_t begin, in
       if (kept_by_position) kept_by_position[position] = index;
       if (k < kSharedKept) {
         kept_boxes[k] = candidates[thread];
-        kept_groups[k] = own_groups[thread];
+        kept_groups[k] = candidate_groups[thread];
       }
     }
     total += __popcll(alive);
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) greedy_kernel(Candidates all, const 
   if (threadIdx.x == 0) kept_counts[image] = total;
 }
 
-// NMS without a limit, where the groups of an image do not depend on each other. `positions` sorts the candidates by
+// NMS without a limit, so that the groups of an image are independent of each other. `positions` sorts the candidates by
 // group, then by position in `order`, so that candidates of the same group and image are consecutive, best first;
 // `sorted_groups` has the group of each candidate. There is a block per candidate: the block of the first candidate of
 // a group in an image processes all of that group, the other blocks return at once. Every box must have an image, so no
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t middle = last + (end - last) / 2;
     (belongs(middle) ? last : end) = middle;
   }
-  keep_greedily(all, begin, end, /*limit=*/n, scratch + begin, kept);
+  keep_greedily(all, begin, end, /*limit=*/n, /*kept=*/scratch + begin, /*kept_by_position=*/kept);
 }
 
 }  // namespace refdet

@@ -12,7 +12,7 @@ namespace refdet {
 inline void check_nms_ids(const char* name, const std::optional<at::Tensor>& ids, const at::Tensor& boxes) {
   if (!ids) return;
   TORCH_CHECK(ids->dim() == 1 && ids->size(0) == boxes.size(0) && ids->scalar_type() == at::kLong, "nms: ", name,
-              " must be (", boxes.size(0), ",) int64 like the boxes, got ", ids->sizes(), " ", ids->scalar_type());
+              " must be (", boxes.size(0), ",) int64, one per box, got ", ids->sizes(), " ", ids->scalar_type());
   TORCH_CHECK(ids->device() == boxes.device(), "nms: boxes are on ", boxes.device(), ", ", name, " on ", ids->device());
 }
 
@@ -29,10 +29,11 @@ inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double 
   check_nms_ids("images", images, boxes);
 }
 
-inline void check_padded(int64_t max_keep, int64_t count) {
+// Further arguments of nms_padded. The index of an image must fit into the upper half of a sort key on CUDA.
+inline void check_nms_padded(int64_t max_keep, int64_t num_images) {
   TORCH_CHECK(max_keep >= 0, "nms: max_keep must not be negative, got ", max_keep);
-  TORCH_CHECK(count >= 0 && count <= std::numeric_limits<int32_t>::max(), "nms: count must be in 0..2^31-1, got ",
-              count);
+  TORCH_CHECK(num_images >= 0 && num_images <= std::numeric_limits<int32_t>::max(),
+              "nms: num_images must be in 0..2^31-1, got ", num_images);
 }
 
 }  // namespace refdet

@@ -245,20 +245,20 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
 
 std::tuple<at::Tensor, at::Tensor> nms_padded_cpu(const at::Tensor& boxes, const at::Tensor& scores,
                                                   double iou_threshold, int64_t max_keep, const at::Tensor& images,
-                                                  int64_t count, const std::optional<at::Tensor>& groups) {
+                                                  int64_t num_images, const std::optional<at::Tensor>& groups) {
   check_nms(boxes, scores, iou_threshold, groups, images);
-  check_padded(max_keep, count);
-  // Boxes of images other than 0 to count - 1 are left out.
-  const auto members_below_count = [count](const int64_t* image, int64_t n) {
-    std::vector<std::vector<uint32_t>> members(count);
+  check_nms_padded(max_keep, num_images);
+  // Boxes of images other than 0 to num_images - 1 are left out.
+  const auto members_of_image = [num_images](const int64_t* image, int64_t n) {
+    std::vector<std::vector<uint32_t>> members(num_images);
     for (int64_t i = 0; i < n; ++i)
-      if (image[i] >= 0 && image[i] < count) members[image[i]].push_back(static_cast<uint32_t>(i));
+      if (image[i] >= 0 && image[i] < num_images) members[image[i]].push_back(static_cast<uint32_t>(i));
     return members;
   };
-  const auto kept_of_image = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_below_count);
-  const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
-  const at::Tensor kept_counts = at::empty({count}, kept.options());
-  for (int64_t i = 0; i < count; ++i) {
+  const auto kept_of_image = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_of_image);
+  const at::Tensor kept = at::full({num_images, max_keep}, -1, boxes.options().dtype(at::kLong));
+  const at::Tensor kept_counts = at::empty({num_images}, kept.options());
+  for (int64_t i = 0; i < num_images; ++i) {
     std::copy(kept_of_image[i].begin(), kept_of_image[i].end(), kept.mutable_data_ptr<int64_t>() + i * max_keep);
     kept_counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(kept_of_image[i].size());
   }

@@ -139,16 +139,16 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
   return kept.masked_select(kept.ge(0));  // elements that no kept box was written to are still -1
 }
 
-// `images` has indices from 0 to count - 1; boxes with another index are ignored.
+// `images` has indices from 0 to num_images - 1; boxes with another index are ignored.
 std::tuple<at::Tensor, at::Tensor> nms_padded_cuda(const at::Tensor& boxes, const at::Tensor& scores,
                                                    double iou_threshold, int64_t max_keep, const at::Tensor& images,
-                                                   int64_t count, const std::optional<at::Tensor>& groups) {
+                                                   int64_t num_images, const std::optional<at::Tensor>& groups) {
   check_nms(boxes, scores, iou_threshold, groups, images);
-  check_padded(max_keep, count);
+  check_nms_padded(max_keep, num_images);
   const c10::cuda::CUDAGuard guard(boxes.device());
-  const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
+  const at::Tensor kept = at::full({num_images, max_keep}, -1, boxes.options().dtype(at::kLong));
   const at::Tensor kept_counts = run_greedy(boxes, scores, iou_threshold, /*limit=*/max_keep, /*kept_stride=*/max_keep,
-                                            groups, images, count, kept);
+                                            groups, images, num_images, kept);
   return {kept, kept_counts};
 }
 

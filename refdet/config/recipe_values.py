@@ -42,7 +42,7 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     """
     root = root or cls
     if not isinstance(tree, Mapping):
-        raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {short_repr(tree)}")
+        raise InputError(f"{prefix.rstrip('.') or 'recipe'}: must be a mapping of options, not {short_repr(tree)}")
     types = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():

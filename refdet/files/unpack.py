@@ -162,7 +162,7 @@ def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
     with tar:
         yield [_tar_member(tar, info, name) for info in tar if not info.isdir()]
         while tar.fileobj is not None and tar.fileobj.read(2**20):
-            pass  # the checksum of the compressed data is compared at its end, which tarfile does not read
+            pass  # to the end of the compressed data, where its checksum is compared: tarfile stops earlier
 
 
 def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Member:

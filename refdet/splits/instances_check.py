@@ -22,8 +22,9 @@ from refdet.splits.json_stream import JsonValue
 class InstancesCheck:
     """Checks every entry as it is read, and the references between entries at the end.
 
-    Only ids are checked in files without categories (captions) or with panoptic segments, which are not instances
-    files. This is known only at the end of the file, so the first error is held back until then.
+    In files without any category (captions) or with panoptic segments, which are not instances files, only the image
+    ids of annotations are checked. This is known only at the end of the file, so the first error is held back until
+    then.
 
     Args:
         path: the file, for error messages.
@@ -38,7 +39,7 @@ class InstancesCheck:
         self._annotations: set[int] = set()
         self._first_annotation: dict[int, int] = {}  # category id -> its first annotation
         self._rle_sizes: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
-        # annotation id, image id, polygons that may be too large
+        # annotation id, image id, polygons that may be too far outside the image or too long to be drawn
         self._unchecked_polygons: list[tuple[int, int, list]] = []
 
     def __call__(self, json_value: JsonValue) -> None:
@@ -52,7 +53,8 @@ class InstancesCheck:
                 self._error = error
 
     def _check(self, json_value: JsonValue) -> None:
-        path, position, entry = self._path, json_value.position or 0, json_value.value
+        position = json_value.position or 0  # entries of a list have one
+        path, entry = self._path, json_value.value
         if json_value.key == "images":
             image_id, _, height, width = parse_image(path, position, entry)
             self._sizes[image_id] = (height, width)
@@ -74,7 +76,7 @@ class InstancesCheck:
         self._first_annotation.setdefault(category_id, annotation_id)
         parse_box(path, entry.get("bbox"), what)
         segmentation = entry.get("segmentation")
-        polygons, _ = parse_segmentation(path, segmentation, what, None)
+        polygons, _ = parse_segmentation(path, segmentation, what, None)  # sizes are compared at the end
         if isinstance(segmentation, dict):
             self._rle_sizes.append((annotation_id, image_id, tuple(segmentation["size"])))
         elif isinstance(polygons, list) and not can_be_drawn_in_any_image(polygons):

@@ -17,7 +17,7 @@ from h5py import h5d, h5p, h5z
 
 from refdet.store.chunks import THREADS
 
-MAX_CHUNK = 2**26  # bytes of a chunk; those of a store have a quarter of a megabyte, or the features of one region
+MAX_CHUNK = 2**26  # bytes of a chunk; a store has chunks of about 256 KiB, or of one region if that is larger
 _LZF = 32000  # id of h5py's LZF filter, registered with the HDF Group
 
 _COMPRESSION_FILTERS = (h5z.FILTER_DEFLATE, _LZF)
@@ -54,10 +54,10 @@ def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ..
     if codes not in _ALLOWED_FILTERS:
         raise StructureError(f"{name} has unsupported filters ({', '.join(map(str, codes))})")
     chunk_size = math.prod(dcpl.get_chunk()) * itemsize if codes else 0
-    # values of the filters: shuffle has the size of an element; LZF two versions, and the size of a chunk
+    # the filters' parameters (cd_values): shuffle: (itemsize,); LZF: (filter revision, LZF version, bytes of a chunk)
     for code, values in filters:
         if (code == h5z.FILTER_SHUFFLE and values != (itemsize,)) or (code == _LZF and values[2:] != (chunk_size,)):
-            raise StructureError(f"{name} has a filter for elements of another size")
+            raise StructureError(f"{name} has a filter for elements or chunks of another size")
     return codes
 
 
@@ -90,10 +90,11 @@ def check_chunks(
     if not 0 < chunk_size <= MAX_CHUNK:
         raise StructureError(f"{name} has chunks of {chunk_size} bytes")
     grid = [-(-side // step) for side, step in zip(shape, chunk, strict=True)]  # number of chunks along each dimension
-    if data.get_num_chunks() != math.prod(grid):
-        raise StructureError(
-            f"{name} has {data.get_num_chunks()} of {math.prod(grid)} chunks, the others were never written"
-        )
+    found, expected = data.get_num_chunks(), math.prod(grid)
+    if found < expected:
+        raise StructureError(f"{name} has {found} of {expected} chunks, the others were never written")
+    if found > expected:
+        raise StructureError(f"{name} has {found} chunks, but its shape has room for {expected}")
     seen = np.zeros(grid, bool)
 
     infos = _chunk_infos(data)

@@ -163,3 +163,12 @@ def test_stdout_on_a_full_disk_is_not_reported_as_a_leak(audit_commands: dict[in
     with open("/dev/full", "w") as full:
         done = subprocess.run(audit_commands[0], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == OUTPUT_LOST and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("")
+    with pytest.raises(OSError) as caught:
+        (file / below).mkdir()
+    assert describe(caught.value) == (2, f"{file}: is a file where a folder is needed; choose another path")

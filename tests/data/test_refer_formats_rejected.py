@@ -63,6 +63,7 @@ def test_dataset_and_split_by_are_parsed_from_names(text: str, dataset: str, spl
         ("validation-00000-of-00001.parquet", "val"),
         ("default/testB/0000.parquet", "testB"),
         ("refcoco/train2014.json", "train"),
+        ("refcoco_dev.json", "val"),
         ("refcocog_val_train2014.json", "val"),
         ("train2014_testB/refcoco.json", "testB"),
         ("constrained.json", ""),
@@ -86,6 +87,16 @@ def test_a_split_called_test_is_test_a_if_there_is_a_test_b() -> None:
         "validation": "val",
     }
     assert match_split_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
+
+
+def test_split_names_are_recognized_in_any_case() -> None:
+    few = Counts(3, 2)
+    names = match_split_names("refcoco", "unc", {"Train": few, "VAL": few, "TestA": few, "Testb": few})
+    assert names == {"Train": "train", "VAL": "val", "TestA": "testA", "Testb": "testB"}
+
+
+def test_a_split_of_another_size_and_name_is_an_error() -> None:
+    few = Counts(3, 2)
     with pytest.raises(InputError, match="its 3 refs on 2 images are not the size of any split of refcoco/unc"):
         match_split_names("refcoco", "unc", {"test": few})
     with pytest.raises(InputError, match="are both val"):

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def accessibility_violations(page: Any) -> list[str]:
     """Violations of axe's accessibility rules, such as contrast and labels."""
     from axe_playwright_python.sync_playwright import Axe
 
-    # evaluated by the browser's debugger, to which the page's content security policy does not apply
+    # adds its script through the browser's debugger, which the page's content security policy does not stop
     violations = Axe().run(page).response["violations"]
     return [f"{violation['id']}: {node['html'][:200]}" for violation in violations for node in violation["nodes"]]
 
@@ -61,7 +61,7 @@ class WatchedPage:
 
     Attributes:
         page: playwright's page.
-        address: the address of the server, "" if unknown.
+        address: the address that `refdet browse` printed, which ends in ?token=..., "" if unknown.
         errors: errors and warnings of the console, and uncaught exceptions.
         requests: requested addresses.
     """
@@ -79,14 +79,20 @@ class WatchedPage:
         self.page.goto(address)
         self.page.wait_for_selector("#main[data-ready]")
 
-    def wait_for_view(self, act: Any) -> None:
+    def open_with(self, query: str) -> None:
+        """Go to the server's address with a further query, such as "image=1&ref=0"."""
+        self.open(self.address.replace("?", f"?{query}&"))
+
+    def act_and_wait(self, act: Callable[[], object]) -> None:
         """Call a function that changes the view, and wait until the new one is shown."""
+        # the page counts the views that it has shown in data-ready
         before = self.page.get_attribute("#main", "data-ready")
         act()
         self.page.wait_for_function("before => document.getElementById('main').dataset.ready !== before", arg=before)
 
     def wait_for_index(self) -> None:
         """Wait until all regions have been indexed."""
+        # the stage is "" when all is indexed
         self.page.wait_for_function("async () => (await (await fetch('api/status')).json()).index.stage === ''")
         self.page.reload()
         self.page.wait_for_selector("#main[data-ready]")

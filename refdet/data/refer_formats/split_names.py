@@ -1,4 +1,4 @@
-"""Recognize the datasets and splits of REFER under the names that the sources of other formats give them."""
+"""Recognize the datasets and splits of REFER by the names that other formats use for them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from refer.statistics import COUNTS, Counts
 
 # not gRefCOCO, whose refs have any number of objects
 _DATASET = re.compile(r"(?<!g)refcoco(?P<plus>\+|[-_ ]?plus|p(?![a-z]))?(?P<g>g|[-_ ]g(?![a-z]))?", re.IGNORECASE)
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
 _COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
 _ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
-# By dataset: the split_by of sources that do not name one.
+# dataset -> split_by of a source that does not name one
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
@@ -67,8 +67,8 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
     published = COUNTS.get((dataset, split_by), {})
     names: dict[str, str] = {}
     for name, counts in sizes.items():
-        alias = _ALIASES.get(name.lower(), name)
-        same_size = [other for other, expected in published.items() if (expected.refs, expected.images) == counts[:2]]
+        alias = _ALIASES.get(name.lower(), name.lower() if name.lower() in published else name)
+        same_size = [split for split, expected in published.items() if (expected.refs, expected.images) == counts[:2]]
         if not published or alias in published:
             names[name] = alias
         elif len(same_size) == 1:
@@ -81,10 +81,10 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
                 f"{agree(counts.refs, 'is')} not the size of any split of {dataset}/{split_by} "
                 f"({', '.join(published)}); give `split_names={name}=NAME`"
             )
-    for name in set(names.values()):
-        duplicates = [source for source, other in names.items() if other == name]
+    for refer_name in set(names.values()):
+        duplicates = [name for name, assigned in names.items() if assigned == refer_name]
         if len(duplicates) > 1:
             raise InputError(
-                f"splits {' and '.join(map(repr, duplicates))} are both {name}; give `split_names=OLD=NEW`"
+                f"splits {' and '.join(map(repr, duplicates))} are both {refer_name}; give `split_names=OLD=NEW`"
             )
     return names

@@ -91,14 +91,14 @@ def test_the_token_is_removed_from_the_address_and_required(browser: Any, watche
 
 def test_referents_can_be_sorted_by_iou_in_accessible_views(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
-    watched.wait_for_view(lambda: page.select_option("select[name=sort]", "iou"))
+    watched.act_and_wait(lambda: page.select_option("select[name=split]", "val"))
+    watched.act_and_wait(lambda: page.select_option("select[name=sort]", "iou"))
     shown = page.locator(".card .facts b").all_inner_texts()
     first = [float(text.split()[1]) for text in shown if "…" not in text]
     assert first == sorted(first) and len(first) > 3
     save_screenshot(watched, "browse-grid")
     assert accessibility_violations(page) == []
-    watched.wait_for_view(cards(watched).first.click)
+    watched.act_and_wait(cards(watched).first.click)
     assert page.locator(".referents .selected").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
@@ -107,28 +107,28 @@ def test_referents_can_be_sorted_by_iou_in_accessible_views(watched: WatchedPage
 
 def test_markup_in_files_is_shown_as_text(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.fill("input[name=q]", "unheard"))
+    watched.act_and_wait(lambda: page.fill("input[name=q]", "unheard"))
     assert page.inner_text("#total") == "1 referent" and HOSTILE in cards(watched).inner_text()
     assert HOSTILE in page.locator("select[name=category]").inner_text()
-    watched.wait_for_view(cards(watched).first.click)
+    watched.act_and_wait(cards(watched).first.click)
     assert HOSTILE in page.inner_text(".referents .selected") and "owned" not in page.title()
     assert page.locator("main script").count() == 0
 
 
 def test_everything_can_be_done_with_the_keyboard(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
+    watched.act_and_wait(lambda: page.select_option("select[name=split]", "val"))
     page.locator("body").focus()
     page.keyboard.press("/")
-    watched.wait_for_view(lambda: page.keyboard.type("the"))
+    watched.act_and_wait(lambda: page.keyboard.type("the"))
     assert page.evaluate("document.activeElement.name") == "q"
     page.keyboard.press("Escape")
     cards(watched).first.focus()
-    watched.wait_for_view(lambda: page.keyboard.press("Enter"))
+    watched.act_and_wait(lambda: page.keyboard.press("Enter"))
     first_url = page.url
-    watched.wait_for_view(lambda: page.keyboard.press("ArrowRight"))
+    watched.act_and_wait(lambda: page.keyboard.press("ArrowRight"))
     assert page.url != first_url and "at=1" in page.url
-    watched.wait_for_view(lambda: page.keyboard.press("ArrowLeft"))
+    watched.act_and_wait(lambda: page.keyboard.press("ArrowLeft"))
     assert page.url == first_url
     page.keyboard.press("m")
     assert page.locator("button[aria-pressed=true]").first.inner_text() == "Masks" and "masks=1" in page.url
@@ -137,7 +137,7 @@ def test_everything_can_be_done_with_the_keyboard(watched: WatchedPage) -> None:
     assert page.locator(".referents .selected").count() == 0
     save_screenshot(watched, "browse-masks")
     page.keyboard.press("+")
-    watched.wait_for_view(lambda: page.keyboard.press("Escape"))
+    watched.act_and_wait(lambda: page.keyboard.press("Escape"))
     assert page.locator(".card").count() and "q=the" in page.url
     page.keyboard.press("?")
     assert page.locator("dialog[open]").count() == 1
@@ -145,31 +145,31 @@ def test_everything_can_be_done_with_the_keyboard(watched: WatchedPage) -> None:
 
 def test_filters_are_kept_in_the_address(browser: Any, watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.select_option("select[name=show]", "images"))
-    watched.wait_for_view(lambda: page.select_option("select[name=only]", "failed"))
+    watched.act_and_wait(lambda: page.select_option("select[name=show]", "images"))
+    watched.act_and_wait(lambda: page.select_option("select[name=only]", "failed"))
     assert page.inner_text("#total") == "1 image" and "not a readable <b>image</b>" in cards(watched).inner_text()
     again = WatchedPage(watched.page.context.new_page())
     again.open(page.url)
     assert again.page.inner_text("#total") == "1 image"
     assert again.page.input_value("select[name=only]") == "failed"
-    watched.wait_for_view(page.go_back)
+    watched.act_and_wait(page.go_back)
     assert page.inner_text("#total") != "1 image"
     again.page.close()
 
 
 def test_wrong_answers_can_be_filtered(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.fill("input[name=q]", "unheard"))
-    watched.wait_for_view(lambda: page.select_option("select[name=only]", "wrong"))
-    watched.wait_for_view(cards(watched).first.click)
+    watched.act_and_wait(lambda: page.fill("input[name=q]", "unheard"))
+    watched.act_and_wait(lambda: page.select_option("select[name=only]", "wrong"))
+    watched.act_and_wait(cards(watched).first.click)
     assert "incorrect, IoU 0.00" in page.inner_text(".referents .selected")
 
 
 def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
-    watched.wait_for_view(lambda: page.select_option("select[name=sort]", "gap"))
-    watched.wait_for_view(cards(watched).first.click)
+    watched.act_and_wait(lambda: page.select_option("select[name=split]", "val"))
+    watched.act_and_wait(lambda: page.select_option("select[name=sort]", "gap"))
+    watched.act_and_wait(cards(watched).first.click)
     titles = page.locator("figcaption")
     assert titles.count() == 2 and "no masks in this store" in titles.nth(1).inner_text()
     page.locator("input[name=top]").fill("2")
@@ -180,12 +180,12 @@ def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: WatchedPa
 
 def test_the_list_and_the_picture_can_be_downloaded(watched: WatchedPage) -> None:
     page = watched.page
-    watched.wait_for_view(lambda: page.select_option("select[name=split]", "val"))
+    watched.act_and_wait(lambda: page.select_option("select[name=split]", "val"))
     with page.expect_download() as list_:
         page.click("text=Download list")
     listed = json.loads(Path(list_.value.path()).read_text())
     assert {entry["split"] for entry in listed} == {"val"}
-    watched.wait_for_view(cards(watched).first.click)
+    watched.act_and_wait(cards(watched).first.click)
     page.wait_for_timeout(300)
     with page.expect_download() as png:
         page.click("text=Download PNG")
@@ -214,7 +214,7 @@ def test_missing_images_and_unknown_ids_are_reported(browser: Any, data: Path) -
     with serve_browse(data / "b.h5") as address:
         watched = WatchedPage(browser.new_context().new_page())
         watched.open(address)
-        watched.wait_for_view(cards(watched).first.click)
+        watched.act_and_wait(cards(watched).first.click)
         assert "no images were given" in watched.page.inner_text("main")
         assert watched.page.locator("button", has_text="Masks").is_disabled()
         watched.page.goto(f"{watched.page.url.split('?')[0]}?image=77")
