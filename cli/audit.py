@@ -14,6 +14,7 @@ from refdet.files.short_text import format_count
 
 from .arguments import check_images, check_refer_root, check_run_directory, check_store, check_text_file
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
+from .given_options import reject_unused
 from .option_names import as_options
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ def command(
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
     if val_instances is not None and detector is None:
         raise click.UsageError("--val-instances is for --checkpoint and --store; audit the file alone by --instances")
+    if instances is None and val_instances is None:
+        reject_unused(
+            "allow_unidentified", "is for the images of --instances or --val-instances; give one of them or omit it"
+        )
     check_refer_root(Path(refer_root))
     if instances is not None:
         check_text_file("--instances", Path(instances), "an instances JSON or a list of images")

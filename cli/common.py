@@ -122,7 +122,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
         # Help lists options in the order of their decorators; eager options are processed first.
         hidden = click.option(
             old,
-            f"{name}_by_its_old_name",
+            f"{name}_by_its_old_name",  # cli.given_options looks for it
             hidden=True,
             is_eager=True,
             expose_value=False,

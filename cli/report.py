@@ -18,7 +18,8 @@ from .arguments import (
     check_store,
     check_text_file,
 )
-from .common import echo_json, echo_line, json_option, renamed_option
+from .common import echo_json, echo_line, json_option, note, renamed_option
+from .given_options import reject_unused, was_given
 
 MAX_METRICS_BYTES = 1 << 26  # bytes
 
@@ -122,9 +123,13 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
     ):
         if given[name] is not None and given[needed] is None:
             raise InputError(f"`{name}` needs `{needed}`")  # cli.main translates both to options
-    for name in ("predictions", "images", "instances"):
-        if given[name] is not None and not stores:
+    for name in ("predictions", "images", "instances", "pictures", "dataset"):
+        if was_given(name) and not stores:
             raise InputError(f"`{name}` needs --store")
+    if not stores and given["trained_on"] is None:
+        reject_unused("refer_root", "is for --store and --trained-on; give one of them or omit it")
+    if given["images"] is not None and not given["pictures"]:
+        note("note: --images: not used with --pictures 0")
 
 
 def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
