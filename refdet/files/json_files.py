@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.strict_json import finite_json
 from refer import ReferError, plain_files
 
 _MAX_SMALL_BYTES = 2**25  # 32 MiB
@@ -31,7 +32,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_small_json(path: Path) -> Any:
-    """Parse one of refdet's own JSON files, which are at most 32 MiB.
+    """Parse one of refdet's own JSON files, which are at most 32 MiB and have no NaN.
 
     Args:
         path: the file.
@@ -40,10 +41,10 @@ def read_small_json(path: Path) -> Any:
         Its value.
 
     Raises:
-        InputError: it cannot be read, is malformed, or is larger than 32 MiB.
+        InputError: it cannot be read, is malformed, has a number that is not finite, or is larger than 32 MiB.
     """
     with json_errors(path):
-        return json.loads(read_bytes(path, _MAX_SMALL_BYTES))
+        return finite_json(read_bytes(path, _MAX_SMALL_BYTES))
 
 
 def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:
