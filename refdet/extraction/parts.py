@@ -27,6 +27,7 @@ from refdet.extraction.part_shards import PartShards, PartTimer
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import find_retries
+from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -215,6 +216,7 @@ def _agree_on_plan(
         plan = replace(plan, batch_size=size)
         shards = split_into_shards(make_batches(size), shard_images)
     check_same_settings(folder, plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan))
+    record_selection(folder / PLAN, header, saved_plan)
     return plan, shards, saved_plan
 
 
@@ -266,7 +268,8 @@ def _merge_if_last(
             # temporary files of processes that were killed while they merged
             for path in find_temporary_files(out.parent, out.name) if locked else ():
                 path.unlink()
-            all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
+            header = record_selection(folder / PLAN, shard_set.header, saved_plan)  # another part may have recorded one
+            all_shards = ShardSet(out, shard_set.plan, header, shard_set.shards, saved_plan=saved_plan)
             if damaged := all_shards.missing_shards():
                 raise _damaged_shards_error(folder, damaged, shard_set.part.count)
             if len(all_shards.errors) == len(records):

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
 from refdet.extraction.merge_reading import ImageToMerge
 from refdet.extraction.plan import Plan, Shard, split_into_shards
+from refdet.extraction.selection_record import merge_provenances
 from refdet.extraction.shard_folder import LOCK
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
@@ -139,6 +141,8 @@ def repair(
     """
     folder = repair_folder(out)
     with store.open(out) as old:
+        provenance = merge_provenances(old.provenance, header.provenance) or old.provenance
+        header = replace(header, provenance=provenance)
         readable = find_readable(old.errors, records, load)
         remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
         if strict and remaining_errors:
@@ -150,6 +154,8 @@ def repair(
         if not readable:
             if (folder / _REPAIR).is_file():
                 _clean_up(folder, out)
+            if provenance != old.provenance:
+                log.warning("note: %s: its detector was validated since on a file that the store does not name", out)
             yield None
             return
         old_batch_size = old.run.get("batch_size", plan.batch_size)

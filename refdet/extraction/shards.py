@@ -24,6 +24,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.merge_reading import ImageToMerge, read_ahead
 from refdet.extraction.part import lock_all_parts
 from refdet.extraction.plan import Plan, Shard
+from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -254,8 +255,8 @@ class ShardSet:
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
 
-        images_by_id = self._images_by_id()
-        self._write_store(self.out, [images_by_id[record.id] for record in records], run, seal)
+        images = self._images_by_id()
+        self._write_store(self.out, [images[record.id] for record in records], run, seal)
         remove_merged(self.folder)
 
     def _write_store(
@@ -299,10 +300,8 @@ class ShardSet:
             return reader.read(path, row, location)
         except ShardError as error:
             path.unlink(missing_ok=True)
-            raise RuntimeFailure(
-                f"{path}: {error}; removed",
-                fix="check the disk and compute its images again with `resume=True`",
-            ) from None
+            fix = "check the disk and compute its images again with `resume=True`"
+            raise RuntimeFailure(f"{path}: {error}; removed", fix=fix) from None
 
 
 @contextmanager
@@ -347,4 +346,5 @@ def open_extraction(
             if saved_plan is None:
                 write_json(folder / PLAN, plan.to_json(shards, header))
                 fsync(out.parent)
+            header = record_selection(folder / PLAN, header, saved_plan)
             yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)

@@ -31,11 +31,12 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
 
 
-def read_small_json(path: Path) -> Any:
+def read_small_json(path: Path, finite: bool = True) -> Any:
     """Parse one of refdet's own JSON files, which are at most 32 MiB and have no NaN.
 
     Args:
         path: the file.
+        finite: whether a number that is not finite is an error; otherwise the caller checks the numbers that it uses.
 
     Returns:
         Its value.
@@ -44,7 +45,8 @@ def read_small_json(path: Path) -> Any:
         InputError: it cannot be read, is malformed, has a number that is not finite, or is larger than 32 MiB.
     """
     with json_errors(path):
-        return finite_json(read_bytes(path, _MAX_SMALL_BYTES))
+        data = read_bytes(path, _MAX_SMALL_BYTES)
+        return finite_json(data) if finite else json.loads(data)
 
 
 def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
+from refdet.extraction.selection_record import recorded_provenance
 from refdet.extraction.shard_folder import read_progress, shards_folder
 from refdet.extraction.workers_file import read_workers
 from refdet.files.file_kinds import HDF5_MAGIC, FileKind, kind_of, run_directory_near
@@ -160,7 +161,7 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "categories": len(classes) if isinstance(classes, list) else None,
         "options": plan.get("options"),
         "workers": read_workers(folder),
-        "provenance": _provenance(folder / "plan.json", header.get("provenance")),
+        "provenance": _provenance(folder / "plan.json", recorded_provenance(plan)),
     }
 
 

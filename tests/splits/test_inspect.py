@@ -187,7 +187,9 @@ def test_numbers_that_json_lacks_are_damage(tmp_path: Path) -> None:
 
 
 def test_numbers_in_the_progress_of_a_part_that_json_lacks_are_unknown(tmp_path: Path) -> None:
-    (tmp_path / "workers.json").write_text('{"token": "", "workers": [{"worker": "w", "images_per_second": NaN}]}')
+    (tmp_path / "workers.json").write_text(
+        '{"token": "", "workers": [{"worker": "w", "images_per_second": NaN, "shards": [NaN]}]}'
+    )
     (tmp_path / "part-1.json").write_text('{"worker": "part 1/2", "images_per_second": 1e999, "updated": 5.0}')
     json.dumps(read_workers(tmp_path), allow_nan=False)
 
