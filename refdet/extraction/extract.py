@@ -174,6 +174,7 @@ def extract_features(
                     workers=workers,
                     strict=strict,
                     compute_seconds=profiler.seconds,
+                    source=job.source,
                 )
             return extract(
                 out,
@@ -187,6 +188,7 @@ def extract_features(
                 workers=workers,
                 strict=strict,
                 compute_seconds=profiler.seconds,
+                source=job.source,
             )
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(

@@ -43,7 +43,8 @@ from refdet.extraction.shard_folder import (
     shards_folder,
 )
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.steps import Compute, Load
+from refdet.extraction.stamped_source import StampedSource
+from refdet.extraction.steps import Compute, Load, no_stamp
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Timer
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
@@ -75,6 +76,7 @@ def extract_part(
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
     compute_seconds: Callable[[], dict[str, float]] = dict,
+    source: StampedSource | None = None,
 ) -> Summary:
     """Compute the shards of one part, and write the store if the shards of all other parts are finished.
 
@@ -96,6 +98,7 @@ def extract_part(
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
         compute_seconds: called at the end; returns the seconds that each stage of the network took.
+        source: as in `refdet.extraction.pipeline.extract`.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -111,9 +114,10 @@ def extract_part(
         if shard_set is not None:
             timer = PartTimer(shard_set)
             with interruptible(shard_set):
-                shard_numbers = _claim_shards(shard_set, find_retries(shard_set, records, load, strict))
+                shard_numbers = _claim_shards(shard_set, find_retries(shard_set, records, load, strict, source))
                 with timer.computing():
-                    compute_shards(shard_set, shard_numbers, timer, load, compute, workers, strict)
+                    stamp_of = no_stamp if source is None else source.stamp_of
+                    compute_shards(shard_set, shard_numbers, timer, load, compute, workers, strict, stamp_of)
                 timer.report("finished")
                 merged = _merge_if_last(shard_set, records, timer, compute_seconds)
             if not merged:

@@ -154,16 +154,17 @@ class ShardSet:
         """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
-    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
-        """List the numbers of the shards to compute: the unfinished ones, and those with an image to try again.
+    @property
+    def stamps(self) -> dict[int, tuple[int, ...]]:
+        """Image id -> stamp of its file (`refdet.extraction.stamped_source`), of the images in finished shards."""
+        return {row.id: location.stamp for rows in self._rows.values() for row, location in rows}
 
-        Args:
-            retry_ids: ids of images to try again if they were unusable.
-        """
+    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
+        """List the numbers of the shards to compute: the unfinished ones, and those with an image of `retry_ids`."""
         return [
             number
             for number in self.shard_numbers
-            if number not in self._rows or any(row.error and row.id in retry_ids for row, _ in self._rows[number])
+            if number not in self._rows or any(row.id in retry_ids for row, _ in self._rows[number])
         ]
 
     def adopt(
@@ -234,9 +235,7 @@ class ShardSet:
         self._rows[number] = rows
 
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Write the store from the finished shards, then remove the folder.
-
-        Only a few images at a time are in memory.
+        """Write the store from the finished shards, with a few images at a time in memory, then remove the folder.
 
         Args:
             records: images in the order of the store.
