@@ -311,7 +311,8 @@ def join_torchrun(launch: Launch) -> Iterator[TorchrunProcess]:
         except Exception as error:
             final_error = process.finish_with(error)
             if rank_log is not None:
-                print(f"error: {final_error}", flush=True)  # into the log of this process
+                with suppress(OSError):  # a full disk must not hide the error
+                    print(f"error: {final_error}", flush=True)  # into the log of this process
             if final_error is error:
                 raise
             raise final_error from error

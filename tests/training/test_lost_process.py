@@ -1,11 +1,18 @@
-"""After another process was lost, no process takes its own values for those of all."""
+"""After another process was lost, no process takes its own values for those of all; errors are not hidden."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
 
-from refdet.training.distributed import TorchrunProcess
-from refdet.training.processes import LostProcess
+from refdet.errors import Interrupted
+from refdet.training import distributed
+from refdet.training.distributed import TorchrunProcess, join_torchrun
+from refdet.training.processes import LostProcess, ReportedElsewhere
 
 
 def process_after_a_loss(rank: int) -> TorchrunProcess:
@@ -36,3 +43,16 @@ def test_errors_of_this_process_are_still_raised(rank: int) -> None:
     with pytest.raises(OSError, match="mine"):
         process.share_error(OSError("mine"))
     assert process.run_on_all(lambda: rank) == rank
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_of_the_log_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Mock(finish_with=lambda error: ReportedElsewhere(str(error), 130))
+    monkeypatch.setattr(distributed, "TorchrunProcess", lambda *_: process)
+    monkeypatch.setattr(distributed, "RankLog", Mock())
+    with open("/dev/full", "w", buffering=1) as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        with pytest.raises(ReportedElsewhere, match="stopped") as raised, join_torchrun(Mock(rank=1)):
+            raise Interrupted("stopped")
+        assert raised.value.exit_code == 130
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # so that closing the file does not fail
