@@ -13,7 +13,9 @@ from refdet.errors import RuntimeFailure
 from refdet.files.short_text import format_count
 
 from .arguments import check_images, check_refer_root, check_run_directory, check_store, check_text_file
+from .audit_verdict import chosen_by_validation, selection_proven, unidentified_in, verdict
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
+from .given_options import reject_unused
 from .option_names import as_options
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ MAX_SHOWN = 10  # image ids in a cell of the table
 )
 @click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --find-duplicates.")
 @click.option("--refer-images", metavar="DIR", help="Folder or zip of the held-out images.  [default: --images]")
+@click.option(
+    "--val-images", metavar="DIR", help="Folder or zip of the images in --val-instances, to compare them too."
+)
 @json_option
 def command(
     instances: str | None,
@@ -71,6 +76,7 @@ def command(
     find_duplicates: bool,
     images: str | None,
     refer_images: str | None,
+    val_images: str | None,
     as_json: bool,
 ) -> None:
     """Check training images for REFER's val and test images; exits 0 if there are none and 1 if there are.
@@ -89,6 +95,8 @@ def command(
         raise click.UsageError("--find-duplicates needs --instances and --images")
     if not find_duplicates and (images is not None or refer_images is not None):
         raise click.UsageError("--images and --refer-images are for --find-duplicates; add it or leave them out")
+    if val_images is not None and (val_instances is None or not find_duplicates):
+        raise click.UsageError("--val-images is for --val-instances with --find-duplicates; add them or leave it out")
     detector = checkpoint if checkpoint is not None else store  # a path; None to audit F.json alone
     if benchmark and detector is not None:
         raise click.UsageError("--benchmark is for --instances alone; audit the detector without it")
@@ -96,16 +104,21 @@ def command(
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
     if val_instances is not None and detector is None:
         raise click.UsageError("--val-instances is for --checkpoint and --store; audit the file alone by --instances")
+    if instances is None and val_instances is None:
+        reject_unused(
+            "allow_unidentified", "is for the images of --instances or --val-instances; give one of them or omit it"
+        )
     check_refer_root(Path(refer_root))
     _check_files(
         {"--instances": instances, "--val-instances": val_instances},
         checkpoint,
         store,
-        {"--images": images, "--refer-images": refer_images},
+        {"--images": images, "--refer-images": refer_images, "--val-images": val_images},
     )
     provenance_audit: ProvenanceAudit | None = None
     result: AuditResult | None
     content: ContentResult | None = None
+    val_content: ContentResult | None = None
     if detector is not None:
         provenance_audit = _audit_detector(detector, refer_root, instances, exclude, trust_weights, val_instances)
         result, notes = provenance_audit.proof, provenance_audit.notes
@@ -120,26 +133,37 @@ def command(
 
         content = audit_content(instances, refer_root, images, refer_images, exclude, benchmark)
         notes = [*notes, *(f"--find-duplicates: {text}" for text in content.notes())]
+        if val_instances is not None and val_images is not None:
+            if chosen_by_validation(provenance_audit) is None:
+                notes.append("--val-images: not compared, as no validation chose these weights")
+            else:
+                val_content = audit_content(
+                    val_instances, refer_root, val_images, refer_images or images, exclude, argument="val_images"
+                )
+                notes += [f"--find-duplicates, --val-images: {text}" for text in val_content.notes()]
     for text in notes:
         note(f"note: {text}")
-    unidentified = _unidentified(result, content)
+    unidentified = unidentified_in(result, content)
     fix = "compare them with --find-duplicates" if content is None else "add or repair their files"
-    if not unidentified and provenance_audit is not None:
-        unidentified = _unidentified_selection(provenance_audit, str(val_instances))
-        fix = "compare them with --find-duplicates in an audit of that file alone"
+    selection = chosen_by_validation(provenance_audit)
+    if not unidentified and selection is not None and (images_of_file := unidentified_in(selection.proof, val_content)):
+        unidentified = f"{images_of_file} in {val_instances}"
+        if val_content is None:
+            fix = "compare them with --find-duplicates in an audit of that file alone, or here with --val-images"
     unproven = "" if allow_unidentified else unidentified
     if as_json:
-        echo_json(_to_json(result, provenance_audit, content, unidentified, unproven))
+        echo_json(_to_json(result, provenance_audit, content, val_content, unidentified, unproven))
     else:
-        _print_tables(result, provenance_audit, content)
+        _print_tables(result, provenance_audit, [content, val_content])
     _raise_leaks(instances, result, provenance_audit, content)
+    _raise_copies(val_instances, val_content)
     if unproven:
         raise RuntimeFailure(
             f"{instances or detector}: not proven: {unproven}; {fix}, or accept them with --allow-unidentified"
         )
     if not as_json:
         echo_line()
-        for line in _verdict(result, provenance_audit, content):
+        for line in verdict(result, provenance_audit, content, val_content):
             echo_line(line)
 
 
@@ -178,6 +202,7 @@ def _to_json(
     result: AuditResult | None,
     detector: ProvenanceAudit | None,
     content: ContentResult | None,
+    val_content: ContentResult | None,
     unidentified: str,
     unproven: str,
 ) -> dict[str, Any]:
@@ -187,6 +212,7 @@ def _to_json(
         result: audit of F.json, None without --instances.
         detector: audit of the provenance of a checkpoint or a store, None if only F.json is audited.
         content: comparison of the images' pixels, None without --find-duplicates.
+        val_content: the same for the validation images, None without --val-images.
         unidentified: which images are not proven clean, in words; "" if all are.
         unproven: like ``unidentified``, but "" with --allow-unidentified.
     """
@@ -199,13 +225,18 @@ def _to_json(
     if content is not None:
         is_clean = is_clean and not content.copies
         tree["content"] = content.to_json()
+    if val_content is not None:
+        is_clean = is_clean and not val_content.copies
+        tree["selection"] |= {"proven": selection_proven(detector, val_content), "content": val_content.to_json()}
     tree |= {"clean": is_clean, "unproven": unproven}
     if detector is not None:
         tree["proven"] = detector.proven_if_identified and is_clean and not unidentified
     return tree
 
 
-def _print_tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
+def _print_tables(
+    result: AuditResult | None, detector: ProvenanceAudit | None, contents: Sequence[ContentResult | None]
+) -> None:
     """Print the leaks, or without F.json the claims, of each split, and the copies; arguments as in `_to_json`."""
     rows: list[tuple[str, ...]]
     if result is not None:
@@ -220,7 +251,9 @@ def _print_tables(result: AuditResult | None, detector: ProvenanceAudit | None, 
             for claim in detector.claims
         ]
         echo_table(rows, ("split", "images", "claimed excluded", "images not excluded"))
-    if content is not None and content.copies:
+    for content in contents:
+        if content is None or not content.copies:
+            continue
         echo_line()
         rows = [
             (
@@ -252,89 +285,14 @@ def _raise_leaks(
             f"{instances}: contains {format_count(len(result.leaked), 'held-out image')}; make a clean file with "
             "refdet build-split"
         )
+    _raise_copies(instances, content)
+
+
+def _raise_copies(instances: str | None, content: ContentResult | None) -> None:
+    """Raise RuntimeFailure if the images of a file are copies of held-out images."""
     if content is not None and content.copies:
         count = len({copy.image for copy in content.copies})
         raise RuntimeFailure(
             f"{instances}: contains copies of held-out images under other ids ({format_count(count, 'image')}); "
             "inspect and remove them"
         )
-
-
-def _unidentified(result: AuditResult | None, content: ContentResult | None) -> str:
-    """Which images are not proven clean, in words; "" if all are.
-
-    Without ``content``, those that the audited file does not identify; with it, those whose pixels were not compared.
-    """
-    if content is None:
-        unknown = [] if result is None else result.unknown
-        return f"{format_count(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
-    not_compared = {  # noun -> images
-        "image": [*content.missing, *content.unreadable],
-        "held-out image": [*content.refer_missing, *content.refer_unreadable],
-    }
-    return ", ".join(
-        f"{format_count(len(images), noun)} not compared (first: {images[0]})"
-        for noun, images in not_compared.items()
-        if images
-    )
-
-
-def _selection_verdict(detector: ProvenanceAudit) -> list[str]:
-    """Lines about the validation images on which the weights were selected; none if no validation selected them."""
-    audit = detector.selection
-    if audit is None or audit.selection is None or not audit.selection.by_validation:
-        return []
-    if audit.proof is None:
-        return [
-            f"its weights are {audit.selection.one_line()}, which is clean according to its own record; this is only "
-            "a claim; to prove it, pass that file with --val-instances"
-        ]
-    if audit.proof.unknown:
-        unidentified = format_count(audit.proof.unidentified, "image")
-        return [f"its weights are {audit.selection.one_line()}, with {unidentified} not identified by id; not proven"]
-    return [
-        f"proven: its weights are {audit.selection.one_line()}, of which "
-        f"{format_count(audit.proof.images, 'image', 'was')} checked"
-    ]
-
-
-def _unidentified_selection(detector: ProvenanceAudit, val_instances: str) -> str:
-    """Which images of the validation file are not proven clean, in words.
-
-    "" if all are, or if no validation selected the weights.
-    """
-    audit = detector.selection
-    if audit is None or audit.proof is None or audit.selection is None or not audit.selection.by_validation:
-        return ""
-    images = _unidentified(audit.proof, content=None)
-    return f"{images} in {val_instances}" if images else ""
-
-
-def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
-    """Lines that say what is clean, and whether that is proven or only claimed; for an audit that found no leak."""
-    lines = []
-    if detector is not None and detector.provenance is not None:
-        subject = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
-        if result is None:
-            lines.append(f"clean according to the provenance of {subject}: {detector.provenance.one_line()}")
-            # For imported published weights, no file proves anything.
-            fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
-            lines.append(f"this is only a claim{fix}")
-            lines += _selection_verdict(detector)
-        else:
-            lines.append(f"proven: {subject} was trained on the images of this file (the image ids have the same hash)")
-            lines += _selection_verdict(detector)
-    if result is not None:
-        lines.append(
-            f"clean: {format_count(result.images, 'image')} checked against "
-            f"{format_count(result.held_out_images, 'val/test image')} of {format_count(len(result.splits), 'split')}"
-        )
-        if result.unidentified:
-            lines.append(f"except for {format_count(result.unidentified, 'image')} not identified by id")
-        lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
-    if content is not None:
-        lines.append(
-            f"no copies: {format_count(content.compared, 'image')} compared with "
-            f"{format_count(content.refer_compared, 'held-out image')}"
-        )
-    return lines

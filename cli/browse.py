@@ -13,6 +13,7 @@ from refdet.errors import InputError
 
 from .arguments import check_images, check_refer_root, check_store, check_text_file
 from .common import box_format_option, echo_line, note
+from .given_options import reject_box_format_without
 
 
 @click.command("browse", short_help="Show the regions of a store in the browser.")
@@ -48,10 +49,7 @@ def command(stores: tuple[Path, ...], host: str, port: int | None, **given: Any)
     for name in ("predictions", "instances"):
         if given[name] is not None:
             check_text_file(f"--{name}", given[name])
-    if given["predictions"] is None and given["box_format"] != "xywh":
-        raise InputError(
-            f"--box-format {given['box_format']} is for --predictions; give --predictions or omit --box-format"
-        )
+    reject_box_format_without("--predictions", given["predictions"], given["box_format"])
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"browse needs {' and '.join(missing)}: pip install 'refdet[browse]'")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import click
@@ -122,7 +122,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
         # Help lists options in the order of their decorators; eager options are processed first.
         hidden = click.option(
             old,
-            f"{name}_by_its_old_name",
+            f"{name}_by_its_old_name",  # cli.given_options looks for it
             hidden=True,
             is_eager=True,
             expose_value=False,
@@ -156,6 +156,16 @@ def echo_json(obj: Any) -> None:
     """Print ``obj`` as JSON on stdout."""
     # json escapes all control characters except DEL
     _print(json.dumps(obj, indent=2).replace("\x7f", "\\u007f"))
+
+
+@contextmanager
+def keep_result(obj: Any) -> Iterator[None]:
+    """Print ``obj`` as JSON on stderr if the block cannot print it on stdout, for results that are in no file."""
+    try:
+        yield
+    except OutputLost as error:
+        print_error(f"note: the result cannot be written to stdout ({error}): {json.dumps(obj)}")
+        raise
 
 
 def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:

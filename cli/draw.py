@@ -12,6 +12,7 @@ from refdet.files.short_text import format_count
 
 from .arguments import check_device, check_new_file, check_run_directory, check_store
 from .common import echo_json, echo_line, json_option
+from .given_options import reject_unused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +58,10 @@ def command(
     """Draw the regions of an IMAGE, found by a detector or read from a store, and save the picture."""
     if (checkpoint is None) == (store is None):
         raise InputError("give either --checkpoint, to detect regions, or --store, to read them")
+    if checkpoint is not None:
+        reject_unused("image_id", "is for --store; omit it with --checkpoint")
+    else:
+        reject_unused("device", "is for --checkpoint; omit it with --store, whose regions are only read")
     check_new_file("--out", out, "regions.png")
     check_device("--device", device)
 
@@ -67,8 +72,6 @@ def command(
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out {out}: not the name of a picture; end it in .png, .jpg or .webp")
     if checkpoint is not None:
-        if image_id is not None:
-            raise InputError("--image-id is for --store; omit it with --checkpoint")
         check_run_directory("--checkpoint", checkpoint)
         regions, pixels = _detect(image, checkpoint, score_threshold, max_regions, device)
     else:

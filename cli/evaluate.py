@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from .arguments import check_device, check_images, check_ray, check_run_directory, check_text_file
-from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option, workers_option
+from .common import (
+    echo_json,
+    echo_table,
+    exif_option,
+    json_option,
+    keep_result,
+    precision_option,
+    ray_option,
+    workers_option,
+)
 
 
 @click.command("evaluate", short_help="Compute box and mask AP on an instances file.")
@@ -61,9 +70,10 @@ def command(
         crowd_as_object=crowd_as_object,
         ray=ray,
     )
-    if as_json:
-        echo_json(metrics)
-    else:
+    with keep_result(metrics):
+        if as_json:
+            echo_json(metrics)
+            return
         rows = [
             (kind, *(_format_metric(values[name]) for name in METRICS)) for kind, values in metrics.items() if values
         ]

@@ -13,6 +13,7 @@ from refdet.files.short_text import format_share
 
 from .arguments import check_not_empty, check_refer_root, check_store, check_text_file, check_writable_folder
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
+from .given_options import reject_box_format_without
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +58,10 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     for name in ("predictions", "expressions"):
         if options[name] is not None:
             check_text_file(f"--{name}", options[name])
-    if options["predictions"] is None and options["box_format"] != "xywh":
+    reject_box_format_without("--predictions", options["predictions"], options["box_format"])
+    if options["predictions"] is None and options["protocol"] == "mdetr":
         raise InputError(
-            f"--box-format {options['box_format']} is for --predictions; give --predictions or omit --box-format"
+            "--protocol mdetr is for --predictions, and leaves recall as it is; give --predictions or omit --protocol"
         )
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer

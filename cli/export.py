@@ -89,6 +89,8 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
     check_store("--store", store)
     if "annotations" in given:
         check_store("--annotations", given["annotations"])
+    if "top_attributes" in given and "attributes" not in given:
+        raise InputError("`top_attributes` is for --attributes; give --attributes or omit it")
     if format_ == "fiftyone" and "images" not in given:
         raise InputError("--format fiftyone needs --images, the folder of the images")
     if "images" in given:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
-from click.core import ParameterSource
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
@@ -35,6 +34,7 @@ from .common import (
     renamed_option,
     workers_option,
 )
+from .given_options import reject_box_format_without, reject_unused, was_given
 
 if TYPE_CHECKING:
     from refdet.extraction.summary import Summary
@@ -175,10 +175,11 @@ def command(
     _check_image_list(refer_root, dataset, split_by, splits, instances)
     if boxes is not None and regions != "detections":
         raise InputError(f"--boxes {boxes} replaces --regions; omit --regions {regions}")
-    if boxes is None and box_format != "xywh":
-        raise InputError(f"--box-format {box_format} is for --boxes; give --boxes or omit --box-format")
+    reject_box_format_without("--boxes", boxes, box_format)
+    if boxes is None and regions == "detections" and masks == "annotated":  # "predicted" is refused by extract_features
+        reject_unused("masks", "is for --regions annotations or --boxes; detections have their own masks; omit it")
     check_new_file("--out", out, "features.h5", may_exist=resume or part is not None)
-    _check_input_files(checkpoint, images, boxes, instances, refer_root, dataset)
+    _check_input_files(checkpoint, images, boxes, box_format, instances, refer_root, dataset)
 
     from dataclasses import asdict
 
@@ -203,7 +204,7 @@ def command(
     )
     if boxes is not None or regions == "annotations":
         what = "`boxes`" if boxes is not None else "`regions='annotations'`"
-        _note_unused(what, lower_threshold_if_empty=lower_threshold_if_empty)
+        _note_unused(what)
     if instances is not None:
         image_list = ImageList.of_instances(instances, crowd_as_object=crowd_as_object)
     else:
@@ -254,6 +255,7 @@ def _check_input_files(
     checkpoint: Path,
     images: Path,
     boxes: Path | None,
+    box_format: str,
     instances: Path | None,
     refer_root: Path | None,
     dataset: str | None,
@@ -263,24 +265,22 @@ def _check_input_files(
     check_images("--images", images)
     if boxes is not None and kind_of(boxes) is not FileKind.STORE:
         check_text_file("--boxes", boxes, "COCO results JSON or a store")
+    elif boxes is not None and box_format != "xywh":
+        raise InputError(f"--boxes {boxes}: a store has its own box format; omit --box-format {box_format}")
     if instances is not None:
         check_text_file("--instances", instances, "an instances JSON")
     if refer_root is not None:
         check_refer_root(refer_root, dataset or "")
 
 
-def _note_unused(source: str, *, lower_threshold_if_empty: bool) -> None:
+def _note_unused(source: str) -> None:
     """Print a note about options for detections that were given although nothing is detected.
 
     Args:
         source: what the regions are from instead, as an argument in backquotes.
-        lower_threshold_if_empty: whether this option was given; click knows only whether its new name was.
     """
-    parameter_source = click.get_current_context().get_parameter_source
-    names = ("score_threshold", "nms_threshold", "max_regions")
-    unused = [name for name in names if parameter_source(name) is ParameterSource.COMMANDLINE]
-    if lower_threshold_if_empty:
-        unused.append("lower_threshold_if_empty")
+    names = ("score_threshold", "nms_threshold", "max_regions", "lower_threshold_if_empty")
+    unused = [name for name in names if was_given(name)]
     if unused:
         note(f"note: {', '.join(f'`{name}`' for name in unused)}: for detections only, not used with {source}")
 

@@ -8,6 +8,7 @@ import click
 
 from .arguments import check_not_empty, check_writable_folder
 from .common import echo_json, echo_line, echo_table, json_option
+from .given_options import reject_unused
 
 
 @click.command("fetch-data", short_help="Download COCO and REFER.")
@@ -34,6 +35,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
     """
     check_not_empty("--only", only)
     if list_items:
+        reject_unused("mirror", "--list shows the usual sources and downloads nothing; omit one of them")
         _list_items(Path(out), only, as_json)
         return
     check_writable_folder("--out", Path(out), must_be_empty=False)

@@ -18,7 +18,8 @@ from .arguments import (
     check_store,
     check_text_file,
 )
-from .common import echo_json, echo_line, json_option, renamed_option
+from .common import echo_json, echo_line, json_option, note, renamed_option
+from .given_options import note_unused
 
 MAX_METRICS_BYTES = 1 << 26  # bytes
 
@@ -122,9 +123,16 @@ def _check_paths(run: Path | None, stores: Sequence[Path], dataset: str | None, 
     ):
         if given[name] is not None and given[needed] is None:
             raise InputError(f"`{name}` needs `{needed}`")  # cli.main translates both to options
-    for name in ("predictions", "images", "instances"):
-        if given[name] is not None and not stores:
-            raise InputError(f"`{name}` needs --store")
+    if not stores:
+        for name in ("predictions", "images", "instances"):
+            if given[name] is not None:
+                raise InputError(f"`{name}` needs --store")
+        for name in ("pictures", "dataset"):
+            note_unused(name, "as there is no --store")
+        if given["trained_on"] is None:
+            note_unused("refer_root", "as there is neither --store nor --trained-on")
+    if given["images"] is not None and not given["pictures"]:
+        note("note: --images: not used with --pictures 0")
 
 
 def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from refdet.errors import InputError
 from refdet.training.joining import in_all_processes
 
 from .arguments import check_device, check_images, check_run_directory, check_text_file, check_writable_folder
@@ -53,6 +54,8 @@ def command(
     if weights is not None:
         check_run_directory("--weights", weights)
 
+    if exif is not None and any(change.partition("=")[0].strip() == "input.exif" for change in changes):
+        raise InputError(f"--exif {exif}: replaces --set input.exif; give only one of them")
     if out is None and not dry_run:
         raise click.UsageError("--out: give the run directory to write")
 

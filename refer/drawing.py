@@ -82,16 +82,18 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Decode an image of (width, height) to (height, width, 3) uint8 RGB, ignoring its EXIF orientation."""
     from PIL import Image as Pillow
 
-    from .pixels import FORMATS, as_rgb
+    from .pixels import FORMATS, as_rgb, exif_orientation, stored_pixels, stored_size
 
     data = plain_files.read_file(path, _MAX_BYTES, "an image")
     with Pillow.open(io.BytesIO(data), formats=FORMATS) as pillow_image:
-        if pillow_image.size != size:
+        height, width = stored_size(pillow_image)
+        if (width, height) != size:
             raise ReferDataError(
-                f"{path}: is {pillow_image.width}x{pillow_image.height}, but instances.json says "
-                f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images"
+                f"{path}: is {width}x{height}, but instances.json says {size[0]}x{size[1]}; set IMAGE_DIR to the "
+                "folder of the images"
             )
-        return np.asarray(as_rgb(pillow_image).convert("RGB"))  # `as_rgb` returns gray for 16-bit images
+        orientation = exif_orientation(pillow_image)
+        return stored_pixels(as_rgb(pillow_image), pillow_image, orientation)
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:

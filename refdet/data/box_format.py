@@ -172,8 +172,9 @@ def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Ma
     tiny = int(box_format.tiny(boxes, sizes).sum())
     if tiny > count / 2:
         return (
-            f"warning: {format_share(tiny, count, 'box', 'lies')} within 0..{_TINY} but {agree(tiny, 'is')} read as "
-            f"{box_format.description}; if the boxes are in 0..1 of the image, give `box_format='normalized'`"
+            f"warning: {format_share(tiny, count, 'box', 'lies')} within -{_TINY}..{_TINY} but "
+            f"{agree(tiny, 'is')} read as {box_format.description}; if the boxes are in 0..1 of the image, give "
+            "`box_format='normalized'`"
         )
     share = misfits[name] / count
     # Boxes in pixels of images smaller than 1000 pixels also fit thousandths, and so do those that reach a bit outside
@@ -242,7 +243,7 @@ def _describe_misfits(box_format: BoxFormat, boxes: np.ndarray, count: int, tiny
     elif (boxes[:, 2:] < 0).any():
         problems.append(f"{agree(count, 'has')} a negative width or height")
     if tiny:
-        problems.append(f"{agree(count, 'lies')} within 0..{_TINY}")
+        problems.append(f"{agree(count, 'lies')} within -{_TINY}..{_TINY}")
     return " or ".join(problems)
 
 

@@ -13,7 +13,17 @@ import numpy as np
 from PIL import Image
 
 from refdet.errors import ArgumentError
-from refer.pixels import FORMATS, as_rgb
+from refer.pixels import (
+    FORMATS,
+    SIDEWAYS,
+    UPRIGHT,
+    apply_orientation,
+    as_rgb,
+    exif_orientation,
+    stored_pixels,
+    stored_size,
+    undo_pillow_rotation,
+)
 
 # Pillow warns about odd metadata and many pixels; here an image with too many pixels is an error, other ones are not.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -28,9 +38,7 @@ _METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16
 _LARGE_IMAGE_PIXELS = 1 << 25  # larger images are decoded one at a time
 _TIFF_TILE_PIXELS = 1 << 24  # by which a tile may exceed its image
 _MAX_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
-_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257  # EXIF and TIFF tags
-_UPRIGHT = 1  # EXIF orientation of pixels that are stored as seen
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 
 _large_image_lock = threading.Lock()
 
@@ -94,16 +102,16 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
         raise SizeError(f"{declared}, more than the limit of {limit:.0f} megapixels; scale it down")
     try:
         with _allow_pixels(height * width), _open(data) as image:
-            size = _stored_size(image)
+            size = stored_size(image)
             if size not in ((height, width), (width, height)):
                 raise SizeError(f"is {size[1]}x{size[0]}, but {declared}")
-            orientation = _orientation(image)
-            swap_sides = exif == "apply" and orientation in _SIDEWAYS
+            orientation = exif_orientation(image)
+            swap_sides = exif == "apply" and orientation in SIDEWAYS
             if (size[::-1] if swap_sides else size) != (height, width):
                 raise SizeError(
                     f"is {size[1]}x{size[0]}, but {declared}{_orientation_hint(orientation, exif)}", orientation
                 )
-            pixels = _stored_pixels(image, orientation)
+            pixels = stored_pixels(as_rgb(image), image, orientation)
     except Image.DecompressionBombError:
         raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None
     if exif == "apply":
@@ -120,7 +128,7 @@ def decode_any_size(data: bytes) -> DecodedImage:
     """
     try:
         with _open(data) as image:
-            height, width = _stored_size(image)
+            height, width = stored_size(image)
     except Image.DecompressionBombError as error:
         raise SizeError(f"too many pixels: {error}; scale it down") from None
     return decode(data, height, width)
@@ -168,24 +176,14 @@ def rgb_thumbnail(data: bytes, side: int, height: int, width: int) -> Image.Imag
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     with _allow_pixels(height * width), _open(data) as image:
-        if (size := _stored_size(image)) != (height, width):
+        if (size := stored_size(image)) != (height, width):
             raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
             image.draft("RGB", (side, side))  # decodes a JPEG at the smallest eighth, quarter or half that is enough
-        thumbnail = Image.fromarray(_stored_pixels(image, _orientation(image)))
+        orientation = exif_orientation(image)
+        thumbnail = Image.fromarray(stored_pixels(as_rgb(image), image, orientation))
     thumbnail.thumbnail((side, side), Image.Resampling.BILINEAR)
     return thumbnail
-
-
-def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate and mirror pixels (H, W, ...) by an EXIF orientation of 1 to 8."""
-    if orientation in _SIDEWAYS:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
@@ -198,7 +196,7 @@ def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
     Returns:
         (N, 2) x and y as fractions of the width and height of the upright image.
     """
-    transposed = points[:, ::-1] if orientation in _SIDEWAYS else points
+    transposed = points[:, ::-1] if orientation in SIDEWAYS else points
     x = 1 - transposed[:, 0] if orientation in (2, 3, 6, 7) else transposed[:, 0]
     y = 1 - transposed[:, 1] if orientation in (3, 4, 7, 8) else transposed[:, 1]
     return np.stack([x, y], axis=1)
@@ -209,10 +207,10 @@ def _gray_thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     if image.mode in ("L", "RGB"):
         # decodes a JPEG at up to an eighth of its size, which is much faster; 4 times as large leaves enough to average
         image.draft("L", (4 * side, 4 * side))
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     gray = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
-    stored = _undo_pillow_rotation(np.asarray(gray), image, orientation)
-    return [stored] if orientation == _UPRIGHT else [stored, apply_orientation(stored, orientation)]
+    stored = undo_pillow_rotation(np.asarray(gray), image, orientation)
+    return [stored] if orientation == UPRIGHT else [stored, apply_orientation(stored, orientation)]
 
 
 @contextmanager
@@ -248,41 +246,9 @@ def _allow_pixels(pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of the stored pixels; Pillow reports a TIFF's size after rotation."""
-    if image.format == "TIFF":
-        return image.tag_v2[_LENGTH], image.tag_v2[_WIDTH]  # type: ignore[attr-defined]
-    return image.height, image.width
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 if there is none or it is damaged."""
-    if image.format != "TIFF":  # a TIFF loses it when decoded; other formats may store it after the pixels
-        image.load()
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged metadata can raise anything
-        return _UPRIGHT
-    return value if isinstance(value, int) and 1 < value <= 8 else _UPRIGHT
-
-
-def _stored_pixels(image: Image.Image, orientation: int) -> np.ndarray:
-    """Pixels as stored, (H, W, 3) uint8 RGB."""
-    pixels = np.asarray(as_rgb(image))
-    return _undo_pillow_rotation(np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels, image, orientation)
-
-
-def _undo_pillow_rotation(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
-    """Undo the rotation of a TIFF by Pillow, which removes the orientation from the tags when it has applied it."""
-    if image.format == "TIFF" and _ORIENTATION not in image.getexif():
-        # 6 and 8 are quarter turns in opposite directions; every other orientation is its own inverse
-        return apply_orientation(pixels, {6: 8, 8: 6}.get(orientation, orientation))
-    return pixels
-
-
 def _orientation_hint(orientation: int, exif: str) -> str:
     """The end of a message about an image of another size: what its EXIF orientation explains, "" for nothing."""
-    if orientation not in _SIDEWAYS:
+    if orientation not in SIDEWAYS:
         return ""
     if exif == "apply":
         return f" and its EXIF orientation {orientation} rotates it; omit `exif='apply'` if it was annotated as stored"

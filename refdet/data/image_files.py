@@ -34,6 +34,9 @@ class ImageFiles(Protocol):
     def size(self, name: str) -> int:
         """Size of a listed file in bytes, without reading it."""
 
+    def state(self, name: str) -> tuple[int, ...]:
+        """Nonnegative integers of which one changes if a listed file is replaced, without reading it."""
+
     def are_same_file(self, names: Sequence[str]) -> bool:
         """Whether all the listed files are one file on disk, through links."""
 
@@ -90,6 +93,11 @@ class _Folder:
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
 
+    def state(self, name: str) -> tuple[int, ...]:
+        found = (self.path / name).stat()
+        # the time of modification can be set to any value, that of the change of the inode cannot
+        return found.st_size, max(found.st_mtime_ns, 0), max(found.st_ctime_ns, 0)
+
     def are_same_file(self, names: Sequence[str]) -> bool:
         return same_file([self.path / name for name in names])
 
@@ -134,6 +142,10 @@ class _Zip:
 
     def size(self, name: str) -> int:
         return self._open_archive().getinfo(self._zipfile_names.get(name, name)).file_size
+
+    def state(self, name: str) -> tuple[int, ...]:
+        info = self._open_archive().getinfo(self._zipfile_names.get(name, name))
+        return info.file_size, info.CRC
 
     def are_same_file(self, names: Sequence[str]) -> bool:
         return False  # a zip has no links that are read

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refdet.data.image_decoder import apply_orientation, check_exif_mode, decode_any_size
+from refdet.data.image_decoder import check_exif_mode, decode_any_size
 from refdet.data.image_source import MAX_UNDECLARED_BYTES, ImageError, why_unreadable
 from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
+from refer.pixels import apply_orientation
 
 if TYPE_CHECKING:
     from PIL import Image

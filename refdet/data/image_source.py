@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from PIL import UnidentifiedImageError
@@ -18,6 +18,8 @@ from refdet.files.short_text import agree, format_count, format_share
 from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound="ImageSource")
 
 MAX_UNDECLARED_BYTES = 1 << 28
 """Maximum file size in bytes of an image whose height and width are unknown."""
@@ -61,7 +63,7 @@ class ImageSource:
         self._located: dict[Key, Match] = {}
 
     @classmethod
-    def open(cls, path: str | Path, exif: str = "ignore", argument: str = "images") -> ImageSource:
+    def open(cls: type[S], path: str | Path, exif: str = "ignore", argument: str = "images") -> S:
         """List a folder (recursively, following links) or a zip.
 
         Args:

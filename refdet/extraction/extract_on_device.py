@@ -103,6 +103,7 @@ def extract_on_device(
                     workers=workers,
                     strict=strict,
                     compute_seconds=profiler.seconds,
+                    source=job.source,
                 )
             return extract(
                 out,
@@ -116,6 +117,7 @@ def extract_on_device(
                 workers=workers,
                 strict=strict,
                 compute_seconds=profiler.seconds,
+                source=job.source,
             )
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(

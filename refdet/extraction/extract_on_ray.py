@@ -91,6 +91,7 @@ def extract_on_ray(
                     strict=strict,
                     compute_seconds=lambda: engine.computing,
                     engine=engine,
+                    source=job.source,
                 )
             finally:
                 orientation.add(engine.orientations)

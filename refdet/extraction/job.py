@@ -21,8 +21,8 @@ from refdet.files.short_text import agree, format_share
 from refdet.store import Header
 
 if TYPE_CHECKING:
-    from refdet.data.image_source import ImageSource
     from refdet.detector.checkpoint import CheckpointMetadata
+    from refdet.extraction.stamped_source import StampedSource
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Job:
     image_list: ImageList
     options: ExtractOptions
     meta: CheckpointMetadata
-    source: ImageSource
+    source: StampedSource
     given_regions: GivenRegions | None
     plan: Plan
     header: Header
@@ -115,9 +115,9 @@ def prepare(
             "crowd_as_object",
             f"is {options.crowd_as_object}, but {image_list.crowd_as_object} for the image list; use the same for both",
         )
-    from refdet.data.image_source import ImageSource
     from refdet.detector.checkpoint import load_meta
     from refdet.detector.feature_names import check_features
+    from refdet.extraction.stamped_source import StampedSource
 
     meta = load_meta(checkpoint)
     check_features(options.features, meta.recipe)
@@ -125,7 +125,7 @@ def prepare(
         check_new(out)
     for line in meta.warnings():
         say(line)
-    records, source = image_list.records, ImageSource.open(images, options.exif)
+    records, source = image_list.records, StampedSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: no images to extract; give a file with images")
     if repeated := [image_id for image_id, count in Counter(record.id for record in records).items() if count > 1]:

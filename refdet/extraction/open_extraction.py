@@ -10,6 +10,7 @@ from pathlib import Path
 from refdet.errors import InputError
 from refdet.extraction.part import lock_all_parts
 from refdet.extraction.plan import Plan, Shard
+from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,
     PLAN,
@@ -71,4 +72,5 @@ def open_extraction(
             if saved_plan is None:
                 write_json(folder / PLAN, plan.to_json(shards, header))
                 fsync(out.parent)
+            header = record_selection(folder / PLAN, header, saved_plan)
             yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)

@@ -153,7 +153,7 @@ def read_progress_of_parts(folder: Path) -> list[dict[str, Any]]:
         if not (match := _STATE_NAME.fullmatch(path.name)):
             continue
         with suppress(InputError):
-            state = read_small_json(path)
+            state = read_small_json(path, finite=False)
             if isinstance(state, dict):
                 number = int(match[1])
                 if state.get("state") != "finished" and not _is_running(folder, number):

@@ -27,6 +27,7 @@ from refdet.extraction.part_shards import PartShards, PartTimer
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import find_retries
+from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -42,7 +43,8 @@ from refdet.extraction.shard_folder import (
     shards_folder,
 )
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.steps import Compute, Load
+from refdet.extraction.stamped_source import StampedSource
+from refdet.extraction.steps import Compute, Load, no_stamp
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Timer
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
@@ -74,6 +76,7 @@ def extract_part(
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
     compute_seconds: Callable[[], dict[str, float]] = dict,
+    source: StampedSource | None = None,
 ) -> Summary:
     """Compute the shards of one part, and write the store if the shards of all other parts are finished.
 
@@ -95,6 +98,7 @@ def extract_part(
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
         compute_seconds: called at the end; returns the seconds that each stage of the network took.
+        source: as in `refdet.extraction.pipeline.extract`.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -110,9 +114,10 @@ def extract_part(
         if shard_set is not None:
             timer = PartTimer(shard_set)
             with interruptible(shard_set):
-                shard_numbers = _claim_shards(shard_set, find_retries(shard_set, records, load, strict))
+                shard_numbers = _claim_shards(shard_set, find_retries(shard_set, records, load, strict, source))
                 with timer.computing():
-                    compute_shards(shard_set, shard_numbers, timer, load, compute, workers, strict)
+                    stamp_of = no_stamp if source is None else source.stamp_of
+                    compute_shards(shard_set, shard_numbers, timer, load, compute, workers, strict, stamp_of)
                 timer.report("finished")
                 merged = _merge_if_last(shard_set, records, timer, compute_seconds)
             if not merged:
@@ -205,6 +210,7 @@ def _agree_on_plan(
         plan = replace(plan, batch_size=size)
         shards = split_into_shards(make_batches(size), shard_images)
     check_same_settings(folder, plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan))
+    record_selection(folder / PLAN, header, saved_plan)
     return plan, shards, saved_plan
 
 
@@ -277,7 +283,8 @@ def _merge_if_last(
             # temporary files of processes that were killed while they merged
             for path in find_temporary_files(out.parent, out.name) if locked else ():
                 path.unlink()
-            all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
+            header = record_selection(folder / PLAN, shard_set.header, saved_plan)  # another part may have recorded one
+            all_shards = ShardSet(out, shard_set.plan, header, shard_set.shards, saved_plan=saved_plan)
             if damaged := all_shards.missing_shards():
                 raise _damaged_shards_error(folder, damaged, shard_set.part.count)
             if len(all_shards.errors) == len(records):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,8 @@ from refdet.extraction.open_extraction import open_extraction
 from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import find_retries, repair
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.steps import Compute, Finish, Load
+from refdet.extraction.stamped_source import StampedSource
+from refdet.extraction.steps import Compute, Finish, Load, Stamp, no_stamp
 from refdet.extraction.summary import Summary, none_usable_error, summarize_store
 from refdet.extraction.timing import Timer
 from refdet.files.progress import progress_bar
@@ -63,6 +65,7 @@ def extract(
     strict: bool = False,
     compute_seconds: Callable[[], dict[str, float]] = dict,
     engine: Callable[[ShardSet, Sequence[int], Timer], object] | None = None,
+    source: StampedSource | None = None,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -88,6 +91,8 @@ def extract(
         engine: called instead of `compute_shards` to compute shards in other processes, with the `ShardSet`, the
             numbers of the shards to compute, and the `Timer`; its result is ignored. This process merges the shards
             into the store. None to compute in this process.
+        source: the images that ``load`` loads, to compute those again that were replaced since an earlier session;
+            None for no such check.
 
     Returns:
         Counts of images and regions, and timings.
@@ -100,19 +105,27 @@ def extract(
     """
     if engine is None:
         assert compute is not None
-        engine = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
+        engine = partial(
+            compute_shards,
+            load=load,
+            compute=compute,
+            workers=workers,
+            strict=strict,
+            stamp_of=no_stamp if source is None else source.stamp_of,
+        )
     compute_and_merge = partial(_compute_and_merge, records, engine, compute_seconds)
     timer: Timer | None = None  # stays None if there is nothing to compute
     counts = f"{format_count(len(records), 'image')} in {format_count(len(batches), 'batch')}"
     log.info("%s; options %s", counts, plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:  # None: the store is complete
-            retry_ids = find_retries(shard_set, records, load, strict)
+            retry_ids = find_retries(shard_set, records, load, strict, source)
             timer = compute_and_merge(shard_set, shard_set.missing_shards(retry_ids))
     if shard_set is None:  # only unusable images may be left to compute
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repair_shards:
             if repair_shards is not None:  # None: no unusable image can be read now
-                timer = compute_and_merge(repair_shards, repair_shards.missing_shards())
+                replaced = set() if source is None else source.replaced(repair_shards.stamps)
+                timer = compute_and_merge(repair_shards, repair_shards.missing_shards(replaced))
     return summarize_store(out, timer, compute_seconds, plan.batch_size)
 
 
@@ -154,14 +167,18 @@ def compute_shards(
     compute: Compute,
     workers: int,
     strict: bool,
+    stamp_of: Callable[[int], Stamp] = no_stamp,
 ) -> None:
-    """Compute the shards with the given numbers and write them; other arguments and errors are those of `extract`."""
+    """Compute the shards with the given numbers and write them; other arguments and errors are those of `extract`.
+
+    ``stamp_of`` returns the stamp of the file of an image that was loaded, given the id of the image.
+    """
     batches = [batch for number in shard_numbers for batch in shard_set.shards[number]]
     fix = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        BackgroundWriter(shard_set, shard_numbers, timer, bar) as background,
+        BackgroundWriter(shard_set, shard_numbers, timer, bar, stamp_of) as background,
     ):
         for batch in batches:
             with timer.timed("load"):
@@ -226,10 +243,19 @@ class BackgroundWriter:
         shard_numbers: numbers of the shards to write; their batches are passed to `put` in the same order.
         timer: timing of the threads.
         bar: progress bar of the written images.
+        stamp_of: as in `compute_shards`.
     """
 
-    def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], timer: Timer, bar: tqdm) -> None:
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        shard_numbers: Iterable[int],
+        timer: Timer,
+        bar: tqdm,
+        stamp_of: Callable[[int], Stamp] = no_stamp,
+    ) -> None:
         self._shard_set, self._shard_numbers, self._timer, self._bar = shard_set, shard_numbers, timer, bar
+        self._stamp_of = stamp_of
         # batches in order, each encoded or to be encoded; None if the main thread queues no more
         self._encoded: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
         self._finish_pool = ThreadPoolExecutor(1, "finish")
@@ -269,7 +295,8 @@ class BackgroundWriter:
 
     def _finish(self, finish: Finish) -> list[EncodedImage]:
         with self._timer.timed("finish"):
-            return self._shard_set.encode(finish())
+            images = self._shard_set.encode(finish())
+            return [replace(image, stamp=self._stamp_of(image.row.id)) for image in images]
 
     def _run(self) -> None:
         """Write the shards, in the write thread."""

@@ -11,6 +11,7 @@ from typing import Any
 from refdet.config.renamed_keys import rename_old_keys
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
+from refdet.extraction.selection_record import claims_no_more, merge_provenances, recorded_provenance
 from refdet.files.short_text import shorten
 from refdet.store.schema import Columns, Header
 
@@ -105,7 +106,8 @@ class Plan:
         """
         if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
             return "another version of refdet"
-        difference = self.differences(other["options"], ignored) or header_differences(header, other["header"])
+        saved_header = other["header"] | {"provenance": recorded_provenance(other)}
+        difference = self.differences(other["options"], ignored) or header_differences(header, saved_header)
         if not difference and self.batch_size and other.get("batch_size") != self.batch_size:
             return f"`batch_size` was {_short_value(other.get('batch_size'))} and is now {self.batch_size}"
         return difference
@@ -125,14 +127,16 @@ class Plan:
         }
 
 
-def header_differences(header: Header, other: Mapping[str, Any]) -> str:
+def header_differences(header: Header, other: Mapping[str, Any], written: bool = False) -> str:
     """Describe the differences of the recipe, classes and provenance from earlier ones.
 
-    They come from a checkpoint's ``model.json``, which can change while the weights stay the same.
+    They come from a checkpoint's ``model.json``, which can change while the weights stay the same. How the weights were
+    selected may differ (`refdet.extraction.selection_record`), unless a store would claim more than is known now.
 
     Args:
         header: metadata of the store, with the current ones.
         other: the earlier recipe, classes and provenance.
+        written: whether the earlier ones are in a complete store, which cannot record another selection.
 
     Returns:
         A human-readable description, "" if there is no difference.
@@ -145,6 +149,10 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
             old, new = _parse_recipe(old), _parse_recipe(new)
             changes = list(_list_changes(old, new))
             details = f" ({'; '.join(changes[:_MAX_CHANGES])}{'; ...' if len(changes) > _MAX_CHANGES else ''})"
+        if name == "provenance" and merge_provenances(old, new) is not None:
+            if not written or claims_no_more(old, new):
+                continue
+            text = "another selection by validation, or none recorded,"
         if old != new:
             differences.append(f"{text} of the checkpoint{details}")
     return "; ".join(differences)

@@ -11,7 +11,7 @@ from typing import Protocol
 from refdet.data.coco import ImageRecord
 from refdet.errors import RefdetError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard
-from refdet.extraction.steps import Compute, Load
+from refdet.extraction.steps import Compute, Load, Stamp, no_stamp
 from refdet.store import Header, ImageRow
 from refdet.store.shard_file import BlockLocation
 from refdet.structures.regions import Regions
@@ -34,6 +34,7 @@ class Tools:
         context: returns a context manager in which ``compute`` and ``auto_batch_size`` are called.
         compute_seconds: returns the seconds per part of the network.
         orientations: file name -> EXIF orientation, of the images that were read and have one.
+        stamp_of: returns the stamp of the file of an image that was loaded, given the id of the image.
     """
 
     load: Load
@@ -46,6 +47,7 @@ class Tools:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     compute_seconds: Callable[[], dict[str, float]] = dict
     orientations: Mapping[str, int] = field(default_factory=dict)
+    stamp_of: Callable[[int], Stamp] = no_stamp
 
 
 class MakeTools(Protocol):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from refdet.data.image_source import ImageSource
     from refdet.extraction.job import Job
     from refdet.extraction.ray_messages import Tools
+    from refdet.extraction.stamped_source import StampedSource
 
 
 @cache
@@ -138,6 +139,7 @@ class DetectorTools:
             context=detector.inference,
             compute_seconds=profiler.seconds,
             orientations=source.orientations,
+            stamp_of=source.stamp_of,
         )
 
     def _check_checkpoint(self, host: str) -> None:
@@ -155,16 +157,16 @@ class DetectorTools:
         if not same or file_sha256(weights) != self.checkpoint_sha256:
             raise InputError(f"`checkpoint` {self.checkpoint}: a different one on {host}; copy the same one there")
 
-    def _check_files(self, host: str) -> ImageSource:
+    def _check_files(self, host: str) -> StampedSource:
         """Compare the checkpoint and the images with the driver's, and return the located images."""
-        from refdet.data.image_source import ImageSource
+        from refdet.extraction.stamped_source import StampedSource
 
         self._check_checkpoint(host)
         if not self.images.exists():
             raise InputError(
                 f"`images` {self.images}: not found on {host}; copy the zip there or use a shared file system"
             )
-        source = ImageSource.open(self.images, self.options.exif)
+        source = StampedSource.open(self.images, self.options.exif)
         missing = source.locate(self.records, self.list_records)
         if images_sha256(source, self.records) != self.images_sha256:
             first = f"; missing there: {len(missing)}, first {missing[0]}" if missing else ""

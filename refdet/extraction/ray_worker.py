@@ -232,7 +232,12 @@ class ShardWorker:
                 closing(load_ahead(tools.load, generate_batches(), tools.threads)) as loaded,
                 progress_bar(None, "", "image", disable=True) as bar,
                 _ReportingWriter(
-                    self._shard_set, iter(shard_numbers.get, _END), timer, bar, on_failed=self._on_failed
+                    self._shard_set,
+                    iter(shard_numbers.get, _END),
+                    timer,
+                    bar,
+                    tools.stamp_of,
+                    on_failed=self._on_failed,
                 ) as background,
             ):
                 try:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
 from refdet.extraction.merge_reading import ImageToMerge
 from refdet.extraction.plan import Plan, Shard, split_into_shards
+from refdet.extraction.selection_record import merge_provenances
 from refdet.extraction.shard_folder import LOCK
 from refdet.extraction.shards import ShardSet
+from refdet.extraction.stamped_source import StampedSource
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import exclusive_lock
@@ -139,6 +142,8 @@ def repair(
     """
     folder = repair_folder(out)
     with store.open(out) as old:
+        provenance = merge_provenances(old.provenance, header.provenance) or old.provenance
+        header = replace(header, provenance=provenance)
         readable = find_readable(old.errors, records, load)
         remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
         if strict and remaining_errors:
@@ -150,6 +155,8 @@ def repair(
         if not readable:
             if (folder / _REPAIR).is_file():
                 _clean_up(folder, out)
+            if provenance != old.provenance:
+                log.warning("note: %s: its detector was validated since on a file that the store does not name", out)
             yield None
             return
         old_batch_size = old.run.get("batch_size", plan.batch_size)
@@ -200,9 +207,15 @@ def find_readable(
 
 
 def find_retries(
-    shard_set: ShardSet, records: Sequence[ImageRecord], load: Callable[[ImageRecord], object], strict: bool
+    shard_set: ShardSet,
+    records: Sequence[ImageRecord],
+    load: Callable[[ImageRecord], object],
+    strict: bool,
+    source: StampedSource | None = None,
 ) -> set[int]:
-    """Find the unusable images in finished shards of an unfinished extraction that can now be read.
+    """Find the images in finished shards of an unfinished extraction to compute again.
+
+    They are the unusable ones that can now be read, and those whose files were replaced.
 
     As a shard is always computed as a whole, a shard in which another image can no longer be read is left out, or the
     regions of that image would be lost.
@@ -212,6 +225,7 @@ def find_retries(
         records: all images.
         load: loads an image, raising InputError if it is unusable.
         strict: fail if an image of a finished shard is still unusable, or can no longer be read.
+        source: the images that ``load`` loads; None to look for no replaced ones.
 
     Returns:
         Ids of the images.
@@ -224,6 +238,10 @@ def find_retries(
     kept = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
     if strict and (still_unusable := [error for image_id, error in errors.items() if image_id not in readable]):
         raise UnusableImageError(still_unusable[0], fix=kept)
+    replaced: set[int] = set()
+    if source is not None:
+        replaced = source.replaced({i: stamp for i, stamp in shard_set.stamps.items() if i not in errors})
+        readable |= replaced
     reasons = []  # for each shard left out, why one of its images can no longer be read
     for number in sorted({*shard_set.missing_shards(readable)} - {*shard_set.missing_shards()}):
         images = [record for batch in shard_set.shards[number] for record in batch]
@@ -238,9 +256,9 @@ def find_retries(
             reasons.append(str(error))
     if reasons:
         log.warning(
-            "note: %s not computed again for repaired images, as other images of the shard can no longer be read "
-            "(first: %s)",
+            "note: %s not computed again for %s images, as other images of the shard can no longer be read (first: %s)",
             format_count(len(reasons), "finished shard", verb="is"),
+            "repaired or replaced" if replaced else "repaired",
             reasons[0],
         )
     return readable

@@ -137,7 +137,7 @@ def check_resumable(
     elif out.exists():
         with store.open(out) as finished:
             stored = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
-            difference = plan.differences(finished.options, ignored) or header_differences(header, stored)
+            difference = plan.differences(finished.options, ignored) or header_differences(header, stored, written=True)
         if difference:
             raise InputError(f"{out} is complete but has different settings: {difference}; choose another `out`")
     elif unexpected := _find_unexpected(folder):

@@ -139,16 +139,17 @@ class ShardSet:
         """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
-    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
-        """List the numbers of the shards to compute: the unfinished ones, and those with an image to try again.
+    @property
+    def stamps(self) -> dict[int, tuple[int, ...]]:
+        """Image id -> stamp of its file (`refdet.extraction.stamped_source`), of the images in finished shards."""
+        return {row.id: location.stamp for rows in self._rows.values() for row, location in rows}
 
-        Args:
-            retry_ids: ids of images to try again if they were unusable.
-        """
+    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
+        """List the numbers of the shards to compute: the unfinished ones, and those with an image of `retry_ids`."""
         return [
             number
             for number in self.shard_numbers
-            if number not in self._rows or any(row.error and row.id in retry_ids for row, _ in self._rows[number])
+            if number not in self._rows or any(row.id in retry_ids for row, _ in self._rows[number])
         ]
 
     def adopt(
@@ -219,9 +220,7 @@ class ShardSet:
         self._rows[number] = rows
 
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Write the store from the finished shards, then remove the folder.
-
-        Only a few images at a time are in memory.
+        """Write the store from the finished shards, with a few images at a time in memory, then remove the folder.
 
         Args:
             records: images in the order of the store.
@@ -240,8 +239,8 @@ class ShardSet:
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
 
-        images_by_id = self._images_by_id()
-        self._write_store(self.out, [images_by_id[record.id] for record in records], run, seal)
+        images = self._images_by_id()
+        self._write_store(self.out, [images[record.id] for record in records], run, seal)
         remove_merged(self.folder)
 
     def _write_store(
@@ -285,7 +284,5 @@ class ShardSet:
             return reader.read(path, row, location)
         except ShardError as error:
             path.unlink(missing_ok=True)
-            raise RuntimeFailure(
-                f"{path}: {error}; removed",
-                fix="check the disk and compute its images again with `resume=True`",
-            ) from None
+            fix = "check the disk and compute its images again with `resume=True`"
+            raise RuntimeFailure(f"{path}: {error}; removed", fix=fix) from None

@@ -8,16 +8,22 @@ whenever it finishes a shard, it appends a line with its timing so far to ``sess
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from refdet.files.short_text import format_count
+
+log = logging.getLogger(__name__)
+
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")  # see `shares`
 
 _FILE_NAME, _ALL_FILES = "sessions{}.jsonl", "sessions*.jsonl"  # with "" or "-PART"
 _MAX_BYTES = 2**26  # larger files are ignored
+_MAX_VALUE = 1e12  # larger numbers of images or seconds are damage
 
 
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
@@ -126,18 +132,37 @@ class Timer:
 
 
 def _read_sessions(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the last complete line of each session in a file, by session number; {} if it cannot be read."""
+    """Read the last complete line of each session in a file, by session number; {} if it cannot be read.
+
+    A line that is not JSON was truncated by a kill. A line with invalid values is damage, which is logged.
+    """
     sessions: dict[int, dict[str, Any]] = {}
+    n_damaged = 0
     with suppress(OSError):
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # opening a pipe would block
             return sessions
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            try:
                 session = json.loads(line)
-                stages = {name: float(session["stages"][name]) for name in STAGES}
-                sessions[int(session["session"])] = {
-                    "images": int(session["images"]),
-                    "seconds": float(session["seconds"]),
+            except (ValueError, RecursionError):
+                continue
+            try:
+                stages = {name: float(_measured(session["stages"][name], int, float)) for name in STAGES}
+                sessions[_measured(session["session"], int)] = {
+                    "images": _measured(session["images"], int),
+                    "seconds": float(_measured(session["seconds"], int, float)),
                     "stages": stages,
                 }
+            except (ValueError, TypeError, KeyError):
+                n_damaged += 1
+    if n_damaged:
+        lines = format_count(n_damaged, "line", "is")
+        log.warning("note: %s: %s damaged and left out of the times that the store records", path, lines)
     return sessions
+
+
+def _measured(value: Any, *types: type) -> Any:
+    """A number of images or seconds; ValueError if it is of none of the types, negative, NaN or impossibly large."""
+    if type(value) not in types or not 0 <= value <= _MAX_VALUE:
+        raise ValueError(f"not a measured number: {value!r}")
+    return value

@@ -73,7 +73,7 @@ def _read_engine_workers(folder: Path) -> list[Any]:
 
 def _read_file(folder: Path) -> dict[str, Any]:
     try:
-        content = read_small_json(folder / WORKERS)
+        content = read_small_json(folder / WORKERS, finite=False)
     except InputError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -82,7 +82,20 @@ def _read_file(folder: Path) -> dict[str, Any]:
 def _checked_fields(worker: Any) -> dict[str, Any]:
     """The fields of a worker as `read_workers` returns them, None for each that is missing or has a wrong type."""
     worker = worker if isinstance(worker, dict) else {}
-    checked = {name: worker.get(name) if type(worker.get(name)) in types else None for name, types in _FIELDS.items()}
+    checked = {
+        name: value if type(value := worker.get(name)) in types and _is_finite(value) else None
+        for name, types in _FIELDS.items()
+    }
     updated = worker.get("updated")
-    is_time = type(updated) in (int, float) and math.isfinite(updated)
+    is_time = type(updated) in (int, float) and _is_finite(updated)
     return {**checked, "seconds_ago": round(max(0.0, time.time() - updated), 1) if is_time else None}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is text, a list of integers, or a number that is finite also as a float."""
+    if isinstance(value, list):
+        return all(type(item) is int for item in value)
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:
+        return False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
+from refdet.files.strict_json import finite_json
 from refer import ReferError, plain_files
 
 _MAX_SMALL_BYTES = 2**25  # 32 MiB
@@ -30,20 +31,22 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
 
 
-def read_small_json(path: Path) -> Any:
-    """Parse one of refdet's own JSON files, which are at most 32 MiB.
+def read_small_json(path: Path, finite: bool = True) -> Any:
+    """Parse one of refdet's own JSON files, which are at most 32 MiB and have no NaN.
 
     Args:
         path: the file.
+        finite: whether a number that is not finite is an error; otherwise the caller checks the numbers that it uses.
 
     Returns:
         Its value.
 
     Raises:
-        InputError: it cannot be read, is malformed, or is larger than 32 MiB.
+        InputError: it cannot be read, is malformed, has a number that is not finite, or is larger than 32 MiB.
     """
     with json_errors(path):
-        return json.loads(read_bytes(path, _MAX_SMALL_BYTES))
+        data = read_bytes(path, _MAX_SMALL_BYTES)
+        return finite_json(data) if finite else json.loads(data)
 
 
 def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:

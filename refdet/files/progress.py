@@ -18,7 +18,8 @@ _CURSOR_UP = "\x1b[A"  # written by tqdm for nested bars
 class _LineStream:
     """A stream for tqdm that writes each update of a bar on a new line.
 
-    If the reader of a pipe has ended, such as tee after Ctrl-C, lines are dropped: the work must go on and be saved.
+    Lines that cannot be written are dropped, as the work must go on and be saved: the reader of a pipe may have ended,
+    such as tee after Ctrl-C, or the disk of the log may be full.
     """
 
     encoding = "utf-8"
@@ -28,11 +29,11 @@ class _LineStream:
 
     def write(self, text: str) -> None:
         if text := text.replace(_CURSOR_UP, "").strip("\r\n "):
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 self._stream.write(text + "\n")
 
     def flush(self) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self._stream.flush()
 
 

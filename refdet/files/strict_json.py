@@ -48,6 +48,25 @@ def strict_json(data: bytes | str) -> Any:
         raise InputError(f"not UTF-8 text ({error.reason if hasattr(error, 'reason') else error})") from None
 
 
+def finite_json(data: bytes | str) -> Any:
+    """Parse JSON, but neither NaN nor Infinity, which are not JSON, nor numbers that overflow to infinity.
+
+    Args:
+        data: the text.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: malformed JSON, or a number that is not finite.
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        return json.loads(data, parse_constant=_reject_constant, parse_float=_finite_float)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):

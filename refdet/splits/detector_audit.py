@@ -45,15 +45,17 @@ class ProvenanceAudit:
     @property
     def proven(self) -> bool:
         """Whether it is clean according to the training and validation files themselves, not only by its own claim."""
-        return self.proven_if_identified and self.proof is not None and not self.proof.unknown
+        selection_proven = self.selection is not None and self.selection.proven
+        training_proven = self.proof is not None and not self.proof.unknown
+        return self.proven_if_identified and training_proven and selection_proven
 
     @property
     def proven_if_identified(self) -> bool:
-        """`proven`, provided that the training images which cannot be identified by id are not held out.
+        """`proven`, provided that the images which cannot be identified by id are not held out.
 
         Comparing their content (`refdet.splits.duplicates.audit_content`) can show that they are not.
         """
-        selection_proven = self.selection is not None and self.selection.proven
+        selection_proven = self.selection is not None and self.selection.proven_if_identified
         return self.proof is not None and not self.proof.leaked and not self.problem and selection_proven
 
     def to_json(self) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def audit_content(
     refer_images: str | Path | None = None,
     exclude: Sequence[str] = (),
     benchmark: Sequence[str | Path] = (),
+    argument: str = "images",
 ) -> ContentResult:
     """Look for copies of held-out images among the images of a list whose ids are not held out.
 
@@ -116,6 +117,7 @@ def audit_content(
             looks for all but train of every dataset found.
         benchmark: files with the images of other benchmarks, see `refdet.splits.benchmark`; their COCO images are
             held-out images too.
+        argument: what error messages call ``images``.
 
     Returns:
         The copies, and which images could not be compared.
@@ -126,7 +128,7 @@ def audit_content(
     """
     splits = [*held_out(refer_root, exclude)[0], *held_out_benchmarks(benchmark)[0]]
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
-    source = ImageSource.open(images)
+    source = ImageSource.open(images, argument=argument)
     refer_source = source if refer_images is None else ImageSource.open(refer_images, argument="refer_images")
     held_out_ids = frozenset(ids)
     image_list = read_image_list(instances)
@@ -152,7 +154,7 @@ def audit_content(
     candidates = _compute_thumbnails(source, to_compare, "images of the list")
     if to_compare and not candidates.labels:
         raise InputError(
-            f"`images` {images}: none of {format_count(len(to_compare), 'image')} in {instances} can be read "
+            f"`{argument}` {images}: none of {format_count(len(to_compare), 'image')} in {instances} can be read "
             f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
     copies: dict[tuple[int, int, bool], Duplicate] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
+from refdet.extraction.selection_record import recorded_provenance
 from refdet.extraction.shard_folder import read_progress, shards_folder
 from refdet.extraction.workers_file import read_workers
 from refdet.files.file_kinds import HDF5_MAGIC, FileKind, kind_of, run_directory_near
-from refdet.files.json_files import read_json
+from refdet.files.json_files import read_small_json
 from refdet.files.short_text import agree, format_share
+from refdet.files.strict_json import finite_json
 from refdet.store import CORRUPTION_ERRORS
 from refdet.store.hdf5_access import check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
@@ -83,7 +84,7 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     for required in (folder / "model.json", weights):
         if not required.is_file():
             raise InputError(f"{folder}: no {required.name} in it; give a run directory of refdet train")
-    model = read_json(folder / "model.json")
+    model = read_small_json(folder / "model.json")
     if not isinstance(model, dict):
         raise InputError(f"{folder / 'model.json'}: not a JSON object; train or import the model again")
     try:
@@ -160,7 +161,7 @@ def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "categories": len(classes) if isinstance(classes, list) else None,
         "options": plan.get("options"),
         "workers": read_workers(folder),
-        "provenance": _provenance(folder / "plan.json", header.get("provenance")),
+        "provenance": _provenance(folder / "plan.json", recorded_provenance(plan)),
     }
 
 
@@ -228,8 +229,8 @@ def _attribute(path: Path, file: h5py.File, name: str) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
-    except (TypeError, ValueError):
+        return finite_json(text)
+    except (TypeError, ValueError, RecursionError):
         raise InputError(f"{path}: damaged: attribute {name!r} is not JSON") from None
 
 

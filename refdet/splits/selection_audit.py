@@ -37,6 +37,15 @@ class SelectionAudit:
     proven: bool
     notes: list[str]
 
+    @property
+    def proven_if_identified(self) -> bool:
+        """`proven`, provided that the validation images which cannot be identified by id are not held out.
+
+        Comparing their content (`refdet.splits.duplicates.audit_content`) can show that they are not.
+        """
+        is_judged_by_file = self.selection is not None and self.selection.by_validation
+        return self.proven or (is_judged_by_file and self.proof is not None and not self.problem)
+
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object; ``notes`` are those of the whole audit."""
         return {

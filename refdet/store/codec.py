@@ -38,12 +38,14 @@ class EncodedImage:
             (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store; without
             `MASK_START`, which depends on the other images.
         checksums: dataset -> CRC-32 of its array, in the order of ``arrays``; empty if not computed yet.
+        stamp: integers that identify the image file from which it was computed, kept in shards; () if unknown.
     """
 
     row: ImageRow
     mask_sizes: Sequence[int]
     arrays: Mapping[str, np.ndarray]
     checksums: Mapping[str, int] = field(default_factory=dict)
+    stamp: tuple[int, ...] = ()
 
 
 class RawImage(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 
 from refdet.errors import InputError
+from refdet.files.strict_json import finite_json
 
 SCHEMA_PREFIX = "refdet-features/"
 SCHEMA = SCHEMA_PREFIX + "1"
@@ -257,7 +257,7 @@ def parse_json(file: h5py.File, name: str, kind: type) -> Any:
     if not isinstance(text, str | bytes):
         raise ValueError(f"attribute {name} is not text")
     try:
-        value = json.loads(text)
+        value = finite_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"attribute {name} is not valid JSON: {error}") from None
     if not isinstance(value, kind):

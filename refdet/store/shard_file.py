@@ -6,8 +6,8 @@ r"""File format of a shard: the regions of several images with checksums. No tor
     u64 0, u32 CRC-32     end marker, and checksum of the checksums of all blocks
 
 A block is its length (u64), its CRC-32 (u32) and its data. The data of an image are the length of a header (u32), the
-header (JSON: fields, length of each mask, and name, dtype and shape of each array), the concatenated masks, and the
-arrays in order. Numbers are little-endian.
+header (JSON: fields, length of each mask, name, dtype and shape of each array, and, if known, the stamp of the image
+file), the concatenated masks, and the arrays in order. Numbers are little-endian.
 
 `ShardWriter.add` and `read` return the `BlockLocation` of each image, with which `refdet.store.shard_images` reads that
 image alone. The CRC-32 detects accidental truncation, holes and bit flips.
@@ -62,6 +62,7 @@ class BlockLocation(NamedTuple):
         header_bytes: number of bytes of the data before the arrays.
         mask_sizes: number of bytes of each mask, as the bytes of a uint32 array.
         checksums: CRC-32 of each array, as the bytes of a uint32 array.
+        stamp: `EncodedImage.stamp` of the image.
     """
 
     start: int
@@ -70,6 +71,7 @@ class BlockLocation(NamedTuple):
     header_bytes: int
     mask_sizes: bytes
     checksums: bytes
+    stamp: tuple[int, ...] = ()
 
 
 class ShardWriter:
@@ -137,6 +139,7 @@ def _encode_header(image: EncodedImage) -> bytes:
             "error": row.error,
             "masks": image.mask_sizes,
             "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
+            **({"file": image.stamp} if image.stamp else {}),  # ignored by older versions
         }
     ).encode()
     return _UINT32.pack(len(header)) + header
@@ -145,7 +148,7 @@ def _encode_header(image: EncodedImage) -> bytes:
 def _block_location(image: EncodedImage, start: int, length: int, crc: int, header_bytes: int) -> BlockLocation:
     """The location of an image's block, from the image and the first four attributes."""
     sizes, crcs = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
-    return BlockLocation(start, length, crc, header_bytes, sizes.tobytes(), crcs.tobytes())
+    return BlockLocation(start, length, crc, header_bytes, sizes.tobytes(), crcs.tobytes(), image.stamp)
 
 
 def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[tuple[EncodedImage, BlockLocation]]:
@@ -282,7 +285,7 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
         error=header["error"],
     )
     mask_sizes = header["masks"] if columns.masks else ()
-    return EncodedImage(row, mask_sizes, arrays, checksums_of(arrays)), start
+    return EncodedImage(row, mask_sizes, arrays, checksums_of(arrays), tuple(header.get("file", ()))), start
 
 
 def _check_header(header: Mapping[str, Any]) -> None:
@@ -294,6 +297,8 @@ def _check_header(header: Mapping[str, Any]) -> None:
         raise ValueError(problem)
     if min(header["masks"], default=0) < 0:
         raise ValueError("a mask has a negative length")
+    if not all(map(is_id, header.get("file", ()))):
+        raise ValueError("the stamp of the file is not a list of integers")
     if any("\0" in text for text in texts):
         raise ValueError("NUL in file_name or error")
     for text in texts:

@@ -9,14 +9,20 @@ import numpy as np
 
 from refdet.errors import ArgumentError, InputError
 from refdet.structures.limits import size_problem
-from refer.pixels import FORMATS, as_rgb
+from refer.pixels import FORMATS, apply_orientation, as_rgb, exif_orientation, stored_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image file for display; the detector reads its inputs with `refdet.data.image_decoder`.
+def read_stored_pixels(path: str | Path, exif: str = "ignore") -> np.ndarray:
+    """Read an image file for display, (H, W, 3) uint8 RGB, with the pixels that the detector sees.
+
+    The detector reads its inputs with `refdet.data.image_decoder`, which has stricter limits.
+
+    Args:
+        path: the file.
+        exif: "ignore" to keep the pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
 
     Raises:
         InputError: the file is missing or not a readable image.
@@ -25,8 +31,9 @@ def open_image(path: str | Path) -> Image.Image:
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return image
+            orientation = exif_orientation(image)
+            pixels = stored_pixels(as_rgb(image), image, orientation)
+            return np.array(apply_orientation(pixels, orientation) if exif == "apply" else pixels)
     except Exception as error:  # decoders can raise anything on a damaged file
         raise InputError(f"{path}: not a readable image ({error}); give another file") from error
 

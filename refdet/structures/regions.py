@@ -146,6 +146,7 @@ class Regions:
         min_score: float | None = None,
         max_regions: int | None = None,
         names: Mapping[int, str] | None = None,
+        exif: str = "ignore",
     ) -> Image.Image:
         """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
 
@@ -156,23 +157,29 @@ class Regions:
             >>> regions.draw(image, min_score=0.3).save("regions.png")
 
         Args:
-            image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
+            image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path. PIL itself turns a TIFF by its
+                EXIF orientation, so give the path of a TIFF unless the detector was given the PIL image too.
             min_score: lowest score of a region to draw; None for no limit.
             max_regions: maximum number of regions to draw, highest scores first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
+            exif: what to do with the EXIF orientation of a file: "ignore", as the detector does, or "apply" for regions
+                of a store that was extracted so.
 
         Raises:
-            ArgumentError: ``image`` is not an image or has another size, or ``max_regions`` is negative.
+            ArgumentError: ``image`` is not an image or has another size, ``max_regions`` is negative, or ``exif`` is
+                unknown.
             InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask
 
         from refdet.structures.drawing import DrawnRegion, draw_regions
-        from refdet.structures.pixels import open_image, rgb_pixels
+        from refdet.structures.pixels import read_stored_pixels, rgb_pixels
 
         if max_regions is not None and max_regions < 0:
             raise ArgumentError("max_regions", f"must be 0 or more, not {max_regions}")
-        pixels = rgb_pixels(open_image(image) if isinstance(image, str | Path) else image)
+        if exif not in ("ignore", "apply"):
+            raise ArgumentError("exif", f"must be ignore or apply, not {exif!r}")
+        pixels = rgb_pixels(read_stored_pixels(image, exif) if isinstance(image, str | Path) else image)
         height, width = pixels.shape[:2]
         if (height, width) != (self.height, self.width):
             raise ArgumentError(

@@ -103,7 +103,12 @@ class TorchrunProcess(TrainingProcess):
         return result
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process only; all processes return its result or raise its error."""
+        """Run `work` in the first process only; all processes return its result or raise its error.
+
+        Once a process was lost, the first process runs `work` alone, and the others raise LostProcess.
+        """
+        if self.peer_lost and self.is_first:
+            return work()
         result: Any = None
         if self.is_first:
             try:
@@ -240,12 +245,14 @@ class TorchrunProcess(TrainingProcess):
     def _exchange(self, value: Any, error: Exception | None = None, gather: bool = True) -> list[Any]:
         """Return the values of all processes, or [] without `gather`; an error in any of them is raised in all.
 
-        Once a process was lost, nothing is exchanged: each process has its own value in place of all.
+        Once a process was lost, nothing is exchanged: with `gather`, LostProcess is raised.
         """
         if self.peer_lost:  # each process continues alone, to save what was done
             if error is not None:
                 raise error
-            return [value] * self.world_size
+            if gather:
+                raise LostProcess(_LOST_MESSAGE)
+            return []
         try:
             failed = torch.tensor([error is not None], dtype=torch.int64)
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control_group)
@@ -304,7 +311,8 @@ def join_torchrun(launch: Launch) -> Iterator[TorchrunProcess]:
         except Exception as error:
             final_error = process.finish_with(error)
             if rank_log is not None:
-                print(f"error: {final_error}", flush=True)  # into the log of this process
+                with suppress(OSError):  # a full disk must not hide the error
+                    print(f"error: {final_error}", flush=True)  # into the log of this process
             if final_error is error:
                 raise
             raise final_error from error

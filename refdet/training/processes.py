@@ -65,7 +65,11 @@ class TrainingProcess:
         return work()
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process only; all processes return its result or raise its error."""
+        """Run `work` in the first process only; all processes return its result or raise its error.
+
+        Raises:
+            LostProcess: in the other processes, if one was lost, as the result cannot be known.
+        """
         return work()
 
     def all_gather(self, value: T) -> list[T]:

@@ -297,7 +297,8 @@ class _Training:
             step: number of steps done.
             advice: what to do before continuing, such as "replace the file and ".
         """
-        if self.process.peer_lost and next(self.model.parameters()).is_cuda:  # the GPU may wait for the lost process
+        # The first process may be the lost one; if it is not, its GPU may wait for the lost one.
+        if self.process.peer_lost and (not self.process.is_first or next(self.model.parameters()).is_cuda):
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"

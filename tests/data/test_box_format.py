@@ -110,13 +110,14 @@ def test_plausible_pixel_boxes_give_no_warning(boxes: list) -> None:
     ("requested", "boxes", "size", "message"),
     [
         ("xywh", [[100, 100, 1200, 900]] * 4, (640, 480), "4 of 4 boxes reach outside their images"),
-        ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 box lies within 0..1.5"),
+        ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 box lies within -1.5..1.5"),
+        ("xyxy", [[-1.4, -0.2, 0.5, 1.2]], (640, 480), "1 of 1 box lies within -1.5..1.5"),
         ("xywh", [[500, 300, -20, 20]], (640, 480), "1 of 1 box reaches outside its image or has a negative width or"),
         (
             "xywh",
             [[100, 100, 1200, 900]] * 2 + [[0, 0, 1, 1]],
             (640, 480),
-            "3 of 3 boxes reach outside their images or lie within 0..1.5 when read as",
+            "3 of 3 boxes reach outside their images or lie within -1.5..1.5 when read as",
         ),
         ("xywh", [[500, 300, 600, 400]], (640, 480), "give `box_format='xyxy'`"),
         ("xyxy", [[500, 300, 100, 100]], (640, 480), "give `box_format='xywh'`"),

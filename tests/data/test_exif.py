@@ -17,12 +17,12 @@ from PIL import Image
 from refdet.cli.main import main
 from refdet.config import recipe
 from refdet.data.coco import CocoIndex
-from refdet.data.image_decoder import apply_orientation
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
 from refdet.errors import InputError
 from refdet.training.train import train
+from refer.pixels import apply_orientation
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.steps=6",
         "head.batch_size_per_image=8", "train.warmup_steps=2", "train.log_every=2", "input.min_sizes=[48]"]  # fmt: skip

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 from interrupted_extraction import environment
 from resumable_extraction import BATCHES, interrupted_before_the_merge, run
 
 from refdet import store
-from refdet.errors import Interrupted
+from refdet.errors import InputError, Interrupted
 from refdet.extraction.timing import STAGES, Timer
 
 
@@ -65,6 +68,37 @@ def test_a_killed_session_counts_up_to_its_last_shard(tmp_path: Path) -> None:
     assert run(out, resume=True).computed == sum(map(len, BATCHES[2:]))
     found = read_run(out)
     assert (found["sessions"], found["images"]) == (2, 10)
+
+
+INVALID_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1.5", "1e300", '"nan"', "true", "null", "9" * 400)
+
+
+@pytest.mark.parametrize("number", INVALID_NUMBERS)
+@pytest.mark.parametrize("key", ["images", "seconds", "load", "session"])
+@pytest.mark.parametrize("name", ["sessions.jsonl", "sessions-2.jsonl"])
+def test_numbers_that_are_no_measurements_reach_no_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, key: str, number: str
+) -> None:
+    session = {"session": 1, "images": 3, "seconds": 4.0, "stages": dict.fromkeys(STAGES, 0.5)}
+    line = json.dumps(session)
+    replaced = {"session": '"session": 1', "images": '"images": 3', "seconds": '"seconds": 4.0', "load": '"load": 0.5'}
+    damaged = line.replace(replaced[key], f'"{key}": {number}')
+    assert damaged != line
+    (tmp_path / name).write_text(f"{line}\n{damaged}\n")
+    timer = Timer(tmp_path)
+    found = timer.summary()
+    json.dumps(found, allow_nan=False)
+    assert found["images"] == 3 and math.isclose(found["seconds"], 4.0, abs_tol=1.0)
+    assert f"{name}: 1 line is damaged and left out of the times" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_store_whose_times_are_not_json_is_damaged(tmp_path: Path, number: str) -> None:
+    run(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["run"] = f'{{"seconds": {number}}}'
+    with pytest.raises(InputError, match="attribute run is not valid JSON"):
+        store.open(tmp_path / "a.h5")
 
 
 def test_the_summary_has_the_share_of_each_stage(tmp_path: Path) -> None:

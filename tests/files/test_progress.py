@@ -89,3 +89,17 @@ def test_work_goes_on_when_the_reader_of_its_log_has_ended(monkeypatch: pytest.M
     assert bar.n == 10
     with suppress(BrokenPipeError):
         stream.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_work_goes_on_when_the_disk_of_its_log_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(module, "LINE_INTERVAL", 0)
+    with progress_bar(10, "train", "step") as bar:
+        for _ in range(10):
+            bar.refresh()
+            bar.update()
+    assert bar.n == 10
+    with suppress(OSError):
+        stream.close()

@@ -91,6 +91,19 @@ def test_show_ref_with_real_matplotlib(tmp_path: Path) -> None:
         r.showRef(r.Refs[0])
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_show_ref_shows_the_pixels_as_stored(tmp_path: Path, pyplot: Recorder, kind: str, orientation: int) -> None:
+    r = REFER(write(tmp_path), "refcoco", "unc")
+    r.IMAGE_DIR = str(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(pixels).save(tmp_path / r.Imgs[3]["file_name"], kind, exif=exif)
+    r.showRef(r.Refs[0])
+    np.testing.assert_array_equal(pyplot.of("imshow")[0][0], pixels)
+
+
 def shown_pixel(root: Path, pyplot: Recorder, names: list[str]) -> Any:
     """First pixel value of image 3 as drawn by showRef, if the dataset's three images have these names."""
     images = [{**image, "file_name": name} for image, name in zip(INSTANCES["images"], names, strict=True)]

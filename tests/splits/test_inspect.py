@@ -15,6 +15,7 @@ from resumable_extraction import RECIPE_HEADER, run
 from safetensors.numpy import save_file
 
 from refdet.errors import InputError, Interrupted
+from refdet.extraction.workers_file import read_workers
 from refdet.splits.inspect import check, describe
 from refdet.store import Columns, Header, ImageRow, create
 from refdet.structures.provenance import UNKNOWN, Provenance
@@ -169,6 +170,28 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=f"{name}: .*{text}"):
             describe(tmp_path / name)
+
+
+def test_numbers_that_json_lacks_are_damage(tmp_path: Path) -> None:
+    run = write_run_directory(tmp_path / "run")
+    text = (run / "model.json").read_text()
+    (run / "model.json").write_text(text.replace("{", '{"numbers": NaN, ', 1))
+    with pytest.raises(InputError, match=r"model\.json: malformed JSON: NaN is not a JSON number"):
+        describe(run)
+    path = write_store(tmp_path / "f.h5")
+    for number in ("NaN", "-Infinity", "1e999"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["run"] = f'{{"seconds": {number}}}'
+        with pytest.raises(InputError, match="damaged: attribute 'run' is not JSON"):
+            describe(path)
+
+
+def test_numbers_in_the_progress_of_a_part_that_json_lacks_are_unknown(tmp_path: Path) -> None:
+    (tmp_path / "workers.json").write_text(
+        '{"token": "", "workers": [{"worker": "w", "images_per_second": NaN, "shards": [NaN]}]}'
+    )
+    (tmp_path / "part-1.json").write_text('{"worker": "part 1/2", "images_per_second": 1e999, "updated": 5.0}')
+    json.dumps(read_workers(tmp_path), allow_nan=False)
 
 
 def test_inspect_command(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from store_examples import HEADER, contents, make_regions, record
 
 from refdet import store
+from refdet.data.image_pixels import read_pixels
 from refdet.errors import InputError
 from refdet.structures.drawing import COLORS
 from refdet.structures.regions import NO_CATEGORY, Regions
@@ -100,6 +101,34 @@ def test_arrays_pil_images_and_paths_are_drawn_on_alike(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(two_regions().draw(image)), expected)
 
 
+FILE_FORMATS = {
+    "PNG": {},
+    "JPEG": {"quality": 95},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+    "BMP": {},
+    "GIF": {},
+    "PPM": {},
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", FILE_FORMATS)
+def test_files_are_drawn_on_with_the_pixels_that_the_detector_sees(tmp_path: Path, kind: str, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a", kind, exif=exif, **FILE_FORMATS[kind])
+    seen = read_pixels(tmp_path / "a")
+    if kind not in ("JPEG", "GIF"):
+        np.testing.assert_array_equal(seen, pixels)
+    expected = np.asarray(two_regions().draw(seen))
+    np.testing.assert_array_equal(np.asarray(two_regions().draw(tmp_path / "a")), expected)
+    upright = read_pixels(tmp_path / "a", "apply")
+    regions = Regions.empty(1, "", *upright.shape[:2])
+    np.testing.assert_array_equal(np.asarray(regions.draw(tmp_path / "a", exif="apply")), upright)
+
+
 def test_labels_show_the_category_name_or_id_and_the_score(labels: list[str]) -> None:
     two_regions().draw(BLACK)
     two_regions().draw(BLACK, names={3: "hound"}, min_score=0.5)
@@ -155,6 +184,8 @@ def test_an_image_that_cannot_be_drawn_on_is_refused(tmp_path: Path) -> None:
         two_regions().draw(np.zeros((3, 64, 64), np.float32))
     with pytest.raises(ValueError, match="^image: a NumPy array, a PIL image or a path is needed, not list$"):
         two_regions().draw([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^exif: must be ignore or apply, not 'upright'$"):
+        two_regions().draw(BLACK, exif="upright")
     with pytest.raises(ValueError, match="^image: cannot be read as RGB: .*mode F"):
         two_regions().draw(Image.new("F", (80, 60)))
     (tmp_path / "a.png").write_bytes(b"no image")

@@ -76,6 +76,16 @@ def test_a_killed_process_stops_all_and_torchrun_restarts_them(launcher: Launche
         assert_same_network(noise / f"again-{rank}", noise / "unharmed", 1e-6, 1e-5)
 
 
+def test_without_the_first_process_nothing_is_saved_and_the_others_do_not_claim_it(
+    launcher: Launcher, noise: Path
+) -> None:
+    ended = train(launcher, noise, "headless", 2, *SIX_STEPS, fault=Fault("SIGKILL", 0, 4))
+    assert ended.codes == [-9, 1] and saved_step(noise / "headless") == 2
+    log = (noise / "headless" / "logs" / "rank-1.log").read_text()
+    assert "error: another process of this training ended" in log and "what was saved before is kept" in log
+    assert "is saved" not in log
+
+
 def test_a_restart_does_not_continue_a_run_of_another_job(launcher: Launcher, noise: Path) -> None:
     before = (noise / "weights" / "model.safetensors").read_bytes()
     ended = train(launcher, noise, "weights", 2, *SIX_STEPS, restarts=1)

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import apply_orientation, orient_points
+from refdet.data.image_decoder import orient_points
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
@@ -21,6 +21,7 @@ from refdet.store.export.folder import new_folder
 from refdet.store.export.record import ExportResult, write_record
 from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
+from refer.pixels import apply_orientation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""`StampedSource`: images that are recognized as replaced when an extraction resumes. No torch.
+
+A stamp is the CRC-32 of the file from which an image's regions were computed, followed by its `ImageFiles.state`, which
+changes whenever the file is replaced and can be compared without reading it. Shards hold the stamps of their images.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from refdet.data.coco import ImageRecord
+from refdet.data.image_source import ImageSource
+from refdet.extraction.steps import Stamp
+from refdet.files.progress import progress
+from refdet.files.short_text import format_count
+from refdet.store.crc import crc32
+
+log = logging.getLogger(__name__)
+
+
+class StampedSource(ImageSource):
+    """A folder or zip of images that remembers the stamp of each file that it reads."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stamps: dict[str, Stamp] = {}  # by the name of the file
+        self._records: dict[int, ImageRecord] = {}
+
+    def locate(self, records: Sequence[ImageRecord], all_records: Iterable[ImageRecord] = ()) -> list[str]:
+        """As `ImageSource.locate`; `stamp_of` then knows the images by their ids."""
+        self._records.update((record.id, record) for record in records)
+        return super().locate(records, all_records)
+
+    def data(self, name: str, height: int = 0, width: int = 0) -> bytes:
+        """As `ImageSource.data`, remembering the stamp."""
+        state = self._files.state(name)  # before the file is read: if it is replaced meanwhile, its state will differ
+        contents = super().data(name, height, width)
+        self._stamps[name] = (crc32(contents), *state)
+        return contents
+
+    def stamp_of(self, image_id: int) -> Stamp:
+        """Stamp of the file that was read last for an image; () if none was."""
+        record = self._records.get(image_id)
+        name = None if record is None else self.find(record)
+        return () if name is None else self._stamps.get(name, ())
+
+    def replaced(self, stamps: Mapping[int, Stamp]) -> set[int]:
+        """Find the images whose files were replaced by others, and report their number.
+
+        A file is read only if its state differs, for example as it was copied. An image whose file is gone or cannot be
+        read is not replaced.
+
+        Args:
+            stamps: earlier stamps by image id; unknown ones are not compared.
+        """
+        replaced: dict[int, str] = {}  # image id -> file
+        for image_id, stamp in progress(stamps.items(), "look for replaced images", "image", leave=False):
+            record = self._records.get(image_id)
+            name = None if record is None or not stamp else self.find(record)
+            if record is None or name is None:
+                continue
+            try:
+                if self._files.state(name) == stamp[1:]:
+                    continue
+                contents = super().data(name, record.height, record.width)
+            except Exception as error:  # zipfile can raise anything on a damaged zip
+                self.raise_if_system_error(name, error)
+                continue
+            if crc32(contents) != stamp[0]:
+                replaced[image_id] = name
+        if replaced:
+            log.warning(
+                "note: %s replaced by another file since the regions were computed (first: %s); computing the shards "
+                "again",
+                format_count(len(replaced), "image", "was"),
+                next(iter(replaced.values())),
+            )
+        return set(replaced)
