@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "run" / "model.json").write_text("{}")
     save_file({}, tmp_path / "run" / "model.safetensors")
     (tmp_path / "a.json").write_text("[]")
-    (tmp_path / "ap.json").write_text('{"bbox": {"AP": 0.5}}')
+    (tmp_path / "ap.json").write_text(
+        json.dumps({"bbox": dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 0.5)})
+    )
     return tmp_path
 
 
@@ -81,4 +84,4 @@ def test_an_option_without_effect_is_an_error(folder: Path, line: str, message: 
 )
 def test_an_option_that_does_no_harm_is_noted(folder: Path, line: str, message: str) -> None:
     done = CliRunner().invoke(main, [*line.split(), "--out", "new.html"])
-    assert done.exit_code == 0 and f"note: {message}" in done.stderr
+    assert done.exit_code == 0 and f"note: {message}" in done.stderr, done.output
