@@ -169,6 +169,30 @@ def test_misnamed_refs_files_are_reported(dataset: tuple[Path, Path], tmp_path: 
         held_out(root / "refcoco")
 
 
+@pytest.mark.parametrize("name", ["refcocog", "grefcoco", "refcoco/refs(google).p", "refcoco/grefs(unc).json"])
+def test_refs_behind_a_broken_link_never_count_as_clean(dataset: tuple[Path, Path], name: str) -> None:
+    source, root = dataset
+    if (root / name).exists():
+        (root / name).rename(root / "moved")
+    (root / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match="a broken link; repair it, or remove it"):
+        audit(source, root)
+    (root / name).unlink()
+    (root / name).mkdir()
+    if name.startswith("refcoco/"):
+        with pytest.raises(InputError, match="not a file; repair it, or remove it"):
+            audit(source, root)
+    else:
+        assert audit(source, root).leaked
+
+
+def test_the_folder_above_the_root_is_refused_with_the_root(dataset: tuple[Path, Path]) -> None:
+    source, root = dataset
+    with pytest.raises(InputError) as caught:
+        audit(source, root.parent)
+    assert str(caught.value).endswith(f"; give the folder below it: {root}")
+
+
 def test_earlier_exclusions_are_dropped_if_names_contradict_ids(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     source, root = dataset
     first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
