@@ -49,8 +49,9 @@ def build_split(
     """Write a list of training images without REFER's val and test images and their annotations.
 
     An image is removed if any COCO id that its entry contains is that of a held-out image
-    (`refdet.data.image_evidence`). The remaining entries are written unchanged and in order, with a report next to the
-    file. The `Provenance` is in ``info.refdet`` of an instances file, and in the report for other lists.
+    (`refdet.data.image_evidence`). Annotations of held-out images are removed even if another program has already
+    removed the images. The remaining entries are written unchanged and in order, with a report next to the file. The
+    `Provenance` is in ``info.refdet`` of an instances file, and in the report for other lists.
 
     Examples:
         >>> instances = "demo/data/annotations/instances_train2014.json"
@@ -88,10 +89,9 @@ def build_split(
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
     check = InstancesCheck(Path(instances))  # called with each entry as it is read
     images = read_image_list(instances, check)
-    if images.format == INSTANCES:
-        check.finish(images)
-
     split_ids = frozenset().union(*(split.image_ids for split in splits))
+    if images.format == INSTANCES:
+        check.finish(images, removed=frozenset() if keep_only else split_ids)
     if not keep_only:
         _check_removable(images, split_ids)
     in_splits = [not split_ids.isdisjoint(image.coco_ids) for image in images.images]
@@ -103,6 +103,9 @@ def build_split(
     if not any(in_splits):
         notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")
     notes += identification_warnings(images)
+    listed_ids = images.ids
+    if left := sum(entry.image_id not in listed_ids for entry in images.annotations):
+        notes.append(f"{instances}: removed {format_count(left, 'annotation')} of held-out images that are not in it")
 
     kept = [image for image, is_kept in zip(images.images, keep, strict=True) if is_kept]
     ids = {image.id for image in kept if image.id is not None}

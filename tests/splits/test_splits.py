@@ -224,6 +224,22 @@ def test_annotations_of_removed_images_are_a_leak(dataset: tuple[Path, Path], tm
     assert found.leaked == [2] and found.to_json()["splits"]["refcoco/unc/val"]["annotations"] == 2
 
 
+def test_annotations_of_removed_images_are_removed(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    _, root = dataset
+    data = coco([1, 6], [1, 2, 2, 6])
+    data["annotations"][1]["segmentation"] = {"size": [5, 7], "counts": [35]}
+    source = write(tmp_path / "seed.json", data)
+    result = build_split(source, root, tmp_path / "o.json")
+    assert json.loads(result.out.read_text())["annotations"] == [data["annotations"][0], data["annotations"][3]]
+    assert any("removed 2 annotations of held-out images that are not in it" in note for note in result.notes)
+    assert result.report["annotations_before"] == 4 and result.report["annotations_after"] == 2
+    assert audit(result.out, root).leaked == []
+    with pytest.raises(InputError, match="refers to image 2, which is not in the file"):
+        build_split(source, root, tmp_path / "k.json", keep_only=["refcoco:unc:train"])
+    with pytest.raises(InputError, match="refers to image 8, which is not in the file"):
+        build_split(write(tmp_path / "lost.json", coco([1, 6], [2, 8])), root, tmp_path / "l.json")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [3]}', '{"images": [], "annotations": [{}]}'])
 def test_audit_refuses_invalid_files(dataset: tuple[Path, Path], tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text)
