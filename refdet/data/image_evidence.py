@@ -7,7 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
+from refdet.structures.coco_ids import (
+    MAX_ID,
+    bare_number,
+    has_other_numbering,
+    is_image_file,
+    is_visual_genome,
+    numbers_in_name,
+)
 from refer.image_lookup import coco_number
 
 # Keys of an entry whose values are names of its image, ids of its image, and COCO ids.
@@ -129,6 +136,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     has_padded_name = any(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts)))
     has_unnumbered = _has_unnumbered(addresses)
     has_own_numbering = has_padded_name or (bool(coco_ids) and not has_unnumbered)
+    is_elsewhere = any(has_other_numbering(text.text) for text in addresses)
     top_coco_ids = [fields[name] for name in COCO_ID_KEYS if name in fields]
     are_null_or_integers = all(value is None or _parse_integer(value) is not None for value in top_coco_ids)
     is_non_coco = bool(top_coco_ids) and are_null_or_integers and not coco_numbers
@@ -136,7 +144,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
         id=entry_id,
         coco_numbers=coco_numbers,
         bare_numbers=bare_numbers,
-        possible_ids=frozenset() if is_visual_genome_entry or has_own_numbering else ids,
+        possible_ids=frozenset() if is_visual_genome_entry or has_own_numbering or is_elsewhere else ids,
         is_non_coco=is_non_coco,
         is_visual_genome=is_visual_genome_entry,
         has_unnumbered_name=has_unnumbered and not (coco_ids or is_non_coco),
