@@ -139,12 +139,12 @@ def _add_item(image_list: ImageListFile, ids: set[int], item: JsonValue) -> None
         if key == "info" and isinstance(value, dict):
             image_list.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
-            raise InputError(f"{path}: {key!r} is a {json_type(value)}; it must be a list")
+            raise InputError(f"{path}: {key!r} has type {json_type(value)}; it must be a list")
         elif key not in _LISTS and (coco_ids := coco_numbers_in(value)):
             image_list.ids_in_other_keys[key] = coco_ids
         return
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key}[{item.position}] is a {json_type(value)}; it must be an object")
+        raise InputError(f"{path}: {key}[{item.position}] has type {json_type(value)}; it must be an object")
     if key == "images":
         image_list.images.append(_image_entry(path, item.position, item, ids))
     elif key == "annotations":
