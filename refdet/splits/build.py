@@ -77,9 +77,7 @@ def build_split(
     """
     out = Path(out)
     report_file_path = report_path(out)
-    for path in (out, report_file_path):
-        if path.exists():
-            raise InputError(f"{path} exists; choose another `out` or remove it")
+    _check_absent(out, report_file_path)
     if exclude and keep_only:
         raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
     if benchmark and keep_only:
@@ -149,12 +147,20 @@ def build_split(
         # surrogatepass and newline: entries are written exactly as they were read
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
+        _check_absent(out, report_file_path)  # another process may have written them since
     return SplitResult(out, report_file_path, report, notes)
 
 
 def report_path(out: Path) -> Path:
     """Path of the report of a list that `build_split` writes."""
     return out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
+
+
+def _check_absent(*paths: Path) -> None:
+    """Raise an InputError if a file to write exists."""
+    for path in paths:
+        if path.exists():
+            raise InputError(f"{path} exists; choose another `out` or remove it")
 
 
 def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> None:

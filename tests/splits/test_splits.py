@@ -21,6 +21,7 @@ from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.held_out import held_out
 from refdet.splits.leak_audit import audit
+from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
 from refer import ReferError
 
@@ -133,6 +134,23 @@ def test_existing_outputs_are_refused(dataset: tuple[Path, Path], tmp_path: Path
             build_split(*dataset, tmp_path / "o.json")
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["o.json", "o.report.json"])
+def test_a_file_that_another_process_writes_meanwhile_is_kept(
+    dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, root = dataset
+
+    def read(*args: Any) -> Any:
+        (tmp_path / name).write_text("another split")
+        return read_image_list(*args)
+
+    monkeypatch.setattr("refdet.splits.build.read_image_list", read)
+    with pytest.raises(InputError, match=f"{name} exists"):
+        build_split(source, root, tmp_path / "o.json")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and path != source] == [name]
+    assert (tmp_path / name).read_text() == "another split"
 
 
 def test_roots_without_readable_held_out_refs_are_refused(dataset: tuple[Path, Path], tmp_path: Path) -> None:
