@@ -10,7 +10,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, shorten
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
 from refdet.splits.image_list import INSTANCES, ImageListFile
@@ -105,6 +105,11 @@ def build_split(
     if left := sum(entry.image_id not in listed_ids for entry in images.annotations):
         notes.append(f"{instances}: removed {format_count(left, 'annotation')} of held-out images that are not in it")
 
+    if lost := _lost_info(images):
+        notes.append(
+            f"{instances}: 'info' is not an object and is replaced by one with the provenance: {shorten(lost)}"
+        )
+
     kept = [image for image, is_kept in zip(images.images, keep, strict=True) if is_kept]
     ids = {image.id for image in kept if image.id is not None}
     annotations = sum(entry.image_id in ids for entry in images.annotations)
@@ -154,6 +159,12 @@ def build_split(
 def report_path(out: Path) -> Path:
     """Path of the report of a list that `build_split` writes."""
     return out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
+
+
+def _lost_info(images: ImageListFile) -> str:
+    """Text of ``info`` in an instances file if it is neither an object nor null, else ""."""
+    texts = [images.text[member.start : member.end] for member in images.members if member.key == "info"]
+    return next((text for text in texts if not (text.startswith("{") or text == "null")), "")
 
 
 def _check_absent(*paths: Path) -> None:

@@ -242,6 +242,16 @@ def test_annotations_of_removed_images_are_a_leak(dataset: tuple[Path, Path], tm
     assert found.leaked == [2] and found.to_json()["splits"]["refcoco/unc/val"]["annotations"] == 2
 
 
+@pytest.mark.parametrize(
+    ("info", "text"), [("my notes", '"my notes"'), ([1], "[1]"), (None, ""), ({}, ""), ({"a": 1}, "")]
+)
+def test_an_info_that_is_lost_is_noted(dataset: tuple[Path, Path], tmp_path: Path, info: Any, text: str) -> None:
+    _, root = dataset
+    result = build_split(write(tmp_path / "i.json", coco([1, 2], []) | {"info": info}), root, tmp_path / "o.json")
+    notes = [note for note in result.notes if "'info' is not an object" in note]
+    assert [note.endswith(f": {text}") for note in notes] == [True] * bool(text)
+
+
 def test_annotations_of_removed_images_are_removed(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     _, root = dataset
     data = coco([1, 6], [1, 2, 2, 6])
