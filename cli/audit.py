@@ -125,7 +125,7 @@ def command(
         from refdet.splits.leak_audit import audit
 
         assert instances is not None
-        result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark)
+        result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark, allow_unknown=find_duplicates)
         notes = result.notes
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content
@@ -312,7 +312,8 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
         )
         if result.unidentified:
             lines.append(f"except for {format_count(result.unidentified, 'image')} not identified by id")
-        lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
+        has_ids = result.unidentified < result.images
+        lines.append(f"image_ids_sha256 {result.image_ids_sha256}" if has_ids else f"file_sha256 {result.file_sha256}")
     if content is not None:
         lines.append(
             f"no copies: {format_count(content.compared, 'image')} compared with "
