@@ -126,7 +126,7 @@ def command(
         from refdet.splits.leak_audit import audit
 
         assert instances is not None
-        result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark)
+        result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark, allow_unknown=find_duplicates)
         notes = result.notes
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content

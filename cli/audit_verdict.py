@@ -94,7 +94,8 @@ def verdict(
         )
         if result.unidentified:
             lines.append(f"except for {format_count(result.unidentified, 'image')} not identified by id")
-        lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
+        has_ids = result.unidentified < result.images
+        lines.append(f"image_ids_sha256 {result.image_ids_sha256}" if has_ids else f"file_sha256 {result.file_sha256}")
     if content is not None:
         lines.append(_compared(content))
     return lines

@@ -285,7 +285,8 @@ class REFER:
     def _decode(self, owner: str, segmentation: Any, image: Image) -> np.ndarray:
         """Decode a segmentation to a mask, (height, width) uint8; ``owner`` names it in error messages."""
         try:
-            return decode(segmentation, image["height"], image["width"])
+            any_size = self.data["dataset"] == "refclef"  # whose RLEs are taken as they are
+            return decode(segmentation, image["height"], image["width"], any_size)
         except ReferDataError as error:
             raise ReferDataError(f"{self.DATA_DIR}: {owner}: {error}") from None
 

@@ -19,7 +19,7 @@ MAX_DISTANCE = 10_000
 MAX_LENGTH = 1_000_000
 
 
-def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
+def decode(segmentation: Any, height: Any, width: Any, any_size: bool = False) -> np.ndarray:
     """Decode a segmentation to a mask.
 
     Args:
@@ -27,12 +27,14 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
             RefClef; the mask is the union of the parts. Polygons with fewer than three points are empty.
         height: height of the image in pixels.
         width: width of the image in pixels.
+        any_size: whether RLEs may have another size than the image.
 
     Returns:
-        (height, width) uint8 with 1 inside; RLEs have their own size.
+        (height, width) uint8 with 1 inside; with ``any_size``, RLEs have their own size.
 
     Raises:
-        ReferDataError: the segmentation is none of these, or damaged, or the height or width is invalid.
+        ReferDataError: the segmentation is none of these, or damaged, or of another size than the image, or the height
+            or width is invalid.
     """
     _check_size(height, width)
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
@@ -55,6 +57,9 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
         return np.zeros((height, width), np.uint8)
     if any(list(rle["size"]) != list(rles[0]["size"]) for rle in rles):
         raise ReferDataError("parts of a segmentation have different sizes")
+    size = list(rles[0]["size"])
+    if not any_size and size != [height, width]:
+        raise ReferDataError(f"its RLE has size {size}, but its image is {[height, width]}")
     return np.asarray(coco_mask.decode(coco_mask.merge(rles)), np.uint8)
 
 

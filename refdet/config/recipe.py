@@ -216,8 +216,11 @@ class Recipe:
         tree = self.to_dict()
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
-            if not separator:
-                raise InputError(f"`changes` {shorten(assignment)}: no '='; write key=value, such as train.steps=500")
+            if not separator or not key.strip():
+                missing = "no key" if separator else "no '='"
+                raise InputError(
+                    f"`changes` {shorten(assignment)}: {missing}; write key=value, such as train.steps=500"
+                )
             try:
                 value = parse_yaml(text)
             except InputError as error:

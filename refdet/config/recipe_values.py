@@ -25,7 +25,8 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 def unknown_key_message(key: str, root: Any) -> str:
     """Error message for an unknown key of the dataclass ``root``, with the most similar known key."""
     close = difflib.get_close_matches(key, _keys(root), n=1, cutoff=0.5)
-    return f"{shorten(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
+    fix = f"did you mean {close[0]}?" if close else "refdet recipes demo lists them all"
+    return f"{shorten(key)}: no such recipe key; {fix}"
 
 
 def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:

@@ -131,7 +131,7 @@ class CocoIndex:
                     raise InputError(f"{path}: no list {key!r} in it; give a COCO instances JSON")
                 for position, entry in enumerate(raw[key]):
                     if not isinstance(entry, dict):
-                        raise InputError(f"{path}: {key}[{position}] is a {json_type(entry)}; it must be an object")
+                        raise InputError(f"{path}: {key}[{position}] has type {json_type(entry)}; it must be an object")
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}

@@ -7,7 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
+from refdet.structures.coco_ids import (
+    MAX_ID,
+    bare_number,
+    has_other_numbering,
+    is_image_file,
+    is_visual_genome,
+    numbers_in_name,
+)
 from refer.image_lookup import coco_number
 
 # Keys of an entry whose values are names of its image, ids of its image, and COCO ids.
@@ -126,12 +133,13 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     has_unnumbered = _has_unnumbered(addresses)
     is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
     has_own_numbering = _has_own_numbering([*addresses, *_id_texts(texts)], bool(coco_ids), has_unnumbered)
+    is_elsewhere = any(has_other_numbering(text.text) for text in addresses)
     is_non_coco = _has_readable_coco_id(fields) and not coco_numbers
     return Evidence(
         id=entry_id,
         coco_numbers=coco_numbers,
         bare_numbers=bare_numbers,
-        possible_ids=frozenset() if is_visual_genome_entry or has_own_numbering else ids,
+        possible_ids=frozenset() if is_visual_genome_entry or has_own_numbering or is_elsewhere else ids,
         is_non_coco=is_non_coco,
         is_visual_genome=is_visual_genome_entry,
         has_unnumbered_name=has_unnumbered and not (coco_ids or is_non_coco),

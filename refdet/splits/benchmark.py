@@ -45,17 +45,17 @@ def _read_benchmark(path: Path) -> tuple[SplitImages, list[str]]:
     if not path.exists():
         raise InputError(f"`benchmark` {path}: no such file")
     if is_parquet(path):
-        images, is_text = _parquet_images(path), False
+        images, noun = _parquet_images(path), "entry"
     else:
         image_list = read_image_list(path)
-        images, is_text = image_list.images, image_list.format == LINES
+        images, noun = image_list.images, "line" if image_list.format == LINES else "entry"
     # an entry may name a COCO image and also a file that is unknown, such as a renamed one beside its coco_url
     unknown = [image for image in images if image.unknown and not image.evidence.coco_numbers]
     coco = [image for image in images if image.evidence.coco_numbers or (not image.unknown and image.coco_ids)]
-    if is_text and unknown and not any(image.evidence.coco_numbers for image in coco):
+    if unknown and coco and not any(image.evidence.coco_numbers for image in coco):
         # some of Flickr30k's ids are in the range of COCO's
         raise InputError(
-            f"`benchmark` {path}: {format_share(len(unknown), len(images), 'line', 'has')} no COCO id (first: "
+            f"`benchmark` {path}: {format_share(len(unknown), len(images), noun, 'has')} no COCO id (first: "
             f"{unknown[0].label!s:.60}), so the other numbers are not taken as COCO ids either; {_FIX}"
         )
     coco_ids = frozenset().union(*(image.evidence.coco_numbers if image.unknown else image.coco_ids for image in coco))

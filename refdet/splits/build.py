@@ -10,7 +10,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import format_count
+from refdet.files.short_text import format_count, shorten
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import SplitImages, held_out, splits_to_keep
 from refdet.splits.image_list import INSTANCES, ImageEntry, ImageListFile
@@ -49,8 +49,9 @@ def build_split(
     """Write a list of training images without REFER's val and test images and their annotations.
 
     An image is removed if any COCO id that its entry contains is that of a held-out image
-    (`refdet.data.image_evidence`). The remaining entries are written unchanged and in order, with a report next to the
-    file. The `Provenance` is in ``info.refdet`` of an instances file, and in the report for other lists.
+    (`refdet.data.image_evidence`). Annotations of held-out images are removed even if another program has already
+    removed the images. The remaining entries are written unchanged and in order, with a report next to the file. The
+    `Provenance` is in ``info.refdet`` of an instances file, and in the report for other lists.
 
     Examples:
         >>> instances = "demo/data/annotations/instances_train2014.json"
@@ -81,10 +82,9 @@ def build_split(
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
     check = InstancesCheck(Path(instances))  # called with each entry as it is read
     images = read_image_list(instances, check)
-    if images.format == INSTANCES:
-        check.finish(images)
-
     split_ids = frozenset().union(*(split.image_ids for split in splits))
+    if images.format == INSTANCES:
+        check.finish(images, removed=frozenset() if keep_only else split_ids)
     if not keep_only:
         _check_removable(images, split_ids)
     in_splits = [not split_ids.isdisjoint(image.coco_ids) for image in images.images]
@@ -96,6 +96,13 @@ def build_split(
     if not any(in_splits):
         notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")
     notes += identification_warnings(images)
+    listed_ids = images.ids
+    if left := sum(entry.image_id not in listed_ids for entry in images.annotations):
+        notes.append(f"{instances}: removed {format_count(left, 'annotation')} of held-out images that are not in it")
+    if lost := _lost_info(images):
+        notes.append(
+            f"{instances}: 'info' is not an object and is replaced by one with the provenance: {shorten(lost)}"
+        )
 
     kept = [image for image, is_kept in zip(images.images, keep, strict=True) if is_kept]
     present_ids = all_coco_ids(images.images)
@@ -122,13 +129,24 @@ def _check_arguments(
     out: Path, exclude: Sequence[str], keep_only: Sequence[str], benchmark: Sequence[str | Path]
 ) -> None:
     """Raise an InputError if an output exists or arguments exclude each other."""
-    for path in (out, report_path(out)):
-        if path.exists():
-            raise InputError(f"{path} exists; choose another `out` or remove it")
+    _check_absent(out)
     if exclude and keep_only:
         raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
     if benchmark and keep_only:
         raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
+
+
+def _check_absent(out: Path) -> None:
+    """Raise an InputError if a file to write exists."""
+    for path in (out, report_path(out)):
+        if path.exists():
+            raise InputError(f"{path} exists; choose another `out` or remove it")
+
+
+def _lost_info(images: ImageListFile) -> str:
+    """Text of ``info`` in an instances file if it is neither an object nor null, else ""."""
+    texts = [images.text[member.start : member.end] for member in images.members if member.key == "info"]
+    return next((text for text in texts if not (text.startswith("{") or text == "null")), "")
 
 
 def _check_removable(images: ImageListFile, held_out_ids: frozenset[int]) -> None:
@@ -239,3 +257,4 @@ def _write(
         # surrogatepass and newline: entries are written exactly as they were read
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
+        _check_absent(out)  # another process may have written the files since

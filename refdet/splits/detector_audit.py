@@ -115,10 +115,10 @@ def audit_provenance(
     if description["provenance"] is None:
         problem = f"{path}: training data unknown: no provenance"
         return ProvenanceAudit(
-            description["kind"], str(path), None, claims_of(None, splits), None, None, problem, notes
+            description["kind"], str(path), None, claims_of(None, splits, refer_root), None, None, problem, notes
         )
     provenance = Provenance.from_json(description["provenance"])
-    claims = claims_of(provenance, splits)
+    claims = claims_of(provenance, splits, refer_root)
     proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
         notes = list(proof.notes)  # they include those of the held-out splits

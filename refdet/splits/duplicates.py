@@ -131,7 +131,7 @@ def audit_content(
     source = ImageSource.open(images, argument=argument)
     refer_source = source if refer_images is None else ImageSource.open(refer_images, argument="refer_images")
     held_out_ids = frozenset(ids)
-    image_list = read_image_list(instances)
+    image_list = read_image_list(instances, allow_unknown=True)
     records = [_records(image_list, index) for index in range(len(image_list.images))]
     to_compare = [
         (image.label, record)

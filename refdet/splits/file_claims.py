@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from refdet.files.short_text import agree, format_count, format_share
-from refdet.splits.held_out import SplitImages
+from refdet.splits.held_out import SplitImages, held_out
 from refdet.splits.leak_audit import AuditResult
 from refdet.structures.provenance import NAMES_DIFFER, Provenance
 
@@ -48,19 +48,32 @@ TRAINING_FILE = FileRole("trained", "training data", "train", "instances")
 VALIDATION_FILE = FileRole("chosen by validation", "validation data", "validate", "val_instances")
 
 
-def claims_of(provenance: Provenance | None, splits: Sequence[SplitImages]) -> list[SplitClaim]:
+def claims_of(provenance: Provenance | None, splits: Sequence[SplitImages], refer_root: str | Path) -> list[SplitClaim]:
     """What a provenance claims about each split.
 
     A split that it excludes counts only if the number of its images is the same. A published training set without
     images of REFER excludes every split.
+
+    Args:
+        provenance: the provenance, None if there is none.
+        splits: the splits.
+        refer_root: their folder, which is read again if other splits that the provenance excludes may have the images.
     """
     training_set = None if provenance is None else provenance.training_set
     if training_set is not None and training_set.refer_overlap == "none":
         return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
     excluded = {} if provenance is None else provenance.excluded
-    matching = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
-    covered = frozenset().union(*(split.image_ids for split in matching))
+    covered = _covered(excluded, splits)
+    is_covered = all(split.image_ids <= covered for split in splits)
+    if not is_covered and excluded.keys() - {split.name for split in splits}:
+        covered |= _covered(excluded, held_out(refer_root)[0])
     return [SplitClaim(split.name, len(split.image_ids), len(split.image_ids - covered)) for split in splits]
+
+
+def _covered(excluded: Mapping[str, Mapping[str, int]], splits: Sequence[SplitImages]) -> frozenset[int]:
+    """Ids of the images of those splits that are excluded with the same number of images."""
+    matching = (split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids))
+    return frozenset().union(*(split.image_ids for split in matching))
 
 
 def file_problem(

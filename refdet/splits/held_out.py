@@ -11,7 +11,7 @@ import refer
 from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.files.short_text import agree, format_share, shorten
-from refdet.splits.unrecognized_refs import find_unrecognized_refs
+from refdet.splits.unrecognized_refs import find_unrecognized_refs, refer_root_below
 from refdet.structures.coco_ids import bare_number, numbers_in_name
 from refer.types import Ref
 
@@ -113,11 +113,13 @@ def _find_datasets(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[
     skipped = sorted({dataset for dataset, _ in available} & set(NOT_COCO))
     misnamed = find_unrecognized_refs(refer_root)
     if not pairs:
-        hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
-        raise InputError(
-            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images found; give the REFER data folder, or "
-            f"get it with refdet fetch-data{hint}"
-        )
+        below = refer_root_below(refer_root, misnamed)
+        if below:
+            fix = f"give the folder below it: {below}"
+        else:
+            hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
+            fix = f"give the REFER data folder, or get it with refdet fetch-data{hint}"
+        raise InputError(f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images found; {fix}")
     notes = [f"{dataset}: skipped, its images are not from COCO" for dataset in skipped]
     return pairs, notes + [
         f"{str(path)!r}: not read; rename it to {refer_root}/DATASET/refs(SPLIT_BY).p" for path in misnamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 from refdet.data.coco_validation import (
@@ -84,17 +85,19 @@ class InstancesCheck:
         parse_iscrowd(path, entry, what)
         parse_area(path, entry.get("area", 0), what)
 
-    def finish(self, images: ImageListFile) -> None:
+    def finish(self, images: ImageListFile, removed: Set[int] = frozenset()) -> None:
         """Check the references between entries and raise the first error of the file.
 
         Args:
             images: the list that was read.
+            removed: ids of images whose annotations may be left in the file without them.
 
         Raises:
             InputError: a one-line message with the file and the invalid entry.
         """
         path, ids = self._path, images.ids
-        orphan = next((entry for entry in images.annotations if entry.image_id not in ids), None)
+        allowed = ids | removed
+        orphan = next((entry for entry in images.annotations if entry.image_id not in allowed), None)
         if orphan is not None:
             raise InputError(
                 f"{path}: an annotation refers to image {orphan.image_id}, which is not in the file; "
@@ -112,10 +115,11 @@ class InstancesCheck:
                     f"{path}: annotation {annotation_id} has category {category_id}, which is not in the file"
                 )
         for annotation_id, image_id, size in self._rle_sizes:
-            if size != self._sizes[image_id]:
+            if image_id in ids and size != self._sizes[image_id]:
                 raise InputError(
                     f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, but its image is "
                     f"{list(self._sizes[image_id])}"
                 )
         for annotation_id, image_id, polygons in self._unchecked_polygons:
-            check_outlines(path, polygons, f"annotation {annotation_id}", *self._sizes[image_id])
+            if image_id in ids:
+                check_outlines(path, polygons, f"annotation {annotation_id}", *self._sizes[image_id])

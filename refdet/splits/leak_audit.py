@@ -95,6 +95,7 @@ def audit(
     *,
     exclude: Sequence[str] = (),
     benchmark: Sequence[str | Path] = (),
+    allow_unknown: bool = False,
 ) -> AuditResult:
     """Look for images of REFER's val and test splits in a list of images.
 
@@ -112,6 +113,7 @@ def audit(
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
         benchmark: files with the images of other benchmarks to look for, see `refdet.splits.benchmark`.
+        allow_unknown: accept a list in which no entry can be identified, for `audit_content` to compare.
 
     Returns:
         The leaks of each split, hashes of the list and warnings.
@@ -123,7 +125,7 @@ def audit(
     splits, notes = held_out(refer_root, exclude)
     benchmark_splits, benchmark_notes = held_out_benchmarks(benchmark)
     splits, notes = splits + benchmark_splits, notes + benchmark_notes
-    images = read_image_list(instances)
+    images = read_image_list(instances, allow_unknown=allow_unknown)
     notes += identification_warnings(images)
     annotation_counts = Counter(entry.image_id for entry in images.annotations)
     removed_ids = annotation_counts.keys() - images.ids  # ids of images that only annotations refer to

@@ -43,12 +43,15 @@ _LISTS = ("images", "annotations", "categories")  # keys of an instances file wh
 _SPACE = " \t\r\n\ufeff"  # including the byte order mark
 
 
-def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None = None) -> ImageListFile:
+def read_image_list(
+    path: str | Path, check: Callable[[JsonValue], None] | None = None, allow_unknown: bool = False
+) -> ImageListFile:
     """Read a list of images.
 
     Args:
         path: the file.
         check: called with every entry of an instances file, in file order.
+        allow_unknown: whether to accept a list in which no entry can be identified, which may be no list of images.
 
     Returns:
         The list and its text.
@@ -62,7 +65,8 @@ def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None 
         if not image_list.images:
             raise InputError(f"{path}: no images in it; give an instances JSON or a list of images")
         images = identify_images(image_list.images)
-        if image_list.format != INSTANCES and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
+        is_checked = image_list.format != INSTANCES and not allow_unknown
+        if is_checked and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
             raise InputError(
                 f"{path}: its {format_count(len(images), 'entry', 'has')} no COCO image id (first: "
                 f"{images[0].name or images[0].label!r:.60}); {_fix(images)}"
@@ -139,12 +143,12 @@ def _add_item(image_list: ImageListFile, ids: set[int], item: JsonValue) -> None
         if key == "info" and isinstance(value, dict):
             image_list.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
-            raise InputError(f"{path}: {key!r} is a {json_type(value)}; it must be a list")
+            raise InputError(f"{path}: {key!r} has type {json_type(value)}; it must be a list")
         elif key not in _LISTS and (coco_ids := coco_numbers_in(value)):
             image_list.ids_in_other_keys[key] = coco_ids
         return
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key}[{item.position}] is a {json_type(value)}; it must be an object")
+        raise InputError(f"{path}: {key}[{item.position}] has type {json_type(value)}; it must be an object")
     if key == "images":
         image_list.images.append(_image_entry(path, item.position, item, ids))
     elif key == "annotations":
@@ -341,4 +345,6 @@ def _fix(images: Iterable[ImageEntry]) -> str:
     """The advice to end the error message with, for a list without COCO ids."""
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's names: give its image_data.json, which has their COCO ids"
-    return "give COCO ids, or names such as 000000000009.jpg"
+    return (
+        "give COCO ids, or names such as 000000000009.jpg; refdet audit --find-duplicates compares images without them"
+    )

@@ -99,13 +99,15 @@ def audit_selection(
         return SelectionAudit(selection, proof, problem, not problem, notes)
     if selection.by_validation:
         (file,) = selection.validated_on
-        problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, VALIDATION_FILE)
+        problem = file_problem(
+            subject, file, claims_of(file, splits, refer_root), proof, val_instances, VALIDATION_FILE
+        )
         if proof is not None:
             notes += proof.notes
         proven = proof is not None and not proof.unknown and not problem
         return SelectionAudit(selection, proof, problem, proven, notes)
     for file in selection.validated_on:
-        notes.append(_last_step_note(subject, file, splits, proof))
+        notes.append(_last_step_note(subject, file, splits, refer_root, proof))
     is_recorded = proof is None or any(
         proof.image_ids_sha256 == file.image_ids_sha256 for file in selection.validated_on
     )
@@ -140,11 +142,13 @@ def _is_from_before_validation(store: Path) -> bool:
             return False
 
 
-def _last_step_note(subject: str, file: Provenance, splits: Sequence[SplitImages], proof: AuditResult | None) -> str:
+def _last_step_note(
+    subject: str, file: Provenance, splits: Sequence[SplitImages], refer_root: str | Path, proof: AuditResult | None
+) -> str:
     """Note about a file that weights of the last step were validated on, and the held-out images in it."""
     if proof is not None and proof.image_ids_sha256 == file.image_ids_sha256:
         held_out = f", with {format_count(len(proof.leaked), 'held-out image')}"
-    elif any(claim.uncovered for claim in claims_of(file, splits)):
+    elif any(claim.uncovered for claim in claims_of(file, splits, refer_root)):
         held_out = ", which may hold held-out images"
     else:
         held_out = ", without held-out images according to its record"

@@ -10,6 +10,9 @@ _PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
+# Folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's are
+# Flickr's (a few have less than seven digits), saiapr_tc-12 is RefClef's.
+_OTHER_NUMBERING = re.compile(r"(?:^|[/\\])(?:gqa|flickr30k[^/\\]*|saiapr[^/\\]*)[/\\]", re.IGNORECASE)
 _MAX_NAME_LENGTH = 299  # no file system allows longer names, so longer text is not one
 _IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
@@ -25,9 +28,10 @@ def numbers_in_name(name: str) -> frozenset[int]:
 def bare_number(name: str) -> int | None:
     """The id if a file name without its suffix is a number ("9.jpg" and "9": 9), else None.
 
-    None also for Visual Genome's images and for numbers above `MAX_ID`; leading zeros are allowed up to twelve digits.
+    None also for images in folders of Visual Genome, GQA, Flickr30k and RefClef and for numbers above `MAX_ID`; leading
+    zeros are allowed up to twelve digits.
     """
-    if is_visual_genome(name):
+    if has_other_numbering(name):
         return None
     match = _BARE.fullmatch(_base_name(name))
     return int(match[1]) if match else None
@@ -36,6 +40,11 @@ def bare_number(name: str) -> int | None:
 def is_visual_genome(name: str) -> bool:
     """Whether a path or URL is in Visual Genome's image folders."""
     return _VISUAL_GENOME.search(name) is not None
+
+
+def has_other_numbering(name: str) -> bool:
+    """Whether a path or URL is in a folder of another dataset, with ids of its own: Visual Genome's or one like it."""
+    return is_visual_genome(name) or _OTHER_NUMBERING.search(name) is not None
 
 
 def is_image_file(name: str) -> bool:

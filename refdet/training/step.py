@@ -62,8 +62,8 @@ class PendingStep:
 
     def _not_finite(self, what: str) -> RuntimeFailure:
         return RuntimeFailure(
-            f"the {what} on {'image' if len(self.image_ids) == 1 else 'images'} {', '.join(map(str, self.image_ids))}; "
-            "lower train.lr, or check what is on them; the last checkpoint is kept"
+            f"the {what} on {_names(self.image_ids)}; lower train.lr, or check what is on them; the last checkpoint is "
+            "kept"
         )
 
 
@@ -198,8 +198,30 @@ class Passes:
         """Call `work`, which is `LossNetwork` or `MaskRCNN.count_samples`, with the images of a pass."""
         device = next(self.model.parameters()).device
         images = part.inputs(self.model.recipe.input, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.model, device)):
+        with (
+            torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(self.model, device)),
+            _single_value_errors(part.image_ids),
+        ):
             return work(images, part.input_sizes, part.targets, generator, *extra)
+
+
+@contextmanager
+def _single_value_errors(image_ids: Sequence[int]) -> Iterator[None]:
+    """Context manager that turns the error of a batch norm without a variance to compute into a RuntimeFailure."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RuntimeFailure(
+            f"{_names(image_ids)}: too small for batch norm, whose input is a single pixel; raise train.batch_size or "
+            "input.min_sizes and input.max_size, lower train.accumulate, or give `weights` and `model.norm=frozen`"
+        ) from None
+
+
+def _names(image_ids: Sequence[int]) -> str:
+    """Text such as "images 4, 9"."""
+    return f"{'image' if len(image_ids) == 1 else 'images'} {', '.join(map(str, image_ids))}"
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -47,6 +47,8 @@ def test_changed_values_are_parsed_as_yaml() -> None:
         ("train=5", ["train: no such recipe key"]),
         ("train.steps.more=5", ["train.steps.more: no such recipe key"]),
         ("train.steps", ["key=value"]),
+        (" =5", ["`changes`", "no key; write key=value"]),
+        ("foo.bar=1", ["foo.bar: no such recipe key; refdet recipes demo lists them all"]),
         ("train.steps=many", ["train.steps", "int"]),
         ("train.steps=true", ["train.steps", "int"]),
         ("train.steps=0", ["train.steps", "greater than 0"]),

@@ -223,6 +223,25 @@ def test_annotations_are_unpacked_and_image_zips_are_kept(site: Site, tmp_path: 
 
 
 @pytest.mark.usefixtures("published_counts")
+@pytest.mark.parametrize("name", ["refs(unc).p", "instances.json"])
+def test_existing_damaged_files_are_noted(
+    site: Site, tmp_path: Path, refcoco_zip: bytes, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    site.add("/refcoco.zip", refcoco_zip)
+    item = refcoco_item(site, refcoco_zip, "/refcoco.zip")
+    fetch_item(item, tmp_path)
+    caplog.clear()
+    fetch_item(item, tmp_path)
+    assert "kept as it is" not in caplog.text
+    path = tmp_path / "refer" / "refcoco" / name
+    damaged = path.read_bytes()[:-100]
+    path.write_bytes(damaged)
+    fetch_item(item, tmp_path)
+    assert "note: refcoco: kept as it is: " in caplog.text and str(path) in caplog.text
+    assert f"to fetch it anew, remove {path.parent} first" in caplog.text and path.read_bytes() == damaged
+
+
+@pytest.mark.usefixtures("published_counts")
 def test_existing_files_are_kept_and_leftovers_removed(
     site: Site, tmp_path: Path, refcoco_zip: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

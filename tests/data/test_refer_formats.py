@@ -275,6 +275,24 @@ def test_a_second_conversion_keeps_the_existing_instances(
     assert formats.load(tmp_path / "out", "refcoco", "google") == (refs, instances)
 
 
+@pytest.mark.parametrize("format_name", ["write_mdetr", "write_lines"])
+@pytest.mark.parametrize("rows", ["all", "some"])
+def test_a_copy_of_a_file_under_another_name_is_refused(
+    shapes_root: Path, train_instances: Path, tmp_path: Path, format_name: str, rows: str
+) -> None:
+    refs, instances = formats.load(shapes_root / "refer", "refcoco", "unc")
+    folder = getattr(formats, format_name)(tmp_path / "files", "refcoco", refs, instances)
+    (original,) = folder.glob("*val*")
+    copy = original.with_stem(f"{original.stem} (1)")
+    text = original.read_text()
+    copy.write_text(text if rows == "all" or "\n" not in text else "".join(text.splitlines(keepends=True)[:3]))
+    with pytest.raises(InputError, match=r"its refs of split 'val' are also in .*; give one of the two"):
+        convert_refer([folder], tmp_path / "out", instances=train_instances)
+    assert not (tmp_path / "out").exists()
+    copy.unlink()
+    assert convert_refer([folder], tmp_path / "out", instances=train_instances)[0].counts["val"].refs
+
+
 @pytest.mark.parametrize(
     ("numbers", "unit"),
     [

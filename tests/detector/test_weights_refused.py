@@ -174,6 +174,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "too large": (
         with_("resnet.layer4.0.bn1.bias", torch.full((512,), 1e300, dtype=torch.float64)), ("bias contains NaN, inf",)
     ),
+    "quantized": (
+        with_("rpn_net.weight", torch.ones(512, 1024, 3, 3, dtype=torch.int8)), ("rpn_net.weight holds int8, not",)
+    ),
+    "complex": (with_("rpn_net.bias", torch.ones(512, dtype=torch.complex64)), ("rpn_net.bias holds complex64, not",)),
     "huge": (
         with_("rpn_net.bias", torch.ones((), dtype=torch.float64).expand(10**7, 10**7)), ("rpn_net.bias is (10000",)
     ),

@@ -82,6 +82,18 @@ def test_an_invalid_segmentation_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         r.getMask(r.Refs[0])
 
 
+@pytest.mark.parametrize("size", [[8, 6], [3, 16], [12, 16]])
+@pytest.mark.parametrize("in_list", [False, True])
+def test_an_rle_of_another_size_than_its_image_is_refused(tmp_path: Path, size: list[int], in_list: bool) -> None:
+    r = REFER(write(tmp_path))
+    image = r.Imgs[r.Refs[0]["image_id"]]
+    assert [image["height"], image["width"]] == [6, 8]
+    rle = {"size": size, "counts": [size[0] * size[1]]}
+    r.refToAnn[0]["segmentation"] = [rle] if in_list else rle
+    with pytest.raises(ReferDataError, match=r"annotation 7: its RLE has size .*, but its image is \[6, 8\]"):
+        r.getMask(r.Refs[0])
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data(), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_masks_equal_pycocotools(data: st.DataObject, height: int, width: int) -> None:

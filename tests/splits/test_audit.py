@@ -177,6 +177,22 @@ def test_a_claim_covers_only_the_images_that_it_excluded(trained: tuple[Path, Pa
     assert "refcoco/unc/val" in audit_provenance(write_run_directory(tmp_path / "c", provenance), root).problem
 
 
+def test_a_claim_covers_the_same_images_of_a_split_that_is_audited_alone(tmp_path: Path) -> None:
+    pairs = [(2, "val"), (3, "testA"), (4, "train")]
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): pairs, ("refcoco+", "unc"): pairs})
+    write_refs(root, {("refcocog", "umd"): [(3, "val"), (5, "val")]})
+    source = write(tmp_path / "all.json", coco([1, 2, 3, 5], [1]))
+    build_split(source, root, tmp_path / "split.json", exclude=["refcoco:unc"])
+    run = write_run_directory(tmp_path / "run", provenance_of(tmp_path / "split.json"))
+    assert audit_provenance(run, root, exclude=["refcoco+:unc"]).problem == ""
+    problem = audit_provenance(run, root, exclude=["refcocog:umd"]).problem
+    assert problem.endswith(
+        "does not exclude refcocog/umd/val (1 of 2 images); give the file it was trained on with `instances`"
+    )
+    write_refs(root, {("refcoco", "unc"): [*pairs, (6, "val"), (7, "testA")]})
+    assert "refcoco+/unc/testA (1 of 1 image)" in audit_provenance(run, root, exclude=["refcoco+:unc"]).problem
+
+
 def test_unknown_training_data_is_a_problem(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, split, _ = trained
     unknown = Provenance.imported("res101.pth", "ab" * 32).to_json()

@@ -141,6 +141,40 @@ def test_a_list_of_names_is_enough_and_held_out_ids_are_not_compared(
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [("kitchen.jpg", 3)] and found.compared == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("n.txt", "FLICKR\nOTHER\n"),
+        ("n.json", '["FLICKR", "OTHER"]'),
+        ("n.json", '[{"image": "FLICKR", "id": 2}, {"image": "OTHER", "id": 3}]'),
+        ("n.json", '{"train": ["FLICKR"], "val": ["OTHER"]}'),
+        ("n.jsonl", '{"image": "FLICKR"}\n{"image": "OTHER"}\n'),
+    ],
+)
+def test_lists_without_any_coco_id_are_compared(
+    dataset: tuple[Path, Path, Path], tmp_path: Path, name: str, text: str
+) -> None:
+    _, root, folder = dataset
+    (folder / "flickr30k").mkdir()
+    paths = {"FLICKR": "flickr30k/36979.jpg", "OTHER": "flickr30k/1000092795.jpg"}
+    (folder / paths["OTHER"]).write_bytes(jpeg(scene(20)))
+    for key, path in paths.items():
+        text = text.replace(key, path)
+    (tmp_path / name).write_text(text)
+    arguments = ["audit", "--instances", str(tmp_path / name), "--refer-root", str(root)]
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+    arguments += ["--find-duplicates", "--images", str(folder)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "not proven: 1 image not compared (first: " in done.stderr
+    (folder / paths["FLICKR"]).write_bytes(jpeg(scene(21)))
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0 and "no copies: 2 images compared with 3 held-out images" in done.stdout
+    assert "image_ids_sha256" not in done.stdout and "file_sha256" in done.stdout
+    (folder / paths["FLICKR"]).write_bytes(jpeg(scene(3), 50))
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "contains copies of held-out images" in done.stderr
+
+
 def test_copies_of_held_out_benchmark_images_are_found(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, root, folder = dataset
     names, benchmark = tmp_path / "names.txt", tmp_path / "benchmark.json"

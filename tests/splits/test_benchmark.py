@@ -98,6 +98,13 @@ def test_flickr30k_numbers_are_not_mistaken_for_coco_ids(tmp_path: Path, other_i
     path.write_text("1007129816.jpg\n36979.jpg\n")
     with pytest.raises(InputError, match="1 of 2 lines has no COCO id"):
         held_out_benchmarks([path])
+    for entries in (["1007129816.jpg", "36979.jpg"], [{"image": "36979.jpg"}, {"image": "x/4999888777.jpg"}]):
+        path.write_text(json.dumps(entries))
+        with pytest.raises(InputError, match="1 of 2 entries has no COCO id"):
+            held_out_benchmarks([path])
+    path.write_text("flickr30k-images/36979.jpg\nFlickr30k/flickr30k_images/65567.jpg\n")
+    with pytest.raises(InputError, match="its 2 entries have no COCO image id"):
+        held_out_benchmarks([path])
     path.write_text("1007129816\n4999888777\n")
     with pytest.raises(InputError, match="COCO"):
         held_out_benchmarks([path])

@@ -21,6 +21,7 @@ from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.held_out import held_out
 from refdet.splits.leak_audit import audit
+from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
 from refer import ReferError
 
@@ -135,6 +136,23 @@ def test_existing_outputs_are_refused(dataset: tuple[Path, Path], tmp_path: Path
         (tmp_path / name).unlink()
 
 
+@pytest.mark.parametrize("name", ["o.json", "o.report.json"])
+def test_a_file_that_another_process_writes_meanwhile_is_kept(
+    dataset: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source, root = dataset
+
+    def read(*args: Any) -> Any:
+        (tmp_path / name).write_text("another split")
+        return read_image_list(*args)
+
+    monkeypatch.setattr("refdet.splits.build.read_image_list", read)
+    with pytest.raises(InputError, match=f"{name} exists"):
+        build_split(source, root, tmp_path / "o.json")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and path != source] == [name]
+    assert (tmp_path / name).read_text() == "another split"
+
+
 def test_roots_without_readable_held_out_refs_are_refused(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     source, root = dataset
     other = write(tmp_path / "other.json", coco([100], [100]))
@@ -169,6 +187,30 @@ def test_misnamed_refs_files_are_reported(dataset: tuple[Path, Path], tmp_path: 
         held_out(root / "refcoco")
 
 
+@pytest.mark.parametrize("name", ["refcocog", "grefcoco", "refcoco/refs(google).p", "refcoco/grefs(unc).json"])
+def test_refs_behind_a_broken_link_never_count_as_clean(dataset: tuple[Path, Path], name: str) -> None:
+    source, root = dataset
+    if (root / name).exists():
+        (root / name).rename(root / "moved")
+    (root / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match="a broken link; repair it, or remove it"):
+        audit(source, root)
+    (root / name).unlink()
+    (root / name).mkdir()
+    if name.startswith("refcoco/"):
+        with pytest.raises(InputError, match="not a file; repair it, or remove it"):
+            audit(source, root)
+    else:
+        assert audit(source, root).leaked
+
+
+def test_the_folder_above_the_root_is_refused_with_the_root(dataset: tuple[Path, Path]) -> None:
+    source, root = dataset
+    with pytest.raises(InputError) as caught:
+        audit(source, root.parent)
+    assert str(caught.value).endswith(f"; give the folder below it: {root}")
+
+
 def test_earlier_exclusions_are_dropped_if_names_contradict_ids(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     source, root = dataset
     first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
@@ -198,6 +240,32 @@ def test_annotations_of_removed_images_are_a_leak(dataset: tuple[Path, Path], tm
     data = coco([1, 6], [1, 2, 2])
     found = audit(write(tmp_path / "seed.json", data), root)
     assert found.leaked == [2] and found.to_json()["splits"]["refcoco/unc/val"]["annotations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("info", "text"), [("my notes", '"my notes"'), ([1], "[1]"), (None, ""), ({}, ""), ({"a": 1}, "")]
+)
+def test_an_info_that_is_lost_is_noted(dataset: tuple[Path, Path], tmp_path: Path, info: Any, text: str) -> None:
+    _, root = dataset
+    result = build_split(write(tmp_path / "i.json", coco([1, 2], []) | {"info": info}), root, tmp_path / "o.json")
+    notes = [note for note in result.notes if "'info' is not an object" in note]
+    assert [note.endswith(f": {text}") for note in notes] == [True] * bool(text)
+
+
+def test_annotations_of_removed_images_are_removed(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    _, root = dataset
+    data = coco([1, 6], [1, 2, 2, 6])
+    data["annotations"][1]["segmentation"] = {"size": [5, 7], "counts": [35]}
+    source = write(tmp_path / "seed.json", data)
+    result = build_split(source, root, tmp_path / "o.json")
+    assert json.loads(result.out.read_text())["annotations"] == [data["annotations"][0], data["annotations"][3]]
+    assert any("removed 2 annotations of held-out images that are not in it" in note for note in result.notes)
+    assert result.report["annotations_before"] == 4 and result.report["annotations_after"] == 2
+    assert audit(result.out, root).leaked == []
+    with pytest.raises(InputError, match="refers to image 2, which is not in the file"):
+        build_split(source, root, tmp_path / "k.json", keep_only=["refcoco:unc:train"])
+    with pytest.raises(InputError, match="refers to image 8, which is not in the file"):
+        build_split(write(tmp_path / "lost.json", coco([1, 6], [2, 8])), root, tmp_path / "l.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [3]}', '{"images": [], "annotations": [{}]}'])

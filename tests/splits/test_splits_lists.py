@@ -137,6 +137,17 @@ def test_entries_without_coco_ids_are_counted(refer_root: Path, tmp_path: Path) 
         audit(source, refer_root)
 
 
+@pytest.mark.parametrize("folder", ["gqa/images", "flickr30k", "flickr30k-images", "saiapr_tc-12/31/images", "VG_100K"])
+def test_numbers_in_folders_of_other_datasets_are_not_coco_ids(refer_root: Path, tmp_path: Path, folder: str) -> None:
+    source = tmp_path / "mix.json"
+    entries = [{"id": str(n), "image": f"{folder}/{n}.jpg", "conversations": []} for n in (2, 9)]
+    source.write_text(json.dumps([*entries, {"id": "9", "image": "coco/train2017/000000000009.jpg"}]))
+    found = audit(source, refer_root)
+    assert found.leaked == [] and found.unidentified == 2
+    result = build_split(source, refer_root, tmp_path / "out.json")
+    assert result.report["images_removed"] == 0
+
+
 def test_keep_only_keeps_the_images_of_the_given_splits(refer_root: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "all.json", coco([1, 2, 3, 9, 1234], [1, 2, 3, 9, 3]))
     train = build_split(source, refer_root, tmp_path / "train.json", keep_only=["refcoco:unc:train"])

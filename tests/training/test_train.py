@@ -192,6 +192,15 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weigh
     assert all(t.isfinite().all() for t in kept.values())
 
 
+@pytest.mark.parametrize("changes", [["train.batch_size=1"], ["train.batch_size=2", "train.accumulate=2"]])
+def test_an_image_that_is_too_small_for_batch_norm_is_named(
+    shapes_root: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    with pytest.raises(RuntimeFailure, match=r"^images? \d.*: too small for batch norm, .*; raise train.batch_size"):
+        run(shapes_root, tmp_path / "run", "train.steps=2", "input.min_sizes=[16]", "input.max_size=32", *changes)
+    run(shapes_root, tmp_path / "pair", "train.steps=2", "input.min_sizes=[16]", "input.max_size=32")
+
+
 def test_data_that_does_not_fit_the_run_or_weights_is_rejected(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "run", "train.steps=2")
     with pytest.raises(InputError, match="exists; choose another"):

@@ -91,6 +91,7 @@ def fetch_data(
                 results.append(_fetch(out, item, mirror, wait))
             else:
                 files = _existing_files(out, item)
+                _warn_of_damage(out, item)
                 results.append(FetchedItem(item.name, source="", sha256="", files=files, verified=""))
         folder = out / "downloads"
         if folder.is_dir() and not any(folder.iterdir()):
@@ -259,6 +260,34 @@ def _install(out: Path, item: Item, archive: Path, url: str, sha256: str, local:
     return moved + kept
 
 
+def _warn_of_damage(out: Path, item: Item) -> None:
+    """Warn if existing REFER data cannot be read, or is neither of the published size nor a small sample."""
+    if not item.dataset:
+        return
+    try:
+        lines = _size_differences(out / "refer", item.dataset, allow_sample=True)
+    except ReferError as error:
+        lines = [str(error)]
+    if lines:
+        log.warning(
+            "note: %s: kept as it is: %s; to fetch it anew, remove %s first",
+            item.name,
+            "; ".join(lines),
+            out / "refer" / item.dataset,
+        )
+
+
+def _size_differences(root: Path, dataset: str, allow_sample: bool) -> list[str]:
+    """Read REFER data and list the differences from its published size; raises ReferError if it cannot be read."""
+    read_instances(root, dataset)
+    counts = {by: count_refs(read_refs(root, name, by)) for name, by in available(root) if name == dataset}
+    return [
+        line
+        for split_by, split_counts in counts.items()
+        for line in compare_with_published(dataset, split_by, split_counts, allow_sample)
+    ]
+
+
 def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     """Check that REFER data can be read and has the published size, if one is published.
 
@@ -266,11 +295,8 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
         InputError: the data cannot be read or has another size; the message has the SHA-256 of the archive.
     """
     try:
-        read_instances(root, dataset)
-        counts = {by: count_refs(read_refs(root, name, by)) for name, by in available(root)}
+        mismatches = _size_differences(root, dataset, allow_sample=False)
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
-    for split_by, split_counts in counts.items():
-        mismatches = compare_with_published(dataset, split_by, split_counts, allow_sample=False)
-        if mismatches:
-            raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")
+    if mismatches:
+        raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +86,8 @@ def convert_refer(
     groups = _group_by_dataset(loaded, dataset, split_by)
     _check_split_names(new_split_names, groups)
     _check_not_written_yet(root, groups)
+    for sources_of_pair in groups.values():
+        _check_no_copies(sources_of_pair)
     coco = None if instances is None else read_coco(Path(instances))
     # everything is prepared before the first file is written, so that a late error leaves nothing behind
     plans = [_make_plan(root, pair, files, coco, new_split_names) for pair, files in groups.items()]
@@ -180,6 +184,26 @@ def _check_not_written_yet(root: Path, groups: dict[tuple[str, str], _Sources]) 
         path = root / dataset / f"refs({split_by}).p"
         if path.exists():
             raise InputError(f"{path}: exists; choose another `out` or remove it")
+
+
+def _check_no_copies(sources: _Sources) -> None:
+    """Raise an InputError if all refs that a file has of a split are also in another file: a second download of it."""
+    files_by_split: dict[str, list[tuple[Path, Counter[tuple]]]] = {}
+    for path, source in sources:
+        refs_by_split: dict[str, Counter[tuple]] = {}
+        for ref in source.refs:
+            sentences = tuple((sentence.sent_id, sentence.sent, sentence.raw) for sentence in ref.sentences)
+            box = tuple(ref.box or ())
+            key = (ref.ref_id, ref.ann_id, ref.image_id, ref.file_name, ref.category_id, box, sentences)
+            refs_by_split.setdefault(ref.split, Counter())[key] += 1
+        for split, refs in refs_by_split.items():
+            files_by_split.setdefault(split, []).append((path, refs))
+    for split, files in files_by_split.items():
+        for (path, refs), (other, others) in itertools.permutations(files, 2):
+            if refs <= others:
+                raise InputError(
+                    f"{path}: its refs of split {short_repr(split)} are also in {other}; give one of the two"
+                )
 
 
 def _make_plan(

@@ -226,6 +226,10 @@ def convert_tensors(
         if state_dict[key].shape != shape:
             problems.append(f"{key} is {tuple(state_dict[key].shape)}, not {shape}")
             continue
+        if model_value.is_floating_point() and not state_dict[key].is_floating_point():
+            dtype = str(state_dict[key].dtype).removeprefix("torch.")
+            problems.append(f"{key} holds {dtype}, not floating-point numbers (a quantized network?)")
+            continue
         value = state_dict[key].detach().float()
         if find_unusable({name: value}):
             problems.append(f"{key} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative variance")
