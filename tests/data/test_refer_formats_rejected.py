@@ -1,4 +1,4 @@
-"""Converting REFER from other formats: names of datasets and splits, and input that is refused with a reason.
+"""Converting REFER from other formats: input that is refused with a reason, or counted.
 
 `jxu124` and `lmms` (lmms-lab) are accounts at Hugging Face with copies of REFER. A division is what REFER calls a
 `split_by`: one of several ways to divide a dataset into splits.
