@@ -11,7 +11,7 @@ from refdet.errors import ArgumentError, InputError
 from refdet.files.short_text import format_count
 
 from .arguments import check_device, check_new_file, check_run_directory, check_store
-from .common import echo_json, echo_line, json_option
+from .common import FRACTION, echo_json, echo_line, json_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--image-id", type=int, help="The image's id in --store, if its file name does not identify it.")
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     default=0.5,
     show_default=True,
     help="Minimum score of a region to draw.",

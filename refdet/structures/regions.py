@@ -8,6 +8,7 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,12 @@ class Regions:
 
         Args:
             min_score: the threshold.
+
+        Raises:
+            ArgumentError: the threshold is NaN, which no score reaches.
         """
+        if math.isnan(min_score):
+            raise ArgumentError("min_score", "must be a number, not nan")
         return np.asarray(self.scores >= np.float32(min_score))
 
     def to_coco(self) -> list[dict[str, Any]]:
@@ -162,7 +168,8 @@ class Regions:
             names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
-            ArgumentError: ``image`` is not an image or has another size, or ``max_regions`` is negative.
+            ArgumentError: ``image`` is not an image or has another size, ``min_score`` is NaN, or ``max_regions`` is
+                negative.
             InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask
