@@ -62,7 +62,7 @@ def command(
 
     from dataclasses import replace
 
-    from refdet.files.atomic import atomic_write, report_disk_full
+    from refdet.files.atomic import atomic_create, report_disk_full
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out {out}: not the name of a picture; end it in .png, .jpg or .webp")
@@ -82,7 +82,7 @@ def command(
     except ArgumentError as error:
         raise InputError(f"{image}: {error.problem}") from error
     drawn = min(int(regions.score_at_least(score_threshold).sum()), max_regions)
-    with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
+    with report_disk_full(out, "free some space and draw it again"), atomic_create(out) as temporary:
         picture.save(temporary, quality=92)  # of JPEG and WebP; ignored for PNG
     if as_json:
         echo_json({"out": str(out), "regions": len(regions), "drawn": drawn})

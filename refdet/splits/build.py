@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.atomic import atomic_write
+from refdet.files.atomic import atomic_create
 from refdet.files.short_text import format_count
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
@@ -141,7 +141,7 @@ def build_split(
     }
     if images.format != INSTANCES:
         report["provenance"] = provenance.to_json()
-    with atomic_write(report_file_path) as report_file, atomic_write(out) as out_file:
+    with atomic_create(report_file_path) as report_file, atomic_create(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         # surrogatepass and newline: entries are written exactly as they were read
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
