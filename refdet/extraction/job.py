@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import ArgumentError, InputError
-from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes, report_unused_boxes
 from refdet.extraction.given_regions import GivenRegions, annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -143,6 +143,7 @@ def prepare(
     if boxes is not None:
         given_regions = load_boxes(boxes, image_list.index, box_format, options.exif)
         report_images_without_boxes(boxes, given_regions.count, records, say)
+        report_unused_boxes(boxes, given_regions.count, image_list, say)
     elif options.regions == "annotations":
         given_regions = annotated_regions(image_list, say)
     _check_masks(options, meta, given_regions, checkpoint)

@@ -19,7 +19,7 @@ from refdet.detector import checkpoint
 from refdet.errors import InputError
 from refdet.evaluation.targets import empty_mask
 from refdet.extraction import boxes_from_file
-from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes, report_unused_boxes
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -215,6 +215,28 @@ def test_images_without_boxes_are_counted(
         boxes = write_results(tmp_path, *({**ENTRY, "image_id": i} for i in ids))
     report_images_without_boxes(boxes, load_boxes(boxes, index).count, list(index.images.values()), lines.append)
     assert lines == [message.format(boxes) for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("listed", "note"),
+    [
+        ((5, 7, 9), ""),
+        ((7, 9), "1 of 3 boxes is of images outside of some, and is not used"),
+        ((9,), "3 of 3 boxes are of images outside of some, and are not used"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["write_results", "store"])
+def test_boxes_of_other_images_are_counted(
+    tmp_path: Path, index: CocoIndex, listed: tuple[int, ...], note: str, kind: str
+) -> None:
+    lines = list[str]()
+    if kind == "store":
+        boxes = write_boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]], 7: [[1, 2, 3, 4], [2, 2, 5, 5]]})
+    else:
+        boxes = write_results(tmp_path, ENTRY, ENTRY, {**ENTRY, "image_id": 5})
+    images = ImageList([index.images[i] for i in listed], index, "some")
+    report_unused_boxes(boxes, load_boxes(boxes, index).count, images, lines.append)
+    assert lines == ([f"note: `boxes` {boxes}: {note}"] if note else [])
 
 
 @pytest.fixture
