@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from refdet.errors import ArgumentError
 from refdet.files.printable_text import escape_unprintable
 from refdet.structures.detection_options import PRECISIONS
 
@@ -23,6 +25,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 class OutputLost(Exception):
     """Stdout cannot be written to: its reader has closed the pipe, or the disk is full."""
 
+
+class _Fraction(click.FloatRange):
+    """A number from 0 to 1. `click.FloatRange` alone accepts NaN, which is neither below nor above its limits."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; an error if it is not one from 0 to 1."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            raise ArgumentError(str(param and param.name), "must be a number from 0 to 1, not nan")
+        return number
+
+
+FRACTION = _Fraction()
 
 # Copied from refdet.data.box_format: importing it would import numpy, which is too slow for --help.
 BOX_FORMATS = (

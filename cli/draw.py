@@ -11,7 +11,7 @@ from refdet.errors import ArgumentError, InputError
 from refdet.files.short_text import format_count
 
 from .arguments import check_device, check_new_file, check_run_directory, check_store
-from .common import echo_json, echo_line, json_option
+from .common import FRACTION, echo_json, echo_line, json_option
 from .given_options import reject_unused
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--image-id", type=int, help="The image's id in --store, if its file name does not identify it.")
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     default=0.5,
     show_default=True,
     help="Minimum score of a region to draw.",
@@ -67,7 +67,7 @@ def command(
 
     from dataclasses import replace
 
-    from refdet.files.atomic import atomic_write, report_disk_full
+    from refdet.files.atomic import atomic_create, report_disk_full
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out {out}: not the name of a picture; end it in .png, .jpg or .webp")
@@ -85,7 +85,7 @@ def command(
     except ArgumentError as error:
         raise InputError(f"{image}: {error.problem}") from error
     drawn = min(int(regions.score_at_least(score_threshold).sum()), max_regions)
-    with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
+    with report_disk_full(out, "free some space and draw it again"), atomic_create(out) as temporary:
         picture.save(temporary, quality=92)  # of JPEG and WebP; ignored for PNG
     if as_json:
         echo_json({"out": str(out), "regions": len(regions), "drawn": drawn})

@@ -49,9 +49,9 @@ TITLES = {  # group of metrics -> title of its table
 def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_writable_folder("--out", out, must_be_empty=False)
-    metrics_path = out / "metrics.json"
-    if metrics_path.exists():
-        raise InputError(f"{metrics_path} exists; choose another --out or remove it")
+    for name in ("metrics.json", "metrics.csv", "recall.svg"):
+        if (out / name).exists():
+            raise InputError(f"{out / name} exists; choose another --out or remove it")
     check_store("--store", options["store"])
     check_refer_root(options["refer_root"], options["dataset"])
     check_not_empty("--split", options["splits"])

@@ -12,7 +12,7 @@ from refdet.store.export import consumers
 from refdet.store.export.folder import resolve_folder
 
 from .arguments import check_images, check_store
-from .common import echo_json, echo_table, json_option, note, store_option
+from .common import FRACTION, echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
@@ -74,7 +74,7 @@ FORMAT_OPTIONS = {
 @click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: number of attribute words.  [default: 50]")
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     help="coco: minimum score of a region in instances.json.  [default: 0.5]",
 )
 @click.option("--images", type=Path, help="fiftyone: folder of the images.")

@@ -22,6 +22,7 @@ from .arguments import (
     check_text_file,
 )
 from .common import (
+    FRACTION,
     box_format_option,
     echo_json,
     echo_line,
@@ -83,14 +84,14 @@ _BAR_LENGTH = 40  # characters
 )
 @click.option(
     "--score-threshold",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     default=0.05,
     show_default=True,
     help="Minimum score of a detection.",
 )
 @click.option(
     "--nms-threshold",
-    type=click.FloatRange(0, 1),
+    type=FRACTION,
     default=0.3,
     show_default=True,
     help="IoU threshold of per-class NMS.",

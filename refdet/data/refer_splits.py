@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from refdet.errors import InputError
+from refdet.errors import ArgumentError, InputError
 from refer.types import Ref
 
 
@@ -21,8 +21,11 @@ def choose_splits(refs: Iterable[Ref], requested: Sequence[str], where: str, ski
         Names of the splits.
 
     Raises:
+        ArgumentError: ``requested`` is a string, not a list.
         InputError: an unknown split; the message lists the existing ones.
     """
+    if isinstance(requested, str):
+        raise ArgumentError("splits", f"a list of names is needed, not {requested!r}")
     existing = list(dict.fromkeys(ref["split"] for ref in refs))
     names = list(dict.fromkeys(name.strip() for text in requested for name in text.split(",") if name.strip()))
     for name in names:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from refdet.config.recipe import Recipe
 from refdet.errors import ArgumentError
 
-VECTOR_FEATURES = ("pool5", "fc7", "class_prob")
+CLASS_PROB = "class_prob"
+VECTOR_FEATURES = ("pool5", "fc7", CLASS_PROB)
 SPATIAL_FEATURES = ("spatial_pool5", "spatial_fc7")  # C4 networks only; a VGG has no spatial_fc7
 FEATURE_MAP = "head"  # the feature map of the whole image, C4 networks only
 # value of model.neck -> its name in messages

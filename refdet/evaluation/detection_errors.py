@@ -28,6 +28,7 @@ class DetectionErrors:
             also count scores outside of 0..1; regions on crowds are counted only if they match an object.
         correct: (`BINS`,) number of these regions that match an object of their category, one region per object.
         score_sums: (`BINS`,) sums of the scores of the counted regions.
+        outside: number of the counted regions with a score outside of 0..1, which is no probability.
         confusions: (category of an object, category of the best-scoring region that matches it) -> number of objects;
             objects that no region matches are in ``missed``.
         objects_by_category: category id -> number of objects.
@@ -39,6 +40,7 @@ class DetectionErrors:
     regions: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     correct: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     score_sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.float64))
+    outside: int = 0
     confusions: Counter[tuple[int, int]] = field(default_factory=Counter)
     objects_by_category: Counter[int] = field(default_factory=Counter)
 
@@ -91,6 +93,7 @@ class DetectionErrors:
                 continue
             self.regions[bins[row]] += 1
             self.score_sums[bins[row]] += float(scores[row])
+            self.outside += not 0 <= scores[row] <= 1
             self.correct[bins[row]] += int(is_correct)
 
 

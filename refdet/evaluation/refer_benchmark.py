@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
 from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
-from refdet.files.short_text import agree, format_share, shorten
+from refdet.files.short_text import agree, format_count, format_share, shorten
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
@@ -231,7 +232,7 @@ class _Benchmark:
 
 
 def _warn_about_answers(split: str, sentences: int, answered: Mapping[str, Any]) -> None:
-    """Warn about answers that are worse than guessing, and about boxes among masks.
+    """Warn about answers that are worse than guessing, missing ones aside, and about boxes among masks.
 
     Args:
         split: the split, for messages.
@@ -239,12 +240,15 @@ def _warn_about_answers(split: str, sentences: int, answered: Mapping[str, Any])
         answered: the result of `comprehension`.
     """
     rates, masks = answered["comprehension"], answered["segmentation"]
-    if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
+    answers = sentences - rates["missing"]
+    accuracy = rates["accuracy@0.5"] * sentences / answers if answers else math.nan
+    if accuracy < rates["random_baseline@0.5"]:
         log.warning(
-            "note: split %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
-            "the original images, and in the format given by `box_format`?",
+            "note: split %s: the accuracy of %s, %.3f, is below that of guessing a region (%.3f): if they are boxes, "
+            "are they in pixels of the original images, and in the format given by `box_format`?",
             split,
-            rates["accuracy@0.5"],
+            format_count(answers, "answer"),
+            accuracy,
             rates["random_baseline@0.5"],
         )
     if masks and masks["missing"] > rates["missing"]:

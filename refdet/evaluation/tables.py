@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from refdet.evaluation.renamed_metrics import add_old_names, rename_old_names
-from refdet.files.atomic import atomic_write, write_json
+from refdet.files.atomic import atomic_create
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
@@ -70,9 +71,13 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
     Args:
         out: the folder.
         metrics: the metrics, with new names.
+
+    Raises:
+        InputError: one of the files exists.
     """
-    write_json(out / "metrics.json", add_old_names(metrics))
-    with atomic_write(out / "metrics.csv") as temporary:
+    with atomic_create(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(add_old_names(metrics), indent=2) + "\n", encoding="utf-8")
+    with atomic_create(out / "metrics.csv") as temporary:
         frame = to_dataframe(metrics)
         text_columns = [name for name in COLUMNS if name != "value"]
         frame[text_columns] = frame[text_columns].map(spreadsheet_cell)

@@ -19,6 +19,7 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.extraction.given_regions import GivenRegions
+from refdet.extraction.image_list import ImageList
 from refdet.files.json_files import read_json
 from refdet.files.short_text import agree, format_count, format_share
 from refdet.structures.regions import Regions
@@ -84,6 +85,13 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
         with _add_entry_to_errors(path, number):
             raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].description))
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
+    if without_score := sum("score" not in entry for entry in entries):
+        log.warning(
+            "note: `boxes` %s: %s no score and so %s 1, the highest rank in an evaluation",
+            path,
+            format_share(without_score, len(entries), "box", verb="has"),
+            agree(without_score, "gets"),
+        )
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
 
@@ -128,6 +136,25 @@ def report_images_without_boxes(
         say(
             f"note: `boxes` {path}: {format_share(without_boxes, total, 'image', verb='has')} no boxes and so "
             f"{agree(without_boxes, 'gets')} no regions"
+        )
+
+
+def report_unused_boxes(
+    path: Path, count: Callable[[int], int], image_list: ImageList, say: Callable[[str], object]
+) -> None:
+    """Report the number of boxes in a file that are of other images than those of a list.
+
+    Args:
+        path: the file.
+        count: returns the number of boxes of an image, given its id.
+        image_list: the images, and the instances file with these and all other images.
+        say: called with a line if there are such boxes.
+    """
+    total = sum(count(image_id) for image_id in image_list.index.images)
+    if unused := total - sum(count(record.id) for record in image_list.records):
+        say(
+            f"note: `boxes` {path}: {format_share(unused, total, 'box', verb='is')} of images outside of "
+            f"{image_list.name}, and {agree(unused, 'is')} not used"
         )
 
 

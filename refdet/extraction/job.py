@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import ArgumentError, InputError
-from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes, report_unused_boxes
 from refdet.extraction.given_regions import GivenRegions, annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_folder import check_new, check_resumable
-from refdet.files.short_text import agree, format_share
+from refdet.files.short_text import agree, format_share, short_repr
 from refdet.store import Header
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def prepare(
     if boxes is not None:
         given_regions = load_boxes(boxes, image_list.index, box_format, options.exif)
         report_images_without_boxes(boxes, given_regions.count, records, say)
+        report_unused_boxes(boxes, given_regions.count, image_list, say)
     elif options.regions == "annotations":
         given_regions = annotated_regions(image_list, say)
     _check_masks(options, meta, given_regions, checkpoint)
@@ -202,7 +203,11 @@ def _make_plan(
         masks = meta.recipe.model.masks
     else:
         masks = given_regions.has_masks
-    categories = dict(meta.categories) if given_regions is None else given_regions.categories
+    categories = dict(meta.categories)
+    if given_regions is not None:
+        categories = _merge_categories(
+            categories, given_regions.categories, options.features, boxes or image_list.index.path
+        )
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
@@ -216,6 +221,40 @@ def _make_plan(
         compression=options.compression,
     )
     return plan, header
+
+
+def _merge_categories(
+    detected: Mapping[int, str], given: Mapping[int, str], features: Sequence[str], listed_in: Path
+) -> dict[int, str]:
+    """The classes of a store of given regions: those of the detector, in its order, and then all others of the regions.
+
+    So they are the columns of class_prob, and categories have the same index as in a store of detections.
+
+    Args:
+        detected: category id -> name of the detector.
+        given: category id -> name of the given regions.
+        features: names of the features to extract.
+        listed_in: the file of the given regions, for messages.
+
+    Returns:
+        Category id -> name. If some ids have other names in the detector, the categories of the regions alone.
+
+    Raises:
+        InputError: some ids have other names in the detector, and class_prob would have columns without a class.
+    """
+    from refdet.detector.feature_names import CLASS_PROB
+
+    renamed = [category for category, name in detected.items() if given.get(category, name) != name]
+    if not renamed:
+        return {**detected, **given}
+    if CLASS_PROB in features:
+        category = renamed[0]
+        raise InputError(
+            f"`features` {CLASS_PROB}: category {category} is {short_repr(detected[category])} in the detector, but "
+            f"{short_repr(given[category])} in {listed_in}, so its probabilities would get a wrong name; omit "
+            f"{CLASS_PROB}, or correct the categories"
+        )
+    return dict(given)
 
 
 def _check_masks(

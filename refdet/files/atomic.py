@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import RuntimeFailure, is_disk_full
+from refdet.errors import InputError, RuntimeFailure, is_disk_full
 
 # Part of every temporary file name, so that cleaning up removes only refdet's own files.
 TEMPORARY_MARK = "refdet-tmp"
@@ -53,6 +53,35 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)  # the rename itself
+
+
+@contextmanager
+def atomic_create(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path``, like `atomic_write`, but never replaces an existing file.
+
+    Commands check at their start that their output does not exist; this is for a file that appears before they end,
+    such as that of the same command in another process.
+
+    Args:
+        path: the file to write.
+
+    Yields:
+        The temporary path; the block must write a file there.
+
+    Raises:
+        InputError: ``path`` exists when the block ends.
+        OSError: the file cannot be written; the error names ``path``, not the temporary path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_file(path) as temporary:
+        yield temporary
+        fsync(temporary)
+        try:
+            _move_once(temporary, path)
+        except FileExistsError:
+            raise InputError(f"{path} exists; choose another `out` or remove it") from None
+    fsync(path.parent)
 
 
 @contextmanager
@@ -158,18 +187,23 @@ def write_json_once(path: Path, obj: Any) -> bool:
         with _temporary_file(path) as temporary:
             temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
             fsync(temporary)
-            try:
-                os.link(temporary, path)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                _rename_once(temporary, path)
-            else:
-                temporary.unlink()
+            _move_once(temporary, path)
     except FileExistsError:
         return False
     fsync(path.parent)
     return True
+
+
+def _move_once(temporary: Path, path: Path) -> None:
+    """Move a temporary file to ``path``, which must not exist; errors are those of `_rename_once`."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_once(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def _rename_once(temporary: Path, path: Path) -> None:

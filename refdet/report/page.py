@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
 from refdet.evaluation.store_check import check_images, read_regions, warn_about_categories
-from refdet.files.atomic import atomic_write
+from refdet.files.atomic import atomic_create
 from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.report import sections
@@ -49,7 +49,7 @@ def write(out: Path, inputs: ReportInputs, title: str = TITLE) -> None:
     if out.exists():
         raise InputError(f"{out} exists; choose another `out` or remove it")
     page = render_page(inputs, title)
-    with atomic_write(out) as temporary:
+    with atomic_create(out) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 

@@ -122,6 +122,8 @@ def errors_section(
         file_name=file_name,
         categories=ap_rows,
         left_out=len(ap_by_category) - len(ap_rows),
+        n_outside=errors.outside,
+        n_regions=int(errors.regions.sum()),
         calibration=_calibration_chart(errors, precision),
         bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(precision[i])] for i in bins],
         confusion_map=confusion_map(errors, names),

@@ -58,7 +58,9 @@ def _charts(store: Store) -> list[Chart]:
     for values, label, unit in ((counts, "regions per image", "images"), (scores, "score", "regions")):
         if not len(values) or not np.isfinite(values).all():  # an empty or damaged store
             continue
-        heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
+        # scores of boxes from a file may be negative, or so large that their difference exceeds float32
+        value_range = (min(float(values.min()), 0.0), max(float(values.max()), 1.0))
+        heights, edges = np.histogram(values.astype(np.float64), bins=BINS, range=value_range)
         centers = ((edges[:-1] + edges[1:]) / 2).tolist()
         tick_names = [f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))]
         axes = Axes(label, unit, centers, width=320, height=200, x_names=tick_names)

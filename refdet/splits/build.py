@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.atomic import atomic_write
+from refdet.files.atomic import atomic_create
 from refdet.files.short_text import format_count, shorten
 from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import SplitImages, held_out, splits_to_keep
@@ -252,7 +252,7 @@ def _write(
     out: Path, images: ImageListFile, keep: Sequence[bool], provenance: Provenance, report: Mapping[str, Any]
 ) -> None:
     """Write the images to keep, and the report."""
-    with atomic_write(report_path(out)) as report_file, atomic_write(out) as out_file:
+    with atomic_create(report_path(out)) as report_file, atomic_create(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         # surrogatepass and newline: entries are written exactly as they were read
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -159,24 +160,36 @@ class Store:
         return range(int(self.region_start[i]), int(self.region_start[i + 1]))
 
     def region(self, row: int) -> tuple[int, int]:
-        """Image id of the region in a row, and its index in the `Regions` of that image; IndexError if out of range."""
+        """Image id of the region in a row, and its index in the `Regions` of that image.
+
+        Raises:
+            IndexError: there is no such row.
+            TypeError: the row is not an integer.
+        """
+        row = operator.index(row)
         if not 0 <= row < self.regions:
             raise IndexError(f"{self.path}: no region {row}, rows are 0 to {self.regions - 1}")
         i = int(np.searchsorted(self.region_start, row, side="right")) - 1
         return int(self.image_ids[i]), row - int(self.region_start[i])
+
+    def _reading_error(self, error: Exception) -> InputError:
+        """The error to raise for an exception of `CORRUPTION_ERRORS`: the file is damaged, or was closed."""
+        if not self.file:
+            return InputError(f"{self.path}: the store is closed; read it before that, or open it again")
+        return InputError(f"{self.path}: damaged: {error}; extract it again")
 
     def boxes(self, image_id: int) -> np.ndarray:
         """Boxes (n, 4) of an image, float32 half-open xyxy in pixels, without reading anything else.
 
         Raises:
             KeyError: unknown image.
-            InputError: the file is damaged.
+            InputError: the file is damaged or closed.
         """
         rows = self.rows(image_id)
         try:
             boxes: np.ndarray = self.data["regions/box"][rows.start : rows.stop]
         except CORRUPTION_ERRORS as error:
-            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+            raise self._reading_error(error) from None
         return boxes
 
     def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
@@ -192,7 +205,7 @@ class Store:
         Raises:
             ArgumentError: ``features`` is not a list.
             KeyError: unknown image or feature.
-            InputError: the file is damaged.
+            InputError: the file is damaged or closed.
         """
         if isinstance(features, str):
             raise ArgumentError("features", f"a list of names is needed, not {features!r}")
@@ -206,7 +219,7 @@ class Store:
         try:
             return self._read(image_id, rows, names)
         except CORRUPTION_ERRORS as error:
-            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+            raise self._reading_error(error) from None
 
     def _read(self, image_id: int, rows: range, requested: Sequence[str]) -> Regions:
         """Read the regions of an image, given their rows and the requested features and maps."""
@@ -272,7 +285,7 @@ class Store:
             ``category_id``, ``category`` (its name), and ``ann_id`` if the store has it.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is damaged or closed.
         """
         import pandas as pd
 
@@ -290,7 +303,7 @@ class Store:
             if self.has_ann_ids:
                 frame["ann_id"] = self.data["regions/ann_id"][:]
         except CORRUPTION_ERRORS as error:
-            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+            raise self._reading_error(error) from None
         return frame.rename_axis("region")
 
 

@@ -8,6 +8,7 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,12 @@ class Regions:
 
         Args:
             min_score: the threshold.
+
+        Raises:
+            ArgumentError: the threshold is NaN, which no score reaches.
         """
+        if math.isnan(min_score):
+            raise ArgumentError("min_score", "must be a number, not nan")
         return np.asarray(self.scores >= np.float32(min_score))
 
     def to_coco(self) -> list[dict[str, Any]]:
@@ -166,8 +172,8 @@ class Regions:
                 of a store that was extracted so.
 
         Raises:
-            ArgumentError: ``image`` is not an image or has another size, ``max_regions`` is negative, or ``exif`` is
-                unknown.
+            ArgumentError: ``image`` is not an image or has another size, ``min_score`` is NaN, ``max_regions`` is
+                negative, or ``exif`` is unknown.
             InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask

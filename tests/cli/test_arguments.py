@@ -229,6 +229,14 @@ INVALID: dict[str, tuple[Callable[[Files], list[str]], str]] = {
         "--score-threshold: must be a number from 0 to 1, not nan",
     ),
     "NaN as NMS threshold": (lambda f: extract(f, nms_threshold="nan"), "--nms-threshold: must be"),
+    "NaN as score threshold of an export": (
+        lambda f: command_line("export", store=f.store, format="coco", score_threshold="nan", out=f.root / "new"),
+        "--score-threshold: must be a number from 0 to 1, not nan",
+    ),
+    "NaN as score threshold of a drawing": (
+        lambda f: ["draw", "a.jpg", *command_line("", store=f.store, score_threshold="nan", out="a.png")[1:]],
+        "--score-threshold: must be a number from 0 to 1, not nan",
+    ),
     # outputs
     "out exists": (lambda f: extract(f, out=f.text), "a.txt exists; choose another --out or remove it"),
     "out is a folder": (

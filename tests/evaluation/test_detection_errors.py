@@ -62,6 +62,7 @@ def test_scores_outside_0_to_1_fall_into_the_first_and_last_bins(tmp_path: Path)
     scores = [3e38, 1e30, 25.0, 1.0, 0.95, 0.05, -3.0, -3e38]
     found = detection_errors(index, [regions(1, [BOXES[1]] * len(scores), scores, [7] * len(scores))])
     assert found.regions.tolist() == [3] + [0] * 8 + [5]
+    assert found.outside == 5
 
 
 def test_the_mean_over_categories_equals_coco_ap(tmp_path: Path) -> None:

@@ -39,6 +39,33 @@ def evaluation_output(tmp_path: Path) -> tuple[Path, str, list[str]]:
     return tmp_path / "m", result.output, arguments
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.csv", "recall.svg"])
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_no_file_of_the_folder_is_overwritten(
+    evaluation_output: tuple[Path, str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    meanwhile: bool,
+) -> None:
+    out = tmp_path / "other"
+    out.mkdir()
+
+    def evaluate(*args: Any, **options: Any) -> dict[str, Any]:
+        (out / name).write_text("mine")  # as if by another process that was started at the same time
+        return evaluate_on_refer(*args, **options)
+
+    if meanwhile:
+        monkeypatch.setattr("refdet.evaluation.refer_benchmark.evaluate_on_refer", evaluate)
+    else:
+        (out / name).write_text("mine")
+    result = CliRunner().invoke(main, [*evaluation_output[2], "--out", str(out)])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"error: {out / name} exists; choose another --out or remove it"
+    assert (out / name).read_text() == "mine"
+    assert meanwhile or list(out.iterdir()) == [out / name]
+
+
 def test_csv_contains_every_number_of_the_json(evaluation_output: tuple[Path, str, list[str]]) -> None:
     metrics = json.loads((evaluation_output[0] / "metrics.json").read_text())
     table = pd.read_csv(evaluation_output[0] / "metrics.csv", dtype={"metric": str})

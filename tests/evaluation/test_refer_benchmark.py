@@ -258,6 +258,32 @@ def fail_unchecked(*_: Any) -> None:
     raise AssertionError("a mask reached pycocotools unchecked")
 
 
+@pytest.mark.parametrize(
+    ("predictions", "is_worse"),
+    [
+        ([], False),
+        ([{"sent_id": 0, "region": 0}], False),  # the only answer is right; the missing one counts as wrong elsewhere
+        ([{"sent_id": 0, "region": 1}], True),
+        ([{"sent_id": 0, "box": [90, 90, 5, 5]}, {"sent_id": 1, "region": 1}], True),
+    ],
+)
+def test_answers_worse_than_guessing_are_noted_without_the_missing_ones(
+    toy: tuple[Path, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    predictions: list[dict[str, Any]],
+    is_worse: bool,
+) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(predictions))
+    found = evaluate_on_refer(*toy, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
+    assert found["splits"]["val"]["comprehension"]["missing"] == 2 - len(predictions)
+    notes = [text for text in caplog.messages if "below that of guessing" in text]
+    assert len(notes) == is_worse
+    if is_worse:
+        assert notes[0].startswith(f"note: split val: the accuracy of {len(predictions)} answer")
+        assert "0.000, is below that of guessing a region (0.500): if they are boxes, are they in pixels" in notes[0]
+
+
 def test_images_missing_from_the_store_are_named(toy: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"lacks 1 of 1 image of split train \(3\).*extract-features"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["train"])

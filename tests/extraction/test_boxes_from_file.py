@@ -19,7 +19,7 @@ from refdet.detector import checkpoint
 from refdet.errors import InputError
 from refdet.evaluation.targets import empty_mask
 from refdet.extraction import boxes_from_file
-from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes
+from refdet.extraction.boxes_from_file import load_boxes, report_images_without_boxes, report_unused_boxes
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -56,6 +56,19 @@ def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
     assert (len(found.for_image(index.images[9])), len(found.for_image(index.images[5]))) == (1, 0)
     assert [found.count(i) for i in (5, 7, 9)] == [0, 2, 1]
     assert found.categories == {3: "car", 44: "bottle"}
+
+
+@pytest.mark.parametrize(("without", "note"), [(0, ""), (1, "1 of 3 boxes has no score and so gets 1"),
+                                               (3, "3 of 3 boxes have no score and so get 1")])  # fmt: skip
+def test_boxes_without_a_score_are_counted(
+    tmp_path: Path, index: CocoIndex, caplog: pytest.LogCaptureFixture, without: int, note: str
+) -> None:
+    no_score = {name: value for name, value in ENTRY.items() if name != "score"}
+    path = write_results(tmp_path, *[no_score] * without, *[ENTRY] * (3 - without))
+    scores = load_boxes(path, index).for_image(index.images[7]).scores
+    assert scores.tolist() == [1.0] * without + [0.5] * (3 - without)
+    notes = [text for text in caplog.messages if "score" in text]
+    assert notes == ([f"note: `boxes` {path}: {note}, the highest rank in an evaluation"] if note else [])
 
 
 def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> None:
@@ -202,6 +215,28 @@ def test_images_without_boxes_are_counted(
         boxes = write_results(tmp_path, *({**ENTRY, "image_id": i} for i in ids))
     report_images_without_boxes(boxes, load_boxes(boxes, index).count, list(index.images.values()), lines.append)
     assert lines == [message.format(boxes) for message in messages]
+
+
+@pytest.mark.parametrize(
+    ("listed", "note"),
+    [
+        ((5, 7, 9), ""),
+        ((7, 9), "1 of 3 boxes is of images outside of some, and is not used"),
+        ((9,), "3 of 3 boxes are of images outside of some, and are not used"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["write_results", "store"])
+def test_boxes_of_other_images_are_counted(
+    tmp_path: Path, index: CocoIndex, listed: tuple[int, ...], note: str, kind: str
+) -> None:
+    lines = list[str]()
+    if kind == "store":
+        boxes = write_boxes_store(tmp_path / "b.h5", {5: [[1, 2, 3, 4]], 7: [[1, 2, 3, 4], [2, 2, 5, 5]]})
+    else:
+        boxes = write_results(tmp_path, ENTRY, ENTRY, {**ENTRY, "image_id": 5})
+    images = ImageList([index.images[i] for i in listed], index, "some")
+    report_unused_boxes(boxes, load_boxes(boxes, index).count, images, lines.append)
+    assert lines == ([f"note: `boxes` {boxes}: {note}"] if note else [])
 
 
 @pytest.fixture

@@ -178,3 +178,5 @@ def test_the_image_list_of_refer_splits(shared: Path) -> None:
     assert len(ImageList.of_refer(root, "refcoco", "unc").records) == 4
     with pytest.raises(InputError, match="`splits` tset: no such split.*testA, testB, val"):
         ImageList.of_refer(root, "refcoco", "unc", splits=["tset"])  # a typo
+    with pytest.raises(ValueError, match="^splits: a list of names is needed, not 'val'$"):  # not v, a and l
+        ImageList.of_refer(root, "refcoco", "unc", splits="val")

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from refdet.errors import RuntimeFailure
+from refdet.errors import InputError, RuntimeFailure
 from refdet.files import atomic
-from refdet.files.atomic import TEMPORARY_MARK, atomic_write, find_temporary_files, write_json, write_json_once
+from refdet.files.atomic import (
+    TEMPORARY_MARK,
+    atomic_create,
+    atomic_write,
+    find_temporary_files,
+    write_json,
+    write_json_once,
+)
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -115,6 +122,27 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", link)
+
+
+def check_that_a_file_that_appears_meanwhile_is_kept(target: Path) -> None:
+    message = r"a\.csv exists; choose another `out` or remove it$"
+    with pytest.raises(InputError, match=message), atomic_create(target) as temporary:
+        temporary.write_text("new")
+        target.write_text("of another process")
+    assert target.read_text() == "of another process" and list(target.parent.iterdir()) == [target]
+    target.unlink()
+    with atomic_create(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new" and list(target.parent.iterdir()) == [target]
+
+
+def test_a_created_file_never_replaces_another(tmp_path: Path) -> None:
+    check_that_a_file_that_appears_meanwhile_is_kept(tmp_path / "a.csv")
+
+
+def test_a_created_file_never_replaces_another_without_hard_links(tmp_path: Path, no_links: None) -> None:
+    check_that_a_file_that_appears_meanwhile_is_kept(tmp_path / "a.csv")
 
 
 def check_that_one_of_eight_threads_writes(target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from evaluate_examples import regions, write_refer, write_store
 from refdet import store
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
-from refdet.report import ReferPart, ReportInputs, page
+from refdet.report import ReferPart, ReportInputs, page, stores
+from refdet.report.charts import Axes, Chart
 from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
 from refdet.report.samples import images_of, scenes_of_splits
@@ -94,6 +96,32 @@ def test_a_confusion_map_of_many_categories_is_limited_and_escaped() -> None:
     errors = DetectionErrors(1, 40, objects_by_category=Counter(range(40)), confusions=confused)
     svg = confusion_map(errors, names).svg
     assert "<b>" not in svg and svg.count(">100<") <= MAX_CATEGORIES and len(svg) < 200_000
+
+
+@pytest.mark.parametrize("scores", [[0.9, 0.2, 0.1], [3.5, 0.2, -2.5], [-1.0, -2.0, -3e38], [3e38, 0.5, -3e38]])
+def test_scores_that_are_no_probabilities_have_a_histogram_but_no_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float]
+) -> None:
+    heights: dict[str, list[int]] = {}
+    bar_chart = stores.bar_chart
+
+    def record_heights(title: str, description: str, values: list[int], axes: Axes) -> Chart:
+        heights[title] = values
+        return bar_chart(title, description, values, axes)
+
+    monkeypatch.setattr(stores, "bar_chart", record_heights)
+    write_refer(tmp_path, [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"}])
+    image = replace(regions(1, [[10, 10, 30, 30]] * 3), scores=np.array(scores, np.float32))
+    write_store(tmp_path / "s.h5", [image], masks=False)
+    inputs = ReportInputs(
+        parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0
+    )
+    text = page.render_page(inputs, "x")
+    assert sum(heights["s.h5: score"]) == 3
+    n_outside = sum(not 0 <= score <= 1 for score in scores)
+    assert ("Regions by score" in text) == (n_outside == 0)
+    share = f"Not shown: {n_outside} of 3 regions have a score outside of 0 to 1, so the scores are not probabilities."
+    assert (share in text) == (n_outside > 0)
 
 
 def test_regions_are_read_only_when_a_scene_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,27 @@ def test_regions_survive_a_round_trip_in_any_order_of_shards(
             found[9]
 
 
+@pytest.mark.parametrize(
+    "read",
+    [lambda found: found[1], lambda found: found[:1], lambda found: found.boxes(1), lambda found: found.to_dataframe()],
+    ids=["image", "slice", "boxes", "data frame"],
+)
+def test_a_closed_store_is_not_called_damaged(tmp_path: Path, read: Callable[[store.Store], object]) -> None:
+    write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
+    with store.open(tmp_path / "a.h5") as found:
+        read(found)
+    with pytest.raises(InputError, match=r"a\.h5: the store is closed; read it before that, or open it again$"):
+        read(found)
+
+
+def test_a_row_is_an_integer(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
+    with store.open(tmp_path / "a.h5") as found:
+        assert found.region(np.int64(1)) == (1, 1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            found.region(0.5)  # type: ignore[arg-type]
+
+
 def test_datasets_and_attributes_are_those_of_the_documented_schema(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", [make_regions(1, 2), make_regions(2, 3)], [[1], [0]])
     with h5py.File(tmp_path / "a.h5") as file:

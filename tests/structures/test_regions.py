@@ -145,6 +145,11 @@ def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(labels: l
     assert labels[2:] == ["cat 3.00"]
 
 
+def test_nan_is_no_lowest_score() -> None:  # which would silently leave out every region
+    with pytest.raises(ValueError, match="^min_score: must be a number, not nan$"):
+        two_regions().draw(BLACK, min_score=float("nan"))
+
+
 def test_max_regions_limits_the_regions_that_are_drawn(labels: list[str]) -> None:
     for count, expected in ((0, []), (1, ["dog 0.90"]), (9, ["dog 0.90", "cat 0.40"])):
         two_regions().draw(BLACK, max_regions=count)

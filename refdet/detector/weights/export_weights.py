@@ -18,7 +18,7 @@ from refdet.detector.loading import build_on_meta, check_compatible
 from refdet.detector.weights import detectron2, torchvision
 from refdet.detector.weights.detectron2_config import detectron2_config
 from refdet.errors import ArgumentError, InputError
-from refdet.files.atomic import atomic_write
+from refdet.files.atomic import atomic_create
 
 FORMATS = ("detectron2", "torchvision")
 # format -> value of input.resize and of model.mask_pasting with which refdet does what that program does
@@ -194,7 +194,7 @@ def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file that replaces `path` when it is complete."""
+    """Let `write` write a file that becomes `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    with atomic_create(path) as temporary:
         write(Path(temporary))
