@@ -67,12 +67,11 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.renamed_metrics import add_old_names
     from refdet.evaluation.tables import tables, to_dataframe, write
-    from refdet.report.recall_charts import write_recall_figure
+    from refdet.report.recall_charts import recall_figure
     from refdet.structures.provenance import Provenance
 
     metrics = evaluate_on_refer(**options)
-    write(out, metrics)
-    write_recall_figure(out, metrics)
+    write(out, metrics, recall_figure(metrics))
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
         for group in ("comprehension", "generalized"):

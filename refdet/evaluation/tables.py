@@ -63,22 +63,28 @@ def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return by_group
 
 
-def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, with new and old names, and metrics.csv, the table of `to_dataframe`, into a folder.
+def write(out: Path, metrics: Mapping[str, Any], figure: str) -> None:
+    """Write metrics.json, with new and old names, metrics.csv, the table of `to_dataframe`, and recall.svg.
 
-    In the CSV, a name that a spreadsheet would take for a formula has an apostrophe before it.
+    If the disk is full, none of them is written. In the CSV, a name that a spreadsheet would take for a formula has an
+    apostrophe before it.
 
     Args:
         out: the folder.
         metrics: the metrics, with new names.
+        figure: the SVG.
 
     Raises:
         InputError: one of the files exists.
     """
-    with atomic_create(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(add_old_names(metrics), indent=2) + "\n", encoding="utf-8")
-    with atomic_create(out / "metrics.csv") as temporary:
+    with (
+        atomic_create(out / "metrics.json") as metrics_file,
+        atomic_create(out / "metrics.csv") as table_file,
+        atomic_create(out / "recall.svg") as figure_file,
+    ):
+        metrics_file.write_text(json.dumps(add_old_names(metrics), indent=2) + "\n", encoding="utf-8")
+        figure_file.write_text(figure, encoding="utf-8")
         frame = to_dataframe(metrics)
         text_columns = [name for name in COLUMNS if name != "value"]
         frame[text_columns] = frame[text_columns].map(spreadsheet_cell)
-        frame.to_csv(temporary, index=False)
+        frame.to_csv(table_file, index=False)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from refdet.files.atomic import atomic_create
 from refdet.report.charts import Axes, Chart, Series, line_chart, standalone_svg
 
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
@@ -18,11 +16,10 @@ def split_names(metrics: Mapping[str, Any]) -> list[str]:
     return sorted(metrics["splits"], key=lambda name: (name != "train", name != "val", name))
 
 
-def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write recall.svg, the recall of all splits by number of regions, into the folder ``out``."""
+def recall_figure(metrics: Mapping[str, Any]) -> str:
+    """SVG of the recall of all splits by number of regions."""
     title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
-    with atomic_create(out / "recall.svg") as temporary:
-        temporary.write_text(standalone_svg(title, _by_regions(metrics), _axes(metrics)), encoding="utf-8")
+    return standalone_svg(title, _by_regions(metrics), _axes(metrics))
 
 
 def charts_by_regions(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -20,7 +21,7 @@ from refdet.cli.main import main
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.tables import COLUMNS, tables, to_dataframe, write
 from refdet.files.spreadsheet_text import spreadsheet_cell
-from refdet.report.recall_charts import write_recall_figure
+from refdet.report.recall_charts import recall_figure
 from refdet.report.templates import ENVIRONMENT
 
 
@@ -64,6 +65,18 @@ def test_no_file_of_the_folder_is_overwritten(
     assert result.stderr.splitlines()[-1] == f"error: {out / name} exists; choose another --out or remove it"
     assert (out / name).read_text() == "mine"
     assert meanwhile or list(out.iterdir()) == [out / name]
+
+
+def test_a_full_disk_leaves_no_file(
+    example_metrics: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(OSError):
+        write(tmp_path / "m", example_metrics, "<svg/>")
+    assert list((tmp_path / "m").iterdir()) == []
 
 
 def test_csv_contains_every_number_of_the_json(evaluation_output: tuple[Path, str, list[str]]) -> None:
@@ -128,8 +141,7 @@ def example_metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_names_are_never_formulas_or_markup(example_metrics: dict[str, Any], tmp_path: Path, name: str) -> None:
     """Names of datasets and splits are untrusted text from files; numbers must not change."""
     metrics = {**example_metrics, "dataset": name, "split_by": name, "splits": {name: example_metrics["splits"]["val"]}}
-    write(tmp_path, metrics)
-    write_recall_figure(tmp_path, metrics)
+    write(tmp_path, metrics, recall_figure(metrics))
     with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     plain = to_dataframe(example_metrics)

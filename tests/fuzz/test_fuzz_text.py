@@ -188,7 +188,7 @@ def test_evaluate_on_refer_with_a_damaged_input(root: Path, features: Path, tmp_
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        tables.write(out, evaluate_on_refer(features, root, "toy", "me", predictions=predictions))
+        tables.write(out, evaluate_on_refer(features, root, "toy", "me", predictions=predictions), "<svg/>")
         strict_json((out / "metrics.json").read_bytes())
 
     fuzz(change, work, tmp_path)
