@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_writable_folder("--out", out, must_be_empty=False)
     for name in ("metrics.json", "metrics.csv", "recall.svg"):
-        if (out / name).exists():
+        if os.path.lexists(out / name):
             raise InputError(f"{out / name} exists; choose another --out or remove it")
     check_store("--store", options["store"])
     check_refer_root(options["refer_root"], options["dataset"])

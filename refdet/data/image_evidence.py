@@ -133,7 +133,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = ID_KEYS, key: str = "") -> 
     has_unnumbered = _has_unnumbered(addresses)
     is_visual_genome_entry = _is_visual_genome_entry(fields, [text.text for text in texts])
     has_own_numbering = _has_own_numbering([*addresses, *_id_texts(texts)], bool(coco_ids), has_unnumbered)
-    is_elsewhere = any(has_other_numbering(text.text) for text in addresses)
+    is_elsewhere = has_other_numbering(key) or any(has_other_numbering(text.text) for text in addresses)
     is_non_coco = _has_readable_coco_id(fields) and not coco_numbers
     return Evidence(
         id=entry_id,

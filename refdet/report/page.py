@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,7 +47,7 @@ def write(out: Path, inputs: ReportInputs, title: str = TITLE) -> None:
         InputError: ``out`` exists, there is no input, or an input is missing or damaged.
         refer.ReferError: the refs cannot be read.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out} exists; choose another `out` or remove it")
     page = render_page(inputs, title)
     with atomic_create(out) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def build_split(
     images = read_image_list(instances, check)
     split_ids = frozenset().union(*(split.image_ids for split in splits))
     if images.format == INSTANCES:
-        check.finish(images, removed=frozenset() if keep_only else split_ids)
+        # annotations have the ids of the list, which are COCO's if they agree with all names
+        ids_are_coco = all(image.id_matches_file_name for image in images.images)
+        check.finish(images, removed=split_ids if ids_are_coco and not keep_only else frozenset())
     if not keep_only:
         _check_removable(images, split_ids)
     in_splits = [not split_ids.isdisjoint(image.coco_ids) for image in images.images]
@@ -139,7 +142,7 @@ def _check_arguments(
 def _check_absent(out: Path) -> None:
     """Raise an InputError if a file to write exists."""
     for path in (out, report_path(out)):
-        if path.exists():
+        if os.path.lexists(path):
             raise InputError(f"{path} exists; choose another `out` or remove it")
 
 

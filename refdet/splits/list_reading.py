@@ -345,6 +345,4 @@ def _fix(images: Iterable[ImageEntry]) -> str:
     """The advice to end the error message with, for a list without COCO ids."""
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's names: give its image_data.json, which has their COCO ids"
-    return (
-        "give COCO ids, or names such as 000000000009.jpg; refdet audit --find-duplicates compares images without them"
-    )
+    return "give COCO ids, or names such as 000000000009.jpg"

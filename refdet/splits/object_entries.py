@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from refdet.data.image_evidence import coco_numbers_in
 from refdet.splits.json_stream import JsonValue, iter_values_at
-from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
+from refdet.structures.coco_ids import bare_number, has_other_numbering, is_image_file, numbers_in_name
 
 _NOT_IMAGES = ("info", "metainfo", "license", "licenses", "categories")
 _MAX_DEPTH = 4  # nested objects; {"refcoco": {"train": {"000000000009.jpg": ...}}} has three
@@ -121,4 +121,4 @@ def _is_entry(item: JsonValue) -> bool:
 
 
 def _names_an_image(key: str) -> bool:
-    return bool(numbers_in_name(key)) or is_image_file(key) or bare_number(key) is not None
+    return bool(numbers_in_name(key)) or is_image_file(key) or bare_number(key) is not None or has_other_numbering(key)

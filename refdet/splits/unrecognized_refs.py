@@ -21,12 +21,13 @@ def find_unrecognized_refs(refer_root: str | Path) -> list[Path]:
     """Sorted files below a REFER root that look like refs but are not found by `refer.available`.
 
     Raises:
-        InputError: a published dataset, or a file with the right name and folder, is a broken link or not a file:
+        InputError: a folder of the root, or a file with the right name and folder, is a broken link or not a file:
             leaving it out would leave its images in the training data.
     """
     root = Path(refer_root)
     for folder in sorted(root.iterdir()):
-        if folder.name in _DATASETS and folder.is_symlink() and not folder.exists():
+        may_be_dataset = folder.name in _DATASETS or not folder.suffix
+        if may_be_dataset and folder.is_symlink() and not folder.exists():
             raise InputError(f"{folder}: a broken link; repair it, or remove it to leave out the dataset")
     recognized = set(refer.available(root))
     paths = sorted(path for path in _files_like_refs(root, _DEPTH) if _is_unrecognized(root, path, recognized))

@@ -10,9 +10,14 @@ _PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
-# Folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's are
-# Flickr's (a few have less than seven digits), saiapr_tc-12 is RefClef's.
-_OTHER_NUMBERING = re.compile(r"(?:^|[/\\])(?:gqa|flickr30k[^/\\]*|saiapr[^/\\]*)[/\\]", re.IGNORECASE)
+# Images in folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's
+# are Flickr's (a few have less than seven digits), saiapr_tc-12 is RefClef's.
+_OTHER_NUMBERING = re.compile(
+    r"(?:^|[/\\])"
+    r"(?:gqa(?:[/\\]images)?|flickr30k(?:[-_]?images)?(?:[/\\]images)?|saiapr_?tc-?12(?:[/\\][0-9]+)?(?:[/\\]images)?)"
+    r"[/\\][^/\\]+$",
+    re.IGNORECASE,
+)
 _MAX_NAME_LENGTH = 299  # no file system allows longer names, so longer text is not one
 _IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
@@ -44,7 +49,7 @@ def is_visual_genome(name: str) -> bool:
 
 def has_other_numbering(name: str) -> bool:
     """Whether a path or URL is in a folder of another dataset, with ids of its own: Visual Genome's or one like it."""
-    return is_visual_genome(name) or _OTHER_NUMBERING.search(name) is not None
+    return is_visual_genome(name) or _OTHER_NUMBERING.search(_path(name)) is not None
 
 
 def is_image_file(name: str) -> bool:
@@ -56,4 +61,9 @@ def is_image_file(name: str) -> bool:
 
 def _base_name(name: str) -> str:
     """Last component of a path or URL, without a query."""
-    return name.partition("?")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    return _path(name).replace("\\", "/").rpartition("/")[2]
+
+
+def _path(name: str) -> str:
+    """A path or URL without a query and final slashes."""
+    return name.partition("?")[0].rstrip("/\\")

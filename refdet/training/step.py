@@ -214,8 +214,9 @@ def _single_value_errors(image_ids: Sequence[int]) -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise RuntimeFailure(
-            f"{_names(image_ids)}: too small for batch norm, whose input is a single pixel; raise train.batch_size or "
-            "input.min_sizes and input.max_size, lower train.accumulate, or give `weights` and `model.norm=frozen`"
+            f"{_names(image_ids)}: too small for batch norm, whose input is a single pixel; lower train.accumulate, or "
+            "start a new run with a larger train.batch_size or input.min_sizes and input.max_size, or with `weights` "
+            "and `model.norm=frozen`"
         ) from None
 
 

@@ -40,6 +40,10 @@ def test_dataset_and_split_by_are_parsed_from_names(text: str, dataset: str, spl
         ("default/testB/0000.parquet", "testB"),
         ("refcoco/train2014.json", "train"),
         ("refcoco_dev.json", "val"),
+        ("refcoco_test-dev.json", "test"),
+        ("refcoco_train_dev.json", "train"),
+        ("dev/refcoco.json", ""),
+        ("dev/test/refcoco.json", "test"),
         ("refcocog_val_train2014.json", "val"),
         ("train2014_testB/refcoco.json", "testB"),
         ("constrained.json", ""),
@@ -69,6 +73,7 @@ def test_split_names_are_recognized_in_any_case() -> None:
     few = Counts(3, 2)
     names = match_split_names("refcoco", "unc", {"Train": few, "VAL": few, "TestA": few, "Testb": few})
     assert names == {"Train": "train", "VAL": "val", "TestA": "testA", "Testb": "testB"}
+    assert match_split_names("refcoco", "unc", {"Test": few, "testB": few}) == {"Test": "testA", "testB": "testB"}
 
 
 def test_a_split_of_another_size_and_name_is_an_error() -> None:

@@ -187,7 +187,9 @@ def test_misnamed_refs_files_are_reported(dataset: tuple[Path, Path], tmp_path: 
         held_out(root / "refcoco")
 
 
-@pytest.mark.parametrize("name", ["refcocog", "grefcoco", "refcoco/refs(google).p", "refcoco/grefs(unc).json"])
+@pytest.mark.parametrize(
+    "name", ["refcocog", "grefcoco", "my_refs", "RefCOCOg", "refcoco/refs(google).p", "refcoco/grefs(unc).json"]
+)
 def test_refs_behind_a_broken_link_never_count_as_clean(dataset: tuple[Path, Path], name: str) -> None:
     source, root = dataset
     if (root / name).exists():
@@ -266,6 +268,9 @@ def test_annotations_of_removed_images_are_removed(dataset: tuple[Path, Path], t
         build_split(source, root, tmp_path / "k.json", keep_only=["refcoco:unc:train"])
     with pytest.raises(InputError, match="refers to image 8, which is not in the file"):
         build_split(write(tmp_path / "lost.json", coco([1, 6], [2, 8])), root, tmp_path / "l.json")
+    data["images"][1]["file_name"] = "000000000007.jpg"  # so its ids are not COCO's
+    with pytest.raises(InputError, match="refers to image 2, which is not in the file"):
+        build_split(write(tmp_path / "renumbered.json", data), root, tmp_path / "r.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [3]}', '{"images": [], "annotations": [{}]}'])

@@ -267,13 +267,14 @@ def _warn_of_damage(out: Path, item: Item) -> None:
     try:
         lines = _size_differences(out / "refer", item.dataset, allow_sample=True)
     except ReferError as error:
-        lines = [str(error)]
+        log.warning("note: %s: kept as it is: %s; to fetch it anew, remove that file first", item.name, error)
+        return
     if lines:
         log.warning(
-            "note: %s: kept as it is: %s; to fetch it anew, remove %s first",
+            "note: %s: kept as it is, although it differs from the published data (damaged, or converted from another "
+            "format?): %s",
             item.name,
             "; ".join(lines),
-            out / "refer" / item.dataset,
         )
 
 

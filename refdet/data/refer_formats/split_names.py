@@ -12,7 +12,8 @@ from refer.statistics import COUNTS, Counts
 
 # not gRefCOCO, whose refs have any number of objects
 _DATASET = re.compile(r"(?<!g)refcoco(?P<plus>\+|[-_ ]?plus|p(?![a-z]))?(?P<g>g|[-_ ]g(?![a-z]))?", re.IGNORECASE)
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
+_DEV = re.compile(r"(?<![a-z])dev(?![a-z])", re.IGNORECASE)  # val, but only if a file's name has no other split
 _COCO_YEAR = re.compile(r"201[457]")
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
 _ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
@@ -36,6 +37,8 @@ def split_by_in(text: str) -> str:
 
 def split_in(path: Path) -> str:
     """Return the split in the name of a file, or else of its folder; "" if there is none."""
+    if _DEV.search(path.stem) and not _SPLIT.search(path.stem):
+        return _ALIASES["dev"]
     for text in (path.stem, path.parent.name):
         matches = list(_SPLIT.finditer(text))
         # "val_train2014" is a val split on images of COCO's train2014
@@ -66,6 +69,7 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
     """
     published = COUNTS.get((dataset, split_by), {})
     names: dict[str, str] = {}
+    lowercase = {name.lower() for name in sizes}
     for name, counts in sizes.items():
         alias = _ALIASES.get(name.lower(), name.lower() if name.lower() in published else name)
         same_size = [split for split, expected in published.items() if (expected.refs, expected.images) == counts[:2]]
@@ -73,7 +77,7 @@ def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) 
             names[name] = alias
         elif len(same_size) == 1:
             names[name] = same_size[0]
-        elif name == "test" and "testB" in sizes and "testA" not in sizes:
+        elif name.lower() == "test" and "testb" in lowercase and "testa" not in lowercase:
             names[name] = "testA"
         else:
             raise InputError(

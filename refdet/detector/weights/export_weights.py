@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     if len(set(files)) < len(files):
         raise ArgumentError("out", f"{out}: is also the name of the configuration written next to it; give a .pth")
     for file in files:
-        if file.exists():
+        if os.path.lexists(file):
             raise ArgumentError("out", f"{file} exists; choose another or remove it")
     folder, meta = checkpoint.run_directory(run), checkpoint.load_meta(run)
     recipe, classes = meta.recipe, len(meta.categories)
