@@ -292,8 +292,8 @@ def _print_notes(summary: Summary, out: Path, part: str | None) -> None:
         note(f"{out} is complete")
     if summary.errors and summary.merged:
         note(
-            f"{format_share(summary.errors, summary.images, 'image')} could not be used; see /images/error in {out}; "
-            f"once the files are repaired, repeat the command with --resume"
+            f"note: {format_share(summary.errors, summary.images, 'image')} could not be used; see /images/error in "
+            f"{out}; once the files are repaired, repeat the command with --resume"
             f"{'' if part is None else ', without --part,'} to recompute their batches"
         )
 

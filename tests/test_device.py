@@ -220,7 +220,8 @@ def test_extraction_with_tf32_on_a_cpu_says_that_it_uses_float32(
     messages: list[str] = []
     extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3),
                      options=ExtractOptions(precision="tf32"), device="cpu", say=messages.append)  # fmt: skip
-    assert messages == ["`precision` tf32: this processor has no tf32 arithmetic: computing in float32, which is exact"]
+    note = "note: `precision` tf32: this processor has no tf32 arithmetic: computing in float32, which is exact"
+    assert messages == [note]
     with store.open(tmp_path / "a.h5") as extracted:
         assert extracted.options["precision"] == "float32"
 
@@ -280,7 +281,7 @@ def test_extraction_with_unsupported_bfloat16_says_so_and_equals_float32(
         extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,
                          options=ExtractOptions(precision=precision), device="cpu", say=messages.append)  # fmt: skip
     assert messages == [
-        "`precision` bfloat16: this processor has no bfloat16 arithmetic: "
+        "note: `precision` bfloat16: this processor has no bfloat16 arithmetic: "
         "computing in float32, which is faster here and exact"
     ]
     with store.open(tmp_path / "a.h5") as first, store.open(tmp_path / "b.h5") as second:

@@ -75,7 +75,9 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     torch_device = resolve_device(str(device))
     usable = supported_precision(precision, torch_device)
     if usable != precision:
-        log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
+        log.warning(
+            "note: `precision` %s: this processor has no %s arithmetic: computing in %s", precision, precision, usable
+        )
     trained = loading.load(path, torch_device, for_inference=True, precision=usable)
     for line in trained.meta.warnings():
         log.warning("%s", line)

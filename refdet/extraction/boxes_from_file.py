@@ -131,7 +131,7 @@ def report_images_without_boxes(
     """
     total, without_boxes = len(records), sum(not count(record.id) for record in records)
     if without_boxes == total:
-        say(f"`boxes` {path}: no boxes of the {format_count(total, 'image')}, so the store has no regions")
+        say(f"note: `boxes` {path}: no boxes of the {format_count(total, 'image')}, so the store has no regions")
     elif without_boxes:
         say(
             f"note: `boxes` {path}: {format_share(without_boxes, total, 'image', verb='has')} no boxes and so "

@@ -67,7 +67,7 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
     crowds, path = sum(a.iscrowd for a in annotations), image_list.index.path
     if not annotations:
         images = format_count(len(image_list.records), "image")
-        say(f"{path}: no annotations on the {images}, so the store has no regions")
+        say(f"note: {path}: no annotations on the {images}, so the store has no regions")
     elif crowds == len(annotations):
         subject = f"all {crowds} annotations" if crowds > 1 else "the only annotation"
         raise InputError(
@@ -76,9 +76,9 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         )
     elif crowds:
         say(
-            f"{path}: {format_share(crowds, len(annotations), 'annotation')} of the images {agree(crowds, 'has')} "
-            f"iscrowd 1 and {agree(crowds, 'is')} not used as regions; add `crowd_as_object=True` to use crowds as "
-            "objects"
+            f"note: {path}: {format_share(crowds, len(annotations), 'annotation')} of the images "
+            f"{agree(crowds, 'has')} iscrowd 1 and {agree(crowds, 'is')} not used as regions; "
+            "add `crowd_as_object=True` to use crowds as objects"
         )
 
 

@@ -76,7 +76,7 @@ class Job:
         if precision == requested:
             return self
         say(
-            f"`precision` {requested}: this processor has no {requested} arithmetic: "
+            f"note: `precision` {requested}: this processor has no {requested} arithmetic: "
             f"computing in {precision}, which is {'faster here and ' if requested == 'bfloat16' else ''}exact"
         )
         plan = replace(self.plan, options=self.plan.options | {"precision": precision})

@@ -11,7 +11,7 @@ from refdet.detector.backbone_channels import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import escape_unprintable
-from refdet.structures.provenance import Selection
+from refdet.structures.provenance import Provenance, Selection
 from refdet.training.metrics_rows import DATA_HASH_KEY, VALIDATION_PREFIX, finite_number, is_validation
 
 CARD = "README.md"
@@ -147,22 +147,30 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _leaks(meta: CheckpointMetadata) -> str:
     """What is known about REFER's val and test images in the training data, and how to check."""
-    provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
+    provenance = meta.provenance
+    instances = _instances_argument(provenance, "SPLIT.json")
     if not provenance.excluded:
         why = provenance.note or "no known exclusions"
-        return f"not checked ({why}); check with `refdet audit --instances {source} --refer-root DIR`"
+        return f"not checked ({why}); check with `refdet audit --instances {instances} --refer-root DIR`"
     if provenance.weights and meta.warnings():
         return "unknown for the initial weights"
     selection = provenance.selection
     if selection is None or not selection.by_validation:
-        return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
+        command = f"refdet audit --checkpoint RUN --instances {instances} --refer-root DIR"
+        return f"none according to its split; prove it with `{command}`"
     (chosen_on,) = selection.validated_on
-    validation, known = shlex.quote(chosen_on.source), provenance.excluded.keys() <= chosen_on.excluded.keys()
+    validation = _instances_argument(chosen_on, "VAL.json")
+    known = provenance.excluded.keys() <= chosen_on.excluded.keys()
     which = "its split and its validation file" if known else "its split; its validation file was not checked"
     return (
         f"none according to {which}; prove it with "
-        f"`refdet audit --checkpoint RUN --instances {source} --val-instances {validation} --refer-root DIR`"
+        f"`refdet audit --checkpoint RUN --instances {instances} --val-instances {validation} --refer-root DIR`"
     )
+
+
+def _instances_argument(file: Provenance, placeholder: str) -> str:
+    """The file to audit; the placeholder if build-split made it, as its record names the original, with the images."""
+    return placeholder if file.excluded else shlex.quote(file.source)
 
 
 def _selection(selection: Selection | None) -> str:

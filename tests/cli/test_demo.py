@@ -108,7 +108,10 @@ def test_an_existing_folder_is_an_error_and_left_unchanged(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(("--set", "train.stepz=8"), "train.steps"), (("--images", "3"), "too few")],  # train.steps is the suggestion
+    [
+        (("--set", "train.stepz=8"), "train.steps"),  # the suggestion
+        (("--images", "3"), "--images 3: too few"),
+    ],
 )
 def test_invalid_arguments_are_reported_before_the_dataset_is_written(
     tmp_path: Path, args: tuple[str, ...], message: str

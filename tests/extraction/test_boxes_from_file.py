@@ -201,7 +201,7 @@ def test_boxes_of_images_in_another_orientation_are_refused(tmp_path: Path, inde
     [
         ((5, 7, 9), []),
         ((7,), ["note: `boxes` {}: 2 of 3 images have no boxes and so get no regions"]),
-        ((), ["`boxes` {}: no boxes of the 3 images, so the store has no regions"]),
+        ((), ["note: `boxes` {}: no boxes of the 3 images, so the store has no regions"]),
     ],
 )
 @pytest.mark.parametrize("kind", ["write_results", "store"])

@@ -40,11 +40,11 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     out = Path(out)
     train = TRAIN_IMAGES if images is None else images
     if train < MIN_IMAGES:
-        raise InputError(f"images={train} is too few for all REFER splits; ask for {MIN_IMAGES} or more")
+        raise InputError(f"`images={train}`: too few for all REFER splits; ask for {MIN_IMAGES} or more")
     if train > MAX_IMAGES:
-        raise InputError(f"images={train} is too many for distinct ids; ask for {MAX_IMAGES} or fewer")
+        raise InputError(f"`images={train}`: too many for distinct ids; ask for {MAX_IMAGES} or fewer")
     if seed < 0:
-        raise InputError(f"seed={seed} is negative; choose 0 or more")
+        raise InputError(f"`seed={seed}`: negative; choose 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists; choose another `out` or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
