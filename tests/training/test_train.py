@@ -196,7 +196,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weigh
 def test_an_image_that_is_too_small_for_batch_norm_is_named(
     shapes_root: Path, tmp_path: Path, changes: list[str]
 ) -> None:
-    with pytest.raises(RuntimeFailure, match=r"^images? \d.*: too small for batch norm, .*; raise train.batch_size"):
+    message = r"^images? \d.*: too small for batch norm, .*; lower train.accumulate, or start a new run with a larger"
+    with pytest.raises(RuntimeFailure, match=message):
         run(shapes_root, tmp_path / "run", "train.steps=2", "input.min_sizes=[16]", "input.max_size=32", *changes)
     run(shapes_root, tmp_path / "pair", "train.steps=2", "input.min_sizes=[16]", "input.max_size=32")
 
