@@ -20,7 +20,9 @@ from resumable_extraction import run
 from store_examples import PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import Interrupted
+from refdet.data.image_source import ImageSource
+from refdet.errors import Interrupted, RuntimeFailure
+from refdet.extraction import parts
 from refdet.extraction.stamped_source import StampedSource
 from refdet.extraction.steps import Finish
 from refdet.store.codec import EncodedImage, encode_all
@@ -70,6 +72,13 @@ def extract(out: Path, images: Path, stop_before: int | None = None, **options: 
         return compute(batch, pixels)
 
     return run(out, load=source.read, source=source, compute=interruptible, **options)
+
+
+def extract_one(out: Path, images: Path, part: str) -> Any:
+    """Extract a part with a newly opened source."""
+    source = StampedSource.open(images)
+    source.locate(RECORDS)
+    return run_part(out, part, load=source.read, source=source, compute=compute)
 
 
 def interrupted(out: Path, images: Path) -> None:
@@ -149,13 +158,13 @@ def test_members_of_a_zip_are_compared_by_their_checksums(tmp_path: Path, images
 def test_unchanged_files_are_not_read(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "a.h5"
     interrupted(out, images)
-    was_read, data = [], StampedSource.data
+    was_read, data = [], ImageSource.data
 
-    def read_data(source: StampedSource, name: str, *size: int) -> bytes:
+    def read_data(source: ImageSource, name: str, *size: int) -> bytes:
         was_read.append(name)
         return data(source, name, *size)
 
-    monkeypatch.setattr(StampedSource, "data", read_data)
+    monkeypatch.setattr(ImageSource, "data", read_data)  # called by loading and by looking for replaced images
     extract(out, images, resume=True)
     assert sorted(was_read) == sorted(record.file_name for record in BATCHES[2] + BATCHES[3])
 
@@ -172,22 +181,34 @@ def test_images_that_are_gone_keep_their_regions(tmp_path: Path, images: Path) -
 
 def test_a_part_computes_replaced_images_again(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "a.h5"
-
-    def run_one(part: str) -> Any:
-        source = StampedSource.open(images)
-        source.locate(RECORDS)
-        return run_part(out, part, load=source.read, source=source, compute=compute)
-
-    run_one("1/2")
+    extract_one(out, images, "1/2")
     replace_image(images, FIRST)
-    assert run_one("1/2").computed == len(BATCHES[0])
-    done = run_one("2/2")
-    assert done.merged
+    assert extract_one(out, images, "1/2").computed == len(BATCHES[0])
+    assert extract_one(out, images, "2/2").merged
     extract(tmp_path / "b.h5", images)
     found, expected = contents(out), contents(tmp_path / "b.h5")
     assert {name: found[name] for name in found if name.startswith("features")} == {
         name: expected[name] for name in expected if name.startswith("features")
     }
+
+
+def test_a_part_fails_if_another_one_merges_the_old_regions(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, find_retries = tmp_path / "a.h5", parts.find_retries
+
+    def find_then_wait(*args: Any) -> set[int]:
+        monkeypatch.setattr(parts, "find_retries", find_retries)
+        found = find_retries(*args)
+        assert extract_one(out, images, "2/2").merged
+        return found
+
+    extract_one(out, images, "1/2")
+    replace_image(images, FIRST)
+    monkeypatch.setattr(parts, "find_retries", find_then_wait)
+    with pytest.raises(RuntimeFailure, match=r"a\.h5: another part wrote it meanwhile with the old regions of 1 image"):
+        extract_one(out, images, "1/2")
+    assert [path.name for path in tmp_path.iterdir() if path != images] == ["a.h5"]
 
 
 def test_shards_without_stamps_are_not_compared(tmp_path: Path, images: Path) -> None:
