@@ -167,7 +167,7 @@ def compute_shards(
     compute: Compute,
     workers: int,
     strict: bool,
-    stamp_of: Callable[[int], Stamp] = no_stamp,
+    stamp_of: Callable[[int], Stamp],
 ) -> None:
     """Compute the shards with the given numbers and write them; other arguments and errors are those of `extract`.
 
@@ -252,7 +252,7 @@ class BackgroundWriter:
         shard_numbers: Iterable[int],
         timer: Timer,
         bar: tqdm,
-        stamp_of: Callable[[int], Stamp] = no_stamp,
+        stamp_of: Callable[[int], Stamp],
     ) -> None:
         self._shard_set, self._shard_numbers, self._timer, self._bar = shard_set, shard_numbers, timer, bar
         self._stamp_of = stamp_of

@@ -16,6 +16,7 @@ from detector_folder import DetectorFolder
 from interrupted_extraction import BATCHES, RECORDS
 from part_extraction import run_part
 from PIL import Image
+from pycocotools import mask as coco_mask
 from resumable_extraction import run
 from store_examples import PLAN, contents, make_regions
 
@@ -38,7 +39,7 @@ def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         Regions(
             record.id, record.file_name, record.height, record.width,
             boxes=np.float32([[0, 0, 1, 1]]), scores=np.float32([1]), category_ids=np.array([3]),
-            ann_ids=np.array([1]), masks=(b"0",),
+            ann_ids=np.array([1]), masks=(coco_mask.encode(np.asfortranarray(image[..., 0]))["counts"],),
             features={"pool5": np.float32(image[:1, :4, 0]), "fc7": np.float32(image[:1, :6, 1])},
         )
         for record, image in zip(batch, images, strict=True)
@@ -179,6 +180,22 @@ def test_images_that_are_gone_keep_their_regions(tmp_path: Path, images: Path) -
     assert done.computed == len(BATCHES[2] + BATCHES[3]) and done.errors == 0
 
 
+def test_an_interrupted_repair_computes_replaced_images_again(tmp_path: Path, images: Path) -> None:
+    out, paths = tmp_path / "a.h5", [images / record.file_name for record in (FIRST, SECOND)]
+    intact = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"broken")
+    assert extract(out, images).errors == 2
+    for path, data in zip(paths, intact, strict=True):
+        path.write_bytes(data)
+    with pytest.raises(Interrupted):
+        extract(out, images, stop_before=1, resume=True)
+    replace_image(images, FIRST)
+    assert extract(out, images, resume=True).computed == len(BATCHES[0] + BATCHES[1])
+    extract(tmp_path / "b.h5", images)
+    assert contents(out) == contents(tmp_path / "b.h5")
+
+
 def test_a_part_computes_replaced_images_again(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "a.h5"
     extract_one(out, images, "1/2")
@@ -241,13 +258,12 @@ def parse(tree: dict[str, Any]) -> EncodedImage:
         return parse_image(len(header).to_bytes(4, "little") + header, PLAN.columns())[0]
 
 
-def test_the_command_notices_replaced_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [("--part", "1/2"), ("--resume",)])
+def test_the_command_notices_replaced_images(tmp_path: Path, again: tuple[str, ...]) -> None:
     folder, out = DetectorFolder(tmp_path, 40), tmp_path / "a.h5"
     part = ("--part", "1/2", "--regions", "annotations")  # the first of two shards, of 32 images
     assert folder.extract(out, *part).exit_code == 0
     assert "part 1/2 was complete" in folder.extract(out, *part).stdout
-    for image in folder.images.iterdir():
-        with Image.open(image) as before:
-            Image.new("RGB", before.size, "#123456").save(image)
-    done = folder.extract(out, *part)
+    folder.replace_images()
+    done = folder.extract(out, "--regions", "annotations", *again)
     assert "images/s" in done.stdout and " images were replaced by another file" in done.stderr
