@@ -26,7 +26,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartShards, PartTimer
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import find_retries
+from refdet.extraction.retries import find_retries
 from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.extraction import parts
+from refdet.extraction.in_threads import map_in_threads
 from refdet.extraction.stamped_source import StampedSource
 from refdet.extraction.steps import Finish
 from refdet.store.codec import EncodedImage, encode_all
@@ -103,8 +106,8 @@ def test_replaced_images_are_computed_again(tmp_path: Path, images: Path, caplog
     replace_image(images, LAST)  # not computed yet
     assert extract(out, images, resume=True).computed == len(RECORDS) - len(BATCHES[0])
     assert (
-        f"1 image was replaced by another file since the regions were computed (first: {SECOND.file_name})"
-        in caplog.text
+        f"1 image was replaced by another file since the regions were computed (first: {SECOND.file_name}); "
+        "computing 1 shard again" in caplog.text
     )
     extract(tmp_path / "b.h5", images)
     assert contents(out) == contents(tmp_path / "b.h5")
@@ -168,6 +171,40 @@ def test_unchanged_files_are_not_read(tmp_path: Path, images: Path, monkeypatch:
     monkeypatch.setattr(ImageSource, "data", read_data)  # called by loading and by looking for replaced images
     extract(out, images, resume=True)
     assert sorted(was_read) == sorted(record.file_name for record in BATCHES[2] + BATCHES[3])
+
+
+@pytest.mark.parametrize("also", [None, BATCHES[0][1]])
+def test_an_unusable_replacement_keeps_the_regions_of_the_earlier_file(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture, also: ImageRecord | None
+) -> None:
+    """Even if another image of the shard was replaced too, as a shard is computed as a whole."""
+    extract(tmp_path / "b.h5", images)
+    out = tmp_path / "a.h5"
+    interrupted(out, images)
+    (images / FIRST.file_name).write_bytes(b"broken")
+    if also is not None:
+        replace_image(images, also)
+    assert extract(out, images, resume=True).computed == len(BATCHES[2] + BATCHES[3])
+    assert contents(out) == contents(tmp_path / "b.h5")
+    assert "note: 1 image was replaced by another file that cannot be used (first: " in caplog.text
+    assert ("1 finished shard is not computed again" in caplog.text) == (also is not None)
+    assert "since the regions were computed" not in caplog.text
+
+
+def test_a_zip_that_is_gone_is_no_replaced_image(tmp_path: Path, images: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(images / FIRST.file_name, FIRST.file_name)
+    source = StampedSource.open(tmp_path / "images.zip")
+    source.locate([FIRST])
+    source = pickle.loads(pickle.dumps(source))  # as in another process, which must open the zip again
+    (tmp_path / "images.zip").unlink()
+    with pytest.raises(RuntimeFailure, match=r"images\.zip: can no longer be read"):
+        source.replaced({FIRST.id: (1, 2, 3)})
+
+
+def test_many_files_are_looked_at_at_once() -> None:
+    barrier = threading.Barrier(4)
+    assert sorted(map_in_threads(lambda _: barrier.wait(60), range(4), "wait")) == [0, 1, 2, 3]
 
 
 def test_images_that_are_gone_keep_their_regions(tmp_path: Path, images: Path) -> None:
