@@ -86,11 +86,13 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
             raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].description))
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     if without_score := sum("score" not in entry for entry in entries):
+        is_highest = without_score < len(entries) and max(e["score"] for e in entries if "score" in e) <= 1
         log.warning(
-            "note: `boxes` %s: %s no score and so %s 1, the highest rank in an evaluation",
+            "note: `boxes` %s: %s no score and so %s 1%s",
             path,
             format_share(without_score, len(entries), "box", verb="has"),
             agree(without_score, "gets"),
+            ", the highest rank in an evaluation" if is_highest else "",
         )
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
