@@ -114,6 +114,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
         for_image=for_image,
         count=lambda image_id: len(numbers.get(image_id, ())),
         categories=index.categories,
+        categories_from=index.path,
         has_masks=has_masks,
         has_ann_ids=False,
         box_format=format_name,
@@ -254,6 +255,7 @@ def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
         for_image=for_image,
         count=lambda image_id: len(source.rows(image_id)) if image_id in source else 0,
         categories=source.names,
+        categories_from=path,
         has_masks=source.has_masks,
         has_ann_ids=source.has_ann_ids,
     )

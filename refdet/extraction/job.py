@@ -205,9 +205,7 @@ def _make_plan(
         masks = given_regions.has_masks
     categories = dict(meta.categories)
     if given_regions is not None:
-        categories = _merge_categories(
-            categories, given_regions.categories, options.features, boxes or image_list.index.path
-        )
+        categories = _merge_categories(categories, given_regions, options.features)
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
@@ -224,7 +222,7 @@ def _make_plan(
 
 
 def _merge_categories(
-    detected: Mapping[int, str], given: Mapping[int, str], features: Sequence[str], listed_in: Path
+    detected: Mapping[int, str], given_regions: GivenRegions, features: Sequence[str]
 ) -> dict[int, str]:
     """The classes of a store of given regions: those of the detector, in its order, and then all others of the regions.
 
@@ -232,9 +230,8 @@ def _merge_categories(
 
     Args:
         detected: category id -> name of the detector.
-        given: category id -> name of the given regions.
+        given_regions: the given regions.
         features: names of the features to extract.
-        listed_in: the file of the given regions, for messages.
 
     Returns:
         Category id -> name. If some ids have other names in the detector, the categories of the regions alone.
@@ -244,6 +241,7 @@ def _merge_categories(
     """
     from refdet.detector.feature_names import CLASS_PROB
 
+    given = given_regions.categories
     renamed = [category for category, name in detected.items() if given.get(category, name) != name]
     if not renamed:
         return {**detected, **given}
@@ -251,8 +249,8 @@ def _merge_categories(
         category = renamed[0]
         raise InputError(
             f"`features` {CLASS_PROB}: category {category} is {short_repr(detected[category])} in the detector, but "
-            f"{short_repr(given[category])} in {listed_in}, so its probabilities would get a wrong name; omit "
-            f"{CLASS_PROB}, or correct the categories"
+            f"{short_repr(given[category])} in {given_regions.categories_from}, so its probabilities would get a wrong "
+            f"name; omit {CLASS_PROB}, or correct the categories"
         )
     return dict(given)
 

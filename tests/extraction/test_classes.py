@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def extract(folder: Path, out: Path, names: dict[int, str], regions: str, features: tuple[str, ...]) -> Path:
-    """Extract features of a box of the last of these categories, as an annotation or from COCO results."""
+    """Extract features of a box of the last of these categories, as an annotation, COCO result or in a store."""
     entry = {"image_id": 1, "category_id": list(names)[-1], "bbox": BOX, "score": 0.5}
     instances, boxes = out.with_suffix(".json"), out.with_suffix(".boxes.json")
     instances.write_text(json.dumps({
@@ -44,9 +45,14 @@ def extract(folder: Path, out: Path, names: dict[int, str], regions: str, featur
     }))  # fmt: skip
     boxes.write_text(json.dumps([entry]))
     given: dict[str, Any] = {"options": ExtractOptions(features=features, regions="annotations")}
-    if regions == "boxes":
+    images = ImageList.of_instances(instances)
+    if regions == "store":
+        boxes = out.with_suffix(".boxes.h5")
+        given["options"] = ExtractOptions(features=("fc7",), regions="annotations")
+        extract_features(folder / "run", folder, boxes, images, device="cpu", **given)
+    if regions != "annotations":
         given = {"options": ExtractOptions(features=features), "boxes": boxes}
-    extract_features(folder / "run", folder, out, ImageList.of_instances(instances), device="cpu", **given)
+    extract_features(folder / "run", folder, out, images, device="cpu", **given)
     return out
 
 
@@ -76,11 +82,16 @@ def test_classes_name_the_columns_of_class_prob(
     assert verify(path).problems == []
 
 
-@pytest.mark.parametrize("regions", ["annotations", "boxes"])
-def test_ids_that_mean_other_categories_have_no_class_prob(folder: Path, tmp_path: Path, regions: str) -> None:
+@pytest.mark.parametrize(
+    ("regions", "named_in"), [("annotations", "a.json"), ("boxes", "a.json"), ("store", "a.boxes.h5")]
+)
+def test_ids_that_mean_other_categories_have_no_class_prob(
+    folder: Path, tmp_path: Path, regions: str, named_in: str
+) -> None:
     names = {3: "truck", 1: "person"}
+    file = re.escape(str(tmp_path / named_in))
     with pytest.raises(
-        InputError, match=r"category 3 is 'car' in the detector, but 'truck' in .*json.*omit class_prob"
+        InputError, match=rf"category 3 is 'car' in the detector, but 'truck' in {file}, so .*omit class_prob"
     ):
         extract(folder, tmp_path / "a.h5", names, regions, ("fc7", "class_prob"))
     assert not (tmp_path / "a.h5").exists()
