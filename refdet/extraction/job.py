@@ -16,7 +16,7 @@ from refdet.extraction.given_regions import GivenRegions, annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_folder import check_new, check_resumable
+from refdet.extraction.shard_folder import check_new, check_resumable, read_classes
 from refdet.files.short_text import agree, format_share, short_repr
 from refdet.store import Header
 
@@ -150,6 +150,8 @@ def prepare(
 
     fixed_batch_size = batch_size if isinstance(batch_size, int) else 0
     plan, header = _make_plan(image_list, given_regions, boxes, options, fixed_batch_size, meta, checkpoint)
+    if resume and given_regions is not None:
+        header = _keep_older_classes(out, header, given_regions, options.features)
     # A precision that the device does not support will be replaced by float32, but that is known only after torch is
     # imported. The precisions are compared when the extraction starts.
     check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
@@ -253,6 +255,17 @@ def _merge_categories(
             f"name; omit {CLASS_PROB}, or correct the categories"
         )
     return dict(given)
+
+
+def _keep_older_classes(out: Path, header: Header, given_regions: GivenRegions, features: Sequence[str]) -> Header:
+    """The header with the classes of the extraction to resume, if an older version chose them.
+
+    It listed the categories of the given regions alone, which is wrong only as names of the columns of class_prob.
+    """
+    from refdet.detector.feature_names import CLASS_PROB
+
+    older = [{"id": id_, "name": name} for id_, name in given_regions.categories.items()]
+    return replace(header, classes=older) if CLASS_PROB not in features and read_classes(out) == older else header
 
 
 def _check_masks(

@@ -60,6 +60,19 @@ def read_batch_size(out: Path) -> int | None:
     return None if settings is None else batch_size_of(settings)
 
 
+def read_classes(out: Path) -> Any:
+    """Classes of an unfinished or finished extraction into ``out``; may be damaged, None if unknown or unreadable."""
+    with suppress(InputError):
+        plan = read_plan(shards_folder(out))
+        if plan is not None:
+            header = plan.get("header")
+            return header.get("classes") if isinstance(header, dict) else None
+        if out.exists():
+            with store.open(out) as finished:
+                return finished.classes
+    return None
+
+
 def batch_size_of(settings: Mapping[str, Any]) -> int | None:
     """Batch size in ``plan.json`` or in a store's information about its run, None if it is missing or invalid."""
     size = settings.get("batch_size")
