@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
 from refdet.extraction.in_threads import map_in_threads
+from refdet.extraction.known_stamps import add_known_stamps, read_known_stamps
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.stamped_source import StampedSource
 from refdet.files.short_text import format_count
@@ -74,7 +75,11 @@ def find_retries(
         raise UnusableImageError(still_unusable[0], fix=kept)
     replaced: dict[int, str] = {}
     if source is not None:
-        replaced = source.replaced({i: stamp for i, stamp in shard_set.stamps.items() if i not in errors})
+        stamps = {i: stamp for i, stamp in shard_set.stamps.items() if i not in errors}
+        known = read_known_stamps(shard_set.folder)  # not of a shard computed since from other contents
+        stamps |= {i: stamp for i, stamp in known.items() if i in stamps and stamp[:1] == stamps[i][:1]}
+        replaced = source.replaced(stamps)
+        add_known_stamps(shard_set.folder, source.unchanged)
     numbers = sorted({*shard_set.missing_shards(readable | replaced.keys())} - {*shard_set.missing_shards()})
     checked = {  # image id -> shard and record; the regions of these images could be lost
         record.id: (number, record)

@@ -22,7 +22,7 @@ from refdet.store import Header
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inodes of files merged from the shards, one of which is or becomes the store
 _MAX_BATCH_SIZE = 4096  # a larger batch size in a file is taken for damage
-_JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers)"
+_JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers|stamps)"
 # File names of an extraction; older temporary files have eight hex digits without TEMPORARY_MARK.
 OWNED_FILES = re.compile(
     rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON_NAMES}\.json"

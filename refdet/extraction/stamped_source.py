@@ -18,12 +18,17 @@ from refdet.store.crc import crc32
 
 
 class StampedSource(ImageSource):
-    """A folder or zip of images that remembers the stamp of each file that it reads."""
+    """A folder or zip of images that remembers the stamp of each file that it reads.
+
+    Attributes:
+        unchanged: image id -> stamp, of the files that `replaced` read and found to have the same contents.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._stamps: dict[str, Stamp] = {}  # by the name of the file
         self._records: dict[int, ImageRecord] = {}
+        self.unchanged: dict[int, Stamp] = {}
 
     def locate(self, records: Sequence[ImageRecord], all_records: Iterable[ImageRecord] = ()) -> list[str]:
         """As `ImageSource.locate`; `stamp_of` then knows the images by their ids."""
@@ -68,10 +73,14 @@ class StampedSource(ImageSource):
         def is_replaced(image_id: int) -> bool:
             name, stamp, record = files[image_id], stamps[image_id], self._records[image_id]
             try:
-                if self._files.state(name) == stamp[1:]:
+                state = self._files.state(name)  # before the file is read, as in `data`
+                if state == stamp[1:]:
                     return False
                 contents = ImageSource.data(self, name, record.height, record.width)  # remembers no stamp
-                return crc32(contents) != stamp[0]
+                if crc32(contents) != stamp[0]:
+                    return True
+                self.unchanged[image_id] = (stamp[0], *state)
+                return False
             except RuntimeFailure:
                 raise
             except Exception as error:  # zipfile can raise anything on a damaged zip

@@ -159,18 +159,56 @@ def test_members_of_a_zip_are_compared_by_their_checksums(tmp_path: Path, images
     assert contents(out) == contents(tmp_path / "b.h5")
 
 
-def test_unchanged_files_are_not_read(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "a.h5"
-    interrupted(out, images)
-    was_read, data = [], ImageSource.data
+@pytest.fixture
+def was_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read, by loading or by looking for replaced images."""
+    names, data = [], ImageSource.data
 
     def read_data(source: ImageSource, name: str, *size: int) -> bytes:
-        was_read.append(name)
+        names.append(name)
         return data(source, name, *size)
 
-    monkeypatch.setattr(ImageSource, "data", read_data)  # called by loading and by looking for replaced images
+    monkeypatch.setattr(ImageSource, "data", read_data)
+    return names
+
+
+NOT_COMPUTED = {record.file_name for record in BATCHES[2] + BATCHES[3]}  # by `interrupted`
+
+
+def test_unchanged_files_are_not_read(tmp_path: Path, images: Path, was_read: list[str]) -> None:
+    out = tmp_path / "a.h5"
+    interrupted(out, images)
+    was_read.clear()
     extract(out, images, resume=True)
-    assert sorted(was_read) == sorted(record.file_name for record in BATCHES[2] + BATCHES[3])
+    assert {*was_read} == NOT_COMPUTED
+
+
+@pytest.mark.parametrize("damage", [None, "[1]", '{"x": 1}', '{"1": [1.5]}'])
+def test_copied_files_are_read_once(tmp_path: Path, images: Path, was_read: list[str], damage: str | None) -> None:
+    out, copy = tmp_path / "a.h5", tmp_path / "copy"
+    interrupted(out, images)
+    shutil.copytree(images, copy, copy_function=shutil.copyfile)
+    with pytest.raises(Interrupted):
+        extract(out, copy, stop_before=2, resume=True)
+    if damage is not None:
+        (tmp_path / "a.h5.parts" / "stamps.json").write_text(damage)
+    was_read.clear()
+    extract(out, copy, resume=True)
+    compared = {record.file_name for record in BATCHES[0] + BATCHES[1]}
+    assert {*was_read} == (NOT_COMPUTED if damage is None else NOT_COMPUTED | compared)
+    assert not (tmp_path / "a.h5.parts").exists()
+
+
+def test_a_copy_that_is_replaced_later_is_computed_again(tmp_path: Path, images: Path) -> None:
+    out, copy = tmp_path / "a.h5", tmp_path / "copy"
+    interrupted(out, images)
+    shutil.copytree(images, copy, copy_function=shutil.copyfile)
+    with pytest.raises(Interrupted):
+        extract(out, copy, stop_before=2, resume=True)
+    replace_image(copy, SECOND)
+    assert extract(out, copy, resume=True).computed == len(RECORDS) - len(BATCHES[0])
+    extract(tmp_path / "b.h5", copy)
+    assert contents(out) == contents(tmp_path / "b.h5")
 
 
 @pytest.mark.parametrize("also", [None, BATCHES[0][1]])
