@@ -6,8 +6,7 @@
 //
 // The result is exactly that of masks_to_rle_plain in refdet/ops/masks.py. So the operations and their order matter: in
 // float32, first along x and then along y, each time lower * w + upper * (1 - w), with each operation rounded
-// separately
-// (-ffp-contract=off in setup.py).
+// separately (-ffp-contract=off in setup.py).
 //
 // Algorithm: COCO's RLE goes down one column of pixels after the other, and so does `add_box`. No mask is stored, only
 // the pixels at which it begins or ends. In each column,

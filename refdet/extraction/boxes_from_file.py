@@ -85,12 +85,15 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
         with _add_entry_to_errors(path, number):
             raise InputError(_describe_misplaced(corners[number], records[number], FORMATS[format_name].description))
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
-    if without_score := sum("score" not in entry for entry in entries):
+    without_score = sum("score" not in entry for entry in entries)
+    if 0 < without_score < len(entries):
+        is_highest = max(entry["score"] for entry in entries if "score" in entry) <= 1
         log.warning(
-            "note: `boxes` %s: %s no score and so %s 1, the highest rank in an evaluation",
+            "note: `boxes` %s: %s no score and so %s 1%s",
             path,
             format_share(without_score, len(entries), "box", verb="has"),
             agree(without_score, "gets"),
+            ", the highest rank in an evaluation" if is_highest else "",
         )
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
@@ -112,6 +115,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT_FORMAT, e
         for_image=for_image,
         count=lambda image_id: len(numbers.get(image_id, ())),
         categories=index.categories,
+        categories_from=index.path,
         has_masks=has_masks,
         has_ann_ids=False,
         box_format=format_name,
@@ -252,6 +256,7 @@ def _load_store(path: Path, index: CocoIndex, exif: str) -> GivenRegions:
         for_image=for_image,
         count=lambda image_id: len(source.rows(image_id)) if image_id in source else 0,
         categories=source.names,
+        categories_from=path,
         has_masks=source.has_masks,
         has_ann_ids=source.has_ann_ids,
     )

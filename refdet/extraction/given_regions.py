@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ class GivenRegions:
         for_image: returns the regions of an image, without features.
         count: returns the number of regions of an image, given its id.
         categories: category id -> name.
+        categories_from: the file that names the categories.
         has_masks: whether all regions have masks.
         has_ann_ids: whether all regions have annotation ids.
         box_format: format of the boxes in their file, a key of `refdet.data.box_format.FORMATS`.
@@ -35,6 +37,7 @@ class GivenRegions:
     for_image: Callable[[ImageRecord], Regions]
     count: Callable[[int], int]
     categories: Mapping[int, str]
+    categories_from: Path
     has_masks: bool
     has_ann_ids: bool
     box_format: str = "xywh"
@@ -56,6 +59,7 @@ def annotated_regions(image_list: ImageList, say: Callable[[str], object]) -> Gi
         for_image=lambda record: regions_from_annotations(record, index.annotations[record.id]),
         count=lambda image_id: sum(not annotation.iscrowd for annotation in index.annotations[image_id]),
         categories=index.categories,
+        categories_from=index.path,
         has_masks=True,
         has_ann_ids=True,
     )

@@ -16,7 +16,7 @@ from refdet.extraction.given_regions import GivenRegions, annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_folder import check_new, check_resumable
+from refdet.extraction.shard_folder import check_new, check_resumable, read_classes
 from refdet.files.short_text import agree, format_share, short_repr
 from refdet.store import Header
 
@@ -150,6 +150,8 @@ def prepare(
 
     fixed_batch_size = batch_size if isinstance(batch_size, int) else 0
     plan, header = _make_plan(image_list, given_regions, boxes, options, fixed_batch_size, meta, checkpoint)
+    if resume and given_regions is not None:
+        header = _keep_older_classes(out, header, given_regions, options.features)
     # A precision that the device does not support will be replaced by float32, but that is known only after torch is
     # imported. The precisions are compared when the extraction starts.
     check_resumable(out, plan, header, resume, ignored=("precision",) if options.precision != "float32" else ())
@@ -205,9 +207,7 @@ def _make_plan(
         masks = given_regions.has_masks
     categories = dict(meta.categories)
     if given_regions is not None:
-        categories = _merge_categories(
-            categories, given_regions.categories, options.features, boxes or image_list.index.path
-        )
+        categories = _merge_categories(categories, given_regions, options.features)
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
@@ -224,7 +224,7 @@ def _make_plan(
 
 
 def _merge_categories(
-    detected: Mapping[int, str], given: Mapping[int, str], features: Sequence[str], listed_in: Path
+    detected: Mapping[int, str], given_regions: GivenRegions, features: Sequence[str]
 ) -> dict[int, str]:
     """The classes of a store of given regions: those of the detector, in its order, and then all others of the regions.
 
@@ -232,9 +232,8 @@ def _merge_categories(
 
     Args:
         detected: category id -> name of the detector.
-        given: category id -> name of the given regions.
+        given_regions: the given regions.
         features: names of the features to extract.
-        listed_in: the file of the given regions, for messages.
 
     Returns:
         Category id -> name. If some ids have other names in the detector, the categories of the regions alone.
@@ -244,6 +243,7 @@ def _merge_categories(
     """
     from refdet.detector.feature_names import CLASS_PROB
 
+    given = given_regions.categories
     renamed = [category for category, name in detected.items() if given.get(category, name) != name]
     if not renamed:
         return {**detected, **given}
@@ -251,10 +251,21 @@ def _merge_categories(
         category = renamed[0]
         raise InputError(
             f"`features` {CLASS_PROB}: category {category} is {short_repr(detected[category])} in the detector, but "
-            f"{short_repr(given[category])} in {listed_in}, so its probabilities would get a wrong name; omit "
-            f"{CLASS_PROB}, or correct the categories"
+            f"{short_repr(given[category])} in {given_regions.categories_from}, so its probabilities would get a wrong "
+            f"name; omit {CLASS_PROB}, or correct the categories"
         )
     return dict(given)
+
+
+def _keep_older_classes(out: Path, header: Header, given_regions: GivenRegions, features: Sequence[str]) -> Header:
+    """The header with the classes of the extraction to resume, if an older version chose them.
+
+    It listed the categories of the given regions alone, which is wrong only as names of the columns of class_prob.
+    """
+    from refdet.detector.feature_names import CLASS_PROB
+
+    older = [{"id": id_, "name": name} for id_, name in given_regions.categories.items()]
+    return replace(header, classes=older) if CLASS_PROB not in features and read_classes(out) == older else header
 
 
 def _check_masks(

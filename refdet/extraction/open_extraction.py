@@ -57,9 +57,7 @@ def open_extraction(
         remove_owned_files(folder)  # in case their removal after the merge was interrupted
         yield None
         return
-    if saved_plan is not None:
-        check_same_settings(folder, plan.differing_shards(shards, saved_plan))
-    elif resume:
+    if saved_plan is None and resume:
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +67,11 @@ def open_extraction(
                 raise InputError(f"{folder}: another process has just written to it; try again")
             check_merged_file(out)
             remove_partial_files(out)
-            if saved_plan is None:
+            if current_plan is None:
                 write_json(folder / PLAN, plan.to_json(shards, header))
                 fsync(out.parent)
-            header = record_selection(folder / PLAN, header, saved_plan)
-            yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)
+            else:
+                difference = plan.differing_options(header, current_plan)
+                check_same_settings(folder, difference or plan.differing_shards(shards, current_plan))
+            header = record_selection(folder / PLAN, header, current_plan)
+            yield ShardSet(out, plan, header, shards, saved_plan=current_plan)

@@ -26,7 +26,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartShards, PartTimer
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible, run_information
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import find_retries
+from refdet.extraction.retries import find_retries
 from refdet.extraction.selection_record import record_selection
 from refdet.extraction.shard_folder import (
     LOCK,
@@ -239,10 +239,21 @@ def _claim_shards(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """List the shards that a part must compute: missing ones, and finished ones with images to try again.
 
     Removes the finished ones from the folder, so that no other part merges them meanwhile.
+
+    Raises:
+        RuntimeFailure: another part has merged them already.
     """
-    numbers = shard_set.missing_shards(retry_ids)
+    numbers, folder, out = shard_set.missing_shards(retry_ids), shard_set.folder, shard_set.out
     if retry_ids:
-        with exclusive_lock(shard_set.folder, LOCK, "wait for it to finish", wait=_LOCK_TIMEOUT):
+        with _lock_folder(folder):
+            if read_plan(folder) is None:
+                remove_owned_files(folder)  # created again by the lock
+                only_repaired = retry_ids <= shard_set.errors.keys()
+                raise RuntimeFailure(
+                    f"{out}: another part wrote it meanwhile with the old regions of "
+                    f"{format_count(len(retry_ids), 'image')}",
+                    fix="compute them with `resume=True`" if only_repaired else "remove it and extract again",
+                )
             shard_set.discard(numbers)
     return numbers
 

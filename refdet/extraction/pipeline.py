@@ -31,7 +31,8 @@ from refdet.errors import Interrupted, RuntimeFailure, UnusableImageError
 from refdet.extraction.load_ahead import load_ahead
 from refdet.extraction.open_extraction import open_extraction
 from refdet.extraction.plan import Plan, split_into_shards
-from refdet.extraction.repair import find_retries, repair
+from refdet.extraction.repair import repair
+from refdet.extraction.retries import find_retries, report_replaced
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.stamped_source import StampedSource
 from refdet.extraction.steps import Compute, Finish, Load, Stamp, no_stamp
@@ -82,7 +83,7 @@ def extract(
             `Regions` of each image; thread-local state (``torch.inference_mode``, CUDA stream) is not passed on to that
             thread. None with an ``engine``.
         resume: continue from finished shards. Unusable images that can now be read are computed again: in an unfinished
-            extraction with their shard (`refdet.extraction.repair.find_retries`), in a complete store with their batch
+            extraction with their shard (`refdet.extraction.retries.find_retries`), in a complete store with their batch
             (`refdet.extraction.repair.repair`).
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
@@ -124,7 +125,8 @@ def extract(
     if shard_set is None:  # only unusable images may be left to compute
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repair_shards:
             if repair_shards is not None:  # None: no unusable image can be read now
-                replaced = set() if source is None else source.replaced(repair_shards.stamps)
+                replaced = {} if source is None else source.replaced(repair_shards.stamps)
+                report_replaced(repair_shards, replaced)
                 timer = compute_and_merge(repair_shards, repair_shards.missing_shards(replaced))
     return summarize_store(out, timer, compute_seconds, plan.batch_size)
 
@@ -167,7 +169,7 @@ def compute_shards(
     compute: Compute,
     workers: int,
     strict: bool,
-    stamp_of: Callable[[int], Stamp] = no_stamp,
+    stamp_of: Callable[[int], Stamp],
 ) -> None:
     """Compute the shards with the given numbers and write them; other arguments and errors are those of `extract`.
 
@@ -252,7 +254,7 @@ class BackgroundWriter:
         shard_numbers: Iterable[int],
         timer: Timer,
         bar: tqdm,
-        stamp_of: Callable[[int], Stamp] = no_stamp,
+        stamp_of: Callable[[int], Stamp],
     ) -> None:
         self._shard_set, self._shard_numbers, self._timer, self._bar = shard_set, shard_numbers, timer, bar
         self._stamp_of = stamp_of

@@ -149,6 +149,8 @@ def header_differences(header: Header, other: Mapping[str, Any], written: bool =
             old, new = _parse_recipe(old), _parse_recipe(new)
             changes = list(_list_changes(old, new))
             details = f" ({'; '.join(changes[:_MAX_CHANGES])}{'; ...' if len(changes) > _MAX_CHANGES else ''})"
+        if name == "classes" and header.options.get("regions") in ("annotations", "boxes"):
+            details = " or of the given regions"
         if name == "provenance" and merge_provenances(old, new) is not None:
             if not written or claims_no_more(old, new):
                 continue

@@ -2,8 +2,8 @@
 
 For a complete store ``F.h5`` (`repair`), only batches with such images are computed, into shards in the folder
 ``F.h5.repair``; all other images are copied from the store. The new store replaces the old one atomically, so there is
-a complete store at any time. In an unfinished extraction (`find_retries`), the finished shards with such images are
-computed again.
+a complete store at any time. In an unfinished extraction, the finished shards with such images are computed again
+(`refdet.extraction.retries`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -25,14 +25,13 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
 from refdet.extraction.merge_reading import ImageToMerge
 from refdet.extraction.plan import Plan, Shard, split_into_shards
+from refdet.extraction.retries import find_readable
 from refdet.extraction.selection_record import merge_provenances
 from refdet.extraction.shard_folder import LOCK
 from refdet.extraction.shards import ShardSet
-from refdet.extraction.stamped_source import StampedSource
 from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import exclusive_lock
-from refdet.files.progress import progress
 from refdet.files.short_text import format_count
 from refdet.store import Header, ImageRow, Store
 from refdet.store.schema import check_starts
@@ -181,87 +180,6 @@ def repair(
                 for path in (folder / out.name, *find_temporary_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
-
-
-def find_readable(
-    errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]
-) -> set[int]:
-    """Find unusable images that can now be read, and report their number.
-
-    Args:
-        errors: a container of the ids of the unusable images.
-        records: all images.
-        load: loads an image, raising InputError if it is unusable.
-
-    Returns:
-        Ids of the unusable images that can now be read.
-    """
-    readable = set()
-    for record in progress([r for r in records if r.id in errors], "look for repaired images", "image", leave=False):
-        with suppress(InputError):
-            load(record)
-            readable.add(record.id)
-    if readable:
-        log.warning("note: %s can now be read", format_count(len(readable), "previously unusable image"))
-    return readable
-
-
-def find_retries(
-    shard_set: ShardSet,
-    records: Sequence[ImageRecord],
-    load: Callable[[ImageRecord], object],
-    strict: bool,
-    source: StampedSource | None = None,
-) -> set[int]:
-    """Find the images in finished shards of an unfinished extraction to compute again.
-
-    They are the unusable ones that can now be read, and those whose files were replaced.
-
-    As a shard is always computed as a whole, a shard in which another image can no longer be read is left out, or the
-    regions of that image would be lost.
-
-    Args:
-        shard_set: the shards.
-        records: all images.
-        load: loads an image, raising InputError if it is unusable.
-        strict: fail if an image of a finished shard is still unusable, or can no longer be read.
-        source: the images that ``load`` loads; None to look for no replaced ones.
-
-    Returns:
-        Ids of the images.
-
-    Raises:
-        UnusableImageError: there is such an image and ``strict`` is True; all finished shards are kept.
-    """
-    errors = shard_set.errors
-    readable = find_readable(errors, records, load)
-    kept = f"finished shards are kept in {shard_set.folder}, continue with `resume=True`"
-    if strict and (still_unusable := [error for image_id, error in errors.items() if image_id not in readable]):
-        raise UnusableImageError(still_unusable[0], fix=kept)
-    replaced: set[int] = set()
-    if source is not None:
-        replaced = source.replaced({i: stamp for i, stamp in shard_set.stamps.items() if i not in errors})
-        readable |= replaced
-    reasons = []  # for each shard left out, why one of its images can no longer be read
-    for number in sorted({*shard_set.missing_shards(readable)} - {*shard_set.missing_shards()}):
-        images = [record for batch in shard_set.shards[number] for record in batch]
-        try:
-            for record in images:
-                if record.id not in errors:
-                    load(record)
-        except InputError as error:
-            if strict:
-                raise UnusableImageError(str(error), fix=kept) from error
-            readable -= {record.id for record in images}
-            reasons.append(str(error))
-    if reasons:
-        log.warning(
-            "note: %s not computed again for %s images, as other images of the shard can no longer be read (first: %s)",
-            format_count(len(reasons), "finished shard", verb="is"),
-            "repaired or replaced" if replaced else "repaired",
-            reasons[0],
-        )
-    return readable
 
 
 def _read_repair(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from refdet.store import Header
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inodes of files merged from the shards, one of which is or becomes the store
 _MAX_BATCH_SIZE = 4096  # a larger batch size in a file is taken for damage
-_JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers)"
+_JSON_NAMES = r"(plan|merged|merging|parts|part-\d+|workers|stamps)"
 # File names of an extraction; older temporary files have eight hex digits without TEMPORARY_MARK.
 OWNED_FILES = re.compile(
     rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON_NAMES}\.json"
@@ -58,6 +58,19 @@ def read_batch_size(out: Path) -> int | None:
         with store.open(out) as finished:
             settings = finished.run
     return None if settings is None else batch_size_of(settings)
+
+
+def read_classes(out: Path) -> Any:
+    """Classes of an unfinished or finished extraction into ``out``; may be damaged, None if unknown or unreadable."""
+    with suppress(InputError):
+        plan = read_plan(shards_folder(out))
+        if plan is not None:
+            header = plan.get("header")
+            return header.get("classes") if isinstance(header, dict) else None
+        if out.exists():
+            with store.open(out) as finished:
+                return finished.classes
+    return None
 
 
 def batch_size_of(settings: Mapping[str, Any]) -> int | None:

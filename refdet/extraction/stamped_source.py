@@ -6,27 +6,29 @@ changes whenever the file is replaced and can be compared without reading it. Sh
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageSource
+from refdet.errors import RuntimeFailure
+from refdet.extraction.in_threads import map_in_threads
 from refdet.extraction.steps import Stamp
-from refdet.files.progress import progress
-from refdet.files.short_text import format_count
 from refdet.store.crc import crc32
-
-log = logging.getLogger(__name__)
 
 
 class StampedSource(ImageSource):
-    """A folder or zip of images that remembers the stamp of each file that it reads."""
+    """A folder or zip of images that remembers the stamp of each file that it reads.
+
+    Attributes:
+        unchanged: image id -> stamp, of the files that `replaced` read and found to have the same contents.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._stamps: dict[str, Stamp] = {}  # by the name of the file
         self._records: dict[int, ImageRecord] = {}
+        self.unchanged: dict[int, Stamp] = {}
 
     def locate(self, records: Sequence[ImageRecord], all_records: Iterable[ImageRecord] = ()) -> list[str]:
         """As `ImageSource.locate`; `stamp_of` then knows the images by their ids."""
@@ -46,35 +48,44 @@ class StampedSource(ImageSource):
         name = None if record is None else self.find(record)
         return () if name is None else self._stamps.get(name, ())
 
-    def replaced(self, stamps: Mapping[int, Stamp]) -> set[int]:
-        """Find the images whose files were replaced by others, and report their number.
+    def replaced(self, stamps: Mapping[int, Stamp]) -> dict[int, str]:
+        """Find the images whose files were replaced by others.
 
         A file is read only if its state differs, for example as it was copied. An image whose file is gone or cannot be
         read is not replaced.
 
         Args:
             stamps: earlier stamps by image id; unknown ones are not compared.
+
+        Returns:
+            Image id -> file, of the replaced ones in the order of ``stamps``.
+
+        Raises:
+            RuntimeFailure: the whole folder or zip is gone, or the disk, the network or a lack of memory is to blame.
         """
-        replaced: dict[int, str] = {}  # image id -> file
-        for image_id, stamp in progress(stamps.items(), "look for replaced images", "image", leave=False):
+        files: dict[int, str] = {}
+        for image_id, stamp in stamps.items():
             record = self._records.get(image_id)
             name = None if record is None or not stamp else self.find(record)
-            if record is None or name is None:
-                continue
+            if name is not None:
+                files[image_id] = name
+
+        def is_replaced(image_id: int) -> bool:
+            name, stamp, record = files[image_id], stamps[image_id], self._records[image_id]
             try:
-                if self._files.state(name) == stamp[1:]:
-                    continue
-                contents = super().data(name, record.height, record.width)
+                state = self._files.state(name)  # before the file is read, as in `data`
+                if state == stamp[1:]:
+                    return False
+                contents = ImageSource.data(self, name, record.height, record.width)  # remembers no stamp
+                if crc32(contents) != stamp[0]:
+                    return True
+                self.unchanged[image_id] = (stamp[0], *state)
+                return False
+            except RuntimeFailure:
+                raise
             except Exception as error:  # zipfile can raise anything on a damaged zip
                 self.raise_if_system_error(name, error)
-                continue
-            if crc32(contents) != stamp[0]:
-                replaced[image_id] = name
-        if replaced:
-            log.warning(
-                "note: %s replaced by another file since the regions were computed (first: %s); computing the shards "
-                "again",
-                format_count(len(replaced), "image", "was"),
-                next(iter(replaced.values())),
-            )
-        return set(replaced)
+                return False
+
+        found = map_in_threads(is_replaced, list(files), "look for replaced images")
+        return {image_id: name for (image_id, name), replaced in zip(files.items(), found, strict=True) if replaced}

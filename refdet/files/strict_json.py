@@ -67,6 +67,30 @@ def finite_json(data: bytes | str) -> Any:
         raise ValueError(str(error)) from None
 
 
+def json_with_nulls(data: bytes | str) -> tuple[Any, int]:
+    """Parse JSON, with None in place of each number that is not finite (NaN, Infinity, 1e999).
+
+    Args:
+        data: the text.
+
+    Returns:
+        The value, and how many numbers were replaced.
+
+    Raises:
+        ValueError: malformed JSON.
+        RecursionError: it is nested too deeply.
+    """
+    replaced: list[str] = []
+
+    def finite_or_none(text: str) -> float | None:
+        if math.isfinite(value := float(text)):
+            return value
+        replaced.append(text)
+        return None
+
+    return json.loads(data, parse_constant=finite_or_none, parse_float=finite_or_none), len(replaced)
+
+
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from refdet.files.short_text import agree, format_share
 from refdet.files.strict_json import finite_json
 from refdet.store import CORRUPTION_ERRORS
 from refdet.store.hdf5_access import check_regular, open_store_file
-from refdet.store.schema import CHECKSUMS, MAPS
+from refdet.store.schema import CHECKSUMS, MAPS, parse_run
 from refdet.store.verify import Verification, verify
 from refdet.structures.limits import is_id
 from refdet.structures.provenance import Provenance
@@ -132,7 +134,7 @@ def _describe_store(path: Path) -> dict[str, Any]:
                 "checksums": CHECKSUMS in file,
                 "categories": len(classes) if isinstance(classes, list) else None,
                 "options": _attribute(path, file, "options"),
-                "run": _attribute(path, file, "run"),
+                "run": _attribute(path, file, "run", partial(parse_run, path)),
                 "provenance": _provenance(path, _attribute(path, file, "provenance")),
             }
     except CORRUPTION_ERRORS as error:
@@ -223,13 +225,13 @@ def check(path: str | Path) -> Verification:
     return verify(path)
 
 
-def _attribute(path: Path, file: h5py.File, name: str) -> Any:
+def _attribute(path: Path, file: h5py.File, name: str, parse: Callable[[str | bytes], Any] = finite_json) -> Any:
     """Parse an attribute of a store that holds JSON; None if it is missing."""
     text = file.attrs.get(name)
     if text is None:
         return None
     try:
-        return finite_json(text)
+        return parse(text)
     except (TypeError, ValueError, RecursionError):
         raise InputError(f"{path}: damaged: attribute {name!r} is not JSON") from None
 

@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -30,6 +30,7 @@ from refdet.store.schema import (
     open_datasets,
     parse_classes,
     parse_json,
+    parse_run,
 )
 from refdet.store.writer import StoreWriter, create
 from refdet.structures.regions import Regions
@@ -62,7 +63,8 @@ class Store:
         file_names: (I,) image file names.
         image_errors: (I,) why each image is unusable, "" if it is usable.
         region_start: (I + 1,) int64 row of the first region of each image, and the total number of regions.
-        classes: categories of the detector, ``[{"id": int, "name": str}]``.
+        classes: ``[{"id": int, "name": str}]``: categories of the detector, followed by others of given annotations or
+            boxes; if an id has different names in the two, only those of the annotations or boxes.
         names: category id -> name.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector as JSON.
@@ -84,7 +86,8 @@ class Store:
         self.recipe = str(file.attrs["recipe"])
         self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
         self.options: dict[str, Any] = parse_json(file, "options", dict)
-        self.run: dict[str, Any] = parse_json(file, "run", dict) if "run" in file.attrs else {}
+        has_run = "run" in file.attrs
+        self.run: dict[str, Any] = parse_json(file, "run", dict, partial(parse_run, path)) if has_run else {}
         self.feature_names = tuple(file["features"])
         self.map_names = tuple(name for name in MAPS if f"maps/{name}" in file)
         self.has_masks = "mask_counts" in file["regions"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,10 @@ import h5py
 import numpy as np
 
 from refdet.errors import InputError
-from refdet.files.strict_json import finite_json
+from refdet.files.short_text import agree, format_count
+from refdet.files.strict_json import finite_json, json_with_nulls
+
+log = logging.getLogger(__name__)
 
 SCHEMA_PREFIX = "refdet-features/"
 SCHEMA = SCHEMA_PREFIX + "1"
@@ -51,7 +55,8 @@ class Header:
     """Metadata of a store.
 
     Attributes:
-        classes: categories of the detector, ``[{"id": int, "name": str}]``.
+        classes: ``[{"id": int, "name": str}]``: categories of the detector, followed by others of given annotations or
+            boxes; if an id has different names in the two, only those of the annotations or boxes.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector (`refdet.structures.provenance.Provenance`) as JSON.
         options: options of the extraction, as JSON.
@@ -251,17 +256,33 @@ def check_starts(name: str, starts: np.ndarray, end: int) -> None:
         raise ValueError(f"{name} does not ascend from 0 to {end}")
 
 
-def parse_json(file: h5py.File, name: str, kind: type) -> Any:
+def parse_json(file: h5py.File, name: str, kind: type, parse: Callable[[str | bytes], Any] = finite_json) -> Any:
     """Parse an attribute that is a JSON list or object; raises ValueError if it is not."""
     text = file.attrs[name]
     if not isinstance(text, str | bytes):
         raise ValueError(f"attribute {name} is not text")
     try:
-        value = finite_json(text)
+        value = parse(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"attribute {name} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         raise ValueError(f"attribute {name} is not a JSON {'list' if kind is list else 'object'}")
+    return value
+
+
+def parse_run(path: Path, text: bytes | str) -> Any:
+    """Parse the attribute ``run`` of the store at ``path``; raises ValueError or RecursionError if it is not JSON.
+
+    It is only for information, so numbers that are not finite do not make the store unusable: they become None.
+    """
+    value, replaced = json_with_nulls(text)
+    if replaced:
+        log.warning(
+            "note: %s: attribute run has %s that %s not finite and read as null",
+            path,
+            format_count(replaced, "number"),
+            agree(replaced, "is"),
+        )
     return value
 
 

@@ -58,17 +58,28 @@ def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
     assert found.categories == {3: "car", 44: "bottle"}
 
 
-@pytest.mark.parametrize(("without", "note"), [(0, ""), (1, "1 of 3 boxes has no score and so gets 1"),
-                                               (3, "3 of 3 boxes have no score and so get 1")])  # fmt: skip
+HIGHEST = ", the highest rank in an evaluation"  # only if there are other scores, none of which is higher
+
+
+@pytest.mark.parametrize(
+    ("without", "score", "note"),
+    [
+        (0, 0.5, ""),
+        (1, 0.5, f"1 of 3 boxes has no score and so gets 1{HIGHEST}"),
+        (2, 1.0, f"2 of 3 boxes have no score and so get 1{HIGHEST}"),
+        (1, 1.5, "1 of 3 boxes has no score and so gets 1"),
+        (3, 0.5, ""),  # all get 1, as annotations do
+    ],
+)
 def test_boxes_without_a_score_are_counted(
-    tmp_path: Path, index: CocoIndex, caplog: pytest.LogCaptureFixture, without: int, note: str
+    tmp_path: Path, index: CocoIndex, caplog: pytest.LogCaptureFixture, without: int, score: float, note: str
 ) -> None:
     no_score = {name: value for name, value in ENTRY.items() if name != "score"}
-    path = write_results(tmp_path, *[no_score] * without, *[ENTRY] * (3 - without))
+    path = write_results(tmp_path, *[no_score] * without, *[{**ENTRY, "score": score}] * (3 - without))
     scores = load_boxes(path, index).for_image(index.images[7]).scores
-    assert scores.tolist() == [1.0] * without + [0.5] * (3 - without)
+    assert scores.tolist() == [1.0] * without + [score] * (3 - without)
     notes = [text for text in caplog.messages if "score" in text]
-    assert notes == ([f"note: `boxes` {path}: {note}, the highest rank in an evaluation"] if note else [])
+    assert notes == ([f"note: `boxes` {path}: {note}"] if note else [])
 
 
 def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> None:

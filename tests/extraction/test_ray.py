@@ -243,3 +243,12 @@ def test_commands_on_ray_and_in_parts_give_the_results_of_one_process(
     broken = folder.command("evaluate", "--ray", cluster.address)
     assert broken.exit_code == 2 and "1.png: not a readable image" in broken.stderr.splitlines()[-1]
     assert "strict" not in broken.stderr and "resume" not in broken.stderr
+
+
+def test_the_command_on_ray_notices_replaced_images(tmp_path: Path, cluster: Any) -> None:
+    signal.alarm(240)  # as the workers import torch
+    folder, out = DetectorFolder(tmp_path / "d", 40), tmp_path / "a.h5"
+    assert folder.extract(out, "--regions", "annotations", "--part", "1/2").exit_code == 0
+    folder.replace_images()
+    done = folder.extract(out, "--regions", "annotations", "--ray", cluster.address, "--resume")
+    assert done.exit_code == 0 and " images were replaced by another file" in done.stderr, done.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,6 +86,17 @@ def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     found = shards_in(folder)
     assert found.missing_shards() == adopted.missing_shards() == []
     assert found._rows == adopted._rows and found._shapes == adopted._shapes
+
+
+def test_shards_have_the_stamps_of_image_files(tmp_path: Path) -> None:
+    def stamping_tools(given: Callable[[ImageRecord], Regions]) -> Tools:
+        return Tools(load, compute, stamp_of=lambda image_id: (image_id, 7))
+
+    with running_worker(tmp_path / "a.h5.parts", stamping_tools) as worker:
+        done = compute_all(worker)
+    assert {row.id: location.stamp for shard in done for row, location in shard.rows} == {
+        record.id: (record.id, 7) for record in RECORDS
+    }
 
 
 def test_a_worker_describes_given_regions(tmp_path: Path) -> None:
@@ -218,3 +230,10 @@ def test_a_worker_that_differs_from_the_driver_is_refused(
         failed = ShardWorker(replace(tools, **changes)).start()
         assert isinstance(failed, Failed) and failed.kind is InputError and not failed.is_machine_error
         assert re.search(message, failed.message), failed.message
+
+
+def test_the_tools_stamp_the_files_that_they_load(tools: DetectorTools, one_thread: None) -> None:
+    made, record = tools(lambda record: make_regions(record.id, 1)), tools.records[0]
+    assert made.stamp_of(record.id) == ()
+    made.load(record)
+    assert made.stamp_of(record.id)[0] == zlib.crc32((tools.images / record.file_name).read_bytes())

@@ -93,11 +93,31 @@ def test_numbers_that_are_no_measurements_reach_no_store(
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-def test_a_store_whose_times_are_not_json_is_damaged(tmp_path: Path, number: str) -> None:
+def test_a_store_opens_whatever_its_times_are(tmp_path: Path, caplog: pytest.LogCaptureFixture, number: str) -> None:
+    path = tmp_path / "a.h5"
+    run(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["run"] = f'{{"seconds": {number}, "images": 10, "stages": {{"load": {number}, "merge": 0.5}}}}'
+    expected = {"seconds": None, "images": 10, "stages": {"load": None, "merge": 0.5}}
+    assert read_run(path) == expected
+    assert f"note: {path}: attribute run has 2 numbers that are not finite and read as null" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"seconds": ', "null"])
+def test_a_store_whose_times_are_not_json_is_damaged(tmp_path: Path, text: str) -> None:
     run(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
-        file.attrs["run"] = f'{{"seconds": {number}}}'
-    with pytest.raises(InputError, match="attribute run is not valid JSON"):
+        file.attrs["run"] = text
+    with pytest.raises(InputError, match="attribute run is not "):
+        store.open(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("name", ["options", "provenance", "classes"])
+def test_other_attributes_with_numbers_that_are_not_finite_are_damaged(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs[name] = '{"score_threshold": NaN}'
+    with pytest.raises(InputError, match=f"attribute {name} is not valid JSON"):
         store.open(tmp_path / "a.h5")
 
 

@@ -15,6 +15,7 @@ from store_examples import PLAN, contents
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted
+from refdet.extraction import open_extraction
 from refdet.extraction.selection_record import merge_provenances
 from refdet.splits.inspect import describe
 from refdet.store import Header
@@ -66,6 +67,24 @@ def test_the_store_has_the_record_that_claims_less(
         assert selection_of(found.provenance) == merged
     run(tmp_path / "b.h5", header=header(merged))
     assert contents(out) == contents(tmp_path / "b.h5")
+
+
+def test_a_record_of_another_process_is_read_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, check = tmp_path / "a.h5", open_extraction.check_resumable
+    with pytest.raises(Interrupted):
+        run(out, stop_at=1, header=header(LAST))
+
+    def check_then_wait(*args: Any) -> Any:
+        found = check(*args)
+        monkeypatch.setattr(open_extraction, "check_resumable", check)
+        with pytest.raises(Interrupted):
+            run(out, stop_at=2, header=header(LAST_B), resume=True)
+        return found
+
+    monkeypatch.setattr(open_extraction, "check_resumable", check_then_wait)
+    run(out, header=header(LAST), resume=True)
+    with store.open(out) as found:
+        assert selection_of(found.provenance) == LAST_B
 
 
 def test_a_part_that_merges_has_the_record_of_a_later_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -172,7 +172,9 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
             describe(tmp_path / name)
 
 
-def test_numbers_that_json_lacks_are_damage(tmp_path: Path) -> None:
+def test_numbers_that_json_lacks_are_damage_except_in_the_times(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = write_run_directory(tmp_path / "run")
     text = (run / "model.json").read_text()
     (run / "model.json").write_text(text.replace("{", '{"numbers": NaN, ', 1))
@@ -182,8 +184,15 @@ def test_numbers_that_json_lacks_are_damage(tmp_path: Path) -> None:
     for number in ("NaN", "-Infinity", "1e999"):
         with h5py.File(path, "r+") as file:
             file.attrs["run"] = f'{{"seconds": {number}}}'
-        with pytest.raises(InputError, match="damaged: attribute 'run' is not JSON"):
+        assert describe(path)["run"] == {"seconds": None}
+        assert f"note: {path}: attribute run has 1 number that is not finite" in caplog.text
+        caplog.clear()
+        with h5py.File(path, "r+") as file:
+            options, file.attrs["options"] = file.attrs["options"], f'{{"seconds": {number}}}'
+        with pytest.raises(InputError, match="damaged: attribute 'options' is not JSON"):
             describe(path)
+        with h5py.File(path, "r+") as file:
+            file.attrs["options"] = options
 
 
 def test_numbers_in_the_progress_of_a_part_that_json_lacks_are_unknown(tmp_path: Path) -> None:

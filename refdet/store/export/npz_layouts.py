@@ -85,7 +85,7 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, category_inde
         regions: regions of an image.
         feature: the feature to write.
         name: name of the file.
-        category_index: category id -> index in the detector's classes.
+        category_index: category id -> index in the classes of the store.
 
     Returns:
         ``x`` (N, width) float32; ``bbox`` (N, 4) float32, half-open xyxy in pixels; ``num_bbox``, ``image_h``,
