@@ -62,7 +62,7 @@ def command(
         reject_unused("image_id", "is for --store; omit it with --checkpoint")
     else:
         reject_unused("device", "is for --checkpoint; omit it with --store, whose regions are only read")
-    check_new_file("--out", out, "regions.png")
+    check_new_file("--out", out, example="regions.png")
     check_device("--device", device)
 
     from dataclasses import replace

@@ -81,5 +81,5 @@ def command(
 
 
 def _format_metric(value: float | None) -> str:
-    """An AP or AR with three decimals; a dash if it is undefined, as without objects of a size."""
+    """An AP or AR with three decimals; a dash if it is undefined, such as that of small objects if there are none."""
     return "-" if value is None else f"{value:.3f}"

@@ -22,7 +22,7 @@ from .common import echo_json, echo_table, json_option, note
 def command(checkpoint: Path, format_: str, out: Path, as_json: bool) -> None:
     """Write a detector's weights as a state dict of detectron2 or torchvision."""
     check_run_directory("--checkpoint", checkpoint)
-    check_new_file("--out", out, "model.pth")
+    check_new_file("--out", out, example="model.pth")
 
     from refdet.detector.weights.export_weights import export_weights
 

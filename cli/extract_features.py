@@ -179,7 +179,7 @@ def command(
     reject_box_format_without("--boxes", boxes, box_format)
     if boxes is None and regions == "detections" and masks == "annotated":  # "predicted" is refused by extract_features
         reject_unused("masks", "is for --regions annotations or --boxes; detections have their own masks; omit it")
-    check_new_file("--out", out, "features.h5", may_exist=resume or part is not None)
+    check_new_file("--out", out, example="features.h5", may_exist=resume or part is not None)
     _check_input_files(checkpoint, images, boxes, box_format, instances, refer_root, dataset)
 
     from dataclasses import asdict

@@ -66,7 +66,7 @@ def command(
     **given: Any,
 ) -> None:
     """Write an HTML page that shows a run, stores and a model's answers, and where they fail."""
-    check_new_file("--out", out, "report.html")
+    check_new_file("--out", out, example="report.html")
     if run is None and not stores and not metrics:
         raise InputError("nothing to report: give at least one of --run, --store and --metrics")
     if (dataset is None) != (split_by is None):

@@ -8,14 +8,14 @@
 
 namespace refdet {
 
-constexpr int64_t kPerBlock = 256;    // threads
+constexpr int64_t kThreadsPerBlock = 256;
 constexpr int64_t kMaxBlocks = 4096;  // enough for every GPU; threads loop over the rest
 
 // Blocks for rows * columns vectors, with a number of threads that is a multiple of `columns`.
 inline int64_t blocks_for(int64_t rows, int64_t columns) {
   // the smallest number of blocks whose threads are a multiple of `columns`
-  const int64_t unit = columns / std::gcd(columns, kPerBlock);
-  const int64_t needed = (rows * columns + kPerBlock * unit - 1) / (kPerBlock * unit);
+  const int64_t unit = columns / std::gcd(columns, kThreadsPerBlock);
+  const int64_t needed = (rows * columns + kThreadsPerBlock * unit - 1) / (kThreadsPerBlock * unit);
   return unit * std::min(needed, std::max<int64_t>(kMaxBlocks / unit, 1));
 }
 

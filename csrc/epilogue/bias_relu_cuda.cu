@@ -1,7 +1,7 @@
 // The epilogue of a convolution in one pass over its output: bias, shortcut and ReLU.
 //
-// Separate passes read and write the output up to three times (seven times its size, with the shortcut); here it is
-// read and written once. Sums are float32, in the order of the separate passes, so that float32 results are identical
+// Separate passes move up to seven times the bytes of the output: they read and write it three times, and read the
+// shortcut. This kernel moves three times: it reads and writes the output, and reads the shortcut. Sums are float32, in the order of the separate passes, so that float32 results are identical
 // to theirs, and other types are rounded once.
 
 #include <ATen/core/Tensor.h>
@@ -53,10 +53,10 @@ void launch(const at::Tensor& x, const at::Tensor& bias, const std::optional<at:
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const float* bias_data = bias.const_data_ptr<float>();
   if (vectorized) {
-    bias_relu_kernel<T, kVector><<<blocks, kPerBlock, 0, stream>>>(
+    bias_relu_kernel<T, kVector><<<blocks, kThreadsPerBlock, 0, stream>>>(
         x_data, x_stride, bias_data, shortcut_data, shortcut_stride, out_data, out_stride, rows, columns);
   } else {
-    bias_relu_kernel<T, 1><<<blocks, kPerBlock, 0, stream>>>(x_data, x_stride, bias_data, shortcut_data,
+    bias_relu_kernel<T, 1><<<blocks, kThreadsPerBlock, 0, stream>>>(x_data, x_stride, bias_data, shortcut_data,
                                                              shortcut_stride, out_data, out_stride, rows, columns);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();

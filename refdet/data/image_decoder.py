@@ -25,14 +25,14 @@ from refer.pixels import (
     undo_pillow_rotation,
 )
 
-# Pillow warns about odd metadata and many pixels; here an image with too many pixels is an error, other ones are not.
+# Pillow warns about odd metadata, which does no harm, and about many pixels, which are an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 EXIF_MODES = ("ignore", "apply")
 """Handling of EXIF orientation: keep the pixels as stored, as COCO does, or rotate them upright."""
 
 _MAX_DECLARED_PIXELS = 1 << 29  # of an image whose size the instances file declares; 6 GiB as float32 RGB
-_MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
+_MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size that becomes a thumbnail; 1 GiB
 # The limit of a file: so much for metadata, and so many bytes per pixel, twice those of 16-bit RGBA.
 _METADATA_BYTES, _BYTES_PER_PIXEL = 64 << 20, 16
 _LARGE_IMAGE_PIXELS = 1 << 25  # larger images are decoded one at a time
@@ -113,7 +113,8 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
                 )
             pixels = stored_pixels(as_rgb(image), image, orientation)
     except Image.DecompressionBombError:
-        raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None
+        limit = max(Image.MAX_IMAGE_PIXELS or 0, height * width)
+        raise SizeError(f"claims more than {limit} pixels, but {declared}") from None
     if exif == "apply":
         pixels = apply_orientation(pixels, orientation)
     return DecodedImage(np.array(pixels, order="C"), orientation)
@@ -151,7 +152,7 @@ def gray_thumbnails(data: bytes, side: int) -> list[np.ndarray]:
         SizeError: the image has too many pixels.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
-    # With the second limit, the image is decoded while no other large one is, so smaller ones are tried with the first.
+    # Beyond the first limit, only one image is decoded at a time (`_allow_pixels`); most images are below it.
     for limit in (_LARGE_IMAGE_PIXELS, _MAX_UNDECLARED_PIXELS):
         with suppress(Image.DecompressionBombError), _allow_pixels(limit), _open(data) as image:
             if image.width * image.height <= limit:
@@ -205,7 +206,8 @@ def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
 def _gray_thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     """`gray_thumbnails` of an opened image."""
     if image.mode in ("L", "RGB"):
-        # decodes a JPEG at up to an eighth of its size, which is much faster; 4 times as large leaves enough to average
+        # decodes a JPEG at as little as an eighth of its size, which is much faster; at 4 times the size of the
+        # thumbnail, there is enough to average
         image.draft("L", (4 * side, 4 * side))
     orientation = exif_orientation(image)
     gray = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)

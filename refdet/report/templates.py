@@ -24,7 +24,7 @@ def _load(name: str) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """A value for a template, without characters that XML forbids unless a template has rendered it."""
+    """A value for a template: characters that XML forbids are replaced in text, but not in rendered HTML."""
     return xml_characters(value) if type(value) is str else value
 
 

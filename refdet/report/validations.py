@@ -25,7 +25,9 @@ MARK_POINTS_BELOW = 30  # validations below which each point of the curves is ma
 
 
 def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read the validations in metrics.jsonl that are on the newest data; of those of one step and weights, the last.
+    """Read the validations in metrics.jsonl that are on the same data as the last one.
+
+    If several have the same step and weights, only the last of them counts.
 
     Lines that are not JSON are skipped here; `read_log` raises an error for them.
 

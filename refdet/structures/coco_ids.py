@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 
 # COCO pads ids to twelve digits: COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's
-# COCO_train2014_000000000009_4.jpg. Ids are below a million, so twelve digits without six leading zeros are a date.
+# COCO_train2014_000000000009_4.jpg. Ids are below a million, so twelve digits without six leading zeros are
+# something else, such as a timestamp.
 _PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
 # Images in folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's
-# are Flickr's (a few have less than seven digits), saiapr_tc-12 is RefClef's.
+# are Flickr's (a few have fewer than seven digits), saiapr_tc-12 is RefClef's.
 _OTHER_NUMBERING = re.compile(
     r"(?:^|[/\\])"
     r"(?:gqa(?:[/\\]images)?|flickr30k(?:[-_]?images)?(?:[/\\]images)?|saiapr_?tc-?12(?:[/\\][0-9]+)?(?:[/\\]images)?)"
     r"[/\\][^/\\]+$",
     re.IGNORECASE,
 )
-_MAX_NAME_LENGTH = 299  # no file system allows longer names, so longer text is not one
+_MAX_NAME_LENGTH = 299  # file systems allow at most 255, so longer text is not a file name
 _IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
 MAX_ID = 999_999
@@ -65,5 +66,7 @@ def _base_name(name: str) -> str:
 
 
 def _path(name: str) -> str:
-    """A path or URL without a query and final slashes."""
+    """A path without final slashes, or a URL without them, a query and a fragment."""
+    if "://" in name:
+        name = name.partition("#")[0]
     return name.partition("?")[0].rstrip("/\\")

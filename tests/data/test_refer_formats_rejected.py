@@ -303,6 +303,7 @@ def test_errors_of_the_command_name_its_options(shapes_root: Path, tmp_path: Pat
         ("Where is this: the cat<image>", "[0.1, 0.2, 0.3, 0.4]", "the cat"),
         ("<image>\n<ref>the cat</ref>", "<ref>it</ref> [0.1, 0.2, 0.3, 0.4]", "the cat"),
         ("What is in [0.1, 0.2, 0.3, 0.4]?\n<image>", "the cat", "the cat"),
+        ("What is in [0.1, 0.2, 0.3, 0.4]?\n<image>", "<ref>the cat</ref>", "the cat"),
     ],
 )
 @pytest.mark.parametrize("system", [False, True])

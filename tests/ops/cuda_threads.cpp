@@ -29,7 +29,7 @@ bool group_greedy(const float* boxes, const int64_t* sorted_groups, const int64_
 bool bias_relu(const float* x, int64_t x_stride, const float* bias, const float* shortcut, int64_t shortcut_stride,
                float* out, int64_t out_stride, int64_t rows, int64_t channels, bool whole, unsigned seed) {
   const int64_t columns = whole ? channels / 4 : channels;
-  return threads::run(refdet::blocks_for(rows, columns), refdet::kPerBlock, seed, [=] {
+  return threads::run(refdet::blocks_for(rows, columns), refdet::kThreadsPerBlock, seed, [=] {
     (whole ? refdet::bias_relu_kernel<float, 4> : refdet::bias_relu_kernel<float, 1>)(
         x, x_stride, bias, shortcut, shortcut_stride, out, out_stride, rows, columns);
   });

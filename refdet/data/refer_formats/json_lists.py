@@ -20,7 +20,7 @@ from refdet.files.short_text import agree, format_count
 _IMAGES = ("image", "img_path", "image_path", "file_name", "image_file", "img_name")
 _SENTENCES = ("sent", "expression", "normal_caption", "sentence", "phrase", "refexp", "caption", "text")
 _BOXES = ("bbox", "box", "solution", "gt_bbox")
-# Names in `layouts.LAYOUTS` that boxes may have, by the range of their numbers (`_possible_layouts`).
+# Layouts (`layouts.LAYOUTS`) that boxes may have, by the range of their numbers (`_possible_layouts`).
 _PIXELS = ("xyxy", "xywh")
 _NORMALIZED = ("normalized-xyxy", "padded-xyxy")
 _THOUSANDTHS = ("thousandths-xyxy", "xyxy")
@@ -70,7 +70,7 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
 
 
 def _first_key(row: Row, keys: Sequence[str], what: str) -> str:
-    """The first of the keys that a row has; ``what`` they hold is for the error message."""
+    """The first of the keys that a row has; ``what`` is what they hold, for the error message."""
     for key in keys:
         if key in row.value:
             return key
@@ -115,14 +115,16 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
 
 
 def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
-    """The only box of a question and its answer, and the expression in the other one; None without just one of each."""
+    """The only box of a question and its answer, and the expression; None unless there is exactly one of each."""
     in_question, in_answer = _BOX.findall(question), _BOX.findall(answer)
     if len(in_question) + len(in_answer) != 1:
         return None
     box = [float(number) for number in (in_question or in_answer)[0]]
     if not all(map(math.isfinite, box)):
         return None
-    if in_question:
+    if tagged := in_question and _REF_TAG.search(answer):
+        text = tagged[1]
+    elif in_question:
         text = answer
     elif tagged := _REF_TAG.search(question) or _REF_TAG.search(answer):
         text = tagged[1]
