@@ -50,7 +50,7 @@ TITLES = {  # group of metrics -> title of its table
 def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_writable_folder("--out", out, must_be_empty=False)
-    for name in ("metrics.json", "metrics.csv", "recall.svg"):
+    for name in ("metrics.json", "metrics.csv", "recall.svg"):  # refdet.evaluation.tables.FILES, which imports pandas
         if os.path.lexists(out / name):
             raise InputError(f"{out / name} exists; choose another --out or remove it")
     check_store("--store", options["store"])

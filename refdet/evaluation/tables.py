@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from refdet.errors import InputError
 from refdet.evaluation.renamed_metrics import add_old_names, rename_old_names
 from refdet.files.atomic import atomic_create
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
+FILES = ("metrics.json", "metrics.csv", "recall.svg")
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
 """Name of the group for the numbers that metrics.json has directly in a split, such as "images"."""
@@ -66,8 +69,8 @@ def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def write(out: Path, metrics: Mapping[str, Any], figure: str) -> None:
     """Write metrics.json, with new and old names, metrics.csv, the table of `to_dataframe`, and recall.svg.
 
-    If the disk is full, none of them is written. In the CSV, a name that a spreadsheet would take for a formula has an
-    apostrophe before it.
+    If the disk is full or one of them exists, none is written. In the CSV, a name that a spreadsheet would take for a
+    formula has an apostrophe before it.
 
     Args:
         out: the folder.
@@ -78,9 +81,9 @@ def write(out: Path, metrics: Mapping[str, Any], figure: str) -> None:
         InputError: one of the files exists.
     """
     with (
-        atomic_create(out / "metrics.json") as metrics_file,
-        atomic_create(out / "metrics.csv") as table_file,
-        atomic_create(out / "recall.svg") as figure_file,
+        atomic_create(out / FILES[0]) as metrics_file,
+        atomic_create(out / FILES[1]) as table_file,
+        atomic_create(out / FILES[2]) as figure_file,
     ):
         metrics_file.write_text(json.dumps(add_old_names(metrics), indent=2) + "\n", encoding="utf-8")
         figure_file.write_text(figure, encoding="utf-8")
@@ -88,3 +91,6 @@ def write(out: Path, metrics: Mapping[str, Any], figure: str) -> None:
         text_columns = [name for name in COLUMNS if name != "value"]
         frame[text_columns] = frame[text_columns].map(spreadsheet_cell)
         frame.to_csv(table_file, index=False)
+        for name in FILES:  # before the first one is moved
+            if os.path.lexists(out / name):
+                raise InputError(f"{out / name} exists; choose another `out` or remove it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 _THREADS = 8
 
 
-def map_in_threads(function: Callable[[T], R], images: Sequence[T], desc: str) -> Iterator[R]:
+def map_in_threads(function: Callable[[T], R], images: Sequence[T], desc: str) -> Generator[R, None, None]:
     """Call a function for each of many images, with a progress bar.
 
     Args:

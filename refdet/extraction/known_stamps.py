@@ -28,7 +28,7 @@ def read_known_stamps(folder: Path) -> dict[int, Stamp]:
 
 
 def add_known_stamps(folder: Path, stamps: Mapping[int, Stamp]) -> None:
-    """Add stamps, image id -> stamp, to those beside the shards in a folder."""
-    if stamps:
+    """Add stamps, image id -> stamp, to those beside the shards in a folder, unless another process has removed it."""
+    if stamps and folder.is_dir():
         with suppress(OSError):  # without the file, the images are only read again
             write_json(folder / _FILE_NAME, {**read_known_stamps(folder), **stamps})

@@ -1,7 +1,8 @@
 """Extraction in parts: processes that share nothing but a folder compute the shards of one store. No torch.
 
 Which shards a part computes depends only on its number and the number of parts, a shard is written atomically, and a
-shard has the same contents whichever process computes it, so the store is correct even on file systems without locks.
+shard has the same contents whichever process computes it from the same image files, so the store is correct even on
+file systems without locks.
 Where there are locks, they keep two processes from computing the same part, and a part from starting during a merge: a
 part holds its own lock as long as it runs, and the lock of the folder while it starts, while it removes shards to
 compute them again, and while it merges. While one process holds the lock of the folder, the others can only add shards,
@@ -81,7 +82,7 @@ def extract_part(
     """Compute the shards of one part, and write the store if the shards of all other parts are finished.
 
     Finished shards are kept and not computed again, whichever process computed them, except those with unusable images
-    that can now be read.
+    that can now be read, and those whose images were replaced by others.
 
     Args:
         out: the store, at a path that all parts see.
@@ -243,19 +244,29 @@ def _claim_shards(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     Raises:
         RuntimeFailure: another part has merged them already.
     """
-    numbers, folder, out = shard_set.missing_shards(retry_ids), shard_set.folder, shard_set.out
+    numbers = shard_set.missing_shards(retry_ids)
     if retry_ids:
-        with _lock_folder(folder):
-            if read_plan(folder) is None:
-                remove_owned_files(folder)  # created again by the lock
-                only_repaired = retry_ids <= shard_set.errors.keys()
-                raise RuntimeFailure(
-                    f"{out}: another part wrote it meanwhile with the old regions of "
-                    f"{format_count(len(retry_ids), 'image')}",
-                    fix="compute them with `resume=True`" if only_repaired else "remove it and extract again",
-                )
-            shard_set.discard(numbers)
+        try:
+            with _lock_folder(shard_set.folder):
+                if read_plan(shard_set.folder) is None:
+                    remove_owned_files(shard_set.folder)  # created again by the lock
+                    raise _merged_too_early(shard_set, retry_ids, "wrote it meanwhile")
+                shard_set.discard(numbers)
+        except Locked:  # during the whole merge
+            raise _merged_too_early(shard_set, retry_ids, "is writing it") from None
     return numbers
+
+
+def _merged_too_early(shard_set: PartShards, retry_ids: set[int], action: str) -> RuntimeFailure:
+    """The error for a part whose shards another part merges before this one has computed images again."""
+    were_unusable = retry_ids <= shard_set.errors.keys()
+    return RuntimeFailure(
+        f"{shard_set.out}: another part {action} {'without' if were_unusable else 'with the old'} regions of "
+        f"{format_count(len(retry_ids), 'image')}",
+        fix="when it is complete, compute them with `resume=True`, without `part`"
+        if were_unusable
+        else "when it is complete, remove it and extract again",
+    )
 
 
 def _merge_if_last(

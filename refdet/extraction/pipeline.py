@@ -83,7 +83,8 @@ def extract(
             `Regions` of each image; thread-local state (``torch.inference_mode``, CUDA stream) is not passed on to that
             thread. None with an ``engine``.
         resume: continue from finished shards. Unusable images that can now be read are computed again: in an unfinished
-            extraction with their shard (`refdet.extraction.retries.find_retries`), in a complete store with their batch
+            extraction with their shard, as are images that were replaced by others
+            (`refdet.extraction.retries.find_retries`), in a complete store with their batch
             (`refdet.extraction.repair.repair`).
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.

@@ -158,7 +158,7 @@ def repair(
                 log.warning("note: %s: its detector was validated since on a file that the store does not name", out)
             yield None
             return
-        old_batch_size = old.run.get("batch_size", plan.batch_size)
+        old_batch_size = old.run.get("batch_size") or plan.batch_size
         if old_batch_size != plan.batch_size:
             raise InputError(
                 f"{out} is complete but has different settings: `batch_size` was {old_batch_size} and is now "

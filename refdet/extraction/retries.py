@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import closing
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, UnusableImageError
@@ -76,9 +77,7 @@ def find_retries(
     replaced: dict[int, str] = {}
     if source is not None:
         stamps = {i: stamp for i, stamp in shard_set.stamps.items() if i not in errors}
-        known = read_known_stamps(shard_set.folder)  # not of a shard computed since from other contents
-        stamps |= {i: stamp for i, stamp in known.items() if i in stamps and stamp[:1] == stamps[i][:1]}
-        replaced = source.replaced(stamps)
+        replaced = source.replaced(stamps, read_known_stamps(shard_set.folder))
         add_known_stamps(shard_set.folder, source.unchanged)
     numbers = sorted({*shard_set.missing_shards(readable | replaced.keys())} - {*shard_set.missing_shards()})
     checked = {  # image id -> shard and record; the regions of these images could be lost
@@ -90,8 +89,7 @@ def find_retries(
     }
     lost = _find_unusable(load, [record for _, record in checked.values()], "check the images of their shards")
     if lost and strict:
-        error = next(iter(lost.values()))
-        raise UnusableImageError(str(error), fix=kept) from error
+        raise UnusableImageError(next(iter(lost.values())), fix=kept)
     if unusable := [error for image_id, error in lost.items() if image_id in replaced]:
         log.warning(
             "note: %s replaced by another file that cannot be used (first: %s); "
@@ -100,7 +98,7 @@ def find_retries(
             unusable[0],
         )
     wanted = readable | (replaced.keys() - lost.keys())
-    left_out = {checked[image_id][0]: str(error) for image_id, error in reversed(lost.items())}  # shard -> first reason
+    left_out = {checked[image_id][0]: error for image_id, error in reversed(lost.items())}  # shard -> first reason
     kept_shards = {*shard_set.missing_shards(wanted)} & left_out.keys()
     if kept_shards:
         log.warning(
@@ -126,15 +124,15 @@ def report_replaced(shard_set: ShardSet, replaced: Mapping[int, str]) -> None:
         )
 
 
-def _find_unusable(load: Load, records: Sequence[ImageRecord], desc: str) -> dict[int, InputError]:
+def _find_unusable(load: Load, records: Sequence[ImageRecord], desc: str) -> dict[int, str]:
     """Find the images that cannot be read: image id -> why, in the order of ``records``; ``desc`` is for the bar."""
 
-    def why_unusable(record: ImageRecord) -> InputError | None:
+    def why_unusable(record: ImageRecord) -> str:
         try:
             load(record)
         except InputError as error:
-            return error
-        return None
+            return str(error)  # not the error, whose traceback keeps the image in memory
+        return ""
 
-    reasons = map_in_threads(why_unusable, records, desc)
-    return {record.id: why for record, why in zip(records, reasons, strict=True) if why is not None}
+    with closing(map_in_threads(why_unusable, records, desc)) as reasons:
+        return {record.id: why for record, why in zip(records, reasons, strict=True) if why}

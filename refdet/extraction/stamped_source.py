@@ -7,6 +7,7 @@ changes whenever the file is replaced and can be compared without reading it. Sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from refdet.data.coco import ImageRecord
@@ -48,7 +49,7 @@ class StampedSource(ImageSource):
         name = None if record is None else self.find(record)
         return () if name is None else self._stamps.get(name, ())
 
-    def replaced(self, stamps: Mapping[int, Stamp]) -> dict[int, str]:
+    def replaced(self, stamps: Mapping[int, Stamp], known: Mapping[int, Stamp] | None = None) -> dict[int, str]:
         """Find the images whose files were replaced by others.
 
         A file is read only if its state differs, for example as it was copied. An image whose file is gone or cannot be
@@ -56,6 +57,7 @@ class StampedSource(ImageSource):
 
         Args:
             stamps: earlier stamps by image id; unknown ones are not compared.
+            known: `unchanged` of earlier searches, for other files with the same contents.
 
         Returns:
             Image id -> file, of the replaced ones in the order of ``stamps``.
@@ -72,9 +74,10 @@ class StampedSource(ImageSource):
 
         def is_replaced(image_id: int) -> bool:
             name, stamp, record = files[image_id], stamps[image_id], self._records[image_id]
+            other = (known or {}).get(image_id, ())
             try:
                 state = self._files.state(name)  # before the file is read, as in `data`
-                if state == stamp[1:]:
+                if state == stamp[1:] or (stamp[0], *state) == other:
                     return False
                 contents = ImageSource.data(self, name, record.height, record.width)  # remembers no stamp
                 if crc32(contents) != stamp[0]:
@@ -87,5 +90,5 @@ class StampedSource(ImageSource):
                 self.raise_if_system_error(name, error)
                 return False
 
-        found = map_in_threads(is_replaced, list(files), "look for replaced images")
-        return {image_id: name for (image_id, name), replaced in zip(files.items(), found, strict=True) if replaced}
+        with closing(map_in_threads(is_replaced, list(files), "look for replaced images")) as found:
+            return {image_id: name for (image_id, name), replaced in zip(files.items(), found, strict=True) if replaced}

@@ -64,7 +64,8 @@ class Store:
         image_errors: (I,) why each image is unusable, "" if it is usable.
         region_start: (I + 1,) int64 row of the first region of each image, and the total number of regions.
         classes: ``[{"id": int, "name": str}]``: categories of the detector, followed by others of given annotations or
-            boxes; if an id has different names in the two, only those of the annotations or boxes.
+            boxes; only those of the annotations or boxes if an id has different names in the two, or if an older
+            version started the store.
         names: category id -> name.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector as JSON.

@@ -56,7 +56,8 @@ class Header:
 
     Attributes:
         classes: ``[{"id": int, "name": str}]``: categories of the detector, followed by others of given annotations or
-            boxes; if an id has different names in the two, only those of the annotations or boxes.
+            boxes; only those of the annotations or boxes if an id has different names in the two, or if an older
+            version started the store.
         recipe: recipe of the detector as text.
         provenance: provenance of the detector (`refdet.structures.provenance.Provenance`) as JSON.
         options: options of the extraction, as JSON.

@@ -11,14 +11,10 @@ _PADDED = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 # Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
-# Images in folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's
-# are Flickr's (a few have fewer than seven digits), saiapr_tc-12 is RefClef's.
-_OTHER_NUMBERING = re.compile(
-    r"(?:^|[/\\])"
-    r"(?:gqa(?:[/\\]images)?|flickr30k(?:[-_]?images)?(?:[/\\]images)?|saiapr_?tc-?12(?:[/\\][0-9]+)?(?:[/\\]images)?)"
-    r"[/\\][^/\\]+$",
-    re.IGNORECASE,
-)
+# Folders of other datasets with ids of their own, as in LLaVA's lists: GQA's are Visual Genome's, Flickr30k's are
+# Flickr's (a few have fewer than seven digits), saiapr_tc-12 is RefClef's. Their subfolders may hold COCO's images.
+_OTHER_DATASET = re.compile(r"(?:^|[/\\])(?:gqa|(?:flickr30k|saiapr)(?![^/\\]*coco)[^/\\]*)(?=[/\\])", re.IGNORECASE)
+_COCO_FOLDER = re.compile(r"[/\\](?:[^/\\]*coco[^/\\]*|(?:train|val|test)20[0-9]{2})[/\\]", re.IGNORECASE)
 _MAX_NAME_LENGTH = 299  # file systems allow at most 255, so longer text is not a file name
 _IMAGE_SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
@@ -50,7 +46,10 @@ def is_visual_genome(name: str) -> bool:
 
 def has_other_numbering(name: str) -> bool:
     """Whether a path or URL is in a folder of another dataset, with ids of its own: Visual Genome's or one like it."""
-    return is_visual_genome(name) or _OTHER_NUMBERING.search(_path(name)) is not None
+    if is_visual_genome(name):
+        return True
+    folder = _OTHER_DATASET.search(name)
+    return folder is not None and not _COCO_FOLDER.search(name, folder.end())
 
 
 def is_image_file(name: str) -> bool:
