@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 from torch import Tensor
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, NaN if any is NaN: unlike `max`, which may skip it. 0 without values."""
+    return float(np.max([*values], initial=0.0))
 
 
 def row_difference(actual: Tensor, expected: Tensor) -> float:

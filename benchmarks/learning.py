@@ -9,7 +9,8 @@ same batches and flips in the same order, at the same learning rate in each step
 batches, flips and samples. Both are evaluated by pycocotools on the same images with the same thresholds.
 
 --jobs training runs take place at a time, by default one per core with a single thread each, which is faster in total
-than one run on all threads. For each seed the sides take turns, so that both train under the same load.
+than one run on all threads. For each seed, runs of the two sides alternate in the queue, so that both train under the
+same load.
 
 A timed step starts with a batch in memory and ends with the new weights. Batches are uint8 images with RLE masks for
 refdet, and float images in 0..1 with bitmaps for torchvision. --results appends a row per finished training run to a
@@ -99,8 +100,8 @@ class TrainingRun:
         return " ".join((self.side, *self.changes))
 
     def key(self) -> str:
-        """Identify the run in a --results file: a hash of the side and the recipe."""
-        text = json.dumps([self.side, self.recipe.to_dict()], sort_keys=True)
+        """Identify the run in a --results file: a hash of its name and recipe."""
+        text = json.dumps([self.name, self.recipe.to_dict()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -225,7 +226,7 @@ def train_and_evaluate(run: TrainingRun, folder: Path, threads: int) -> Row:
 
 
 def plan_runs(options: argparse.Namespace) -> list[TrainingRun]:
-    """The training runs of all seeds; for each seed the sides take turns."""
+    """The training runs of all seeds; for each seed, those of the two sides alternate."""
     width = [] if options.small else FULL_WIDTH_CHANGES
     schedule = [f"train.steps={options.steps}", f"train.batch_size={options.batch_size}", f"train.lr={options.lr}"]
     base = recipes.load("demo").with_changes([*width, *schedule])

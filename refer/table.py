@@ -57,7 +57,7 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
 
     Raises:
         ReferError: pandas is not installed.
-        ReferDataError: the annotation of an only target has no valid box.
+        ReferDataError: the annotation of a sentence's only target has no valid box.
     """
     try:
         import pandas

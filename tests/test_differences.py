@@ -1,4 +1,4 @@
-"""`benchmarks/differences.py`: `row_difference` tolerates float32 rounding, but neither faults nor TF32."""
+"""`benchmarks/differences.py`: `row_difference` tolerates float32 rounding, but no faults or TF32; NaN is kept."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def test_a_fault_exceeds_the_tolerance_of_rounding(fault: Callable[[Tensor], Ten
 def test_empty_and_zero_tensors_have_no_difference() -> None:
     assert differences.row_difference(torch.zeros(0, 4), torch.zeros(0, 4)) == 0
     assert differences.row_difference(torch.zeros(2, 4), torch.zeros(2, 4)) == 0
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_nan_among_differences_is_never_skipped(place: int) -> None:
+    values = [1e-6, 2e-6]
+    assert differences.largest(values) == 2e-6 and differences.largest([]) == 0
+    values.insert(place, math.nan)
+    assert math.isnan(differences.largest(values))
 
 
 def round_to_tf32(x: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def test_results_are_written_between_the_markers_of_the_page(gpu: Any, tmp_path:
         "| runs | failed |  | 0 of 1 checks, failed: same |",
         "| extraction | timed out |",
         "| same | 0.1 | 0.5 | **no** |",
-        "| bfloat16 products, TFLOP/s | 712 |",
+        "| bfloat16 matrix products, TFLOP/s | 712 |",
     ):
         assert row in text
     assert gpu.record.replace(text, "nothing") == gpu.record.replace(page, "nothing")

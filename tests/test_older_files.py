@@ -79,9 +79,8 @@ def test_an_older_extraction_resumes_to_the_same_store(older_files: Path) -> Non
         assert list(new) == list(old) and new.attrs["options"] == old.attrs["options"]
         for name in ("images/id", "images/file_name", "images/region_start", "images/error"):
             np.testing.assert_array_equal(new[name][:], old[name][:])
-        kept = old["images/region_start"][
-            SHARD_IMAGES
-        ]  # regions of the first shard, which is kept; the second is computed here
+        # regions of the first shard, which is kept; the second is computed here
+        kept = old["images/region_start"][SHARD_IMAGES]
         for name in ("regions/box", "regions/score", "regions/category_id", "features/pool5", "features/fc7"):
             np.testing.assert_array_equal(new[name][:kept], old[name][:kept])
             assert np.isfinite(new[name][:]).all() and new[name].shape == old[name].shape

@@ -197,7 +197,9 @@ class Check:
             step = self._start(plan)
             if step is not None and not plan.beside:
                 self._finish(step)
-            if self.device != "cpu" and read_group(self.out, "env").get("env", {}).get("gpu") is False:
+            # without the step env, its results are those of an earlier run
+            has_env = self.device != "cpu" and "env" in self.names
+            if has_env and read_group(self.out, "env").get("env", {}).get("gpu") is False:
                 self.log("no GPU was found, so the other steps are not run; use DEVICE=cpu for a rehearsal on the CPU")
                 break
         while self.running:

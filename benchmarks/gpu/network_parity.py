@@ -1,21 +1,22 @@
 """Step: compare whole networks on the GPU with the CPU: features, detections, losses and gradients.
 
 Features, losses and detections in float32 (and features in bfloat16) are compared with float32 on the CPU. The rounding
-errors of maps and gradients in float32 are close to the limits: maps pass a hundred layers, and in the backward pass
-rounding can switch a ReLU on or off. So the errors of both devices are measured against float64, each within the limit.
-Float64 is computed on the GPU in plain PyTorch, as the CPU would take minutes; float32 on the CPU, which shares no
-kernels with it, validates it.
+errors of maps and gradients in float32 are close to the limits: maps pass through a hundred layers, and in the backward
+pass rounding can switch a ReLU on or off. So the errors of both devices are measured against float64, each within the
+limit. Float64 is computed on the GPU in plain PyTorch, as the CPU would take minutes; float32 on the CPU, which shares
+no kernels with it, validates it.
 
 A rehearsal compares the layers optimized for inference with the original network, both on the CPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from differences import row_difference
+from differences import largest, row_difference
 from results import Step, run
 from torch import Tensor
 from work import detector, drawn, extract_options, image_list, one_size, recipe_of, relative_difference, run_folder
@@ -52,13 +53,13 @@ def inference(step: Step, network: str) -> None:
     records, pixels = one_size(step, network, 2)
     there, here = detector(step, network), reference(step, network)
     sizes = [input_size(*image.shape[:2], here.recipe.input) for image in pixels]
-    half = detector(step, network, "bfloat16")
+    bfloat16 = detector(step, network, "bfloat16")
     corners = torch.rand(50, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values.flatten(1)
     boxes = [corners * torch.tensor([s.image_width, s.image_height] * 2) for s in sizes]
     found: dict[str, dict[str, Tensor]] = {}
     regions: dict[str, list[Regions]] = {}
     with exact_float32():
-        for name, model in {"here": here, "there": there.model, "half": half.model}.items():
+        for name, model in {"here": here, "there": there.model, "bfloat16": bfloat16.model}.items():
             weight = next(model.parameters())
             x = network_inputs(pixels, sizes, here.recipe.input, weight.device)
             x = x.to(weight.dtype, memory_format=torch.channels_last)
@@ -73,21 +74,21 @@ def inference(step: Step, network: str) -> None:
     expected = exact.extract_feature_maps(x.contiguous(memory_format=torch.channels_last))
     maps = [f"map {i}" for i in range(len(expected))]
     errors = {
-        name: max(relative_difference(found[name][key], level) for key, level in zip(maps, expected, strict=True))
+        name: largest(relative_difference(found[name][key], level) for key, level in zip(maps, expected, strict=True))
         for name in ("here", "there")
     }
     check_float32(step, f"{network}: maps", errors["there"], errors["here"], MAPS)
-    worst = max(relative_difference(found["there"][key], found["here"][key]) for key in maps)
+    worst = largest(relative_difference(found["there"][key], found["here"][key]) for key in maps)
     step.put(f"{network}_maps_difference_to_cpu", worst)
     for key in found["here"].keys() - set(maps):
         a, b = found["there"][key], found["here"][key]
         step.at_most(f"{network}: {key} of given boxes, relative difference", row_difference(a, b), FEATURES)
-        cosine = float(torch.cosine_similarity(found["half"][key], b, dim=1).min())
+        cosine = float(torch.cosine_similarity(found["bfloat16"][key], b, dim=1).min())
         step.check(f"{network}: {key} in bfloat16, cosine", cosine >= COSINE, value=cosine, limit=COSINE)
     step.put(f"{network}_detections", [len(r) for r in regions["here"]])
     share = alike(regions["there"], regions["here"])
     step.check(f"{network}: share of equal detections", share >= ALIKE, value=share, limit=ALIKE)
-    step.put(f"{network}_detections_alike_bf16", alike(regions["half"], regions["here"]))
+    step.put(f"{network}_detections_alike_bf16", alike(regions["bfloat16"], regions["here"]))
 
 
 def alike(found: list[Regions], expected: list[Regions]) -> float:
@@ -185,15 +186,15 @@ def losses(step: Step, network: str) -> None:
         del model, loaded, terms, x
     (expected, of_cpu), (found, of_device), (_, exact) = (results[name] for name in ("here", "there", "exact"))
     step.put(f"{network}_losses", expected)
-    worst = max(abs(found[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in expected)
+    worst = largest(abs(found[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in expected)
     step.at_most(f"{network}: losses, relative difference", worst, LOSSES)
     here, there = gradient_errors(of_cpu, exact), gradient_errors(of_device, exact)
-    name = max(there, key=lambda n: there[n])
+    name = max(there, key=lambda n: (math.isnan(there[n]), there[n]))
     check_float32(
-        step, f"{network}: gradients", there[name], max(here.values()), GRADIENTS,
+        step, f"{network}: gradients", there[name], largest(here.values()), GRADIENTS,
         greatest_of=name, its_norm=float(exact[name].norm()),
     )  # fmt: skip
-    difference = max(gradient_errors(of_device, of_cpu).values())
+    difference = largest(gradient_errors(of_device, of_cpu).values())
     step.put(f"{network}_gradients_difference_to_cpu", difference)
 
 

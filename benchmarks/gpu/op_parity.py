@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from differences import largest
 from results import Step, run
 from torch import Tensor
 
@@ -234,7 +235,7 @@ def difference(found: object, expected: object) -> float:
         a, b = a.nan_to_num(), b.nan_to_num()
         return float((a - b).abs().max() / b.abs().max().clamp(min=1)) if a.numel() else 0.0
     if isinstance(found, Sequence) and isinstance(expected, Sequence) and not isinstance(found, bytes):
-        return max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+        return largest(difference(a, b) for a, b in zip(found, expected, strict=True))
     return 0.0 if found == expected else math.inf
 
 

@@ -23,7 +23,7 @@ Tree = dict[str, dict[str, Any]]
 
 
 def number(value: Any) -> str:
-    """A number with three significant digits."""
+    """A number with two or three significant digits, or all of a larger one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -51,7 +51,7 @@ def machine(tree: Tree) -> list[str]:
         f"CUDA {versions.get('cuda')}, cuDNN {versions.get('cudnn')}."
     )
     rows = [
-        ("bfloat16 products, TFLOP/s", env.get("product_tflops_bf16")),
+        ("bfloat16 matrix products, TFLOP/s", env.get("product_tflops_bf16")),
         ("float32 products (IEEE), TFLOP/s", env.get("product_tflops_float32")),
         ("copy within the GPU's memory, read and written, TB/s", env.get("copy_tb_per_s")),
         ("copy to the host, pinned, GB/s", env.get("to_host_gb_per_s")),
@@ -95,7 +95,7 @@ def parity(tree: Tree) -> list[str]:
         for check in tree.get(step, {}).get("checks", [])
         if "limit" in check
     ]
-    return table(("GPU beside CPU", "limit", "measured", "passed"), rows)
+    return table(("GPU vs. CPU", "limit", "measured", "passed"), rows)
 
 
 def extraction(tree: Tree) -> list[str]:
@@ -136,17 +136,17 @@ def profile(tree: Tree) -> list[str]:
         "training_ms": "a training step of 16 images, ms",
         "extraction_gpu_busy": "extraction: share of the time that the GPU works",
         "training_gpu_busy": "training: share of the time that the GPU works",
-        "extraction_launches": "extraction: kernels and copies a batch",
-        "training_launches": "training: kernels and copies a step",
-        "extraction_host_waits": "extraction: waits of the host a batch",
-        "training_host_waits": "training: waits of the host a step",
+        "extraction_launches": "extraction: kernels and copies per batch",
+        "training_launches": "training: kernels and copies per step",
+        "extraction_host_waits": "extraction: host synchronizations per batch",
+        "training_host_waits": "training: host synchronizations per step",
     }
     lines = table(("profile", ""), [(text, values[name]) for name, text in names.items() if name in values])
     for part in ("extraction", "training"):
         found = values.get(part, {})
         total = found.get("milliseconds", 0)
         rows = [(kind, ms, f"{ms / total:.1%}") for kind, ms in found.get("milliseconds_by_kind", {}).items()]
-        lines += table((f"{part}: kernels of", "ms", "share"), rows)
+        lines += table((f"{part}: kind of kernel", "ms", "share"), rows)
     return lines
 
 

@@ -80,7 +80,8 @@ def theirs(check_step: Step, network: str, batch_size: int) -> dict[str, float]:
     reset_peak(check_step)
     train_step = make_train_step(model, check_step.device, LR, autocast=True)
     times, loss, started = [], float("nan"), time.perf_counter()
-    for number, batch in enumerate(batches(examples, batch_size, 0 if check_step.small else 8, not check_step.small)):
+    workers = 0 if check_step.small else 8
+    for number, batch in enumerate(batches(examples, batch_size, workers, on_gpu=not check_step.small)):
         step_start = time.perf_counter()
         if number == (2 if check_step.small else 40) or step_start - started > MAX_SECONDS and number > 5:
             break

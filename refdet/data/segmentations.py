@@ -27,6 +27,8 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     try:
         if isinstance(segmentation, list):
             polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # of at least three points
+            if not polygons:
+                raise InputError(f"segmentation {short_repr(segmentation)} has no polygon of at least three points")
             check_polygons(polygons, height, width)
             return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         if segmentation["size"] != [height, width]:
@@ -56,7 +58,7 @@ def check_polygons(polygons: list, height: int, width: int) -> None:
     """
     if not can_be_drawn(polygons, height, width):
         raise InputError(
-            f"polygon is not a list of numbers [x, y, x, y, ...], far outside its image or absurdly long: "
+            f"polygon has other values than numbers [x, y, x, y, ...], or is far outside its image or absurdly long: "
             f"{short_repr(polygons)}"
         )
 

@@ -30,7 +30,7 @@ class GroundTruth:
         masks: G pycocotools RLEs in pixels of the original image, None for an object without a mask; None if masks are
             not trained.
         crowds: (K, 4) boxes of crowds in pixels of the network's input, ignored in training.
-        scale: (sx, sy), size of the resized image, before any crop / size of the original image.
+        scale: (sx, sy), size of the resized image (before any crop) divided by the size of the original image.
         flipped_width: width of the original image in pixels if the image was flipped, else None.
         crop_origin: x and y in the resized image of the crop's top left corner; (0, 0) if the input is not a crop.
     """

@@ -29,6 +29,7 @@ def test_a_printed_recipe_is_complete_and_loads_as_the_same_recipe(name: str, tm
 
 
 def test_printing_keeps_changes_older_defaults_and_the_first_comment(tmp_path: Path) -> None:
+    # the size divisibility is 0 in recipes of before it was a key
     changed = recipe.load("demo").with_changes(
         ["train.ema=0.9998", "train.lr_milestones=[]", "input.size_divisibility=0", "name='a: b #c'", "train.lr=1e-9"]
     )
@@ -39,6 +40,7 @@ def test_printing_keeps_changes_older_defaults_and_the_first_comment(tmp_path: P
     assert complete_yaml(recipe.load(path), path).startswith(
         "# Mine.\n# For cats.\nname: mine\n\n# The network.\nmodel:\n"
     )
+    # the former name of reference-c4-res50
     assert complete_yaml(recipe.load("seed-c4-res50"), "seed-c4-res50").startswith(
         "# reference-c4-res101 with a ResNet-50"
     )
@@ -69,16 +71,16 @@ def test_every_shipped_recipe_has_a_summary() -> None:
     assert [summaries[f"reference-{name}"].network for name in ("vgg16", "mobilenet-v1")] == ["VGG-16", "MobileNet v1"]
 
 
-# mask AP and box AP of detectron2's MODEL_ZOO.md, and its settings (configs/Base-RCNN-*.yaml, config/defaults.py)
+# settings of detectron2's model zoo (configs/Base-RCNN-*.yaml, config/defaults.py)
 @pytest.mark.parametrize(
     ("name", "base", "depth", "neck"),
     [("c4-res101-3x", "d2-c4-res101", 101, "c4"), ("fpn-res50-3x", "d2-fpn-res50", 50, "fpn"),
      ("fpn-res101-3x", "d2-fpn-res101", 101, "fpn")],
 )  # fmt: skip
 def test_the_recipes_of_the_model_zoo_have_its_settings(name: str, base: str, depth: int, neck: str) -> None:
-    found, arithmetic = recipe.load(name), recipe.load(base)
+    found, base_recipe = recipe.load(name), recipe.load(base)
     assert (found.model.depth, found.model.neck, found.model.norm) == (depth, neck, "frozen")
-    assert found.model == arithmetic.model and found.input == arithmetic.input
+    assert found.model == base_recipe.model and found.input == base_recipe.input
     options = found.train
     assert (options.steps, options.batch_size, options.lr, options.warmup_steps) == (270_000, 16, 0.02, 1000)
     drops = [next(s for s in range(200_000, 270_000) if s >= m * options.steps) for m in options.lr_milestones]
@@ -93,7 +95,7 @@ def test_large_scale_jitter_is_as_in_the_new_baselines() -> None:
     assert (found.model.norm, found.model.rpn_convs, found.model.box_convs, found.model.box_fcs) == ("batch", 2, 4, 1)
     options = found.train
     assert (options.steps, options.batch_size, options.lr) == (4 * 184_375, 64, 0.1)
-    # its configuration of 100 epochs says 500 as a part of the run, and 400 epochs are four times as long
+    # detectron2 gives the warm-up as a fraction of the run: 500 of the steps of 100 epochs, so 2000 of 400 epochs
     assert (options.weight_decay, options.warmup_steps) == (4e-5, 2000)
     drops = [next(s for s in range(600_000, 737_500) if s >= m * options.steps) for m in options.lr_milestones]
     assert drops == [4 * 163_889, 4 * 177_546]

@@ -13,6 +13,7 @@ from polygon_files import HEIGHT, SQUARE, WIDTH, check, load, write
 from refdet.data.coco import CocoIndex
 from refdet.data.polygons import can_be_drawn_in_any_image
 from refdet.data.segmentations import to_rle
+from refdet.errors import InputError
 from refdet.extraction.given_regions import regions_from_annotations
 from refdet.files.short_text import format_count
 from refer.masks import can_be_drawn
@@ -114,3 +115,9 @@ POLYGONS = st.sampled_from([500, 9_999, 10_001, 20_000]).flatmap(polygons_within
 @given(POLYGONS)
 def test_the_check_without_image_sizes_accepts_only_what_the_exact_check_accepts(polygons: list) -> None:
     assert can_be_drawn(polygons, 1, 1) or not can_be_drawn_in_any_image(polygons)
+
+
+@pytest.mark.parametrize("polygons", [[], [[]], [[1, 2, 3, 4]]])
+def test_polygons_without_three_points_are_named(polygons: list) -> None:
+    with pytest.raises(InputError, match="has no polygon of at least three points"):
+        to_rle(polygons, HEIGHT, WIDTH)

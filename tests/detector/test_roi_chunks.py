@@ -157,7 +157,7 @@ def describe(
 
 
 @pytest.mark.parametrize("changes", HEADS[1:4], ids=["fpn", "convolutions", "single map"])
-def test_padding_adds_rois_rather_than_copying_their_cells(
+def test_padding_pads_the_rois_rather_than_their_pooled_bins(
     monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
 ) -> None:
     model, padded = small_model(*changes), []

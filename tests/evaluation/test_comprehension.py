@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluate_examples import brute_giou, brute_iou, regions, write_grefer, write_refer, write_store, xyxy
+from evaluate_examples import regions, scalar_giou, scalar_iou, write_grefer, write_refer, write_store, xyxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -44,7 +44,7 @@ def test_ranked_answers_equal_brute_force(
     folder = tmp_path_factory.mktemp("ranked")
     write_one_object(folder, list(truth), [xyxy(truth), [60, 60, 70, 70]])
     answers = [{"sent_id": 0, "ranked_boxes": [list(b) for b in ranked]}, {"sent_id": 1, "box": list(single)}]
-    for protocol, overlap in (("standard", brute_iou), ("mdetr", brute_giou)):
+    for protocol, overlap in (("standard", scalar_iou), ("mdetr", scalar_giou)):
         found = evaluate(folder, answers, protocol=protocol)["val"]["comprehension"]
         ranked_overlaps = [overlap(xyxy(b), xyxy(truth)) for b in ranked]
         single_overlap = overlap(xyxy(single), xyxy(truth))
@@ -53,7 +53,7 @@ def test_ranked_answers_equal_brute_force(
         expected = {k: ((max(ranked_overlaps[:k]) >= 0.5) + (single_overlap >= 0.5)) / 2 for k in (1, 5, 10)}
         assert {k: found[f"P@{k}"] for k in expected} == expected
         assert found["accuracy@0.5"] == found["precision@0.5"] == expected[1]
-        ious = [brute_iou(xyxy(b), xyxy(truth)) for b in (ranked[0], single)]
+        ious = [scalar_iou(xyxy(b), xyxy(truth)) for b in (ranked[0], single)]
         assert found["mean_iou"] == pytest.approx(np.mean(ious))
 
 
@@ -62,7 +62,7 @@ def test_mdetr_protocol_uses_generalized_iou(tmp_path: Path) -> None:
     write_one_object(tmp_path, [0, 0, 10, 10], [[0, 0, 10, 10], [3, 3, 13, 13]])
     answers = [{"sent_id": 0, "box": [2, 1.5, 10, 10]}, {"sent_id": 1, "box": [0, 0, 10, 10]}]
     standard, mdetr = (evaluate(tmp_path, answers, protocol=p)["val"] for p in ("standard", "mdetr"))
-    assert brute_iou([2, 1.5, 12, 11.5], [0, 0, 10, 10]) > 0.5 > brute_giou([2, 1.5, 12, 11.5], [0, 0, 10, 10])
+    assert scalar_iou([2, 1.5, 12, 11.5], [0, 0, 10, 10]) > 0.5 > scalar_giou([2, 1.5, 12, 11.5], [0, 0, 10, 10])
     assert standard["comprehension"]["accuracy@0.5"] == 1.0 and mdetr["comprehension"]["accuracy@0.5"] == 0.5
     assert mdetr["comprehension"]["precision@0.5"] == 0.5
     for same in ("mean_iou", "missing"):

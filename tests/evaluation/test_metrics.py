@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from evaluate_examples import brute_giou, brute_iou, regions, xyxy
+from evaluate_examples import regions, scalar_giou, scalar_iou, xyxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -41,7 +41,7 @@ def to_array(boxes: list[tuple[float, ...]]) -> np.ndarray:
 def test_box_iou_equals_brute_force_and_pycocotools(a: list, b: list) -> None:
     found = box_iou(to_array(a), to_array(b))
     assert found.shape == (len(a), len(b)) and found.dtype == np.float64
-    assert found.tolist() == [[pytest.approx(brute_iou(xyxy(p), xyxy(q)), abs=1e-12) for q in b] for p in a]
+    assert found.tolist() == [[pytest.approx(scalar_iou(xyxy(p), xyxy(q)), abs=1e-12) for q in b] for p in a]
     if a and b:
         expected = coco_mask.iou([list(p) for p in a], [list(q) for q in b], [0] * len(b))
         np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -65,7 +65,7 @@ def test_mattnet_iou_of_thin_boxes_is_0() -> None:
 @given(boxes, boxes)
 def test_generalized_iou_equals_brute_force(a: list, b: list) -> None:
     found = generalized_iou(to_array(a), to_array(b))
-    assert found.tolist() == [[pytest.approx(brute_giou(xyxy(p), xyxy(q)), abs=1e-12) for q in b] for p in a]
+    assert found.tolist() == [[pytest.approx(scalar_giou(xyxy(p), xyxy(q)), abs=1e-12) for q in b] for p in a]
 
 
 def test_boxes_without_area_have_overlap_0() -> None:
@@ -110,7 +110,7 @@ def test_recall_at_k_equals_brute_force(objects: list, found: list) -> None:
         expected = {}
         for name, k in [*((str(k), k) for k in TOP_K), ("all", len(found))]:
             kept = [found[i] for i in order[:k]]
-            hits = [any(brute_iou(xyxy(b), xyxy(r)) >= 0.5 and (not with_category or c == rc) for r, rc, _ in kept)
+            hits = [any(scalar_iou(xyxy(b), xyxy(r)) >= 0.5 and (not with_category or c == rc) for r, rc, _ in kept)
                     for b, c in objects]  # fmt: skip
             expected[name] = sum(hits) / len(objects)
         assert recall_at_k(covered, with_category) == pytest.approx(expected)
@@ -160,7 +160,7 @@ def test_generalized_scores_equal_brute_force(sentences: list, with_masks: bool)
         ))  # fmt: skip
         (some if truth else none).append(answered is not None and bool(answered) == bool(truth))
         right.append(
-            [answered is not None and all_paired(truth, answered, overlap) for overlap in (brute_iou, brute_giou)]
+            [answered is not None and all_paired(truth, answered, overlap) for overlap in (scalar_iou, scalar_giou)]
         )
         union = int((masks[0] | masks[1]).sum())
         both, either = both + int((masks[0] & masks[1]).sum()), either + union

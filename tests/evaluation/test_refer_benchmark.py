@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from evaluate_examples import (
     PROVENANCE,
-    brute_iou,
     regions,
+    scalar_iou,
     write_grefer,
     write_refer,
     write_store,
@@ -47,13 +47,13 @@ def test_recall_equals_brute_force(tmp_path_factory: pytest.TempPathFactory, ref
     split = evaluate_on_refer(folder / "a.h5", root, "toy", "me")["splits"]["val"]
 
     stored = {i: list(zip(r.boxes.tolist(), r.category_ids.tolist(), strict=True)) for i, r in enumerate(images, 1)}
-    best = [max((brute_iou(xyxy(b), box) for box, _ in stored[i]), default=0) for i, b, _ in refs]
-    same = [max((brute_iou(xyxy(b), box) for box, k in stored[i] if k == c), default=0) for i, b, c in refs]
+    best = [max((scalar_iou(xyxy(b), box) for box, _ in stored[i]), default=0) for i, b, _ in refs]
+    same = [max((scalar_iou(xyxy(b), box) for box, k in stored[i] if k == c), default=0) for i, b, c in refs]
     expected = {str(t): sum(v >= t for v in best) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
     expected |= {f"with_category@{t}": sum(v >= t for v in same) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
     expected["mean_best_iou"] = sum(best) / len(refs)
     assert split["referent_recall"] == pytest.approx(expected, abs=1e-9)
-    kept = {str(k): [max((brute_iou(xyxy(b), box) for box, _ in stored[i][:k]), default=0) for i, b, _ in refs]
+    kept = {str(k): [max((scalar_iou(xyxy(b), box) for box, _ in stored[i][:k]), default=0) for i, b, _ in refs]
             for k in (1, 2, 5, 10, 20, 50, 100)} | {"all": best}  # fmt: skip
     assert split["recall@k"] == {k: pytest.approx(np.mean([v >= 0.5 for v in of_k])) for k, of_k in kept.items()}
     assert split["recall@k_with_category"]["all"] == pytest.approx(expected["with_category@0.5"])

@@ -1,4 +1,4 @@
-"""Small stores and REFER folders for the tests of refdet.evaluation, and IoU by brute force."""
+"""Small stores and REFER folders for the tests of refdet.evaluation, and the IoU of a pair of boxes in plain Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annot
               "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip
 
 
-def brute_iou(a: list[float], b: list[float]) -> float:
+def scalar_iou(a: list[float], b: list[float]) -> float:
     """IoU of two half-open xyxy boxes."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -28,7 +28,7 @@ def brute_iou(a: list[float], b: list[float]) -> float:
     return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
-def brute_giou(a: list[float], b: list[float]) -> float:
+def scalar_giou(a: list[float], b: list[float]) -> float:
     """Generalized IoU of two half-open xyxy boxes with positive areas."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

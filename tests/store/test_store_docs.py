@@ -1,4 +1,4 @@
-"""The examples in docs/features.md run, and the page names all datasets."""
+"""The examples in docs/features.md run, and the page names all HDF5 datasets."""
 
 from __future__ import annotations
 
@@ -49,5 +49,6 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_page_names_all_datasets() -> None:
     text = PAGE.read_text(encoding="utf-8")
+    # the first name is "images", the group
     for name in store.Columns({}, masks=True, ann_ids=True, maps=("head",)).checksum_names()[1:]:
         assert f"`/{name}`" in text

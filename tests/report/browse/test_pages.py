@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluate_examples import brute_iou, regions, sentences, write_grefer, write_instances, write_store, xyxy
+from evaluate_examples import regions, scalar_iou, sentences, write_grefer, write_instances, write_store, xyxy
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -100,7 +100,7 @@ def item_keys(client: TestClient, **parameters: Any) -> list[int]:
 def test_referents_have_the_iou_of_their_best_region(browse: Browse) -> None:
     items = browse().get("/api/items?show=refs").json()["items"]
     expected = [
-        max(brute_iou(xyxy(o["bbox"]), box) for box in BOXES.get(o["image_id"], [[0, 0, 0, 0]]))
+        max(scalar_iou(xyxy(o["bbox"]), box) for box in BOXES.get(o["image_id"], [[0, 0, 0, 0]]))
         for o in OBJECTS[:4]
     ]  # fmt: skip
     assert [item["referent"]["iou"][0] for item in items] == pytest.approx(expected)
