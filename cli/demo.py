@@ -18,7 +18,7 @@ from .common import echo_json, echo_line, echo_table, json_option
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=20.")
 @json_option
 def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], as_json: bool) -> None:
-    """Run the whole pipeline on a synthetic dataset, from building a split to a report; takes a few minutes."""
+    """Run the whole pipeline on a synthetic dataset, from building a split to a report; takes minutes."""
     import sys
     from contextlib import redirect_stdout
 

@@ -139,6 +139,13 @@ def test_without_a_gpu_no_further_step_is_run(gpu: Any, steps: Path, capsys: pyt
     assert "bad" not in capsys.readouterr().out
 
 
+def test_an_earlier_run_without_a_gpu_does_not_stop_a_run_of_some_steps(gpu: Any, steps: Path) -> None:
+    (steps / "out").mkdir(exist_ok=True)
+    (steps / "out" / "env.json").write_text(json.dumps({"env": {"status": "failed", "gpu": False}}))
+    gpu.check.Check("cuda", steps / "out", ["good", "bad"]).run()
+    assert step_result(steps / "out", "bad")["status"] == "failed"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_driver_ends_its_step_and_leaves_complete_results(
     gpu: Any, steps: Path, number: signal.Signals
@@ -269,7 +276,7 @@ def test_results_of_the_cpu_or_without_a_card_are_not_recorded(gpu: Any, tmp_pat
 
 def test_a_checkout_without_an_installation_finds_the_commands(gpu: Any, tmp_path: Path) -> None:
     script = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    script += gpu.bare.FINDER + "import refdet.cli.main; print(refdet.cli.main.__file__)"
+    script += gpu.uninstalled.FINDER + "import refdet.cli.main; print(refdet.cli.main.__file__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(ROOT / "cli" / "main.py"), done.stderr
 
@@ -277,8 +284,12 @@ def test_a_checkout_without_an_installation_finds_the_commands(gpu: Any, tmp_pat
 def test_requirements_are_packed_and_found_missing_or_too_old(gpu: Any) -> None:
     packed = [gpu.pack.name_of(line) for line in gpu.pack.requirements()]
     assert {"pycocotools", "msgspec", "click", "lmdb"} <= set(packed) and not gpu.pack.ASSUMED & set(packed)
-    assert all(gpu.bare.is_met(line) for line in gpu.pack.requirements())
-    assert not gpu.bare.is_met("no-such-thing") and not gpu.bare.is_met("click>=1000") and gpu.bare.is_met("click>=8.2")
+    assert all(gpu.uninstalled.is_met(line) for line in gpu.pack.requirements())
+    assert (
+        not gpu.uninstalled.is_met("no-such-thing")
+        and not gpu.uninstalled.is_met("click>=1000")
+        and gpu.uninstalled.is_met("click>=8.2")
+    )
 
 
 @pytest.mark.slow

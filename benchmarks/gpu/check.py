@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import bare
 import results
+import uninstalled
 from results import read_group, write_step
 
 HERE = Path(__file__).resolve().parent
@@ -161,6 +161,7 @@ class Check:
         if set(names) == set(NAMES):
             for name in [*(f"{plan.group}.json" for plan in PLAN), "trace.json.gz", "check.log"]:
                 (out / name).unlink(missing_ok=True)
+        self.earlier_env = read_group(out, "env").get("env", {})  # of a run of all steps before one of some
         work = work or ROOT / "build" / f"gpu-check-{device}"
         if set(names) == set(NAMES):
             shutil.rmtree(work, ignore_errors=True)
@@ -168,7 +169,7 @@ class Check:
         self.log = Log(out / "check.log")
         if device == "cpu":
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self.environment = bare.environment() | {
+        self.environment = uninstalled.environment() | {
             results.OUT: str(out.resolve()),
             results.WORK: str(work.resolve()),
             results.DEVICE: device,
@@ -197,9 +198,8 @@ class Check:
             step = self._start(plan)
             if step is not None and not plan.beside:
                 self._finish(step)
-            # without the step env, its results are those of an earlier run
-            has_env = self.device != "cpu" and "env" in self.names
-            if has_env and read_group(self.out, "env").get("env", {}).get("gpu") is False:
+            env = read_group(self.out, "env").get("env", {})
+            if self.device != "cpu" and env.get("gpu") is False and env != self.earlier_env:
                 self.log("no GPU was found, so the other steps are not run; use DEVICE=cpu for a rehearsal on the CPU")
                 break
         while self.running:
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="emptied before a run of all steps (default: build/gpu-check-DEVICE)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="STEP", help=", ".join(NAMES))
     options = parser.parse_args()
-    bare.prepare()
+    uninstalled.prepare()
     check = Check(options.device, options.out, options.only, options.work)
     check.watch()
     sys.exit(check.run())

@@ -23,12 +23,12 @@ from work import (
     NMS,
     arithmetic,
     detector,
-    drawn,
+    draw_results,
     extract_options,
     image_list,
     images_folder,
+    images_of_one_size,
     max_regions,
-    one_size,
     run_folder,
 )
 
@@ -156,9 +156,9 @@ def work(step: Step) -> None:
 
 def make_peer(step: Step) -> TorchvisionC4:
     """Build torchvision's detector with the same weights, and check that it computes the same features."""
-    threshold = drawn(step)["threshold"]["c4"]
+    threshold = draw_results(step)["threshold"]["c4"]
     peer = TorchvisionC4(loading.load(run_folder(step, "c4")).model, threshold, NMS, max_regions(step))
-    pixels = one_size(step, "c4", 1)[1][0]
+    pixels = images_of_one_size(step, "c4", 1)[1][0]
     given = Work(run_folder(step, "c4"), images_folder(step), image_list(step, 1), threshold)
     step.put("difference_of_features_float32", check_same_work(given, peer, pixels))
     return peer.to(step.device)
@@ -167,7 +167,7 @@ def make_peer(step: Step) -> TorchvisionC4:
 def peak_share(step: Step, images_per_second: float) -> None:
     """Report the share of the GPU's measured throughput of matrix products that the extraction reaches."""
     with torch.inference_mode():
-        records, pixels = one_size(step, "c4", 4)
+        records, pixels = images_of_one_size(step, "c4", 4)
         flops = flops_of_image(step, detector(step, "c4", "bfloat16"), records, pixels)
     step.put("gflop_per_image", flops / 1e9)
     tflops = read_group(step.out, "env").get("env", {}).get("product_tflops_bf16")

@@ -19,7 +19,16 @@ import torch
 from differences import largest, row_difference
 from results import Step, run
 from torch import Tensor
-from work import detector, drawn, extract_options, image_list, one_size, recipe_of, relative_difference, run_folder
+from work import (
+    detector,
+    draw_results,
+    extract_options,
+    image_list,
+    images_of_one_size,
+    recipe_of,
+    relative_difference,
+    run_folder,
+)
 
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
@@ -50,7 +59,7 @@ def check_float32(step: Step, name: str, there: float, here: float, limit: float
 @torch.inference_mode()
 def inference(step: Step, network: str) -> None:
     """Compare feature maps, features of given boxes and detections of two images."""
-    records, pixels = one_size(step, network, 2)
+    records, pixels = images_of_one_size(step, network, 2)
     there, here = detector(step, network), reference(step, network)
     sizes = [input_size(*image.shape[:2], here.recipe.input) for image in pixels]
     bfloat16 = detector(step, network, "bfloat16")
@@ -148,7 +157,7 @@ def losses(step: Step, network: str) -> None:
     All RoIs are sampled, and as many anchors as a recipe allows, which can be less than all; both sides have the same
     seeds, and so the same samples.
     """
-    records, pixels = one_size(step, network, 2)
+    records, pixels = images_of_one_size(step, network, 2)
     everything = [
         f"proposals.batch_size_per_image={200 if step.small else 100_000}",
         "proposals.positive_fraction=1",
@@ -209,7 +218,7 @@ def gradient_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 
 def work(step: Step) -> None:
     torch.manual_seed(0)
-    step.put("thresholds", drawn(step)["threshold"])
+    step.put("thresholds", draw_results(step)["threshold"])
     for network in ("c4", "fpn"):
         step.attempt(f"{network}: inference", inference, step, network)
         step.attempt(f"{network}: losses", losses, step, network)

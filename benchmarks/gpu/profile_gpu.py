@@ -21,7 +21,7 @@ import torch
 from results import Step, run
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from work import detector, extract_options, images_folder, instances_file, median, one_size, recipe_of
+from work import detector, extract_options, images_folder, images_of_one_size, instances_file, median, recipe_of
 
 from work import run_folder, synchronize  # isort: skip
 
@@ -95,7 +95,7 @@ def extraction_work(step: Step) -> Callable[[], object]:
     """A function that runs detection on one batch and waits for the result."""
     batch = 2 if step.small else 16
     loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
-    records, pixels = one_size(step, "c4", batch)
+    records, pixels = images_of_one_size(step, "c4", batch)
 
     def compute() -> object:
         with torch.inference_mode(), exact_float32():

@@ -17,7 +17,7 @@ from results import Step, run
 from safetensors.numpy import load_file
 from work import (
     detector,
-    drawn,
+    draw_results,
     extract_options,
     image_list,
     images_folder,
@@ -60,7 +60,7 @@ def extraction(step: Step) -> None:
     instances.write_text(json.dumps(tree | {"images": images, "annotations": []}))
     common = ["extract-features", "--checkpoint", run_folder(step, "c4"), "--images", images_folder(step)]
     common += ["--instances", instances, "--device", step.device, "--batch-size", 4 if step.small else 8]
-    common += ["--score-threshold", drawn(step)["threshold"]["c4"], "--precision", "bfloat16"]
+    common += ["--score-threshold", draw_results(step)["threshold"]["c4"], "--precision", "bfloat16"]
     common += ["--max-regions", max_regions(step)]
     killed, whole = folder / "killed.h5", folder / "whole.h5"
     process = subprocess.Popen(refdet_command(*common, "--out", killed), stderr=subprocess.DEVNULL)

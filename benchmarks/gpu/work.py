@@ -58,7 +58,7 @@ def run_folder(step: Step, network: str) -> Path:
     return step.work / network
 
 
-def drawn(step: Step) -> dict[str, Any]:
+def draw_results(step: Step) -> dict[str, Any]:
     """The results of the step `draw`, such as the score thresholds of the networks."""
     return json.loads((step.work / "drawn.json").read_text())
 
@@ -69,7 +69,7 @@ def image_list(step: Step, count: int) -> ImageList:
     return ImageList(images.records[:count], images.index, images.name)
 
 
-def one_size(step: Step, network: str, count: int) -> tuple[list[ImageRecord], list[np.ndarray]]:
+def images_of_one_size(step: Step, network: str, count: int) -> tuple[list[ImageRecord], list[np.ndarray]]:
     """Images of the most frequent input size, and their pixels; repeated if there are too few."""
     return _repeated(step, max(_groups(step, network), key=len), count)
 
@@ -108,7 +108,7 @@ def max_regions(step: Step) -> int:
 def extract_options(step: Step, network: str, **changes: Any) -> ExtractOptions:
     """Options with which random weights give about as many detections as trained ones."""
     given = {
-        "score_threshold": drawn(step)["threshold"][network],
+        "score_threshold": draw_results(step)["threshold"][network],
         "nms_threshold": NMS,
         "max_regions": max_regions(step),
     }

@@ -86,7 +86,10 @@ def test_chunk_sizes_on_a_gpu_are_eight_per_power_of_two() -> None:
     (2, {320: 1, 1600: 1, 4800: 1, 9600: 2, 20000: 4}), (4, {320: 1, 1600: 1, 2400: 1, 4800: 2, 9600: 4}),
 ])  # fmt: skip
 def test_number_of_chunks_for_the_proposals_of_a_batch(itemsize: int, counts: dict[int, int]) -> None:
-    """For ResNet-101-C4, whose split conv5 pools 2560 channels; 4800 are 16 images with 300 proposals."""
+    """For ResNet-101-C4, whose conv5 pools 2560 channels; 4800 are 16 images with 300 proposals.
+
+    They are the outputs of its first two 1x1 convolutions (512 and 2048), which are computed on the map.
+    """
     with torch.no_grad():
         found = {count: roi_chunks.roi_chunks(count, GPU, 2560 * 49 * itemsize) for count in counts}
     assert {count: len(chunks) for count, chunks in found.items()} == counts
