@@ -58,7 +58,7 @@ def check_polygons(polygons: list, height: int, width: int) -> None:
     """
     if not can_be_drawn(polygons, height, width):
         raise InputError(
-            f"polygon has other values than numbers [x, y, x, y, ...], or is far outside its image or absurdly long: "
+            f"polygon is not a list of numbers [x, y, x, y, ...], or it is far outside its image or absurdly long: "
             f"{short_repr(polygons)}"
         )
 

@@ -76,7 +76,7 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     usable = supported_precision(precision, torch_device)
     if usable != precision:
         log.warning(
-            "note: `precision` %s: this processor has no %s arithmetic: computing in %s", precision, precision, usable
+            "note: `precision` %s: this processor has no %s arithmetic; computing in %s", precision, precision, usable
         )
     trained = loading.load(path, torch_device, for_inference=True, precision=usable)
     for line in trained.meta.warnings():

@@ -332,10 +332,19 @@ def test_a_full_disk_names_the_output_and_leaves_no_partial_file(files: Files, t
     assert_fails(files.train(files.split, tmp_path / "run"), str(tmp_path / "run"), "space", "--resume", code=1)
     done = files.extract(tmp_path / "a.h5", "--instances", files.split, "--regions", "annotations")
     assert_fails(done, str(tmp_path / "a.h5"), "space", code=1)
-    assert_fails(files.evaluate_on_refer(tmp_path / "m"), str(tmp_path / "m" / "metrics.json"), "space", code=1)
+    assert_fails(files.evaluate_on_refer(tmp_path / "m"), str(tmp_path / "m" / "recall.svg"), "space", code=1)
     done = files.call("demo", "--out", tmp_path / "demo", "--images", "20", *SETTINGS)
     assert_fails(done, str(tmp_path / "demo"), "space", code=1)
-    for path in ("s.json", "s.report.json", "run/model.json", "run/model.safetensors", "a.h5", "m/metrics.json"):
+    for path in (
+        "s.json",
+        "s.report.json",
+        "run/model.json",
+        "run/model.safetensors",
+        "a.h5",
+        "m/metrics.json",
+        "m/metrics.csv",
+        "m/recall.svg",
+    ):
         assert not (tmp_path / path).exists()
 
 
