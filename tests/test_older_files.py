@@ -33,7 +33,8 @@ EXTRACTION = ["extract-features", "--checkpoint", "run", "--images", "images", "
 @pytest.fixture
 def older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        # Python 3.10.11, 3.11.3 and older have no filters, 3.12 and 3.13 warn without one
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
